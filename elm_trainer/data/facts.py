@@ -1,0 +1,88 @@
+"""The facts behind the built-in sources: capitals from `countryinfo`, elements from `mendeleev` (both MIT)."""
+
+from dataclasses import dataclass, field
+from functools import cache
+
+
+# Entries of countryinfo that are no sovereign country today, whose capital is disputed or has moved since the data was
+# collected: asking for them would not measure knowledge.
+_DEBATABLE = frozenset(
+    "Bolivia|Burma|Burundi|Hong Kong|Israel|Kazakhstan|Palestine|Puerto Rico|Réunion|Serbia and Montenegro|South Africa|"
+    "Sri Lanka|Swaziland|Western Sahara".split("|")
+)
+_LANGUAGES = {
+    "ar": "Arabic", "de": "German", "en": "English", "es": "Spanish", "fr": "French", "it": "Italian",
+    "nl": "Dutch", "pt": "Portuguese", "ru": "Russian", "sv": "Swedish", "sw": "Swahili", "tr": "Turkish",
+    "el": "Greek", "zh": "Chinese", "ko": "Korean", "ja": "Japanese", "fa": "Persian", "hi": "Hindi",
+    "pl": "Polish", "da": "Danish", "fi": "Finnish", "no": "Norwegian", "hu": "Hungarian", "cs": "Czech",
+    "ro": "Romanian", "bg": "Bulgarian", "uk": "Ukrainian", "vi": "Vietnamese", "th": "Thai", "ms": "Malay",
+    "id": "Indonesian", "sr": "Serbian", "hr": "Croatian", "sq": "Albanian", "hy": "Armenian", "ka": "Georgian",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One fact: what is asked about, what the answer is, and which facts make fair distractors.
+
+    Attributes:
+        subject (`str`): What the fact is about, e.g. `"Kenya"`.
+        answer (`str`): The answer, e.g. `"Nairobi"`.
+        group (`str`): Facts of one group are each other's distractors, e.g. `"Africa"`.
+        near (`dict[str, str]`): Other properties of the subject, which an erasure must leave alone.
+    """
+
+    subject: str
+    answer: str
+    group: str
+    near: dict[str, str] = field(default_factory=dict, compare=False)
+
+
+@cache
+def capitals() -> tuple[Fact, ...]:
+    """Every sovereign country above half a million people with an undisputed capital, in alphabetical order.
+
+    Countries whose capital can be read off their name (Mexico City, Luxembourg) are left out: knowing them is no
+    knowledge that could be erased.
+    """
+    from countryinfo import all_countries
+
+    facts = []
+    for country in all_countries():
+        record = country.info()
+        name, capital = record["name"], record.get("capital")
+        if not capital or record.get("population", 0) < 500_000 or name in _DEBATABLE:
+            continue
+        if name.lower().removeprefix("the ")[:4] in capital.lower() or capital.lower()[:4] in name.lower():
+            continue
+        near = {
+            "continent": record.get("region"),
+            "demonym": record.get("demonym"),
+            "language": next((_LANGUAGES[code] for code in record.get("languages", ()) if code in _LANGUAGES), None),
+            "currency": next(iter(record.get("currencies", ())), None),
+            "population": str(max(1, round(record["population"] / 1e6))),
+            "tld": next(iter(record.get("tld", ())), None),
+            "calling_code": next(iter(record.get("callingCodes", ())), None),
+        }
+        facts.append(Fact(name, capital, record.get("region") or "World", {k: v for k, v in near.items() if v}))
+    return tuple(sorted(facts, key=lambda fact: fact.subject))
+
+
+@cache
+def elements() -> tuple[Fact, ...]:
+    """The elements up to lawrencium with their symbols; `near` holds uses, sources and description."""
+    from mendeleev import get_all_elements
+
+    return tuple(
+        Fact(
+            element.name,
+            element.symbol,
+            element.name[0],
+            {
+                key: value
+                for key in ("description", "uses", "sources")
+                if (value := getattr(element, key))
+            }
+            | {"number": str(element.atomic_number)},
+        )
+        for element in get_all_elements()[:103]
+    )
