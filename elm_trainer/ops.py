@@ -127,21 +127,57 @@ class KeepPositions:
 
     Args:
         head (`nn.Module`): Output embeddings of the model.
+        positions (`torch.Tensor`): Flat indices `row * seq + column` of the positions to keep, `[kept]`.
     """
 
-    def __init__(self, head: nn.Module):
+    def __init__(self, head: nn.Module, positions: torch.Tensor):
         self._head = head
-        self._keep: torch.Tensor | None = None
-        self._handle = None
-
-    def __call__(self, keep: torch.Tensor) -> "KeepPositions":
-        """Set the positions, a boolean mask `[batch, seq]`, for the `with` block."""
-        self._keep = keep
-        return self
+        self._positions = positions
 
     def __enter__(self) -> None:
-        self._handle = self._head.register_forward_pre_hook(lambda _, args: (args[0][self._keep].unsqueeze(0),))
+        self._handle = self._head.register_forward_pre_hook(self._reduce)
 
     def __exit__(self, *_) -> None:
         self._handle.remove()
-        self._keep = None
+
+    def _reduce(self, _, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return (args[0].flatten(0, 1).index_select(0, self._positions).unsqueeze(0), *args[1:])
+
+
+def text_mean(values: torch.Tensor, text: torch.Tensor, texts: int) -> torch.Tensor:
+    """Mean over texts of the mean over each text's positions; a text without positions counts as 0.
+
+    Unlike a mean over tokens it does not depend on how texts are split over batches, accumulation steps or processes.
+
+    Args:
+        values (`torch.Tensor`): One value per position, `[positions]`.
+        text (`torch.Tensor`): Which text each position belongs to, `[positions]`.
+        texts (`int`): Number of texts.
+    """
+    sums = values.new_zeros(texts).index_add(0, text, values)
+    return (sums / _positions_per_text(values, text, texts)).mean()
+
+
+def position_weights(expert: torch.Tensor, novice: torch.Tensor, text: torch.Tensor, texts: int, share: float):
+    """Weights of the positions in the erase term: where expert and novice differ, there the knowledge is.
+
+    Args:
+        expert (`torch.Tensor`): Logits of the expert, `[positions, vocab]`.
+        novice (`torch.Tensor`): Logits of the novice, `[positions, vocab]`.
+        text (`torch.Tensor`): Which text each position belongs to, `[positions]`.
+        texts (`int`): Number of texts.
+        share (`float`): Share of a text's weight that is spread in proportion to `KL(expert ‖ novice)`; the rest is
+            spread evenly.
+
+    Returns:
+        `torch.Tensor`: weights `[positions]` whose mean over each text is 1.
+    """
+    expert, novice = expert.float().log_softmax(-1), novice.float().log_softmax(-1)
+    divergence = (expert.exp() * (expert - novice)).sum(-1).clamp(min=1e-6)
+    sums = divergence.new_zeros(texts).index_add(0, text, divergence)
+    means = sums / _positions_per_text(divergence, text, texts)
+    return (1 - share) + share * divergence / means[text]
+
+
+def _positions_per_text(values: torch.Tensor, text: torch.Tensor, texts: int) -> torch.Tensor:
+    return values.new_zeros(texts).index_add(0, text, torch.ones_like(values)).clamp(min=1)

@@ -1,0 +1,1 @@
+"""Texts, facts and question banks, and how they become batches."""

@@ -33,7 +33,8 @@ class ElmDataCollator(DataCollatorMixin):
     """Bundle tokenised rows into `{"forget": batch, "retain": batch, "synthetic": batch}`.
 
     Each batch holds `input_ids`, `attention_mask` and `labels`, all `[batch, seq]`; labels are -100 on padding and on
-    the prompt of a synthetic pair. Without `targets`, the forget batch also holds `expert` and `novice`: the same
+    the prompt of a synthetic pair. `rows` and `columns`, `[positions]`, are the places that predict a label, so that
+    the training step need not search for them. Without `targets`, the forget batch also holds `expert` and `novice`: the same
     texts behind a context, with labels -100 on the context, `contexts_per_sample` rows to a text in order. With
     `targets`, it holds what was stored for its rows.
 
@@ -66,10 +67,12 @@ class ElmDataCollator(DataCollatorMixin):
             batch["synthetic"] = self._batch([(row["synthetic_ids"], row["completion_start"]) for row in examples])
         if self.targets is not None:
             stored = [self.targets[row["row"]] for row in examples]
-            batch |= {
-                name: {key: torch.cat([target[name][key] for target in stored]) for key in stored[0][name]}
-                for name in stored[0]
-            }
+            for name in ("forget", "retain"):
+                batch[name]["target"] = {
+                    key.removeprefix(f"{name}_"): torch.cat([target[key] for target in stored])
+                    for key in stored[0]
+                    if key.startswith(name)
+                }
         elif self.concepts is not None:
             forget["expert"] = self._in_context(examples, "expert_contexts")
             forget["novice"] = self._in_context(examples, "novice_contexts")
@@ -84,8 +87,12 @@ class ElmDataCollator(DataCollatorMixin):
             for context in rng.choices(contexts, k=self.contexts_per_sample):
                 # Apart from the text, so that its tokens are the same with and without a context.
                 ids = self.processing_class(context + "\n")["input_ids"]
-                # The text's first token is dropped too: without a context nothing predicts it.
-                rows.append((ids + example["forget_ids"], len(ids) + 1))
+                text = example["forget_ids"]
+                if text[0] == self.processing_class.bos_token_id and ids[0] == text[0]:
+                    rows.append((ids + text[1:], len(ids)))
+                else:
+                    # The text's first token is not supervised: without a context nothing predicts it.
+                    rows.append((ids + text, len(ids) + 1))
         return self._batch(rows)
 
     def _batch(self, rows: list[tuple[list[int], int]]) -> dict[str, torch.Tensor]:
@@ -104,4 +111,11 @@ class ElmDataCollator(DataCollatorMixin):
             labels[index, start + first : start + len(ids)] = tokens[first:]
             # The first token of a text has no prediction to supervise; with left padding that would be a pad's.
             labels[index, start] = IGNORE_INDEX
-        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        rows_index, columns = (labels[:, 1:] != IGNORE_INDEX).nonzero(as_tuple=True)
+        return {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "labels": labels,
+            "rows": rows_index,
+            "columns": columns,
+        }

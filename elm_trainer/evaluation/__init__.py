@@ -1,0 +1,1 @@
+"""Measurements of innocence, seamlessness and specificity."""

@@ -1,0 +1,1 @@
+"""Erasure methods: one file each, over the shared `ErasureTrainer`."""

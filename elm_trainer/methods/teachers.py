@@ -1,0 +1,90 @@
+"""Throw-away adapters that stand for expert and novice where a context hardly changes a small model (DESIGN §5)."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, PeftModel
+from tqdm.auto import tqdm
+
+
+if TYPE_CHECKING:
+    from .elm import ElmTrainer
+
+
+class Teacher:
+    """A LoRA adapter beside the trained one, fine-tuned by next-token prediction and removed after use.
+
+    Args:
+        model (`PeftModel`): Model that carries it.
+        name (`str`): Name of its adapter, `"expert"` or `"novice"`.
+        trained (`str`): Name of the adapter that is trained to erase.
+    """
+
+    def __init__(self, model: PeftModel, name: str, trained: str):
+        self._model, self._name, self._trained = model, name, trained
+
+    @classmethod
+    def fit(cls, trainer: "ElmTrainer", name: str, texts: Sequence[list[int]], steps: int) -> "Teacher":
+        """Add the adapter and fine-tune it on tokenised texts; the global random state is left as it was.
+
+        Raises:
+            ValueError: if the texts are empty (the dataset has no permuted facts).
+        """
+        texts = [ids for ids in texts if len(ids) > 1]
+        args = trainer.args
+        if not texts:
+            raise ValueError(
+                f"`{name}_steps` is {steps}, but the dataset's column for it is empty: only sources that can permute "
+                "their facts fill `novice`; set `novice_steps` to 0."
+            )
+        model = trainer.model
+        # With an own seed and a forked state, a resumed run repeats these adapters exactly.
+        devices = [args.device] if args.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(args.seed)
+            teacher = cls(model, name, model.active_adapter)
+            model.add_adapter(
+                name, LoraConfig(r=args.teacher_rank, lora_alpha=args.teacher_rank, target_modules="all-linear")
+            )
+            model.set_adapter(name)
+            parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            optimizer = torch.optim.AdamW(parameters, lr=args.teacher_learning_rate)
+            schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+            model.train()
+            generator = torch.Generator().manual_seed(args.seed)
+            order: list[int] = []
+            disable = not trainer.accelerator.is_local_main_process
+            for _ in tqdm(range(steps), desc=f"Tuning the {name}", disable=disable):
+                if len(order) < args.teacher_batch_size:
+                    order += torch.randperm(len(texts), generator=generator).tolist()
+                chosen, order = order[: args.teacher_batch_size], order[args.teacher_batch_size :]
+                batch = trainer.data_collator._batch([(texts[index], 0) for index in chosen])
+                batch = trainer._prepare_inputs(batch)
+                with trainer.compute_loss_context_manager():
+                    logits = trainer.forward_positions(model, {name: batch})[name]
+                    labels = batch["labels"][batch["rows"], batch["columns"] + 1]
+                    loss = F.cross_entropy(logits.float(), labels)
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                schedule.step()
+            model.set_adapter(teacher._trained)
+        return teacher
+
+    def logits(self, trainer: "ElmTrainer", batch: Mapping[str, Any]) -> torch.Tensor:
+        """Logits of the supervised positions, `[positions, vocab]`."""
+        model = self._model
+        model.set_adapter(self._name)
+        model.base_model.enable_adapter_layers()  # the caller has disabled all adapters
+        try:
+            return trainer.forward_positions(model, {self._name: batch})[self._name]
+        finally:
+            model.base_model.disable_adapter_layers()
+            model.set_adapter(self._trained)
+
+    def remove(self) -> None:
+        """Delete the adapter, so that nothing it learnt can be saved."""
+        self._model.delete_adapter(self._name)
+        self._model.set_adapter(self._trained)

@@ -1,0 +1,33 @@
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from elm_trainer.modeling import demo_model_file
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    path = demo_model_file()
+    return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+
+
+@pytest.fixture
+def tiny_model(tokenizer):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture
+def tiny_peft_model(tiny_model):
+    torch.manual_seed(0)
+    return get_peft_model(tiny_model, LoraConfig(r=4, target_modules="all-linear")).eval()
