@@ -60,11 +60,11 @@ class ElmDataCollator(DataCollatorMixin):
     return_tensors: str = "pt"
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        forget = self._batch([(row["forget_ids"], 0) for row in examples])
-        batch = {"forget": forget, "retain": self._batch([(row["retain_ids"], 0) for row in examples])}
+        forget = self.pad([(row["forget_ids"], 0) for row in examples])
+        batch = {"forget": forget, "retain": self.pad([(row["retain_ids"], 0) for row in examples])}
         # A text without completion (no synthetic pairs) leaves the consistency term out of the batch altogether.
         if examples[0]["synthetic_ids"]:
-            batch["synthetic"] = self._batch([(row["synthetic_ids"], row["completion_start"]) for row in examples])
+            batch["synthetic"] = self.pad([(row["synthetic_ids"], row["completion_start"]) for row in examples])
         if self.targets is not None:
             stored = [self.targets[row["row"]] for row in examples]
             for name in ("forget", "retain"):
@@ -93,9 +93,10 @@ class ElmDataCollator(DataCollatorMixin):
                 else:
                     # The text's first token is not supervised: without a context nothing predicts it.
                     rows.append((ids + text, len(ids) + 1))
-        return self._batch(rows)
+        return self.pad(rows)
 
-    def _batch(self, rows: list[tuple[list[int], int]]) -> dict[str, torch.Tensor]:
+    def pad(self, rows: Sequence[tuple[list[int], int]]) -> dict[str, torch.Tensor]:
+        """Pad rows of `(token ids, index of the first supervised token)` into one batch."""
         width = max(len(ids) for ids, _ in rows)
         if self.pad_to_multiple_of:
             width = -(-width // self.pad_to_multiple_of) * self.pad_to_multiple_of

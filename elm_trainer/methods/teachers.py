@@ -60,7 +60,7 @@ class Teacher:
                 if len(order) < args.teacher_batch_size:
                     order += torch.randperm(len(texts), generator=generator).tolist()
                 chosen, order = order[: args.teacher_batch_size], order[args.teacher_batch_size :]
-                batch = trainer.data_collator._batch([(texts[index], 0) for index in chosen])
+                batch = trainer.data_collator.pad([(texts[index], 0) for index in chosen])
                 batch = trainer._prepare_inputs(batch)
                 with trainer.compute_loss_context_manager():
                     logits = trainer.forward_positions(model, {name: batch})[name]
