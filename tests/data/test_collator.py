@@ -1,0 +1,72 @@
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from elm_trainer import ElmDataCollator, load_concept
+from elm_trainer.data.collator import tokenize_pair
+
+
+def row(tokenizer, index, forget, retain="some text here", prompt="The", completion=" rest of it"):
+    pair, start = tokenize_pair(tokenizer, prompt, completion)
+    return {
+        "row": index,
+        "concept": "capitals",
+        "forget_ids": tokenizer(forget)["input_ids"],
+        "retain_ids": tokenizer(retain)["input_ids"],
+        "synthetic_ids": pair,
+        "completion_start": start,
+    }
+
+
+@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    texts=st.lists(st.text(alphabet="abc .,é", min_size=2, max_size=20), min_size=1, max_size=4),
+    side=st.sampled_from(["left", "right"]),
+    multiple=st.sampled_from([None, 8]),
+)
+def test_padding_is_never_supervised_and_every_token_but_the_first_is(tokenizer, texts, side, multiple):
+    tokenizer.padding_side = side
+    try:
+        rows = [row(tokenizer, index, text + " x") for index, text in enumerate(texts)]
+        batch = ElmDataCollator(tokenizer, pad_to_multiple_of=multiple)(rows)["forget"]
+    finally:
+        tokenizer.padding_side = "right"
+    assert not multiple or batch["input_ids"].size(1) % multiple == 0
+    for index, example in enumerate(rows):
+        mask = batch["attention_mask"][index].bool()
+        assert batch["input_ids"][index][mask].tolist() == example["forget_ids"]
+        labels = batch["labels"][index]
+        assert (labels[~mask] == -100).all()
+        assert labels[labels != -100].tolist() == example["forget_ids"][1:]
+    chosen = batch["labels"][batch["rows"], batch["columns"] + 1]
+    assert chosen.tolist() == [token for example in rows for token in example["forget_ids"][1:]]
+
+
+@pytest.mark.parametrize(("prompt", "completion"), [("The cap", "ital of"), ("Hello", " world"), ("a b ", "c")])
+def test_prompt_and_completion_join_without_a_seam(tokenizer, prompt, completion):
+    ids, start = tokenize_pair(tokenizer, prompt, completion)
+    assert ids == tokenizer(prompt + completion)["input_ids"]
+    assert len(tokenizer.decode(ids[:start])) <= len(prompt)
+    batch = ElmDataCollator(tokenizer)([row(tokenizer, 0, "x y", prompt=prompt, completion=completion)])["synthetic"]
+    supervised = batch["labels"][0][batch["labels"][0] != -100].tolist()
+    assert supervised == ids[max(start, 1) :] and supervised
+
+
+def test_contexts_are_not_supervised_and_leave_the_text_as_it_was(tokenizer):
+    concepts = {"capitals": load_concept("capitals")}
+    rows = [row(tokenizer, index, text) for index, text in enumerate(["Paris is big.", "Rome"])]
+    batch = ElmDataCollator(tokenizer, concepts=concepts, contexts_per_sample=2)(rows)["forget"]
+    for side in ("expert", "novice"):
+        labels = batch[side]["labels"]
+        assert len(labels) == 4
+        for index, labelled in enumerate(labels):
+            assert labelled[labelled != -100].tolist() == rows[index // 2]["forget_ids"][1:]
+
+
+def test_a_row_draws_the_same_contexts_in_any_batch(tokenizer):
+    collator = ElmDataCollator(tokenizer, concepts={"capitals": load_concept("capitals")})
+    rows = [row(tokenizer, index, "Oslo is a city.") for index in range(3)]
+    together, alone = collator(rows)["forget"]["expert"], collator(rows[2:])["forget"]["expert"]
+    mask = together["attention_mask"][2].bool()
+    torch.testing.assert_close(together["input_ids"][2][mask], alone["input_ids"][0])

@@ -1,0 +1,91 @@
+import json
+
+import pytest
+from datasets import Dataset
+
+from elm_trainer import ConceptSources, build_erasure_dataset, load_bank, load_texts
+from elm_trainer.data.questions import BANKS, held_out_subjects, overlap_accuracy
+from elm_trainer.data.sources import BUILTIN_SOURCES
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "txt", "csv", "parquet"])
+def test_local_files_are_read(tmp_path, ending):
+    path, dataset = tmp_path / f"texts.{ending}", Dataset.from_dict({"text": ["one", "two"]})
+    if ending == "txt":
+        path.write_text("one\ntwo\n")
+    else:
+        getattr(dataset, {"jsonl": "to_json", "csv": "to_csv", "parquet": "to_parquet"}[ending])(str(path))
+    assert load_texts(str(path))["text"][:] == ["one", "two"]
+
+
+def test_a_missing_column_lists_those_that_exist():
+    with pytest.raises(ValueError, match="no column 'body'.*'text'"):
+        load_texts(Dataset.from_dict({"text": ["a"]}), column="body")
+
+
+def test_an_unreadable_file_is_named(tmp_path):
+    (tmp_path / "folder.jsonl").mkdir()
+    with pytest.raises(OSError, match="folder.jsonl.*cannot be read"):
+        load_texts(str(tmp_path / "folder.jsonl"))
+    (tmp_path / "broken.jsonl").write_text('{"text": "a"}\n{"text": ')
+    with pytest.raises(ValueError, match="broken.jsonl.*correct it"):
+        load_texts(str(tmp_path / "broken.jsonl"))
+
+
+def test_several_concepts_interleave_and_short_sources_cycle():
+    dataset = build_erasure_dataset(
+        {
+            "a": ConceptSources(["a1", "a2", "a3"], [["r1", "r2"]], [("p", " c")]),
+            "b": ConceptSources(["b1"], [["r3"], ["r4"]]),
+        },
+        size=3,
+    )
+    assert dataset["concept"][:] == ["a", "b"] * 3
+    assert dataset["forget"][:] == ["a1", "b1", "a2", "b1", "a3", "b1"]
+    assert dataset["retain"][:] == ["r1", "r3", "r2", "r4", "r1", "r3"]
+    assert dataset["completion"][:] == [" c", ""] * 3
+
+
+@pytest.mark.parametrize(("forget", "retain"), [([], [["r"]]), (["f"], []), (["f"], [[" "]])])
+def test_an_empty_side_is_refused(forget, retain):
+    with pytest.raises(ValueError, match="set of concept 'a' is empty"):
+        build_erasure_dataset({"a": ConceptSources(forget, retain)})
+
+
+def test_no_question_stands_in_a_training_text():
+    texts = "\n".join(text for name in BUILTIN_SOURCES for text in load_texts(name)["text"])
+    for bank in BANKS:
+        for question in load_bank(bank):
+            assert question.text not in texts
+
+
+def test_held_out_subjects_stand_in_no_forget_text():
+    for name in ("capitals", "elements"):
+        texts = load_texts(name)["text"]
+        pairs = [q for q in load_bank(name, subjects=held_out_subjects(name))]
+        assert pairs
+        for question in pairs:
+            assert not any(question.subject in text and question.answer in text for text in texts) or name == "elements"
+
+
+def test_neighbouring_retain_text_states_neither_a_capital_nor_a_continent():
+    continents = ("Africa", "Europe", "South America", "Oceania")
+    for text in load_texts("capitals-near")["text"]:
+        assert "capital" not in text.lower() and not any(f" {c}." in text or f": {c}" in text for c in continents)
+
+
+def test_permuted_texts_have_the_same_form_and_other_facts():
+    rows = load_texts("capitals").to_list()
+    assert sum(row["text"] == row["novice"] for row in rows) < 0.05 * len(rows)
+    assert all(row["text"].count("\n") == row["novice"].count("\n") for row in rows)
+
+
+def test_only_banks_that_letters_do_not_give_away_may_prove_innocence():
+    assert overlap_accuracy(load_bank("capitals")) < 0.35
+    assert overlap_accuracy(load_bank("elements")) > 0.4
+
+
+def test_everyday_texts_are_valid_and_disjoint():
+    kept, held_out = set(load_texts("everyday")["text"]), set(load_texts("everyday-held-out")["text"])
+    assert len(held_out) >= 20 and len(kept) >= 80 and not kept & held_out
+    assert json.dumps(sorted(kept))

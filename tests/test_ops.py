@@ -1,0 +1,139 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from elm_trainer.ops import (
+    KeepPositions,
+    SparseDistribution,
+    erasure_target,
+    kl_to_reference,
+    plausible_tokens,
+    position_weights,
+    ramped_eta,
+    soft_cross_entropy,
+    text_mean,
+    top_k_distribution,
+)
+
+
+def logits(positions, vocab, seed, scale=3.0):
+    return scale * torch.randn(positions, vocab, generator=torch.Generator().manual_seed(seed))
+
+
+def slow_target(base, expert, novice, eta, temperature, top_k, plausibility):
+    """The target of one position in float64, token by token."""
+    rows = []
+    for b, e, n in zip(base.tolist(), expert.tolist(), novice.tolist(), strict=True):
+
+        def log_softmax(values):
+            values = [value / temperature for value in values]
+            top = max(values)
+            total = top + math.log(sum(math.exp(value - top) for value in values))
+            return [value - total for value in values]
+
+        b, e, n = log_softmax(b), log_softmax(e), log_softmax(n)
+        mixture = [(math.exp(x) + math.exp(y)) / 2 for x, y in zip(b, n, strict=True)]
+        kept = [v for v in range(len(b)) if mixture[v] >= plausibility * max(mixture) * (1 - 1e-9)]
+        scores = {v: b[v] - eta * (e[v] - n[v]) for v in kept}
+        best = sorted(scores, key=scores.get, reverse=True)[:top_k]
+        top = max(scores[v] for v in best)
+        total = sum(math.exp(scores[v] - top) for v in best)
+        rows.append([math.exp(scores[v] - top) / total if v in best else 0.0 for v in range(len(b))])
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def dense(sparse, vocab):
+    out = torch.zeros(len(sparse.probs), vocab, dtype=torch.float64)
+    return out.scatter(1, sparse.indices, sparse.probs.double())
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    positions=st.integers(1, 5),
+    vocab=st.integers(2, 17),
+    eta=st.sampled_from([0.0, 0.5, 3.0, 40.0]),
+    temperature=st.sampled_from([0.5, 1.0, 1.2]),
+    plausibility=st.sampled_from([0.0, 1e-3, 0.1, 1.0]),
+    seed=st.integers(0, 1000),
+)
+def test_target_agrees_with_a_slow_float64_loop(positions, vocab, eta, temperature, plausibility, seed):
+    base, expert, novice = (logits(positions, vocab, seed + offset) for offset in range(3))
+    top_k = min(vocab, 5)
+    target = erasure_target(
+        base, expert, novice, eta=eta, temperature=temperature, top_k=top_k, plausibility=plausibility
+    )
+    expected = slow_target(base, expert, novice, eta, temperature, top_k, plausibility)
+    torch.testing.assert_close(dense(target, vocab), expected, atol=2e-4, rtol=1e-3)
+
+
+def test_target_without_erasure_is_the_reference():
+    base, expert, novice = (logits(4, 9, seed) for seed in range(3))
+    torch.testing.assert_close(dense(erasure_target(base, expert, novice, eta=0.0), 9), base.softmax(-1).double())
+
+
+def test_infinite_strength_puts_all_mass_on_what_the_novice_says_most_over_the_expert_among_plausible_tokens():
+    base, expert, novice = (logits(6, 11, seed) for seed in range(3))
+    target = erasure_target(base, expert, novice, eta=1e6, plausibility=0.05)
+    plausible = plausible_tokens(base.log_softmax(-1), novice.log_softmax(-1), 0.05)
+    gap = (novice.log_softmax(-1) - expert.log_softmax(-1)).masked_fill(~plausible, -torch.inf)
+    assert target.indices[:, 0].tolist() == gap.argmax(-1).tolist()
+    torch.testing.assert_close(target.probs[:, 0], torch.ones(6))
+
+
+def test_distilling_the_reference_has_no_gradient_at_the_reference():
+    base = logits(5, 13, 0).requires_grad_()
+    target = erasure_target(base.detach(), logits(5, 13, 1), logits(5, 13, 2), eta=0.0)
+    soft_cross_entropy(base, target).sum().backward()
+    torch.testing.assert_close(base.grad, torch.zeros_like(base), atol=1e-6, rtol=0)
+
+
+@given(top_k=st.integers(1, 12), seed=st.integers(0, 100))
+@settings(deadline=None, max_examples=30)
+def test_stored_kl_never_exceeds_the_full_kl_and_equals_it_when_stored_whole(top_k, seed):
+    adapted, reference = logits(3, 12, seed), logits(3, 12, seed + 1)
+    log_q, log_p = adapted.log_softmax(-1), reference.log_softmax(-1)
+    full = (log_p.exp() * (log_p - log_q)).sum(-1)
+    stored = kl_to_reference(adapted, top_k_distribution(reference, top_k))
+    assert (stored <= full + 1e-4).all() and (stored >= -1e-5).all()
+    if top_k == 12:
+        torch.testing.assert_close(stored, full, atol=1e-4, rtol=1e-4)
+
+
+def test_soft_cross_entropy_matches_the_dense_formula():
+    scores, target = logits(4, 8, 0), logits(4, 8, 1).softmax(-1)
+    sparse = SparseDistribution(torch.arange(8).repeat(4, 1), target)
+    expected = -(target * scores.log_softmax(-1)).sum(-1)
+    torch.testing.assert_close(soft_cross_entropy(scores, sparse), expected)
+
+
+def test_eta_ramps_from_the_first_token_to_the_last():
+    positions, lengths = torch.tensor([0, 1, 2, 0]), torch.tensor([3, 3, 3, 1])
+    assert ramped_eta(positions, lengths, 1.0, 1000.0).tolist() == [1.0, 500.5, 1000.0, 1.0]
+
+
+def test_position_weights_average_one_over_each_text_and_follow_the_disagreement():
+    text = torch.tensor([0, 0, 0, 1, 1])
+    expert, novice = logits(5, 7, 0), logits(5, 7, 0)
+    novice[1] += torch.tensor([5.0, 0, 0, 0, 0, 0, 0])
+    weights = position_weights(expert, novice, text, 2, share=0.5)
+    torch.testing.assert_close(text_mean(weights, text, 2), torch.tensor(1.0))
+    assert weights[1] > 1 > weights[0]
+
+
+def test_text_mean_does_not_depend_on_the_split_into_batches():
+    values, text = torch.tensor([1.0, 2.0, 6.0, 4.0]), torch.tensor([0, 0, 1, 1])
+    whole = text_mean(values, text, 2)
+    halves = (text_mean(values[:2], text[:2], 1) + text_mean(values[2:], text[:2], 1)) / 2
+    assert whole.item() == halves.item() == pytest.approx(3.25)
+
+
+def test_kept_positions_have_the_logits_of_a_full_forward(tiny_model):
+    ids = torch.randint(5, 1000, (2, 6))
+    full = tiny_model(input_ids=ids).logits
+    with KeepPositions(tiny_model.get_output_embeddings(), torch.tensor([1, 5, 8])):
+        kept = tiny_model(input_ids=ids).logits
+    torch.testing.assert_close(kept[0], torch.stack([full[0, 1], full[0, 5], full[1, 2]]))
+    torch.testing.assert_close(tiny_model(input_ids=ids).logits, full)
