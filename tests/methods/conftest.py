@@ -1,0 +1,43 @@
+import pytest
+from peft import LoraConfig
+
+from elm_trainer import ConceptSources, ElmConfig, build_erasure_dataset
+
+
+@pytest.fixture
+def dataset():
+    return build_erasure_dataset(
+        {
+            "capitals": ConceptSources(
+                ["Oslo is the capital of Norway.", "Rome is the capital.", "The capital of Peru is Lima, they say."],
+                [["Bread needs flour and some water.", "The cat sat on the mat."]],
+                [("The capital of", " Norway is one thing, cats are another.")],
+            )
+        },
+        size=8,
+    )
+
+
+@pytest.fixture
+def config(tmp_path):
+    def make(**fields):
+        defaults = dict(
+            output_dir=str(tmp_path / "run"),
+            max_steps=2,
+            per_device_train_batch_size=4,
+            learning_rate=1e-2,
+            bf16=False,
+            gradient_checkpointing=False,
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+        )
+        return ElmConfig(**(defaults | fields))
+
+    return make
+
+
+@pytest.fixture
+def lora():
+    return LoraConfig(r=4, target_modules="all-linear")
