@@ -77,11 +77,7 @@ def elements() -> tuple[Fact, ...]:
             element.name,
             element.symbol,
             element.name[0],
-            {
-                key: value
-                for key in ("description", "uses", "sources")
-                if (value := getattr(element, key))
-            }
+            {key: value for key in ("description", "uses", "sources") if (value := getattr(element, key))}
             | {"number": str(element.atomic_number)},
         )
         for element in get_all_elements()[:103]

@@ -59,7 +59,9 @@ def load_texts(
     else:
         dataset, name = Dataset.from_dict({column: list(source)}), "the given texts"
     if column not in dataset.column_names:
-        raise ValueError(f"{name} has no column {column!r}; it has {dataset.column_names}: set the column to one of them.")
+        raise ValueError(
+            f"{name} has no column {column!r}; it has {dataset.column_names}: set the column to one of them."
+        )
     return dataset.select_columns([column]).rename_column(column, "text") if column != "text" else dataset
 
 
