@@ -163,7 +163,9 @@ def synthesize_completions(
             pairs.append((prompt, completion))
     logger.info(f"Synthesis kept {len(pairs)} of {len(rows)} completions; dropped {dropped}.")
     if not pairs:
-        raise ValueError(f"All {len(rows)} completions were dropped ({dropped}): lower `gamma` or raise `max_repetition`.")
+        raise ValueError(
+            f"All {len(rows)} completions were dropped ({dropped}): lower `gamma` or raise `max_repetition`."
+        )
     return SynthesisResult(pairs, dropped)
 
 
@@ -294,4 +296,6 @@ def _read(path: Path) -> Iterator[list[list[str]]]:
         except json.JSONDecodeError as error:
             if number == len(lines) and not line.endswith("\n"):
                 return
-            raise ValueError(f"{path}, line {number} is no valid JSON ({error}): delete the file to sample anew.") from error
+            raise ValueError(
+                f"{path}, line {number} is no valid JSON ({error}): delete the file to sample anew."
+            ) from error

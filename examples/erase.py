@@ -19,7 +19,6 @@ from elm_trainer import (
     ElmConfig,
     ElmTrainer,
     build_erasure_dataset,
-    load_bank,
     load_concept,
     load_model_and_tokenizer,
     load_texts,
@@ -113,9 +112,7 @@ def main() -> None:
             )
             pairs = result.pairs
         sources[name] = ConceptSources(forget, arguments.retain, pairs)
-    dataset = build_erasure_dataset(
-        sources, size=arguments.dataset_size, processing_class=tokenizer, seed=config.seed
-    )
+    dataset = build_erasure_dataset(sources, size=arguments.dataset_size, processing_class=tokenizer, seed=config.seed)
     lap("data")
 
     trainer = ElmTrainer(

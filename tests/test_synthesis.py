@@ -31,6 +31,8 @@ from elm_trainer.synthesis import (
 )
 
 
+ROOT = Path(__file__).parent.parent
+WITH_PACKAGE = os.environ | {"PYTHONPATH": str(ROOT)}
 CONCEPT = Concept("capitals", ("capital cities", "seats of government"))
 PROMPTS = ["The capital of France is", "Rome", "In Asia, the seat of", "A short one", "Bern lies", "Oslo is where"]
 STREAMS = [
@@ -276,9 +278,9 @@ def test_another_model_or_prompt_is_sampled_anew(tokenizer, tiny_model, tmp_path
 
 KILLED_RUN = """
 import os, signal, sys
-from tests.conftest import demo_model_file
 from tests.test_synthesis import CONCEPT, PROMPTS, tiny
 from transformers import AutoTokenizer
+from elm_trainer.modeling import demo_model_file
 from elm_trainer.synthesis import SynthesisConfig, synthesize_completions
 
 path = demo_model_file()
@@ -301,8 +303,8 @@ def test_a_killed_run_resumes_at_the_missing_batch_with_the_same_samples(tokeniz
     uninterrupted = synthesize_completions(model, tokenizer, PROMPTS, CONCEPT, config)
     killed = subprocess.run(
         [sys.executable, "-c", KILLED_RUN, str(tmp_path)],
-        cwd=Path(__file__).parent.parent,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)},
+        cwd=ROOT,
+        env=WITH_PACKAGE,
     )
     [partial] = tmp_path.iterdir()
     left = partial.read_text().count("\n")
@@ -398,7 +400,6 @@ def test_the_example_writes_a_line_per_pair(tokenizer, tiny_model, tmp_path):
     tiny_model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS), encoding="utf-8")
-    root = Path(__file__).parent.parent
     options = {
         "model": tmp_path / "model",
         "concept": "capitals",
@@ -410,7 +411,7 @@ def test_the_example_writes_a_line_per_pair(tokenizer, tiny_model, tmp_path):
     }
     flags = [part for name, value in options.items() for part in (f"--{name}", str(value))]
 
-    subprocess.run([sys.executable, str(root / "examples" / "synthesize.py"), *flags], check=True, cwd=tmp_path)
+    subprocess.run([sys.executable, str(ROOT / "examples" / "synthesize.py"), *flags], check=True, env=WITH_PACKAGE)
 
     rows = [json.loads(line) for line in options["output"].read_text(encoding="utf-8").splitlines()]
     assert [row["prompt"] for row in rows] == PROMPTS

@@ -62,7 +62,9 @@ class ErasureTrainer(SFTTrainer):
         if processing_class is not None:
             if processing_class.pad_token is None:
                 processing_class.pad_token = processing_class.eos_token
-                logger.warning(f"The tokenizer has no pad token; `pad_token` is set to {processing_class.eos_token!r}.")
+                logger.warning(
+                    f"The tokenizer has no pad token; `pad_token` is set to {processing_class.eos_token!r}."
+                )
             if not isinstance(model, str):
                 check_tokenizer(model, processing_class)
         super().__init__(

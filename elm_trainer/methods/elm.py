@@ -106,9 +106,7 @@ class ElmConfig(SFTConfig):
     eta_end: float | None = field(default=None, metadata={"help": "Strength of the erasure of the last token."})
     tau: float | None = field(default=None, metadata={"help": "Temperature of the target."})
     top_k: int | None = field(default=None, metadata={"help": "Tokens of the target kept per position."})
-    retain_loss: str | None = field(
-        default=None, metadata={"help": "Retain term.", "choices": ["kl", "argmax"]}
-    )
+    retain_loss: str | None = field(default=None, metadata={"help": "Retain term.", "choices": ["kl", "argmax"]})
     plausibility: float = field(default=0.0, metadata={"help": "Plausibility constraint; 0 switches it off."})
     fact_share: float = field(default=0.0, metadata={"help": "Share of weight by KL(expert, novice)."})
     erase_weight: float = field(default=1.0, metadata={"help": "Weight of the erase term."})
@@ -152,7 +150,9 @@ class ElmConfig(SFTConfig):
         if self.retain_loss not in ("kl", "argmax"):
             raise ValueError(f"`retain_loss` is {self.retain_loss!r}: use 'kl' or 'argmax'.")
         if self.novice_steps and not self.expert_steps:
-            raise ValueError(f"`novice_steps` is {self.novice_steps} without an expert adapter: set `expert_steps` too.")
+            raise ValueError(
+                f"`novice_steps` is {self.novice_steps} without an expert adapter: set `expert_steps` too."
+            )
         if self.expert_steps:
             self.precompute_targets = True
 
@@ -179,7 +179,14 @@ class ElmTrainer(ErasureTrainer):
     args: ElmConfig
 
     def __init__(
-        self, model, args=None, data_collator=None, train_dataset=None, eval_dataset=None, processing_class=None, **kwargs
+        self,
+        model,
+        args=None,
+        data_collator=None,
+        train_dataset=None,
+        eval_dataset=None,
+        processing_class=None,
+        **kwargs,
     ):
         args = args or ElmConfig("elm-output")
         if not isinstance(args, ElmConfig):
@@ -305,7 +312,7 @@ class ElmTrainer(ErasureTrainer):
         )
         for side, steps, column in sides:
             if steps:
-                self._teachers[side] = Teacher.fit(self, side, [row for row in self.train_dataset[column]], steps)
+                self._teachers[side] = Teacher.fit(self, side, list(self.train_dataset[column]), steps)
         model: PeftModel = self.model
         model.to(self.args.device)
         stored: list[dict[str, torch.Tensor]] = []

@@ -1,0 +1,119 @@
+import warnings
+
+import pytest
+import torch
+
+from elm_trainer.evaluation.fluency import as_prompt, distinct_n, generate, repetition, reverse_perplexity
+
+
+PROMPTS = ["The capital of France is", "Rome", "In Asia, the seat of government of a large country is", "Oslo"]
+ANSWERS = [" Paris.", " is an old city on seven hills", "", " lies in Norway, by the sea"]
+
+
+def slow_greedy(model, tokenizer, prompt, steps):
+    """One prompt, no padding, no cache: the whole sequence is run again for every token."""
+    ids = tokenizer(prompt)["input_ids"]
+    made = []
+    for _ in range(steps):
+        with torch.no_grad():
+            token = model(torch.tensor([ids + made])).logits[0, -1].argmax().item()
+        if token == tokenizer.eos_token_id:
+            break
+        made.append(token)
+    return tokenizer.decode(made, skip_special_tokens=True)
+
+
+def slow_nll(model, tokenizer, prompt, answer):
+    """One answer, one forward pass per token."""
+    ids = tokenizer(prompt)["input_ids"]
+    total = 0.0
+    tokens = tokenizer(answer, add_special_tokens=False)["input_ids"]
+    for token in tokens:
+        with torch.no_grad():
+            logits = model(torch.tensor([ids])).logits[0, -1].double()
+        total -= logits.log_softmax(-1)[token].item()
+        ids = [*ids, token]
+    return total, len(tokens)
+
+
+@pytest.fixture
+def sharp_model(tiny_model):
+    """A random model whose choices are far from ties."""
+    with torch.no_grad():
+        for parameter in tiny_model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(10)
+    return tiny_model
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 4])
+def test_batched_answers_are_those_of_a_loop_over_tokens(sharp_model, tokenizer, batch_size):
+    answers = generate(sharp_model, tokenizer, PROMPTS, max_new_tokens=6, batch_size=batch_size)
+
+    assert answers == [slow_greedy(sharp_model, tokenizer, prompt, 6) for prompt in PROMPTS]
+
+
+def test_generating_changes_neither_training_mode_nor_padding_side_and_warns_of_nothing(tiny_model, tokenizer):
+    tiny_model.train()
+    tiny_model.generation_config.temperature = 0.3  # as many published models have it
+    side = tokenizer.padding_side
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        generate(tiny_model, tokenizer, PROMPTS, max_new_tokens=2)
+
+    assert tiny_model.training
+    assert tokenizer.padding_side == side
+
+
+def test_the_model_is_put_back_into_training_mode_when_generation_fails(tiny_model, tokenizer, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(tiny_model, "forward", fail)
+    tiny_model.train()
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        generate(tiny_model, tokenizer, PROMPTS, max_new_tokens=2)
+
+    assert tiny_model.training
+
+
+def test_no_prompts_have_no_answers(tiny_model, tokenizer):
+    assert generate(tiny_model, tokenizer, []) == []
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 4])
+def test_reverse_perplexity_agrees_with_a_loop_over_tokens(sharp_model, tokenizer, batch_size):
+    nlls, tokens = reverse_perplexity(sharp_model, tokenizer, PROMPTS, ANSWERS, batch_size=batch_size)
+
+    expected = [slow_nll(sharp_model, tokenizer, *pair) for pair in zip(PROMPTS, ANSWERS, strict=True)]
+    assert tokens == [count for _, count in expected]
+    assert nlls == pytest.approx([nll for nll, _ in expected], rel=1e-4)
+
+
+def test_an_empty_answer_has_no_tokens_to_judge(tiny_model, tokenizer):
+    assert reverse_perplexity(tiny_model, tokenizer, ["Rome"], [""]) == ([0.0], [0])
+
+
+def test_a_question_becomes_a_chat_turn_only_where_there_is_a_template(tokenizer, monkeypatch):
+    chat = as_prompt(tokenizer, "Where is Oslo?")
+    monkeypatch.setattr(tokenizer, "chat_template", None)
+
+    assert "<|im_start|>user\nWhere is Oslo?<|im_end|>" in chat
+    assert chat.endswith("<|im_start|>assistant\n")
+    assert as_prompt(tokenizer, "Where is Oslo?") == "Question: Where is Oslo?\nAnswer:"
+
+
+@pytest.mark.parametrize(
+    ("text", "share"),
+    [("", 0), ("a b", 0), ("a b c d", 0), ("a b c a b c", 1 / 4), ("a a a a a a", 3 / 4)],
+)
+def test_repetition_is_the_share_of_trigrams_that_came_before(text, share):
+    assert repetition(text) == pytest.approx(share)
+
+
+def test_distinct_bigrams_are_counted_over_all_texts():
+    assert distinct_n(["a b c", "a b d"]) == pytest.approx(3 / 4)
+    assert distinct_n(["a b", "c d"]) == 1
+    assert distinct_n(["a", ""]) == 0

@@ -1,0 +1,92 @@
+import pytest
+import torch
+
+from elm_trainer.data.questions import Question, load_bank
+from elm_trainer.evaluation.multiple_choice import score_choices
+
+
+@pytest.fixture
+def questions():
+    return load_bank("capitals")[::25] + load_bank("general")[::6]
+
+
+@pytest.fixture
+def sharp_model(tiny_model):
+    """A random model whose choices are far from ties."""
+    with torch.no_grad():
+        for parameter in tiny_model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(5)
+    return tiny_model
+
+
+def slow_score(model, tokenizer, prompt, option):
+    """Log-probability of one option after a prompt: one sequence, no cache, no padding."""
+    encoded = tokenizer(f"{prompt} {option}", return_offsets_mapping=True)
+    ids = encoded["input_ids"]
+    with torch.no_grad():
+        logs = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+    return sum(
+        logs[position - 1, ids[position]].item()
+        for position, (_, end) in enumerate(encoded["offset_mapping"])
+        if end > len(prompt)
+    )
+
+
+def slow_choices(model, tokenizer, questions):
+    log_likelihood, pmi = [], []
+    for question in questions:
+        scores, shifted = {}, {}
+        for option in question.options:
+            scores[option] = slow_score(model, tokenizer, f"Question: {question.text}\nAnswer:", option)
+            shifted[option] = scores[option] - slow_score(model, tokenizer, "Answer:", option)
+        log_likelihood.append(max(scores, key=scores.get) == question.answer)
+        pmi.append(max(shifted, key=shifted.get) == question.answer)
+    return log_likelihood, pmi
+
+
+def test_verdicts_agree_with_options_scored_one_by_one(sharp_model, tokenizer, questions):
+    scores = score_choices(sharp_model, tokenizer, questions, batch_size=8)
+
+    log_likelihood, pmi = slow_choices(sharp_model, tokenizer, questions)
+    assert scores.log_likelihood == log_likelihood
+    assert scores.pmi == pmi
+    assert 0 < sum(pmi) < len(pmi)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7])
+def test_the_batch_size_changes_no_verdict(sharp_model, tokenizer, questions, batch_size):
+    assert score_choices(sharp_model, tokenizer, questions, batch_size=batch_size) == score_choices(
+        sharp_model, tokenizer, questions, batch_size=64
+    )
+
+
+def test_an_option_alone_in_its_batch_is_still_discounted_in_full(sharp_model, tokenizer):
+    # Five different options in batches of four: the last in the alphabet is scored after the bare prompt by itself.
+    questions = [
+        Question(f"Which city lies by river {river}?", ("Addis Ababa", "Bern", "Oslo", last), last)
+        for river in range(12)
+        for last in ("Rome", "Yamoussoukro and its wide and empty avenues")
+    ]
+
+    scores = score_choices(sharp_model, tokenizer, questions, batch_size=1)
+
+    assert scores.pmi == slow_choices(sharp_model, tokenizer, questions)[1]
+
+
+def test_an_untouched_adapter_gives_the_reference_verdicts(tiny_peft_model, tokenizer, questions):
+    adapted = score_choices(tiny_peft_model, tokenizer, questions)
+    with tiny_peft_model.disable_adapter():
+        assert score_choices(tiny_peft_model, tokenizer, questions) == adapted
+
+
+def test_the_model_is_handed_back_in_the_mode_it_came_in(tiny_model, tokenizer, questions):
+    tiny_model.train()
+    score_choices(tiny_model, tokenizer, questions[:2])
+
+    assert tiny_model.training
+
+
+def test_no_questions_are_an_error(tiny_model, tokenizer):
+    with pytest.raises(ValueError, match="`questions` is empty"):
+        score_choices(tiny_model, tokenizer, [])

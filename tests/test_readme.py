@@ -1,0 +1,45 @@
+"""Every block of the README is run, or is the command of a recipe that exists."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).parents[1]
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+
+
+@pytest.mark.slow
+def test_the_quickstart_runs_as_it_stands(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    python = [code for language, code in BLOCKS if language == "python"]
+    assert python
+    for code in python:
+        exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
+    assert (tmp_path / "outputs" / "quickstart" / "adapter" / "adapter_config.json").exists()
+
+
+def test_the_commands_name_files_and_targets_that_exist():
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    commands = [line for language, code in BLOCKS if language == "bash" for line in code.strip().splitlines()]
+    assert commands
+    for command in commands:
+        words = shlex.split(command)
+        if words[0] == "make":
+            assert words[1] in targets
+        for word in words:
+            if word.endswith((".py", ".yaml")):
+                assert (ROOT / word).exists(), word
+
+
+def test_the_diff_applies_to_real_names():
+    import trl
+
+    import elm_trainer
+
+    [diff] = [code for language, code in BLOCKS if language == "diff"]
+    for sign, module in (("-", trl), ("+", elm_trainer)):
+        for name in re.findall(rf"^\{sign}.*?(\w+(?:Trainer|Config))\(", diff, re.MULTILINE):
+            assert hasattr(module, name)
