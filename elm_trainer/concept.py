@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -120,7 +121,8 @@ def load_concept(name_or_path: str) -> Concept:
         raise ValueError(f"`concept` file {name_or_path} has unknown fields {sorted(unknown)}: use only {_FIELDS}.")
     if missing := {"name", "keywords"} - set(record):
         raise ValueError(f"`concept` file {name_or_path} lacks the fields {sorted(missing)}: add them.")
-    return Concept(**{key: tuple(value) if isinstance(value, list) else value for key, value in record.items()})
+    fields: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in record.items()}
+    return Concept(**fields)
 
 
 def _expected(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from datasets import Dataset, interleave_datasets
 from transformers import PreTrainedTokenizerBase
@@ -11,7 +12,7 @@ from .sources import load_texts
 
 
 logger = logging.get_logger(__name__)
-Source = str | Dataset | Sequence[str]
+Source: TypeAlias = str | Dataset | Sequence[str]
 
 
 @dataclass

@@ -56,7 +56,7 @@ def score_choices(
     was_training = model.training
     model.eval()
     try:
-        bare_scores = {}
+        bare_scores: dict[str, float] = {}
         for start in range(0, len(bare), 4 * batch_size):
             options = bare[start : start + 4 * batch_size]
             [scores] = _score_options(model, processing_class, [(BARE_PROMPT, options)])

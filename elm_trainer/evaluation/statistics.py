@@ -38,7 +38,8 @@ def bootstrap_perplexity(
 ) -> Figure:
     """`exp(Σ nlls / Σ tokens)` with the interval over resampled texts; `nlls` are sums in nats, one per text."""
     mean = bootstrap_ratio(nlls, tokens, resamples=resamples, seed=seed)
-    return Figure(*(float(np.exp(value)) for value in (mean.value, mean.low, mean.high)), mean.n)
+    value, low, high = (float(np.exp(nats)) for nats in (mean.value, mean.low, mean.high))
+    return Figure(value, low, high, mean.n)
 
 
 def _bootstrap(sums: np.ndarray, counts: np.ndarray, resamples: int, seed: int) -> Figure:

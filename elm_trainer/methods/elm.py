@@ -269,6 +269,8 @@ class ElmTrainer(ErasureTrainer):
                     for teacher in (self._expert, self._novice)
                 )
         texts = batch["input_ids"].size(0)
+        # `ElmConfig.__post_init__` has filled what was left out.
+        assert self.args.eta is not None and self.args.eta_end is not None and self.args.tau is not None
         eta: float | torch.Tensor = self.args.eta
         if self.args.eta_end != self.args.eta:
             mask = batch["attention_mask"]

@@ -205,7 +205,7 @@ def test_an_unknown_concept_in_the_dataset_lists_the_presets(tiny_model, tokeniz
 
 
 def test_lora_of_released_size_is_accepted(tiny_model, tokenizer, dataset, config):
-    lora = LoraConfig(r=256, lora_alpha=16, lora_dropout=0.05, target_modules="all-linear", layers_to_transform=[0])
+    lora = LoraConfig(r=256, lora_alpha=16, lora_dropout=0.05, target_modules=["q_proj"], layers_to_transform=[0])
     trainer = ElmTrainer(
         tiny_model, config(preset="released", max_steps=1), train_dataset=dataset, processing_class=tokenizer,
         peft_config=lora,
