@@ -70,7 +70,7 @@ def reverse_perplexity(
 ) -> tuple[list[float], list[int]]:
     """Negative log-likelihood (sum, in nats) and length in tokens of each answer, given its prompt, under a judge.
 
-    An empty answer has 0 tokens and counts in `share_empty`, not here.
+    An empty answer counts as one end-of-text token.
     """
     collator = ElmDataCollator(processing_class)
     nlls: list[float] = []
@@ -81,7 +81,9 @@ def reverse_perplexity(
         for prompt, answer in pairs:
             head = processing_class(prompt)["input_ids"]
             # The judge reads the tokens that were generated after the prompt: tokenised apart, as they were made.
-            rows.append((head + processing_class(answer, add_special_tokens=False)["input_ids"], len(head)))
+            # An empty answer is judged by the end-of-text token that is all it holds.
+            tail = processing_class(answer, add_special_tokens=False)["input_ids"] or [processing_class.eos_token_id]
+            rows.append((head + tail, len(head)))
         batch = {key: value.to(judge.device) for key, value in collator.pad(rows).items()}
         losses = token_losses(judge, batch)
         sums = losses.new_zeros(len(rows)).index_add(0, batch["rows"], losses)

@@ -25,7 +25,7 @@ from ..ops import (
     text_mean,
     top_k_distribution,
 )
-from .base import ErasureTrainer
+from .base import ErasureTrainer, check_columns
 from .teachers import Teacher
 
 
@@ -354,6 +354,8 @@ def _text_mean(losses: torch.Tensor, batch: Mapping[str, Any]) -> torch.Tensor:
 
 
 def _concepts(args: ElmConfig, dataset: Any) -> dict[str, Concept]:
+    if dataset is not None:
+        check_columns("train_dataset", dataset)
     names = set(dataset.unique("concept")) if dataset is not None and "concept" in dataset.column_names else set()
     concepts = {concept.name: concept for concept in map(load_concept, args.concepts or sorted(names))}
     if missing := names - set(concepts):

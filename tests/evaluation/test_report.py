@@ -1,3 +1,4 @@
+import io
 import json
 
 import pytest
@@ -181,7 +182,7 @@ def test_the_fingerprint_tells_other_weights_apart(tiny_model):
 
 
 def test_the_table_shows_every_figure_beside_its_reference(report):
-    console = Console(width=200, record=True, quiet=True)
+    console = Console(width=200, record=True, file=io.StringIO())
     console.print(render_table(report))
     text = console.export_text()
 

@@ -56,7 +56,11 @@ def test_every_adapter_matrix_moves_in_two_steps(shape, checkpointing, tokenizer
 
 def test_bf16_autocast_trains(tiny_model, tokenizer, dataset, config, lora):
     trainer = ElmTrainer(
-        tiny_model, config(bf16=True), train_dataset=dataset, processing_class=tokenizer, peft_config=lora
+        tiny_model,
+        config(bf16=True, use_cpu=True),
+        train_dataset=dataset,
+        processing_class=tokenizer,
+        peft_config=lora,
     )
     before = adapter(trainer)
     trainer.train()
