@@ -92,8 +92,12 @@ def test_reverse_perplexity_agrees_with_a_loop_over_tokens(sharp_model, tokenize
     assert nlls == pytest.approx([nll for nll, _ in expected], rel=1e-4)
 
 
-def test_an_empty_answer_has_no_tokens_to_judge(tiny_model, tokenizer):
-    assert reverse_perplexity(tiny_model, tokenizer, ["Rome"], [""]) == ([0.0], [0])
+def test_an_empty_answer_is_judged_by_its_end_token(tiny_model, tokenizer):
+    nlls, tokens = reverse_perplexity(tiny_model, tokenizer, ["Question: one?"], [""])
+    logits = tiny_model(**tokenizer("Question: one?", return_tensors="pt")).logits[0, -1]
+
+    assert tokens == [1]
+    assert nlls[0] == pytest.approx(-logits.log_softmax(-1)[tokenizer.eos_token_id].item(), rel=1e-4)
 
 
 def test_a_question_becomes_a_chat_turn_only_where_there_is_a_template(tokenizer, monkeypatch):
