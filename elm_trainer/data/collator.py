@@ -33,8 +33,8 @@ class ElmDataCollator(DataCollatorMixin):
     """Bundle tokenised rows into `{"forget": batch, "retain": batch, "synthetic": batch}`.
 
     Each batch holds `input_ids`, `attention_mask` and `labels`, all `[batch, seq]`; labels are -100 on padding and on
-    the prompt of a synthetic pair. `rows` and `columns`, `[positions]`, are the places that predict a label, so that
-    the training step need not search for them. Without `targets`, the forget batch also holds `expert` and `novice`: the same
+    the prompt of a synthetic pair. `rows` and `columns`, `[positions]`, are the places that predict a label, and
+    `lengths` (a list of ints) the tokens of each row, so that the training step need not search for them. Without `targets`, the forget batch also holds `expert` and `novice`: the same
     texts behind a context, with labels -100 on the context, `contexts_per_sample` rows to a text in order. With
     `targets`, it holds what was stored for its rows.
 
@@ -78,7 +78,7 @@ class ElmDataCollator(DataCollatorMixin):
             forget["novice"] = self._in_context(examples, "novice_contexts")
         return batch
 
-    def _in_context(self, examples: list[dict[str, Any]], side: str) -> dict[str, torch.Tensor]:
+    def _in_context(self, examples: list[dict[str, Any]], side: str) -> dict[str, Any]:
         assert self.concepts is not None
         rows = []
         for example in examples:
@@ -95,7 +95,7 @@ class ElmDataCollator(DataCollatorMixin):
                     rows.append((ids + text, len(ids) + 1))
         return self.pad(rows)
 
-    def pad(self, rows: Sequence[tuple[list[int], int]]) -> dict[str, torch.Tensor]:
+    def pad(self, rows: Sequence[tuple[list[int], int]]) -> dict[str, Any]:
         """Pad rows of `(token ids, index of the first supervised token)` into one batch."""
         width = max(len(ids) for ids, _ in rows)
         if self.pad_to_multiple_of:
@@ -119,4 +119,5 @@ class ElmDataCollator(DataCollatorMixin):
             "labels": labels,
             "rows": rows_index,
             "columns": columns,
+            "lengths": [len(ids) for ids, _ in rows],
         }

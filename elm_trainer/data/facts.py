@@ -46,9 +46,10 @@ def capitals() -> tuple[Fact, ...]:
     """
     from countryinfo import all_countries
 
+    records = [country.info() for country in all_countries()]
+    names = {record["ISO"]["alpha3"]: record["name"] for record in records if record.get("ISO")}
     facts = []
-    for country in all_countries():
-        record = country.info()
+    for record in records:
         name, capital = record["name"], record.get("capital")
         if not capital or record.get("population", 0) < 500_000 or name in _DEBATABLE:
             continue
@@ -62,6 +63,8 @@ def capitals() -> tuple[Fact, ...]:
             "population": str(max(1, round(record["population"] / 1e6))),
             "tld": next(iter(record.get("tld", ())), None),
             "calling_code": next(iter(record.get("callingCodes", ())), None),
+            "neighbour": next((names[code] for code in record.get("borders", ()) if code in names), None),
+            "iso": record["ISO"]["alpha2"] if record.get("ISO") else None,
         }
         facts.append(Fact(name, capital, record.get("region") or "World", {k: v for k, v in near.items() if v}))
     return tuple(sorted(facts, key=lambda fact: fact.subject))

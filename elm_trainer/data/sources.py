@@ -15,7 +15,8 @@ from .facts import Fact
 from .questions import facts_of, held_out_subjects
 
 
-BUILTIN_SOURCES = ("capitals", "elements", "capitals-near", "elements-near", "everyday", "everyday-held-out")
+_SAMPLED = ("countries", "everyday", "everyday-held-out")
+BUILTIN_SOURCES = ("capitals", "elements", "capitals-near", "elements-near", *_SAMPLED)
 _BUILDERS = {".jsonl": "json", ".json": "json", ".txt": "text", ".csv": "csv", ".parquet": "parquet"}
 
 
@@ -68,12 +69,13 @@ def load_texts(
 def builtin_texts(name: str, processing_class: PreTrainedTokenizerBase | None = None, seed: int = 0) -> Dataset:
     """Texts of a built-in source; facts about [`held_out_subjects`] are left out.
 
-    `capitals` and `elements` state every fact once in each phrasing, a few facts of one form to a text, in random
-    order. Their column `novice` holds the same texts with the answers permuted among the facts. `capitals-near` and
-    `elements-near` are other facts about the same subjects. `everyday` holds SmolLM2-135M-Instruct's own samples on
-    everyday subjects (examples/sample_everyday.py makes them), and `everyday-held-out` those kept for evaluation.
+    `capitals` and `elements` state every fact once in each phrasing, one fact to a text, in random order. Their column
+    `novice` holds the same texts with the answers permuted among the facts. `capitals-near` and `elements-near` are
+    other facts about the same subjects. `everyday` and `countries` hold SmolLM2-135M-Instruct's own samples on everyday
+    subjects and on life in countries (examples/sample_retain.py makes them), and `everyday-held-out` those kept for
+    evaluation.
     """
-    if name.startswith("everyday"):
+    if name in _SAMPLED:
         lines = (files(__package__) / "texts" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
         return Dataset.from_list([json.loads(line) for line in lines])
     concept, _, near = name.partition("-")
@@ -82,23 +84,14 @@ def builtin_texts(name: str, processing_class: PreTrainedTokenizerBase | None = 
     phrasings = yaml.safe_load((files(__package__) / "texts" / f"{concept}.yaml").read_text(encoding="utf-8"))
     rng = random.Random(f"{name}-{seed}")
     rows = []
-    for form, templates in phrasings["near" if near else "forget"].items():
+    for templates in phrasings["near" if near else "forget"].values():
         for template in templates:
-            rng.shuffle(facts)
             permuted = [fact.answer for fact in facts]
             rng.shuffle(permuted)
-            # A chat turn stands alone; sentences, dialogues and table rows come a few to a text.
-            per_text = 1 if form == "chat" else 3
-            pairs = list(zip(facts, permuted, strict=True))
-            for start in range(0, len(pairs), per_text):
-                group = [pair for pair in pairs[start : start + per_text] if _fits(template, pair[0])]
-                if group:
-                    rows.append(
-                        {
-                            "text": _render(template, [(fact, fact.answer) for fact, _ in group], processing_class),
-                            "novice": _render(template, group, processing_class),
-                        }
-                    )
+            for fact, other in zip(facts, permuted, strict=True):
+                if _fits(template, fact):
+                    texts = (_render(template, fact, answer, processing_class) for answer in (fact.answer, other))
+                    rows.append(dict(zip(("text", "novice"), texts, strict=True)))
     rng.shuffle(rows)
     dataset = Dataset.from_list(rows)
     return dataset.remove_columns("novice") if near else dataset
@@ -112,12 +105,13 @@ def _fits(template: str | list[str], fact: Fact) -> bool:
 
 
 def _render(
-    template: str | list[str], pairs: list[tuple[Fact, str]], processing_class: PreTrainedTokenizerBase | None
+    template: str | list[str], fact: Fact, answer: str, processing_class: PreTrainedTokenizerBase | None
 ) -> str:
+    parts = [template] if isinstance(template, str) else template
+    parts = [part.format(subject=fact.subject, answer=answer, **fact.near) for part in parts]
     if isinstance(template, str):
-        return "\n".join(template.format(subject=f.subject, answer=answer, **f.near) for f, answer in pairs)
-    [(fact, answer)] = pairs
-    question, reply = (part.format(subject=fact.subject, answer=answer, **fact.near) for part in template)
+        return parts[0]
+    question, reply = parts
     if processing_class is None or processing_class.chat_template is None:
         return f"User: {question}\nAssistant: {reply}"
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+from accelerate.utils import send_to_device
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.collator import ElmDataCollator
@@ -84,7 +85,7 @@ def reverse_perplexity(
             # An empty answer is judged by the end-of-text token that is all it holds.
             tail = processing_class(answer, add_special_tokens=False)["input_ids"] or [processing_class.eos_token_id]
             rows.append((head + tail, len(head)))
-        batch = {key: value.to(judge.device) for key, value in collator.pad(rows).items()}
+        batch = send_to_device(collator.pad(rows), judge.device)
         losses = token_losses(judge, batch)
         sums = losses.new_zeros(len(rows)).index_add(0, batch["rows"], losses)
         nlls += sums.tolist()

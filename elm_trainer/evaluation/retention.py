@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from accelerate.utils import send_to_device
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
@@ -49,7 +50,7 @@ def retention(
             (processing_class(text, truncation=True, max_length=max_length)["input_ids"], 0)
             for text in texts[start : start + batch_size]
         ]
-        batch = {key: value.to(model.device) for key, value in collator.pad(rows).items()}
+        batch = send_to_device(collator.pad(rows), model.device)
         labels = batch["labels"][batch["rows"], batch["columns"] + 1]
         adapted = position_logits(model, batch).float().log_softmax(-1)
         with model.disable_adapter():

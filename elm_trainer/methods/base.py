@@ -19,6 +19,7 @@ from transformers.utils import logging
 from trl import SFTConfig, SFTTrainer
 
 from ..data.collator import tokenize_pair
+from ..data.packing import pack_batches
 from ..ops import KeepPositions
 
 
@@ -152,7 +153,7 @@ class ErasureTrainer(SFTTrainer):
     def forward_positions(
         self, model: nn.Module, batches: Mapping[str, Mapping[str, torch.Tensor]]
     ) -> dict[str, torch.Tensor]:
-        """Run several sub-batches in one forward and return the logits of their supervised positions.
+        """Run several sub-batches in one forward, packed without padding, and return the logits of their supervised positions.
 
         Args:
             model (`nn.Module`): Model, as the Trainer wrapped it.
@@ -161,25 +162,28 @@ class ErasureTrainer(SFTTrainer):
         Returns:
             `dict[str, torch.Tensor]`: logits `[positions, vocab]` for each sub-batch.
         """
-        width = max(batch["input_ids"].size(1) for batch in batches.values())
-        ids, masks, positions = [], [], []
-        offset = 0
-        for batch in batches.values():
-            missing = width - batch["input_ids"].size(1)
-            ids.append(nn.functional.pad(batch["input_ids"], (0, missing)))
-            masks.append(nn.functional.pad(batch["attention_mask"], (0, missing)))
-            positions.append((batch["rows"] + offset) * width + batch["columns"])
-            offset += batch["input_ids"].size(0)
-        attention_mask = torch.cat(masks)
-        head = self.accelerator.unwrap_model(model).get_output_embeddings()
-        with KeepPositions(head, torch.cat(positions)):
+        unwrapped = self.accelerator.unwrap_model(model)
+        parts = list(batches.values())
+        packing = pack_batches(
+            parts,
+            left_padded=self.processing_class.padding_side == "left",
+            one_row="flash" in (unwrapped.config._attn_implementation or ""),
+            apart=getattr(unwrapped.get_base_model(), "_is_stateful", False),
+        )
+        device = parts[0]["input_ids"].device
+        tokens, position_ids, slots = (part.to(device, non_blocking=True) for part in packing)
+        supervised, offset = [], 0
+        for batch in parts:
+            supervised.append(batch["rows"] * batch["input_ids"].size(1) + batch["columns"] + offset)
+            offset += batch["input_ids"].numel()
+        # Without a mask, transformers keeps texts whose positions start anew from attending to each other.
+        with KeepPositions(unwrapped.get_output_embeddings(), slots[torch.cat(supervised)]):
             logits = model(
-                input_ids=torch.cat(ids),
-                attention_mask=attention_mask,
-                position_ids=(attention_mask.cumsum(-1) - 1).clamp(min=0),
+                input_ids=torch.cat([batch["input_ids"].flatten() for batch in parts])[tokens],
+                position_ids=position_ids,
                 use_cache=False,
             ).logits[0]
-        return dict(zip(batches, logits.split([len(place) for place in positions]), strict=True))
+        return dict(zip(batches, logits.split([len(places) for places in supervised]), strict=True))
 
     @contextmanager
     def reference(self, model: nn.Module):

@@ -326,12 +326,9 @@ class ElmTrainer(ErasureTrainer):
             )
             if weight
         ]  # fmt: skip
-        # Rows of like length share a batch, so that little of it is padding.
-        order = sorted(range(len(self.train_dataset)), key=lambda row: len(self.train_dataset[row]["forget_ids"]))
-        by_row: dict[int, dict[str, torch.Tensor]] = {}
         disable = not self.accelerator.is_local_main_process
-        for start in tqdm(range(0, len(order), size), desc="Computing targets", disable=disable):
-            rows = order[start : start + size]
+        for start in tqdm(range(0, len(self.train_dataset), size), desc="Computing targets", disable=disable):
+            rows = range(start, min(start + size, len(self.train_dataset)))
             inputs = self._prepare_inputs(self.data_collator([self.train_dataset[row] for row in rows]))
             parts: list[dict[str, torch.Tensor]] = [{} for _ in rows]
             for term, name in terms:
@@ -341,8 +338,7 @@ class ElmTrainer(ErasureTrainer):
                 for key, value in target.items():
                     for part, piece in zip(parts, value.cpu().split(counts), strict=True):
                         part[f"{name}_{key}"] = piece.clone()
-            by_row |= dict(zip(rows, parts, strict=True))
-        stored = [by_row[row] for row in range(len(order))]
+            stored += parts
         for teacher in self._teachers.values():
             teacher.remove()
         self._teachers = {}

@@ -24,10 +24,10 @@ def slow_greedy(model, tokenizer, prompt, steps):
 
 
 def slow_nll(model, tokenizer, prompt, answer):
-    """One answer, one forward pass per token."""
+    """One answer, one forward pass per token; an empty answer is its end token."""
     ids = tokenizer(prompt)["input_ids"]
     total = 0.0
-    tokens = tokenizer(answer, add_special_tokens=False)["input_ids"]
+    tokens = tokenizer(answer, add_special_tokens=False)["input_ids"] or [tokenizer.eos_token_id]
     for token in tokens:
         with torch.no_grad():
             logits = model(torch.tensor([ids])).logits[0, -1].double()
