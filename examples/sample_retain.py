@@ -60,7 +60,10 @@ def names_a_measured_fact(text: str) -> bool:
     named = {fact.answer for fact in capitals()}
     named |= {option for q in load_bank("geography") if q.topic != "flags" for option in q.options} - countries
     names = "|".join(re.escape(name) for name in sorted(named))
-    return re.search(rf"\b({names})|Africa|Asia|Europe|America|[Cc]apital|[Cc]ontinent|[Rr]iver|[Ff]lag", text) is not None
+    return (
+        re.search(rf"\b({names})|Africa|Asia|Europe|America|[Cc]apital|[Cc]ontinent|[Rr]iver|[Ff]lag", text)
+        is not None
+    )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,42 @@
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from elm_trainer import ElmDataCollator
+from elm_trainer.data.packing import pack, pack_batches
+
+
+lengths = st.lists(st.integers(1, 20), min_size=1, max_size=12)
+
+
+@given(lengths)
+def test_every_text_lies_in_one_row_and_no_row_is_overfull(lengths):
+    width = max(lengths)
+    rows = pack(lengths, width)
+
+    assert sorted(text for row in rows for text in row) == list(range(len(lengths)))
+    assert all(sum(lengths[text] for text in row) <= width for row in rows)
+    assert len(pack(lengths, None)) == len(lengths)
+
+
+@given(st.lists(lengths, min_size=1, max_size=3), st.sampled_from(["left", "right"]), st.booleans(), st.booleans())
+def test_packed_slots_hold_the_tokens_of_the_padded_batches(groups, side, one_row, apart):
+    class Tokenizer:
+        pad_token_id = 0
+        padding_side = side
+
+    collator = ElmDataCollator(Tokenizer())
+    texts = [[list(range(1, length + 1)) for length in group] for group in groups]
+    batches = [collator.pad([(ids, 0) for ids in group]) for group in texts]
+
+    packing = pack_batches(batches, left_padded=side == "left", one_row=one_row, apart=apart)
+
+    flat = torch.cat([batch["input_ids"].flatten() for batch in batches])
+    real = torch.cat([batch["attention_mask"].flatten() for batch in batches]).bool()
+    packed = flat[packing.tokens].flatten()
+    # Each text counts 1, 2, 3, ..., so a token is its position plus one wherever it lies.
+    assert torch.equal(packed[packing.slots[real]], flat[real])
+    assert torch.equal(packing.position_ids.flatten()[packing.slots[real]], flat[real] - 1)
+    assert len(set(packing.slots[real].tolist())) == int(real.sum())
+    if one_row and not apart:
+        assert packing.tokens.shape == (1, int(real.sum()))
