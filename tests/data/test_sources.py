@@ -75,7 +75,7 @@ def test_held_out_subjects_stand_in_no_forget_text():
 def test_neighbouring_retain_text_states_neither_a_capital_nor_a_continent(name):
     for text in load_texts(name)["text"]:
         text = re.sub("South Africa|Central African Republic", "", text)
-        assert not re.search("[Cc]apital|Africa|Asia|Europe|America|Oceania", text)
+        assert not re.search(r"[Cc]apital|\b(Africa|Asia|Europe|America|Oceania)\b", text)
 
 
 def test_permuted_texts_have_the_same_form_and_other_facts():
