@@ -5,7 +5,6 @@ import json
 import os
 import resource
 import sys
-import unicodedata
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
@@ -21,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from ..data.questions import CHANCE, Question, overlap_accuracy
 from .fluency import as_prompt, distinct_n, generate, repetition, reverse_perplexity
 from .multiple_choice import score_choices
+from .open_answers import names_answer
 from .retention import retention
 from .statistics import Figure, bootstrap_mean, bootstrap_perplexity, bootstrap_ratio
 
@@ -87,7 +87,9 @@ def measure(
             options = {"max_new_tokens": suite.max_new_tokens}
             answers[side] = generate(model, processing_class, texts, **options)
             continuations = generate(model, processing_class, prompts, **options)
-        named = [_names(answer, item.answer) for answer, item in zip(answers[side], suite.open_questions, strict=True)]
+        named = [
+            names_answer(answer, item.answer) for answer, item in zip(answers[side], suite.open_questions, strict=True)
+        ]
         keep("open_answers.names_answer", side, bootstrap_mean(named))
         with model.disable_adapter():  # the judge is the reference
             nlls, tokens = reverse_perplexity(model, processing_class, prompts, continuations)
@@ -212,12 +214,3 @@ def write_samples(path: str | Path, report: Mapping[str, Any]) -> None:
 
 def _cell(figure: Mapping[str, float]) -> str:
     return f"{figure['value']:.3f} [{figure['low']:.3f}, {figure['high']:.3f}]"
-
-
-def _names(text: str, answer: str) -> bool:
-    return _plain(answer) in _plain(text)
-
-
-def _plain(text: str) -> str:
-    decomposed = unicodedata.normalize("NFKD", text.casefold())
-    return "".join(character for character in decomposed if not unicodedata.combining(character))
