@@ -1,6 +1,6 @@
 import pytest
 
-from elm_trainer.evaluation.open_answers import names_answer
+from elm_trainer.data.answers import names_answer
 
 
 @pytest.mark.parametrize(
