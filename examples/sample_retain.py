@@ -1,11 +1,16 @@
-"""Write the package's retain texts: SmolLM2-135M-Instruct's own samples. `python examples/sample_retain.py`."""
+"""Write the package's retain texts and fluent pairs: SmolLM2-135M-Instruct's own samples.
+
+`python examples/sample_retain.py`
+"""
 
 import json
 import random
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import yaml
+from transformers import PreTrainedTokenizerBase
 
 import elm_trainer
 from elm_trainer import load_model_and_tokenizer
@@ -18,10 +23,17 @@ from elm_trainer.synthesis import SynthesisConfig, sample_texts
 HELD_OUT = 30
 COUNTRY_SAMPLES = 350
 CONFIG = SynthesisConfig(plausibility=0.0, top_k=100, temperature=0.9, max_new_tokens=40, batch_size=35)
+# Colder samples are closer to what the reference answers greedily.
+FLUENT = replace(CONFIG, temperature=0.7)
+FEWEST_WORDS = 6
 
 
-def write(path: Path, texts: list[str]) -> None:
-    path.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts), encoding="utf-8")
+def write(path: Path, rows: list[dict[str, str]]) -> None:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def as_rows(texts: list[str]) -> list[dict[str, str]]:
+    return [{"text": text} for text in texts]
 
 
 def main() -> None:
@@ -36,10 +48,30 @@ def main() -> None:
     ]
     texts = sample_texts(model, tokenizer, asked, CONFIG)
     random.Random(0).shuffle(texts)
-    write(folder / "everyday-held-out.jsonl", texts[:HELD_OUT])
-    write(folder / "everyday.jsonl", texts[HELD_OUT:])
+    write(folder / "everyday-held-out.jsonl", as_rows(texts[:HELD_OUT]))
+    write(folder / "everyday.jsonl", as_rows(texts[HELD_OUT:]))
 
-    prompts = yaml.safe_load((folder / "countries.yaml").read_text(encoding="utf-8"))
+    asked = prompts_on_countries(folder / "countries.yaml", tokenizer)
+    texts = sample_texts(model, tokenizer, asked, CONFIG)
+    kept = [text for text in texts if not names_a_measured_fact(text, "[Cc]apital|[Cc]ontinent|[Rr]iver|[Ff]lag")]
+    write(folder / "countries.jsonl", as_rows(kept))
+
+    asked = prompts_on_countries(folder / "capitals-fluent.yaml", tokenizer)
+    texts = sample_texts(model, tokenizer, asked, FLUENT)
+    pairs = [(prompt, text.removeprefix(prompt)) for prompt, text in zip(asked, texts, strict=True)]
+    write(
+        folder / "capitals-fluent.jsonl",
+        [
+            {"prompt": prompt, "completion": completion}
+            for prompt, completion in pairs
+            if len(completion.split()) >= FEWEST_WORDS and not names_a_measured_fact(completion)
+        ],
+    )
+
+
+def prompts_on_countries(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """A draw of the file's prompts, on countries whose capitals stand in the forget text."""
+    prompts = yaml.safe_load(path.read_text(encoding="utf-8"))
     held_out = held_out_subjects("capitals")
     subjects = [fact.subject for fact in capitals() if fact.subject not in held_out]
     asked = [
@@ -50,20 +82,16 @@ def main() -> None:
             *(as_prompt(tokenizer, question.format(subject=subject)) for question in prompts["questions"]),
         )
     ]
-    texts = sample_texts(model, tokenizer, random.Random(0).sample(asked, COUNTRY_SAMPLES), CONFIG)
-    write(folder / "countries.jsonl", [text for text in texts if not names_a_measured_fact(text)])
+    return random.Random(0).sample(asked, COUNTRY_SAMPLES)
 
 
-def names_a_measured_fact(text: str) -> bool:
-    """Whether a text names a capital, a continent, or a river, sea or mountain that a question asks for."""
+def names_a_measured_fact(text: str, words: str = "Oceania") -> bool:
+    """Whether a text names a capital, a continent, a river, sea or mountain that a question asks for, or the words."""
     countries = {fact.subject for fact in capitals()}
     named = {fact.answer for fact in capitals()}
     named |= {option for q in load_bank("geography") if q.topic != "flags" for option in q.options} - countries
     names = "|".join(re.escape(name) for name in sorted(named))
-    return (
-        re.search(rf"\b({names})|Africa|Asia|Europe|America|[Cc]apital|[Cc]ontinent|[Rr]iver|[Ff]lag", text)
-        is not None
-    )
+    return re.search(rf"\b({names})|Africa|Asia|Europe|America|{words}", text) is not None
 
 
 if __name__ == "__main__":

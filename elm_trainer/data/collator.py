@@ -62,9 +62,9 @@ class ElmDataCollator(DataCollatorMixin):
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         forget = self.pad([(row["forget_ids"], 0) for row in examples])
         batch = {"forget": forget, "retain": self.pad([(row["retain_ids"], 0) for row in examples])}
-        # A text without completion (no synthetic pairs) leaves the consistency term out of the batch altogether.
-        if examples[0]["synthetic_ids"]:
-            batch["synthetic"] = self.pad([(row["synthetic_ids"], row["completion_start"]) for row in examples])
+        # A concept without synthetic pairs has no part in the consistency term; a batch without any lacks it altogether.
+        if pairs := [(row["synthetic_ids"], row["completion_start"]) for row in examples if row["synthetic_ids"]]:
+            batch["synthetic"] = self.pad(pairs)
         if self.targets is not None:
             stored = [self.targets[row["row"]] for row in examples]
             for name in ("forget", "retain"):

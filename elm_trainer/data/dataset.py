@@ -8,7 +8,7 @@ from datasets import Dataset, interleave_datasets
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from .sources import load_texts
+from .sources import load_pairs, load_texts
 
 
 logger = logging.get_logger(__name__)
@@ -24,13 +24,13 @@ class ConceptSources:
             Texts about the concept.
         retain (`list` of sources):
             Sources of unrelated (and neighbouring) texts, taken in turn.
-        synthetic (`Sequence[tuple[str, str]]`, *optional*):
-            Pairs of a forget prefix and fluent text that moves on.
+        synthetic (`Sequence[tuple[str, str]]`, `str` or `Dataset`, *optional*):
+            Pairs of a forget prefix and fluent text that moves on, or a source of such pairs (see [`load_pairs`]).
     """
 
     forget: Source
     retain: list[Source]
-    synthetic: Sequence[tuple[str, str]] = ()
+    synthetic: Sequence[tuple[str, str]] | str | Dataset = ()
 
 
 def build_erasure_dataset(
@@ -74,7 +74,8 @@ def build_erasure_dataset(
             _texts(source, f"retain set of concept {name!r}", column, processing_class, seed)
             for source in sources.retain
         ]
-        pairs = list(sources.synthetic)
+        synthetic = sources.synthetic
+        pairs = load_pairs(synthetic) if isinstance(synthetic, (str, Dataset)) else list(synthetic)
         rows = size or max(len(forget), len(pairs), *(len(retain) * len(retains) for retain in retains))
         if size and size < len(forget):
             logger.info(f"Concept {name!r}: {len(forget) - size} of {len(forget)} forget texts lie beyond `size`.")

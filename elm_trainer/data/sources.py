@@ -17,6 +17,7 @@ from .questions import facts_of, held_out_subjects
 
 _SAMPLED = ("countries", "everyday", "everyday-held-out")
 BUILTIN_SOURCES = ("capitals", "elements", "capitals-near", "elements-near", *_SAMPLED)
+BUILTIN_PAIRS = ("capitals-fluent",)
 _BUILDERS = {".jsonl": "json", ".json": "json", ".txt": "text", ".csv": "csv", ".parquet": "parquet"}
 
 
@@ -95,6 +96,27 @@ def builtin_texts(name: str, processing_class: PreTrainedTokenizerBase | None = 
     rng.shuffle(rows)
     dataset = Dataset.from_list(rows)
     return dataset.remove_columns("novice") if near else dataset
+
+
+def load_pairs(source: str | Dataset) -> list[tuple[str, str]]:
+    """Load synthetic pairs of a forget prefix and fluent text that goes on from it.
+
+    Args:
+        source (`str` or `Dataset`): A name of `BUILTIN_PAIRS`, anything that [`load_texts`] takes, or a `Dataset`, with
+            the columns `prompt` and `completion`. `capitals-fluent` holds SmolLM2-135M-Instruct's own answers about
+            capitals, less those that name one (examples/sample_retain.py makes them).
+
+    Raises:
+        ValueError: if a column is missing.
+    """
+    if isinstance(source, str) and source in BUILTIN_PAIRS:
+        source = str(files(__package__) / "texts" / f"{source}.jsonl")
+    dataset = source if isinstance(source, Dataset) else _load_named(source, "train")
+    if missing := {"prompt", "completion"} - set(dataset.column_names):
+        raise ValueError(
+            f"The pairs {source!r} have the columns {dataset.column_names} and lack {sorted(missing)}: name them."
+        )
+    return list(zip(dataset["prompt"], dataset["completion"], strict=True))
 
 
 def _fits(template: str | list[str], fact: Fact) -> bool:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
@@ -226,17 +228,23 @@ class ErasureTrainer(SFTTrainer):
         super().log(logs, start_time)
 
     def _mean_terms(self, mode: str) -> dict[str, list[float]]:
+        metrics = self._metrics[mode]
+        names = [name for name, values in metrics.items() if values and isinstance(values[0], torch.Tensor)]
+        # A process whose texts had no part in a term must join in averaging it all the same.
+        names = sorted(set(gather_object(names))) if self.accelerator.num_processes > 1 else names
         means = {}
-        for name, values in self._metrics[mode].items():
-            if values and isinstance(values[0], torch.Tensor):
-                mean = self.accelerator.reduce(torch.stack(values).float().mean(), reduction="mean").item()
-                if not torch.isfinite(torch.tensor(mean)):
-                    kept = get_last_checkpoint(self.args.output_dir) if Path(self.args.output_dir).is_dir() else None
-                    raise NonFiniteLossError(
-                        f"`{name}` became {mean} by step {self.state.global_step}: lower `learning_rate` or `eta`, or "
-                        f"train in float32. Last good checkpoint: {kept or 'none yet'}."
-                    )
-                means[name] = [mean]
+        for name in names:
+            values = torch.stack(metrics[name]).float() if metrics[name] else torch.zeros(0, device=self.args.device)
+            total = torch.stack([values.sum(), torch.tensor(float(len(values)), device=values.device)])
+            total = self.accelerator.reduce(total, reduction="sum")
+            mean = (total[0] / total[1]).item()
+            if not math.isfinite(mean):
+                kept = get_last_checkpoint(self.args.output_dir) if Path(self.args.output_dir).is_dir() else None
+                raise NonFiniteLossError(
+                    f"`{name}` became {mean} by step {self.state.global_step}: lower `learning_rate` or `eta`, or "
+                    f"train in float32. Last good checkpoint: {kept or 'none yet'}."
+                )
+            means[name] = [mean]
         return means
 
     def train(self, resume_from_checkpoint=None, **kwargs):

@@ -70,3 +70,13 @@ def test_a_row_draws_the_same_contexts_in_any_batch(tokenizer):
     together, alone = collator(rows)["forget"]["expert"], collator(rows[2:])["forget"]["expert"]
     mask = together["attention_mask"][2].bool()
     torch.testing.assert_close(together["input_ids"][2][mask], alone["input_ids"][0])
+
+
+def test_rows_without_a_pair_have_no_part_in_the_synthetic_batch(tokenizer):
+    rows = [row(tokenizer, index, "x y") for index in range(3)]
+    for index in (0, 2):
+        rows[index] |= {"synthetic_ids": [], "completion_start": 0}
+    batch = ElmDataCollator(tokenizer)(rows)
+    assert batch["synthetic"]["input_ids"].tolist() == [rows[1]["synthetic_ids"]]
+    assert len(batch["forget"]["input_ids"]) == 3
+    assert "synthetic" not in ElmDataCollator(tokenizer)([rows[0], rows[2]])

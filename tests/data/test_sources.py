@@ -6,7 +6,7 @@ from datasets import Dataset
 
 from elm_trainer import ConceptSources, build_erasure_dataset, load_bank, load_texts
 from elm_trainer.data.questions import BANKS, held_out_subjects, overlap_accuracy
-from elm_trainer.data.sources import BUILTIN_SOURCES
+from elm_trainer.data.sources import BUILTIN_SOURCES, load_pairs
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "txt", "csv", "parquet"])
@@ -55,6 +55,7 @@ def test_an_empty_side_is_refused(forget, retain):
 
 def test_no_question_stands_in_a_training_text():
     texts = "\n".join(text for name in BUILTIN_SOURCES for text in load_texts(name)["text"])
+    texts += "\n".join(prompt + completion for prompt, completion in load_pairs("capitals-fluent"))
     for bank in BANKS:
         for question in load_bank(bank):
             assert question.text not in texts
@@ -93,3 +94,25 @@ def test_everyday_texts_are_valid_and_disjoint():
     kept, held_out = set(load_texts("everyday")["text"]), set(load_texts("everyday-held-out")["text"])
     assert len(held_out) >= 20 and len(kept) >= 80 and not kept & held_out
     assert json.dumps(sorted(kept))
+
+
+def test_fluent_pairs_name_no_capital_and_ask_about_no_held_out_country():
+    pairs = load_pairs("capitals-fluent")
+    assert len(pairs) > 200
+    held_out = held_out_subjects("capitals")
+    capitals = {question.answer for question in load_bank("capitals")}
+    subjects = {question.subject for question in load_bank("capitals")}
+    for prompt, completion in pairs:
+        # The longest name: Sudan is held out, South Sudan is not.
+        assert max((name for name in subjects if name in prompt), key=len) not in held_out
+        assert not any(re.search(rf"\b{re.escape(name)}\b", completion) for name in capitals)
+
+
+def test_pairs_of_ones_own_reach_the_dataset(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text('{"prompt": "The capital", "completion": " is a fine place."}\n')
+    dataset = build_erasure_dataset({"a": ConceptSources(["f"], [["r"]], str(path))}, size=2)
+    assert dataset["completion"][:] == [" is a fine place."] * 2
+    path.write_text('{"prompt": "The capital"}\n')
+    with pytest.raises(ValueError, match=r"lack \['completion'\]"):
+        load_pairs(str(path))
