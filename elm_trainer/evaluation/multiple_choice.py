@@ -1,42 +1,58 @@
-"""Four-choice accuracy by log-likelihood and by pointwise mutual information (PMI)."""
+"""Multiple choice by ranking the options: log-likelihood, the same by length, and pointwise mutual information (PMI)."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from tqdm.auto import tqdm
+from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.questions import Question
+from .likelihood import log_likelihoods
 
 
 PROMPT = "Question: {question}\nAnswer:"
 BARE_PROMPT = "Answer:"
+_OPTIONS = 4
 
 
 @dataclass(frozen=True)
 class ChoiceScores:
-    """Which questions were answered rightly under each of the two rules, in the order of the questions."""
+    """What each question was answered, in the order of the questions.
+
+    Attributes:
+        log_likelihood (`list[bool]`): Whether the most likely option is the right one.
+        normalized (`list[bool]`): The same by log-likelihood per character (the harness's `acc_norm`).
+        pmi (`list[bool]`): Whether the option of highest PMI is the right one.
+        removed (`list[bool]`): Whether the option that is likeliest after a bare `"Answer:"` is the right one. A bank
+            on which this is far from chance can be answered without its questions.
+        scores (`list[list[float]]`): Log-likelihood of each option, in nats.
+        bare (`list[list[float]]`): Log-likelihood of each option after a bare `"Answer:"`, in nats.
+    """
 
     log_likelihood: list[bool]
+    normalized: list[bool]
     pmi: list[bool]
+    removed: list[bool]
+    scores: list[list[float]]
+    bare: list[list[float]]
 
 
 def score_choices(
-    model: PreTrainedModel,
+    model: PreTrainedModel | PeftModel,
     processing_class: PreTrainedTokenizerBase,
     questions: Sequence[Question],
     *,
     batch_size: int = 16,
+    prompt: str = PROMPT,
     description: str = "Multiple choice",
 ) -> ChoiceScores:
-    """Answer four-choice questions by ranking the options.
+    """Answer multiple-choice questions by ranking the options.
 
-    An option's log-likelihood is the sum of its tokens' log-probabilities after `"Question: …\\nAnswer:"`. Its PMI is
+    An option's log-likelihood is the sum of its tokens' log-probabilities after the prompt. Its PMI is
     that minus the same sum after a bare `"Answer:"`, which removes the preference for frequent strings.
 
     Args:
-        model ([`~transformers.PreTrainedModel`]):
+        model ([`~transformers.PreTrainedModel`] or `PeftModel`):
             Model to question; put in evaluation mode for the call, then back.
         processing_class ([`~transformers.PreTrainedTokenizerBase`]):
             Its tokenizer.
@@ -44,125 +60,64 @@ def score_choices(
             Questions, each with its options; the first option need not be the right one.
         batch_size (`int`, *optional*, defaults to `16`):
             Questions per forward pass.
+        prompt (`str`, *optional*, defaults to `"Question: {question}\\nAnswer:"`):
+            What stands before an option.
         description (`str`, *optional*, defaults to `"Multiple choice"`):
             Label of the progress bar.
 
     Returns:
         [`ChoiceScores`]: one verdict per question and rule.
+
+    Raises:
+        ValueError: if there are no questions.
     """
     if not questions:
         raise ValueError("`questions` is empty, so there is nothing to score: pass at least one Question.")
-    bare = sorted({option for question in questions for option in question.options})
-    was_training = model.training
-    model.eval()
-    try:
-        bare_scores: dict[str, float] = {}
-        for start in range(0, len(bare), 4 * batch_size):
-            options = bare[start : start + 4 * batch_size]
-            [scores] = _score_options(model, processing_class, [(BARE_PROMPT, options)])
-            bare_scores |= dict(zip(options, scores, strict=True))
-        log_likelihood: dict[int, bool] = {}
-        pmi: dict[int, bool] = {}
-        # Questions of like length share a batch, so that little of it is padding.
-        order = sorted(range(len(questions)), key=lambda index: len(questions[index].text))
-        with tqdm(total=len(order), desc=description, leave=False) as bar:
-            for batch in _batches(order, batch_size):
-                asked = [questions[index] for index in batch]
-                prompts = [(PROMPT.format(question=question.text), question.options) for question in asked]
-                all_scores = _score_options(model, processing_class, prompts)
-                for index, question, scores in zip(batch, asked, all_scores, strict=True):
-                    shifted = [s - bare_scores[o] for s, o in zip(scores, question.options, strict=True)]
-                    log_likelihood[index] = question.options[_argmax(scores)] == question.answer
-                    pmi[index] = question.options[_argmax(shifted)] == question.answer
-                bar.update(len(batch))
-    finally:
-        model.train(was_training)
-    indices = range(len(questions))
-    return ChoiceScores([log_likelihood[i] for i in indices], [pmi[i] for i in indices])
-
-
-@torch.inference_mode()
-def _score_options(
-    model: PreTrainedModel,
-    processing_class: PreTrainedTokenizerBase,
-    prompts: Sequence[tuple[str, Sequence[str]]],
-) -> list[list[float]]:
-    """Sum of log-probabilities of each option after its prompt; the prompt is run once for all its options."""
-    heads: list[list[int]] = []
-    tails: list[list[int]] = []
-    skips: list[int] = []  # leading tail tokens that still belong to the prompt
-    counts = []
-    for prompt, options in prompts:
-        encoded = [
-            processing_class(f"{prompt} {option}", return_offsets_mapping=True, add_special_tokens=True)
-            for option in options
-        ]
-        sequences = [encoding["input_ids"] for encoding in encoded]
-        shared = min(_common_prefix(sequences), min(map(len, sequences)) - 1)
-        heads.append(sequences[0][:shared])
-        counts.append(len(options))
-        for encoding in encoded:
-            first = next(i for i, (_, end) in enumerate(encoding["offset_mapping"]) if end > len(prompt))
-            # An option's first tokens may be shared by all options; they then cancel out of every comparison.
-            tails.append(encoding["input_ids"][shared:])
-            skips.append(max(0, first - shared))
-
-    device = model.device
-    head_ids, head_mask = _pad(heads, "left", device)  # [prompts, head]
-    head_positions = (head_mask.cumsum(-1) - 1).clamp(min=0)
-    cached = model(
-        input_ids=head_ids, attention_mask=head_mask, position_ids=head_positions, use_cache=True, logits_to_keep=1
+    options = sorted({option for question in questions for option in question.options})
+    asked = [
+        (prompt.format(question=question.text), f" {option}") for question in questions for option in question.options
+    ]
+    found = log_likelihoods(
+        model,
+        processing_class,
+        [(BARE_PROMPT, f" {option}") for option in options] + asked,
+        batch_size=_OPTIONS * batch_size,
+        description=description,
     )
-    repeats = torch.tensor(counts, device=device)
-    cache = cached.past_key_values
-    cache.batch_select_indices(torch.arange(len(prompts), device=device).repeat_interleave(repeats))
-    last_logits = cached.logits[:, -1:].repeat_interleave(repeats, dim=0)  # [options, 1, vocab]
-
-    tail_ids, tail_mask = _pad(tails, "right", device)  # [options, tail]
-    option_head_mask = head_mask.repeat_interleave(repeats, dim=0)
-    mask = torch.cat([option_head_mask, tail_mask], dim=1)
-    positions = option_head_mask.sum(-1, keepdim=True) + torch.arange(tail_ids.size(1), device=device)
-    logits = last_logits
-    if tail_ids.size(1) > 1:
-        tail = model(
-            input_ids=tail_ids[:, :-1],
-            attention_mask=mask[:, :-1],
-            position_ids=positions[:, :-1],
-            past_key_values=cache,
-            use_cache=True,
-        )
-        logits = torch.cat([last_logits, tail.logits], dim=1)  # [options, tail, vocab]
-    chosen = logits.gather(-1, tail_ids[..., None]).squeeze(-1).float() - logits.float().logsumexp(-1)
-    skip = torch.arange(tail_ids.size(1), device=device) < torch.tensor(skips, device=device)[:, None]
-    totals = chosen.masked_fill(skip | (tail_mask == 0), 0).sum(-1).tolist()
-    iterator = iter(totals)
-    return [[next(iterator) for _ in range(count)] for count in counts]
+    alone = dict(zip(options, found, strict=False))
+    likelihoods = iter(found[len(options) :])
+    scores = [[next(likelihoods) for _ in question.options] for question in questions]
+    bare = [[alone[option] for option in question.options] for question in questions]
+    lengths = [[len(option) for option in question.options] for question in questions]
+    return ChoiceScores(
+        log_likelihood=_verdicts(questions, scores),
+        normalized=_verdicts(
+            questions,
+            [[s / n for s, n in zip(*both, strict=True)] for both in zip(scores, lengths, strict=True)],
+        ),
+        pmi=_verdicts(questions, [pmi(*both) for both in zip(scores, bare, strict=True)]),
+        removed=_verdicts(questions, bare),
+        scores=scores,
+        bare=bare,
+    )
 
 
-def _pad(sequences: list[list[int]], side: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    width = max(map(len, sequences))
-    ids = torch.zeros(len(sequences), width, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, sequence in enumerate(sequences):
-        place = slice(width - len(sequence), width) if side == "left" else slice(0, len(sequence))
-        ids[row, place] = torch.tensor(sequence)
-        mask[row, place] = 1
-    return ids.to(device), mask.to(device)
+def pmi(scores: Sequence[float], bare: Sequence[float]) -> list[float]:
+    """Pointwise mutual information of a question with each of its options, in nats.
+
+    Args:
+        scores (`Sequence[float]`): Log-likelihood of each option after the question.
+        bare (`Sequence[float]`): Log-likelihood of each option after a bare `"Answer:"`.
+    """
+    return [score - alone for score, alone in zip(scores, bare, strict=True)]
 
 
-def _common_prefix(sequences: list[list[int]]) -> int:
-    length = 0
-    for column in zip(*sequences, strict=False):
-        if len(set(column)) > 1:
-            break
-        length += 1
-    return length
-
-
-def _batches(items: list[int], size: int) -> Iterator[list[int]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
-
-
-def _argmax(values: Sequence[float]) -> int:
+def likeliest(values: Sequence[float]) -> int:
+    """Index of the largest value; the first of equals, as in the harness."""
     return max(range(len(values)), key=values.__getitem__)
+
+
+def _verdicts(questions: Sequence[Question], values: Sequence[Sequence[float]]) -> list[bool]:
+    return [
+        question.options[likeliest(row)] == question.answer for question, row in zip(questions, values, strict=True)
+    ]

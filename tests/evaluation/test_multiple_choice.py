@@ -34,31 +34,50 @@ def slow_score(model, tokenizer, prompt, option):
 
 
 def slow_choices(model, tokenizer, questions):
-    log_likelihood, pmi = [], []
+    """Verdicts by each rule, every option scored by itself."""
+    verdicts = {"log_likelihood": [], "normalized": [], "pmi": [], "removed": []}
     for question in questions:
-        scores, shifted = {}, {}
-        for option in question.options:
-            scores[option] = slow_score(model, tokenizer, f"Question: {question.text}\nAnswer:", option)
-            shifted[option] = scores[option] - slow_score(model, tokenizer, "Answer:", option)
-        log_likelihood.append(max(scores, key=scores.get) == question.answer)
-        pmi.append(max(shifted, key=shifted.get) == question.answer)
-    return log_likelihood, pmi
+        scores = {
+            option: slow_score(model, tokenizer, f"Question: {question.text}\nAnswer:", option)
+            for option in question.options
+        }
+        bare = {option: slow_score(model, tokenizer, "Answer:", option) for option in question.options}
+        rules = {
+            "log_likelihood": scores,
+            "normalized": {option: score / len(option) for option, score in scores.items()},
+            "pmi": {option: score - bare[option] for option, score in scores.items()},
+            "removed": bare,
+        }
+        for rule, values in rules.items():
+            verdicts[rule].append(max(values, key=values.get) == question.answer)
+    return verdicts
 
 
-def test_verdicts_agree_with_options_scored_one_by_one(sharp_model, tokenizer, questions):
-    scores = score_choices(sharp_model, tokenizer, questions, batch_size=8)
+@pytest.mark.parametrize("rule", ["log_likelihood", "normalized", "pmi", "removed"])
+def test_verdicts_agree_with_options_scored_one_by_one(sharp_model, tokenizer, questions, rule):
+    verdicts = getattr(score_choices(sharp_model, tokenizer, questions, batch_size=8), rule)
 
-    log_likelihood, pmi = slow_choices(sharp_model, tokenizer, questions)
-    assert scores.log_likelihood == log_likelihood
-    assert scores.pmi == pmi
-    assert 0 < sum(pmi) < len(pmi)
+    assert verdicts == slow_choices(sharp_model, tokenizer, questions)[rule]
+    assert 0 < sum(verdicts) < len(verdicts)
 
 
-@pytest.mark.parametrize("batch_size", [1, 7])
-def test_the_batch_size_changes_no_verdict(sharp_model, tokenizer, questions, batch_size):
-    assert score_choices(sharp_model, tokenizer, questions, batch_size=batch_size) == score_choices(
-        sharp_model, tokenizer, questions, batch_size=64
-    )
+@pytest.mark.parametrize("batch_size", [1, 7, 32])
+def test_the_batch_size_changes_no_verdict_and_no_figure(sharp_model, tokenizer, questions, batch_size):
+    found = score_choices(sharp_model, tokenizer, questions, batch_size=batch_size)
+    expected = score_choices(sharp_model, tokenizer, questions, batch_size=64)
+
+    for rule in ("log_likelihood", "normalized", "pmi", "removed"):
+        assert getattr(found, rule) == getattr(expected, rule)
+    for figures in ("scores", "bare"):
+        for one, other in zip(getattr(found, figures), getattr(expected, figures), strict=True):
+            assert one == pytest.approx(other, abs=1e-5)
+
+
+def test_the_side_on_which_a_tokenizer_pads_changes_nothing(tiny_model, tokenizer, questions, monkeypatch):
+    expected = score_choices(tiny_model, tokenizer, questions)
+    monkeypatch.setattr(tokenizer, "padding_side", "right" if tokenizer.padding_side == "left" else "left")
+
+    assert score_choices(tiny_model, tokenizer, questions) == expected
 
 
 def test_an_option_alone_in_its_batch_is_still_discounted_in_full(sharp_model, tokenizer):
@@ -71,7 +90,7 @@ def test_an_option_alone_in_its_batch_is_still_discounted_in_full(sharp_model, t
 
     scores = score_choices(sharp_model, tokenizer, questions, batch_size=1)
 
-    assert scores.pmi == slow_choices(sharp_model, tokenizer, questions)[1]
+    assert scores.pmi == slow_choices(sharp_model, tokenizer, questions)["pmi"]
 
 
 def test_an_untouched_adapter_gives_the_reference_verdicts(tiny_peft_model, tokenizer, questions):

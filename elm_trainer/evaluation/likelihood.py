@@ -1,0 +1,205 @@
+"""Log-likelihoods of many continuations, each distinct prefix of which is run through the model once."""
+
+import inspect
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from peft import PeftModel
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..ops import KeepPositions
+
+
+# A packed row attends over itself, so beyond some length more tokens cost more than what they share saves.
+_MOST_PACKED_TOKENS = 1024
+
+
+@dataclass(frozen=True)
+class _Sequence:
+    """Tokens of a prompt with its continuation, and the index of the continuation's first token."""
+
+    ids: list[int]
+    first: int
+
+
+def log_likelihoods(
+    model: PreTrainedModel | PeftModel,
+    processing_class: PreTrainedTokenizerBase,
+    pairs: Sequence[tuple[str, str]],
+    *,
+    batch_size: int = 64,
+    description: str = "Log-likelihoods",
+) -> list[float]:
+    """Sum of the log-probabilities of a continuation's tokens after its prompt, in nats.
+
+    Prompt and continuation are tokenised as one text; a token across the seam counts as continuation. Prompts and
+    continuations that begin alike are packed into one row as the branches of a tree, in which a token sees its own
+    branch only: every distinct prefix is computed once, and nothing is padded. Models that such a mask would not suit
+    (state spaces, ALiBi, flash attention, texts longer than a sliding window, code from outside transformers) get one
+    padded row for each pair instead.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or `PeftModel`): Model; put in evaluation mode for the call, then back.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer, a fast one.
+        pairs (`Sequence[tuple[str, str]]`): Prompts and their continuations, with the space between them.
+        batch_size (`int`, *optional*, defaults to `64`): Most pairs in a forward pass.
+        description (`str`, *optional*, defaults to `"Log-likelihoods"`): Label of the progress bar.
+
+    Raises:
+        ValueError: if a prompt or a continuation has no token.
+    """
+    sequences = _tokenize(processing_class, pairs)
+    packed = _suits_packing(model, max((len(sequence.ids) for sequence in sequences), default=0))
+    # What begins alike shares a pack, what is of one length shares a padded batch.
+    keys = [sequence.ids[:-1] if packed else [len(sequence.ids)] for sequence in sequences]
+    order = sorted(range(len(sequences)), key=keys.__getitem__)
+    totals = [0.0] * len(sequences)
+    training = model.training
+    model.eval()
+    try:
+        with tqdm(total=len(order), desc=description, leave=False) as bar:
+            for batch in _batches(order, sequences, batch_size):
+                members = [sequences[index] for index in batch]
+                sums = _packed_sums(model, members) if packed else _padded_sums(model, members)
+                for index, total in zip(batch, sums, strict=True):
+                    totals[index] = total
+                bar.update(len(batch))
+    finally:
+        model.train(training)
+    return totals
+
+
+def _tokenize(processing_class: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]]) -> list[_Sequence]:
+    if not pairs:
+        return []
+    encoded = processing_class(
+        [prompt + continuation for prompt, continuation in pairs],
+        return_offsets_mapping=True,
+        return_attention_mask=False,
+    )
+    sequences = []
+    for (prompt, continuation), ids, offsets in zip(
+        pairs, encoded["input_ids"], encoded["offset_mapping"], strict=True
+    ):
+        first = next((index for index, (_, end) in enumerate(offsets) if end > len(prompt)), len(ids))
+        if not 0 < first < len(ids):
+            raise ValueError(
+                f"Prompt {prompt!r} with continuation {continuation!r} leaves nothing to predict: neither may be empty."
+            )
+        sequences.append(_Sequence(ids, first))
+    return sequences
+
+
+def _suits_packing(model: PreTrainedModel | PeftModel, longest: int) -> bool:
+    """Whether a model takes a mask `[1, 1, tokens, tokens]` and positions of our choice, and obeys them."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    config = base.config.get_text_config()
+    if not type(base).__module__.startswith("transformers.models.") or base._is_stateful:
+        return False
+    if "position_ids" not in inspect.signature(base.forward).parameters or getattr(config, "alibi", False):
+        return False
+    if config._attn_implementation not in ("eager", "sdpa"):
+        return False
+    if not set(getattr(config, "layer_types", None) or ()) <= {"full_attention", "sliding_attention"}:
+        return False
+    # GPT-Neo's local layers count the window along the row, whatever the mask says.
+    if getattr(config, "window_size", None):
+        return False
+    window = getattr(config, "sliding_window", None)
+    return window is None or longest <= window
+
+
+def _batches(order: list[int], sequences: Sequence[_Sequence], size: int) -> Iterator[list[int]]:
+    """Consecutive indices, at most `size` to a batch and of at most `_MOST_PACKED_TOKENS` distinct tokens."""
+    batch: list[int] = []
+    tokens = 0
+    for index in order:
+        ids = sequences[index].ids
+        added = len(ids) - (_common_prefix(sequences[batch[-1]].ids, ids) if batch else 0)
+        if batch and (len(batch) == size or tokens + added > _MOST_PACKED_TOKENS):
+            yield batch
+            batch, tokens, added = [], 0, len(ids)
+        batch.append(index)
+        tokens += added
+    if batch:
+        yield batch
+
+
+def _packed_sums(model: PreTrainedModel | PeftModel, sequences: Sequence[_Sequence]) -> list[float]:
+    """Sums over sequences sorted by their tokens, which are laid out as a tree in one row."""
+    tokens: list[int] = []
+    depths: list[int] = []
+    parents: list[int] = []
+    places: list[list[int]] = []
+    before: list[int] = []
+    path: list[int] = []  # where the tokens of the current sequence stand in the row
+    for sequence in sequences:
+        inputs = sequence.ids[:-1]  # nothing is predicted from the last token
+        path = path[: _common_prefix(before, inputs)]
+        for depth in range(len(path), len(inputs)):
+            parents.append(path[-1] if path else -1)
+            path.append(len(tokens))
+            tokens.append(inputs[depth])
+            depths.append(depth)
+        places.append(path[sequence.first - 1 :])
+        before = inputs
+
+    sees: np.ndarray = np.eye(len(tokens), dtype=bool)  # [tokens, tokens]
+    for token, parent in enumerate(parents):
+        if parent >= 0:
+            sees[token] |= sees[parent]
+    dtype = model.get_input_embeddings().weight.dtype
+    mask = torch.zeros(sees.shape, dtype=dtype).masked_fill(torch.from_numpy(~sees), torch.finfo(dtype).min)
+    batch = {
+        "input_ids": torch.tensor([tokens]),
+        "position_ids": torch.tensor([depths]),
+        "attention_mask": mask[None, None],
+    }
+    return _sums(model, batch, sequences, places)
+
+
+def _padded_sums(model: PreTrainedModel | PeftModel, sequences: Sequence[_Sequence]) -> list[float]:
+    """Sums over sequences in rows of their own, padded on the right, where no causal model sees it."""
+    width = max(len(sequence.ids) for sequence in sequences) - 1
+    input_ids = torch.zeros(len(sequences), width, dtype=torch.long)
+    mask = torch.zeros_like(input_ids)
+    for row, sequence in enumerate(sequences):
+        input_ids[row, : len(sequence.ids) - 1] = torch.tensor(sequence.ids[:-1])
+        mask[row, : len(sequence.ids) - 1] = 1
+    places = [
+        [row * width + column for column in range(sequence.first - 1, len(sequence.ids) - 1)]
+        for row, sequence in enumerate(sequences)
+    ]
+    return _sums(model, {"input_ids": input_ids, "attention_mask": mask}, sequences, places)
+
+
+@torch.inference_mode()
+def _sums(
+    model: PreTrainedModel | PeftModel,
+    inputs: dict[str, torch.Tensor],
+    sequences: Sequence[_Sequence],
+    places: Sequence[Sequence[int]],
+) -> list[float]:
+    """One forward pass; `places` are the flat positions that predict the tokens of each continuation."""
+    device = model.device
+    kept, rows = np.unique(np.concatenate(places), return_inverse=True)
+    targets = [token for sequence in sequences for token in sequence.ids[sequence.first :]]
+    with KeepPositions(model.get_output_embeddings(), torch.from_numpy(kept).to(device)):
+        outputs = model(**{name: tensor.to(device) for name, tensor in inputs.items()}, use_cache=False)
+    logits = outputs.logits[0].float()  # [kept, vocab]
+    index = torch.from_numpy(rows).to(device)
+    chosen = logits[index, torch.tensor(targets, device=device)] - logits.logsumexp(-1)[index]
+    starts = np.cumsum([0, *(len(place) for place in places[:-1])])
+    return [float(total) for total in np.add.reduceat(chosen.cpu().double().numpy(), starts)]
+
+
+def _common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
+    length = 0
+    for left, right in zip(one, other, strict=False):
+        if left != right:
+            break
+        length += 1
+    return length
