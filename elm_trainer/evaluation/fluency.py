@@ -1,6 +1,8 @@
-"""Seamlessness: greedy answers, their perplexity under a judge (R-PPL), repetition and emptiness."""
+"""Seamlessness: greedy and sampled answers, their perplexity under a judge (R-PPL), repetition and truncation."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 
 import torch
 from accelerate.utils import send_to_device
@@ -10,54 +12,140 @@ from ..data.collator import ElmDataCollator
 from ..ops import KeepPositions
 
 
+@dataclass(frozen=True)
+class Generations:
+    """Continuations in the order of their prompts.
+
+    Attributes:
+        texts (`list[str]`): The continuations without special tokens.
+        truncated (`list[bool]`): Whether each was cut off at the longest length, before the model ended it.
+    """
+
+    texts: list[str]
+    truncated: list[bool]
+
+
 def as_prompt(processing_class: PreTrainedTokenizerBase, question: str) -> str:
     """The question as a chat turn where the tokenizer has a chat template, else as `"Question: …\\nAnswer:"`."""
     if processing_class.chat_template is None:
         return f"Question: {question}\nAnswer:"
     messages = [{"role": "user", "content": question}]
-    return str(processing_class.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    text = str(processing_class.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    # Where the tokenizer begins every text with this token, the template's own would be a second one.
+    if processing_class("")["input_ids"][:1] == [processing_class.bos_token_id]:
+        text = text.removeprefix(str(processing_class.bos_token))
+    return text
 
 
-@torch.inference_mode()
 def generate(
     model: PreTrainedModel,
     processing_class: PreTrainedTokenizerBase,
     prompts: Sequence[str],
     *,
     max_new_tokens: int = 32,
+    temperature: float = 0.0,
+    seed: int | None = None,
     batch_size: int = 32,
 ) -> list[str]:
-    """Greedy continuations of prompts that are already in their final form; special tokens are left out.
+    """The texts of [`generate_answers`], which takes the same arguments."""
+    return generate_answers(
+        model,
+        processing_class,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        batch_size=batch_size,
+    ).texts
+
+
+@torch.inference_mode()
+def generate_answers(
+    model: PreTrainedModel,
+    processing_class: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int = 32,
+    temperature: float = 0.0,
+    seed: int | None = None,
+    batch_size: int = 32,
+) -> Generations:
+    """Continue prompts that are already in their final form.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): Model; put in evaluation mode for the call, then back.
         processing_class ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
         prompts (`Sequence[str]`): Prompts.
         max_new_tokens (`int`, *optional*, defaults to `32`): Longest continuation, in tokens.
+        temperature (`float`, *optional*, defaults to `0.0`): Of sampling; `0` is greedy.
+        seed (`int`, *optional*): Of sampling, for the same continuations of the same prompts at the same batch size;
+            torch's global random state is then left as it was. Without it, that state is drawn from.
         batch_size (`int`, *optional*, defaults to `32`): Prompts per batch.
     """
+    ends = _end_tokens(model, processing_class)
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
-        do_sample=False,
-        eos_token_id=processing_class.eos_token_id,
+        do_sample=temperature > 0,
+        temperature=temperature or None,
+        eos_token_id=ends,
         pad_token_id=processing_class.pad_token_id,
     )
+    device = model.device
+    devices = [device] if device.type == "cuda" else []
+    answers = Generations([], [])
     training = model.training
     model.eval()
-    texts: list[str] = []
     try:
-        for start in range(0, len(prompts), batch_size):
-            batch = processing_class(
-                list(prompts[start : start + batch_size]), return_tensors="pt", padding=True, padding_side="left"
-            ).to(model.device)
-            batch.pop("token_type_ids", None)
-            generated = model.generate(**batch, generation_config=config)
-            texts += processing_class.batch_decode(
-                generated[:, batch["input_ids"].size(1) :], skip_special_tokens=True
-            )
+        with nullcontext() if seed is None else torch.random.fork_rng(devices=devices):
+            if seed is not None:
+                torch.manual_seed(seed)
+            for start in range(0, len(prompts), batch_size):
+                batch = processing_class(
+                    list(prompts[start : start + batch_size]), return_tensors="pt", padding=True, padding_side="left"
+                ).to(device)
+                batch.pop("token_type_ids", None)
+                tokens = model.generate(**batch, generation_config=config)[:, batch["input_ids"].size(1) :]
+                # [batch, new tokens]; behind its end token a row holds padding.
+                ended = torch.isin(tokens, torch.tensor(ends, device=device)).any(-1).tolist()
+                answers.texts.extend(processing_class.batch_decode(tokens, skip_special_tokens=True))
+                answers.truncated.extend(not end for end in ended)
     finally:
         model.train(training)
-    return texts
+    return answers
+
+
+def _end_tokens(model: PreTrainedModel, processing_class: PreTrainedTokenizerBase) -> list[int]:
+    """The tokenizer's end token and those of the model's own settings, such as the end of a chat turn."""
+    configured = model.generation_config.eos_token_id
+    more = configured if isinstance(configured, list) else [configured]
+    return sorted({token for token in (processing_class.eos_token_id, *more) if token is not None})
+
+
+def judge_answers(
+    judge: PreTrainedModel,
+    processing_class: PreTrainedTokenizerBase,
+    questions: Sequence[str],
+    answers: Sequence[str],
+    *,
+    batch_size: int = 16,
+) -> tuple[list[float], list[int]]:
+    """[`reverse_perplexity`] of answers under any judge, which is asked each question in its own chat template.
+
+    The prompts that a model was given may hold special tokens that mean nothing to another judge, so it reads the bare
+    question. The white space between prompt and answer is made what the judge expects there. Perplexities are per token
+    of the judge: two models compare under one judge, but a model's figures under two judges don't.
+
+    Args:
+        judge ([`~transformers.PreTrainedModel`]): Model that judges.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`]): The judge's own tokenizer.
+        questions (`Sequence[str]`): Questions, without any template.
+        answers (`Sequence[str]`): An answer to each.
+        batch_size (`int`, *optional*, defaults to `16`): Answers per batch.
+    """
+    prompts = [as_prompt(processing_class, question) for question in questions]
+    space = " " if processing_class.chat_template is None else ""
+    texts = [space + answer.lstrip() if answer.strip() else "" for answer in answers]
+    return reverse_perplexity(judge, processing_class, prompts, texts, batch_size=batch_size)
 
 
 @torch.inference_mode()
@@ -71,25 +159,39 @@ def reverse_perplexity(
 ) -> tuple[list[float], list[int]]:
     """Negative log-likelihood (sum, in nats) and length in tokens of each answer, given its prompt, under a judge.
 
-    An empty answer counts as one end-of-text token.
+    An empty answer counts as one end-of-text token. R-PPL is `exp(Σ nlls / Σ tokens)`.
+
+    Args:
+        judge ([`~transformers.PreTrainedModel`]): Model that judges; put in evaluation mode for the call, then back.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`]): The judge's own tokenizer.
+        prompts (`Sequence[str]`): Prompts in the form in which the judge is to read them; see [`judge_answers`].
+        answers (`Sequence[str]`): An answer to each.
+        batch_size (`int`, *optional*, defaults to `16`): Answers per batch.
     """
     collator = ElmDataCollator(processing_class)
     nlls: list[float] = []
     tokens: list[int] = []
-    for start in range(0, len(prompts), batch_size):
-        pairs = zip(prompts[start : start + batch_size], answers[start : start + batch_size], strict=True)
-        rows = []
-        for prompt, answer in pairs:
-            head = processing_class(prompt)["input_ids"]
-            # The judge reads the tokens that were generated after the prompt: tokenised apart, as they were made.
-            # An empty answer is judged by the end-of-text token that is all it holds.
-            tail = processing_class(answer, add_special_tokens=False)["input_ids"] or [processing_class.eos_token_id]
-            rows.append((head + tail, len(head)))
-        batch = send_to_device(collator.pad(rows), judge.device)
-        losses = token_losses(judge, batch)
-        sums = losses.new_zeros(len(rows)).index_add(0, batch["rows"], losses)
-        nlls += sums.tolist()
-        tokens += torch.bincount(batch["rows"], minlength=len(rows)).tolist()
+    training = judge.training
+    judge.eval()
+    try:
+        for start in range(0, len(prompts), batch_size):
+            pairs = zip(prompts[start : start + batch_size], answers[start : start + batch_size], strict=True)
+            rows = []
+            for prompt, answer in pairs:
+                head = processing_class(prompt)["input_ids"]
+                # The judge reads the tokens that were generated after the prompt: tokenised apart, as they were made.
+                # An empty answer is judged by the end-of-text token that is all it holds.
+                tail = processing_class(answer, add_special_tokens=False)["input_ids"] or [
+                    processing_class.eos_token_id
+                ]
+                rows.append((head + tail, len(head)))
+            batch = send_to_device(collator.pad(rows), judge.device)
+            losses = token_losses(judge, batch)
+            sums = losses.new_zeros(len(rows)).index_add(0, batch["rows"], losses)
+            nlls += sums.tolist()
+            tokens += torch.bincount(batch["rows"], minlength=len(rows)).tolist()
+    finally:
+        judge.train(training)
     return nlls, tokens
 
 

@@ -1,16 +1,26 @@
+import copy
 import warnings
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
-from elm_trainer.evaluation.fluency import as_prompt, distinct_n, generate, repetition, reverse_perplexity
+from elm_trainer.evaluation.fluency import (
+    as_prompt,
+    distinct_n,
+    generate,
+    generate_answers,
+    judge_answers,
+    repetition,
+    reverse_perplexity,
+)
 
 
 PROMPTS = ["The capital of France is", "Rome", "In Asia, the seat of government of a large country is", "Oslo"]
 ANSWERS = [" Paris.", " is an old city on seven hills", "", " lies in Norway, by the sea"]
 
 
-def slow_greedy(model, tokenizer, prompt, steps):
+def slow_tokens(model, tokenizer, prompt, steps):
     """One prompt, no padding, no cache: the whole sequence is run again for every token."""
     ids = tokenizer(prompt)["input_ids"]
     made = []
@@ -20,7 +30,11 @@ def slow_greedy(model, tokenizer, prompt, steps):
         if token == tokenizer.eos_token_id:
             break
         made.append(token)
-    return tokenizer.decode(made, skip_special_tokens=True)
+    return made
+
+
+def slow_greedy(model, tokenizer, prompt, steps):
+    return tokenizer.decode(slow_tokens(model, tokenizer, prompt, steps), skip_special_tokens=True)
 
 
 def slow_nll(model, tokenizer, prompt, answer):
@@ -121,3 +135,69 @@ def test_distinct_bigrams_are_counted_over_all_texts():
     assert distinct_n(["a b c", "a b d"]) == pytest.approx(3 / 4)
     assert distinct_n(["a b", "c d"]) == 1
     assert distinct_n(["a", ""]) == 0
+
+
+def test_an_answer_without_an_end_token_is_truncated(sharp_model, tokenizer):
+    ended = [len(slow_tokens(sharp_model, tokenizer, prompt, 6)) < 6 for prompt in PROMPTS]
+    # The next token of the first prompt is made an end token, so that one of the answers ends.
+    first = slow_tokens(sharp_model, tokenizer, PROMPTS[0], 1)[0]
+    sharp_model.generation_config.eos_token_id = [tokenizer.eos_token_id, first]
+
+    answers = generate_answers(sharp_model, tokenizer, PROMPTS, max_new_tokens=6)
+
+    assert not any(ended)
+    expected = [first not in slow_tokens(sharp_model, tokenizer, prompt, 6) for prompt in PROMPTS]
+    assert answers.truncated == expected
+    assert not answers.truncated[0]
+
+
+def test_a_seed_gives_the_same_answers_and_leaves_the_global_state_alone(tiny_model, tokenizer):
+    options = {"max_new_tokens": 6, "temperature": 1.0}
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+
+    first = generate(tiny_model, tokenizer, PROMPTS, seed=1, **options)
+    untouched = torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(6)
+
+    assert untouched
+    assert generate(tiny_model, tokenizer, PROMPTS, seed=1, **options) == first
+    assert generate(tiny_model, tokenizer, PROMPTS, seed=2, **options) != first
+
+
+def test_a_judge_reads_the_question_in_its_own_words(sharp_model, tokenizer, monkeypatch):
+    questions, answers = ["Where is Oslo?", "Where is Rome?"], [" In Norway.", "\n"]
+    chat = judge_answers(sharp_model, tokenizer, questions, answers)
+    expected_chat = reverse_perplexity(
+        sharp_model, tokenizer, [as_prompt(tokenizer, question) for question in questions], ["In Norway.", ""]
+    )
+    monkeypatch.setattr(tokenizer, "chat_template", None)
+
+    plain = judge_answers(sharp_model, tokenizer, questions, answers)
+
+    assert chat == expected_chat
+    assert plain == reverse_perplexity(
+        sharp_model, tokenizer, [f"Question: {question}\nAnswer:" for question in questions], [" In Norway.", ""]
+    )
+    assert plain[0] != chat[0]
+
+
+def test_a_tokenizer_that_begins_every_text_itself_gets_no_second_beginning(tokenizer):
+    tokenizer = copy.deepcopy(tokenizer)
+    begin = tokenizer.bos_token
+    tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    plain = as_prompt(tokenizer, "Oslo?")
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{begin} $A", special_tokens=[(begin, tokenizer.bos_token_id)]
+    )
+
+    assert plain == f"{begin}Oslo?"
+    assert as_prompt(tokenizer, "Oslo?") == "Oslo?"
+    assert tokenizer(as_prompt(tokenizer, "Oslo?"))["input_ids"].count(tokenizer.bos_token_id) == 1
+
+
+def test_the_judge_is_handed_back_in_the_mode_it_came_in(tiny_model, tokenizer):
+    tiny_model.train()
+    reverse_perplexity(tiny_model, tokenizer, PROMPTS, ANSWERS)
+
+    assert tiny_model.training
