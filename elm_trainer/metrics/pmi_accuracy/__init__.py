@@ -1,0 +1,1 @@
+"""The metric module `pmi_accuracy`."""

@@ -1,0 +1,1 @@
+"""The metric module `r_ppl`."""

@@ -1,0 +1,144 @@
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaForCausalLM
+
+from elm_trainer.data.questions import BANKS, load_bank
+from elm_trainer.evaluation.harness import TASKS, evaluate_with_harness, export_banks, harness_tasks
+from elm_trainer.evaluation.multiple_choice import score_choices
+
+
+pytest.importorskip("lm_eval")
+
+
+def sorted_samples(result, task):
+    return sorted(result["samples"][task], key=lambda sample: sample["doc_id"])
+
+
+def test_the_shipped_tasks_hold_the_banks_as_they_are(tmp_path):
+    export_banks(tmp_path)
+    for bank in BANKS:
+        assert (harness_tasks() / f"{bank}.jsonl").read_text() == (tmp_path / f"{bank}.jsonl").read_text()
+
+
+@pytest.mark.parametrize("bank", BANKS)
+def test_the_harness_and_our_scorer_agree_on_the_test_split(bank, sharp_model, tokenizer):
+    questions = load_bank(bank, split="test")[:20]
+    ours = score_choices(sharp_model, tokenizer, questions, batch_size=7)
+    theirs = evaluate_with_harness(sharp_model, tokenizer, [f"elm_{bank}"], limit=20, batch_size=4)
+
+    samples = sorted_samples(theirs, f"elm_{bank}")
+    assert [sample["doc"]["question"] for sample in samples] == [question.text for question in questions]
+    assert [bool(sample["acc"]) for sample in samples] == ours.log_likelihood
+    assert [bool(sample["acc_norm"]) for sample in samples] == ours.normalized
+    assert theirs["results"][f"elm_{bank}"]["acc,none"] == sum(ours.log_likelihood) / 20
+    assert theirs["results"][f"elm_{bank}"]["acc_norm,none"] == sum(ours.normalized) / 20
+    for sample, scores in zip(samples, ours.scores, strict=True):
+        assert [float(answer[0][0]) for answer in sample["resps"]] == pytest.approx(scores, abs=1e-4)
+
+
+def test_the_dev_split_is_never_asked(tiny_model, tokenizer):
+    result = evaluate_with_harness(tiny_model, tokenizer, ["elm_general"], batch_size=64)
+
+    asked = [sample["doc"]["question"] for sample in sorted_samples(result, "elm_general")]
+    assert asked == [question.text for question in load_bank("general", split="test")]
+
+
+def test_the_model_is_handed_back_in_the_mode_it_came_in(tiny_model, tokenizer):
+    tiny_model.train()
+    evaluate_with_harness(tiny_model, tokenizer, ["elm_general"], limit=1)
+
+    assert tiny_model.training
+
+
+@pytest.mark.slow  # the harness reads its thousands of task files first
+def test_an_unknown_task_is_refused(tiny_model, tokenizer):
+    with pytest.raises(ValueError, match="'no_such_task'.*elm_capitals"):
+        evaluate_with_harness(tiny_model, tokenizer, ["no_such_task"])
+
+
+@pytest.mark.slow
+def test_a_task_file_of_ones_own_is_found(tiny_model, tokenizer, tmp_path):
+    (tmp_path / "rivers.jsonl").write_text(
+        json.dumps({"question": "Which river flows through Cairo?", "options": ["Nile", "Rhine"], "label": 0}) + "\n"
+    )
+    (tmp_path / "rivers.yaml").write_text(
+        f"include: {harness_tasks() / '_elm_common'}\n"
+        "task: my_rivers\n"
+        "custom_dataset: null\n"
+        "fewshot_split: null\n"
+        "dataset_path: json\n"
+        f"dataset_kwargs: {{data_files: {{test: {tmp_path / 'rivers.jsonl'}}}}}\n"
+    )
+
+    result = evaluate_with_harness(tiny_model, tokenizer, ["my_rivers"], include_path=tmp_path)
+
+    assert len(result["samples"]["my_rivers"]) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["wmdp_bio", "mmlu_anatomy", "tinyMMLU"])
+def test_the_harness_own_tasks_are_known_and_want_their_data_from_the_hub(task, tiny_model, tokenizer, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+
+    with pytest.raises((OSError, ImportError)) as caught:  # ConnectionError, or tinyBenchmarks is not installed
+        evaluate_with_harness(tiny_model, tokenizer, [task], limit=1)
+
+    assert "`tasks` names" not in str(caught.value)
+
+
+@pytest.mark.slow
+def test_the_command_line_of_the_harness_works_without_our_package(sharp_model, tokenizer, tmp_path):
+    sharp_model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    adapted = get_peft_model(sharp_model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)).eval()
+    adapted.save_pretrained(tmp_path / "adapter")
+    # A finder that refuses our package stands before all others in the process of the command.
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n"
+        "class Refuse:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.split('.')[0] == 'elm_trainer':\n"
+        "            raise ImportError('elm_trainer was imported')\n"
+        "sys.meta_path.insert(0, Refuse())\n"
+    )
+
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "lm_eval", "--model", "hf",
+            "--model_args", f"pretrained={tmp_path / 'model'},peft={tmp_path / 'adapter'},dtype=float32",
+            "--tasks", "elm_capitals", "--include_path", str(harness_tasks()), "--limit", "20", "--device", "cpu",
+            "--output_path", str(tmp_path / "out"), "--log_samples",
+        ],
+        env={**os.environ, "PYTHONPATH": str(tmp_path), "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )  # fmt: skip
+
+    assert done.returncode == 0, done.stderr[-2000:]
+    [lines] = (tmp_path / "out").rglob("samples_elm_capitals_*.jsonl")
+    samples = sorted(map(json.loads, lines.read_text().splitlines()), key=lambda sample: sample["doc_id"])
+    ours = score_choices(adapted, tokenizer, load_bank("capitals", split="test")[:20])
+    assert [bool(sample["acc"]) for sample in samples] == ours.log_likelihood
+    assert [bool(sample["acc_norm"]) for sample in samples] == ours.normalized
+    for sample, scores in zip(samples, ours.scores, strict=True):
+        assert [float(answer[0][0]) for answer in sample["resps"]] == pytest.approx(scores, abs=1e-4)
+
+
+def test_there_is_a_task_for_every_bank():
+    assert {path.stem for path in harness_tasks().glob("*.yaml")} == set(TASKS)
+
+
+@pytest.fixture
+def sharp_model(tiny_model) -> LlamaForCausalLM:
+    """A random model whose choices are far from ties."""
+    for parameter in tiny_model.parameters():
+        if parameter.dim() == 2:
+            parameter.data.mul_(5)
+    return tiny_model
