@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
+from scipy.stats import binomtest
 
 
 @dataclass(frozen=True)
@@ -42,10 +43,79 @@ def bootstrap_perplexity(
     return Figure(value, low, high, mean.n)
 
 
-def _bootstrap(sums: np.ndarray, counts: np.ndarray, resamples: int, seed: int) -> Figure:
-    if not len(sums) or not counts.sum():
+def mcnemar(before: Sequence[bool], after: Sequence[bool]) -> float:
+    """Two-sided p of McNemar's exact test that as many questions turned right as turned wrong.
+
+    Raises:
+        ValueError: if the two do not judge the same questions.
+    """
+    if len(before) != len(after):
+        raise ValueError(f"`before` holds {len(before)} verdicts and `after` {len(after)}: judge the same questions.")
+    gained = sum(bool(new) and not old for old, new in zip(before, after, strict=True))
+    lost = sum(bool(old) and not new for old, new in zip(before, after, strict=True))
+    return float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
+
+
+def holm(values: Sequence[float]) -> list[float]:
+    """p-values corrected for their number by Holm's step-down method, in the order given."""
+    corrected = [1.0] * len(values)
+    largest = 0.0
+    for rank, index in enumerate(sorted(range(len(values)), key=values.__getitem__)):
+        largest = max(largest, min(1.0, (len(values) - rank) * values[index]))
+        corrected[index] = largest
+    return corrected
+
+
+def paired_difference(
+    before: Sequence[float],
+    after: Sequence[float],
+    counts_before: Sequence[float] | None = None,
+    counts_after: Sequence[float] | None = None,
+    *,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> tuple[Figure, float]:
+    """Difference `after − before` of two means (or means per token) over the same items, resampled together.
+
+    Args:
+        before (`Sequence[float]`): Value (or sum over tokens) of each item.
+        after (`Sequence[float]`): The same of the other model, in the same order.
+        counts_before (`Sequence[float]`, *optional*): Tokens behind each value of `before`; 1 by default.
+        counts_after (`Sequence[float]`, *optional*): Tokens behind each value of `after`.
+
+    Returns:
+        `tuple[Figure, float]`: the difference with its 95 % interval, and a two-sided bootstrap p: twice the smaller
+        share of resamples on either side of zero, never below `1 / resamples`.
+
+    Raises:
+        ValueError: if the two do not judge the same items, or there are none.
+    """
+    if len(before) != len(after):
+        raise ValueError(f"`before` holds {len(before)} items and `after` {len(after)}: judge the same ones.")
+    sides = []
+    rows = _draws(len(before), resamples, seed)
+    for sums, counts in ((before, counts_before), (after, counts_after)):
+        values = np.asarray(sums, dtype=float)
+        tokens = np.ones(len(values)) if counts is None else np.asarray(counts, dtype=float)
+        sides.append((values.sum() / tokens.sum(), values[rows].sum(1) / np.maximum(tokens[rows].sum(1), 1e-12)))
+    differences = sides[1][1] - sides[0][1]
+    low, high = np.percentile(differences, [2.5, 97.5])
+    tails = min(np.mean(differences <= 0), np.mean(differences >= 0))
+    p = min(1.0, max(2 * float(tails), 1 / resamples))
+    return Figure(float(sides[1][0] - sides[0][0]), float(low), float(high), len(before)), p
+
+
+def _draws(items: int, resamples: int, seed: int) -> np.ndarray:
+    """Which items each resample holds, `[resamples, items]`."""
+    if not items:
         raise ValueError("There is nothing to average: measure at least one item.")
-    draws = np.random.default_rng(seed).integers(0, len(sums), size=(resamples, len(sums)))
+    return np.random.default_rng(seed).integers(0, items, size=(resamples, items))
+
+
+def _bootstrap(sums: np.ndarray, counts: np.ndarray, resamples: int, seed: int) -> Figure:
+    draws = _draws(len(sums), resamples, seed)
+    if not counts.sum():
+        raise ValueError("There is nothing to average: measure at least one item.")
     means = sums[draws].sum(1) / np.maximum(counts[draws].sum(1), 1e-12)
     low, high = np.percentile(means, [2.5, 97.5])
     return Figure(float(sums.sum() / counts.sum()), float(low), float(high), len(sums))

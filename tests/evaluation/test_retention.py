@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from elm_trainer import ModelPair
 from elm_trainer.evaluation.retention import retention
 
 
@@ -10,17 +11,6 @@ TEXTS = [
     "A short one",
     "On Sundays the market opens late, and the fish is gone by noon, as everybody in the village knows.",
 ]
-
-
-@pytest.fixture
-def adapted_model(tiny_peft_model):
-    """An adapter that does something: LoRA's second matrix starts at zero."""
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in tiny_peft_model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.5)
-    return tiny_peft_model
 
 
 def slow_retention(model, tokenizer, text, max_length):
@@ -41,7 +31,7 @@ def slow_retention(model, tokenizer, text, max_length):
 @pytest.mark.parametrize("max_length", [6, 64])
 @pytest.mark.parametrize("batch_size", [1, 3, 4])
 def test_sums_agree_with_full_logits_text_by_text(adapted_model, tokenizer, batch_size, max_length):
-    kept = retention(adapted_model, tokenizer, TEXTS, batch_size=batch_size, max_length=max_length)
+    kept = retention(ModelPair(adapted_model), tokenizer, TEXTS, batch_size=batch_size, max_length=max_length)
 
     expected = [slow_retention(adapted_model, tokenizer, text, max_length) for text in TEXTS]
     reference_nll, adapted_nll, kl, tokens = (list(column) for column in zip(*expected, strict=True))
@@ -53,7 +43,7 @@ def test_sums_agree_with_full_logits_text_by_text(adapted_model, tokenizer, batc
 
 
 def test_an_untouched_adapter_keeps_everything(tiny_peft_model, tokenizer):
-    kept = retention(tiny_peft_model, tokenizer, TEXTS)
+    kept = retention(ModelPair(tiny_peft_model), tokenizer, TEXTS)
 
     assert kept.adapted_nll == kept.reference_nll
     assert kept.kl == [0.0] * len(TEXTS)
@@ -61,9 +51,9 @@ def test_an_untouched_adapter_keeps_everything(tiny_peft_model, tokenizer):
 
 def test_the_padding_side_changes_nothing(adapted_model, tokenizer, monkeypatch):
     monkeypatch.setattr(tokenizer, "padding_side", "right")
-    right = retention(adapted_model, tokenizer, TEXTS)
+    right = retention(ModelPair(adapted_model), tokenizer, TEXTS)
     monkeypatch.setattr(tokenizer, "padding_side", "left")
-    left = retention(adapted_model, tokenizer, TEXTS)
+    left = retention(ModelPair(adapted_model), tokenizer, TEXTS)
 
     assert left.tokens == right.tokens
     assert left.adapted_nll == pytest.approx(right.adapted_nll, rel=1e-4)
@@ -72,7 +62,7 @@ def test_the_padding_side_changes_nothing(adapted_model, tokenizer, monkeypatch)
 
 def test_the_model_is_handed_back_in_training_mode_with_its_adapter_on(adapted_model, tokenizer):
     adapted_model.train()
-    retention(adapted_model, tokenizer, TEXTS[:1])
+    retention(ModelPair(adapted_model), tokenizer, TEXTS[:1])
 
     assert adapted_model.training
     ids = torch.tensor([tokenizer(TEXTS[0])["input_ids"]])

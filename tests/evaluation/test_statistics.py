@@ -3,7 +3,14 @@ import math
 import numpy as np
 import pytest
 
-from elm_trainer.evaluation.statistics import Figure, bootstrap_mean, bootstrap_perplexity, bootstrap_ratio
+from elm_trainer.evaluation.statistics import (
+    Figure,
+    bootstrap_mean,
+    bootstrap_perplexity,
+    bootstrap_ratio,
+    holm,
+    mcnemar,
+)
 
 
 def test_the_value_is_the_plain_mean_and_stands_beside_its_count():
@@ -81,3 +88,23 @@ def test_a_uniform_model_has_its_vocabulary_as_perplexity():
 def test_nothing_measured_is_an_error(measured):
     with pytest.raises(ValueError, match="nothing to average"):
         measured()
+
+
+@pytest.mark.parametrize(
+    ("gained", "lost", "p"), [(0, 0, 1.0), (5, 0, 2 * 0.5**5), (5, 5, 1.0), (9, 1, 2 * (1 + 10) * 0.5**10)]
+)
+def test_mcnemar_is_the_binomial_test_of_the_questions_that_changed(gained, lost, p):
+    before = [False] * gained + [True] * lost + [True, False]
+    after = [True] * gained + [False] * lost + [True, False]
+    assert mcnemar(before, after) == pytest.approx(p)
+
+
+def test_mcnemar_wants_the_same_questions():
+    with pytest.raises(ValueError, match="same questions"):
+        mcnemar([True], [True, False])
+
+
+def test_holm_steps_down_and_keeps_the_order():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.5, 0.9]) == [1.0, 1.0]
+    assert holm([]) == []

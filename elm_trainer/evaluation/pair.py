@@ -1,0 +1,71 @@
+"""An erased model beside its reference: what every measurement and attack is given."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal, TypeAlias
+
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+
+Side: TypeAlias = Literal["reference", "erased"]
+SIDES: tuple[Side, ...] = ("reference", "erased")
+
+
+class ModelPair:
+    """The erased model and the reference it came from.
+
+    Args:
+        erased ([`~transformers.PreTrainedModel`] or `PeftModel`):
+            Erased model: an adapter on its base, a merged model, or any full checkpoint.
+        reference ([`~transformers.PreTrainedModel`], *optional*):
+            Model before the erasure. Left out for a `PeftModel`, whose base is the reference.
+
+    Raises:
+        ValueError: if there is no reference, or its vocabulary is another one.
+    """
+
+    def __init__(self, erased: PreTrainedModel | PeftModel, reference: PreTrainedModel | PeftModel | None = None):
+        if reference is None and not isinstance(erased, PeftModel):
+            raise ValueError(
+                f"`reference` is None and the erased model is a {type(erased).__name__} without an adapter to disable: "
+                "pass the model it was erased from."
+            )
+        if reference is not None:
+            sizes = [model.config.get_text_config().vocab_size for model in (reference, erased)]
+            if sizes[0] != sizes[1]:
+                raise ValueError(
+                    f"`reference` has a vocabulary of {sizes[0]} tokens and the erased model one of {sizes[1]}: pass "
+                    "the model it was erased from."
+                )
+        self.erased = erased
+        self._reference = reference
+
+    @contextmanager
+    def use(self, side: Side) -> Iterator[PreTrainedModel | PeftModel]:
+        """The model of a side, in evaluation mode and as it was afterwards; sides must not be nested."""
+        if side == "reference" and self._reference is not None:
+            with _evaluating(self._reference):
+                yield self._reference
+        elif side == "reference":
+            assert isinstance(self.erased, PeftModel)
+            with _evaluating(self.erased), self.erased.disable_adapter():
+                yield self.erased
+        else:
+            with _evaluating(self.erased):
+                yield self.erased
+
+    @property
+    def adapter(self) -> PeftModel | None:
+        """The erased model where it carries an adapter, else `None`."""
+        return self.erased if isinstance(self.erased, PeftModel) else None
+
+
+@contextmanager
+def _evaluating(model: PreTrainedModel | PeftModel) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
