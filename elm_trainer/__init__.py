@@ -13,18 +13,23 @@ _EXPORTS = {
     "ElmDataCollator": ".data.collator",
     "ElmTrainer": ".methods.elm",
     "ErasureTrainer": ".methods.base",
-    "EvaluationSuite": ".evaluation.report",
+    "ErasureEvaluationCallback": ".evaluation.callback",
+    "EvaluationSuite": ".evaluation.suite",
+    "ModelPair": ".evaluation.pair",
     "NonFiniteLossError": ".methods.base",
     "SynthesisConfig": ".synthesis",
+    "attack_erasure": ".evaluation.attacks",
     "build_erasure_dataset": ".data.dataset",
+    "built_in_suite": ".evaluation.suite",
+    "compare_reports": ".evaluation.compare",
+    "evaluate_erasure": ".evaluation.evaluate",
     "load_bank": ".data.questions",
     "load_concept": ".concept",
     "load_model_and_tokenizer": ".modeling",
     "load_texts": ".data.sources",
-    "measure": ".evaluation.report",
+    "read_questions": ".data.questions",
     "read_report": ".evaluation.report",
     "synthesize_completions": ".synthesis",
-    "write_report": ".evaluation.report",
 }
 __all__ = ["__version__", *sorted(_EXPORTS)]
 
@@ -32,9 +37,15 @@ if TYPE_CHECKING:
     from .concept import Concept, load_concept
     from .data.collator import ElmDataCollator
     from .data.dataset import ConceptSources, build_erasure_dataset
-    from .data.questions import load_bank
+    from .data.questions import load_bank, read_questions
     from .data.sources import load_texts
-    from .evaluation.report import EvaluationSuite, measure, read_report, write_report
+    from .evaluation.attacks import attack_erasure
+    from .evaluation.callback import ErasureEvaluationCallback
+    from .evaluation.compare import compare_reports
+    from .evaluation.evaluate import evaluate_erasure
+    from .evaluation.pair import ModelPair
+    from .evaluation.report import read_report
+    from .evaluation.suite import EvaluationSuite, built_in_suite
     from .methods.base import ErasureTrainer, NonFiniteLossError
     from .methods.elm import ElmConfig, ElmTrainer
     from .modeling import load_model_and_tokenizer

@@ -18,16 +18,17 @@ from elm_trainer import (
     ConceptSources,
     ElmConfig,
     ElmTrainer,
+    ErasureEvaluationCallback,
     build_erasure_dataset,
+    built_in_suite,
+    evaluate_erasure,
     load_concept,
     load_model_and_tokenizer,
     load_texts,
-    measure,
-    write_report,
 )
-from elm_trainer.evaluation.plots import plot_report
-from elm_trainer.evaluation.report import bank_info, dataset_info, model_fingerprint, render_table, write_samples
-from elm_trainer.evaluation.suite import built_in_suite
+from elm_trainer.evaluation.measures import MEASURES
+from elm_trainer.evaluation.output import write_evaluation
+from elm_trainer.evaluation.report import dataset_info, model_fingerprint
 from elm_trainer.synthesis import SynthesisConfig, synthesize_completions
 
 
@@ -41,10 +42,14 @@ class ErasureArguments:
         forget (`list[str]`): Forget source of each concept, in the order of `concepts`.
         retain (`list[str]`): Retain sources, shared by all concepts.
         dataset_size (`int`): Rows per concept.
-        synthetic_size (`int`): Synthetic pairs per concept; 0 leaves the consistency term out.
+        synthetic (`list[str]`): Source of synthetic pairs of each concept, in the order of `concepts`; `none` for none.
+        synthetic_size (`int`): Synthetic pairs per concept that are sampled where `synthetic` names none.
         lora_rank, lora_alpha, lora_dropout, lora_layers, lora_targets: The adapter.
         evaluate (`bool`): Whether to measure the built-in questions about the erased concepts before and after.
         questions (`int`): Questions per bank.
+        measures (`list[str]`): What is measured.
+        dev_every (`int`): Steps between two looks at questions of the dev split; 0 never looks.
+        dev_stop (`float`): Accuracy (PMI, dev split, every concept) at which training stops.
         overwrite (`bool`): Remove what an earlier run left in `output_dir`.
     """
 
@@ -53,7 +58,8 @@ class ErasureArguments:
     forget: list[str] = field(default_factory=lambda: ["capitals"], metadata={"help": "Forget source per concept."})
     retain: list[str] = field(default_factory=lambda: ["everyday"], metadata={"help": "Retain sources."})
     dataset_size: int = field(default=512, metadata={"help": "Rows per concept."})
-    synthetic_size: int = field(default=0, metadata={"help": "Synthetic pairs per concept."})
+    synthetic: list[str] | None = field(default=None, metadata={"help": "Source of synthetic pairs per concept."})
+    synthetic_size: int = field(default=0, metadata={"help": "Synthetic pairs per concept to sample."})
     lora_rank: int = field(default=32, metadata={"help": "Rank of the adapter."})
     lora_alpha: int = field(default=32, metadata={"help": "Alpha of the adapter."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout of the adapter."})
@@ -61,6 +67,11 @@ class ErasureArguments:
     lora_targets: str = field(default="all-linear", metadata={"help": "Modules, comma-separated, or all-linear."})
     evaluate: bool = field(default=True, metadata={"help": "Measure before and after."})
     questions: int = field(default=120, metadata={"help": "Questions per bank."})
+    measures: list[str] = field(
+        default_factory=lambda: list(MEASURES), metadata={"help": "What is measured; all but a look inside."}
+    )
+    dev_every: int = field(default=0, metadata={"help": "Steps between two looks at the dev questions."})
+    dev_stop: float | None = field(default=None, metadata={"help": "Dev accuracy at which training stops."})
     overwrite: bool = field(default=False, metadata={"help": "Remove an earlier run from output_dir."})
 
     def lora(self) -> LoraConfig:
@@ -95,9 +106,10 @@ def main() -> None:
 
     concepts = {concept.name: concept for concept in map(load_concept, config.concepts or arguments.forget)}
     sources = {}
-    for (name, concept), forget in zip(concepts.items(), arguments.forget, strict=True):
-        pairs = []
-        if arguments.synthetic_size and config.consistency_weight:
+    synthetic = arguments.synthetic or ["none"] * len(concepts)
+    for (name, concept), forget, source in zip(concepts.items(), arguments.forget, synthetic, strict=True):
+        pairs = [] if source == "none" else source
+        if not pairs and arguments.synthetic_size and config.consistency_weight:
             texts = load_texts(forget, processing_class=None, seed=config.seed)["text"]
             prefixes = random.Random(config.seed).sample(list(texts), arguments.synthetic_size)
             prefixes = [" ".join(text.split()[:6]) for text in prefixes]
@@ -118,6 +130,13 @@ def main() -> None:
     trainer = ElmTrainer(
         model, config, train_dataset=dataset, processing_class=tokenizer, peft_config=arguments.lora()
     )
+    if arguments.dev_every:
+        stop_at = (
+            {f"multiple_choice.{name}.pmi": arguments.dev_stop for name in concepts} if arguments.dev_stop else {}
+        )
+        trainer.add_callback(
+            ErasureEvaluationCallback(trainer, list(concepts), every_steps=arguments.dev_every, stop_at=stop_at)
+        )
     lap("targets")
     trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
     trainer.save_model(str(output / "adapter"))
@@ -125,31 +144,27 @@ def main() -> None:
     if not arguments.evaluate or not trainer.is_world_process_zero():
         return
 
-    erased = trainer.accelerator.unwrap_model(trainer.model)
-    suite = built_in_suite(list(concepts), arguments.questions)
-    measurement = measure(erased, tokenizer, suite)
-    lap("evaluate")
-    datasets = {name: dataset_info(dataset[name]) for name in ("forget", "retain", "completion")}
-    datasets |= {f"bank {name}": bank_info(questions) for name, questions in suite.banks.items()}
     recipe = asdict(arguments) | {
         name: value for name, value in config.to_dict().items() if isinstance(value, (str, int, float, bool, list))
     }
-    report = write_report(
-        output / "report.json",
-        measurement,
-        model=erased,
-        recipe=recipe,
-        datasets=datasets,
-        seconds=seconds | {"total": time.perf_counter() - started},
-        training_log=trainer.state.log_history,
+    report = evaluate_erasure(
+        trainer.accelerator.unwrap_model(trainer.model),
+        None,
+        built_in_suite(list(concepts), arguments.questions),
+        tokenizer,
+        measures=arguments.measures,
+        output_dir=output,
+        details={
+            "recipe": recipe,
+            "datasets": {name: dataset_info(dataset[name]) for name in ("forget", "retain", "completion")},
+            "seconds": seconds,
+            "training_log": trainer.state.log_history,
+        },
     )
-    plot_report(report, output / "report.png")
-    write_samples(output / "samples.md", report)
-    console = Console()
-    console.print(render_table(report))
-    console.print(
-        f"{report['seconds']['total']:.0f} s, peak {report['peak_memory_bytes'] / 1e9:.1f} GB. See {output}/report.json, "
-        "report.png and samples.md."
+    write_evaluation(output, report)
+    Console().print(
+        f"{time.perf_counter() - started:.0f} s, peak {report['peak_memory_bytes'] / 1e9:.1f} GB. See {output}: "
+        "report.md, report.json, report.png and samples.md."
     )
 
 

@@ -1,48 +1,52 @@
-"""Measure an erased adapter beside its reference: `python examples/evaluate.py --adapter outputs/demo/adapter`."""
+"""Measure an erasure beside its reference: `python examples/evaluate.py --adapter outputs/demo/adapter`.
 
-import time
+A full checkpoint is measured against the model it came from: `--model cais/Zephyr_RMU --reference HuggingFaceH4/zephyr-7b-beta`.
+An interrupted evaluation goes on where it stopped.
+"""
+
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
 from peft import PeftModel
-from rich.console import Console
 from transformers import HfArgumentParser
 
-from elm_trainer import load_model_and_tokenizer, measure, write_report
-from elm_trainer.evaluation.plots import plot_report
-from elm_trainer.evaluation.report import bank_info, render_table, write_samples
-from elm_trainer.evaluation.suite import built_in_suite
+from elm_trainer import built_in_suite, evaluate_erasure, load_model_and_tokenizer
+from elm_trainer.evaluation.output import write_evaluation
 
 
 @dataclass
 class EvaluationArguments:
-    adapter: str = field(metadata={"help": "Folder or Hub id of the adapter."})
-    model: str = field(default="smollm2-135m-instruct", metadata={"help": "The model it was trained on."})
+    model: str = field(
+        default="smollm2-135m-instruct", metadata={"help": "Base of the adapter, or erased checkpoint."}
+    )
+    adapter: str | None = field(default=None, metadata={"help": "Folder or Hub id of the erasing adapter."})
+    reference: str | None = field(default=None, metadata={"help": "Model that an erased checkpoint came from."})
     dtype: str = field(default="auto", metadata={"help": "Data type of the weights."})
     concepts: list[str] = field(default_factory=lambda: ["capitals"], metadata={"help": "What was erased."})
     questions: int = field(default=120, metadata={"help": "Questions per bank."})
+    measures: list[str] | None = field(default=None, metadata={"help": "What is measured; everything by default."})
+    judges: list[str] = field(default_factory=list, metadata={"help": "Further judges of fluency."})
     output_dir: str = field(default="outputs/evaluation", metadata={"help": "Where the report goes."})
 
 
 def main() -> None:
     [arguments] = HfArgumentParser(EvaluationArguments).parse_args_into_dataclasses()
-    output = Path(arguments.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
-    started = time.perf_counter()
     model, tokenizer = load_model_and_tokenizer(arguments.model, dtype=arguments.dtype)
-    model = PeftModel.from_pretrained(model, arguments.adapter)
-    suite = built_in_suite(arguments.concepts, arguments.questions)
-    report = write_report(
-        output / "report.json",
-        measure(model, tokenizer, suite),
-        model=model,
-        recipe=asdict(arguments),
-        datasets={f"bank {name}": bank_info(questions) for name, questions in suite.banks.items()},
-        seconds={"total": time.perf_counter() - started},
+    if arguments.adapter:
+        model = PeftModel.from_pretrained(model, arguments.adapter)
+    reference = None
+    if arguments.reference:
+        reference, _ = load_model_and_tokenizer(arguments.reference, dtype=arguments.dtype)
+    report = evaluate_erasure(
+        model,
+        reference,
+        built_in_suite(arguments.concepts, arguments.questions),
+        tokenizer,
+        measures=arguments.measures,
+        judges={name: load_model_and_tokenizer(name, dtype=arguments.dtype) for name in arguments.judges},
+        output_dir=arguments.output_dir,
+        details={"recipe": asdict(arguments)},
     )
-    plot_report(report, output / "report.png")
-    write_samples(output / "samples.md", report)
-    Console().print(render_table(report))
+    write_evaluation(arguments.output_dir, report)
 
 
 if __name__ == "__main__":

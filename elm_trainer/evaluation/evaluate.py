@@ -1,0 +1,187 @@
+"""`evaluate_erasure`: measure the erased model beside its reference, and judge it."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..data.questions import check_questions
+from .journal import Journal
+from .measures import MEASURES, Items, Setting, change
+from .pair import SIDES, ModelPair, Side
+from .report import SCHEMA_VERSION, environment, pair_fingerprint, suite_info, write_json
+from .shortcuts import find_shortcuts
+from .statistics import holm
+from .suite import EvaluationSuite, built_in_suite
+from .verdict import Criteria, judge, raise_flags
+
+
+INSIDE = "inside"
+
+
+def evaluate_erasure(
+    model: PreTrainedModel | PeftModel,
+    reference: PreTrainedModel | None,
+    concept: str | Sequence[str] | EvaluationSuite,
+    processing_class: PreTrainedTokenizerBase,
+    *,
+    measures: Sequence[str] | None = None,
+    judges: Mapping[str, tuple[PreTrainedModel, PreTrainedTokenizerBase]] | None = None,
+    criteria: Criteria | None = None,
+    temperature: float = 0.7,
+    batch_size: int = 16,
+    seed: int = 0,
+    output_dir: str | Path | None = None,
+    details: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Measure innocence, seamlessness and specificity of an erasure.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or `PeftModel`):
+            Erased model: an adapter on its base, a merged model, or any full checkpoint.
+        reference ([`~transformers.PreTrainedModel`], *optional*):
+            Model before the erasure. `None` for a `PeftModel`, whose base is the reference.
+        concept (`str`, `Sequence[str]` or [`EvaluationSuite`]):
+            Built-in concepts that were erased, or a suite of your own questions.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer of both.
+        measures (`Sequence[str]`, *optional*):
+            Names in `MEASURES`, or `"inside"` for what the hidden states hold. All by default.
+        judges (`Mapping[str, tuple]`, *optional*):
+            Further judges of fluency by name, each a model with its own tokenizer. The reference always judges.
+        criteria ([`Criteria`], *optional*):
+            Bounds of the verdict.
+        temperature (`float`, *optional*, defaults to `0.7`):
+            Of sampled answers.
+        batch_size (`int`, *optional*, defaults to `16`):
+            Questions per batch.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of sampled answers and probes.
+        output_dir (`str` or `Path`, *optional*):
+            Where `report.json` goes. Finished measurements stream to `report.partial.jsonl` beside it, and an
+            interrupted evaluation of the same models and questions goes on with the next one.
+        details (`Mapping`, *optional*):
+            What else the report should hold, such as the recipe, its training datasets and the training log.
+
+    Returns:
+        `dict`: the report. `figures` maps a name to `reference`, `erased`, `change` (a difference, for perplexities a
+        ratio, with its paired interval), `p` (McNemar's exact test for verdicts, paired bootstrap otherwise; corrected
+        by Holm's method over all figures); `items` holds what they are made of; `verdict` and `flags` judge them.
+
+    Raises:
+        ValueError: for an unknown measure, a bank that can measure nothing, or a reference of another vocabulary.
+    """
+    if isinstance(concept, EvaluationSuite):
+        suite = concept
+    else:
+        suite = built_in_suite([concept] if isinstance(concept, str) else concept)
+    known = [*MEASURES, INSIDE]
+    measures = known if measures is None else list(measures)
+    if unknown := [name for name in measures if name not in known]:
+        raise ValueError(f"`measures` names {unknown}, which do not exist; use: {', '.join(known)}.")
+    for name, questions in suite.banks.items():
+        check_questions(name, questions)
+    pair = ModelPair(model, reference)
+    setting = Setting(pair, processing_class, suite, judges or {}, temperature, batch_size, seed)
+    started = time.perf_counter()
+
+    identity = {**pair_fingerprint(pair), "datasets": suite_info(suite)}
+    journal = Journal(None if output_dir is None else Path(output_dir) / "report.partial.jsonl", identity)
+    settings = {
+        "temperature": temperature,
+        "seed": seed,
+        "judges": sorted(setting.judges),
+        "tokens": [suite.max_new_tokens, suite.answer_tokens],
+    }
+
+    items: dict[str, dict[str, Items]] = {}
+    seconds = {}
+    for name in measures:
+        if name == INSIDE:
+            continue
+        for side in SIDES:
+            row = journal.once(f"{name} {side}", settings, partial(_measure, name, setting, side))
+            seconds[row["name"]] = row["seconds"]
+            for key, value in row["result"].items():
+                items.setdefault(key, {})[side] = Items(**value)
+    inside = None
+    if INSIDE in measures:
+        from .inside import look_inside  # scikit-learn comes with the extra `eval`
+
+        questions = [q for name in suite.named("erased") for q in suite.banks[name]]
+        row = journal.once(
+            INSIDE,
+            settings,
+            lambda: look_inside(
+                pair, processing_class, questions, suite.forget_texts, suite.retain_texts,
+                batch_size=batch_size, seed=seed,
+            ),
+        )  # fmt: skip
+        inside, seconds[INSIDE] = row["result"], row["seconds"]
+
+    removed = {key: sides for key, sides in items.items() if key.endswith(".removed")}
+    figures = _figures({key: sides for key, sides in items.items() if key not in removed})
+    shortcuts = find_shortcuts(suite.banks, {key.split(".")[1]: sides["reference"] for key, sides in removed.items()})
+    report = {
+        "schema_version": SCHEMA_VERSION,
+        "kind": "evaluation",
+        "figures": figures,
+        "verdict": judge(figures, suite.roles, criteria),
+        "flags": raise_flags(figures, suite.roles, shortcuts, inside),
+        "roles": dict(suite.roles),
+        "shortcuts": shortcuts,
+        "items": {
+            key: {side: {"values": found.values, "counts": found.counts} for side, found in sides.items()}
+            for key, sides in items.items()
+        },
+        "samples": _samples(suite, items),
+        "inside": inside,
+        "settings": settings,
+        **identity,
+        **environment(seconds | {"evaluation": time.perf_counter() - started}),
+    }
+    for key, value in (details or {}).items():
+        report[key] = report[key] | value if key in ("datasets", "seconds") else value
+    if output_dir is not None:
+        write_json(Path(output_dir) / "report.json", report)
+        journal.close()
+    return report
+
+
+def _measure(name: str, setting: Setting, side: Side) -> dict[str, Any]:
+    return {key: asdict(items) for key, items in MEASURES[name](setting, side).items()}
+
+
+def _figures(items: Mapping[str, Mapping[str, Items]]) -> dict[str, dict[str, Any]]:
+    figures = {}
+    for name, sides in items.items():
+        before, after = sides["reference"], sides["erased"]
+        figures[name] = {
+            "statistic": before.statistic,
+            **{side: found.figure().to_dict() for side, found in sides.items()},
+            **change(before, after),
+        }
+    tested = [name for name, figure in figures.items() if figure["p"] is not None]
+    for name, p in zip(tested, holm([figures[name]["p"] for name in tested]), strict=True):
+        figures[name]["p"] = p
+    return figures
+
+
+def _samples(
+    suite: EvaluationSuite, items: Mapping[str, Mapping[str, Items]], count: int = 10
+) -> list[dict[str, str]]:
+    """Answers of both models to the same open questions about the concept."""
+    samples = []
+    for name in suite.named("erased"):
+        sides = items.get(f"open_answers.{name}")
+        for index, question in enumerate(suite.open_questions[name][:count] if sides else ()):
+            samples.append(
+                {"prompt": question.prompt, "answer": question.answer}
+                | {side: found.texts[index] for side, found in (sides or {}).items()}
+            )
+    return samples

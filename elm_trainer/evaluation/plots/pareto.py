@@ -1,0 +1,52 @@
+"""Innocence against specificity and seamlessness, for several erasures of one model."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+
+def plot_pareto(reports: Mapping[str, Mapping[str, Any]], path: str | Path) -> None:
+    """Draw evaluation reports of the same reference, by name, into a PNG file.
+
+    Left: mean PMI accuracy on the erased banks against the mean change on near and far banks; right: the same against
+    R-PPL as a multiple of the reference's. Down and to the right, or down and to the left, is better.
+    """
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    kept, fluent = figure.subplots(1, 2)
+    for name, report in reports.items():
+        figures, roles = report["figures"], report["roles"]
+        accuracy = _mean(figures[f"multiple_choice.{bank}.pmi"]["erased"]["value"] for bank in _of(roles, "erased"))
+        for role, marker in (("near", "o"), ("far", "s")):
+            banks = _of(roles, role)
+            if banks:
+                moved = _mean(figures[f"multiple_choice.{bank}.pmi"]["change"]["value"] for bank in banks)
+                kept.plot(moved, accuracy, marker)
+                kept.annotate(name, (moved, accuracy), textcoords="offset points", xytext=(5, 4), fontsize=7)
+        change = figures["fluency.greedy.r_ppl"]["change"]
+        fluent.plot([change["low"], change["high"]], [accuracy, accuracy], color="grey", alpha=0.5)
+        fluent.plot(change["value"], accuracy, "o")
+        fluent.annotate(name, (change["value"], accuracy), textcoords="offset points", xytext=(5, 4), fontsize=7)
+    first = next(iter(reports.values()))
+    before = _mean(
+        first["figures"][f"multiple_choice.{bank}.pmi"]["reference"]["value"] for bank in _of(first["roles"], "erased")
+    )
+    for axes in (kept, fluent):
+        axes.axhline(before, color="grey", linewidth=1, label="reference")
+        axes.set(ylabel="concept ranked rightly (PMI)")
+    kept.axvline(0, color="grey", linewidth=1)
+    kept.set(xlabel="change of accuracy: near (circle), far (square)", title="Innocence and specificity")
+    fluent.set(xlabel="R-PPL, as a multiple of the reference's", title="Innocence and seamlessness")
+    figure.savefig(path, dpi=120)
+
+
+def _of(roles: Mapping[str, str], role: str) -> list[str]:
+    return [bank for bank, found in roles.items() if found == role]
+
+
+def _mean(values: Any) -> float:
+    found = list(values)
+    return sum(found) / len(found)

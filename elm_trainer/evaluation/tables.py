@@ -1,0 +1,90 @@
+"""A report as a table for the terminal, as Markdown, and as samples."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+
+_COLUMNS = ("figure", "n", "reference", "erased", "change", "p")
+
+
+def render_table(report: Mapping[str, Any]) -> Table:
+    """The figures of an evaluation as a table for the terminal."""
+    table = Table(*_COLUMNS, title="Before and after (95 % intervals)")
+    table.columns[0].overflow = "fold"
+    for row in _rows(report):
+        table.add_row(*row)
+    return table
+
+
+def render_verdict(report: Mapping[str, Any]) -> Table:
+    """The three criteria, what speaks against each, and the flags, as a table for the terminal."""
+    table = Table("criterion", "verdict", "what fails", title="Verdict")
+    for name, verdict, why in _verdict_rows(report):
+        table.add_row(name, verdict, why)
+    for flag in report["flags"]:
+        table.add_row("flag", flag["flag"], flag["why"])
+    return table
+
+
+def write_markdown(path: str | Path, report: Mapping[str, Any]) -> None:
+    """Write an evaluation as Markdown: verdict, flags, and every figure with its interval."""
+    lines = ["# Evaluation of an erasure\n", "| criterion | verdict | what fails |", "| --- | --- | --- |"]
+    lines += [f"| {name} | {verdict} | {why} |" for name, verdict, why in _verdict_rows(report)]
+    lines += ["", *(f"**{flag['flag']}**: {flag['why']}\n" for flag in report["flags"])]
+    lines += [
+        "Changes are differences, for perplexities ratios, paired item by item; p is McNemar's exact test or the "
+        "paired bootstrap, corrected by Holm's method over all figures.\n",
+        f"| {' | '.join(_COLUMNS)} |",
+        "| --- " * len(_COLUMNS) + "|",
+        *(f"| {' | '.join(row)} |" for row in _rows(report)),
+        "\n| what was asked | revision | size | SHA-256 |\n| --- | --- | --- | --- |",
+    ]
+    for name, info in report["datasets"].items():
+        lines.append(f"| {name} | {info.get('revision') or '–'} | {info['size']} | `{info['sha256'][:12]}` |")
+    Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def write_samples(path: str | Path, report: Mapping[str, Any]) -> None:
+    """Write the answers of both models to the same questions as Markdown."""
+    lines = ["# Answers before and after\n"]
+    for sample in report["samples"]:
+        lines += [f"**{sample['prompt']}** (true answer: {sample['answer']})\n"]
+        lines += [f"- {side}: {' '.join(sample[side].split()) or '(empty)'}" for side in ("reference", "erased")]
+        lines.append("")
+    Path(path).write_text("\n".join(lines), encoding="utf-8")
+
+
+def _rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    return [
+        (
+            name,
+            str(figure["erased"]["n"]),
+            *(_cell(figure[side]) for side in ("reference", "erased")),
+            f"{'×' if figure['statistic'] == 'perplexity' else ''}{_cell(figure['change'])}",
+            "–" if figure["p"] is None else f"{figure['p']:.2g}",
+        )
+        for name, figure in report["figures"].items()
+    ]
+
+
+def _verdict_rows(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    rows = []
+    for name in ("innocence", "seamlessness", "specificity"):
+        found = report["verdict"][name]
+        verdict = {True: "holds", False: "fails", None: "not measured"}[found["holds"]]
+        failed = [
+            f"{check['figure']} {check['value']:.3g} > {check['bound']:g}{'' if check['certain'] else ' (uncertain)'}"
+            for check in found["checks"]
+            if not check["holds"]
+        ]
+        rows.append((name, verdict, "; ".join(failed) or "–"))
+    return rows
+
+
+def _cell(figure: Mapping[str, float]) -> str:
+    if figure["low"] == figure["value"] == figure["high"]:
+        return f"{figure['value']:.3f}"
+    return f"{figure['value']:.3f} [{figure['low']:.3f}, {figure['high']:.3f}]"
