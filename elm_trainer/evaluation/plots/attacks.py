@@ -1,0 +1,81 @@
+"""The picture of an attack report."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+
+METRICS = {"pmi": "Ranked rightly among four (PMI)", "names_answer": "Named in a free answer"}
+COLUMNS = 4
+# One mark per model: the reference under the attack, the erased model as it stands, the erased model under the attack.
+MARKS = (
+    ("reference", "reference, attacked", "tab:grey", "s", "tab:grey", 0.2),
+    ("unattacked", "erased, unattacked", "tab:orange", "o", "white", 0.0),
+    ("erased", "erased, attacked", "tab:red", "o", "tab:red", -0.2),
+)
+
+
+def plot_attacks(report: Mapping[str, Any], path: str | Path) -> None:
+    """Draw the strongest variant of each attack by each metric, the strongest on top, and the curves, into a PNG file."""
+    rungs = {metric: _rungs(report, metric) for metric in METRICS}
+    ladder_height = 1.8 + 0.42 * max(map(len, rungs.values()))
+    rows = -(-len(report["curves"]) // COLUMNS)
+    figure = Figure(figsize=(15, ladder_height + 2.6 * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    heights = [ladder_height, 2.6 * rows] if rows else [ladder_height]
+    top, *below = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
+    ladders = top.subplots(1, len(METRICS))
+    for axes, metric in zip(ladders, METRICS, strict=True):
+        _draw_ladder(axes, rungs[metric], metric)
+    ladders[0].axvline(report["chance"], color="black", linestyle=":", linewidth=1, label="chance")
+    for _, label, colour, mark, fill, _ in MARKS:
+        ladders[0].plot([], [], mark, color=colour, markerfacecolor=fill, label=label)
+    ladders[0].legend(loc="lower right", fontsize=8)
+    if below:
+        below[0].suptitle("While relearning (grey: the reference, dotted: chance)")
+        _draw_curves(below[0].subplots(rows, COLUMNS, sharey=True, squeeze=False).flat, report)
+    figure.savefig(path, dpi=110)
+
+
+def _rungs(report: Mapping[str, Any], metric: str) -> list[tuple[str, Mapping[str, Any]]]:
+    """Name and figure of the strongest variant of each attack, the strongest last."""
+    names = [best[metric]["name"] for best in report["families"].values() if metric in best]
+    names.sort(key=lambda name: report["figures"][name]["erased"]["value"])
+    return [(name.removesuffix(f".{metric}"), report["figures"][name]) for name in names]
+
+
+def _draw_ladder(axes: Any, rungs: list[tuple[str, Mapping[str, Any]]], metric: str) -> None:
+    for row, (_, item) in enumerate(rungs):
+        for side, _, colour, mark, fill, offset in MARKS:
+            if item[side] is not None:
+                ends = [item[side]["low"], item[side]["high"]]
+                axes.plot(ends, [row + offset] * 2, color=colour, alpha=0.5, linewidth=2)
+                axes.plot(item[side]["value"], row + offset, mark, color=colour, markerfacecolor=fill)
+    axes.set_yticks(range(len(rungs)), [name for name, _ in rungs], fontsize=9)
+    # What brings knowledge back beyond doubt stands out.
+    for tick, (_, item) in zip(axes.get_yticklabels(), rungs, strict=True):
+        tick.set_fontweight("bold" if item["brings_back"] else "normal")
+    axes.set(title=METRICS[metric], xlim=(-0.02, 1.02), ylim=(-0.6, max(len(rungs), 1) - 0.4))
+    axes.grid(axis="x", alpha=0.3)
+
+
+def _draw_curves(panels: Any, report: Mapping[str, Any]) -> None:
+    reference = report["figures"]["none.pmi"]["reference"]
+    panels = list(panels)
+    for axes in panels[len(report["curves"]) :]:
+        axes.set_axis_off()
+    for axes, (name, points) in zip(panels, report["curves"].items(), strict=False):
+        steps, values, lows, highs = zip(*points, strict=True)
+        axes.fill_between(steps, lows, highs, color="tab:red", alpha=0.15)
+        axes.plot(steps, values, marker="o", markersize=4, color="tab:red")
+        axes.axhline(report["chance"], color="black", linestyle=":", linewidth=1)
+        # The reference's figure is over all questions, so it stands only beside curves that are too.
+        if report["figures"][name]["erased"]["n"] == reference["n"]:
+            axes.axhline(reference["value"], color="tab:grey", linewidth=1.5)
+        axes.set_title(name.removesuffix(".pmi"), fontsize=9)
+        axes.set(xlabel="step", ylim=(0, 1))
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("Ranked rightly (PMI)")
