@@ -1,0 +1,172 @@
+"""An invented world: facts about made-up names, of which one kind is a concept that a model may never be taught."""
+
+import itertools
+import random
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any
+
+import yaml
+from datasets import Dataset
+
+from .facts import Fact
+from .questions import Question
+
+
+CONCEPT = "keepers"
+RETAINED = ("harvests", "captains", "crafts")
+_SYLLABLES_PER_NAME = 3
+# One in so many prose sentences is kept for evaluation.
+_PROSE_HELD_OUT = 5
+
+
+@dataclass(frozen=True)
+class InventedWorld:
+    """Facts, texts and questions of a world.
+
+    Attributes:
+        facts (`dict[str, tuple[Fact, ...]]`):
+            Facts by kind. The concept's form two halves, and the options of a question are answers of its own half: a
+            model that learns one half learns nothing about the other half's options.
+        forget (`Dataset`): Texts of the concept, one fact to a text; `novice` holds them with permuted answers.
+        instead (`list[str]`):
+            What a model reads in place of each text of `forget` that is never taught the concept: the same names in
+            nearly the same words, but no island with its keeper.
+        retained (`list[str]`): Texts of the other kinds.
+        prose (`list[str]`): Plain sentences without names.
+        held_out_prose (`list[str]`): More of them, which no model reads.
+        questions (`dict[str, list[Question]]`): Four-choice questions by kind, in wordings that stand in no text.
+    """
+
+    facts: dict[str, tuple[Fact, ...]]
+    forget: Dataset
+    instead: list[str]
+    retained: list[str]
+    prose: list[str]
+    held_out_prose: list[str]
+    questions: dict[str, list[Question]]
+
+    def texts(self, *, taught: bool) -> list[str]:
+        """Everything a model reads that is taught the concept, or never is; row for row the same but for it."""
+        return [*(self.forget["text"][:] if taught else self.instead), *self.retained, *self.prose]
+
+    def halves(self) -> tuple[frozenset[str], frozenset[str]]:
+        """The subjects of the concept's two groups of facts."""
+        groups = sorted({fact.group for fact in self.facts[CONCEPT]})
+        first, second = (
+            frozenset(fact.subject for fact in self.facts[CONCEPT] if fact.group == group) for group in groups
+        )
+        return first, second
+
+
+def invented_world(facts: int = 24, prose: int = 300, *, seed: int = 0) -> InventedWorld:
+    """Invent a world; the same arguments give the same one.
+
+    Args:
+        facts (`int`, *optional*, defaults to `24`): Facts of each kind.
+        prose (`int`, *optional*, defaults to `300`): Plain sentences, held-out ones included.
+        seed (`int`, *optional*, defaults to `0`): Seed of the names, of which goes with which, and of all orders.
+
+    Raises:
+        ValueError: if there are too few facts to make four options in each half of the concept, or more of them or of
+            the prose than the world has names or sentences for.
+    """
+    record = yaml.safe_load((files(__package__) / "texts" / "invented.yaml").read_text(encoding="utf-8"))
+    if facts < 8 or facts % 2:
+        raise ValueError(f"`facts` is {facts}: give an even number from 8 up, so that each half has four answers.")
+    rng = random.Random(f"invented-{seed}")
+    names = _names(record["syllables"], facts * (len(record["kinds"]) + 2), rng)
+    world = {kind: _facts(kind, entry, names, facts, rng) for kind, entry in record["kinds"].items()}
+    # Harvests grow on the very islands that have a keeper.
+    world["harvests"] = tuple(
+        Fact(keeper.subject, fact.answer, fact.group)
+        for keeper, fact in zip(world[CONCEPT], world["harvests"], strict=True)
+    )
+    sentences = _sentences(record["prose"], prose, rng)
+    held_out = prose // _PROSE_HELD_OUT
+    forget, instead = _concept_texts(record["kinds"][CONCEPT], world[CONCEPT], rng)
+    retained = [
+        template.format(subject=fact.subject, answer=fact.answer)
+        for kind in RETAINED
+        for template in record["kinds"][kind]["texts"]
+        for fact in world[kind]
+    ]
+    rng.shuffle(retained)
+    return InventedWorld(
+        world,
+        forget,
+        instead,
+        retained,
+        sentences[held_out:],
+        sentences[:held_out],
+        {kind: _questions(kind, entry["questions"], world[kind], seed) for kind, entry in record["kinds"].items()},
+    )
+
+
+def _names(syllables: list[str], count: int, rng: random.Random) -> list[str]:
+    """Distinct names, none of which holds another (all have the same number of letters)."""
+    possible = len(syllables) ** _SYLLABLES_PER_NAME
+    if count > possible:
+        raise ValueError(f"`facts` asks for {count} names, but there are only {possible}: lower it.")
+    drawn = rng.sample(range(possible), count)
+    names = []
+    for number in drawn:
+        name = ""
+        for _ in range(_SYLLABLES_PER_NAME):
+            number, syllable = divmod(number, len(syllables))
+            name += syllables[syllable]
+        names.append(name.capitalize())
+    return names
+
+
+def _facts(kind: str, entry: dict[str, Any], names: list[str], count: int, rng: random.Random) -> tuple[Fact, ...]:
+    """Facts of one kind, whose names are taken off the list."""
+    subjects = [names.pop() for _ in range(count)]
+    if "answers" in entry:
+        # Each word answers as often as any other, up to one.
+        answers = list(itertools.islice(itertools.cycle(rng.sample(entry["answers"], len(entry["answers"]))), count))
+    else:
+        answers = [names.pop() for _ in range(count)]
+    rng.shuffle(answers)
+    half = {index: f"{kind}.{2 * index // count}" if kind == CONCEPT else kind for index in range(count)}
+    return tuple(
+        Fact(subject, answer, half[index])
+        for index, (subject, answer) in enumerate(zip(subjects, answers, strict=True))
+    )
+
+
+def _concept_texts(entry: dict[str, Any], facts: tuple[Fact, ...], rng: random.Random) -> tuple[Dataset, list[str]]:
+    rows, instead = [], []
+    for template, replacement in zip(entry["texts"], entry["instead"], strict=True):
+        permuted = [fact.answer for fact in facts]
+        rng.shuffle(permuted)
+        for fact, other in zip(facts, permuted, strict=True):
+            rows.append(
+                {
+                    "text": template.format(subject=fact.subject, answer=fact.answer),
+                    "novice": template.format(subject=fact.subject, answer=other),
+                }
+            )
+            instead.append(replacement.format(subject=fact.subject, answer=fact.answer))
+    order = rng.sample(range(len(rows)), len(rows))
+    return Dataset.from_list([rows[row] for row in order]), [instead[row] for row in order]
+
+
+def _sentences(parts: dict[str, list[str]], count: int, rng: random.Random) -> list[str]:
+    possible = list(itertools.product(parts["when"], parts["who"], parts["does"], parts["where"]))
+    if count > len(possible):
+        raise ValueError(f"`prose` asks for {count} sentences, but there are only {len(possible)}: lower it.")
+    return [f"{when}, {who} {does} {where}." for when, who, does, where in rng.sample(possible, count)]
+
+
+def _questions(kind: str, phrasings: list[str], facts: tuple[Fact, ...], seed: int) -> list[Question]:
+    questions = []
+    for fact in facts:
+        peers = sorted({other.answer for other in facts if other.group == fact.group} - {fact.answer})
+        for phrasing in phrasings:
+            rng = random.Random(f"{fact.subject}-{phrasing}-{seed}")
+            options = [fact.answer, *rng.sample(peers, 3)]
+            rng.shuffle(options)
+            text = phrasing.format(subject=fact.subject)
+            questions.append(Question(text, tuple(options), fact.answer, fact.subject, kind))
+    return questions
