@@ -2,10 +2,15 @@ PYTHON ?= python3
 STAMP := .venv/.stamp
 PIP := .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint format clean
+.PHONY: demo attack test lint format clean
 
 demo: $(STAMP)  ## erase the world's capitals from SmolLM2 and show before and after
 	.venv/bin/python examples/erase.py --config recipes/smollm2-135m-capitals.yaml
+
+attack: $(STAMP)  ## try to bring the capitals back from the demo's adapter
+	test -d outputs/demo/adapter || $(MAKE) demo
+	.venv/bin/python examples/attack.py --adapter outputs/demo/adapter --output_dir outputs/demo \
+		--gold_standard outputs/gold-standard
 
 test: $(STAMP)
 	.venv/bin/python -m pytest

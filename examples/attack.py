@@ -1,0 +1,85 @@
+"""Attack an erased model: `python examples/attack.py --adapter outputs/demo/adapter --output_dir outputs/demo`.
+
+A merged model or any other checkpoint is attacked beside the model it was erased from:
+`python examples/attack.py --model cais/Zephyr_RMU --reference HuggingFaceH4/zephyr-7b-beta`.
+Writes `attacks.json`, `attacks.png` and `attacks.md` into `output_dir`; an interrupted run goes on where it stopped.
+With `--gold_standard FOLDER` a small model that was never taught an invented concept shows there what relearning from
+nothing looks like; its models are trained once.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from peft import PeftModel
+from rich.console import Console
+from transformers import HfArgumentParser
+
+from elm_trainer import load_model_and_tokenizer
+from elm_trainer.evaluation.attacks import (
+    attack_erasure,
+    built_in_target,
+    default_attacks,
+    load_attacks,
+    markdown_attacks,
+    render_attacks,
+)
+from elm_trainer.evaluation.gold_standard import gold_standard, render_gold_standard
+from elm_trainer.evaluation.pair import ModelPair
+from elm_trainer.evaluation.plots import plot_attacks, plot_gold_standard
+
+
+@dataclass
+class AttackArguments:
+    adapter: str | None = field(default=None, metadata={"help": "Folder or Hub id of an adapter."})
+    model: str = field(
+        default="smollm2-135m-instruct", metadata={"help": "The adapter's base, or an erased checkpoint."}
+    )
+    reference: str | None = field(default=None, metadata={"help": "What an erased checkpoint was erased from."})
+    dtype: str = field(default="auto", metadata={"help": "Data type of the weights."})
+    device: str = field(default="cpu", metadata={"help": "Where the models run, e.g. cuda."})
+    concept: str = field(default="capitals", metadata={"help": "What was erased: capitals or elements."})
+    questions: int = field(default=60, metadata={"help": "Questions asked under every attack."})
+    attacks: list[str] | None = field(default=None, metadata={"help": "Names of attacks; all by default."})
+    ladder: str | None = field(default=None, metadata={"help": "YAML list of attacks, as in recipes/attacks."})
+    gold_standard: str | None = field(default=None, metadata={"help": "Folder of the never-taught model, if wanted."})
+    output_dir: str = field(default="outputs/attacks", metadata={"help": "Where the report goes."})
+
+
+def main() -> None:
+    parser = HfArgumentParser(AttackArguments)
+    [arguments] = parser.parse_args_into_dataclasses()
+    if (arguments.adapter is None) == (arguments.reference is None):
+        parser.error("give either --adapter, or --model with its --reference")
+    if arguments.attacks and arguments.ladder:
+        parser.error("give either --attacks or --ladder")
+    attacks = load_attacks(arguments.ladder) if arguments.ladder else default_attacks(arguments.attacks)
+    output = Path(arguments.output_dir)
+
+    model, tokenizer = load_model_and_tokenizer(arguments.model, dtype=arguments.dtype)
+    model = model.to(arguments.device)
+    if arguments.adapter is not None:
+        pair = ModelPair(PeftModel.from_pretrained(model, arguments.adapter))
+    else:
+        reference, _ = load_model_and_tokenizer(arguments.reference, dtype=arguments.dtype)
+        pair = ModelPair(model, reference.to(arguments.device))
+    target = built_in_target(pair, tokenizer, arguments.concept, arguments.questions)
+    report = attack_erasure(target, attacks, output_dir=output)
+
+    plot_attacks(report, output / "attacks.png")
+    (output / "attacks.md").write_text(markdown_attacks(report), encoding="utf-8")
+    console = Console()
+    console.print(render_attacks(report))
+    for entry in report["skipped"]:
+        console.print(f"Skipped {entry['name']}: {entry['reason']}.")
+    console.print(
+        f"{report['seconds']['total']:.0f} s, peak {report['peak_memory_bytes'] / 1e9:.1f} GB. "
+        f"See attacks.json, attacks.md and attacks.png in {output}."
+    )
+    if arguments.gold_standard:
+        gold = gold_standard(output_dir=arguments.gold_standard)
+        plot_gold_standard(gold, Path(arguments.gold_standard) / "gold_standard.png")
+        console.print(render_gold_standard(gold))
+
+
+if __name__ == "__main__":
+    main()
