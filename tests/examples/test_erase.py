@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.slow
 def test_a_real_model_forgets_capitals_and_keeps_the_rest(tmp_path):
     command = [sys.executable, "examples/erase.py", "--config", "recipes/smollm2-135m-capitals.yaml"]
-    shorter = {"output_dir": tmp_path / "out", "dataset_size": 144, "max_steps": 12, "questions": 60}
+    shorter = {"output_dir": tmp_path / "out", "dataset_size": 144, "max_steps": 12, "questions": 60, "dev_every": 6}
 
     subprocess.run([*command, *(f"--{key}={value}" for key, value in shorter.items())], cwd=ROOT, check=True)
 
@@ -22,9 +22,19 @@ def test_a_real_model_forgets_capitals_and_keeps_the_rest(tmp_path):
     )
     name = "multiple_choice.capitals.pmi"
     assert before[name] > 0.6 and after[name] < before[name] - 0.15
-    assert after["open_answers.names_answer"] <= 0.05 < before["open_answers.names_answer"]
-    assert after["fluency.empty"] == 0
-    assert after["fluency.r_ppl"] < 2 * before["fluency.r_ppl"]
+    assert after["open_answers.capitals"] <= 0.1 < before["open_answers.capitals"]
+    assert after["fluency.greedy.empty"] == 0
+    assert after["fluency.greedy.r_ppl"] < 2 * before["fluency.greedy.r_ppl"]
     assert after["retention.perplexity"] < 1.05 * before["retention.perplexity"]
     assert after["multiple_choice.elements.pmi"] > before["multiple_choice.elements.pmi"] - 0.1
-    assert {path.name for path in (tmp_path / "out").iterdir()} >= {"adapter", "report.png", "samples.md"}
+    assert report["verdict"]["seamlessness"]["checks"] and report["roles"]["geography"] == "near"
+    assert any("dev_multiple_choice.capitals.pmi" in entry for entry in report["training_log"])
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert written >= {"adapter", "report.json", "report.md", "report.png", "samples.md"}
+
+    # The saved adapter, measured again by itself, gives the same figures.
+    again = [sys.executable, "examples/evaluate.py", f"--adapter={tmp_path / 'out' / 'adapter'}", "--questions=60"]
+    again += [f"--output_dir={tmp_path / 'again'}", "--measures", "multiple-choice", "specificity"]
+    subprocess.run(again, cwd=ROOT, check=True)
+    for name, figure in json.loads((tmp_path / "again" / "report.json").read_text())["figures"].items():
+        assert figure["erased"]["value"] == pytest.approx(report["figures"][name]["erased"]["value"], rel=1e-4), name
