@@ -3,8 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from .measures import Items, change
-from .statistics import holm
+from .measures import Items, change, correct_p
 
 
 def compare_reports(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -47,7 +46,5 @@ def compare_reports(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict
             sides = [Items(statistic, **report["items"][name]["erased"]) for report in (first, second)]
             compared[name] = {"first": sides[0].figure().to_dict(), "second": sides[1].figure().to_dict()}
             compared[name] |= change(*sides)
-    tested = [name for name, figure in compared.items() if figure["p"] is not None]
-    for name, p in zip(tested, holm([compared[name]["p"] for name in tested]), strict=True):
-        compared[name]["p"] = p
+    correct_p(compared)
     return compared

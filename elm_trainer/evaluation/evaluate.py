@@ -12,11 +12,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.questions import check_questions
 from .journal import Journal
-from .measures import MEASURES, Items, Setting, change
+from .measures import MEASURES, Items, Setting, change, correct_p
 from .pair import SIDES, ModelPair, Side
 from .report import SCHEMA_VERSION, environment, pair_fingerprint, suite_info, write_json
 from .shortcuts import find_shortcuts
-from .statistics import holm
 from .suite import EvaluationSuite, built_in_suite
 from .verdict import Criteria, judge, raise_flags
 
@@ -158,7 +157,7 @@ def _measure(name: str, setting: Setting, side: Side) -> dict[str, Any]:
 
 
 def _figures(items: Mapping[str, Mapping[str, Items]]) -> dict[str, dict[str, Any]]:
-    figures = {}
+    figures: dict[str, dict[str, Any]] = {}
     for name, sides in items.items():
         before, after = sides["reference"], sides["erased"]
         figures[name] = {
@@ -166,9 +165,7 @@ def _figures(items: Mapping[str, Mapping[str, Items]]) -> dict[str, dict[str, An
             **{side: found.figure().to_dict() for side, found in sides.items()},
             **change(before, after),
         }
-    tested = [name for name, figure in figures.items() if figure["p"] is not None]
-    for name, p in zip(tested, holm([figures[name]["p"] for name in tested]), strict=True):
-        figures[name]["p"] = p
+    correct_p(figures)
     return figures
 
 

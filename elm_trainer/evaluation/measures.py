@@ -22,7 +22,7 @@ from .letter_choice import score_letters
 from .multiple_choice import score_choices
 from .pair import ModelPair, Side
 from .retention import retention
-from .statistics import Figure, bootstrap_mean, bootstrap_perplexity, bootstrap_ratio, mcnemar, paired_difference
+from .statistics import Figure, bootstrap_mean, bootstrap_perplexity, bootstrap_ratio, holm, mcnemar, paired_difference
 from .suite import EvaluationSuite, OpenQuestion
 
 
@@ -76,6 +76,13 @@ def change(before: Items, after: Items) -> dict[str, Any]:
     elif not before.counts and set(before.values) | set(after.values) <= {0.0, 1.0}:
         tested = mcnemar([bool(v) for v in before.values], [bool(v) for v in after.values])
     return {"change": difference.to_dict(), "p": tested}
+
+
+def correct_p(figures: Mapping[str, dict[str, Any]]) -> None:
+    """Correct the `p` of all figures that have one by Holm's method, in place."""
+    tested = [figure for figure in figures.values() if figure["p"] is not None]
+    for figure, p in zip(tested, holm([figure["p"] for figure in tested]), strict=True):
+        figure["p"] = p
 
 
 @dataclass(frozen=True)
