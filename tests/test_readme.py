@@ -2,13 +2,18 @@
 
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 
 ROOT = Path(__file__).parents[1]
-BLOCKS = re.findall(r"```(\w+)\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
+COMMANDS = [shlex.split(line) for language, code in BLOCKS if language == "bash" for line in code.strip().splitlines()]
+SCRIPTS = sorted({word for words in COMMANDS for word in words if word.endswith(".py")})
 
 
 @pytest.mark.slow
@@ -23,15 +28,28 @@ def test_the_quickstart_runs_as_it_stands(tmp_path, monkeypatch):
 
 def test_the_commands_name_files_and_targets_that_exist():
     targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    commands = [line for language, code in BLOCKS if language == "bash" for line in code.strip().splitlines()]
-    assert commands
-    for command in commands:
-        words = shlex.split(command)
+    assert COMMANDS
+    for words in COMMANDS:
         if words[0] == "make":
             assert words[1] in targets
         for word in words:
             if word.endswith((".py", ".yaml")):
                 assert (ROOT / word).exists(), word
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_commands_use_options_that_exist(script):
+    printed = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True, check=True)
+    known = set(re.findall(r"--\w+", printed.stdout)) | {"--config"}  # TrlParser's own, which it does not list
+    for words in COMMANDS:
+        if script in words:
+            assert {word.split("=")[0] for word in words if word.startswith("--")} <= known
+
+
+def test_the_pictures_exist():
+    pictures = re.findall(r"!\[.*?\]\((.*?)\)", README)
+    assert all((ROOT / picture).exists() for picture in pictures)
 
 
 def test_the_diff_applies_to_real_names():
