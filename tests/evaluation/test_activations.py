@@ -70,17 +70,6 @@ def plant(model, tokenizer, layer, vectors):
     ]
 
 
-@pytest.fixture
-def erased_model(tiny_peft_model):
-    """An adapter that does something: LoRA's second matrix starts at zero."""
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in tiny_peft_model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.5)
-    return tiny_peft_model
-
-
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_states_are_those_of_a_plain_run_and_the_last_stands_before_the_final_norm(architecture, tokenizer):
     model = build_model(architecture, len(tokenizer))
@@ -97,12 +86,12 @@ def test_states_are_those_of_a_plain_run_and_the_last_stands_before_the_final_no
 
 @pytest.mark.parametrize("padding_side", ["left", "right"])
 @pytest.mark.parametrize("batch_size", [1, 7, 32])
-def test_neither_batch_size_nor_padding_changes_a_state(batch_size, padding_side, erased_model, tokenizer):
+def test_neither_batch_size_nor_padding_changes_a_state(batch_size, padding_side, adapted_model, tokenizer):
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.padding_side = padding_side
-    alone = [hidden_states(erased_model, tokenizer, [text], positions="all")[0] for text in TEXTS * 3]
+    alone = [hidden_states(adapted_model, tokenizer, [text], positions="all")[0] for text in TEXTS * 3]
 
-    together = hidden_states(erased_model, tokenizer, TEXTS * 3, positions="all", batch_size=batch_size)
+    together = hidden_states(adapted_model, tokenizer, TEXTS * 3, positions="all", batch_size=batch_size)
 
     for expected, states in zip(alone, together, strict=True):
         torch.testing.assert_close(states, expected, atol=1e-5, rtol=1e-5)
@@ -117,13 +106,13 @@ def test_the_last_position_is_the_last_of_all(tiny_model, tokenizer):
         torch.testing.assert_close(one, every[:, -1:])
 
 
-def test_the_adapter_is_in_place_and_the_head_is_never_run(erased_model, tokenizer):
+def test_the_adapter_is_in_place_and_the_head_is_never_run(adapted_model, tokenizer):
     calls = []
-    erased_model.get_output_embeddings().register_forward_hook(lambda *_: calls.append(1))
+    adapted_model.get_output_embeddings().register_forward_hook(lambda *_: calls.append(1))
 
-    adapted = hidden_states(erased_model, tokenizer, TEXTS[:1])[0]
-    with erased_model.disable_adapter():
-        reference = hidden_states(erased_model, tokenizer, TEXTS[:1])[0]
+    adapted = hidden_states(adapted_model, tokenizer, TEXTS[:1])[0]
+    with adapted_model.disable_adapter():
+        reference = hidden_states(adapted_model, tokenizer, TEXTS[:1])[0]
 
     assert not calls
     torch.testing.assert_close(adapted[0], reference[0])
@@ -137,12 +126,12 @@ def test_half_precision_states_come_back_in_float32(tiny_model, tokenizer):
     assert torch.equal(states, states.bfloat16().float())
 
 
-def test_norms_agree_with_texts_run_one_by_one(erased_model, tokenizer):
-    norms = activation_norms(ModelPair(erased_model), tokenizer, TEXTS, max_length=12, batch_size=3)
+def test_norms_agree_with_texts_run_one_by_one(adapted_model, tokenizer):
+    norms = activation_norms(ModelPair(adapted_model), tokenizer, TEXTS, max_length=12, batch_size=3)
 
     totals = {}
     for side, found in (("reference", norms.reference), ("erased", norms.erased)):
-        with ModelPair(erased_model).use(side) as model:
+        with ModelPair(adapted_model).use(side) as model:
             states = [hidden_states(model, tokenizer, [text], positions="all", max_length=12)[0] for text in TEXTS]
         lengths = [[[float(token.norm()) for token in layer[1:]] for layer in text] for text in states]
         totals[side] = [sum(sum(text[layer]) for text in lengths) for layer in range(3)]
