@@ -17,18 +17,19 @@ def plot_pareto(reports: Mapping[str, Mapping[str, Any]], path: str | Path) -> N
     figure = Figure(figsize=(12, 5), layout="constrained")
     FigureCanvasAgg(figure)
     kept, fluent = figure.subplots(1, 2)
-    for name, report in reports.items():
+    for index, (name, report) in enumerate(reports.items()):
+        colour = f"C{index % 10}"
         figures, roles = report["figures"], report["roles"]
         accuracy = _mean(figures[f"multiple_choice.{bank}.pmi"]["erased"]["value"] for bank in _of(roles, "erased"))
         for role, marker in (("near", "o"), ("far", "s")):
             banks = _of(roles, role)
             if banks:
                 moved = _mean(figures[f"multiple_choice.{bank}.pmi"]["change"]["value"] for bank in banks)
-                kept.plot(moved, accuracy, marker)
+                kept.plot(moved, accuracy, marker, color=colour)
                 kept.annotate(name, (moved, accuracy), textcoords="offset points", xytext=(5, 4), fontsize=7)
         change = figures["fluency.greedy.r_ppl"]["change"]
-        fluent.plot([change["low"], change["high"]], [accuracy, accuracy], color="grey", alpha=0.5)
-        fluent.plot(change["value"], accuracy, "o")
+        fluent.plot([change["low"], change["high"]], [accuracy, accuracy], color=colour, alpha=0.5)
+        fluent.plot(change["value"], accuracy, "o", color=colour)
         fluent.annotate(name, (change["value"], accuracy), textcoords="offset points", xytext=(5, 4), fontsize=7)
     first = next(iter(reports.values()))
     before = _mean(
