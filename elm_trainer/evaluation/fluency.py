@@ -10,6 +10,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from ..data.collator import ElmDataCollator
 from ..ops import KeepPositions
+from .pair import evaluating
 
 
 @dataclass(frozen=True)
@@ -93,9 +94,7 @@ def generate_answers(
     device = model.device
     devices = [device] if device.type == "cuda" else []
     answers = Generations([], [])
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         with nullcontext() if seed is None else torch.random.fork_rng(devices=devices):
             if seed is not None:
                 torch.manual_seed(seed)
@@ -109,8 +108,6 @@ def generate_answers(
                 ended = torch.isin(tokens, torch.tensor(ends, device=device)).any(-1).tolist()
                 answers.texts.extend(processing_class.batch_decode(tokens, skip_special_tokens=True))
                 answers.truncated.extend(not end for end in ended)
-    finally:
-        model.train(training)
     return answers
 
 
@@ -171,9 +168,7 @@ def reverse_perplexity(
     collator = ElmDataCollator(processing_class)
     nlls: list[float] = []
     tokens: list[int] = []
-    training = judge.training
-    judge.eval()
-    try:
+    with evaluating(judge):
         for start in range(0, len(prompts), batch_size):
             pairs = zip(prompts[start : start + batch_size], answers[start : start + batch_size], strict=True)
             rows = []
@@ -190,8 +185,6 @@ def reverse_perplexity(
             sums = losses.new_zeros(len(rows)).index_add(0, batch["rows"], losses)
             nlls += sums.tolist()
             tokens += torch.bincount(batch["rows"], minlength=len(rows)).tolist()
-    finally:
-        judge.train(training)
     return nlls, tokens
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.questions import BANKS, load_bank, split_of
+from .pair import evaluating
 
 
 TASKS = tuple(f"elm_{bank}" for bank in BANKS)
@@ -61,12 +62,9 @@ def evaluate_with_harness(
             f"`tasks` names {unknown}, which the harness does not know: use one of {', '.join(TASKS)}, or of "
             "`lm_eval ls tasks`."
         )
-    training = model.training
-    try:
+    with evaluating(model):
         wrapped = HFLM(pretrained=model, tokenizer=processing_class, batch_size=batch_size)
         return dict(simple_evaluate(wrapped, tasks=list(tasks), task_manager=manager, limit=limit) or {})
-    finally:
-        model.train(training)
 
 
 def export_banks(folder: str | Path) -> None:

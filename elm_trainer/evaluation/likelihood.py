@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..ops import KeepPositions
+from .pair import evaluating
 
 
 # A packed row attends over itself, so beyond some length more tokens cost more than what they share saves.
@@ -57,9 +58,7 @@ def log_likelihoods(
     keys = [sequence.ids[:-1] if packed else [len(sequence.ids)] for sequence in sequences]
     order = sorted(range(len(sequences)), key=keys.__getitem__)
     totals = [0.0] * len(sequences)
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         with tqdm(total=len(order), desc=description, leave=False) as bar:
             for batch in _batches(order, sequences, batch_size):
                 members = [sequences[index] for index in batch]
@@ -67,8 +66,6 @@ def log_likelihoods(
                 for index, total in zip(batch, sums, strict=True):
                     totals[index] = total
                 bar.update(len(batch))
-    finally:
-        model.train(training)
     return totals
 
 

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.questions import Question
 from .activations import final_norm, hidden_states
-from .multiple_choice import PROMPT
+from .multiple_choice import PROMPT, likeliest
 from .statistics import Figure, bootstrap_ratio
 
 
@@ -82,7 +82,7 @@ def logit_lens(
     groups = torch.tensor([subjects[questions[index].subject or questions[index].text] for index in kept])
     accuracy = []
     for layer in logits:
-        best = [questions[index].options[_argmax(scores)] for index, scores in zip(kept, layer, strict=True)]
+        best = [questions[index].options[likeliest(scores)] for index, scores in zip(kept, layer, strict=True)]
         right = torch.tensor([option == questions[index].answer for index, option in zip(kept, best, strict=True)])
         # Several phrasings of one fact are no independent questions.
         accuracy.append(
@@ -123,7 +123,3 @@ def _option_logits(
             rows += [row[torch.tensor(tokens, device=row.device)].tolist() for row, tokens in chosen]
         scores.append(rows)
     return scores
-
-
-def _argmax(values: Sequence[float]) -> int:
-    return max(range(len(values)), key=values.__getitem__)

@@ -45,14 +45,14 @@ class ModelPair:
     def use(self, side: Side) -> Iterator[PreTrainedModel | PeftModel]:
         """The model of a side, in evaluation mode and as it was afterwards; sides must not be nested."""
         if side == "reference" and self._reference is not None:
-            with _evaluating(self._reference):
+            with evaluating(self._reference):
                 yield self._reference
         elif side == "reference":
             assert isinstance(self.erased, PeftModel)
-            with _evaluating(self.erased), self.erased.disable_adapter():
+            with evaluating(self.erased), self.erased.disable_adapter():
                 yield self.erased
         else:
-            with _evaluating(self.erased):
+            with evaluating(self.erased):
                 yield self.erased
 
     @property
@@ -62,7 +62,8 @@ class ModelPair:
 
 
 @contextmanager
-def _evaluating(model: PreTrainedModel | PeftModel) -> Iterator[None]:
+def evaluating(model: PreTrainedModel | PeftModel) -> Iterator[None]:
+    """Put a model in evaluation mode, and then back into the mode it was in."""
     training = model.training
     model.eval()
     try:

@@ -6,6 +6,22 @@ from elm_trainer.evaluation.suite import OpenQuestion
 
 
 @pytest.fixture
+def questions():
+    """Some of an erased bank and some of a retained one."""
+    return load_bank("capitals")[::25] + load_bank("general")[::6]
+
+
+@pytest.fixture
+def sharp_model(tiny_model):
+    """A random model whose choices are far from ties."""
+    with torch.no_grad():
+        for parameter in tiny_model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(5)
+    return tiny_model
+
+
+@pytest.fixture
 def suite():
     """A few questions of each kind."""
     return EvaluationSuite(

@@ -5,21 +5,6 @@ from elm_trainer.data.questions import Question, load_bank
 from elm_trainer.evaluation.letter_choice import letter_prompt, score_letters
 
 
-@pytest.fixture
-def questions():
-    return load_bank("capitals")[::25] + load_bank("general")[::6]
-
-
-@pytest.fixture
-def sharp_model(tiny_model):
-    """A random model whose choices are far from ties."""
-    with torch.no_grad():
-        for parameter in tiny_model.parameters():
-            if parameter.dim() == 2:
-                parameter.mul_(5)
-    return tiny_model
-
-
 def slow_letters(model, tokenizer, questions):
     """One forward pass per question; the letters are one token each."""
     letters = [tokenizer(f" {letter}")["input_ids"] for letter in "ABCD"]

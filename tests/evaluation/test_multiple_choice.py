@@ -1,23 +1,8 @@
 import pytest
 import torch
 
-from elm_trainer.data.questions import Question, load_bank
+from elm_trainer.data.questions import Question
 from elm_trainer.evaluation.multiple_choice import score_choices
-
-
-@pytest.fixture
-def questions():
-    return load_bank("capitals")[::25] + load_bank("general")[::6]
-
-
-@pytest.fixture
-def sharp_model(tiny_model):
-    """A random model whose choices are far from ties."""
-    with torch.no_grad():
-        for parameter in tiny_model.parameters():
-            if parameter.dim() == 2:
-                parameter.mul_(5)
-    return tiny_model
 
 
 def slow_score(model, tokenizer, prompt, option):

@@ -38,7 +38,9 @@ class RewordingAttack(Attack):
             result
             for variant, wording in wordings.items()
             for result in self._ask(
-                target, variant, [replace(q, text=wording.format(subject=q.subject)) for q in target.questions]
+                target,
+                variant,
+                [replace(q, text=wording.format(subject=q.subject, question=q.text)) for q in target.questions],
             )
         ]
 
@@ -77,10 +79,4 @@ class FillerAttack(RewordingAttack):
 
     def run(self, target: AttackTarget) -> list[AttackResult]:
         text = (files("elm_trainer.data") / "attacks" / "fillers.yaml").read_text(encoding="utf-8")
-        return [
-            result
-            for variant, filler in yaml.safe_load(text).items()
-            for result in self._ask(
-                target, variant, [replace(q, text=filler.format(question=q.text)) for q in target.questions]
-            )
-        ]
+        return self._ask_in(target, yaml.safe_load(text))
