@@ -1,0 +1,280 @@
+"""A Hub that listens on loopback, and what a test asks of it."""
+
+import os
+import socket
+import sys
+import threading
+import traceback
+import uuid
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+from .faults import Fault
+from .messages import COPY_CHUNK, Disconnected, Refusal, Request, Response
+from .objects import Commit, Repo
+from .routes import ROUTES
+from .state import State, User
+
+
+# Settings of whoever runs the tests that would lead a client elsewhere.
+FOREIGN_SETTINGS = ("HF_", "HUGGING_FACE_", "TRANSFORMERS_", "HUGGINGFACE_")
+
+
+@dataclass
+class Seen:
+    """A request that was answered.
+
+    Args:
+        origin (`str`): `"hub"` or `"storage"`.
+        method, path (`str`): What was asked, without the query.
+        query (`str`): The query.
+        user (`str` or `None`): Whose token was sent.
+        status (`int` or `None`): `None` if the connection was cut before an answer.
+        received, sent (`int`): Bytes of the bodies.
+        done (`bool`): Whether nothing more will be sent.
+    """
+
+    origin: str
+    method: str
+    path: str
+    query: str
+    user: str | None
+    status: int | None = None
+    received: int = 0
+    sent: int = 0
+    done: bool = False
+
+    def __str__(self) -> str:
+        who, status = self.user or "-", self.status or "cut"
+        return f"{status} {self.method} {self.path} ({self.origin}, {who}, {self.received} in, {self.sent} out)"
+
+
+class HubServer:
+    """A Hub on loopback, for the unmodified client.
+
+    Args:
+        root (`Path`): Folder for the contents of large files.
+        port (`int`, *optional*, defaults to `0`): Port of the Hub; 0 takes a free one.
+        multipart_from (`int`, *optional*, defaults to `16_000_000`): Bytes from which a large file goes up in parts.
+        part_size (`int`, *optional*, defaults to `8_000_000`): Bytes of a part.
+        page_size (`int`, *optional*, defaults to `1000`): Most entries of a page of a list.
+
+    Example:
+
+    ```python
+    with HubServer(root=tmp_path) as hub:
+        hub.add_user("alice", "hf_alice")
+        api = HfApi(endpoint=hub.endpoint, token="hf_alice")
+    ```
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        *,
+        port: int = 0,
+        multipart_from: int = 16_000_000,
+        part_size: int = 8_000_000,
+        page_size: int = 1000,
+    ):
+        self.state = State(Path(root), multipart_from=multipart_from, part_size=part_size, page_size=page_size)
+        self.requests: list[Seen] = []
+        self.unknown: list[str] = []  # addresses that were asked for and are none
+        self.broken: list[str] = []  # tracebacks of what went wrong in this server
+        self.stopping = threading.Event()
+        self._faults: list[Fault] = []
+        self._faults_lock = threading.Lock()
+        self._listeners = [Listener(self, "hub", port), Listener(self, "storage", 0)]
+        self.endpoint, self.storage_endpoint = (listener.address for listener in self._listeners)
+        self.state.endpoint, self.state.storage_endpoint = self.endpoint, self.storage_endpoint
+
+    def __enter__(self) -> "HubServer":
+        for listener in self._listeners:
+            threading.Thread(target=listener.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stopping.set()
+        for listener in self._listeners:
+            listener.stop()
+
+    # For tests: setting the scene
+
+    def add_user(self, name: str, token: str, can_write: bool = True, orgs: Sequence[str] = ()) -> None:
+        """Let whoever has `token` in as `name`; a user may have several tokens."""
+        self.state.users[token] = User(name, can_write, tuple(orgs))
+
+    def env(self, token: str | None = None, home: Path | None = None) -> dict[str, str]:
+        """Environment of a process that is to talk to this Hub and to no other.
+
+        Args:
+            token (`str`, *optional*): Token; without one the process is anonymous.
+            home (`Path`, *optional*): Folder for the client's caches; by default a folder beside the contents.
+        """
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN_SETTINGS)}
+        return (
+            kept
+            | {
+                "HF_ENDPOINT": self.endpoint,
+                "HF_HOME": str(home or self.state.root / "home"),
+                "HF_HUB_DISABLE_XET": "1",
+                "HF_HUB_DISABLE_TELEMETRY": "1",
+                "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+                "NO_PROXY": "127.0.0.1",
+            }
+            | ({"HF_TOKEN": token} if token else {})
+        )
+
+    def fail(self, fault: Fault) -> Fault:
+        """Put a fault in the way of the next requests that it matches; one request meets at most one fault."""
+        with self._faults_lock:
+            self._faults.append(fault)
+        return fault
+
+    # For tests: looking at what came of it
+
+    def repo(self, repo_id: str, repo_type: str = "model") -> Repo:
+        return self.state.repos[repo_type, repo_id]
+
+    def head(self, repo_id: str, revision: str = "main", repo_type: str = "model") -> str:
+        """Id of the commit that `revision` points to."""
+        return self._commit(repo_id, revision, repo_type).oid
+
+    def files(self, repo_id: str, revision: str = "main", repo_type: str = "model") -> dict[str, bytes]:
+        """Contents of all files, by path."""
+        with self.state.lock:
+            files = self._commit(repo_id, revision, repo_type).files
+            return {path: self.state.read(blob) for path, blob in files.items()}
+
+    def commits(self, repo_id: str, revision: str = "main", repo_type: str = "model") -> list[Commit]:
+        """Commits up to `revision`, last first; the first of a repository is the Hub's own."""
+        with self.state.lock:
+            return self.repo(repo_id, repo_type).history(self._commit(repo_id, revision, repo_type))
+
+    def _commit(self, repo_id: str, revision: str, repo_type: str) -> Commit:
+        commit = self.repo(repo_id, repo_type).find(revision)
+        if commit is None:
+            raise KeyError(f"{repo_id} has no revision {revision}")
+        return commit
+
+    # Answering
+
+    def respond(self, request: Request) -> Response:
+        """The answer to a request, with whatever fault lies in its way."""
+        with self._faults_lock:
+            fault = next((fault for fault in self._faults if fault.meets(request)), None)
+        try:
+            if fault is None:
+                return self._answer(request)
+            fault.behaviour.before(request, self.stopping.wait)
+            return fault.behaviour.after(fault.behaviour.instead(request) or self._answer(request))
+        except (Disconnected, ConnectionError):
+            raise Disconnected from None
+        except Exception:
+            self.broken.append(traceback.format_exc())
+            return Refusal(500, "The Hub of the tests is broken here: see `HubServer.broken`").response()
+
+    def _answer(self, request: Request) -> Response:
+        try:
+            for route in ROUTES:
+                args = route.match(request)
+                if args is None:
+                    continue
+                request.args = args
+                if route.slow:
+                    return route.handler(self.state, request)
+                request.body()  # before the lock: a slow client must not keep others waiting
+                with self.state.lock:
+                    return route.handler(self.state, request)
+            self.unknown.append(f"{request.method} {request.path}")
+            raise Refusal(501, f"This Hub does not know {request.method} {request.path}")
+        except Refusal as refusal:
+            return refusal.response()
+
+
+class Listener(ThreadingHTTPServer):
+    """One of the two addresses, and the connections to it."""
+
+    daemon_threads = True
+    request_queue_size = 64
+
+    def __init__(self, hub: HubServer, origin: str, port: int):
+        self.hub = hub
+        self.origin = origin
+        self._connections: set[socket.socket] = set()
+        super().__init__(("127.0.0.1", port), Connection)
+        self.address = f"http://127.0.0.1:{self.server_address[1]}"
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        self._connections.add(request)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        self._connections.discard(request)
+        super().shutdown_request(request)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that goes away is no error here; anything else is shown."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
+
+    def stop(self) -> None:
+        self.shutdown()
+        self.server_close()
+        for connection in list(self._connections):
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+
+class Connection(BaseHTTPRequestHandler):
+    """Requests of one connection, one after the other."""
+
+    server: Listener
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+
+    def _serve(self) -> None:
+        hub = self.server.hub
+        length = int(self.headers.get("Content-Length") or 0)
+        request = Request(self.server.origin, self.command, self.path, self.headers, length, self.rfile)
+        user = hub.state.users.get(request.token or "")
+        seen = Seen(
+            self.server.origin, self.command, request.path, self.path.partition("?")[2], user.name if user else None
+        )
+        hub.requests.append(seen)
+        try:
+            response = hub.respond(request)
+            while request.read(COPY_CHUNK):  # what was not wanted must not be taken for the next request
+                pass
+            seen.status, seen.received = response.status, request.received
+            self._write(response, seen)
+        except (Disconnected, ConnectionError):
+            seen.received = request.received
+            self.close_connection = True
+            with suppress(OSError):
+                self.connection.shutdown(socket.SHUT_RDWR)
+        finally:
+            seen.done = True
+
+    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = do_PATCH = _serve
+
+    def _write(self, response: Response, seen: Seen) -> None:
+        def write(chunk: bytes) -> None:
+            seen.sent += len(chunk)
+            self.wfile.write(chunk)
+
+        self.send_response(response.status)
+        for name, value in response.headers.items():
+            self.send_header(name, value)
+        self.send_header("X-Request-Id", uuid.uuid4().hex)
+        self.send_header("Content-Length", str(response.content_length))
+        self.end_headers()
+        if self.command != "HEAD":
+            response.send(write, self.server.hub.stopping.wait)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Requests are kept in `HubServer.requests`; nothing is printed."""
