@@ -1,0 +1,1 @@
+"""Publishing erased adapters with their evidence, and loading them."""
