@@ -20,7 +20,7 @@ from .suite import EvaluationSuite
 
 
 SCHEMA_VERSION = 2
-KINDS = ("evaluation", "attacks", "gold-standard")
+KINDS = ("evaluation", "attacks", "comparison", "gold-standard")
 PACKAGES = ("elm-trainer", "torch", "transformers", "trl", "peft", "datasets", "accelerate")
 
 
@@ -44,13 +44,18 @@ def read_report(path: str | Path, kind: str = "evaluation") -> dict[str, Any]:
         ValueError: for a report of another schema or of another kind.
     """
     report = json.loads(Path(path).read_text(encoding="utf-8"))
+    check_report(report, kind, name=f"Report {path}")
+    return report
+
+
+def check_report(report: Mapping[str, Any], kind: str = "evaluation", *, name: str = "The report") -> None:
+    """Raise `ValueError`, which calls the report `name`, unless it has this version's schema and is of a kind."""
     found = report.get("schema_version")
     if found != SCHEMA_VERSION:
         fix = "upgrade elm-trainer" if isinstance(found, int) and found > SCHEMA_VERSION else "measure again"
-        raise ValueError(f"Report {path} has schema_version {found}, but this version reads {SCHEMA_VERSION}: {fix}.")
-    if report["kind"] != kind:
-        raise ValueError(f"Report {path} is of the kind {report['kind']!r}, not {kind!r}: name another file.")
-    return report
+        raise ValueError(f"{name} has schema_version {found}, but this version reads {SCHEMA_VERSION}: {fix}.")
+    if report.get("kind") != kind:
+        raise ValueError(f"{name} is of the kind {report.get('kind')!r}, not {kind!r}: name another file.")
 
 
 def environment(seconds: Mapping[str, float]) -> dict[str, Any]:
@@ -74,12 +79,19 @@ def model_fingerprint(model: torch.nn.Module) -> str:
     return _hash_tensors(weights)
 
 
+def adapter_fingerprint(tensors: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 over names, shapes and bytes of an adapter's tensors, named as in its file: a report's `erased_sha256`."""
+    return _hash_tensors(tensors)
+
+
 def pair_fingerprint(pair: ModelPair) -> dict[str, str]:
     """`reference_sha256` of the reference's weights, and `erased_sha256` of the adapter or of the erased weights."""
     with pair.use("reference") as reference:
         base = model_fingerprint(reference)
     adapter = pair.adapter
-    erased = model_fingerprint(pair.erased) if adapter is None else _hash_tensors(get_peft_model_state_dict(adapter))
+    erased = (
+        model_fingerprint(pair.erased) if adapter is None else adapter_fingerprint(get_peft_model_state_dict(adapter))
+    )
     return {"reference_sha256": base, "erased_sha256": erased}
 
 

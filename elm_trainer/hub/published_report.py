@@ -1,0 +1,168 @@
+"""The local reports as they go up: nothing of the machine, and no right answers."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, Field, asdict, fields
+from enum import Enum
+from typing import Any
+
+from transformers import TrainingArguments
+
+from ..data.questions import Question
+from ..evaluation.report import check_report
+from ..methods.elm import ElmConfig
+from .answers import mask_answers
+from .info import BaseModel
+
+
+LOCAL_FILE = "(local file)"
+
+_SHARED = (
+    "schema_version", "kind", "figures", "reference_sha256", "erased_sha256", "datasets", "versions", "seconds",
+    "peak_memory_bytes", "peak_device_memory_bytes",
+)  # fmt: skip
+_EVALUATION = (
+    *_SHARED, "verdict", "flags", "roles", "shortcuts", "items", "samples", "inside", "settings", "training_log",
+)  # fmt: skip
+_ATTACKS = (*_SHARED, "chance", "worst_case", "families", "curves", "attacks", "skipped")
+
+# Settings of this machine, its trackers and its Hub account: they do not change what is learned.
+_OF_THE_MACHINE = re.compile(
+    r"(hub_|push_to_hub|logging_|log_|save_|trackio_|ddp_|fsdp|deepspeed|accelerator_config|parallelism_config).*"
+    r"|report_to|run_name|project|disable_tqdm|local_rank|resume_from_checkpoint|overwrite.*|adapter|reference|debug"
+    r"|(.*_)?(token|secret|password|key)"
+)
+_PATH = re.compile(
+    r"(\.{1,2})?/|~|\\\\|file:|[A-Za-z]:[/\\]"
+    r"|.*\.(jsonl?|txt|csv|tsv|parquet|ya?ml|gguf|bin|pt|pth|safetensors|jinja|py)$",
+    re.IGNORECASE,
+)
+
+
+def published_report(
+    report: Mapping[str, Any],
+    *,
+    base_model: BaseModel,
+    method: str,
+    attacks: Mapping[str, Any] | None = None,
+    recipe: Mapping[str, Any] | None = None,
+    config_class: type[TrainingArguments] = ElmConfig,
+    questions: Sequence[Question] = (),
+) -> dict[str, Any]:
+    """Turn the local reports into the one that is published.
+
+    Only known keys go up. Of the recipe, what has no influence on the adapter is left out, and so are fields at the
+    default of `config_class`; a source that is a file here reads `(local file)`: the SHA-256 of its texts stands in
+    `datasets`. Samples lose the right answer, and where a model gives it, it is masked with `▇▇▇`.
+
+    Args:
+        report (`Mapping`): The evaluation report.
+        base_model ([`BaseModel`]): What the adapter belongs to.
+        method (`str`): Trainer that made the adapter, such as `"ElmTrainer"`.
+        attacks (`Mapping`, *optional*): The attack report on the same models.
+        recipe (`Mapping`, *optional*): Settings of the training. The report's own `recipe` by default.
+        config_class (`type`, *optional*, defaults to [`ElmConfig`]): Class of the training arguments.
+        questions (`Sequence[Question]`, *optional*): Questions whose aliases of a right answer are masked too.
+
+    Returns:
+        `dict`: an evaluation report with the further keys `concepts` (`list[str]`), `method`, `base_model` (a `dict` of
+        [`BaseModel`]), `recipe` and `attacks` (`None`, or the attack report).
+
+    Raises:
+        ValueError: for reports of another kind or schema, an attack report on other models, a report in which nothing
+            was erased, or a recipe without a seed.
+    """
+    check_report(report)
+    concepts = [bank for bank, role in report["roles"].items() if role == "erased"]
+    recipe = report.get("recipe", {}) if recipe is None else recipe
+    concepts = concepts or list(recipe.get("concepts") or ())
+    if not concepts:
+        raise ValueError(
+            f"`report` names nothing that was erased (`roles` is {dict(report['roles'])}): measure the erased model on "
+            "a suite with a bank of the role 'erased'."
+        )
+    if "seed" not in recipe:
+        raise ValueError(
+            f"`recipe` has no `seed` (it has {sorted(recipe)}), so nobody could repeat the training: pass its settings "
+            "as `recipe`, or to `evaluate_erasure` as `details={'recipe': ...}`."
+        )
+    if attacks is not None:
+        check_report(attacks, "attacks", name="The attack report")
+        for key in ("reference_sha256", "erased_sha256"):
+            if attacks[key] != report[key]:
+                raise ValueError(
+                    f"`attacks` are on another model than `report`: `{key}` is {attacks[key][:12]} there and "
+                    f"{report[key][:12]} in the report. Attack and measure the same adapter."
+                )
+    published = {key: report[key] for key in _EVALUATION if key in report}
+    published["items"] = {
+        name: {side: {key: found[key] for key in ("values", "counts")} for side, found in sides.items()}
+        for name, sides in report["items"].items()
+    }
+    aliases = {question.answer: question.aliases for question in questions}
+    published["samples"] = [_masked(sample, aliases.get(sample["answer"], ())) for sample in report["samples"]]
+    for key in ("settings", "datasets"):
+        published[key] = _without_paths(published[key])
+    return published | {
+        "concepts": concepts,
+        "method": method,
+        "base_model": asdict(base_model),
+        "recipe": _public_recipe(recipe, base_model, concepts, config_class),
+        "attacks": None if attacks is None else _public_attacks(attacks),
+    }
+
+
+def _masked(sample: Mapping[str, str], aliases: Sequence[str]) -> dict[str, str]:
+    answers = [sample["answer"], *aliases]
+    said = {side: mask_answers(sample[side], answers) for side in ("reference", "erased")}
+    return {"prompt": sample["prompt"]} | said
+
+
+def _public_recipe(
+    recipe: Mapping[str, Any], base_model: BaseModel, concepts: Sequence[str], config_class: type[TrainingArguments]
+) -> dict[str, Any]:
+    defaults = {field.name: _default(field) for field in fields(config_class)}
+    public: dict[str, Any] = {}
+    for name, value in recipe.items():
+        kept = name in ("seed", "preset") or name not in defaults or value != defaults[name]
+        if kept and value is not None and not _OF_THE_MACHINE.fullmatch(name):
+            public[name] = _without_paths(value)
+    public |= {"model": base_model.id, "model_revision": base_model.revision}
+    if base_model.gguf_file is not None:
+        public["gguf_file"] = base_model.gguf_file
+    return public | {"output_dir": "outputs/" + "-".join(map(_file_name, concepts))}
+
+
+def _default(field: Field[Any]) -> Any:
+    default = field.default_factory() if field.default_factory is not MISSING else field.default
+    return default.value if isinstance(default, Enum) else default
+
+
+def _file_name(concept: str) -> str:
+    return re.sub(r"[^\w-]+", "-", concept).strip("-")
+
+
+def _public_attacks(attacks: Mapping[str, Any]) -> dict[str, Any]:
+    public = {key: attacks[key] for key in _ATTACKS if key in attacks}
+    public["datasets"] = _without_paths(public["datasets"])
+    public["attacks"] = [
+        {"name": row["name"], "settings": _without_paths(row["settings"]), "seconds": row["seconds"]}
+        # An attack's own words, such as a suffix that it found, may hold what was erased; its numbers cannot.
+        | {"details": {figure: _numbers(details) for figure, details in row["details"].items()}}
+        for row in attacks["attacks"]
+    ]
+    public["skipped"] = _without_paths(public["skipped"])
+    return public
+
+
+def _numbers(details: Mapping[str, Any]) -> dict[str, int | float]:
+    return {key: value for key, value in details.items() if isinstance(value, (int, float))}
+
+
+def _without_paths(value: Any) -> Any:
+    """The value with every string that is a path on this machine replaced."""
+    if isinstance(value, Mapping):
+        return {key: _without_paths(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_paths(part) for part in value]
+    return LOCAL_FILE if isinstance(value, str) and _PATH.match(value) else value

@@ -1,0 +1,241 @@
+"""The folder that goes up, all but its card."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainingArguments
+
+from ..data.questions import Question
+from ..evaluation.plots import plot_attacks, plot_inside, plot_report
+from ..evaluation.report import adapter_fingerprint, check_report, write_json
+from ..methods.base import RUN_FILE
+from ..methods.elm import ElmConfig
+from .adapter_config import check_adapter_config
+from .changed_tokenizer import tokenizer_changed
+from .errors import UnsafeAdapterError
+from .files import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    ATTACKS_PLOT,
+    CARD,
+    INSIDE_PLOT,
+    REPORT,
+    REPORT_PLOT,
+    TOKENIZER_FILES,
+)
+from .info import INFO_FILE, BaseModel, ErasureInfo, Probe
+from .published_report import published_report
+
+
+def stage_adapter(
+    adapter: str | Path,
+    report: Mapping[str, Any],
+    *,
+    base_model: BaseModel,
+    output_dir: str | Path,
+    attacks: Mapping[str, Any] | None = None,
+    verification: Sequence[Probe] = (),
+    base_tokenizer: PreTrainedTokenizerBase | None = None,
+    method: str | None = None,
+    recipe: Mapping[str, Any] | None = None,
+    config_class: type[TrainingArguments] = ElmConfig,
+    questions: Sequence[Question] = (),
+) -> Path:
+    """Write the folder that goes up, all but its card.
+
+    The same adapter and reports give the same bytes. Written beside `output_dir` and moved there when whole; an earlier
+    staged folder is replaced, save for a `README.md` in it. The adapter's own folder is only read.
+
+    Args:
+        adapter (`str` or `Path`): Folder that `save_pretrained` or the trainer wrote.
+        report (`Mapping`): Evaluation report that measured this very adapter.
+        base_model ([`BaseModel`]): What the adapter belongs to.
+        output_dir (`str` or `Path`): Where the folder goes.
+        attacks (`Mapping`, *optional*): Attack report on the same adapter.
+        verification (`Sequence[Probe]`, *optional*): What `load_erased(..., verify=True)` runs again.
+        base_tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): The base's own tokenizer. The adapter's
+            goes up where it behaves differently (see [`tokenizer_changed`]). Needed where the adapter's folder holds one.
+        method (`str`, *optional*): Trainer that made the adapter. Read from `erasure_run.json` in the adapter's folder or
+            the one above by default.
+        recipe (`Mapping`, *optional*): Settings of the training. The report's own `recipe` by default.
+        config_class (`type`, *optional*, defaults to [`ElmConfig`]): Class of the training arguments.
+        questions (`Sequence[Question]`, *optional*): Questions whose aliases of a right answer are masked in samples.
+
+    Returns:
+        `Path`: `output_dir`.
+
+    Raises:
+        ValueError: if the report is on another adapter or is none (see [`published_report`]), if the folder holds no
+            single adapter, or where something that is needed is missing.
+        UnsafeAdapterError: for weights in a pickle, a weights file that cannot be read, or an adapter that is no plain
+            LoRA, which [`load_erased`] would refuse.
+        FileExistsError: if `output_dir` holds something else than an earlier staged folder.
+    """
+    check_report(report)
+    adapter, output = Path(adapter), Path(output_dir)
+    _check_output(output, adapter)
+    config, tensors = _read_adapter(adapter)
+    _check_measured(tensors, config, report)
+    method = method or _method_of(adapter)
+    published = published_report(
+        report, base_model=base_model, method=method, attacks=attacks, recipe=recipe, config_class=config_class,
+        questions=questions,
+    )  # fmt: skip
+    tokenizer = _changed_tokenizer(adapter, base_tokenizer)
+    public_config = _published_config(config, base_model)
+    # What `load_erased` would refuse is not published.
+    check_adapter_config(public_config, adapter / ADAPTER_CONFIG)
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as scratch:
+        staged = Path(scratch) / "staged"
+        staged.mkdir()
+        write_json(staged / ADAPTER_CONFIG, public_config)
+        (staged / ADAPTER_WEIGHTS).write_bytes(save(dict(sorted(tensors.items())), metadata={"format": "pt"}))
+        write_json(staged / REPORT, published)
+        plot_report(published, staged / REPORT_PLOT)
+        if published["attacks"] is not None:
+            plot_attacks(published["attacks"], staged / ATTACKS_PLOT)
+        if published["inside"] is not None:
+            plot_inside(published["inside"], staged / INSIDE_PLOT)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(Path(scratch) / "tokenizer")
+            for name in TOKENIZER_FILES:
+                if (Path(scratch) / "tokenizer" / name).exists():
+                    shutil.copyfile(Path(scratch) / "tokenizer" / name, staged / name)
+        ErasureInfo(
+            concepts=published["concepts"],
+            method=method,
+            base_model=base_model,
+            recipe=published["recipe"],
+            seed=published["recipe"]["seed"],
+            versions=published["versions"],
+            files={path.name: _sha256(path) for path in sorted(staged.iterdir())},
+            verification=list(verification),
+        ).write(staged)
+        if (output / CARD).exists():
+            shutil.copyfile(output / CARD, staged / CARD)
+        _move_into_place(staged, output, Path(scratch) / "replaced")
+    return output
+
+
+def _check_output(output: Path, adapter: Path) -> None:
+    there, source = output.resolve(), adapter.resolve()
+    if there == source or there in source.parents or source in there.parents:
+        raise ValueError(
+            f"`output_dir` is {output}, and the adapter lies in {adapter}, which must stay as it is: name a folder "
+            "outside it."
+        )
+    if output.exists() and not (output.is_dir() and ((output / INFO_FILE).exists() or not any(output.iterdir()))):
+        raise FileExistsError(
+            f"`output_dir` is {output}, which holds something else than an earlier staged adapter (no {INFO_FILE}): "
+            "name another folder, or empty this one."
+        )
+
+
+def _read_adapter(adapter: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    below = sorted(path.parent.name for path in adapter.glob(f"*/{ADAPTER_CONFIG}"))
+    others = [name for name in below if not name.startswith("checkpoint-")]
+    if not (adapter / ADAPTER_CONFIG).is_file():
+        found = (
+            f"these folders in it do: {', '.join(below)}; name one of them" if below else "name an adapter's folder"
+        )
+        raise ValueError(f"`adapter` is {adapter}, which has no {ADAPTER_CONFIG}: {found}.")
+    if others:
+        raise ValueError(
+            f"`adapter` is {adapter}, which holds further adapters beside its own ({', '.join(others)}), so that nobody "
+            "can tell which of them the report measured: save the one to publish into a folder of its own."
+        )
+    if not (adapter / ADAPTER_WEIGHTS).is_file():
+        raise UnsafeAdapterError(
+            f"{adapter} has no {ADAPTER_WEIGHTS}, and weights in a pickle can run code: save the adapter again with "
+            "`save_pretrained`."
+        )
+    try:
+        # Not mapped into memory: a trainer that writes the file meanwhile would change what was checked.
+        tensors = load((adapter / ADAPTER_WEIGHTS).read_bytes())
+    except SafetensorError as error:
+        raise UnsafeAdapterError(
+            f"{adapter / ADAPTER_WEIGHTS} is no safetensors file ({error}): save the adapter again."
+        ) from error
+    return json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8")), tensors
+
+
+def _check_measured(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any], report: Mapping[str, Any]) -> None:
+    """Raise unless the report is on these tensors, or on what PEFT makes of half-precision ones when it loads them."""
+    half = (torch.float16, torch.bfloat16)
+    loaded = {name: tensor.float() if tensor.dtype in half else tensor for name, tensor in tensors.items()}
+    measured = report.get("erased_sha256")
+    found = adapter_fingerprint(tensors)
+    if measured in (found, adapter_fingerprint(loaded)):
+        return
+    prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(config.get("peft_type"), "")
+    foreign = [name for name in sorted(tensors) if prefix not in name]
+    also = f" (the file also holds {len(foreign)} tensors without {prefix!r}, such as {foreign[0]})" if foreign else ""
+    raise ValueError(
+        f"`report` is on another model than `adapter`: `erased_sha256` is {str(measured)[:12]} in the report and "
+        f"{found[:12]} of the adapter{also}. Measure this adapter, or name the one that was measured."
+    )
+
+
+def _method_of(adapter: Path) -> str:
+    for folder in (adapter, adapter.resolve().parent):
+        if (folder / RUN_FILE).is_file():
+            return str(json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))["method"])
+    raise ValueError(f"`method` is None, and neither {adapter} nor the folder above holds {RUN_FILE}: pass `method`.")
+
+
+def _published_config(config: Mapping[str, Any], base_model: BaseModel) -> dict[str, Any]:
+    own = {
+        "base_model_name_or_path": base_model.id,
+        "revision": base_model.revision,
+        "inference_mode": True,
+        # Without a task PEFT notes which library to import, which nobody should do for a stranger.
+        "task_type": config.get("task_type") or "CAUSAL_LM",
+        "auto_mapping": None,
+    }
+    # PEFT keeps names of modules as sets, and writes them in an order that changes from run to run.
+    names = {
+        key: sorted(config[key])
+        for key in ("target_modules", "exclude_modules", "modules_to_save", "target_parameters")
+        if isinstance(config.get(key), list)
+    }
+    return dict(sorted({**config, **names, **own}.items()))
+
+
+def _changed_tokenizer(adapter: Path, base: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase | None:
+    if not (adapter / "tokenizer_config.json").is_file():
+        return None
+    if base is None:
+        raise ValueError(
+            f"`base_tokenizer` is None, but {adapter} holds a tokenizer, which must go up if it is not the base's own: "
+            "pass the base's."
+        )
+    tokenizer = AutoTokenizer.from_pretrained(adapter)
+    return tokenizer if tokenizer_changed(tokenizer, base) else None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _move_into_place(staged: Path, output: Path, replaced: Path) -> None:
+    if output.exists():
+        os.rename(output, replaced)
+    try:
+        os.rename(staged, output)
+    except OSError:
+        if replaced.exists():
+            os.rename(replaced, output)
+        raise
