@@ -7,14 +7,14 @@ from typing import Any
 from rich.table import Table
 
 
-_COLUMNS = ("figure", "n", "reference", "erased", "change", "p")
+COLUMNS = ("figure", "n", "reference", "erased", "change", "p")
 
 
 def render_table(report: Mapping[str, Any]) -> Table:
     """The figures of an evaluation as a table for the terminal."""
-    table = Table(*_COLUMNS, title="Before and after (95 % intervals)")
+    table = Table(*COLUMNS, title="Before and after (95 % intervals)")
     table.columns[0].overflow = "fold"
-    for row in _rows(report):
+    for row in figure_rows(report):
         table.add_row(*row)
     return table
 
@@ -22,7 +22,7 @@ def render_table(report: Mapping[str, Any]) -> Table:
 def render_verdict(report: Mapping[str, Any]) -> Table:
     """The three criteria, what speaks against each, and the flags, as a table for the terminal."""
     table = Table("criterion", "verdict", "what fails", title="Verdict")
-    for name, verdict, why in _verdict_rows(report):
+    for name, verdict, why in verdict_rows(report):
         table.add_row(name, verdict, why)
     for flag in report["flags"]:
         table.add_row("flag", flag["flag"], flag["why"])
@@ -32,14 +32,14 @@ def render_verdict(report: Mapping[str, Any]) -> Table:
 def write_markdown(path: str | Path, report: Mapping[str, Any]) -> None:
     """Write an evaluation as Markdown: verdict, flags, and every figure with its interval."""
     lines = ["# Evaluation of an erasure\n", "| criterion | verdict | what fails |", "| --- | --- | --- |"]
-    lines += [f"| {name} | {verdict} | {why} |" for name, verdict, why in _verdict_rows(report)]
+    lines += [f"| {name} | {verdict} | {why} |" for name, verdict, why in verdict_rows(report)]
     lines += ["", *(f"**{flag['flag']}**: {flag['why']}\n" for flag in report["flags"])]
     lines += [
         "Changes are differences, for perplexities ratios, paired item by item; p is McNemar's exact test or the "
         "paired bootstrap, corrected by Holm's method over all figures.\n",
-        f"| {' | '.join(_COLUMNS)} |",
-        "| --- " * len(_COLUMNS) + "|",
-        *(f"| {' | '.join(row)} |" for row in _rows(report)),
+        f"| {' | '.join(COLUMNS)} |",
+        "| --- " * len(COLUMNS) + "|",
+        *(f"| {' | '.join(row)} |" for row in figure_rows(report)),
         "\n| what was asked | revision | size | SHA-256 |\n| --- | --- | --- | --- |",
     ]
     for name, info in report["datasets"].items():
@@ -57,20 +57,22 @@ def write_samples(path: str | Path, report: Mapping[str, Any]) -> None:
     Path(path).write_text("\n".join(lines), encoding="utf-8")
 
 
-def _rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
+def figure_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Every figure of an evaluation as text, in the order of `COLUMNS`."""
     return [
         (
             name,
             str(figure["erased"]["n"]),
-            *(_cell(figure[side]) for side in ("reference", "erased")),
-            f"{'×' if figure['statistic'] == 'perplexity' else ''}{_cell(figure['change'])}",
+            *(cell(figure[side]) for side in ("reference", "erased")),
+            f"{'×' if figure['statistic'] == 'perplexity' else ''}{cell(figure['change'])}",
             "–" if figure["p"] is None else f"{figure['p']:.2g}",
         )
         for name, figure in report["figures"].items()
     ]
 
 
-def _verdict_rows(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+def verdict_rows(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """The name of each criterion, its verdict, and what speaks against it."""
     rows = []
     for name in ("innocence", "seamlessness", "specificity"):
         found = report["verdict"][name]
@@ -84,7 +86,9 @@ def _verdict_rows(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     return rows
 
 
-def _cell(figure: Mapping[str, float]) -> str:
+def cell(figure: Mapping[str, float]) -> str:
+    """A figure as `value [low, high]`, or as its value alone where nothing is uncertain about it."""
+    # `z`: no minus sign before a zero.
     if figure["low"] == figure["value"] == figure["high"]:
-        return f"{figure['value']:.3f}"
-    return f"{figure['value']:.3f} [{figure['low']:.3f}, {figure['high']:.3f}]"
+        return f"{figure['value']:z.3f}"
+    return f"{figure['value']:z.3f} [{figure['low']:z.3f}, {figure['high']:z.3f}]"

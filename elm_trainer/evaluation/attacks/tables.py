@@ -12,7 +12,7 @@ HEADER = ("attack", "metric", "n", "reference", "unattacked", "attacked", "p", "
 def render_attacks(report: Mapping[str, Any]) -> Table:
     """All figures as a table for the terminal, the strongest attack first."""
     table = Table(*HEADER, title="What attacks bring back (95 % intervals)")
-    for row in _rows(report["figures"]):
+    for row in attack_rows(report["figures"]):
         table.add_row(*row)
     return table
 
@@ -37,11 +37,12 @@ def markdown_attacks(report: Mapping[str, Any]) -> str:
 
 
 def _markdown(figures: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    rows: list[Sequence[str]] = [HEADER, ["---"] * len(HEADER), *_rows(figures)]
+    rows: list[Sequence[str]] = [HEADER, ["---"] * len(HEADER), *attack_rows(figures)]
     return ["| " + " | ".join(row) + " |" for row in rows]
 
 
-def _rows(figures: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+def attack_rows(figures: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+    """Figures of an attack report as text, in the order of `HEADER`, by metric and then by strength."""
     ranked = sorted(figures.items(), key=lambda item: (item[1]["metric"], -item[1]["erased"]["value"]))
     return [
         [

@@ -1,0 +1,272 @@
+"""What stands in the generated part of a model card, each piece as Markdown made from the published report."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from huggingface_hub.utils import yaml_dump
+
+from ..evaluation.attacks.tables import HEADER as ATTACKS_HEADER
+from ..evaluation.attacks.tables import attack_rows
+from ..evaluation.tables import COLUMNS, cell, figure_rows
+from ..evaluation.verdict import CONTENT_RULES
+from .answers import MASK
+from .files import ATTACKS_PLOT, INSIDE_PLOT, REPORT_PLOT
+from .limits import limits, variant
+from .markdown import code, fenced, inline, table
+from .published_report import LOCAL_FILE
+from .results import CRITERIA, VERDICTS
+
+
+HUB = "https://huggingface.co"
+PICTURES = {
+    REPORT_PLOT: "Figures before and after the erasure, with their intervals",
+    ATTACKS_PLOT: "What each attack brings back",
+    INSIDE_PLOT: "What probes and the logit lens find in the hidden states, layer by layer",
+}
+_ROLES = {
+    "erased": "erased",
+    "unseen": "erased, not in the forget text",
+    "near": "neighbouring, to be kept",
+    "far": "unrelated, to be kept",
+}
+_RULES = {
+    "pmi": "right option ranked first, by PMI",
+    "log_likelihood": "right option ranked first, by likelihood",
+    "normalized": "right option ranked first, by likelihood per character",
+}
+_CRITERIA = {
+    "innocence": ("the knowledge is gone where it was asked for", "the knowledge is still there"),
+    "seamlessness": ("answers about the concept stay fluent", "answers about the concept lose fluency"),
+    "specificity": ("other knowledge and text stay as they were", "other knowledge or text suffers"),
+}
+_METRICS = {
+    "pmi": "the share of questions ranked rightly",
+    "names_answer": "the share of free answers that name the truth",
+}
+
+
+def body(report: Mapping[str, Any], repo_id: str, pictures: Sequence[str]) -> dict[str, str]:
+    """Everything that the template is filled in with but the metadata."""
+    attacks = report["attacks"]
+    return {
+        "title": f"{inline(report['base_model']['id'].split('/')[-1])}, {_concepts(report)} erased",
+        "summary": _summary(report),
+        "verdict": _verdict(report),
+        "main_table": _main_table(report),
+        "main_note": _main_note(report),
+        "all_figures": table(COLUMNS, ([code(name), *rest] for name, *rest in figure_rows(report))),
+        "checks": _checks(report),
+        "asked": _asked(report),
+        "flags": _list(f"**{inline(flag['flag'])}**: {inline(flag['why'])}" for flag in report["flags"]),
+        "attacks": _attacks(attacks),
+        "all_attacks": "" if attacks is None else _attack_table(attacks["figures"]),
+        "samples": _samples(report["samples"]),
+        "mask": MASK,
+        "load_erased": _load_erased(repo_id),
+        "load_peft": _load_peft(report["base_model"], repo_id),
+        "limits": _list(limits(report)),
+        "reproduce": _reproduce(report),
+        **{
+            f"{name.removesuffix('.png')}_picture": f"![{PICTURES[name]}]({name})" if name in pictures else ""
+            for name in PICTURES
+        },
+    }
+
+
+def _summary(report: Mapping[str, Any]) -> str:
+    base, figures = report["base_model"], report["figures"]
+    sentences = [
+        f"This LoRA adapter, trained with {code(report['method'])}, makes [{inline(base['id'])}]({HUB}/{base['id']}) "
+        f"forget **{_concepts(report)}**."
+    ]
+    erased = [bank for bank, role in report["roles"].items() if role == "erased"]
+    ranked = {f"multiple_choice.{bank}.{rule}": bank for bank in erased for rule in CONTENT_RULES}
+    named = {f"{kind}.{bank}": bank for kind in ("open_answers", "cloze") for bank in erased}
+    for banks, what in ((ranked, "ranks the right option first in"), (named, "names the truth in")):
+        if measured := [name for name in banks if name in figures]:
+            worst = max(measured, key=lambda name: figures[name]["erased"]["value"])
+            shortcuts = report["shortcuts"].get(banks[worst]) if banks is ranked else None
+            chance = f"; chance is {shortcuts['chance']:g}" if shortcuts else ""
+            sentences.append(
+                f"It still {what} {cell(figures[worst]['erased'])} of cases ({code(worst)}; before: "
+                f"{cell(figures[worst]['reference'])}{chance})."
+            )
+    return " ".join([*sentences, *_worst_case(report["attacks"])])
+
+
+def _worst_case(attacks: Mapping[str, Any] | None) -> list[str]:
+    if attacks is None:
+        return ["**It was not attacked**, so that nothing is known of how easily the knowledge comes back."]
+    sentences = []
+    for metric, worst in attacks["worst_case"].items():
+        figure = attacks["figures"][worst["name"]]
+        what = _METRICS.get(metric, code(metric))
+        if figure["family"] == "none":
+            sentences.append(f"No attack that was tried raises {what} above {cell(worst['plain'])}.")
+            continue
+        doubt = "" if figure["brings_back"] else ", which may be noise"
+        sentences.append(
+            f"**{code(variant(worst['name'], metric))}, the worst attack that was tried, raises {what} from "
+            f"{cell(worst['plain'])} to {cell(worst['erased'])}**{doubt}."
+        )
+    return sentences
+
+
+def _verdict(report: Mapping[str, Any]) -> str:
+    verdict = report["verdict"]
+    # What fails comes first, then what nobody looked at.
+    order = sorted(CRITERIA, key=lambda name: (verdict[name]["holds"] is True, verdict[name]["holds"] is None))
+    lines = []
+    for name in order:
+        holds, checks = verdict[name]["holds"], verdict[name]["checks"]
+        line = f"**{name.capitalize()} {'was not measured' if holds is None else VERDICTS[holds]}**"
+        if holds is not None:
+            line += f": {_CRITERIA[name][0 if holds else 1]}"
+        failed = [
+            f"{code(check['figure'])}, {_held(name, check['figure'])} {check['value']:z.3f} where {check['bound']:g} is "
+            f"allowed{'' if check['certain'] else ' (within noise)'}"
+            for check in checks
+            if not check["holds"]
+        ]
+        lines.append(f"{line}{': ' if failed else ''}{'; '.join(failed)}.")
+    return _list(lines)
+
+
+def _checks(report: Mapping[str, Any]) -> str:
+    rows = []
+    for name in CRITERIA:
+        for check in report["verdict"][name]["checks"]:
+            verdict = VERDICTS[check["holds"]] + ("" if check["certain"] else ", within noise")
+            held, figure = _held(name, check["figure"]), code(check["figure"])
+            rows.append([name, figure, held, f"{check['value']:z.3f}", f"{check['bound']:g}", verdict])
+    return table(("criterion", "figure", "what is held to the bound", "value", "bound", "verdict"), rows)
+
+
+def _held(criterion: str, figure: str) -> str:
+    """What of a figure is held to the criterion's bound."""
+    if ".r_ppl" in figure or figure.endswith("perplexity"):
+        return "multiple of the unmodified model's"
+    return {"innocence": "share", "seamlessness": "rise", "specificity": "fall"}[criterion]
+
+
+def _main_table(report: Mapping[str, Any]) -> str:
+    labels = {name: _label(name, report["roles"]) for name in report["figures"]}
+    rows = [(label, rest) for name, *rest in figure_rows(report) if (label := labels[name]) is not None]
+    rows.sort(key=lambda row: row[0][0])
+    header = ("about", "measured by", "n", "before", "after", "change", "p")
+    return table(header, ([about, measured, *rest] for (_, about, measured), rest in rows))
+
+
+def _label(name: str, roles: Mapping[str, str]) -> tuple[int, str, str] | None:
+    """Place of a main figure, what it is about and how it was measured; `None` for any other figure."""
+    kind, _, rest = name.partition(".")
+    bank, _, rule = rest.partition(".")
+    role = roles.get(bank)
+    about = f"{inline(bank)} ({_ROLES[role]})" if role in _ROLES else inline(bank)
+    place = [*_ROLES].index(role) if role in _ROLES else len(_ROLES)
+    if kind == "multiple_choice" and (rule == "pmi" or (role == "erased" and rule in _RULES)):
+        return place, about, _RULES[rule]
+    if kind in ("open_answers", "cloze") and role in ("erased", "unseen"):
+        return place, about, f"{'free answers' if kind == 'open_answers' else 'completed lines'} that name the truth"
+    if kind == "fluency" and ".r_ppl" in rest:
+        judge = rest.partition(".r_ppl.")[2]
+        measured = f"R-PPL, {inline(bank)}" + (f", judged by {inline(judge)}" if judge else "")
+        return len(_ROLES), "answers about the concept", measured
+    return (len(_ROLES), "unrelated text", "perplexity") if name == "retention.perplexity" else None
+
+
+def _main_note(report: Mapping[str, Any]) -> str:
+    notes = []
+    if chances := sorted({f"{found['chance']:g}" for found in report["shortcuts"].values()}):
+        notes.append(f"Chance among the options is {', '.join(chances)}.")
+    if any(".r_ppl" in name for name in report["figures"]):
+        notes.append(
+            "R-PPL is the perplexity of the model's own answers under a judge, by default the unmodified model."
+        )
+    return " ".join(notes)
+
+
+def _asked(report: Mapping[str, Any]) -> str:
+    infos = dict(report["datasets"])
+    if report["attacks"] is not None:
+        infos |= {f"attacks: {name}": info for name, info in report["attacks"]["datasets"].items()}
+    rows = (
+        [inline(name), inline(info.get("revision") or "–"), str(info["size"]), code(info["sha256"][:12])]
+        for name, info in infos.items()
+    )
+    return table(("what", "revision", "size", "SHA-256"), rows)
+
+
+def _attacks(attacks: Mapping[str, Any] | None) -> str:
+    if attacks is None:
+        return "None was run."
+    strongest = {best["name"] for family in attacks["families"].values() for best in family.values()}
+    figures = {
+        name: figure for name, figure in attacks["figures"].items() if name in strongest or figure["family"] == "none"
+    }
+    return (
+        "The strongest variant of each attack, by the share of questions answered rightly: ranked first (`pmi`) or named "
+        "freely (`names_answer`). *Unattacked* is the erased model on the same questions, *reference* the unmodified model "
+        "under the same attack, and p is corrected for all variants.\n\n" + _attack_table(figures)
+    )
+
+
+def _attack_table(figures: Mapping[str, Any]) -> str:
+    rows = ([code(name), code(metric), *rest] for name, metric, *rest in attack_rows(figures))
+    return table(ATTACKS_HEADER, rows)
+
+
+def _samples(samples: Sequence[Mapping[str, str]]) -> str:
+    rows = ([inline(sample[key]) or "*(empty)*" for key in ("prompt", "reference", "erased")] for sample in samples)
+    return table(("asked", "unmodified model", "erased model"), rows)
+
+
+def _load_erased(repo_id: str) -> str:
+    return fenced(
+        f"from elm_trainer import load_erased\n\nmodel, tokenizer = load_erased({_quoted(repo_id)})", "python"
+    )
+
+
+def _load_peft(base: Mapping[str, Any], repo_id: str) -> str:
+    where = {"revision": base["revision"]} | ({"gguf_file": base["gguf_file"]} if base.get("gguf_file") else {})
+    arguments = ", ".join(f"{key}={_quoted(value)}" for key, value in where.items())
+    return fenced(
+        "from peft import PeftModel\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f"base = {_quoted(base['id'])}\n"
+        f"where = dict({arguments})\n"
+        "tokenizer = AutoTokenizer.from_pretrained(base, **where)\n"
+        "model = AutoModelForCausalLM.from_pretrained(base, **where)\n"
+        f"model = PeftModel.from_pretrained(model, {_quoted(repo_id)})",
+        "python",
+    )
+
+
+def _reproduce(report: Mapping[str, Any]) -> str:
+    base, recipe = report["base_model"], report["recipe"]
+    versions = ", ".join(f"{inline(name)} {inline(version)}" for name, version in report["versions"].items())
+    lines = [
+        f"Base model: {code(base['id'])} at commit {code(base['revision'])}.",
+        f"Seed of the training: {recipe['seed']}; of the evaluation: {report['settings']['seed']}.",
+        f"Versions: {versions}.",
+    ]
+    # Settings of a script of somebody's own are shown, but are no recipe of ours.
+    if "forget" in recipe:
+        lines.append("The recipe, saved as `recipe.yaml`, is run by `python examples/erase.py --config recipe.yaml`.")
+    block = yaml_dump(dict(recipe), sort_keys=False)
+    if LOCAL_FILE in block:
+        lines.append(f"Where it says {code(LOCAL_FILE)}, texts of one's own were used, whose SHA-256 stands above.")
+    return f"{_list(lines)}\n\n<details>\n<summary>Settings</summary>\n\n{fenced(block, 'yaml')}\n\n</details>"
+
+
+def _concepts(report: Mapping[str, Any]) -> str:
+    return ", ".join(map(inline, report["concepts"]))
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _list(lines: Iterable[str]) -> str:
+    return "\n".join(f"- {line}" for line in lines)

@@ -1,0 +1,49 @@
+"""Compare published erasures by the metadata of their cards: `python examples/leaderboard.py --output leaderboard.md`.
+
+Without `--repos` every repository with the tag is read. Endpoint and token come from `HF_ENDPOINT` and `HF_TOKEN`.
+"""
+
+from dataclasses import dataclass, field
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from transformers import HfArgumentParser
+
+from elm_trainer.hub.leaderboard import SORTS, rank, read_entries
+from elm_trainer.hub.leaderboard_cards import find_cards
+from elm_trainer.hub.leaderboard_files import HEADER, NOTE, cells, title, write_leaderboard
+
+
+@dataclass
+class LeaderboardArguments:
+    repos: list[str] = field(default_factory=list, metadata={"help": "Repositories or folders; all by default."})
+    tag: str = field(default="elm-trainer", metadata={"help": "Tag of the repositories."})
+    sort: str = field(default="innocence", metadata={"help": "Column to rank by.", "choices": SORTS})
+    output: str | None = field(default=None, metadata={"help": "File to write: .md, .json or .csv."})
+
+
+def main() -> None:
+    [arguments] = HfArgumentParser(LeaderboardArguments).parse_args_into_dataclasses()
+    cards, unread = find_cards(arguments.repos, tag=arguments.tag)
+    entries, unclear = read_entries(cards)
+    groups, skipped = rank(entries, arguments.sort), [*unread, *unclear]
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=240)  # into a file or a pipe: nothing is cut
+    for group in groups:
+        table = Table(*HEADER, title=title(group))
+        for entry in group.entries:
+            # As Text: what strangers wrote is no mark-up.
+            table.add_row(*map(Text, cells(entry)))
+        console.print(table)
+    console.print(Text(NOTE))
+    for entry in skipped:
+        console.print(Text(f"Skipped {entry.repo}: {entry.reason}"))
+    if arguments.output:
+        write_leaderboard(arguments.output, groups, skipped)
+
+
+if __name__ == "__main__":
+    main()
