@@ -1,4 +1,4 @@
-"""The tensor kernels of the ELM objective, as pure functions named after the equations of DESIGN §5."""
+"""The tensor kernels of the objectives, as pure functions named after the equations of DESIGN §5 and §8."""
 
 from typing import NamedTuple
 
@@ -114,6 +114,12 @@ def kl_to_reference(logits: torch.Tensor, reference: SparseDistribution) -> torc
     return kept.sum(-1) + torch.special.xlogy(rest, rest) - rest * log_rest
 
 
+def kl_divergence(logits: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """`KL(reference ‖ adapted)` per position over the whole vocabulary, `[positions]`, from logits `[positions, vocab]`."""
+    log_probs, log_reference = logits.float().log_softmax(-1), reference.float().log_softmax(-1)
+    return F.kl_div(log_probs, log_reference, log_target=True, reduction="none").sum(-1)
+
+
 def argmax_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Cross-entropy with the reference's most probable token per position, `[positions]` (the released code's retain)."""
     return F.cross_entropy(logits.float(), labels, reduction="none")
@@ -154,8 +160,17 @@ def text_mean(values: torch.Tensor, text: torch.Tensor, texts: int) -> torch.Ten
         text (`torch.Tensor`): Which text each position belongs to, `[positions]`.
         texts (`int`): Number of texts.
     """
-    sums = values.new_zeros(texts).index_add(0, text, values)
-    return (sums / _positions_per_text(values, text, texts)).mean()
+    return text_means(values, text, texts).mean()
+
+
+def text_means(values: torch.Tensor, text: torch.Tensor, texts: int) -> torch.Tensor:
+    """Mean over each text's positions, `[texts]`; 0 for a text without positions. Arguments as of [`text_mean`]."""
+    return text_sums(values, text, texts) / _positions_per_text(values, text, texts)
+
+
+def text_sums(values: torch.Tensor, text: torch.Tensor, texts: int) -> torch.Tensor:
+    """Sum over each text's positions, `[texts]`. Arguments as of [`text_mean`]."""
+    return values.new_zeros(texts).index_add(0, text, values)
 
 
 def position_weights(expert: torch.Tensor, novice: torch.Tensor, text: torch.Tensor, texts: int, share: float):
@@ -174,10 +189,8 @@ def position_weights(expert: torch.Tensor, novice: torch.Tensor, text: torch.Ten
     """
     expert, novice = expert.float().log_softmax(-1), novice.float().log_softmax(-1)
     divergence = (expert.exp() * (expert - novice)).sum(-1).clamp(min=1e-6)
-    sums = divergence.new_zeros(texts).index_add(0, text, divergence)
-    means = sums / _positions_per_text(divergence, text, texts)
-    return (1 - share) + share * divergence / means[text]
+    return (1 - share) + share * divergence / text_means(divergence, text, texts)[text]
 
 
 def _positions_per_text(values: torch.Tensor, text: torch.Tensor, texts: int) -> torch.Tensor:
-    return values.new_zeros(texts).index_add(0, text, torch.ones_like(values)).clamp(min=1)
+    return text_sums(torch.ones_like(values), text, texts).clamp(min=1)

@@ -9,12 +9,15 @@ from elm_trainer.ops import (
     KeepPositions,
     SparseDistribution,
     erasure_target,
+    kl_divergence,
     kl_to_reference,
     plausible_tokens,
     position_weights,
     ramped_eta,
     soft_cross_entropy,
     text_mean,
+    text_means,
+    text_sums,
     top_k_distribution,
 )
 
@@ -109,6 +112,15 @@ def test_soft_cross_entropy_matches_the_dense_formula():
     torch.testing.assert_close(soft_cross_entropy(scores, sparse), expected)
 
 
+def test_divergence_over_the_vocabulary_is_that_of_its_definition_and_of_a_reference_stored_whole():
+    adapted, reference = logits(4, 9, 0), logits(4, 9, 1)
+    log_q, log_p = adapted.double().log_softmax(-1), reference.double().log_softmax(-1)
+    expected = (log_p.exp() * (log_p - log_q)).sum(-1).float()
+    torch.testing.assert_close(kl_divergence(adapted, reference), expected)
+    torch.testing.assert_close(kl_to_reference(adapted, top_k_distribution(reference)), expected)
+    assert kl_divergence(adapted, adapted).abs().max() < 1e-6
+
+
 def test_eta_ramps_from_the_first_token_to_the_last():
     positions, lengths = torch.tensor([0, 1, 2, 0]), torch.tensor([3, 3, 3, 1])
     assert ramped_eta(positions, lengths, 1.0, 1000.0).tolist() == [1.0, 500.5, 1000.0, 1.0]
@@ -128,6 +140,12 @@ def test_text_mean_does_not_depend_on_the_split_into_batches():
     whole = text_mean(values, text, 2)
     halves = (text_mean(values[:2], text[:2], 1) + text_mean(values[2:], text[:2], 1)) / 2
     assert whole.item() == halves.item() == pytest.approx(3.25)
+
+
+def test_sums_and_means_of_a_text_without_positions_are_zero():
+    values, text = torch.tensor([1.0, 2.0, 6.0]), torch.tensor([2, 2, 0])
+    assert text_sums(values, text, 3).tolist() == [6.0, 0.0, 3.0]
+    assert text_means(values, text, 3).tolist() == [6.0, 0.0, 1.5]
 
 
 def test_kept_positions_have_the_logits_of_a_full_forward(tiny_model):

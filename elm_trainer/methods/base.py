@@ -4,26 +4,33 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from accelerate.utils import gather_object
 from datasets import Dataset
+from huggingface_hub import HfApi
 from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
 from torch import nn
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import HubStrategy, get_last_checkpoint
 from transformers.utils import logging
 from trl import SFTConfig, SFTTrainer
 
-from ..data.collator import tokenize_pair
-from ..data.packing import pack_batches
-from ..ops import KeepPositions
+from ..data.collator import ElmDataCollator, tokenize_pair
+from ..data.packing import Packing, pack_batches
+from ..ops import KeepPositions, kl_divergence, text_mean
 
+
+if TYPE_CHECKING:
+    from ..hub.commit import Publication
 
 logger = logging.get_logger(__name__)
 COLUMNS = ("concept", "forget", "retain", "prompt", "completion")
@@ -37,16 +44,22 @@ class NonFiniteLossError(FloatingPointError):
 class ErasureTrainer(SFTTrainer):
     """TRL's `SFTTrainer` on erasure data: sub-batches, a frozen reference in the same weights, one forward, logged terms.
 
-    Subclasses override `compute_loss`. The arguments are those of [`~trl.SFTTrainer`]; the dataset has the columns of
-    [`build_erasure_dataset`], and the model is trained through an adapter, since the reference is the same model with
-    the adapter disabled.
+    Subclasses name their config in `_config_class` and override `compute_loss`. The arguments are those of
+    [`~trl.SFTTrainer`]; the dataset has the columns of [`build_erasure_dataset`], and the model is trained through an
+    adapter, since the reference is the same model with the adapter disabled. A method that can train the weights
+    themselves sets `_needs_adapter` to `False` and overrides `reference` for that case; an adapter that is given is
+    checked all the same.
 
     Raises:
-        ValueError: if there is no adapter and no `peft_config`, the adapter is frozen or names layers or modules the
-            model lacks, a dataset is empty, lacks a column or truncates to nothing, or the tokenizer does not fit.
+        TypeError: if `args` is not the method's own config.
+        ValueError: if there is no tokenizer or it does not fit, there is no adapter and no `peft_config`, the adapter
+            is frozen or names layers or modules the model lacks, or a dataset is empty, lacks a column or truncates to
+            nothing.
     """
 
     _tag_names = ["trl", "elm-trainer"]
+    _config_class: type[SFTConfig] = SFTConfig
+    _needs_adapter = True
 
     def __init__(
         self,
@@ -59,17 +72,27 @@ class ErasureTrainer(SFTTrainer):
         peft_config: PeftConfig | None = None,
         **kwargs,
     ):
+        args = self.own_config(args)
+        if args.push_to_hub and args.hub_strategy != HubStrategy.END:
+            raise ValueError(
+                f"`hub_strategy` is {args.hub_strategy.value!r}, which uploads checkpoints as they are, without report "
+                "and checks: use 'end', and `push_to_hub()` after the evaluation."
+            )
         for name, dataset in [*_named("train_dataset", train_dataset), *_named("eval_dataset", eval_dataset)]:
             check_columns(name, dataset)
-        check_adapter(model, peft_config)
-        if processing_class is not None:
-            if processing_class.pad_token is None:
-                processing_class.pad_token = processing_class.eos_token
-                logger.warning(
-                    f"The tokenizer has no pad token; `pad_token` is set to {processing_class.eos_token!r}."
-                )
-            if not isinstance(model, str):
-                check_tokenizer(model, processing_class)
+        if self._needs_adapter or peft_config is not None or isinstance(model, PeftModel):
+            check_adapter(model, peft_config)
+        if processing_class is None:
+            raise ValueError("`processing_class` is None: pass the model's tokenizer.")
+        if processing_class.pad_token is None:
+            processing_class.pad_token = processing_class.eos_token
+            logger.warning(f"The tokenizer has no pad token; `pad_token` is set to {processing_class.eos_token!r}.")
+        if not isinstance(model, str):
+            check_tokenizer(model, processing_class)
+        if data_collator is None:
+            data_collator = ElmDataCollator(
+                processing_class, pad_to_multiple_of=args.pad_to_multiple_of, seed=args.seed
+            )
         super().__init__(
             model,
             args,
@@ -83,6 +106,21 @@ class ErasureTrainer(SFTTrainer):
         if self.args.prediction_loss_only is not True:
             # The step makes logits of supervised positions only, so there are none to hand to `compute_metrics`.
             self.args.prediction_loss_only = True
+
+    @classmethod
+    def own_config(cls, args: SFTConfig | None) -> SFTConfig:
+        """The method's config: `args`, or its defaults where there is none.
+
+        Raises:
+            TypeError: if `args` is another method's config.
+        """
+        if args is None:
+            return cls._config_class(f"{cls._name.lower()}-output")
+        if not isinstance(args, cls._config_class):
+            raise TypeError(
+                f"`args` is of type {type(args).__name__}: {cls.__name__} takes its own {cls._config_class.__name__}."
+            )
+        return args
 
     # `_prepare_dataset` and `_set_signature_columns_if_needed` are private to TRL and transformers, but the only places
     # where tokenisation can be replaced before `Trainer.__init__`. tests/methods/test_base.py fails when they move.
@@ -159,33 +197,41 @@ class ErasureTrainer(SFTTrainer):
 
         Args:
             model (`nn.Module`): Model, as the Trainer wrapped it.
-            batches (`Mapping`): Sub-batches of [`ElmDataCollator`] by name.
+            batches (`Mapping`): Sub-batches of [`ElmDataCollator`] by name. Without any, nothing is run.
 
         Returns:
             `dict[str, torch.Tensor]`: logits `[positions, vocab]` for each sub-batch.
         """
-        unwrapped = self.accelerator.unwrap_model(model)
+        if not batches:
+            return {}
         parts = list(batches.values())
-        packing = pack_batches(
-            parts,
-            left_padded=self.processing_class.padding_side == "left",
-            one_row="flash" in (unwrapped.config._attn_implementation or ""),
-            apart=getattr(unwrapped.get_base_model(), "_is_stateful", False),
-        )
-        device = parts[0]["input_ids"].device
-        tokens, position_ids, slots = (part.to(device, non_blocking=True) for part in packing)
+        tokens, position_ids, slots = self.pack(model, parts)
         supervised, offset = [], 0
         for batch in parts:
             supervised.append(batch["rows"] * batch["input_ids"].size(1) + batch["columns"] + offset)
             offset += batch["input_ids"].numel()
         # Without a mask, transformers keeps texts whose positions start anew from attending to each other.
-        with KeepPositions(unwrapped.get_output_embeddings(), slots[torch.cat(supervised)]):
+        head = self.accelerator.unwrap_model(model).get_output_embeddings()
+        with KeepPositions(head, slots[torch.cat(supervised)]):
             logits = model(
                 input_ids=torch.cat([batch["input_ids"].flatten() for batch in parts])[tokens],
                 position_ids=position_ids,
                 use_cache=False,
             ).logits[0]
         return dict(zip(batches, logits.split([len(places) for places in supervised]), strict=True))
+
+    def pack(self, model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> Packing:
+        """How `forward_positions` lays the texts of sub-batches into rows, on their device."""
+        unwrapped = self.accelerator.unwrap_model(model)
+        base = unwrapped.get_base_model() if isinstance(unwrapped, PeftModel) else unwrapped
+        packing = pack_batches(
+            batches,
+            left_padded=self.processing_class.padding_side == "left",
+            one_row="flash" in (unwrapped.config._attn_implementation or ""),
+            apart=getattr(base, "_is_stateful", False),
+        )
+        device = batches[0]["input_ids"].device
+        return Packing(*(part.to(device, non_blocking=True) for part in packing))
 
     @contextmanager
     def reference(self, model: nn.Module):
@@ -198,6 +244,46 @@ class ErasureTrainer(SFTTrainer):
                 yield
         finally:
             unwrapped.train(training)
+
+    def reference_positions(
+        self, model: nn.Module, batches: Mapping[str, Mapping[str, torch.Tensor]]
+    ) -> dict[str, torch.Tensor]:
+        """The same as `forward_positions`, for the frozen reference."""
+        with self.reference(model):
+            return self.forward_positions(model, batches)
+
+    def precompute(
+        self, compute: Callable[[dict[str, Any]], list[dict[str, torch.Tensor]]], description: str
+    ) -> list[dict[str, torch.Tensor]]:
+        """Run a function of frozen weights over all training rows once, before training.
+
+        Args:
+            compute (`Callable`): Makes what is to be stored for each row, on the CPU, from a batch of the collator.
+            description (`str`): What the progress bar says.
+
+        Returns:
+            `list[dict[str, torch.Tensor]]`: what was made for each row, such as [`ElmDataCollator`] takes as `targets`.
+        """
+        self.model.to(self.args.device)
+        stored: list[dict[str, torch.Tensor]] = []
+        size = self.args.per_device_train_batch_size
+        disable = not self.accelerator.is_local_main_process
+        for start in tqdm(range(0, len(self.train_dataset), size), desc=description, disable=disable):
+            rows = range(start, min(start + size, len(self.train_dataset)))
+            inputs = self._prepare_inputs(self.data_collator([self.train_dataset[row] for row in rows]))
+            with self.compute_loss_context_manager():
+                stored += compute(inputs)
+        return stored
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        # What is stored belongs to training rows. For others it is made in the step.
+        collator = self.data_collator
+        if isinstance(collator, ElmDataCollator):
+            self.data_collator = replace(collator, targets=None)
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = collator
 
     def weigh(self, terms: Mapping[str, torch.Tensor], weights: Mapping[str, float]) -> torch.Tensor:
         """Weighted sum of the loss terms, each logged under its name as `<name>_loss`."""
@@ -241,8 +327,8 @@ class ErasureTrainer(SFTTrainer):
             if not math.isfinite(mean):
                 kept = get_last_checkpoint(self.args.output_dir) if Path(self.args.output_dir).is_dir() else None
                 raise NonFiniteLossError(
-                    f"`{name}` became {mean} by step {self.state.global_step}: lower `learning_rate` or `eta`, or "
-                    f"train in float32. Last good checkpoint: {kept or 'none yet'}."
+                    f"`{name}` became {mean} by step {self.state.global_step}: lower `learning_rate` or the term's "
+                    f"weight, or train in float32. Last good checkpoint: {kept or 'none yet'}."
                 )
             means[name] = [mean]
         return means
@@ -282,6 +368,74 @@ class ErasureTrainer(SFTTrainer):
         settings = {name: repr(getattr(self.args, name)) for name in sorted(own)}
         return settings | {"train_dataset": digest.hexdigest(), "method": type(self).__name__}
 
+    def push_to_hub(
+        self,
+        commit_message: str = "Publish the erased adapter",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **options: Any,
+    ) -> "Publication | None":
+        """Publish the adapter with its report, as [`publish_adapter`] does.
+
+        The repository is `hub_model_id`, else the name of `output_dir`; it is made private unless `private` or
+        `hub_private_repo` says otherwise. The adapter is saved to `output_dir/adapter`, the reports are read from
+        `report.json` and, if there is one, `attacks.json` in `output_dir`.
+
+        Args:
+            commit_message (`str`, *optional*): First line of the commit's message.
+            blocking (`bool`, *optional*, defaults to `True`): Must be `True`: what is published is checked first.
+            token (`str`, *optional*): Token; `hub_token`, else that of the environment, by default.
+            revision (`str`, *optional*): Branch; `hub_revision`, else `main`, by default.
+            private (`bool`, *optional*): See [`publish_adapter`].
+            options: Any other argument of [`publish_adapter`], such as `report`, `base_model` or `dry_run`.
+
+        Returns:
+            [`Publication`], or `None` on processes other than the first.
+
+        Raises:
+            ValueError: without a report, and for what [`publish_adapter`] refuses.
+        """
+        # The one import upwards: publishing knows reports, not trainers, but users of TRL look for it here.
+        from ..hub.publish import publish_adapter
+
+        if not blocking:
+            raise ValueError("`blocking` is False, but publishing has checks to fail: leave it out.")
+        output = Path(self.args.output_dir)
+        report, attacks = (options.pop(name, output / f"{name}.json") for name in ("report", "attacks"))
+        if isinstance(report, Path) and not report.exists():
+            raise ValueError(
+                f"`report` is left out, and there is no {report}: an adapter is published with its evidence. Measure it "
+                f"with `evaluate_erasure(..., output_dir={str(output)!r})` first."
+            )
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        self.save_model(str(output / "adapter"))
+        if not self.is_world_process_zero():
+            return None
+        return publish_adapter(
+            output / "adapter",
+            self.args.hub_model_id or output.resolve().name,
+            report=report,
+            attacks=None if isinstance(attacks, Path) and not attacks.exists() else attacks,
+            model=self.accelerator.unwrap_model(self.model),
+            processing_class=self.processing_class,
+            method=type(self).__name__,
+            private=self.args.hub_private_repo if private is None else private,
+            revision=revision or self.args.hub_revision,
+            commit_message=commit_message,
+            api=HfApi(token=token or self.args.hub_token),
+            **options,
+        )
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        # Trainer would make a repository, public by default, before there is anything to publish.
+        pass
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        # With `push_to_hub`, Trainer would push here, before there is any evidence.
+        super().save_model(output_dir, _internal_call=True)
+
     def _save_checkpoint(self, model, trial):
         # Nothing is saved after a loss that was not finite, even between two logs.
         self._mean_terms("train")
@@ -297,6 +451,84 @@ class ErasureTrainer(SFTTrainer):
                 f"`output_dir` {self.args.output_dir!r}: checkpoint {folder.name} could not be written ({error}): free "
                 f"some space and resume. The unfinished checkpoint was removed; last good one: {kept or 'none yet'}."
             ) from error
+
+
+RULES: dict[str, Callable[[Any], bool]] = {
+    "at least 0": lambda value: value >= 0,
+    "above 0": lambda value: value > 0,
+    "at least 1": lambda value: value >= 1,
+    "from 0 to 1": lambda value: 0 <= value <= 1,
+}
+
+
+def check_fields(config: SFTConfig, rules: Mapping[str, Sequence[str]]) -> None:
+    """Raise `ValueError` for a value that a method cannot work with.
+
+    Args:
+        config (`SFTConfig`): Config of a method. Of its own fields, those that name `choices` in their metadata must be
+            one of them, and those named `<term>_weight` be at least 0 and not all 0.
+        rules (`Mapping[str, Sequence[str]]`): Names of fields by what they must be, such as `"at least 0"`.
+    """
+    own = [field for field in fields(config) if field.name not in SFTConfig.__dataclass_fields__]
+    weights = [field.name for field in own if field.name.endswith("_weight")]
+    for rule, names in [*rules.items(), ("at least 0", weights)]:
+        for name in names:
+            if not RULES[rule](getattr(config, name)):
+                raise ValueError(f"`{name}` is {getattr(config, name)}: it must be {rule}.")
+    for field in own:
+        choices, value = field.metadata.get("choices"), getattr(config, field.name)
+        if choices and value not in choices:
+            raise ValueError(f"`{field.name}` is {value!r}: use one of {', '.join(choices)}.")
+    if weights and not any(getattr(config, name) for name in weights):
+        raise ValueError(f"All of {', '.join(f'`{name}`' for name in weights)} are 0: raise one of them.")
+
+
+# Which texts a term is about.
+SUB_BATCHES = {"erase": "forget", "retain": "retain", "consistency": "synthetic"}
+
+
+def weighted_batches(inputs: Mapping[str, Any], weights: Mapping[str, float]) -> dict[str, Any]:
+    """The sub-batch of each term that has a weight: forget text for `erase`, retain text for `retain`, synthetic pairs
+    for `consistency`. A batch without pairs lacks the last.
+
+    Raises:
+        ValueError: if nothing is left.
+    """
+    batches = {
+        term: inputs[SUB_BATCHES[term]] for term, weight in weights.items() if weight and SUB_BATCHES[term] in inputs
+    }
+    if not batches:
+        raise ValueError("`consistency_weight` alone is above 0, but a batch has no synthetic pairs: add some.")
+    return batches
+
+
+def position_nll(logits: torch.Tensor, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Negative log-likelihood of a sub-batch's labels, `[positions]`, given the logits `[positions, vocab]`."""
+    labels = batch["labels"][batch["rows"], batch["columns"] + 1]
+    return F.cross_entropy(logits.float(), labels, reduction="none")
+
+
+def batch_mean(values: torch.Tensor, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Mean over the texts of a sub-batch of the mean over each text's positions, of `values` `[positions]`."""
+    return text_mean(values, batch["rows"], batch["input_ids"].size(0))
+
+
+def retain_term(
+    logits: torch.Tensor, batch: Mapping[str, torch.Tensor], reference: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Retain term of the methods without one of their own, as in TOFU (arXiv 2401.06121, section 3.3).
+
+    Args:
+        logits (`torch.Tensor`): Logits of the adapted model, `[positions, vocab]`.
+        batch (`Mapping`): The sub-batch of retain text.
+        reference (`torch.Tensor`, *optional*): Logits of the reference, `[positions, vocab]`.
+
+    Returns:
+        `torch.Tensor`: mean over texts of the mean over positions of `KL(reference ‖ adapted)`, or without `reference`
+        of the negative log-likelihood of the text.
+    """
+    values = position_nll(logits, batch) if reference is None else kl_divergence(logits, reference)
+    return batch_mean(values, batch)
 
 
 def _named(name: str, dataset: Any) -> list[tuple[str, Any]]:

@@ -5,10 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
-from peft import PeftModel
 from torch import nn
-from tqdm.auto import tqdm
 from transformers.utils import logging
 from trl import SFTConfig
 
@@ -22,10 +19,9 @@ from ..ops import (
     position_weights,
     ramped_eta,
     soft_cross_entropy,
-    text_mean,
     top_k_distribution,
 )
-from .base import ErasureTrainer, check_columns
+from .base import SUB_BATCHES, ErasureTrainer, batch_mean, check_columns, check_fields, position_nll, weighted_batches
 from .teachers import Teacher
 
 
@@ -130,25 +126,15 @@ class ElmConfig(SFTConfig):
         for name, value in PRESETS[self.preset].items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
-        rules = {
-            "at least 0": ("eta", "eta_end", "erase_weight", "retain_weight", "consistency_weight", "expert_steps",
-                           "novice_steps"),
-            "above 0": ("tau", "teacher_learning_rate"),
-            "at least 1": ("top_k", "contexts_per_sample", "teacher_rank", "teacher_batch_size"),
-            "from 0 to 1": ("plausibility", "fact_share"),
-        }  # fmt: skip
-        holds = {
-            "at least 0": lambda value: value >= 0,
-            "above 0": lambda value: value > 0,
-            "at least 1": lambda value: value >= 1,
-            "from 0 to 1": lambda value: 0 <= value <= 1,
-        }
-        for rule, names in rules.items():
-            for name in names:
-                if not holds[rule](getattr(self, name)):
-                    raise ValueError(f"`{name}` is {getattr(self, name)}: it must be {rule}.")
-        if self.retain_loss not in ("kl", "argmax"):
-            raise ValueError(f"`retain_loss` is {self.retain_loss!r}: use 'kl' or 'argmax'.")
+        check_fields(
+            self,
+            {
+                "at least 0": ("eta", "eta_end", "expert_steps", "novice_steps"),
+                "above 0": ("tau", "teacher_learning_rate"),
+                "at least 1": ("top_k", "contexts_per_sample", "teacher_rank", "teacher_batch_size"),
+                "from 0 to 1": ("plausibility", "fact_share"),
+            },
+        )
         if self.novice_steps and not self.expert_steps:
             raise ValueError(
                 f"`novice_steps` is {self.novice_steps} without an expert adapter: set `expert_steps` too."
@@ -176,6 +162,8 @@ class ElmTrainer(ErasureTrainer):
     ```
     """
 
+    _name = "ELM"
+    _config_class = ElmConfig
     args: ElmConfig
 
     def __init__(
@@ -188,15 +176,16 @@ class ElmTrainer(ErasureTrainer):
         processing_class=None,
         **kwargs,
     ):
-        args = args or ElmConfig("elm-output")
-        if not isinstance(args, ElmConfig):
-            raise TypeError(f"`args` is a {type(args).__name__}: pass an `ElmConfig`.")
+        args = self.own_config(args)
+        if args.expert_steps and eval_dataset is not None:
+            raise ValueError(
+                f"`eval_dataset` is given with `expert_steps={args.expert_steps}`, whose adapters are gone when training "
+                "starts, so that only training rows have targets: leave one of the two out."
+            )
         if not isinstance(model, str):
             vocabulary = model.config.get_text_config().vocab_size
             if args.top_k > vocabulary:
                 raise ValueError(f"`top_k` is {args.top_k}, but the vocabulary has {vocabulary} tokens: lower it.")
-        if processing_class is None:
-            raise ValueError("`processing_class` is None: pass the model's tokenizer.")
         if data_collator is None:
             data_collator = ElmDataCollator(
                 processing_class,
@@ -207,11 +196,6 @@ class ElmTrainer(ErasureTrainer):
             )
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)
         if args.precompute_targets:
-            if eval_dataset is not None:
-                raise ValueError(
-                    "`eval_dataset` is given with `precompute_targets` (or `expert_steps`), whose targets exist for "
-                    "the training rows only: leave one of the two out."
-                )
             self.data_collator.targets = self._store_targets()
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -220,10 +204,7 @@ class ElmTrainer(ErasureTrainer):
             "retain": self.args.retain_weight,
             "consistency": self.args.consistency_weight,
         }
-        names = {"erase": "forget", "retain": "retain", "consistency": "synthetic"}
-        batches = {term: inputs[name] for term, name in names.items() if weights[term] and name in inputs}
-        if not batches:
-            raise ValueError("All of `erase_weight`, `retain_weight`, `consistency_weight` are 0: raise one of them.")
+        batches = weighted_batches(inputs, weights)
         targets = {
             term: batches[term].get("target") or self._target(model, term, batches[term])
             for term in ("erase", "retain")
@@ -234,27 +215,24 @@ class ElmTrainer(ErasureTrainer):
         if "erase" in logits:
             target = targets["erase"]
             losses = soft_cross_entropy(logits["erase"], SparseDistribution(target["indices"], target["probs"]))
-            terms["erase"] = _text_mean(losses * target["weights"], batches["erase"])
+            terms["erase"] = batch_mean(losses * target["weights"], batches["erase"])
         if "retain" in logits:
             target = targets["retain"]
             if self.args.retain_loss == "kl":
                 losses = kl_to_reference(logits["retain"], SparseDistribution(target["indices"], target["probs"]))
             else:
                 losses = argmax_cross_entropy(logits["retain"], target["indices"][:, 0])
-            terms["retain"] = _text_mean(losses, batches["retain"])
+            terms["retain"] = batch_mean(losses, batches["retain"])
         if "consistency" in logits:
-            pairs = batches["consistency"]
-            labels = pairs["labels"][pairs["rows"], pairs["columns"] + 1]
-            losses = F.cross_entropy(logits["consistency"].float(), labels, reduction="none")
-            terms["consistency"] = _text_mean(losses, pairs)
+            losses = position_nll(logits["consistency"], batches["consistency"])
+            terms["consistency"] = batch_mean(losses, batches["consistency"])
         loss = self.weigh(terms, weights)
         return (loss, None) if return_outputs else loss
 
     def _target(self, model: nn.Module, term: str, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         """What the adapted model is to match on a sub-batch, from the reference (and the teachers)."""
         if term == "retain":
-            with self.reference(model):
-                logits = self.forward_positions(model, {"retain": batch})["retain"]
+            logits = self.reference_positions(model, {"retain": batch})["retain"]
             return top_k_distribution(logits, self.args.top_k)._asdict()
         with self.reference(model):
             base = self.forward_positions(model, {"base": batch})["base"]
@@ -315,38 +293,22 @@ class ElmTrainer(ErasureTrainer):
         for side, steps, column in sides:
             if steps:
                 self._teachers[side] = Teacher.fit(self, side, list(self.train_dataset[column]), steps)
-        model: PeftModel = self.model
-        model.to(self.args.device)
-        stored: list[dict[str, torch.Tensor]] = []
-        size = self.args.per_device_train_batch_size
-        terms = [
-            (term, name)
-            for term, name, weight in (
-                ("erase", "forget", self.args.erase_weight), ("retain", "retain", self.args.retain_weight)
-            )
-            if weight
-        ]  # fmt: skip
-        disable = not self.accelerator.is_local_main_process
-        for start in tqdm(range(0, len(self.train_dataset), size), desc="Computing targets", disable=disable):
-            rows = range(start, min(start + size, len(self.train_dataset)))
-            inputs = self._prepare_inputs(self.data_collator([self.train_dataset[row] for row in rows]))
-            parts: list[dict[str, torch.Tensor]] = [{} for _ in rows]
-            for term, name in terms:
-                with self.compute_loss_context_manager():
-                    target = self._target(model, term, inputs[name])
-                counts = torch.bincount(inputs[name]["rows"], minlength=len(rows)).tolist()
-                for key, value in target.items():
+        weights = {"erase": self.args.erase_weight, "retain": self.args.retain_weight}
+
+        def targets(inputs: dict[str, Any]) -> list[dict[str, torch.Tensor]]:
+            parts: list[dict[str, torch.Tensor]] = [{} for _ in inputs["forget"]["lengths"]]
+            for term, batch in weighted_batches(inputs, weights).items():
+                counts = torch.bincount(batch["rows"], minlength=len(parts)).tolist()
+                for key, value in self._target(self.model, term, batch).items():
                     for part, piece in zip(parts, value.cpu().split(counts), strict=True):
-                        part[f"{name}_{key}"] = piece.clone()
-            stored += parts
+                        part[f"{SUB_BATCHES[term]}_{key}"] = piece.clone()
+            return parts
+
+        stored = self.precompute(targets, "Computing targets")
         for teacher in self._teachers.values():
             teacher.remove()
         self._teachers = {}
         return stored
-
-
-def _text_mean(losses: torch.Tensor, batch: Mapping[str, Any]) -> torch.Tensor:
-    return text_mean(losses, batch["rows"], batch["input_ids"].size(0))
 
 
 def _concepts(args: ElmConfig, dataset: Any) -> dict[str, Concept]:

@@ -1,7 +1,18 @@
+import gc
+
 import pytest
 from peft import LoraConfig
 
 from elm_trainer import ConceptSources, ElmConfig, build_erasure_dataset
+
+
+@pytest.fixture(scope="session", autouse=True)
+def frozen_imports(tokenizer):
+    """Every training begins with a garbage collection, which need not search what the imports left: twice as fast."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture
@@ -19,8 +30,10 @@ def dataset():
 
 
 @pytest.fixture
-def config(tmp_path):
-    def make(**fields):
+def settings(tmp_path):
+    """Makes a config of a method for two short steps."""
+
+    def make(config_class, **fields):
         defaults = dict(
             output_dir=str(tmp_path / "run"),
             max_steps=2,
@@ -33,9 +46,14 @@ def config(tmp_path):
             report_to="none",
             disable_tqdm=True,
         )
-        return ElmConfig(**(defaults | fields))
+        return config_class(**(defaults | fields))
 
     return make
+
+
+@pytest.fixture
+def config(settings):
+    return lambda **fields: settings(ElmConfig, **fields)
 
 
 @pytest.fixture

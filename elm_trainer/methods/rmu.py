@@ -1,0 +1,489 @@
+"""Representation Misdirection for Unlearning (RMU, arXiv 2403.03218): config and trainer."""
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.pytorch_utils import Conv1D
+from trl import SFTConfig
+
+from ..ops import KeepPositions, text_mean
+from .base import ErasureTrainer, check_fields, weighted_batches
+
+
+CONTROL_VECTORS_FILE = "control_vectors.safetensors"
+
+
+@dataclass
+class RmuConfig(SFTConfig):
+    r"""
+    Configuration class for the [`RmuTrainer`].
+
+    This class includes only the parameters that are specific to RMU. For a full list of training arguments, see
+    [`~trl.SFTConfig`] and [`~transformers.TrainingArguments`]. The defaults are the published ones for zephyr-7b.
+
+    Parameters:
+        layer (`int`, *optional*, defaults to `7`):
+            Layer ℓ whose output is steered; no layer above it is run. The paper takes a quarter of the depth: 7 of the
+            32 layers of zephyr-7b and Mixtral, 15 of the 60 of Yi-34B.
+        layers (`list[int]`, *optional*):
+            Layers whose down projection is trained when there is no adapter. Defaults to ℓ−2, ℓ−1 and ℓ.
+        target_module (`str`, *optional*):
+            Name of the down projection within a layer, such as `"mlp.down_proj"`. Defaults to the linear module that
+            maps to the hidden size from the widest input.
+        steering_coefficient (`float`, *optional*, defaults to `6.5`):
+            Coefficient c: the norm that hidden states of forget text are steered to. The paper has 6.5 for zephyr-7b
+            and 300 for Mixtral and Yi-34B; below the norm that the layer's states have anyway, RMU hardly works.
+        adaptive (`bool`, *optional*, defaults to `False`):
+            Adaptive RMU (arXiv 2408.06223): c is `steering_scale` times the norm of the reference's state of the same
+            token, in place of `steering_coefficient`.
+        steering_scale (`float`, *optional*, defaults to `5.0`):
+            Scale s of the adaptive coefficient.
+        erase_weight (`float`, *optional*, defaults to `1.0`):
+            Weight of the erase term. A weight of 0 skips a term's work altogether.
+        retain_weight (`float`, *optional*, defaults to `1200.0`):
+            Weight α of the retain term.
+
+    > [!NOTE]
+    > These parameters have default values different from [`~trl.SFTConfig`]:
+    > - `learning_rate`: Defaults to `5e-5` instead of `2e-5`.
+    > - `lr_scheduler_type`: Defaults to `"constant"` instead of `"linear"`.
+    > - `max_grad_norm`: Defaults to `0.0` (no clipping) instead of `1.0`.
+    > - `max_steps`: Defaults to `150` instead of `-1`, which goes by `num_train_epochs`.
+    > - `per_device_train_batch_size`: Defaults to `4` instead of `8`.
+    """
+
+    learning_rate: float = field(default=5e-5, metadata={"help": "The initial learning rate for AdamW."})
+    lr_scheduler_type: str = field(default="constant", metadata={"help": "The learning rate scheduler type to use."})
+    max_grad_norm: float = field(default=0.0, metadata={"help": "Maximum gradient norm; 0 does not clip."})
+    max_steps: int = field(default=150, metadata={"help": "Updates; -1 goes by `num_train_epochs`."})
+    per_device_train_batch_size: int = field(default=4, metadata={"help": "The batch size per device for training."})
+
+    layer: int = field(default=7, metadata={"help": "Layer whose output is steered."})
+    layers: list[int] | None = field(default=None, metadata={"help": "Layers trained when there is no adapter."})
+    target_module: str | None = field(default=None, metadata={"help": "Down projection within a layer."})
+    steering_coefficient: float = field(default=6.5, metadata={"help": "Norm that forget states are steered to."})
+    adaptive: bool = field(default=False, metadata={"help": "Make that norm a multiple of the reference's."})
+    steering_scale: float = field(default=5.0, metadata={"help": "That multiple."})
+    erase_weight: float = field(default=1.0, metadata={"help": "Weight of the erase term."})
+    retain_weight: float = field(default=1200.0, metadata={"help": "Weight of the retain term."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_fields(self, {"at least 0": ("layer",), "above 0": ("steering_coefficient", "steering_scale")})
+        if self.layers is None:
+            self.layers = list(range(max(self.layer - 2, 0), self.layer + 1))
+        if not self.layers or not all(0 <= layer <= self.layer for layer in self.layers):
+            raise ValueError(
+                f"`layers` is {self.layers}, but the loss at `layer={self.layer}` trains layers 0 to {self.layer}: "
+                "choose among these."
+            )
+
+
+def control_vectors(concepts: Iterable[str], width: int, seed: int) -> dict[str, torch.Tensor]:
+    """The directions u that forget states are steered to: uniform[0, 1)^d, normalised (arXiv 2403.03218, section 4).
+
+    Args:
+        concepts (`Iterable[str]`): Names of the concepts.
+        width (`int`): Hidden size d.
+        seed (`int`): Seed. A concept's vector does not depend on which others there are.
+
+    Returns:
+        `dict[str, torch.Tensor]`: one vector `[hidden]` of norm 1 for each concept, in float32.
+    """
+    vectors = {}
+    for concept in concepts:
+        digest = hashlib.sha256(f"{seed}-{concept}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+        vector = torch.rand(width, generator=generator)
+        vectors[concept] = vector / vector.norm()
+    return vectors
+
+
+def misdirection_loss(hidden: torch.Tensor, control: torch.Tensor, coefficient: float | torch.Tensor) -> torch.Tensor:
+    """`MSE(h_θ(forget), c·u)` per token (arXiv 2403.03218, forget loss of section 4).
+
+    Args:
+        hidden (`torch.Tensor`): States of the trained model at layer ℓ, `[tokens, hidden]`.
+        control (`torch.Tensor`): u of each token's concept, `[tokens, hidden]`.
+        coefficient (`float` or `torch.Tensor`): c, one for all or one per token `[tokens, 1]`.
+
+    Returns:
+        `torch.Tensor`: mean squared difference over the hidden size, `[tokens]`.
+    """
+    return _mean_square(hidden, coefficient * control)
+
+
+def retention_loss(hidden: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """`MSE(h_θ(retain), h_ref(retain))` per token, `[tokens]` (arXiv 2403.03218, retain loss of section 4).
+
+    Args:
+        hidden (`torch.Tensor`): States of the trained model at layer ℓ, `[tokens, hidden]`.
+        reference (`torch.Tensor`): States of the reference, same shape.
+    """
+    return _mean_square(hidden, reference)
+
+
+def adaptive_coefficient(reference: torch.Tensor, scale: float) -> torch.Tensor:
+    """`c = s·‖h_ref(forget)‖` per token, `[tokens, 1]` (arXiv 2408.06223, loss of Adaptive RMU).
+
+    Its released code takes one mean over the tokens of the first batch, padding included; the paper's formula, which
+    this is, gives each token its own coefficient.
+
+    Args:
+        reference (`torch.Tensor`): States of the reference at layer ℓ, `[tokens, hidden]`.
+        scale (`float`): s.
+    """
+    return scale * _upcast(reference).norm(dim=-1, keepdim=True)
+
+
+def rmu_lora(model: PreTrainedModel, args: RmuConfig, *, rank: int = 16, **options: Any) -> LoraConfig:
+    """LoRA on the matrices that RMU trains.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): Model to be trained, without an adapter.
+        args ([`RmuConfig`]): Its `layers` and `target_module` say which matrices.
+        rank (`int`, *optional*, defaults to `16`): Rank, and by default alpha.
+        options: Other fields of [`~peft.LoraConfig`].
+
+    Raises:
+        ValueError: if the model lacks the layer or the module.
+    """
+    projections = down_projections(model, args)
+    defaults = {
+        "lora_alpha": rank,
+        "task_type": "CAUSAL_LM",
+        "fan_in_fan_out": any(isinstance(module, Conv1D) for module in projections.values()),
+    }
+    return LoraConfig(r=rank, target_modules=sorted(projections), **(defaults | options))
+
+
+class RmuTrainer(ErasureTrainer):
+    """Trainer for Representation Misdirection for Unlearning (RMU, arXiv 2403.03218).
+
+    `Loss = λe·MSE(h_θ(forget), c·u) + α·MSE(h_θ(retain), h_ref(retain))`, each the mean over texts of the mean over
+    their tokens, with h the output of layer ℓ and u one fixed random direction per concept. The official code averages
+    over padding too; here padding has no part. Layers above ℓ are not run.
+
+    Without an adapter it trains the down projections of `args.layers` as full weights, and freezes the rest; the
+    reference is the same model with the former matrices put back. With `peft_config` (see [`rmu_lora`]) or a model that
+    carries an adapter it trains that. The control vectors are saved beside every checkpoint, in
+    `control_vectors.safetensors`, and restored on resuming.
+
+    Takes the arguments of [`~trl.SFTTrainer`] and raises what [`ErasureTrainer`] raises.
+
+    Raises:
+        ValueError: if the model lacks the layer or the module, the adapter lies outside the layers that are run, or
+            full weights are to be trained where they lie in shards (FSDP, DeepSpeed ZeRO-3).
+
+    Example:
+
+    ```python
+    trainer = RmuTrainer(model, RmuConfig("outputs"), train_dataset=dataset, processing_class=tokenizer)
+    trainer.train()
+    ```
+    """
+
+    _name = "RMU"
+    _config_class = RmuConfig
+    _needs_adapter = False
+    args: RmuConfig
+
+    def __init__(
+        self,
+        model,
+        args=None,
+        data_collator=None,
+        train_dataset=None,
+        eval_dataset=None,
+        processing_class=None,
+        **kwargs,
+    ):
+        args = self.own_config(args)
+        if not isinstance(model, str):
+            check_layer(model, args)
+            if kwargs.get("peft_config") is None and not isinstance(model, PeftModel):
+                down_projections(model, args)
+        super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)
+        check_layer(self.model, args)
+        # Reference matrices in place of the trained ones; none where an adapter is trained.
+        self._kept: list[tuple[nn.Parameter, torch.Tensor]] = []
+        if not isinstance(self.model, PeftModel):
+            if self.is_fsdp_enabled or is_deepspeed_zero3_enabled():
+                raise ValueError(
+                    "`peft_config` is None under FSDP or DeepSpeed ZeRO-3, which cut the weights into shards, so that the "
+                    "reference's cannot be put back: pass `peft_config=rmu_lora(model, args)`."
+                )
+            self.model.requires_grad_(False)
+            for module in down_projections(self.model, args).values():
+                module.weight.requires_grad_(True)
+                self._kept.append((module.weight, module.weight.detach().clone()))
+        self._stack = layer_stack(self.model)
+        self._first_layer = _first_trained_layer(self.model, args)
+        datasets = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
+        concepts = sorted({name for part in (train_dataset, *datasets) if part for name in part.unique("concept")})
+        width = self.model.config.get_text_config().hidden_size
+        self._set_control_vectors(control_vectors(concepts, width, args.seed))
+        self.data_collator = _WithConcepts(self.data_collator, concepts)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        weights = {"erase": self.args.erase_weight, "retain": self.args.retain_weight}
+        batches = weighted_batches(inputs, weights)
+        compared = {"retain", "erase"} if self.args.adaptive else {"retain"}
+        with self.reference(model):
+            reference = self.hidden_states(model, {term: batch for term, batch in batches.items() if term in compared})
+        hidden = self.hidden_states(model, batches)
+        terms = {}
+        if "erase" in hidden:
+            coefficient: float | torch.Tensor = self.args.steering_coefficient
+            if self.args.adaptive:
+                coefficient = adaptive_coefficient(reference["erase"], self.args.steering_scale)
+            control = self._control[batches["erase"]["concept"]]  # [tokens, hidden]
+            losses = misdirection_loss(hidden["erase"], control, coefficient)
+            terms["erase"] = _text_mean(losses, batches["erase"])
+        if "retain" in hidden:
+            losses = retention_loss(hidden["retain"], reference["retain"])
+            terms["retain"] = _text_mean(losses, batches["retain"])
+        loss = self.weigh(terms, weights)
+        return (loss, None) if return_outputs else loss
+
+    def hidden_states(self, model: nn.Module, batches: Mapping[str, Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """Run several sub-batches in one forward, packed without padding and up to layer ℓ, and return its output.
+
+        Args:
+            model (`nn.Module`): Model, as the Trainer wrapped it.
+            batches (`Mapping`): Sub-batches of the collator by name. Without any, nothing is run.
+
+        Returns:
+            `dict[str, torch.Tensor]`: states `[tokens, hidden]` of each sub-batch's tokens, text after text.
+        """
+        if not batches:
+            return {}
+        parts = list(batches.values())
+        tokens, position_ids, slots = self.pack(model, parts)
+        places, offset = [], 0
+        for batch in parts:
+            places.append(batch["tokens"] + offset)
+            offset += batch["input_ids"].numel()
+        # The head is run on no position at all: nobody reads logits.
+        head, nowhere = self.accelerator.unwrap_model(model).get_output_embeddings(), slots.new_empty(0)
+        with self._up_to_layer() as output, KeepPositions(head, nowhere):
+            model(
+                input_ids=torch.cat([batch["input_ids"].flatten() for batch in parts])[tokens],
+                position_ids=position_ids,
+                use_cache=False,
+            )
+        states = output[0].flatten(0, 1)[slots[torch.cat(places)]]
+        return dict(zip(batches, states.split([len(place) for place in places]), strict=True))
+
+    @contextmanager
+    def _up_to_layer(self) -> Iterator[list[torch.Tensor]]:
+        """While this holds, the model ends at layer ℓ; the list receives the layer's output `[rows, width, hidden]`.
+
+        The forward still enters through the wrapped model and returns as usual. Leaving it by an exception from a hook
+        at layer ℓ would be shorter, but then DistributedDataParallel never prepares its reducer, and gradients are not
+        averaged, and FSDP leaves its modules gathered. A stack cut from below would save the layers under the first
+        trained one for the reference, but models look up masks by a layer's place in the stack.
+        """
+        owner, name = self._stack
+        stack = getattr(owner, name)
+        output: list[torch.Tensor] = []
+
+        def cut(*_) -> None:
+            # Within the forward of the module that owns the stack: FSDP looks for its modules when the root is first
+            # entered, and must find all of them.
+            setattr(owner, name, stack[: self.args.layer + 1])
+
+        def start(_, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+            # Gradient checkpointing makes the embeddings' output require a gradient. Nothing below the first trained
+            # layer needs one; only the reentrant kind wants an input with a gradient to start from.
+            return (args[0].detach().requires_grad_(self._reentrant), *args[1:])
+
+        def keep(*args: Any) -> None:
+            result = args[-1]
+            output.append(result[0] if isinstance(result, tuple) else result)
+
+        handles = [
+            owner.register_forward_pre_hook(cut),
+            stack[self._first_layer].register_forward_pre_hook(start),
+            stack[self.args.layer].register_forward_hook(keep),
+        ]
+        try:
+            yield output
+        finally:
+            setattr(owner, name, stack)
+            for handle in handles:
+                handle.remove()
+
+    @property
+    def _reentrant(self) -> bool:
+        checkpointing = self.args.gradient_checkpointing and torch.is_grad_enabled()
+        return checkpointing and bool((self.args.gradient_checkpointing_kwargs or {}).get("use_reentrant"))
+
+    @contextmanager
+    def reference(self, model: nn.Module):
+        """The frozen reference: the adapter disabled, or the former matrices put back in place of the trained ones."""
+        if not self._kept:
+            with super().reference(model):
+                yield
+            return
+        unwrapped = self.accelerator.unwrap_model(model)
+        training = unwrapped.training
+        unwrapped.eval()
+        self._exchange()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self._exchange()
+            unwrapped.train(training)
+
+    def _exchange(self) -> None:
+        # Pointers change places; no weight is copied. No graph is alive at that time: a step's backward has ended
+        # before the next reference forward.
+        for parameter, kept in self._kept:
+            parameter.data, kept.data = kept.data.to(parameter.device), parameter.data
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call)
+        if self.args.should_save:
+            save_file(self.control_vectors, Path(output_dir or self.args.output_dir) / CONTROL_VECTORS_FILE)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        path = Path(resume_from_checkpoint) / CONTROL_VECTORS_FILE
+        if not path.exists():
+            raise FileNotFoundError(
+                f"`resume_from_checkpoint` is {str(resume_from_checkpoint)!r}, which lacks {CONTROL_VECTORS_FILE}: it is "
+                "no checkpoint of RMU, and going on towards other vectors would be another run."
+            )
+        vectors = load_file(path)
+        if vectors.keys() != self.control_vectors.keys():
+            raise ValueError(
+                f"{path} has vectors for {sorted(vectors)}, but the datasets have the concepts "
+                f"{sorted(self.control_vectors)}: resume with the same ones."
+            )
+        self._set_control_vectors(vectors)
+
+    def _set_control_vectors(self, vectors: Mapping[str, torch.Tensor]) -> None:
+        self.control_vectors = dict(sorted(vectors.items()))
+        self._control = torch.stack(list(self.control_vectors.values())).to(self.args.device)  # [concepts, hidden]
+
+
+@dataclass
+class _WithConcepts:
+    """Adds to batches of [`ElmDataCollator`] what RMU needs to know of their tokens, computed on the CPU.
+
+    `tokens`, `[tokens]`, are the places of real tokens in the flattened batch, text after text; `text` says which text
+    each is of, and `concept`, of the forget batch, which of `concepts`.
+    """
+
+    collator: Callable[[list[dict[str, Any]]], dict[str, Any]]
+    concepts: list[str]
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        batches = self.collator(examples)
+        for name in ("forget", "retain"):
+            batch = batches[name]
+            batch["text"], columns = batch["attention_mask"].nonzero(as_tuple=True)
+            batch["tokens"] = batch["text"] * batch["input_ids"].size(1) + columns
+        concepts = torch.tensor([self.concepts.index(example["concept"]) for example in examples])
+        batches["forget"]["concept"] = concepts[batches["forget"]["text"]]
+        return batches
+
+
+def layer_stack(model: nn.Module) -> tuple[nn.Module, str]:
+    """The module that owns the model's stack of layers, and the stack's name in it: the list with most of the weights."""
+    stacks = [
+        (sum(parameter.numel() for parameter in child.parameters()), owner, name)
+        for owner in model.modules()
+        for name, child in owner.named_children()
+        if isinstance(child, nn.ModuleList)
+    ]
+    _, owner, name = max(stacks, key=lambda stack: stack[0])
+    return owner, name
+
+
+def check_layer(model: nn.Module, args: RmuConfig) -> None:
+    """Raise `ValueError` unless the model has the layer ℓ."""
+    owner, name = layer_stack(model)
+    depth = len(getattr(owner, name))
+    if args.layer >= depth:
+        raise ValueError(
+            f"`layer` is {args.layer}, but the model has the layers 0 to {depth - 1}: choose among these (the paper's "
+            f"are a quarter of the way up, which would be {depth // 4})."
+        )
+
+
+def down_projections(model: nn.Module, args: RmuConfig) -> dict[str, nn.Module]:
+    """The modules whose weight RMU trains, by name.
+
+    Raises:
+        ValueError: if the model lacks the layer, a layer lacks `target_module`, or, where that is left out, none or
+            several of its linear modules could be meant.
+    """
+    check_layer(model, args)
+    owner, name = layer_stack(model)
+    stack = getattr(owner, name)
+    prefix = next(path for path, module in model.named_modules() if module is stack)
+    width = model.config.get_text_config().hidden_size
+    found: dict[str, nn.Module] = {}
+    for index in args.layers or []:
+        shapes = {}  # Input and output size of each linear module.
+        for path, module in stack[index].named_modules():
+            if isinstance(module, nn.Linear):
+                shapes[path] = (module.in_features, module.out_features)
+            elif isinstance(module, Conv1D):
+                shapes[path] = (module.nx, module.nf)
+        widest = max((inputs for inputs, outputs in shapes.values() if outputs == width), default=0)
+        paths = [path for path, shape in shapes.items() if shape == (widest, width)]
+        if args.target_module is not None:
+            paths = [path for path in shapes if path == args.target_module]
+        if len(paths) != 1:
+            wanted = f"names no linear module of layer {index}" if args.target_module else f"fits {paths or 'none'}"
+            raise ValueError(
+                f"`target_module` is {args.target_module!r}, which {wanted}; there are {sorted(shapes)}: name one."
+            )
+        found[f"{prefix}.{index}.{paths[0]}"] = stack[index].get_submodule(paths[0])
+    return found
+
+
+def _first_trained_layer(model: nn.Module, args: RmuConfig) -> int:
+    """Lowest layer with a trained weight; raises `ValueError` if others than those of layers 0 to ℓ are trained."""
+    owner, name = layer_stack(model)
+    layers = getattr(owner, name)[: args.layer + 1]
+    trained = [any(parameter.requires_grad for parameter in layer.parameters()) for layer in layers]
+    reached = {id(parameter) for parameter in layers.parameters()}
+    outside = [
+        path
+        for path, parameter in model.named_parameters()
+        if parameter.requires_grad and id(parameter) not in reached
+    ]
+    if outside:
+        raise ValueError(
+            f"`peft_config` (or the model's adapter) trains {len(outside)} tensors outside the layers 0 to {args.layer}, "
+            f"which the loss at `layer={args.layer}` does not reach, such as {outside[0]!r}: use "
+            f"`rmu_lora(model, args)`, or a list of `target_modules` with `layers_to_transform=list(range({args.layer + 1}))`."
+        )
+    return trained.index(True)
+
+
+def _text_mean(losses: torch.Tensor, batch: Mapping[str, Any]) -> torch.Tensor:
+    return text_mean(losses, batch["text"], len(batch["lengths"]))
+
+
+def _mean_square(hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return (_upcast(hidden) - _upcast(target)).square().mean(-1)
+
+
+def _upcast(states: torch.Tensor) -> torch.Tensor:
+    return states.to(torch.promote_types(states.dtype, torch.float32))

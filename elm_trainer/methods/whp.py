@@ -1,0 +1,539 @@
+"""Who's Harry Potter (arXiv 2310.02238): config and trainer."""
+
+import hashlib
+import json
+from bisect import bisect_right
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from datasets import Dataset
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
+from trl import SFTConfig
+
+from ..data.collator import IGNORE_INDEX, ElmDataCollator
+from .anchors import AnchorDictionary, Translation, load_anchors
+from .base import (
+    ErasureTrainer,
+    _named,
+    batch_mean,
+    check_columns,
+    check_fields,
+    position_nll,
+    retain_term,
+    weighted_batches,
+)
+from .teachers import Teacher
+
+
+logger = logging.get_logger(__name__)
+
+LABELS = "generic_labels"
+# A forget text by its concept and its tokens.
+TextKey: TypeAlias = tuple[str, tuple[int, ...]]
+# Positions whose logits are turned into labels at a time, so that their differences over the vocabulary stay small.
+_CHUNK = 256
+
+
+@dataclass
+class WhpConfig(SFTConfig):
+    r"""
+    Configuration class for the [`WhpTrainer`].
+
+    This class includes only the parameters that are specific to WHP. For a full list of training arguments, see
+    [`~trl.SFTConfig`] and [`~transformers.TrainingArguments`].
+
+    Parameters:
+        anchors (`list[str]`, *optional*):
+            Presets or YAML files of the anchor dictionaries, matched with the column `concept` by name. Defaults to the
+            presets the column names.
+        alpha (`float`, *optional*, defaults to `5.0`):
+            Strength α of what the reinforced model adds: `v_generic = v_baseline − α·ReLU(v_reinforced − v_baseline)`.
+        relu (`bool`, *optional*, defaults to `True`):
+            Whether only logits that the reinforced model raises count. `False` gives the paper's linear variant.
+        erase_weight (`float`, *optional*, defaults to `1.0`):
+            Weight of the erase term. A weight of 0 skips a term's work in the step.
+        retain_weight (`float`, *optional*, defaults to `0.0`):
+            Weight of the retain term. The paper has none.
+        retain_loss (`str`, *optional*, defaults to `"nll"`):
+            `"nll"` of retain text, or `"kl"` to the reference, which is then run on it at every step.
+        reinforced_steps (`int`, *optional*, defaults to `100`):
+            Steps for which the throw-away reinforced adapter is fine-tuned on the forget texts. `0` takes the baseline
+            in its place: the labels come from the translation alone.
+        teacher_learning_rate (`float`, *optional*, defaults to `1e-3`):
+            Learning rate of the reinforced adapter, decaying to 0.
+        teacher_rank (`int`, *optional*, defaults to `16`):
+            Rank of the reinforced adapter.
+        teacher_batch_size (`int`, *optional*, defaults to `8`):
+            Texts per step of the reinforced adapter.
+
+    > [!NOTE]
+    > These parameters have default values different from [`~trl.SFTConfig`]:
+    > - `learning_rate`: Defaults to `1e-4` instead of `2e-5`. The paper trains all weights, with `1e-6`.
+    """
+
+    learning_rate: float = field(default=1e-4, metadata={"help": "The initial learning rate for AdamW."})
+
+    anchors: list[str] | None = field(default=None, metadata={"help": "Presets or YAML files of the dictionaries."})
+    alpha: float = field(default=5.0, metadata={"help": "Strength of what the reinforced model adds."})
+    relu: bool = field(default=True, metadata={"help": "Whether only raised logits count."})
+    erase_weight: float = field(default=1.0, metadata={"help": "Weight of the erase term."})
+    retain_weight: float = field(default=0.0, metadata={"help": "Weight of the retain term."})
+    retain_loss: str = field(default="nll", metadata={"help": "Retain term.", "choices": ["nll", "kl"]})
+    reinforced_steps: int = field(default=100, metadata={"help": "Steps of the throw-away reinforced adapter."})
+    teacher_learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of the adapter above."})
+    teacher_rank: int = field(default=16, metadata={"help": "Rank of the adapter above."})
+    teacher_batch_size: int = field(default=8, metadata={"help": "Texts per step of the adapter above."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_fields(
+            self,
+            {
+                "at least 0": ("alpha", "reinforced_steps"),
+                "above 0": ("teacher_learning_rate",),
+                "at least 1": ("teacher_rank", "teacher_batch_size"),
+            },
+        )
+
+
+class TokenizedText(NamedTuple):
+    """A text's tokens, and where they end in it.
+
+    Attributes:
+        ids (`list[int]`): Token ids.
+        ends (`list[int]`): Characters of the text that a token and all before it hold.
+        added (`list[bool]`): Whether the tokenizer added a token that is not in the text, such as a first one.
+    """
+
+    ids: list[int]
+    ends: list[int]
+    added: list[bool]
+
+
+class Alignment(NamedTuple):
+    """The positions of a text that get a generic label, and the positions of its translation that the label comes from.
+
+    Attributes:
+        ids (`list[int]`): Token ids of the text.
+        translated_ids (`list[int]`): Token ids of its translation, as far as it is needed.
+        positions (`list[int]`): Positions in the text, ascending.
+        counterparts (`list[int]`): For each of them, its position in the translation.
+        spent (`list[tuple[int, int]]`): Index in `positions` and token id of each token that begins the translation of
+            an anchor which the text has already named.
+    """
+
+    ids: list[int]
+    translated_ids: list[int]
+    positions: list[int]
+    counterparts: list[int]
+    spent: list[tuple[int, int]]
+
+
+def generic_logits(
+    baseline: torch.Tensor, reinforced: torch.Tensor, alpha: float, *, relu: bool = True
+) -> torch.Tensor:
+    """`v_generic = v_baseline − α·ReLU(v_reinforced − v_baseline)` on raw logits (arXiv 2310.02238, eq. 1).
+
+    Args:
+        baseline (`torch.Tensor`): Logits of the baseline on the translated text, `[positions, vocab]`.
+        reinforced (`torch.Tensor`): Logits of the reinforced model on the text itself, `[positions, vocab]`.
+        alpha (`float`): Strength α.
+        relu (`bool`, *optional*, defaults to `True`): `False` leaves the ReLU out: the linear form the paper starts
+            from, which is ELM's target with η=α, the baseline as novice and the reinforced model as expert.
+    """
+    offset = reinforced - baseline
+    return baseline - alpha * (offset.relu() if relu else offset)
+
+
+def generic_labels(
+    baseline: torch.Tensor,
+    reinforced: torch.Tensor,
+    *,
+    alpha: float,
+    relu: bool = True,
+    spent: Sequence[tuple[int, int]] = (),
+) -> torch.Tensor:
+    """Most probable tokens under [`generic_logits`] (arXiv 2310.02238, §2.4), `[positions]`.
+
+    Args:
+        baseline (`torch.Tensor`): See [`generic_logits`].
+        reinforced (`torch.Tensor`): See [`generic_logits`].
+        alpha (`float`): Strength α.
+        relu (`bool`, *optional*, defaults to `True`): See [`generic_logits`].
+        spent (`Sequence[tuple[int, int]]`, *optional*): Positions and tokens whose baseline logit is lowered to the mean
+            of its position: the translations of anchors that were named before (§2.2; the amount is the authors' code's).
+    """
+    labels = []
+    places = torch.tensor(spent, dtype=torch.long, device=baseline.device).reshape(-1, 2)
+    for start in range(0, len(baseline), _CHUNK):
+        part = baseline[start : start + _CHUNK].float()
+        row, token = (places[(places[:, 0] >= start) & (places[:, 0] < start + len(part))] - places.new([start, 0])).T
+        part = part.index_put((row, token), part.mean(-1)[row])
+        labels.append(generic_logits(part, reinforced[start : start + _CHUNK].float(), alpha, relu=relu).argmax(-1))
+    return torch.cat(labels) if labels else places.new_empty(0)
+
+
+def tokenize(processing_class: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[TokenizedText]:
+    """Tokenise texts, keeping where the tokens end.
+
+    Raises:
+        ValueError: if the tokenizer cannot tell.
+    """
+    if not processing_class.is_fast:
+        raise ValueError(
+            f"`processing_class` is a {type(processing_class).__name__}, which knows no character offsets, and WHP aligns "
+            "texts by them: load the model's fast tokenizer (`AutoTokenizer.from_pretrained` does where there is one)."
+        )
+    encoding = processing_class(list(texts), return_offsets_mapping=True, return_special_tokens_mask=True)
+    tokenized = []
+    for ids, offsets, added in zip(
+        encoding["input_ids"], encoding["offset_mapping"], encoding["special_tokens_mask"], strict=True
+    ):
+        ends, reached = [], 0
+        for _, end in offsets:
+            reached = max(reached, end)
+            ends.append(reached)
+        tokenized.append(TokenizedText(ids, ends, [bool(flag) for flag in added]))
+    return tokenized
+
+
+def first_tokens(processing_class: PreTrainedTokenizerBase, words: Sequence[str]) -> dict[str, set[int]]:
+    """The tokens with which words begin, at the beginning of a line and after a space."""
+    tokens: dict[str, set[int]] = {word: set() for word in words}
+    for before in ("\n", "a "):
+        for word, text in zip(words, tokenize(processing_class, [before + word for word in words]), strict=True):
+            first = bisect_right(text.ends, len(before))
+            tokens[word].add(text.ids[first])
+    return tokens
+
+
+def align(
+    translation: Translation,
+    original: TokenizedText,
+    translated: TokenizedText,
+    firsts: Mapping[str, set[int]],
+    max_length: int | None = None,
+) -> Alignment:
+    """Align a text with its translation by characters (arXiv 2310.02238, algorithm 1).
+
+    A position, which predicts the token after it, is aligned with the one up to which the translation of what it has read
+    so far goes: outside anchors the two read the same characters, and an anchor's last token goes with the last one of
+    its replacement. Not aligned are positions within anchors, those that predict an anchor the text has named before
+    (§2.2), and those that a token of the translation runs across.
+
+    Args:
+        translation (`Translation`): The translation.
+        original (`TokenizedText`): Tokens of the text.
+        translated (`TokenizedText`): Tokens of the translation.
+        firsts (`Mapping[str, set[int]]`): Tokens with which the replacements begin.
+        max_length (`int`, *optional*): Tokens that are kept of either.
+    """
+    ending_at = defaultdict(list)
+    for index, key in enumerate(zip(translated.ends, translated.added, strict=True)):
+        ending_at[key].append(index)
+    anchor_ends = {anchor.end for anchor in translation.anchors}
+    counterparts: dict[int, int] = {}
+    ends = list(zip(original.ends, original.added, translation.places(original.ends), strict=True))
+    for (end, added, place), group in groupby(range(len(ends)), key=lambda index: ends[index]):
+        indices, others = list(group), ending_at.get((place, added), [])
+        if not others:
+            continue
+        # Several tokens end at one character where it is split into bytes.
+        same_bytes = [original.ids[i] for i in indices] == [translated.ids[i] for i in others]
+        if same_bytes and end not in anchor_ends:
+            counterparts.update(zip(indices, others, strict=True))
+        else:
+            counterparts[indices[-1]] = others[-1]
+    named: set[str] = set()
+    for anchor in translation.anchors:
+        if anchor.term in named:
+            counterparts.pop(bisect_right(original.ends, anchor.start) - 1, None)
+        named.add(anchor.term)
+    limit = len(original.ids) if max_length is None else max_length
+    ids = original.ids[:limit]
+    # The last position has no token of the text after it.
+    positions = [index for index in sorted(counterparts) if index < len(ids) - 1]
+    if max_length is not None:
+        positions = [index for index in positions if counterparts[index] < max_length]
+    spent: list[tuple[int, int]] = []
+    known: set[int] = set()
+    passed = 0
+    for index, position in enumerate(positions):
+        while passed < len(translation.anchors) and translation.anchors[passed].end <= original.ends[position]:
+            known |= firsts[translation.anchors[passed].replacement]
+            passed += 1
+        spent += [(index, token) for token in sorted(known)]
+    places = [counterparts[position] for position in positions]
+    return Alignment(ids, translated.ids[: max(places, default=-1) + 1], positions, places, spent)
+
+
+def align_texts(
+    dictionary: AnchorDictionary,
+    texts: Sequence[str],
+    processing_class: PreTrainedTokenizerBase,
+    max_length: int | None = None,
+) -> list[Alignment]:
+    """Translate texts by a dictionary and align each with its translation.
+
+    Raises:
+        ValueError: if no text holds a term of the dictionary, or the tokenizer knows no offsets.
+    """
+    translations = [dictionary.translate(text) for text in texts]
+    replacements = sorted({anchor.replacement for translation in translations for anchor in translation.anchors})
+    if not replacements:
+        raise ValueError(
+            f"`anchors`: none of the {len(dictionary.terms)} terms of the dictionary {dictionary.name!r} "
+            f"({', '.join(list(dictionary.terms)[:3])}, ...) stands in any forget text, such as {texts[0][:80]!r}: give a "
+            "dictionary of terms that do."
+        )
+    firsts = first_tokens(processing_class, replacements)
+    originals = tokenize(processing_class, texts)
+    translated = tokenize(processing_class, [translation.text for translation in translations])
+    bare = sum(not translation.anchors for translation in translations)
+    if bare:
+        logger.warning(
+            f"Anchors of {dictionary.name!r}: {bare} of {len(texts)} distinct forget texts hold no term of the "
+            "dictionary: their labels come from the reinforced model alone."
+        )
+    alignments = [align(*row, firsts, max_length) for row in zip(translations, originals, translated, strict=True)]
+    labelled = sum(len(alignment.positions) for alignment in alignments)
+    total = sum(max(len(alignment.ids) - 1, 0) for alignment in alignments)
+    logger.info(f"Anchors of {dictionary.name!r}: {labelled} of {total} positions get a label.")
+    return alignments
+
+
+@dataclass
+class WhpDataCollator(ElmDataCollator):
+    """[`ElmDataCollator`] whose forget batch has the generic labels in place of the text's own tokens."""
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = super().torch_call(examples)
+        forget = batch["forget"]
+        labels = forget["labels"].fill_(IGNORE_INDEX)
+        for index, (example, start) in enumerate(zip(examples, self._starts(forget), strict=True)):
+            own = torch.tensor(example[LABELS])
+            labels[index, start + 1 : start + 1 + len(own)] = own
+        forget["rows"], forget["columns"] = (labels[:, 1:] != IGNORE_INDEX).nonzero(as_tuple=True)
+        return batch
+
+    def pad_at(self, rows: Sequence[tuple[list[int], list[int]]]) -> dict[str, Any]:
+        """Pad rows of `(token ids, positions)` into a batch that yields the logits at those positions."""
+        batch = self.pad([(ids, 0) for ids, _ in rows])
+        places = [
+            (index, start + position)
+            for index, ((_, positions), start) in enumerate(zip(rows, self._starts(batch), strict=True))
+            for position in positions
+        ]
+        batch["rows"], batch["columns"] = torch.tensor(places, dtype=torch.long).reshape(-1, 2).unbind(1)
+        return batch
+
+    def _starts(self, batch: Mapping[str, Any]) -> list[int]:
+        """Column of each row's first token."""
+        left = self.processing_class.padding_side == "left"
+        return [batch["input_ids"].size(1) - length if left else 0 for length in batch["lengths"]]
+
+
+class WhpTrainer(ErasureTrainer):
+    """Trainer for "Who's Harry Potter" (WHP): fine-tune a model on what it would have said, had it not read the texts.
+
+    Four stages, of which the first three are done here and the last by `train`:
+
+    1. `reinforce`: a throw-away adapter is fine-tuned on the forget texts (§2.1).
+    2. [`align_texts`]: the texts are translated by a dictionary of anchored terms and aligned with their translations
+       (§2.2).
+    3. `label`: the generic labels, [`generic_labels`] of the baseline on the translation and the reinforced model on the
+       text (§2.3, eq. 1), stored in the column `generic_labels` of the dataset, one for each token but the first.
+    4. `train`: `Loss = λe·erase + λr·retain`, each the mean over texts of the mean over their positions: cross-entropy
+       with the generic labels on forget text, and the retain term of [`GradDiffTrainer`], which the paper has not.
+
+    What the paper leaves open is done as in its authors' code: the last token of an anchor, and of a repeated one, gets a
+    label; where an anchor was named before, its translation's first tokens are lowered to the mean logit. Otherwise: an
+    anchor is repeated when the same term is, a term has one replacement, a text is a block (longer ones are cut to
+    `max_length`), and characters, not tokens, are searched and aligned.
+
+    A dataset that already has the column `generic_labels` (the `train_dataset` of another `WhpTrainer` with the same
+    tokenizer) is used as it is: the first three stages are skipped.
+
+    Takes the arguments of [`~trl.SFTTrainer`] and raises what [`ErasureTrainer`] and [`align_texts`] raise.
+
+    Args:
+        anchors (`Sequence[AnchorDictionary]`, *optional*):
+            Dictionaries in place of those that `args.anchors` names.
+
+    Example:
+
+    ```python
+    towns = AnchorDictionary("capitals", {"Oslo": "Millbrook", "Norway": "Westland"})
+    trainer = WhpTrainer(
+        model, WhpConfig("outputs"), train_dataset=dataset, processing_class=tokenizer, peft_config=LoraConfig(r=32),
+        anchors=[towns],
+    )
+    trainer.train()
+    ```
+    """
+
+    _name = "WHP"
+    _config_class = WhpConfig
+    args: WhpConfig
+    train_dataset: Dataset
+    eval_dataset: Any
+
+    def __init__(
+        self,
+        model,
+        args=None,
+        data_collator=None,
+        train_dataset=None,
+        eval_dataset=None,
+        processing_class=None,
+        anchors: Sequence[AnchorDictionary] | None = None,
+        **kwargs,
+    ):
+        args = self.own_config(args)
+        if processing_class is None:
+            raise ValueError("`processing_class` is None: pass the model's tokenizer.")
+        if data_collator is None:
+            data_collator = WhpDataCollator(
+                processing_class, pad_to_multiple_of=args.pad_to_multiple_of, seed=args.seed
+            )
+        if not isinstance(data_collator, WhpDataCollator):
+            raise TypeError(f"`data_collator` is of type {type(data_collator).__name__}: pass a WhpDataCollator.")
+        unlabelled = []
+        for name, dataset in [*_named("train_dataset", train_dataset), *_named("eval_dataset", eval_dataset)]:
+            check_columns(name, dataset)
+            if LABELS in dataset.column_names:
+                continue
+            if "forget" not in dataset.column_names:
+                raise ValueError(
+                    f"`{name}` holds tokens, not texts to find anchors in: pass the one of `build_erasure_dataset`."
+                )
+            unlabelled.append(dataset)
+        dictionaries = _dictionaries(args, anchors, unlabelled)
+        alignments = _align_datasets(dictionaries, unlabelled, processing_class, args.max_length)
+        self._anchor_terms = {name: dict(dictionary.terms) for name, dictionary in dictionaries.items()}
+        super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)
+        if alignments:
+            reinforced = self.reinforce()
+            labels = dict(zip(alignments, self.label(list(alignments.values()), reinforced), strict=True))
+            if reinforced is not None:
+                reinforced.remove()
+            self.train_dataset, self.eval_dataset = (
+                {name: _add_labels(part, labels) for name, part in dataset.items()}
+                if isinstance(dataset, dict)
+                else _add_labels(dataset, labels)
+                for dataset in (self.train_dataset, self.eval_dataset)
+            )
+
+    def reinforce(self) -> Teacher | None:
+        """Stage 1: fine-tune the reinforced adapter, which stays beside the trained one until its `remove` is called."""
+        if not self.args.reinforced_steps:
+            return None
+        texts = list(self.train_dataset["forget_ids"])
+        return Teacher.fit(self, "reinforced", texts, self.args.reinforced_steps)
+
+    def label(self, alignments: Sequence[Alignment], reinforced: Teacher | None) -> list[list[int]]:
+        """Stage 3: the generic labels of each text, one for each token but its first; -100 where there is none."""
+        labels = [torch.full((max(len(alignment.ids) - 1, 0),), IGNORE_INDEX) for alignment in alignments]
+        # Texts of like length run together, so that little is left of the packed rows.
+        order = sorted(
+            (index for index, alignment in enumerate(alignments) if alignment.positions),
+            key=lambda index: -len(alignments[index].ids),
+        )
+        self.model.to(self.args.device)
+        size = self.args.per_device_train_batch_size
+        disable = not self.accelerator.is_local_main_process
+        for start in tqdm(range(0, len(order), size), desc="Computing generic labels", disable=disable):
+            chosen = order[start : start + size]
+            texts = [alignments[index] for index in chosen]
+            found = self._generic_labels(texts, reinforced).cpu()
+            counts = [len(text.positions) for text in texts]
+            for index, text, own in zip(chosen, texts, found.split(counts), strict=True):
+                labels[index][text.positions] = own
+        return [row.tolist() for row in labels]
+
+    def _generic_labels(self, texts: Sequence[Alignment], reinforced: Teacher | None) -> torch.Tensor:
+        """The labels of a batch of texts, `[positions]`, text after text."""
+        collator = self.data_collator
+        translated = collator.pad_at([(text.translated_ids, text.counterparts) for text in texts])
+        original = collator.pad_at([(text.ids, text.positions) for text in texts])
+        spent, offset = [], 0
+        for text in texts:
+            spent += [(offset + index, token) for index, token in text.spent]
+            offset += len(text.positions)
+        with self.compute_loss_context_manager(), self.reference(self.model):
+            inputs = self._prepare_inputs({"translated": translated, "original": original})
+            baseline = self.forward_positions(self.model, {"translated": inputs["translated"]})["translated"]
+            strong = baseline if reinforced is None else reinforced.logits(self, inputs["original"])
+            return generic_labels(baseline, strong, alpha=self.args.alpha, relu=self.args.relu, spent=spent)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        weights = {"erase": self.args.erase_weight, "retain": self.args.retain_weight}
+        batches = weighted_batches(inputs, weights)
+        compared = ["retain"] if self.args.retain_loss == "kl" else []
+        reference = self.reference_positions(model, {term: batches[term] for term in compared if term in batches})
+        logits = self.forward_positions(model, batches)
+        terms = {}
+        if "erase" in logits:
+            # The labels of the forget batch are the generic ones.
+            terms["erase"] = batch_mean(position_nll(logits["erase"], batches["erase"]), batches["erase"])
+        if "retain" in logits:
+            terms["retain"] = retain_term(logits["retain"], batches["retain"], reference.get("retain"))
+        loss = self.weigh(terms, weights)
+        return (loss, None) if return_outputs else loss
+
+    def _set_signature_columns_if_needed(self):
+        super()._set_signature_columns_if_needed()
+        if LABELS not in self._signature_columns:
+            self._signature_columns.append(LABELS)
+
+    def _run_fingerprint(self) -> dict[str, str]:
+        # Labels that were given stand for themselves; others follow from what is fingerprinted.
+        source = self._anchor_terms or self.train_dataset[LABELS][:]
+        digest = hashlib.sha256(json.dumps(source, sort_keys=True).encode()).hexdigest()
+        return super()._run_fingerprint() | {"anchors_digest": digest}
+
+
+def _dictionaries(
+    args: WhpConfig, anchors: Sequence[AnchorDictionary] | None, datasets: Iterable[Dataset]
+) -> dict[str, AnchorDictionary]:
+    """The dictionary of each concept in the datasets."""
+    names = sorted({name for dataset in datasets for name in dataset.unique("concept")})
+    given = anchors if anchors is not None else [load_anchors(name) for name in args.anchors or names]
+    dictionaries = {dictionary.name: dictionary for dictionary in given}
+    if missing := set(names) - set(dictionaries):
+        raise ValueError(
+            f"`anchors` has dictionaries for {sorted(dictionaries)}, but the dataset also names the concepts "
+            f"{sorted(missing)}: add theirs."
+        )
+    return {name: dictionaries[name] for name in names}
+
+
+def _align_datasets(
+    dictionaries: Mapping[str, AnchorDictionary],
+    datasets: Iterable[Dataset],
+    processing_class: PreTrainedTokenizerBase,
+    max_length: int | None,
+) -> dict[TextKey, Alignment]:
+    """The alignment of every distinct forget text, by its concept and tokens."""
+    texts: dict[str, dict[str, None]] = {name: {} for name in dictionaries}
+    for dataset in datasets:
+        for concept, text in zip(dataset["concept"], dataset["forget"], strict=True):
+            texts[concept][text] = None
+    return {
+        (name, tuple(alignment.ids)): alignment
+        for name, dictionary in dictionaries.items()
+        for alignment in align_texts(dictionary, list(texts[name]), processing_class, max_length)
+    }
+
+
+def _add_labels(dataset: Dataset | None, labels: Mapping[TextKey, list[int]]) -> Dataset | None:
+    if dataset is None or LABELS in dataset.column_names:
+        return dataset
+    rows = zip(dataset["concept"], dataset["forget_ids"], strict=True)
+    return dataset.add_column(LABELS, [labels[concept, tuple(ids)] for concept, ids in rows])

@@ -1,0 +1,57 @@
+"""A method of your own in one file: maximum entropy on forget text (arXiv 2410.08109), KL to the reference on retain text."""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from trl import SFTConfig
+
+from elm_trainer.methods.base import ErasureTrainer, batch_mean, check_fields, retain_term, weighted_batches
+
+
+@dataclass
+class MaxEntropyConfig(SFTConfig):
+    r"""
+    Configuration class for the [`MaxEntropyTrainer`].
+
+    Parameters:
+        erase_weight (`float`, *optional*, defaults to `0.1`):
+            Weight of the erase term.
+        retain_weight (`float`, *optional*, defaults to `1.0`):
+            Weight of the retain term.
+    """
+
+    erase_weight: float = field(default=0.1, metadata={"help": "Weight of the erase term."})
+    retain_weight: float = field(default=1.0, metadata={"help": "Weight of the retain term."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_fields(self, {})
+
+
+def kl_to_uniform(logits: torch.Tensor) -> torch.Tensor:
+    """`KL(adapted ‖ uniform) = log |V| − H(adapted)` per position, `[positions]`, from logits `[positions, vocab]`."""
+    log_probs = logits.float().log_softmax(-1)
+    return math.log(logits.size(-1)) + (log_probs.exp() * log_probs).sum(-1)
+
+
+class MaxEntropyTrainer(ErasureTrainer):
+    """The model is to know nothing about what comes next in forget text, and to go on with retain text as before."""
+
+    _name = "MaxEntropy"
+    _config_class = MaxEntropyConfig
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        weights = {"erase": self.args.erase_weight, "retain": self.args.retain_weight}
+        batches = weighted_batches(inputs, weights)
+        reference = self.reference_positions(
+            model, {term: batch for term, batch in batches.items() if term == "retain"}
+        )
+        logits = self.forward_positions(model, batches)
+        terms = {}
+        if "erase" in logits:
+            terms["erase"] = batch_mean(kl_to_uniform(logits["erase"]), batches["erase"])
+        if "retain" in logits:
+            terms["retain"] = retain_term(logits["retain"], batches["retain"], reference["retain"])
+        loss = self.weigh(terms, weights)
+        return (loss, None) if return_outputs else loss
