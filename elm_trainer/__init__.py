@@ -7,17 +7,30 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _EXPORTS = {
+    "BaseModel": ".hub.info",
     "Concept": ".concept",
     "ConceptSources": ".data.dataset",
     "ElmConfig": ".methods.elm",
     "ElmDataCollator": ".data.collator",
     "ElmTrainer": ".methods.elm",
-    "ErasureTrainer": ".methods.base",
     "ErasureEvaluationCallback": ".evaluation.callback",
+    "ErasureTrainer": ".methods.base",
     "EvaluationSuite": ".evaluation.suite",
+    "GradDiffConfig": ".methods.graddiff",
+    "GradDiffTrainer": ".methods.graddiff",
     "ModelPair": ".evaluation.pair",
     "NonFiniteLossError": ".methods.base",
+    "NpoConfig": ".methods.npo",
+    "NpoTrainer": ".methods.npo",
+    "RepNoiseConfig": ".methods.repnoise",
+    "RepNoiseTrainer": ".methods.repnoise",
+    "RmuConfig": ".methods.rmu",
+    "RmuTrainer": ".methods.rmu",
+    "SimNpoConfig": ".methods.simnpo",
+    "SimNpoTrainer": ".methods.simnpo",
     "SynthesisConfig": ".synthesis",
+    "WhpConfig": ".methods.whp",
+    "WhpTrainer": ".methods.whp",
     "attack_erasure": ".evaluation.attacks",
     "build_erasure_dataset": ".data.dataset",
     "built_in_suite": ".evaluation.suite",
@@ -25,10 +38,15 @@ _EXPORTS = {
     "evaluate_erasure": ".evaluation.evaluate",
     "load_bank": ".data.questions",
     "load_concept": ".concept",
+    "load_erased": ".hub.load",
     "load_model_and_tokenizer": ".modeling",
     "load_texts": ".data.sources",
+    "merge_erased": ".hub.merge",
+    "publish_adapter": ".hub.publish",
+    "publish_dataset": ".hub.publish_dataset",
     "read_questions": ".data.questions",
     "read_report": ".evaluation.report",
+    "stack_erasures": ".hub.stack",
     "synthesize_completions": ".synthesis",
 }
 __all__ = ["__version__", *sorted(_EXPORTS)]
@@ -46,8 +64,20 @@ if TYPE_CHECKING:
     from .evaluation.pair import ModelPair
     from .evaluation.report import read_report
     from .evaluation.suite import EvaluationSuite, built_in_suite
+    from .hub.info import BaseModel
+    from .hub.load import load_erased
+    from .hub.merge import merge_erased
+    from .hub.publish import publish_adapter
+    from .hub.publish_dataset import publish_dataset
+    from .hub.stack import stack_erasures
     from .methods.base import ErasureTrainer, NonFiniteLossError
     from .methods.elm import ElmConfig, ElmTrainer
+    from .methods.graddiff import GradDiffConfig, GradDiffTrainer
+    from .methods.npo import NpoConfig, NpoTrainer
+    from .methods.repnoise import RepNoiseConfig, RepNoiseTrainer
+    from .methods.rmu import RmuConfig, RmuTrainer
+    from .methods.simnpo import SimNpoConfig, SimNpoTrainer
+    from .methods.whp import WhpConfig, WhpTrainer
     from .modeling import load_model_and_tokenizer
     from .synthesis import SynthesisConfig, synthesize_completions
 

@@ -127,8 +127,7 @@ def load_model(
     model.hf_quantizer = None
     model.is_quantized = False
     del model.config.quantization_config
-    # Adapters note what they belong to by this name.
-    model.config._name_or_path = model.name_or_path = name_or_path
+    model.config._name_or_path = name_or_path
     return model
 
 

@@ -38,6 +38,8 @@ class ErasureArguments:
 
     Args:
         model (`str`): Hub id, folder, GGUF file, or the bundled demo model.
+        model_revision (`str`): Commit, tag or branch of a Hub repository.
+        gguf_file (`str`): File in the repository, where the model is a GGUF file.
         dtype (`str`): Data type of the weights.
         forget (`list[str]`): Forget source of each concept, in the order of `concepts`.
         retain (`list[str]`): Retain sources, shared by all concepts.
@@ -54,6 +56,8 @@ class ErasureArguments:
     """
 
     model: str = field(default="smollm2-135m-instruct", metadata={"help": "Hub id, folder, GGUF file or demo model."})
+    model_revision: str | None = field(default=None, metadata={"help": "Commit, tag or branch on the Hub."})
+    gguf_file: str | None = field(default=None, metadata={"help": "File in the repository, if it is a GGUF file."})
     dtype: str = field(default="auto", metadata={"help": "Data type of the weights."})
     forget: list[str] = field(default_factory=lambda: ["capitals"], metadata={"help": "Forget source per concept."})
     retain: list[str] = field(default_factory=lambda: ["everyday"], metadata={"help": "Retain sources."})
@@ -101,7 +105,9 @@ def main() -> None:
     def lap(name: str) -> None:
         seconds[name] = time.perf_counter() - started - sum(seconds.values())
 
-    model, tokenizer = load_model_and_tokenizer(arguments.model, dtype=arguments.dtype)
+    model, tokenizer = load_model_and_tokenizer(
+        arguments.model, dtype=arguments.dtype, revision=arguments.model_revision, gguf_file=arguments.gguf_file
+    )
     lap("load")
 
     concepts = {concept.name: concept for concept in map(load_concept, config.concepts or arguments.forget)}
@@ -162,6 +168,8 @@ def main() -> None:
         },
     )
     write_evaluation(output, report)
+    if config.push_to_hub:
+        trainer.push_to_hub()
     Console().print(
         f"{time.perf_counter() - started:.0f} s, peak {report['peak_memory_bytes'] / 1e9:.1f} GB. See {output}: "
         "report.md, report.json, report.png and samples.md."

@@ -68,12 +68,13 @@ def find_adapter(repo_or_path: str | Path, revision: str | None, access: Access)
 def _check_info(folder: Path, info: ErasureInfo) -> None:
     path = folder / INFO_FILE
     base = info.base_model
-    texts = [base.id, base.revision, *base.fingerprint.values(), *info.files, *info.files.values()]
-    if base.gguf_file is not None:
-        texts.append(base.gguf_file)
-        check_names([base.gguf_file], str(path))
-    if not all(isinstance(text, str) for text in texts):
+    tables = [base.fingerprint, info.files]
+    texts = [base.id, base.revision, base.gguf_file or ""]
+    texts += [text for probe in info.verification for text in (probe.prompt, probe.answer)]
+    texts += [text for table in tables if isinstance(table, dict) for text in table.values()]
+    if not all(isinstance(table, dict) for table in tables) or not all(isinstance(text, str) for text in texts):
         raise UnsafeAdapterError(f"{path}: names, revisions and hashes must be texts: publish the adapter again.")
+    check_names([base.gguf_file] if base.gguf_file else [], str(path))
     check_names(info.files, str(path))
     for name, expected in info.files.items():
         # Pictures are published too, but not fetched for loading.

@@ -231,13 +231,12 @@ def _send_large_files(api: HfApi, target: Target, additions: list[CommitOperatio
             create_pr=create_pr,
             free_memory=False,
         )
-    except RuntimeError as error:  # what the client makes of any failure of a single file
-        cause = error.__cause__
+    except (RuntimeError, ConnectionError) as error:  # what the client, and Xet below it, make of any failure
+        cause = error.__cause__ or error
         if isinstance(cause, HfHubHTTPError) and cause.response.status_code in (401, 403):
             raise cause from error
         raise UploadError(
-            f"Sending large files to {target.repo_id}: {error} ({cause}). What it held before is unchanged: publish "
-            "again."
+            f"Sending large files to {target.repo_id}: {cause}. What it held before is unchanged: publish again."
         ) from error
 
 

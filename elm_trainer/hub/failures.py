@@ -83,8 +83,8 @@ def _named(error: HfHubHTTPError | httpx2.TransportError, repo_id: str, doing: s
         return NotSignedInError(f"{doing}: the Hub does not know the token ({said}): run `hf auth login`.")
     if status == 403:
         return PermissionDeniedError(
-            f"{doing}: the token may not write there ({said}): use a token with the role `write`, or publish under a "
-            "name of your own."
+            f"{doing}: the token may not do that ({said}): to publish, use a token with the role `write`, or a name of "
+            "your own; to load a gated model, ask for access on its page."
         )
     if isinstance(error, RepositoryNotFoundError):
         return PermissionDeniedError(

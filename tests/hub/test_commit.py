@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 
 from elm_trainer.hub import failures
 from elm_trainer.hub.commit import commit_folder, open_repository, read_text
@@ -172,6 +173,19 @@ def test_a_fault_is_overcome_or_named_and_the_hub_holds_old_or_new(name, hub, hu
         assert published(hub) == old
     assert local(folder) == new
     assert all(fault.times in (0, *range(90, 99)) for fault in faults)  # each was met
+
+
+def test_a_failure_of_xet_is_named_too(hub, hub_api, folder, monkeypatch):
+    publish(hub_api, folder)
+    old = published(hub)
+    (folder / "adapter_model.safetensors").write_bytes(b"others!" * 1000)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    hub.fail(Fault("*", "xet-write-token", Answer(403), times=99))
+
+    with pytest.raises(UploadError, match="Sending large files.*publish again"):
+        publish(hub_api, folder)
+
+    assert published(hub) == old
 
 
 def test_a_hub_that_stays_silent_is_given_up(hub, hub_api, folder, monkeypatch):

@@ -169,6 +169,24 @@ def test_a_file_that_is_missing_is_named(adapter_folder):
 
 
 @pytest.mark.parametrize(
+    "changes",
+    [
+        {"id": 5},
+        {"fingerprint": ["a"]},
+        {"fingerprint": {"weights": 1}},
+        {"revision": None},
+        {"gguf_file": "../other.gguf"},
+        {"extra": 1},
+    ],
+)
+def test_an_erasure_json_of_another_form_is_refused(changes, adapter_folder):
+    content = json.loads((adapter_folder / "erasure.json").read_text())
+    edit_json(adapter_folder / "erasure.json", base_model=content["base_model"] | changes)
+    with pytest.raises(UnsafeAdapterError, match="erasure.json"):
+        load_erased(adapter_folder)
+
+
+@pytest.mark.parametrize(
     ("name", "message"),
     [
         (None, "names no base in adapter_config.json: pass `base_model`"),

@@ -1,0 +1,353 @@
+"""`publish_adapter`: an erased adapter with its evidence, in one commit."""
+
+import json
+import re
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi
+from huggingface_hub.utils import validate_repo_id
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from ..data.questions import BANKS, Question, load_bank
+from ..data.sources import load_texts
+from ..evaluation.pair import evaluating
+from ..evaluation.report import model_fingerprint, read_report
+from ..modeling import load_model_and_tokenizer
+from .card import make_card, validate_card
+from .commit import Publication, commit_folder, open_repository, read_text
+from .errors import BaseMismatchError, ReloadError
+from .failures import named_errors, patience, retried
+from .files import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    ATTACKS_PLOT,
+    CARD,
+    INSIDE_PLOT,
+    PUBLISHED_FILES,
+    REPORT,
+    REPORT_PLOT,
+)
+from .fingerprint import base_fingerprint, check_base
+from .info import BaseModel, Probe
+from .passages import without_template
+from .scan import raise_findings, scan_folder
+from .secrets import machine_names, names_in
+from .stage import stage_adapter
+from .tensors import check_tensors
+from .verify import make_probes
+
+
+logger = logging.get_logger(__name__)
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_ADAPTER_NAME = "staged"
+
+
+def publish_adapter(
+    adapter: str | Path,
+    repo_id: str,
+    *,
+    report: str | Path | Mapping[str, Any],
+    attacks: str | Path | Mapping[str, Any] | None = None,
+    model: str | PreTrainedModel | PeftModel | None = None,
+    processing_class: PreTrainedTokenizerBase | None = None,
+    base_model: str | None = None,
+    base_revision: str | None = None,
+    gguf_file: str | None = None,
+    license: str | None = None,
+    method: str | None = None,
+    forget: Sequence[str] | None = None,
+    questions: Sequence[Question] | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    tag: str | None = None,
+    commit_message: str = "Publish the erased adapter",
+    dry_run: bool = False,
+    staging_dir: str | Path | None = None,
+    api: HfApi | None = None,
+) -> Publication:
+    """Publish an adapter with its report and card, and with nothing else.
+
+    The folder that goes up is staged, the adapter reloaded from it and held to the same logits, the base compared with
+    the one on the Hub, the folder scanned for what must not get out; then it goes up in one commit. Nothing is
+    committed where nothing changed. Local files are only read.
+
+    Args:
+        adapter (`str` or `Path`):
+            Folder of the adapter, as `trainer.save_model` or `save_pretrained` wrote it.
+        repo_id (`str`):
+            `name` or `namespace/name`. The repository is made, private, where there is none.
+        report (`str`, `Path` or `Mapping`):
+            Report of [`evaluate_erasure`] on this adapter.
+        attacks (`str`, `Path` or `Mapping`, *optional*):
+            Report of [`attack_erasure`] on it.
+        model (`str`, [`~transformers.PreTrainedModel`] or `PeftModel`, *optional*):
+            The base, or the erased model itself. Loaded from the report's recipe by default.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            Tokenizer; needed where `model` is no name.
+        base_model (`str`, *optional*):
+            Hub id of the base. Needed where the model was not loaded from the Hub.
+        base_revision (`str`, *optional*):
+            Commit or branch of the base; the newest commit by default.
+        gguf_file (`str`, *optional*):
+            File of the base's repository, where the base is a GGUF file.
+        license (`str`, *optional*):
+            Licence of the adapter. By default that of the base.
+        method (`str`, *optional*):
+            Name of the trainer. By default read from `erasure_run.json` beside the adapter.
+        forget (`Sequence[str]`, *optional*):
+            Forget texts, which must not go up. Read from the sources of the report's recipe by default.
+        questions (`Sequence[Question]`, *optional*):
+            Questions whose answers must not go up. By default the built-in ones of the erased concepts.
+        private (`bool`, *optional*):
+            Whether the repository must be private. `None`: a new one is private, an existing one stays as it is.
+        revision (`str`, *optional*):
+            Branch; `main` by default.
+        create_pr (`bool`, *optional*, defaults to `False`):
+            Whether to open a pull request instead of committing.
+        tag (`str`, *optional*):
+            Tag of the commit.
+        commit_message (`str`, *optional*):
+            First line of the commit's message.
+        dry_run (`bool`, *optional*, defaults to `False`):
+            Whether to stop before anything is sent. The folder is left in `staging_dir`; neither the repository nor,
+            with `license` and a commit as `base_revision`, the base's is looked at.
+        staging_dir (`str` or `Path`, *optional*):
+            Where the folder is staged and kept. By default a temporary one, which a dry run can't do without.
+        api (`HfApi`, *optional*):
+            Client with endpoint and token. By default the environment's.
+
+    Returns:
+        [`Publication`]: commit, address, and the seconds of each step.
+
+    Raises:
+        ValueError: for a name, report, base, licence, branch or tag that can't be, before anything is sent.
+        BaseMismatchError: if the Hub's base has other weights than the adapter's, or the report is of another base.
+        ReloadError: if the staged adapter gives other logits.
+        ScanError: if the folder holds what must not get out; `findings` names file and line.
+        NotSignedInError, PermissionDeniedError, ConflictError, UploadError: what the Hub or the network refused.
+    """
+    validate_repo_id(repo_id)
+    if dry_run and staging_dir is None:
+        raise ValueError("`staging_dir` is None: a dry run needs a folder to leave its files in.")
+    if create_pr and tag:
+        raise ValueError(f"`tag` is {tag!r}, but a pull request is no commit of the branch yet: tag it when merged.")
+    api = api or HfApi()
+    report = report if isinstance(report, Mapping) else read_report(report)
+    if attacks is not None and not isinstance(attacks, Mapping):
+        attacks = read_report(attacks, "attacks")
+    texts = _forget_texts(report) if forget is None else list(forget)
+    asked = _questions(report) if questions is None else list(questions)
+    if "/" not in repo_id and not dry_run:
+        with patience(), named_errors(repo_id, f"Publishing {repo_id}"):
+            repo_id = f"{retried(api.whoami)['name']}/{repo_id}"
+    seconds: dict[str, float] = {}
+    with ExitStack() as stack:
+        with _lap(seconds, "load"):
+            erased, tokenizer = stack.enter_context(_erased_model(adapter, report, model, processing_class))
+        with _lap(seconds, "check"):
+            _check_report(erased, report)
+            base = _find_base(api, erased, base_model, base_revision, gguf_file, license)
+            probes = make_probes(erased, tokenizer, report)
+            hub_tokenizer = tokenizer if dry_run else _check_hub_base(erased, base, api.token)
+        with _lap(seconds, "stage"):
+            if staging_dir is None:
+                staging_dir = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "adapter"
+            folder = stage_adapter(
+                adapter,
+                report,
+                base_model=base,
+                output_dir=staging_dir,
+                attacks=attacks,
+                verification=probes,
+                base_tokenizer=hub_tokenizer,
+                method=method,
+                questions=asked,
+            )
+        with _lap(seconds, "reload"):
+            _check_reload(erased, tokenizer, folder, probes)
+        forget_texts = list(without_template(texts, tokenizer))
+        names = machine_names(public=names_in(repo_id, base.id))
+
+        def write_card(current: str | None) -> None:
+            _write_card(folder, repo_id, current)
+            raise_findings(scan_folder(folder, forget=forget_texts, questions=asked, names=names))
+
+        with _lap(seconds, "scan"):
+            card = folder / CARD
+            write_card(card.read_text(encoding="utf-8") if card.exists() else None)
+        if dry_run:
+            return Publication(repo_id, None, f"{api.endpoint}/{repo_id}", changed=False, seconds=seconds)
+        with _lap(seconds, "transfer"):
+            target = open_repository(api, repo_id, private=private, revision=revision)
+            current = read_text(api, target, CARD)
+        if current is not None:
+            with _lap(seconds, "scan"):
+                write_card(current)  # what a person wrote into the card on the Hub stays
+        with _lap(seconds, "transfer"):
+            publication = commit_folder(
+                api, target, folder, message=commit_message, owned=PUBLISHED_FILES, create_pr=create_pr, tag=tag
+            )
+    return replace(publication, seconds=seconds)
+
+
+def _find_base(
+    api: HfApi,
+    erased: PeftModel,
+    base_model: str | None,
+    base_revision: str | None,
+    gguf_file: str | None,
+    license: str | None,
+) -> BaseModel:
+    loaded = erased.get_base_model().config._name_or_path
+    if base_model is None:
+        if not _HUB_ID.fullmatch(loaded) or Path(loaded).exists():
+            raise ValueError(
+                f"`base_model` is None, and the adapter's base was loaded from {loaded!r}, which is no Hub id: give "
+                "the Hub id of the same weights."
+            )
+        base_model = loaded
+    if license is None or base_revision is None or not _COMMIT.fullmatch(base_revision):
+        with patience(), named_errors(base_model, f"Reading about the base {base_model}"):
+            info = retried(lambda: api.model_info(base_model, revision=base_revision))
+        base_revision = info.sha
+        license = license or (info.card_data.license if info.card_data else None)
+        if license is None:
+            raise ValueError(f"`license` is None, and {base_model} states none: say under which the adapter goes.")
+    assert base_revision is not None
+    return BaseModel(base_model, base_revision, base_fingerprint(erased), license, gguf_file)
+
+
+def _check_hub_base(erased: PeftModel, base: BaseModel, token: str | bool | None) -> PreTrainedTokenizerBase:
+    """Hold the base on the Hub to the fingerprint of the one at hand, and return its tokenizer."""
+    # Loaded even where the one at hand came from the Hub: transformers does not keep which commit that was.
+    with named_errors(base.id, f"Loading the base {base.id}"):
+        hub_model, hub_tokenizer = load_model_and_tokenizer(
+            base.id, revision=base.revision, gguf_file=base.gguf_file, token=token if isinstance(token, str) else None
+        )
+    try:
+        check_base(hub_model, base.fingerprint, base.id)
+    except BaseMismatchError as error:
+        raise BaseMismatchError(
+            f"`base_model` is {base.id!r} at {base.revision[:8]}, whose weights are not those of `model` (from "
+            f"{erased.get_base_model().config._name_or_path!r}): name the repository, `base_revision` and `gguf_file` "
+            "that they came from."
+        ) from error
+    return hub_tokenizer
+
+
+@contextmanager
+def _erased_model(
+    adapter: str | Path,
+    report: Mapping[str, Any],
+    model: str | PreTrainedModel | PeftModel | None,
+    processing_class: PreTrainedTokenizerBase | None,
+) -> Iterator[tuple[PeftModel, PreTrainedTokenizerBase]]:
+    recipe = report.get("recipe", {})
+    if model is None:
+        model = recipe.get("model")
+        if model is None:
+            raise ValueError("`model` is None, and the report has no recipe that names it: pass the base.")
+        at = {"revision": recipe.get("model_revision"), "gguf_file": recipe.get("gguf_file")}
+    else:
+        at = {}
+    if isinstance(model, str):
+        model, processing_class = load_model_and_tokenizer(model, dtype=recipe.get("dtype", "auto"), **at)
+    elif processing_class is None:
+        raise ValueError("`processing_class` is None: pass the tokenizer of `model`.")
+    if isinstance(model, PeftModel):
+        yield model, processing_class
+        return
+    erased = PeftModel.from_pretrained(model, str(adapter))
+    try:
+        yield erased, processing_class
+    finally:
+        erased.unload()  # the caller's base is left without the adapter
+
+
+def _check_report(erased: PeftModel, report: Mapping[str, Any]) -> None:
+    found = model_fingerprint(erased.get_base_model())
+    if found != report["reference_sha256"]:
+        raise BaseMismatchError(
+            f"The report measured a base with the hash {report['reference_sha256'][:12]}, but `model` has {found[:12]}: "
+            "pass the model that was measured, in the same data type, or measure again."
+        )
+
+
+def _check_reload(
+    erased: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path, probes: Sequence[Probe]
+) -> None:
+    """Raise `ReloadError` unless the staged adapter gives the logits of the one at hand, bit for bit."""
+    config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    check_tensors(folder / ADAPTER_WEIGHTS, config, erased.get_base_model())
+    texts = ["Once upon a time there was a town.", *(probe.prompt + probe.answer for probe in probes[:3])]
+    batches = [tokenizer(text, return_tensors="pt").to(erased.device) for text in texts]
+    active = erased.active_adapter
+    with evaluating(erased), torch.inference_mode():
+        before = [erased(**batch).logits for batch in batches]
+        erased.load_adapter(str(folder), _ADAPTER_NAME)
+        try:
+            erased.set_adapter(_ADAPTER_NAME)
+            differences = [
+                (erased(**batch).logits - logits).abs().max() for batch, logits in zip(batches, before, strict=True)
+            ]
+        finally:
+            erased.set_adapter(active)
+            erased.delete_adapter(_ADAPTER_NAME)
+    if largest := max(difference.item() for difference in differences):
+        raise ReloadError(
+            f"The staged adapter gives other logits than the one to be published (by up to {largest:.3g}): the folder "
+            "named by `adapter` is not what `model` carries; save it again."
+        )
+
+
+def _write_card(folder: Path, repo_id: str, current: str | None) -> None:
+    pictures = [name for name in (REPORT_PLOT, ATTACKS_PLOT, INSIDE_PLOT) if (folder / name).exists()]
+    card = make_card(read_report(folder / REPORT), repo_id, pictures=pictures, current=current)
+    validate_card(card)
+    card.save(folder / CARD)
+
+
+def _forget_texts(report: Mapping[str, Any]) -> list[str]:
+    sources = report.get("recipe", {}).get("forget")
+    if not sources:
+        raise ValueError(
+            "`forget` is None, and the report's recipe names no forget source: pass the forget texts, which must not "
+            "go up, or [] if nobody may not read them."
+        )
+    try:
+        return [text for source in sources for text in load_texts(source, processing_class=None)["text"]]
+    except Exception as error:
+        raise ValueError(
+            f"`forget` is None, and the recipe's sources {sources} can't be read ({error}): pass the forget texts."
+        ) from error
+
+
+def _questions(report: Mapping[str, Any]) -> list[Question]:
+    erased = [name for name, role in report["roles"].items() if role == "erased"]
+    if not set(erased) <= set(BANKS):
+        raise ValueError(
+            f"`questions` is None, and the banks {erased} are not built in: pass the questions, whose answers must not "
+            "go up."
+        )
+    # The whole banks: the report asked a draw of them.
+    return [question for name in erased for question in load_bank(name)]
+
+
+@contextmanager
+def _lap(seconds: dict[str, float], name: str) -> Iterator[None]:
+    started = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - started
