@@ -1,0 +1,182 @@
+"""What the seed paper says of the methods, each held to a stated rule."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeAlias
+
+from ..verdict import Criteria
+from .choice import CRITERIA
+
+
+# Rows of a table by method, each with `figures`, `verdict` and `failed`.
+Rows: TypeAlias = Mapping[str, Mapping[str, Any]]
+BOUNDS = Criteria()
+R_PPL = "fluency.greedy.r_ppl"
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """A figure that is held to a bound.
+
+    Attributes:
+        what (`str`): What is measured.
+        value (`float`), low (`float`), high (`float`): The figure and its 95 % interval.
+        bound (`float`): The bound.
+        above (`bool`): Whether the claim wants it above the bound, or at most there.
+    """
+
+    what: str
+    value: float
+    low: float
+    high: float
+    bound: float
+    above: bool
+
+    @property
+    def holds(self) -> bool:
+        """Whether the value is on the claimed side."""
+        return (self.value > self.bound) is self.above
+
+    @property
+    def certain(self) -> bool:
+        """Whether the interval is on the same side as the value."""
+        return self.low > self.bound if self.value > self.bound else self.high <= self.bound
+
+
+class Claim(NamedTuple):
+    """A claim about methods, in words, and how it is held to the figures."""
+
+    methods: tuple[str, ...]
+    text: str
+    rule: str
+    evidence: Callable[[Rows, str], list[Evidence]]
+
+
+def gibberish(rows: Rows, concept: str) -> list[Evidence]:
+    """RMU is above the bound of R-PPL, ELM is not."""
+    return [
+        _held("RMU, R-PPL", _change(rows, "rmu", R_PPL), BOUNDS.r_ppl, above=True),
+        _held("ELM, R-PPL", _change(rows, "elm", R_PPL), BOUNDS.r_ppl),
+    ]
+
+
+def same_choices(rows: Rows, concept: str) -> list[Evidence]:
+    """WHP loses no more of the concept than may be lost of neighbouring knowledge."""
+    return [
+        _held(f"WHP, fall by {rule}", _fall(rows, "whp", f"multiple_choice.{concept}.{rule}"), BOUNDS.near)
+        for rule in ("pmi", "log_likelihood")
+    ]
+
+
+def fluent_and_unforgetting(rows: Rows, concept: str) -> list[Evidence]:
+    """RepNoise is below the bound of R-PPL, and loses at most half of what ELM loses."""
+    name = f"multiple_choice.{concept}.pmi"
+    return [
+        _held("RepNoise, R-PPL", _change(rows, "repnoise", R_PPL), BOUNDS.r_ppl),
+        _held("RepNoise, fall by pmi", _fall(rows, "repnoise", name), _fall(rows, "elm", name)["value"] / 2),
+    ]
+
+
+CLAIMS = (
+    Claim(
+        ("rmu", "elm"),
+        "RMU's text about the concept turns to gibberish, ELM's stays fluent",
+        f"R-PPL of greedy answers, as a multiple of the reference's: above {BOUNDS.r_ppl:g} for RMU, at most that for ELM",
+        gibberish,
+    ),
+    Claim(
+        ("whp",),
+        "WHP answers multiple choice about the concept as before",
+        f"its accuracy falls by at most {BOUNDS.near:g}, by PMI and by log-likelihood",
+        same_choices,
+    ),
+    Claim(
+        ("repnoise", "elm"),
+        "RepNoise keeps fluency and forgets little",
+        f"R-PPL at most {BOUNDS.r_ppl:g} times the reference's, and a fall of PMI accuracy at most half of ELM's",
+        fluent_and_unforgetting,
+    ),
+)
+
+
+def paper_claims(rows: Rows, concept: str, budget: str) -> list[dict[str, Any]]:
+    """The claims of the ELM paper (arXiv 2410.02760) that can be told from one table.
+
+    Args:
+        rows (`Mapping`): Rows of the table by method, each with `figures`, `verdict` and `failed`.
+        concept (`str`): The erased bank.
+        budget (`str`): Which table it is.
+
+    Returns:
+        `list[dict]`: each with `budget`, `claim`, `rule`, `held` (`None` where a method it speaks of is not compared or
+        failed), `certain` (the intervals say the same as the values), and `evidence`.
+    """
+    found = []
+    for claim in CLAIMS:
+        entry: dict[str, Any] = {"budget": budget, "claim": claim.text, "rule": claim.rule}
+        entry |= {"held": None, "certain": None, "evidence": []}
+        if all(_measured(rows, method) for method in claim.methods):
+            parts = claim.evidence(rows, concept)
+            held = all(part.holds for part in parts)
+            # One part that fails for certain settles it.
+            certain = (
+                all(part.certain for part in parts) if held else any(part.certain for part in parts if not part.holds)
+            )
+            entry |= {"held": held, "certain": certain}
+            entry["evidence"] = [vars(part) | {"holds": part.holds, "certain": part.certain} for part in parts]
+        found.append(entry)
+    return [*found, only_good(rows, budget)]
+
+
+def only_good(rows: Rows, budget: str) -> dict[str, Any]:
+    """The claim that ELM alone is good at all three criteria, as [`paper_claims`] returns it."""
+    entry: dict[str, Any] = {
+        "budget": budget,
+        "claim": "ELM is the only one good at innocence, seamlessness and specificity",
+        "rule": "all bounds of the verdict are kept by ELM, and by no other method",
+        "held": None,
+        "certain": None,
+        "evidence": [],
+    }
+    rivals = [method for method in rows if method != "elm" and _measured(rows, method)]
+    if not _measured(rows, "elm") or not rivals:
+        return entry
+    good = {method: all(rows[method]["verdict"][name]["holds"] for name in CRITERIA) for method in ("elm", *rivals)}
+    certain = {method: _certain(rows[method]["verdict"], holds) for method, holds in good.items()}
+    held = good["elm"] and not any(good[method] for method in rivals)
+    against = [method for method in rivals if good[method]] + (["elm"] if not good["elm"] else [])
+    return entry | {
+        "held": held,
+        "certain": all(certain.values()) if held else any(certain[method] for method in against),
+        "evidence": [
+            {"what": method, "holds": good[method], "certain": certain[method]}
+            | {name: rows[method]["verdict"][name]["holds"] for name in CRITERIA}
+            for method in good
+        ],
+    }
+
+
+def _certain(verdict: Mapping[str, Any], good: bool) -> bool:
+    """Whether the intervals say so too: all bounds are kept for certain, or one is broken for certain."""
+    checks = [check for name in CRITERIA for check in verdict[name]["checks"]]
+    if good:
+        return all(check["certain"] for check in checks)
+    return any(check["certain"] and not check["holds"] for check in checks)
+
+
+def _measured(rows: Rows, method: str) -> bool:
+    """Whether a method is compared and none of its seeds failed."""
+    return method in rows and bool(rows[method]["figures"]) and not rows[method]["failed"]
+
+
+def _held(what: str, figure: Mapping[str, float], bound: float, *, above: bool = False) -> Evidence:
+    return Evidence(what, figure["value"], figure["low"], figure["high"], bound, above)
+
+
+def _change(rows: Rows, method: str, name: str) -> Mapping[str, float]:
+    return rows[method]["figures"][name]["change"]
+
+
+def _fall(rows: Rows, method: str, name: str) -> dict[str, float]:
+    change = _change(rows, method, name)
+    return {"value": -change["value"], "low": -change["high"], "high": -change["low"]}

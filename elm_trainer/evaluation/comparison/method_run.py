@@ -1,0 +1,183 @@
+"""Everything that is run for one method: the search, the final runs of all seeds, and the attacks on the first."""
+
+import math
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+
+from ..attacks import attack_erasure, built_in_target, load_attacks
+from ..pair import ModelPair
+from ..report import environment
+from .bench import Bench, from_json, to_json
+from .choice import choose, score
+from .config import ComparisonConfig
+from .figures import summarise
+from .reference import Reference
+from .runs import Runs
+from .training import Training, restore, trained
+
+
+class MethodRun:
+    """The runs of one method, each kept in a file of its own as soon as it is finished.
+
+    Args:
+        config ([`ComparisonConfig`]): Settings.
+        method (`str`): One of `METHODS`.
+        runs ([`Runs`]): Where finished runs are.
+        reference ([`Reference`]): What all methods share.
+        seconds (`float`, *optional*): Budget of the table of equal time; the method that sets it has none.
+    """
+
+    def __init__(
+        self,
+        config: ComparisonConfig,
+        method: str,
+        runs: Runs,
+        reference: Reference,
+        seconds: float | None = None,
+    ):
+        self.config, self.method, self.seconds = config, method, seconds
+        self._runs, self._reference = runs, reference
+        self._bench = Bench(config, reference.processing_class)
+        self._has_trained = False
+
+    def run(self) -> dict[str, Any]:
+        """`search` (one entry per setting), `chosen`, `finals` by seed, and `attacks`, the report of these or `None`."""
+        search = self.search()
+        chosen = 0 if len(search) == 1 else choose([entry["score"] for entry in search])
+        finals = {} if chosen is None else {str(seed): self.final(chosen, seed) for seed in self.config.seeds}
+        attacks, first = None, self.config.seeds[0]
+        if chosen is not None and self.config.ladder and "items" in finals[str(first)]["budgets"]["updates"]:
+            attacks = self.attacks(chosen, first)
+        return {"search": search, "chosen": chosen, "finals": finals, "attacks": attacks}
+
+    def search(self) -> list[dict[str, Any]]:
+        """Train every setting for the budget in updates and measure it on the dev split; a single one needs none."""
+        config = self.config
+        count = len(config.settings(self.method).grid)
+        if count == 1:
+            return [{"settings": config.chosen(self.method, 0), "score": None, "seconds": 0.0}]
+        entries = []
+        for index in range(count):
+            found = self._runs.once(
+                f"search-{self.method}-{index}",
+                self._depends(index, config.search_seed, split="dev"),
+                partial(self._search_one, index),
+            )
+            entry = {key: value for key, value in found.items() if key != "items"}
+            entry |= {"settings": config.chosen(self.method, index), "score": None}
+            if "items" in found:
+                items, before = from_json(found["items"]), from_json(self._reference.items["dev"])
+                roles = self._reference.suites["dev"].roles
+                entry["score"] = score({name: summarise(before[name], [items[name]]) for name in items}, roles)
+            entries.append(entry)
+        return entries
+
+    def final(self, index: int, seed: int) -> dict[str, Any]:
+        """Train the chosen setting for both budgets and measure both models on the test split."""
+        return self._runs.once(*self._final(index, seed), partial(self._final_one, index, seed))
+
+    def attacks(self, index: int, seed: int) -> dict[str, Any]:
+        """Attack the model of the budget in updates that [`final`] has left."""
+        config = self.config
+        assert config.ladder is not None
+        ladder = load_attacks(config.ladder)
+        final, name = self._final(index, seed), f"attacks-{self.method}"
+        depends = {
+            "final": final[1],
+            "ladder": [{"attack": attack.name, **attack.settings()} for attack in ladder],
+            "questions": config.attack_questions,
+        }
+
+        def run() -> dict[str, Any]:
+            model = PeftModel.from_pretrained(self._bench.model, self._runs.path(*final))
+            try:
+                target = built_in_target(
+                    ModelPair(model), self._bench.processing_class, config.concept, config.attack_questions
+                )
+                return attack_erasure(target, ladder, output_dir=self._runs.path(name, depends))
+            finally:
+                model.unload()
+
+        return self._runs.once(name, depends, run)
+
+    def _search_one(self, index: int) -> dict[str, Any]:
+        begun = time.perf_counter()
+        with trained(self._bench, self.method, index, self.config.search_seed) as training:
+            memory = self._memory()
+            found = self._measure(training, "updates", "dev")
+        return found | memory | {"seconds": time.perf_counter() - begun}
+
+    def _final_one(self, index: int, seed: int) -> dict[str, Any]:
+        begun = time.perf_counter()
+        with trained(self._bench, self.method, index, seed, seconds=self.seconds) as training:
+            memory = self._memory()
+            budgets = {
+                budget: self._measure(training, budget, "test")
+                for budget in ("updates", *(["seconds"] if self.seconds is not None else []))
+            }
+            if seed == self.config.seeds[0] and "updates" in training.snapshots:
+                restore(training.model, training.snapshots["updates"])
+                _save(training.model, self._runs.path(*self._final(index, seed)))
+        return {"setup": training.setup, "budgets": budgets, "seconds": time.perf_counter() - begun, **memory}
+
+    def _measure(self, training: Training, budget: str, split: str) -> dict[str, Any]:
+        """`updates`, `training_seconds` and `items` of the model of a budget, or why it `failed`."""
+        if budget not in training.snapshots:
+            return {"failed": training.failed}
+        snapshot = training.snapshots[budget]
+        found: dict[str, Any] = {"updates": snapshot.updates, "training_seconds": snapshot.seconds}
+        if not snapshot.state:
+            # No update ended within the budget: the model is still the reference.
+            return found | {"items": self._reference.items[split]}
+        restore(training.model, snapshot)
+        items = self._bench.measure(ModelPair(training.model), self._reference.suites[split], "erased")
+        for name, measured in items.items():
+            if not all(map(math.isfinite, measured.values)):
+                return {"failed": f"`{name}` of the model after {snapshot.updates} updates is not finite."}
+        return found | {"items": to_json(items)}
+
+    def _memory(self) -> dict[str, int | None]:
+        """Peak memory of the first training in this process; later it would be that of what was measured, too."""
+        first, self._has_trained = not self._has_trained, True
+        found = environment({})
+        return {key: found[key] if first else None for key in ("peak_memory_bytes", "peak_device_memory_bytes")}
+
+    def _final(self, index: int, seed: int) -> tuple[str, dict[str, Any]]:
+        """Name of a final run, and what it depends on."""
+        depends = self._depends(index, seed, split="test") | {"seconds": self.seconds}
+        return f"final-{self.method}-seed{seed}", depends
+
+    def _depends(self, index: int, seed: int, *, split: str) -> dict[str, Any]:
+        config = self.config
+        return self._reference.identity(split) | {
+            "data": self._reference.data[str(seed)],
+            "method": self.method,
+            "settings": config.chosen(self.method, index),
+            "lora": dict(config.lora_shape(self.method)),
+            "training": config.training,
+            "updates": config.updates,
+            "seed": seed,
+        }
+
+
+def seconds_of(result: Mapping[str, Any]) -> float | None:
+    """Median seconds of a method's final runs until the budget in updates was used; `None` if all failed."""
+    budgets = [final["budgets"]["updates"] for final in result["finals"].values()]
+    found = sorted(entry["training_seconds"] for entry in budgets if "failed" not in entry)
+    return found[len(found) // 2] if found else None
+
+
+def _save(model: PeftModel, folder: Path) -> None:
+    """Save the adapter; the folder has its name only once it is whole."""
+    unfinished = folder.with_suffix(".partial")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    model.save_pretrained(str(unfinished), save_embedding_layers=False)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(unfinished, folder)

@@ -1,0 +1,56 @@
+"""The picture of a comparison: innocence against seamlessness and specificity, for both budgets."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+
+TITLES = {"updates": "the same number of updates", "seconds": "the same time"}
+
+
+def plot_comparison(report: Mapping[str, Any], path: str | Path) -> None:
+    """Draw a comparison into a PNG file: a row for each budget, all axes relative to the reference (the cross).
+
+    Up: the change of PMI accuracy on the concept. Across: the change on neighbouring (circle) and unrelated (square)
+    knowledge, and R-PPL and perplexity on retain text (diamond) as multiples. Lines are 95 % intervals. Down and towards
+    the cross's column is better.
+    """
+    figure = Figure(figsize=(13, 10), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(2, 2, sharey=True)
+    up = f"multiple_choice.{report['concept']}.pmi"
+    for (kept, fluent), (budget, title) in zip(panels, TITLES.items(), strict=True):
+        for index, (method, row) in enumerate(report["tables"][budget]["methods"].items()):
+            if not row["figures"]:
+                continue
+            changes = {name: found["change"] for name, found in row["figures"].items()}
+            label, colour = report["methods"][method]["label"], f"C{index}"
+            for name, marker in (("specificity.near", "o"), ("specificity.far", "s")):
+                if name in changes:
+                    _point(kept, changes[name], changes[up], marker, colour, label)
+            _point(fluent, changes["fluency.greedy.r_ppl"], changes[up], "o", colour, label)
+            _point(fluent, changes["retention.perplexity"], changes[up], "D", colour, label)
+        for axes, start in ((kept, 0), (fluent, 1)):
+            axes.plot(start, 0, "+", color="black", markersize=14)
+            axes.axhline(0, color="grey", linewidth=0.6)
+            axes.axvline(start, color="grey", linewidth=0.6)
+            axes.set(ylabel="concept ranked rightly (PMI), change")
+        kept.set(xlabel="change of accuracy: near (circle), far (square)", title=f"Innocence and specificity, {title}")
+        fluent.set(
+            xlabel="multiple of the reference's: R-PPL (circle), retain perplexity (diamond)",
+            title=f"Innocence and seamlessness, {title}",
+            xscale="log",
+        )
+    figure.savefig(path, dpi=120)
+
+
+def _point(
+    axes: Any, across: Mapping[str, float], up: Mapping[str, float], marker: str, colour: str, label: str
+) -> None:
+    axes.plot([across["low"], across["high"]], [up["value"]] * 2, color=colour, alpha=0.4)
+    axes.plot([across["value"]] * 2, [up["low"], up["high"]], color=colour, alpha=0.4)
+    axes.plot(across["value"], up["value"], marker, color=colour)
+    axes.annotate(label, (across["value"], up["value"]), textcoords="offset points", xytext=(5, 4), fontsize=7)

@@ -1,0 +1,36 @@
+"""Compare all methods on the same data: `python examples/compare.py --config recipes/compare-smollm2-135m.yaml`.
+
+Writes `report.json`, `report.md` and `pareto.png` into `output_dir`; a stopped comparison goes on where it stopped.
+"""
+
+from pathlib import Path
+
+from rich.console import Console
+from trl import TrlParser
+
+from elm_trainer.evaluation.comparison import (
+    ComparisonConfig,
+    compare_methods,
+    markdown_comparison,
+    render_comparison,
+)
+from elm_trainer.evaluation.plots import plot_comparison
+
+
+def main() -> None:
+    [config] = TrlParser((ComparisonConfig,)).parse_args_and_config()
+    report = compare_methods(config)
+    output = Path(config.output_dir)
+    (output / "report.md").write_text(markdown_comparison(report), encoding="utf-8")
+    plot_comparison(report, output / "pareto.png")
+    console = Console()
+    for table in render_comparison(report):
+        console.print(table)
+    console.print(
+        f"{sum(report['seconds'].values()):.0f} s, peak {report['peak_memory_bytes'] / 1e9:.1f} GB. "
+        f"See {output}: report.md, report.json and pareto.png."
+    )
+
+
+if __name__ == "__main__":
+    main()

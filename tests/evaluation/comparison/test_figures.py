@@ -1,0 +1,65 @@
+import numpy as np
+import pytest
+
+from elm_trainer.evaluation.comparison.figures import difference, summarise, with_pools
+from elm_trainer.evaluation.measures import Items, change
+
+
+def mean(*values):
+    return Items("mean", [float(value) for value in values])
+
+
+def test_a_figure_is_the_mean_over_seeds_of_each_seeds_own():
+    reference = mean(1, 1, 1, 0)
+    figure = summarise(reference, [mean(1, 0, 0, 0), mean(1, 1, 0, 0)])
+    assert figure["reference"]["value"] == 0.75
+    assert figure["erased"]["value"] == pytest.approx((0.25 + 0.5) / 2)
+    assert figure["change"]["value"] == pytest.approx(-0.375) and figure["change"]["n"] == 4
+
+
+def test_perplexities_are_averaged_and_compared_by_their_logarithms():
+    reference = Items("perplexity", [2.0, 4.0], [2.0, 4.0])
+    seeds = [Items("perplexity", [6.0, 6.0], [3.0, 3.0]), Items("perplexity", [2.0, 10.0], [2.0, 1.0])]
+    figure = summarise(reference, seeds)
+    assert figure["reference"]["value"] == pytest.approx(np.exp(1))
+    assert figure["erased"]["value"] == pytest.approx(np.exp((2 + 4) / 2))
+    assert figure["change"]["value"] == pytest.approx(np.exp(2))
+
+
+def test_one_seed_has_the_paired_interval_of_a_report():
+    rng = np.random.default_rng(0)
+    before, after = mean(*rng.integers(0, 2, 60)), mean(*rng.integers(0, 2, 60))
+    found, expected = summarise(before, [after])["change"], change(before, after)["change"]
+    assert found["low"] == pytest.approx(expected["low"], abs=0.02)
+    assert found["high"] == pytest.approx(expected["high"], abs=0.02)
+
+
+def test_seeds_that_disagree_widen_the_interval():
+    reference = mean(*[1] * 40)
+    alike = [mean(*[1, 0] * 20)] * 3
+    apart = [mean(*[1] * 40), mean(*[1, 0] * 20), mean(*[0] * 40)]
+    widths = [summarise(reference, seeds)["erased"] for seeds in (alike, apart)]
+    assert widths[0]["value"] == widths[1]["value"] == 0.5
+    assert widths[1]["high"] - widths[1]["low"] > 1.5 * (widths[0]["high"] - widths[0]["low"])
+
+
+def test_a_difference_is_paired_by_seed_and_item():
+    rng = np.random.default_rng(1)
+    first = [mean(*rng.normal(seed, 1, 30)) for seed in range(3)]
+    second = [Items("mean", [value - 0.5 for value in items.values]) for items in first]
+    found = difference(first, second)
+    assert [found[key] for key in ("value", "low", "high")] == pytest.approx([-0.5] * 3)
+    with pytest.raises(ValueError, match="3 seeds and `second` 2"):
+        difference(first, second[:2])
+
+
+def test_a_value_that_belongs_to_all_items_varies_over_seeds_only():
+    reference = Items("set", [0.5], [20.0])
+    figure = summarise(reference, [Items("set", [0.2], [20.0]), Items("set", [0.4], [20.0])])
+    assert figure["erased"] == {"value": pytest.approx(0.3), "low": 0.2, "high": 0.4, "n": 20}
+
+
+def test_banks_of_a_role_are_pooled():
+    items = {"multiple_choice.a.pmi": mean(1, 0), "multiple_choice.b.pmi": mean(1), "multiple_choice.c.pmi": mean(0)}
+    pooled = with_pools(items, {"a": "far", "b": "far", "c": "erased"})
+    assert pooled["specificity.far"].values == [1, 0, 1] and "specificity.near" not in pooled

@@ -1,0 +1,102 @@
+import math
+
+import pytest
+
+from elm_trainer.evaluation.comparison.claims import paper_claims
+from elm_trainer.evaluation.comparison.figures import summarise
+from elm_trainer.evaluation.comparison.report import HEADLINES, _beaten
+from elm_trainer.evaluation.comparison.tables import (
+    beaten_rows,
+    claim_rows,
+    first_paragraph,
+    render_comparison,
+    table_rows,
+)
+from elm_trainer.evaluation.measures import Items
+
+
+NAMES = [pattern.format(concept="capitals") for pattern in HEADLINES]
+
+
+def items(share, perplexity):
+    """Items of every headline figure: a share of rights, or a perplexity."""
+    return {
+        name: Items("perplexity", [perplexity * 10.0] * 20, [10.0] * 20)
+        if "ppl" in name or "perplexity" in name
+        else Items("mean", [float(index < share * 20) for index in range(20)])
+        for name in NAMES
+    }
+
+
+def report(methods, worst):
+    """A report of made-up items by method, each with a score."""
+    before = items(0.8, 1.0)
+    rows = {}
+    for method, found in methods.items():
+        figures = {name: summarise(before[name], [found[name]]) for name in NAMES}
+        verdict = {
+            name: {"holds": worst[method] <= 1, "checks": []} for name in ("innocence", "seamlessness", "specificity")
+        }
+        rows[method] = {
+            "updates": [12], "seconds": [50.0], "failed": {}, "figures": figures, "verdict": verdict,
+            "score": {"worst": worst[method], "mean": 1.0, "innocence": 1.0, "seamlessness": 1.0, "specificity": 1.0},
+        }  # fmt: skip
+    runs = {method: {0: found} for method, found in methods.items()}
+    return {
+        "concept": "capitals",
+        "rule": "A rule.",
+        "recipe": {"clock": "elm", "seeds": [0], "model": "a model", "lora_rank": 2, "lora_layers": None, "lora_targets": "all-linear"},
+        "methods": {
+            method: {
+                "label": method.upper(), "adapter": {"rank": 2, "layers": None, "targets": "all-linear"},
+                "search": [{"settings": {"learning_rate": 1.0}, "score": None, "seconds": 0.0}], "chosen": 0,
+                "setup_seconds": 1.0, "seconds_per_sample": 0.1, "total_seconds": 9.0, "peak_memory_bytes": 2e9,
+            }
+            for method in methods
+        },
+        "tables": {budget: {"budget": 12, "methods": rows} for budget in ("updates", "seconds")},
+        "claims": paper_claims({}, "capitals", "updates"),
+        "beaten": [entry for budget in ("updates", "seconds") for entry in _beaten(budget, runs, before, "capitals")],
+        "attacks": {},
+        "samples": [],
+    }  # fmt: skip
+
+
+def test_a_rival_that_is_better_is_named_with_its_figures():
+    made = report({"elm": items(0.5, 1.2), "npo": items(0.1, 1.2)}, {"elm": 2.0, "npo": 1.5})
+    beaten = {entry["figure"] for entry in made["beaten"]}
+    assert beaten == {name for name in NAMES if "capitals" in name}  # near and far are worse, perplexities are equal
+    text = first_paragraph(made)
+    assert text.startswith(
+        "With the same number of updates, NPO (1.50) comes nearer to keeping all bounds at once than ELM (2.00"
+    )
+    assert "ELM is beaten by NPO on concept by PMI, concept by likelihood, open answers and cloze." in text
+    assert [row[2:5] for row in beaten_rows(made)][1][0] == "concept by PMI"
+    assert beaten_rows(made)[1][3].startswith("0.100 [") and beaten_rows(made)[1][5].startswith("-0.400 [")
+
+
+def test_no_rival_that_is_better_is_said_too():
+    text = first_paragraph(report({"elm": items(0.5, 1.0), "npo": items(0.5, 1.0)}, {"elm": 1.0, "npo": 1.5}))
+    assert text.count("no rival comes nearer") == text.count("On no single figure is it beaten") == 2
+    assert "read these beside innocence" not in text
+
+
+def test_a_lower_perplexity_and_more_other_knowledge_beat_elm():
+    made = report({"elm": items(0.5, 1.2), "npo": items(0.9, 1.0)}, {"elm": 1.0, "npo": 1.5})
+    assert {entry["figure"] for entry in made["beaten"]} == {
+        "fluency.greedy.r_ppl", "specificity.near", "specificity.far", "retention.perplexity"
+    }  # fmt: skip
+    ratios = [entry["difference"]["value"] for entry in made["beaten"] if entry["statistic"] == "perplexity"]
+    assert ratios == pytest.approx([math.exp(1.0 - 1.2)] * 4)
+
+
+def test_tables_name_every_method_and_the_reference():
+    made = report({"elm": items(0.5, 1.2), "npo": items(0.1, 1.2)}, {"elm": 2.0, "npo": 0.5})
+    header, *rows = table_rows(made, "seconds")
+    assert [row[0] for row in rows] == ["reference", "ELM", "NPO"] and {len(row) for row in rows} == {len(header)}
+    assert rows[1][-3:] == ["fails"] * 3 and rows[2][-3:] == ["holds"] * 3
+    assert len(render_comparison(made)) == 4
+
+
+def test_claims_that_are_not_measured_say_so():
+    assert {row[2] for row in claim_rows(report({"elm": items(0.5, 1.2)}, {"elm": 1.0}))[1:]} == {"not measured"}

@@ -1,0 +1,46 @@
+import json
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import yaml
+
+from elm_trainer.evaluation.comparison.method_run import MethodRun
+from elm_trainer.evaluation.comparison.runs import Runs
+from tests.evaluation.comparison.conftest import checkpoint, one_setting, reference_of, tiny
+
+
+ROOT = Path(__file__).parents[2]
+__all__ = ["checkpoint", "one_setting", "reference_of", "tiny"]
+
+
+@pytest.fixture
+def config(one_setting, tmp_path):
+    ladder = tmp_path / "ladder.yaml"
+    ladder.write_text("- {attack: scaling, factors: [0.5]}\n")
+    return one_setting(seeds=[0], ladder=str(ladder), attack_questions=4)
+
+
+def test_a_stopped_comparison_goes_on_and_writes_report_table_and_picture(config, reference_of, tmp_path):
+    # What a run that was stopped after the first method has left.
+    runs = Path(config.output_dir) / "runs"
+    MethodRun(config, "elm", Runs(runs), reference_of(config), None).run()
+    finished = {path: path.stat().st_mtime_ns for path in runs.glob("*.json")}
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(asdict(config)))
+
+    subprocess.run([sys.executable, "examples/compare.py", "--config", str(recipe)], cwd=ROOT, check=True)
+
+    assert finished and {path: path.stat().st_mtime_ns for path in finished} == finished
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["kind"] == "comparison" and list(report["methods"]) == ["elm", "graddiff"] == list(report["attacks"])
+    tables = report["tables"]
+    assert tables["updates"]["budget"] == 2 and tables["updates"]["methods"]["graddiff"]["updates"] == [2]
+    assert tables["seconds"]["budget"] == tables["updates"]["methods"]["elm"]["seconds"][0]
+    assert tables["seconds"]["methods"]["graddiff"]["seconds"][0] <= tables["seconds"]["budget"]
+    assert all(entry["peak_memory_bytes"] and entry["seconds_per_sample"] > 0 for entry in report["methods"].values())
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert text.count("| ELM |") >= 4 and text.count("| GradDiff |") >= 4
+    assert (tmp_path / "out" / "pareto.png").stat().st_size > 10_000
