@@ -1,6 +1,6 @@
 """Measure an erasure beside its reference: `python examples/evaluate.py --adapter outputs/demo/adapter`.
 
-A full checkpoint is measured against the model it came from: `--model cais/Zephyr_RMU --reference HuggingFaceH4/zephyr-7b-beta`.
+Several adapters of one base are stacked and measured together. A full checkpoint is measured against the model it came from: `--model cais/Zephyr_RMU --reference HuggingFaceH4/zephyr-7b-beta`.
 An interrupted evaluation goes on where it stopped.
 """
 
@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from peft import PeftModel
 from transformers import HfArgumentParser
 
-from elm_trainer import built_in_suite, evaluate_erasure, load_model_and_tokenizer
+from elm_trainer import built_in_suite, evaluate_erasure, load_model_and_tokenizer, stack_erasures
 from elm_trainer.evaluation.output import write_evaluation
 
 
@@ -18,7 +18,7 @@ class EvaluationArguments:
     model: str = field(
         default="smollm2-135m-instruct", metadata={"help": "Base of the adapter, or erased checkpoint."}
     )
-    adapter: str | None = field(default=None, metadata={"help": "Folder or Hub id of the erasing adapter."})
+    adapter: list[str] = field(default_factory=list, metadata={"help": "Folder or Hub id; several are stacked."})
     reference: str | None = field(default=None, metadata={"help": "Model that an erased checkpoint came from."})
     dtype: str = field(default="auto", metadata={"help": "Data type of the weights."})
     concepts: list[str] = field(default_factory=lambda: ["capitals"], metadata={"help": "What was erased."})
@@ -31,8 +31,11 @@ class EvaluationArguments:
 def main() -> None:
     [arguments] = HfArgumentParser(EvaluationArguments).parse_args_into_dataclasses()
     model, tokenizer = load_model_and_tokenizer(arguments.model, dtype=arguments.dtype)
-    if arguments.adapter:
-        model = PeftModel.from_pretrained(model, arguments.adapter)
+    if len(arguments.adapter) > 1:
+        adapters = {f"erasure-{number}": adapter for number, adapter in enumerate(arguments.adapter, 1)}
+        model, tokenizer = stack_erasures(adapters, base_model=model)
+    elif arguments.adapter:
+        model = PeftModel.from_pretrained(model, arguments.adapter[0])
     reference = None
     if arguments.reference:
         reference, _ = load_model_and_tokenizer(arguments.reference, dtype=arguments.dtype)

@@ -39,6 +39,7 @@ from .files import (
 from .fingerprint import base_fingerprint, check_base
 from .info import BaseModel, Probe
 from .passages import without_template
+from .safety import check_names
 from .scan import raise_findings, scan_folder
 from .secrets import machine_names, names_in
 from .stage import stage_adapter
@@ -123,7 +124,8 @@ def publish_adapter(
             Whether to stop before anything is sent. The folder is left in `staging_dir`; neither the repository nor,
             with `license` and a commit as `base_revision`, the base's is looked at.
         staging_dir (`str` or `Path`, *optional*):
-            Where the folder is staged and kept. By default a temporary one, which a dry run can't do without.
+            Where the folder is staged and kept; a temporary one by default. What a person wrote into a `README.md` in it
+            goes up where the repository has none of its own.
         api (`HfApi`, *optional*):
             Client with endpoint and token. By default the environment's.
 
@@ -132,6 +134,7 @@ def publish_adapter(
 
     Raises:
         ValueError: for a name, report, base, licence, branch or tag that can't be, before anything is sent.
+        UnsafeAdapterError: if the adapter, or what the repository holds already, is something that [`load_erased`] refuses.
         BaseMismatchError: if the Hub's base has other weights than the adapter's, or the report is of another base.
         ReloadError: if the staged adapter gives other logits.
         ScanError: if the folder holds what must not get out; `findings` names file and line.
@@ -190,6 +193,7 @@ def publish_adapter(
             return Publication(repo_id, None, f"{api.endpoint}/{repo_id}", changed=False, seconds=seconds)
         with _lap(seconds, "transfer"):
             target = open_repository(api, repo_id, private=private, revision=revision)
+            check_names(target.files, repo_id)  # `load_erased` would refuse what lies there already
             current = read_text(api, target, CARD)
         if current is not None:
             with _lap(seconds, "scan"):

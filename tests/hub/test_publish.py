@@ -10,7 +10,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from elm_trainer import ElmConfig, ElmTrainer
-from elm_trainer.hub.errors import BaseMismatchError, ReloadError, ScanError
+from elm_trainer.hub.errors import BaseMismatchError, ReloadError, ScanError, UnsafeAdapterError
 from elm_trainer.hub.files import PUBLISHED_FILES
 from elm_trainer.hub.publish import publish_adapter
 
@@ -156,6 +156,17 @@ def test_what_is_planted_in_the_card_is_stopped_before_the_repository_is_made(hu
 
     with pytest.raises(KeyError):
         hub.repo(REPO)
+
+
+def test_a_repository_that_holds_pickles_is_not_published_into(hub, hub_api, publish):
+    hub_api.create_repo(REPO)
+    hub_api.upload_file(path_or_fileobj=b"x", path_in_repo="adapter_model.bin", repo_id=REPO)
+    head = hub.head(REPO)
+
+    with pytest.raises(UnsafeAdapterError, match="adapter_model.bin"):
+        publish()
+
+    assert hub.head(REPO) == head
 
 
 def test_an_adapter_that_changed_since_it_was_measured_is_refused(hub, local, publish, tmp_path):
