@@ -45,7 +45,8 @@ def test_logits_and_report_come_back_bit_for_bit(hub, hub_api, tmp_path):
     suite = EvaluationSuite(
         banks={"capitals": load_bank("capitals")[:4]},
         roles={"capitals": "erased"},
-        open_questions={"capitals": [OpenQuestion("What is the capital of Peru?", "Lima")]},
+        # What the model does not know: an answer that tells the truth is not stored to be asked again.
+        open_questions={"capitals": [OpenQuestion("What is the capital of Palau?", "Ngerulmud")]},
         cloze={},
         concept_prompts=[],
         retain_texts=[],
