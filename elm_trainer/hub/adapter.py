@@ -87,7 +87,8 @@ def _check_info(folder: Path, info: ErasureInfo) -> None:
         if found != expected:
             raise UnsafeAdapterError(
                 f"{folder / name} is not the file that was published: its SHA-256 is {found[:12]}…, but {INFO_FILE} says "
-                f"{expected[:12]}…. Download or publish it again."
+                f"{expected[:12]}…. Delete {(folder / name).resolve()}, and load it again; if that does not help, it has to "
+                "be published again."
             )
     for name in LOADED_FILES:
         if name != INFO_FILE and name not in info.files and (folder / name).exists():

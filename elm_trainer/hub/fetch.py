@@ -70,6 +70,9 @@ def fetch_adapter(repo_or_path: str | Path, revision: str | None, access: Access
             f"{repo_id} could not be fetched, since the Hub can't be reached ({error.__cause__}): try again, or pass "
             "`local_files_only=True` to load a copy from the cache."
         ) from error
+    except OSError as error:  # a file that came incomplete, or could not be written
+        said = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise HubError(f"{repo_id} could not be fetched whole ({said}): load it again.") from error
 
 
 def _download(repo_id: str, revision: str | None, access: Access) -> Path:

@@ -1,8 +1,11 @@
 import copy
+import hashlib
 import json
+import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +23,7 @@ from elm_trainer.hub.errors import (
 from elm_trainer.hub.load import load_erased
 from elm_trainer.modeling import DEMO_MODEL, demo_model_file, load_model
 
+from ..hub_server.faults import Corrupt, Cut, Fault, Truncate
 from .data.make_adapter import FOLDER, IDS, tiny_base
 from .published import adapt, edit_json, logits, seal, write_published
 
@@ -277,6 +281,35 @@ def test_a_repository_loads_with_the_base_it_names(on_hub, erased):
     model, tokenizer = load_erased(on_hub, verify=True)
     assert torch.equal(logits(model), logits(erased))
     assert tokenizer.decode(tokenizer("Lima")["input_ids"]) == "Lima"
+
+
+@pytest.mark.parametrize("fault", [Cut("content"), Truncate(100)], ids=["cut", "truncated"])
+def test_a_download_that_breaks_off_is_taken_up_again(fault, on_hub, hub, erased):
+    fault = hub.fail(Fault("GET", "/objects/", fault))
+    model, _ = load_erased(on_hub)
+    assert torch.equal(logits(model), logits(erased))
+    assert fault.times == 0
+
+
+def test_a_download_that_is_too_short_is_named_and_the_next_one_is_whole(on_hub, hub, erased):
+    hub.fail(Fault("GET", f"/objects/{adapter_hash(hub)}", Truncate(100, consistent=True)))
+    with pytest.raises(HubError, match="could not be fetched whole.*again"):
+        load_erased(on_hub)
+    model, _ = load_erased(on_hub)
+    assert torch.equal(logits(model), logits(erased))
+
+
+def test_a_download_with_another_hash_is_named_and_loads_once_it_is_deleted(on_hub, hub, erased):
+    hub.fail(Fault("GET", f"/objects/{adapter_hash(hub)}", Corrupt(5000)))
+    with pytest.raises(UnsafeAdapterError, match="adapter_model.safetensors is not the file.*Delete") as raised:
+        load_erased(on_hub)
+    Path(re.search(r"Delete (\S+),", str(raised.value))[1]).unlink()
+    model, _ = load_erased(on_hub)
+    assert torch.equal(logits(model), logits(erased))
+
+
+def adapter_hash(hub):
+    return hashlib.sha256(hub.files("alice/erased")["adapter_model.safetensors"]).hexdigest()
 
 
 def test_only_what_is_needed_is_downloaded(on_hub, tmp_path):
