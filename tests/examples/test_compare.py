@@ -1,9 +1,11 @@
 import json
 import subprocess
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
@@ -44,3 +46,20 @@ def test_a_stopped_comparison_goes_on_and_writes_report_table_and_picture(config
     text = (tmp_path / "out" / "report.md").read_text()
     assert text.count("| ELM |") >= 4 and text.count("| GradDiff |") >= 4
     assert (tmp_path / "out" / "pareto.png").stat().st_size > 10_000
+
+
+def test_a_killed_comparison_leaves_no_process_that_trains_on(config, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(asdict(config)))
+    command = [sys.executable, "examples/compare.py", "--config", str(recipe)]
+    with subprocess.Popen(command, cwd=ROOT) as comparison:
+        process, workers = psutil.Process(comparison.pid), []
+        while not workers:
+            assert comparison.poll() is None
+            time.sleep(0.05)
+            workers = [child for child in process.children() if "spawn_main" in " ".join(child.cmdline())]
+        comparison.kill()
+
+    _, alive = psutil.wait_procs(workers, timeout=60)
+
+    assert not alive and not list(Path(config.output_dir).glob("runs/*"))

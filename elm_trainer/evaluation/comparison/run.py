@@ -1,9 +1,11 @@
 """`compare_methods`: run what is not finished yet, and make the report of it."""
 
+import os
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from threading import Thread
 from typing import Any, TypeVar
 
 from tqdm.auto import tqdm
@@ -54,5 +56,16 @@ def compare_methods(config: ComparisonConfig) -> dict[str, Any]:
 
 def _apart(function: Callable[..., Result], *args: Any) -> Result:
     """Call a function in a process of its own: its peak of memory is its own, and all of it is freed."""
-    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn"), initializer=_end_with_parent) as pool:
         return pool.submit(function, *args).result()
+
+
+def _end_with_parent() -> None:
+    """End this process when the one that started it is gone: what was killed must not train on beside its successor."""
+
+    def wait() -> None:
+        if (parent := parent_process()) is not None:
+            parent.join()
+            os._exit(1)
+
+    Thread(target=wait, daemon=True).start()
