@@ -2,7 +2,7 @@ PYTHON ?= python3
 STAMP := .venv/.stamp
 PIP := .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo attack test lint format clean
+.PHONY: demo attack compare test lint format clean
 
 demo: $(STAMP)  ## erase the world's capitals from SmolLM2 and show before and after
 	.venv/bin/python examples/erase.py --config recipes/smollm2-135m-capitals.yaml
@@ -11,6 +11,9 @@ attack: $(STAMP)  ## try to bring the capitals back from the demo's adapter
 	test -d outputs/demo/adapter || $(MAKE) demo
 	.venv/bin/python examples/attack.py --adapter outputs/demo/adapter --output_dir outputs/demo \
 		--gold_standard outputs/gold-standard
+
+compare: $(STAMP)  ## train all methods on the demo's concept and compare them; a stopped comparison goes on
+	.venv/bin/python examples/compare.py --config recipes/compare-smollm2-135m.yaml
 
 test: $(STAMP)
 	.venv/bin/python -m pytest
