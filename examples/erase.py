@@ -97,8 +97,10 @@ class ErasureArguments:
 def main() -> None:
     arguments, config = TrlParser((ErasureArguments, ElmConfig)).parse_args_and_config()
     output = Path(config.output_dir)
-    if arguments.overwrite and not config.resume_from_checkpoint:
-        shutil.rmtree(output, ignore_errors=True)
+    # Of several processes one removes, and the others wait for it.
+    with config.main_process_first():
+        if arguments.overwrite and not config.resume_from_checkpoint and config.local_process_index == 0:
+            shutil.rmtree(output, ignore_errors=True)
     started = time.perf_counter()
     seconds = {}
 
@@ -119,15 +121,17 @@ def main() -> None:
             texts = load_texts(forget, processing_class=None, seed=config.seed)["text"]
             prefixes = random.Random(config.seed).sample(list(texts), arguments.synthetic_size)
             prefixes = [" ".join(text.split()[:6]) for text in prefixes]
-            result = synthesize_completions(
-                model,
-                tokenizer,
-                prefixes,
-                concept,
-                SynthesisConfig(seed=config.seed),
-                cache_dir=output / "synthesis",
-                fingerprint=model_fingerprint(model),
-            )
+            # The first process stores them, and the others find them there.
+            with config.main_process_first():
+                result = synthesize_completions(
+                    model,
+                    tokenizer,
+                    prefixes,
+                    concept,
+                    SynthesisConfig(seed=config.seed),
+                    cache_dir=output / "synthesis",
+                    fingerprint=model_fingerprint(model),
+                )
             pairs = result.pairs
         sources[name] = ConceptSources(forget, arguments.retain, pairs)
     dataset = build_erasure_dataset(sources, size=arguments.dataset_size, processing_class=tokenizer, seed=config.seed)
@@ -147,7 +151,7 @@ def main() -> None:
     trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
     trainer.save_model(str(output / "adapter"))
     lap("train")
-    if not arguments.evaluate or not trainer.is_world_process_zero():
+    if not arguments.evaluate:
         return
 
     recipe = asdict(arguments) | {
@@ -167,13 +171,16 @@ def main() -> None:
             "training_log": trainer.state.log_history,
         },
     )
-    write_evaluation(output, report)
+    if trainer.is_world_process_zero():
+        write_evaluation(output, report)
+    trainer.accelerator.wait_for_everyone()  # what is published stands on disk
     if config.push_to_hub:
         trainer.push_to_hub()
-    Console().print(
-        f"{time.perf_counter() - started:.0f} s, peak {report['peak_memory_bytes'] / 1e9:.1f} GB. See {output}: "
-        "report.md, report.json, report.png and samples.md."
-    )
+    if trainer.is_world_process_zero():
+        Console().print(
+            f"{time.perf_counter() - started:.0f} s, peak {report['peak_memory_bytes'] / 1e9:.1f} GB. See {output}: "
+            "report.md, report.json, report.png and samples.md."
+        )
 
 
 if __name__ == "__main__":

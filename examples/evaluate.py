@@ -1,11 +1,13 @@
 """Measure an erasure beside its reference: `python examples/evaluate.py --adapter outputs/demo/adapter`.
 
 Several adapters of one base are stacked and measured together. A full checkpoint is measured against the model it came from: `--model cais/Zephyr_RMU --reference HuggingFaceH4/zephyr-7b-beta`.
-An interrupted evaluation goes on where it stopped.
+An interrupted evaluation goes on where it stopped. Under `accelerate launch` and `torchrun` the processes share the work.
 """
 
 from dataclasses import asdict, dataclass, field
 
+import torch
+from accelerate import PartialState
 from peft import PeftModel
 from transformers import HfArgumentParser
 
@@ -30,7 +32,14 @@ class EvaluationArguments:
 
 def main() -> None:
     [arguments] = HfArgumentParser(EvaluationArguments).parse_args_into_dataclasses()
-    model, tokenizer = load_model_and_tokenizer(arguments.model, dtype=arguments.dtype)
+    # Without the hint Accelerate takes several processes on CPUs for one.
+    state = PartialState(cpu=not torch.accelerator.is_available())
+
+    def load(name: str):
+        model, tokenizer = load_model_and_tokenizer(name, dtype=arguments.dtype)
+        return model.to(state.device), tokenizer
+
+    model, tokenizer = load(arguments.model)
     if len(arguments.adapter) > 1:
         adapters = {f"erasure-{number}": adapter for number, adapter in enumerate(arguments.adapter, 1)}
         model, tokenizer = stack_erasures(adapters, base_model=model)
@@ -38,18 +47,19 @@ def main() -> None:
         model = PeftModel.from_pretrained(model, arguments.adapter[0])
     reference = None
     if arguments.reference:
-        reference, _ = load_model_and_tokenizer(arguments.reference, dtype=arguments.dtype)
+        reference, _ = load(arguments.reference)
     report = evaluate_erasure(
         model,
         reference,
         built_in_suite(arguments.concepts, arguments.questions),
         tokenizer,
         measures=arguments.measures,
-        judges={name: load_model_and_tokenizer(name, dtype=arguments.dtype) for name in arguments.judges},
+        judges={name: load(name) for name in arguments.judges},
         output_dir=arguments.output_dir,
         details={"recipe": asdict(arguments)},
     )
-    write_evaluation(arguments.output_dir, report)
+    if state.is_main_process:
+        write_evaluation(arguments.output_dir, report)
 
 
 if __name__ == "__main__":

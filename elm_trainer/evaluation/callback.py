@@ -16,7 +16,8 @@ logger = logging.get_logger(__name__)
 class ErasureEvaluationCallback(TrainerCallback):
     """Ask questions of the *dev* split every few steps, log the figures as `dev_<name>`, and stop on a target.
 
-    The test split is never looked at: what a report measures stays unseen until the end.
+    The test split is never looked at: what a report measures stays unseen until the end. The processes of a launch share
+    the questions.
 
     Args:
         trainer ([`~transformers.Trainer`]):
@@ -61,7 +62,9 @@ class ErasureEvaluationCallback(TrainerCallback):
         if state.global_step % self._every_steps:
             return
         model = self._trainer.accelerator.unwrap_model(self._trainer.model)
-        setting = Setting(ModelPair(model), self._trainer.processing_class, self._suite, {}, 0.0, 16, args.seed)
+        setting = Setting(
+            ModelPair(model), self._trainer.processing_class, self._suite, {}, 0.0, 16, args.seed, over_ranks=True
+        )
         figures = {
             key: items.figure().value
             for name in self._measures

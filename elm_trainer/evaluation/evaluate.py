@@ -15,6 +15,7 @@ from .journal import Journal
 from .measures import MEASURES, Items, Setting, change, correct_p
 from .pair import SIDES, ModelPair, Side
 from .report import SCHEMA_VERSION, environment, pair_fingerprint, suite_info, write_json
+from .sharing import in_shards, place
 from .shortcuts import find_shortcuts
 from .suite import EvaluationSuite, built_in_suite
 from .verdict import Criteria, judge, raise_flags
@@ -39,6 +40,10 @@ def evaluate_erasure(
     details: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Measure innocence, seamlessness and specificity of an erasure.
+
+    In a launch of several processes all of them must call this, as with `trainer.evaluate`: they share the work, get the
+    same report, and the first one alone writes files. Models whose weights lie in shards (FSDP, ZeRO-3) are run by all
+    processes in step, which is no faster than by one.
 
     Args:
         model ([`~transformers.PreTrainedModel`] or `PeftModel`):
@@ -73,7 +78,8 @@ def evaluate_erasure(
         by Holm's method over all figures); `items` holds what they are made of; `verdict` and `flags` judge them.
 
     Raises:
-        ValueError: for an unknown measure, a bank that can measure nothing, or a reference of another vocabulary.
+        ValueError: for an unknown measure, a bank that can measure nothing, a reference of another vocabulary, or a look
+            inside a model whose weights lie in shards.
     """
     if isinstance(concept, EvaluationSuite):
         suite = concept
@@ -86,11 +92,17 @@ def evaluate_erasure(
     for name, questions in suite.banks.items():
         check_questions(name, questions)
     pair = ModelPair(model, reference)
-    setting = Setting(pair, processing_class, suite, judges or {}, temperature, batch_size, seed)
+    if INSIDE in measures and any(in_shards(one) for one in pair.models):
+        raise ValueError(
+            f"`measures` names {INSIDE!r}, but the model's weights lie in shards (FSDP, ZeRO-3), so that no layer can be "
+            "looked into by itself: leave it out, or measure the saved adapter without shards (examples/evaluate.py)."
+        )
+    setting = Setting(pair, processing_class, suite, judges or {}, temperature, batch_size, seed, over_ranks=True)
     started = time.perf_counter()
 
     identity = {**pair_fingerprint(pair), "datasets": suite_info(suite)}
-    journal = Journal(None if output_dir is None else Path(output_dir) / "report.partial.jsonl", identity)
+    path = None if output_dir is None else Path(output_dir) / "report.partial.jsonl"
+    journal = Journal(path, identity, over_ranks=True)
     settings = {
         "temperature": temperature,
         "seed": seed,
@@ -146,7 +158,7 @@ def evaluate_erasure(
     }
     for key, value in (details or {}).items():
         report[key] = report[key] | value if key in ("datasets", "seconds") else value
-    if output_dir is not None:
+    if output_dir is not None and place()[1] == 0:
         write_json(Path(output_dir) / "report.json", report)
         journal.close()
     return report

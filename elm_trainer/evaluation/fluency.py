@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from accelerate.utils import send_to_device
@@ -11,6 +12,8 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from ..data.collator import ElmDataCollator
 from ..ops import KeepPositions
 from .pair import evaluating
+from .prefix import generating, generation_inputs
+from .sharing import run_batches
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ def generate(
     temperature: float = 0.0,
     seed: int | None = None,
     batch_size: int = 32,
+    over_ranks: bool = False,
 ) -> list[str]:
     """The texts of [`generate_answers`], which takes the same arguments."""
     return generate_answers(
@@ -57,10 +61,11 @@ def generate(
         temperature=temperature,
         seed=seed,
         batch_size=batch_size,
+        over_ranks=over_ranks,
     ).texts
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def generate_answers(
     model: PreTrainedModel,
     processing_class: PreTrainedTokenizerBase,
@@ -70,6 +75,7 @@ def generate_answers(
     temperature: float = 0.0,
     seed: int | None = None,
     batch_size: int = 32,
+    over_ranks: bool = False,
 ) -> Generations:
     """Continue prompts that are already in their final form.
 
@@ -79,36 +85,52 @@ def generate_answers(
         prompts (`Sequence[str]`): Prompts.
         max_new_tokens (`int`, *optional*, defaults to `32`): Longest continuation, in tokens.
         temperature (`float`, *optional*, defaults to `0.0`): Of sampling; `0` is greedy.
-        seed (`int`, *optional*): Of sampling, for the same continuations of the same prompts at the same batch size;
-            torch's global random state is then left as it was. Without it, that state is drawn from.
+        seed (`int`, *optional*): Of sampling, for the same continuations of the same prompts at the same batch size,
+            whatever the number of processes: batch `i` is drawn with `seed + i`. torch's global random state is then
+            left as it was. Without a seed, that state is drawn from.
         batch_size (`int`, *optional*, defaults to `32`): Prompts per batch.
+        over_ranks (`bool`, *optional*, defaults to `False`): Whether the processes of a launch share the work; then all
+            of them must call this.
+
+    Raises:
+        ValueError: if processes are to share sampled answers without a seed.
     """
+    if over_ranks and temperature > 0 and seed is None:
+        raise ValueError(
+            "`seed` is None, so that each process would draw its own answers: give one with `over_ranks`."
+        )
     ends = _end_tokens(model, processing_class)
+    pad = ends[0] if processing_class.pad_token_id is None else processing_class.pad_token_id
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=temperature > 0,
         temperature=temperature or None,
         eos_token_id=ends,
-        pad_token_id=processing_class.pad_token_id,
+        pad_token_id=pad,
+        use_cache=True,  # a model that trains with gradient checkpointing has it switched off
     )
     device = model.device
     devices = [device] if device.type == "cuda" else []
-    answers = Generations([], [])
-    with evaluating(model):
+    ids = [processing_class(prompt)["input_ids"] for prompt in prompts]
+    # Prompts that begin alike share a batch. What is sampled depends on the batch, which is then left as it came.
+    order = sorted(range(len(ids)), key=ids.__getitem__) if temperature == 0 else list(range(len(ids)))
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+    def run(batch: list[int]) -> list[tuple[str, bool]]:
         with nullcontext() if seed is None else torch.random.fork_rng(devices=devices):
             if seed is not None:
-                torch.manual_seed(seed)
-            for start in range(0, len(prompts), batch_size):
-                batch = processing_class(
-                    list(prompts[start : start + batch_size]), return_tensors="pt", padding=True, padding_side="left"
-                ).to(device)
-                batch.pop("token_type_ids", None)
-                tokens = model.generate(**batch, generation_config=config)[:, batch["input_ids"].size(1) :]
-                # [batch, new tokens]; behind its end token a row holds padding.
-                ended = torch.isin(tokens, torch.tensor(ends, device=device)).any(-1).tolist()
-                answers.texts.extend(processing_class.batch_decode(tokens, skip_special_tokens=True))
-                answers.truncated.extend(not end for end in ended)
-    return answers
+                torch.manual_seed(seed + batch[0] // batch_size)
+            inputs = generation_inputs(model, [ids[index] for index in batch], pad, max_new_tokens)
+            tokens = model.generate(**inputs, generation_config=config)[:, inputs["input_ids"].size(1) :]
+        # [batch, new tokens]; behind its end token a row holds padding.
+        ended = torch.isin(tokens, torch.tensor(ends, device=device)).any(-1).tolist()
+        texts = processing_class.batch_decode(tokens, skip_special_tokens=True)
+        return list(zip(texts, (not end for end in ended), strict=True))
+
+    with evaluating(model), generating(model):
+        found = run_batches(run, batches, model, over_ranks=over_ranks)
+    answers = [pair for _, pair in sorted(zip(order, chain(*found), strict=True))]
+    return Generations([text for text, _ in answers], [truncated for _, truncated in answers])
 
 
 def _end_tokens(model: PreTrainedModel, processing_class: PreTrainedTokenizerBase) -> list[int]:
@@ -125,6 +147,7 @@ def judge_answers(
     answers: Sequence[str],
     *,
     batch_size: int = 16,
+    over_ranks: bool = False,
 ) -> tuple[list[float], list[int]]:
     """[`reverse_perplexity`] of answers under any judge, which is asked each question in its own chat template.
 
@@ -138,14 +161,16 @@ def judge_answers(
         questions (`Sequence[str]`): Questions, without any template.
         answers (`Sequence[str]`): An answer to each.
         batch_size (`int`, *optional*, defaults to `16`): Answers per batch.
+        over_ranks (`bool`, *optional*, defaults to `False`): Whether the processes of a launch share the work; then all
+            of them must call this.
     """
     prompts = [as_prompt(processing_class, question) for question in questions]
     space = " " if processing_class.chat_template is None else ""
     texts = [space + answer.lstrip() if answer.strip() else "" for answer in answers]
-    return reverse_perplexity(judge, processing_class, prompts, texts, batch_size=batch_size)
+    return reverse_perplexity(judge, processing_class, prompts, texts, batch_size=batch_size, over_ranks=over_ranks)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def reverse_perplexity(
     judge: PreTrainedModel,
     processing_class: PreTrainedTokenizerBase,
@@ -153,6 +178,7 @@ def reverse_perplexity(
     answers: Sequence[str],
     *,
     batch_size: int = 16,
+    over_ranks: bool = False,
 ) -> tuple[list[float], list[int]]:
     """Negative log-likelihood (sum, in nats) and length in tokens of each answer, given its prompt, under a judge.
 
@@ -164,28 +190,27 @@ def reverse_perplexity(
         prompts (`Sequence[str]`): Prompts in the form in which the judge is to read them; see [`judge_answers`].
         answers (`Sequence[str]`): An answer to each.
         batch_size (`int`, *optional*, defaults to `16`): Answers per batch.
+        over_ranks (`bool`, *optional*, defaults to `False`): Whether the processes of a launch share the work; then all
+            of them must call this.
     """
     collator = ElmDataCollator(processing_class)
-    nlls: list[float] = []
-    tokens: list[int] = []
+    rows = []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        head = processing_class(prompt)["input_ids"]
+        # The judge reads the tokens that were generated after the prompt: tokenised apart, as they were made. An empty
+        # answer is judged by the end-of-text token that is all it holds.
+        tail = processing_class(answer, add_special_tokens=False)["input_ids"] or [processing_class.eos_token_id]
+        rows.append((head + tail, len(head)))
+
+    def run(batch: list[tuple[list[int], int]]) -> list[float]:
+        padded = send_to_device(collator.pad(batch), judge.device)
+        losses = token_losses(judge, padded)
+        return losses.new_zeros(len(batch)).index_add(0, padded["rows"], losses).tolist()
+
+    batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
     with evaluating(judge):
-        for start in range(0, len(prompts), batch_size):
-            pairs = zip(prompts[start : start + batch_size], answers[start : start + batch_size], strict=True)
-            rows = []
-            for prompt, answer in pairs:
-                head = processing_class(prompt)["input_ids"]
-                # The judge reads the tokens that were generated after the prompt: tokenised apart, as they were made.
-                # An empty answer is judged by the end-of-text token that is all it holds.
-                tail = processing_class(answer, add_special_tokens=False)["input_ids"] or [
-                    processing_class.eos_token_id
-                ]
-                rows.append((head + tail, len(head)))
-            batch = send_to_device(collator.pad(rows), judge.device)
-            losses = token_losses(judge, batch)
-            sums = losses.new_zeros(len(rows)).index_add(0, batch["rows"], losses)
-            nlls += sums.tolist()
-            tokens += torch.bincount(batch["rows"], minlength=len(rows)).tolist()
-    return nlls, tokens
+        found = run_batches(run, batches, judge, over_ranks=over_ranks)
+    return list(chain(*found)), [len(ids) - first for ids, first in rows]
 
 
 def token_losses(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from .sharing import from_first, place
+
 
 class Journal:
     """Rows of finished work in a JSON-lines file, kept until the report is written.
@@ -17,12 +19,17 @@ class Journal:
         identity (`Mapping`):
             What a row depends on beside its name and settings (models, questions). Rows of another identity are
             left out, and stay in the file.
+        over_ranks (`bool`, *optional*, defaults to `False`):
+            Whether the processes of a launch keep it together: the first one reads and writes the file, and its rows
+            are those of all.
     """
 
-    def __init__(self, path: str | Path | None, identity: Mapping[str, Any]):
-        self._path = None if path is None else Path(path)
+    def __init__(self, path: str | Path | None, identity: Mapping[str, Any], *, over_ranks: bool = False):
+        self._over_ranks = over_ranks
+        self._path = None if path is None or (over_ranks and place()[1] > 0) else Path(path)
         self._identity = json.loads(json.dumps(dict(identity)))
-        self._rows = [row for row in self._read() if row.get("identity") == self._identity]
+        rows = [row for row in self._read() if row.get("identity") == self._identity]
+        self._rows = from_first(rows) if over_ranks else rows
 
     def once(self, name: str, settings: Mapping[str, Any], run: Callable[[], Any]) -> dict[str, Any]:
         """The row `{"name", "settings", "result", "seconds"}`: from the file, or from calling `run` now.
@@ -36,6 +43,7 @@ class Journal:
         begun = time.perf_counter()
         row = {"name": name, "settings": settings, "result": run(), "seconds": round(time.perf_counter() - begun, 1)}
         row = json.loads(json.dumps(row | {"identity": self._identity}))
+        row = from_first(row) if self._over_ranks else row
         self._rows.append(row)
         if self._path is not None:
             self._path.parent.mkdir(parents=True, exist_ok=True)

@@ -23,6 +23,7 @@ def score_letters(
     questions: Sequence[Question],
     *,
     batch_size: int = 16,
+    over_ranks: bool = False,
 ) -> list[bool]:
     """Whether the likeliest letter after each question and its options is the right one.
 
@@ -34,6 +35,8 @@ def score_letters(
         processing_class ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
         questions (`Sequence[Question]`): Questions, at most 26 options each.
         batch_size (`int`, *optional*, defaults to `16`): Questions per forward pass.
+        over_ranks (`bool`, *optional*, defaults to `False`): Whether the processes of a launch share the work; then all
+            of them must call this.
 
     Raises:
         ValueError: if there are no questions, or one has more options than there are letters.
@@ -50,7 +53,14 @@ def score_letters(
     ]
     most = max(len(question.options) for question in questions)
     found = iter(
-        log_likelihoods(model, processing_class, pairs, batch_size=most * batch_size, description="Letter choice")
+        log_likelihoods(
+            model,
+            processing_class,
+            pairs,
+            batch_size=most * batch_size,
+            description="Letter choice",
+            over_ranks=over_ranks,
+        )
     )
     return [
         question.options[likeliest([next(found) for _ in question.options])] == question.answer

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from peft import PeftModel
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..ops import KeepPositions
 from .pair import evaluating
+from .sharing import run_batches
 
 
 # A packed row attends over itself, so beyond some length more tokens cost more than what they share saves.
@@ -33,6 +33,7 @@ def log_likelihoods(
     *,
     batch_size: int = 64,
     description: str = "Log-likelihoods",
+    over_ranks: bool = False,
 ) -> list[float]:
     """Sum of the log-probabilities of a continuation's tokens after its prompt, in nats.
 
@@ -48,24 +49,29 @@ def log_likelihoods(
         pairs (`Sequence[tuple[str, str]]`): Prompts and their continuations, with the space between them.
         batch_size (`int`, *optional*, defaults to `64`): Most pairs in a forward pass.
         description (`str`, *optional*, defaults to `"Log-likelihoods"`): Label of the progress bar.
+        over_ranks (`bool`, *optional*, defaults to `False`): Whether the processes of a launch share the work; then all
+            of them must call this.
 
     Raises:
         ValueError: if a prompt or a continuation has no token.
     """
     sequences = _tokenize(processing_class, pairs)
-    packed = _suits_packing(model, max((len(sequence.ids) for sequence in sequences), default=0))
+    packed = suits_packing(model, max((len(sequence.ids) for sequence in sequences), default=0))
     # What begins alike shares a pack, what is of one length shares a padded batch.
     keys = [sequence.ids[:-1] if packed else [len(sequence.ids)] for sequence in sequences]
     order = sorted(range(len(sequences)), key=keys.__getitem__)
     totals = [0.0] * len(sequences)
+    batches = list(_batches(order, sequences, batch_size))
+
+    def run(batch: list[int]) -> list[float]:
+        members = [sequences[index] for index in batch]
+        return _packed_sums(model, members) if packed else _padded_sums(model, members)
+
     with evaluating(model):
-        with tqdm(total=len(order), desc=description, leave=False) as bar:
-            for batch in _batches(order, sequences, batch_size):
-                members = [sequences[index] for index in batch]
-                sums = _packed_sums(model, members) if packed else _padded_sums(model, members)
-                for index, total in zip(batch, sums, strict=True):
-                    totals[index] = total
-                bar.update(len(batch))
+        found = run_batches(run, batches, model, over_ranks=over_ranks, description=description)
+    for batch, sums in zip(batches, found, strict=True):
+        for index, total in zip(batch, sums, strict=True):
+            totals[index] = total
     return totals
 
 
@@ -90,8 +96,11 @@ def _tokenize(processing_class: PreTrainedTokenizerBase, pairs: Sequence[tuple[s
     return sequences
 
 
-def _suits_packing(model: PreTrainedModel | PeftModel, longest: int) -> bool:
+def suits_packing(model: PreTrainedModel | PeftModel, longest: int) -> bool:
     """Whether a model takes a mask `[1, 1, tokens, tokens]` and positions of our choice, and obeys them."""
+    # A learned prompt stands before the tokens, and takes no positions of ours.
+    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+        return False
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     config = base.config.get_text_config()
     if not type(base).__module__.startswith("transformers.models.") or base._is_stateful:
@@ -115,7 +124,7 @@ def _batches(order: list[int], sequences: Sequence[_Sequence], size: int) -> Ite
     tokens = 0
     for index in order:
         ids = sequences[index].ids
-        added = len(ids) - (_common_prefix(sequences[batch[-1]].ids, ids) if batch else 0)
+        added = len(ids) - (common_prefix(sequences[batch[-1]].ids, ids) if batch else 0)
         if batch and (len(batch) == size or tokens + added > _MOST_PACKED_TOKENS):
             yield batch
             batch, tokens, added = [], 0, len(ids)
@@ -135,7 +144,7 @@ def _packed_sums(model: PreTrainedModel | PeftModel, sequences: Sequence[_Sequen
     path: list[int] = []  # where the tokens of the current sequence stand in the row
     for sequence in sequences:
         inputs = sequence.ids[:-1]  # nothing is predicted from the last token
-        path = path[: _common_prefix(before, inputs)]
+        path = path[: common_prefix(before, inputs)]
         for depth in range(len(path), len(inputs)):
             parents.append(path[-1] if path else -1)
             path.append(len(tokens))
@@ -173,7 +182,7 @@ def _padded_sums(model: PreTrainedModel | PeftModel, sequences: Sequence[_Sequen
     return _sums(model, {"input_ids": input_ids, "attention_mask": mask}, sequences, places)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _sums(
     model: PreTrainedModel | PeftModel,
     inputs: dict[str, torch.Tensor],
@@ -193,7 +202,8 @@ def _sums(
     return [float(total) for total in np.add.reduceat(chosen.cpu().double().numpy(), starts)]
 
 
-def _common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
+def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
+    """Tokens that both begin with."""
     length = 0
     for left, right in zip(one, other, strict=False):
         if left != right:

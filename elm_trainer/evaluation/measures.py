@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -17,13 +18,17 @@ from .fluency import (
     repetition,
     reverse_perplexity,
 )
-from .language import language_kept
+from .language import LanguageDetector
 from .letter_choice import score_letters
 from .multiple_choice import score_choices
 from .pair import ModelPair, Side
-from .retention import retention
+from .retention import Retention, retention
 from .statistics import Figure, bootstrap_mean, bootstrap_perplexity, bootstrap_ratio, holm, mcnemar, paired_difference
 from .suite import EvaluationSuite, OpenQuestion
+
+
+# A prompt is as long as an option with its question, four of which make a question.
+_PROMPTS_PER_QUESTION = 4
 
 
 @dataclass(frozen=True)
@@ -97,6 +102,7 @@ class Setting:
         temperature (`float`): Of sampled answers.
         batch_size (`int`): Questions per batch.
         seed (`int`): Seed of sampled answers.
+        over_ranks (`bool`): Whether the processes of a launch share the work; then all of them must measure.
     """
 
     pair: ModelPair
@@ -106,6 +112,17 @@ class Setting:
     temperature: float
     batch_size: int
     seed: int
+    over_ranks: bool = False
+
+    @cached_property
+    def kept(self) -> Retention:
+        """What is kept of retain text: measured on both sides at once, as each figure of the second needs the first."""
+        return retention(self.pair, self.processing_class, self.suite.retain_texts, over_ranks=self.over_ranks)
+
+    @cached_property
+    def languages(self) -> LanguageDetector:
+        """Takes about a second to load."""
+        return LanguageDetector()
 
 
 def multiple_choice(setting: Setting, side: Side) -> dict[str, Items]:
@@ -119,6 +136,7 @@ def multiple_choice(setting: Setting, side: Side) -> dict[str, Items]:
                 questions,
                 batch_size=setting.batch_size,
                 description=f"{side}: {name}",
+                over_ranks=setting.over_ranks,
             )
             for rule in ("pmi", "log_likelihood", "normalized", "removed"):
                 found[f"multiple_choice.{name}.{rule}"] = _mean(getattr(scores, rule))
@@ -130,7 +148,13 @@ def letter_choice(setting: Setting, side: Side) -> dict[str, Items]:
     with setting.pair.use(side) as model:
         return {
             f"multiple_choice.{name}.letter": _mean(
-                score_letters(model, setting.processing_class, questions, batch_size=setting.batch_size)
+                score_letters(
+                    model,
+                    setting.processing_class,
+                    questions,
+                    batch_size=setting.batch_size,
+                    over_ranks=setting.over_ranks,
+                )
             )
             for name, questions in setting.suite.banks.items()
         }
@@ -158,10 +182,9 @@ def sampled_fluency(setting: Setting, side: Side) -> dict[str, Items]:
 
 def specificity(setting: Setting, side: Side) -> dict[str, Items]:
     """Perplexity on retain text, and the KL from the reference per token."""
-    texts = setting.suite.retain_texts
-    kept = retention(setting.pair, setting.processing_class, texts)
+    kept = setting.kept
     if side == "reference":
-        nlls, divergences = kept.reference_nll, [0.0] * len(texts)
+        nlls, divergences = kept.reference_nll, [0.0] * len(kept.tokens)
     else:
         nlls, divergences = kept.adapted_nll, kept.kl
     tokens = [float(count) for count in kept.tokens]
@@ -186,13 +209,24 @@ MEASURES: dict[str, Measure] = {
 def _answers(
     setting: Setting, side: Side, what: str, questions: Mapping[str, Sequence[OpenQuestion]], *, chat: bool
 ) -> dict[str, Items]:
-    found = {}
+    every = [question for asked in questions.values() for question in asked]
+    prompts = [as_prompt(setting.processing_class, q.prompt) if chat else q.prompt for q in every]
+    # In one call, so that batches are full.
     with setting.pair.use(side) as model:
-        for name, asked in questions.items():
-            prompts = [as_prompt(setting.processing_class, q.prompt) if chat else q.prompt for q in asked]
-            texts = generate(model, setting.processing_class, prompts, max_new_tokens=setting.suite.answer_tokens)
-            named = [names_answer(text, q.answer, q.aliases) for text, q in zip(texts, asked, strict=True)]
-            found[f"{what}.{name}"] = Items("mean", [float(value) for value in named], texts=texts)
+        answers = generate(
+            model,
+            setting.processing_class,
+            prompts,
+            max_new_tokens=setting.suite.answer_tokens,
+            batch_size=_PROMPTS_PER_QUESTION * setting.batch_size,
+            over_ranks=setting.over_ranks,
+        )
+    given = iter(answers)
+    found = {}
+    for name, asked in questions.items():
+        texts = [next(given) for _ in asked]
+        named = [names_answer(text, q.answer, q.aliases) for text, q in zip(texts, asked, strict=True)]
+        found[f"{what}.{name}"] = Items("mean", [float(value) for value in named], texts=texts)
     return found
 
 
@@ -207,15 +241,20 @@ def _fluency(setting: Setting, side: Side, how: str, temperature: float) -> dict
             max_new_tokens=setting.suite.max_new_tokens,
             temperature=temperature,
             seed=setting.seed,
+            # What is sampled depends on the batch.
+            batch_size=32 if temperature else _PROMPTS_PER_QUESTION * setting.batch_size,
+            over_ranks=setting.over_ranks,
         )
     texts = answers.texts
     with setting.pair.use("reference") as judge:
-        nlls, tokens = reverse_perplexity(judge, setting.processing_class, prompts, texts)
+        nlls, tokens = reverse_perplexity(
+            judge, setting.processing_class, prompts, texts, over_ranks=setting.over_ranks
+        )
     found = {f"fluency.{how}.r_ppl": Items("perplexity", nlls, [float(count) for count in tokens], texts)}
     for name, (judge, tokenizer) in setting.judges.items():
-        nlls, tokens = judge_answers(judge, tokenizer, asked, texts)
+        nlls, tokens = judge_answers(judge, tokenizer, asked, texts, over_ranks=setting.over_ranks)
         found[f"fluency.{how}.r_ppl.{name}"] = Items("perplexity", nlls, [float(count) for count in tokens])
-    kept = language_kept(asked, texts)
+    kept = setting.languages.kept(asked, texts)
     return found | {
         f"fluency.{how}.repetition": Items("mean", [repetition(text) for text in texts]),
         f"fluency.{how}.distinct_2": Items("set", [distinct_n(texts)], [float(len(texts))]),

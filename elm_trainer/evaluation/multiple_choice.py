@@ -45,6 +45,7 @@ def score_choices(
     batch_size: int = 16,
     prompt: str = PROMPT,
     description: str = "Multiple choice",
+    over_ranks: bool = False,
 ) -> ChoiceScores:
     """Answer multiple-choice questions by ranking the options.
 
@@ -64,6 +65,8 @@ def score_choices(
             What stands before an option.
         description (`str`, *optional*, defaults to `"Multiple choice"`):
             Label of the progress bar.
+        over_ranks (`bool`, *optional*, defaults to `False`):
+            Whether the processes of a launch share the work; then all of them must call this.
 
     Returns:
         [`ChoiceScores`]: one verdict per question and rule.
@@ -83,6 +86,7 @@ def score_choices(
         [(BARE_PROMPT, f" {option}") for option in options] + asked,
         batch_size=_OPTIONS * batch_size,
         description=description,
+        over_ranks=over_ranks,
     )
     alone = dict(zip(options, found, strict=False))
     likelihoods = iter(found[len(options) :])

@@ -56,6 +56,11 @@ class ModelPair:
                 yield self.erased
 
     @property
+    def models(self) -> list[PreTrainedModel | PeftModel]:
+        """The erased model, and the reference where it is another one."""
+        return [self.erased] if self._reference is None else [self.erased, self._reference]
+
+    @property
     def adapter(self) -> PeftModel | None:
         """The erased model where it carries an adapter, else `None`."""
         return self.erased if isinstance(self.erased, PeftModel) else None

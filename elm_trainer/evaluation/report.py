@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 from peft import get_peft_model_state_dict
+from peft.utils.integrations import gather_params_ctx
+from torch.distributed.tensor import DTensor
 
 from ..data.questions import Question
 from .pair import ModelPair
@@ -85,14 +87,18 @@ def adapter_fingerprint(tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 def pair_fingerprint(pair: ModelPair) -> dict[str, str]:
-    """`reference_sha256` of the reference's weights, and `erased_sha256` of the adapter or of the erased weights."""
+    """`reference_sha256` of the reference's weights, and `erased_sha256` of the adapter or of the erased weights.
+
+    Of weights in shards (FSDP, ZeRO-3) it is that of the whole ones; then all processes must call this.
+    """
     with pair.use("reference") as reference:
         base = model_fingerprint(reference)
     adapter = pair.adapter
-    erased = (
-        model_fingerprint(pair.erased) if adapter is None else adapter_fingerprint(get_peft_model_state_dict(adapter))
-    )
-    return {"reference_sha256": base, "erased_sha256": erased}
+    if adapter is None:
+        return {"reference_sha256": base, "erased_sha256": model_fingerprint(pair.erased)}
+    own = [parameter for name, parameter in adapter.named_parameters() if "lora_" in name]
+    with gather_params_ctx(own, modifier_rank=None):
+        return {"reference_sha256": base, "erased_sha256": adapter_fingerprint(get_peft_model_state_dict(adapter))}
 
 
 def dataset_info(texts: Sequence[str], revision: str | None = None) -> dict[str, Any]:
@@ -120,6 +126,12 @@ def suite_info(suite: EvaluationSuite) -> dict[str, dict[str, Any]]:
 def _hash_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        digest.update(f"{name}{tuple(tensors[name].shape)}".encode())
-        digest.update(tensors[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        # One at a time: the weights of all shards need not fit on one device together.
+        with gather_params_ctx([tensors[name]], modifier_rank=None):
+            tensor = tensors[name].detach()
+            tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            digest.update(f"{name}{tuple(tensor.shape)}".encode())
+            # A copy: what NumPy has seen can no longer be freed, and FSDP frees what it has gathered.
+            copied = tensor.to("cpu", copy=True)
+            digest.update(copied.contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

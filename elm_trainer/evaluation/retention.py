@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from accelerate.utils import send_to_device
@@ -10,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from ..data.collator import ElmDataCollator
 from .fluency import position_logits
 from .pair import SIDES, ModelPair
+from .sharing import run_batches
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class Retention:
     tokens: list[int]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def retention(
     pair: ModelPair,
     processing_class: PreTrainedTokenizerBase,
@@ -30,6 +32,7 @@ def retention(
     *,
     max_length: int = 64,
     batch_size: int = 8,
+    over_ranks: bool = False,
 ) -> Retention:
     """Compare the erased model with its reference, token by token, on retain text.
 
@@ -39,15 +42,13 @@ def retention(
         texts (`Sequence[str]`): Retain texts that training did not see.
         max_length (`int`, *optional*, defaults to `64`): Tokens of a text that are read.
         batch_size (`int`, *optional*, defaults to `8`): Texts per batch.
+        over_ranks (`bool`, *optional*, defaults to `False`): Whether the processes of a launch share the work; then all
+            of them must call this.
     """
     collator = ElmDataCollator(processing_class)
-    sums: list[list[float]] = [[], [], []]
-    tokens: list[int] = []
-    for start in range(0, len(texts), batch_size):
-        rows = [
-            (processing_class(text, truncation=True, max_length=max_length)["input_ids"], 0)
-            for text in texts[start : start + batch_size]
-        ]
+
+    def run(batch: Sequence[str]) -> list[list[float]]:
+        rows = [(processing_class(text, truncation=True, max_length=max_length)["input_ids"], 0) for text in batch]
         padded = collator.pad(rows)
         labels = padded["labels"][padded["rows"], padded["columns"] + 1]
         log_probs = {}
@@ -64,7 +65,10 @@ def retention(
             (reference.exp() * (reference - adapted)).sum(-1),
         )
         place = padded["rows"].to(reference.device)
-        for total, value in zip(sums, values, strict=True):
-            total += value.new_zeros(len(rows)).index_add(0, place, value).tolist()
-        tokens += torch.bincount(padded["rows"], minlength=len(rows)).tolist()
-    return Retention(sums[0], sums[1], sums[2], tokens)
+        sums = [value.new_zeros(len(rows)).index_add(0, place, value).tolist() for value in values]
+        return [*sums, torch.bincount(padded["rows"], minlength=len(rows)).tolist()]
+
+    batches = [texts[start : start + batch_size] for start in range(0, len(texts), batch_size)]
+    found = run_batches(run, batches, *pair.models, over_ranks=over_ranks)
+    columns = [list(chain(*column)) for column in zip(*found, strict=True)] or [[], [], [], []]
+    return Retention(columns[0], columns[1], columns[2], [int(count) for count in columns[3]])

@@ -165,6 +165,16 @@ def test_a_seed_gives_the_same_answers_and_leaves_the_global_state_alone(tiny_mo
     assert generate(tiny_model, tokenizer, PROMPTS, seed=2, **options) != first
 
 
+def test_each_batch_is_drawn_with_a_seed_of_its_own(tiny_model, tokenizer):
+    options = {"max_new_tokens": 6, "temperature": 1.0, "batch_size": 2}
+
+    both = generate(tiny_model, tokenizer, PROMPTS, seed=1, **options)
+
+    # No batch needs to know what those before it have drawn.
+    assert both[:2] == generate(tiny_model, tokenizer, PROMPTS[:2], seed=1, **options)
+    assert both[2:] == generate(tiny_model, tokenizer, PROMPTS[2:], seed=2, **options)
+
+
 def test_a_judge_reads_the_question_in_its_own_words(sharp_model, tokenizer, monkeypatch):
     questions, answers = ["Where is Oslo?", "Where is Rome?"], [" In Norway.", "\n"]
     chat = judge_answers(sharp_model, tokenizer, questions, answers)

@@ -14,7 +14,7 @@ from transformers import (
     MistralConfig,
 )
 
-from elm_trainer.evaluation.likelihood import _suits_packing, log_likelihoods
+from elm_trainer.evaluation.likelihood import log_likelihoods, suits_packing
 
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2}
@@ -84,9 +84,9 @@ def slow(model, tokenizer, pairs):
 def test_texts_that_share_their_beginning_are_scored_as_if_alone(make, tokenizer, family, batch_size):
     model = make(PACKED[family])
 
-    assert _suits_packing(model, 19)
+    assert suits_packing(model, 19)
     assert log_likelihoods(model, tokenizer, PAIRS, batch_size=batch_size) == pytest.approx(
-        slow(model, tokenizer, PAIRS), abs=1e-5
+        slow(model, tokenizer, PAIRS), rel=1e-6, abs=1e-5
     )
 
 
@@ -95,9 +95,9 @@ def test_texts_that_share_their_beginning_are_scored_as_if_alone(make, tokenizer
 def test_models_that_no_packed_row_suits_are_scored_in_rows_of_their_own(make, tokenizer, family, batch_size):
     model = make(PADDED[family])
 
-    assert not _suits_packing(model, 19)
+    assert not suits_packing(model, 19)
     assert log_likelihoods(model, tokenizer, PAIRS, batch_size=batch_size) == pytest.approx(
-        slow(model, tokenizer, PAIRS), abs=1e-5
+        slow(model, tokenizer, PAIRS), rel=1e-6, abs=1e-5
     )
 
 

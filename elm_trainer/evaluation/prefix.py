@@ -1,0 +1,74 @@
+"""Prompts that begin alike, such as those in one chat template: their beginning is read once for all of them."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+from transformers import PreTrainedModel
+
+from .likelihood import common_prefix, suits_packing
+
+
+# A forward pass of its own for fewer tokens costs more than it saves.
+_LEAST_SHARED = 4
+
+
+def generation_inputs(
+    model: PreTrainedModel | PeftModel, rows: Sequence[list[int]], pad_token_id: int, new_tokens: int
+) -> dict[str, Any]:
+    """What `generate` is to be called with for a batch of prompts.
+
+    The tokens that all of them begin with are run once, and their keys and values repeated for every row. Padding then
+    stands behind them, `[shared, padding, rest]`, masked and without a position; otherwise on the left.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or `PeftModel`): Model, in evaluation mode.
+        rows (`Sequence[list[int]]`): Tokens of each prompt.
+        pad_token_id (`int`): Token that stands where there is none.
+        new_tokens (`int`): Tokens that will be generated at most.
+
+    Returns:
+        `dict`: `input_ids` and `attention_mask`, `[rows, width]`, and where something is shared `past_key_values`.
+    """
+    width = max(len(row) for row in rows)
+    shared = _shared(rows)
+    # `generate` takes no cache beside a model's own choice of one, but forgets "hybrid", an old one.
+    own_cache = model.generation_config.cache_implementation not in (None, "hybrid")
+    if shared < _LEAST_SHARED or own_cache or not suits_packing(model, width + new_tokens):
+        shared = 0
+    input_ids = torch.full((len(rows), width), pad_token_id)
+    mask = torch.zeros_like(input_ids)
+    for index, row in enumerate(rows):
+        rest = width - len(row) + shared
+        input_ids[index, :shared], input_ids[index, rest:] = torch.tensor(row[:shared]), torch.tensor(row[shared:])
+        mask[index, :shared] = mask[index, rest:] = 1
+    inputs: dict[str, Any] = {"input_ids": input_ids.to(model.device), "attention_mask": mask.to(model.device)}
+    if shared:
+        cache = model(input_ids=inputs["input_ids"][:1, :shared], use_cache=True).past_key_values
+        cache.batch_repeat_interleave(len(rows))
+        inputs["past_key_values"] = cache
+    return inputs
+
+
+@contextmanager
+def generating(model: PreTrainedModel | PeftModel) -> Iterator[None]:
+    """While this holds, `generate` works under FSDP too, whose weights outside the layers only `forward` would gather."""
+    if not isinstance(model, FSDPModule):
+        yield
+        return
+    register_fsdp_forward_method(model, "generate")
+    try:
+        yield
+    finally:
+        del model.generate  # the instance's; the method of the class is left
+
+
+def _shared(rows: Sequence[list[int]]) -> int:
+    """Tokens that all rows begin with, each with one left over; none for a single row."""
+    if len(rows) == 1:
+        return 0
+    # What the first and the last in order have in common, all between them have.
+    return min(common_prefix(min(rows), max(rows)), min(len(row) for row in rows) - 1)
