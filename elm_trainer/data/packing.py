@@ -1,6 +1,8 @@
 """Pack texts of unlike length into rows without padding, several texts to a row."""
 
+import math
 from collections.abc import Mapping, Sequence
+from heapq import heapreplace
 from typing import Any, NamedTuple
 
 import torch
@@ -20,35 +22,52 @@ class Packing(NamedTuple):
     slots: torch.Tensor
 
 
-def pack(lengths: Sequence[int], width: int | None) -> list[list[int]]:
-    """First-fit decreasing: the texts of each row, none of which is longer than `width`.
+def pack(lengths: Sequence[int], rows: int) -> list[list[int]]:
+    """Spread texts over rows evenly: the longest first, each into the row that holds least (longest processing time).
 
     Args:
         lengths (`Sequence[int]`): Tokens of each text.
-        width (`int`, *optional*): Tokens of a row; `None` puts each text into a row of its own.
+        rows (`int`): Number of rows.
     """
-    if width is None:
-        return [[text] for text in range(len(lengths))]
-    rows: list[list[int]] = []
-    free: list[int] = []
+    filled, texts = [(0, row) for row in range(rows)], [[] for _ in range(rows)]  # type: ignore[var-annotated]
     for text in sorted(range(len(lengths)), key=lambda text: -lengths[text]):
-        row = next((row for row, space in enumerate(free) if space >= lengths[text]), len(rows))
-        if row == len(rows):
-            rows.append([])
-            free.append(width)
-        rows[row].append(text)
-        free[row] -= lengths[text]
-    return rows
+        held, row = filled[0]
+        texts[row].append(text)
+        heapreplace(filled, (held + lengths[text], row))
+    return texts
+
+
+def best_rows(lengths: Sequence[int], attention: float) -> list[list[int]]:
+    """Spread texts over as many rows as cost least: few and long ones leave no gaps, but every token attends to its row.
+
+    Args:
+        lengths (`Sequence[int]`): Tokens of each text.
+        attention (`float`): Tokens of a row at which attention costs as much as the matrices.
+    """
+
+    def cost(rows: list[list[int]]) -> float:
+        width = max(sum(lengths[text] for text in row) for row in rows)
+        return len(rows) * width * (1 + width / attention)
+
+    # More rows than keep the longest text alone in its row would only be emptier.
+    most = min(len(lengths), -(-2 * sum(lengths) // max(lengths)))
+    return min((pack(lengths, rows) for rows in range(1, most + 1)), key=cost)
 
 
 def pack_batches(
-    batches: Sequence[Mapping[str, Any]], *, left_padded: bool, one_row: bool = False, apart: bool = False
+    batches: Sequence[Mapping[str, Any]],
+    *,
+    left_padded: bool,
+    attention: float = math.inf,
+    one_row: bool = False,
+    apart: bool = False,
 ) -> Packing:
     """Plan the packed rows for sub-batches of [`ElmDataCollator`]; made on the CPU, from lengths alone.
 
     Args:
         batches (`Sequence[Mapping]`): Sub-batches.
         left_padded (`bool`): Whether they are padded on the left.
+        attention (`float`, *optional*): Tokens of a row at which attention costs as much as the matrices.
         one_row (`bool`, *optional*, defaults to `False`): One row for all texts, as flash attention needs it.
         apart (`bool`, *optional*, defaults to `False`): One text to a row, for models that carry a state along a row.
     """
@@ -59,7 +78,10 @@ def pack_batches(
             starts.append(total + index * seq + (seq - length if left_padded else 0))
             lengths.append(length)
         total += len(batch["lengths"]) * seq
-    rows = pack(lengths, None if apart else sum(lengths) if one_row else max(lengths))
+    if apart:
+        rows = [[text] for text in range(len(lengths))]
+    else:
+        rows = pack(lengths, 1) if one_row else best_rows(lengths, attention)
     width = max(sum(lengths[text] for text in row) for row in rows)
     # A gap at the end of a row is a text of its own, whose logits nobody reads.
     tokens = torch.zeros(len(rows), width, dtype=torch.long)

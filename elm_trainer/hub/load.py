@@ -12,10 +12,10 @@ from transformers.utils import find_adapter_config_file, logging
 
 from ..modeling import DEMO_MODEL, load_model, load_tokenizer
 from .adapter import FoundAdapter, find_adapter
+from .base_check import check_base
 from .errors import BaseMismatchError, HubError, UnsafeAdapterError
 from .fetch import Access
 from .files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from .fingerprint import check_base
 from .info import INFO_FILE
 from .tensors import check_tensors
 from .verify import check_probes

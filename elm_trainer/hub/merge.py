@@ -6,7 +6,7 @@ from pathlib import Path
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from .fingerprint import is_quantised
+from ..fingerprint import is_quantised
 
 
 def merge_erased(

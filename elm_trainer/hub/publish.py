@@ -21,7 +21,9 @@ from ..data.questions import BANKS, Question, load_bank
 from ..data.sources import load_texts
 from ..evaluation.pair import evaluating
 from ..evaluation.report import model_fingerprint, read_report
+from ..fingerprint import base_fingerprint
 from ..modeling import load_model_and_tokenizer
+from .base_check import check_base
 from .card import make_card, validate_card
 from .commit import Publication, commit_folder, open_repository, read_text
 from .errors import BaseMismatchError, ReloadError
@@ -36,7 +38,6 @@ from .files import (
     REPORT,
     REPORT_PLOT,
 )
-from .fingerprint import base_fingerprint, check_base
 from .info import BaseModel, Probe
 from .passages import without_template
 from .safety import check_names

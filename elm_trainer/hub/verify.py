@@ -9,8 +9,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..data.answers import names_answer
 from ..evaluation.fluency import as_prompt
 from ..evaluation.likelihood import log_likelihoods
+from ..fingerprint import is_quantised
 from .errors import VerificationError
-from .fingerprint import is_quantised
 from .info import Probe
 
 

@@ -1,22 +1,34 @@
+import math
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from elm_trainer import ElmDataCollator
-from elm_trainer.data.packing import pack, pack_batches
+from elm_trainer.data.packing import best_rows, pack, pack_batches
 
 
 lengths = st.lists(st.integers(1, 20), min_size=1, max_size=12)
 
 
-@given(lengths)
-def test_every_text_lies_in_one_row_and_no_row_is_overfull(lengths):
-    width = max(lengths)
-    rows = pack(lengths, width)
-
+@given(lengths, st.sampled_from([1.0, 30.0, math.inf]))
+def test_every_text_lies_in_one_row(lengths, attention):
+    rows = best_rows(lengths, attention)
     assert sorted(text for row in rows for text in row) == list(range(len(lengths)))
-    assert all(sum(lengths[text] for text in row) <= width for row in rows)
-    assert len(pack(lengths, None)) == len(lengths)
+
+
+@given(lengths, st.integers(1, 12))
+def test_no_row_holds_more_than_another_and_a_text(lengths, count):
+    held = [sum(lengths[text] for text in row) for row in pack(lengths, count)]
+    assert len(held) == count and max(held) - min(held) <= max(lengths)
+
+
+def test_rows_that_hold_several_texts_leave_no_gaps_unless_attention_is_dear():
+    lengths = [183, 157, 140] * 4
+    dense = [sum(lengths[text] for text in row) for row in best_rows(lengths, 1200)]
+    assert dense == [323, 323, 323, 323, 314, 314]
+    assert len(best_rows(lengths, 10)) == len(lengths)
+    assert len(best_rows(lengths, math.inf)) == 1
 
 
 @given(st.lists(lengths, min_size=1, max_size=3), st.sampled_from(["left", "right"]), st.booleans(), st.booleans())

@@ -6,7 +6,7 @@ import json
 import torch
 from peft import LoraConfig, get_peft_model
 
-from elm_trainer.hub.fingerprint import base_fingerprint
+from elm_trainer.fingerprint import base_fingerprint
 from elm_trainer.hub.info import BaseModel, ErasureInfo
 from elm_trainer.hub.verify import make_probes
 

@@ -1,7 +1,9 @@
-"""A cheap hash of a base model's weights, and the check that an adapter meets the weights it was trained on."""
+"""Hashes of a base model's weights: a cheap one of samples, and sums over every bit."""
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -9,12 +11,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils import logging
-
-from .errors import BaseMismatchError
 
 
-logger = logging.get_logger(__name__)
 # Values that are read of each tensor. Other weights differ nearly everywhere, so few of them tell.
 SAMPLES = 64
 
@@ -51,7 +49,7 @@ def base_fingerprint(model: PreTrainedModel | PeftModel) -> dict[str, str]:
         if tensor.device.type == "meta":
             raise ValueError(
                 f"`{name}` was offloaded to disk or to the processor, and cannot be read for the fingerprint: load the "
-                "model with a `device_map` that keeps its weights on devices, or `allow_mismatch=True`."
+                "model with a `device_map` that keeps its weights on devices."
             )
         names.append(f"{name} {tuple(tensor.shape)}")
         samples.append(_samples(tensor))
@@ -66,37 +64,21 @@ def base_fingerprint(model: PreTrainedModel | PeftModel) -> dict[str, str]:
     return found
 
 
-def check_base(model: PreTrainedModel | PeftModel, expected: Mapping[str, str], base_id: str) -> None:
-    """Check that a model has the weights that a fingerprint was taken of.
+def bit_sums(model: PreTrainedModel | PeftModel) -> str:
+    """SHA-256 over one sum for each of the base model's tensors, of its memory read as integers of 8 bytes.
 
-    A quantised model is compared by the tensors that quantisation leaves alone, and the log says so.
+    It tells apart what the samples of [`base_fingerprint`] miss, such as a few changed embeddings. Integer sums are the
+    same on every device and in any order, and cost one pass over the memory. Unlike the samples they depend on the type
+    in which the weights were loaded.
 
     Args:
-        model ([`~transformers.PreTrainedModel`] or `PeftModel`): Model at hand.
-        expected (`Mapping[str, str]`): What [`base_fingerprint`] said of the base.
-        base_id (`str`): Hub id of that base, for the error.
-
-    Raises:
-        BaseMismatchError: if the weights are others.
+        model ([`~transformers.PreTrainedModel`] or `PeftModel`): The base, or an adapter on it.
     """
-    found = base_fingerprint(model)
-    compared = "weights" if {"weights"} <= found.keys() & expected.keys() else "unquantized"
-    if compared == "unquantized":
-        logger.warning(
-            f"The base or the one the adapter was trained on is quantised: only its embeddings, norms and biases were "
-            f"compared with {base_id}."
-        )
-    wanted = expected.get(compared)
-    if found[compared] == wanted:
-        return
-    what = "weights"
-    if compared == "unquantized" or found["unquantized"] != expected.get("unquantized"):
-        what = "embeddings, norms or biases"
-    raise BaseMismatchError(
-        f"The base model is not {base_id}, which the adapter was trained on: the {what} differ (fingerprint "
-        f"`{compared}` is {found[compared][:12]}…, but {str(wanted)[:12]}… is expected). Load that model and revision, "
-        "or pass `allow_mismatch=True` to go on with an adapter that nobody measured on this base."
-    )
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    sums = {name: _bit_sum(tensor) for name, _, tensor in _base_tensors(base)}
+    names = sorted(sums)
+    values = torch.stack([sums[name].cpu() for name in names]).tolist() if names else []
+    return hashlib.sha256(repr(list(zip(names, values, strict=True))).encode()).hexdigest()
 
 
 def is_quantised(model: PreTrainedModel | PeftModel) -> bool:
@@ -112,9 +94,20 @@ def _base_tensors(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn
         yield from _base_tensors(module.original_module, prefix)
         return
     for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-        yield prefix + name, module, parameter
+        with _whole(parameter):
+            yield prefix + name, module, parameter
     for name, child in module.named_children():
         yield from _base_tensors(child, f"{prefix}{name}.")
+
+
+def _whole(parameter: nn.Parameter) -> AbstractContextManager[Any]:
+    """A context in which a parameter that DeepSpeed ZeRO-3 has split over processes is whole."""
+    # The attribute is what marks such a parameter; others have none.
+    if not hasattr(parameter, "ds_id"):
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters([parameter])
 
 
 def _samples(tensor: torch.Tensor) -> torch.Tensor:
@@ -125,6 +118,16 @@ def _samples(tensor: torch.Tensor) -> torch.Tensor:
     steps = min(SAMPLES, count)
     places = torch.tensor([index * (count - 1) // max(steps - 1, 1) for index in range(steps)], device=tensor.device)
     return tensor.detach()[torch.unravel_index(places, tensor.shape)].to(torch.bfloat16)
+
+
+def _bit_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum of a tensor's memory, read as words of 8 bytes, modulo 2^64."""
+    flat = tensor.detach().reshape(-1)
+    if flat.stride(0) != 1 or flat.storage_offset() * flat.element_size() % 8:
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    memory = flat.view(torch.uint8)
+    whole = memory.numel() // 8 * 8
+    return memory[:whole].view(torch.int64).sum() + memory[whole:].sum(dtype=torch.int64)
 
 
 def _digest(rows: list[tuple[str, torch.Tensor]]) -> str:

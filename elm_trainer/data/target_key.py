@@ -1,0 +1,68 @@
+"""What a target store is named after: a hash of everything that the targets depend on."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from ..concept import Concept
+
+
+_ROWS_AT_ONCE = 1000
+
+
+def target_key(ingredients: Mapping[str, Any]) -> str:
+    """SHA-256 of what the targets depend on.
+
+    Args:
+        ingredients (`Mapping[str, Any]`): Whatever JSON can hold, in any order.
+    """
+    return hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()
+
+
+def rows_digest(dataset: Dataset, columns: Sequence[str]) -> str:
+    """SHA-256 over columns of token ids (lists) or strings of a tokenised dataset, in the order of its rows.
+
+    Args:
+        dataset (`Dataset`): Tokenised rows.
+        columns (`Sequence[str]`): Columns that are read.
+    """
+    digest = hashlib.sha256(f"{len(dataset)} {sorted(columns)}".encode())
+    selected = dataset.select_columns(sorted(columns)).with_format("arrow")
+    for table in selected.iter(_ROWS_AT_ONCE):
+        for name in table.column_names:
+            column = table[name].combine_chunks()
+            if name == "concept":
+                digest.update(json.dumps(column.to_pylist()).encode())
+                continue
+            # As 8 bytes each, whatever type the ids are kept in. The lengths tell where a row ends.
+            lengths, ids = column.value_lengths(), column.flatten()
+            for values in (lengths, ids):
+                digest.update(np.asarray(values, dtype="<i8").tobytes())
+    return digest.hexdigest()
+
+
+def contexts_digest(
+    concepts: Mapping[str, Concept], processing_class: PreTrainedTokenizerBase, contexts_per_sample: int, seed: int
+) -> str:
+    """SHA-256 over the tokens of all contexts, and over what decides which of them a row draws.
+
+    Args:
+        concepts (`Mapping[str, Concept]`): Concepts by name.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`]): Tokenizer.
+        contexts_per_sample (`int`): Contexts drawn for a text.
+        seed (`int`): Seed of the draw.
+    """
+    tokens = {
+        name: [
+            [processing_class(context + "\n")["input_ids"] for context in contexts]
+            for contexts in (concept.expert_contexts, concept.novice_contexts)
+        ]
+        for name, concept in concepts.items()
+    }
+    drawn = [tokens, contexts_per_sample, seed, processing_class.bos_token_id]
+    return hashlib.sha256(json.dumps(drawn, sort_keys=True).encode()).hexdigest()

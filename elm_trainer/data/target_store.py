@@ -1,0 +1,98 @@
+"""`TargetStore`: the targets of a whole dataset in a folder, as the collator reads them."""
+
+import json
+import os
+import tempfile
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+import torch
+
+from .target_layout import TargetLayout
+from .target_shard import Shard, is_whole
+
+
+SHARD_ROWS = 128
+DESCRIPTION_FILE = "targets.json"
+# Files that a process keeps mapped. More would only cost address space and handles: opening one takes less than 1 ms.
+_OPEN_SHARDS = 32
+
+
+class TargetStore(Sequence[Mapping[str, torch.Tensor]]):
+    """Targets of the rows of a dataset, in safetensors files of 128 rows each.
+
+    Rows are read one by one from files mapped into memory, also by the workers of a `DataLoader`: what is held does not
+    grow with the dataset. A store is filled by [`fill_store`], and can be read as soon as none of its files is missing.
+
+    Args:
+        folder (`Path`): Folder of the store.
+        rows (`int`): Rows of the dataset.
+        layout ([`TargetLayout`]): What is kept for each.
+    """
+
+    def __init__(self, folder: Path, rows: int, layout: TargetLayout):
+        self.folder, self.layout, self._rows = Path(folder), layout, rows
+        self._open: OrderedDict[int, Shard] = OrderedDict()
+
+    def __len__(self) -> int:
+        return self._rows
+
+    @property
+    def shards(self) -> int:
+        """Number of files."""
+        return -(-self._rows // SHARD_ROWS)
+
+    def rows_of(self, shard: int) -> range:
+        """The rows that a file holds."""
+        return range(shard * SHARD_ROWS, min((shard + 1) * SHARD_ROWS, self._rows))
+
+    def path_of(self, shard: int) -> Path:
+        """The name of a file."""
+        return self.folder / f"shard-{shard:06d}.safetensors"
+
+    def is_whole(self, shard: int) -> bool:
+        """Whether a file is there and undamaged. Every byte of it is read."""
+        return is_whole(self.path_of(shard), len(self.rows_of(shard)), self.layout)
+
+    def absent(self) -> list[int]:
+        """The files that are not there, damaged ones aside."""
+        # Listing asks a network drive anew, where looking for a name may find the answer of an earlier look.
+        found = {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else set()
+        return [shard for shard in range(self.shards) if self.path_of(shard).name not in found]
+
+    def describe(self, ingredients: Mapping[str, Any]) -> None:
+        """Make the folder, and write down for people what is in it: `targets.json` with layout, counts and key."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        description = {
+            "rows": self._rows,
+            "shard_rows": SHARD_ROWS,
+            "layout": self.layout.to_json(),
+            "key": ingredients,
+        }
+        path = self.folder / DESCRIPTION_FILE
+        with tempfile.TemporaryDirectory(dir=self.folder, prefix="describing-") as own:
+            unfinished = Path(own) / DESCRIPTION_FILE
+            unfinished.write_text(json.dumps(description, indent=2), encoding="utf-8")
+            os.replace(unfinished, path)
+
+    @overload
+    def __getitem__(self, row: int) -> dict[str, torch.Tensor]: ...
+    @overload
+    def __getitem__(self, row: slice) -> list[Mapping[str, torch.Tensor]]: ...
+    def __getitem__(self, row):
+        if isinstance(row, slice):
+            return [self[index] for index in range(*row.indices(self._rows))]
+        if not -self._rows <= row < self._rows:
+            raise IndexError(f"Row {row} is asked for, but targets are stored for {self._rows}.")
+        number, place = divmod(row % self._rows, SHARD_ROWS)
+        shard = self._open.pop(number, None) or Shard(self.path_of(number), self.layout)
+        self._open[number] = shard
+        if len(self._open) > _OPEN_SHARDS:
+            self._open.popitem(last=False)
+        return shard[place]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Mapped files belong to a process: a worker opens its own.
+        return self.__dict__ | {"_open": OrderedDict()}

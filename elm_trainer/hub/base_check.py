@@ -1,0 +1,50 @@
+"""The check that an adapter meets the weights it was trained on."""
+
+from collections.abc import Mapping
+
+from peft import PeftModel
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from ..fingerprint import base_fingerprint
+from .errors import BaseMismatchError
+
+
+logger = logging.get_logger(__name__)
+
+
+def check_base(model: PreTrainedModel | PeftModel, expected: Mapping[str, str], base_id: str) -> None:
+    """Check that a model has the weights that a fingerprint was taken of.
+
+    A quantised model is compared by the tensors that quantisation leaves alone, and the log says so.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or `PeftModel`): Model at hand.
+        expected (`Mapping[str, str]`): What [`base_fingerprint`] said of the base.
+        base_id (`str`): Hub id of that base, for the error.
+
+    Raises:
+        BaseMismatchError: if the weights are others.
+        ValueError: if weights were offloaded, and are not there to be read.
+    """
+    try:
+        found = base_fingerprint(model)
+    except ValueError as error:
+        raise ValueError(f"{error} `allow_mismatch=True` goes on without the comparison.") from error
+    compared = "weights" if {"weights"} <= found.keys() & expected.keys() else "unquantized"
+    if compared == "unquantized":
+        logger.warning(
+            f"The base or the one the adapter was trained on is quantised: only its embeddings, norms and biases were "
+            f"compared with {base_id}."
+        )
+    wanted = expected.get(compared)
+    if found[compared] == wanted:
+        return
+    what = "weights"
+    if compared == "unquantized" or found["unquantized"] != expected.get("unquantized"):
+        what = "embeddings, norms or biases"
+    raise BaseMismatchError(
+        f"The base model is not {base_id}, which the adapter was trained on: the {what} differ (fingerprint "
+        f"`{compared}` is {found[compared][:12]}…, but {str(wanted)[:12]}… is expected). Load that model and revision, "
+        "or pass `allow_mismatch=True` to go on with an adapter that nobody measured on this base."
+    )
