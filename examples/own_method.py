@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 import torch
 from trl import SFTConfig
 
-from elm_trainer.methods.base import ErasureTrainer, batch_mean, check_fields, retain_term, weighted_batches
+from elm_trainer.methods.base import ErasureTrainer, batch_mean, check_fields, kl_reading, weighted_batches
+from elm_trainer.ops import STATES
 
 
 @dataclass
@@ -29,7 +30,7 @@ class MaxEntropyConfig(SFTConfig):
         check_fields(self, {})
 
 
-def kl_to_uniform(logits: torch.Tensor) -> torch.Tensor:
+def kl_to_uniform(logits: torch.Tensor, where: slice) -> torch.Tensor:
     """`KL(adapted ‖ uniform) = log |V| − H(adapted)` per position, `[positions]`, from logits `[positions, vocab]`."""
     log_probs = logits.float().log_softmax(-1)
     return math.log(logits.size(-1)) + (log_probs.exp() * log_probs).sum(-1)
@@ -44,14 +45,11 @@ class MaxEntropyTrainer(ErasureTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         weights = {"erase": self.args.erase_weight, "retain": self.args.retain_weight}
         batches = weighted_batches(inputs, weights)
-        reference = self.reference_positions(
-            model, {term: batch for term, batch in batches.items() if term == "retain"}
-        )
-        logits = self.forward_positions(model, batches)
-        terms = {}
-        if "erase" in logits:
-            terms["erase"] = batch_mean(kl_to_uniform(logits["erase"]), batches["erase"])
-        if "retain" in logits:
-            terms["retain"] = retain_term(logits["retain"], batches["retain"], reference["retain"])
+        # What the head reads is a chunk of positions at a time, so that no step holds the logits of all of them.
+        retain = {term: batch for term, batch in batches.items() if term == "retain"}
+        further = self.reference_positions(model, retain, {"retain": STATES})
+        readings = {"erase": kl_to_uniform, "retain": kl_reading}
+        values = self.forward_positions(model, batches, readings, {term: [states] for term, states in further.items()})
+        terms = {term: batch_mean(value, batches[term]) for term, value in values.items()}
         loss = self.weigh(terms, weights)
         return (loss, None) if return_outputs else loss

@@ -1,3 +1,4 @@
+import datasets
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -10,6 +11,14 @@ from elm_trainer.modeling import demo_model_file
 def tokenizer():
     path = demo_model_file()
     return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+
+
+@pytest.fixture(autouse=True)
+def own_targets(tmp_path_factory, monkeypatch):
+    """No test profits from what another has stored, nor do the processes that it starts."""
+    cache = tmp_path_factory.mktemp("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(cache))
 
 
 @pytest.fixture

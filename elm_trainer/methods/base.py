@@ -5,7 +5,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,15 +18,21 @@ from huggingface_hub import HfApi
 from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
 from torch import nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.trainer_utils import HubStrategy, get_last_checkpoint
+from transformers.trainer_utils import HubStrategy, rotate_checkpoints
 from transformers.utils import logging
 from trl import SFTConfig, SFTTrainer
 
 from ..data.collator import ElmDataCollator, tokenize_pair
 from ..data.packing import Packing, pack_batches
-from ..ops import KeepPositions, kl_divergence, text_mean
+from ..data.target_store import TargetStore
+from ..ops import STATES, FinalLogits, ReadHead, Reading, final_logits, kl_divergence, text_mean
+from ..ops.head import Plan
+from .frozen_layers import no_graph_below, reentrant
+from .quantized import keep_differentiable
+from .resuming import Launch, check_launch, checkpoints, last_finished, mark_finished, unmark
+from .sharding import align_checkpointing, check_saving, trained_weights
+from .targets import TargetPlan, precompute_targets
 
 
 if TYPE_CHECKING:
@@ -35,6 +41,11 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 COLUMNS = ("concept", "forget", "retain", "prompt", "completion")
 RUN_FILE = "erasure_run.json"
+# A layer's matrices take some 24·hidden² operations a token, and attention 4·hidden for each token of its row, but does
+# them less well: they cost the same at rows of this many times `hidden` tokens.
+ATTENTION = 4
+# Settings of a method that say where its targets are made, which changes none of them.
+PLACES = ("precompute_targets", "precompute_ref_log_probs", "targets_dir")
 
 
 class NonFiniteLossError(FloatingPointError):
@@ -106,6 +117,7 @@ class ErasureTrainer(SFTTrainer):
         if self.args.prediction_loss_only is not True:
             # The step makes logits of supervised positions only, so there are none to hand to `compute_metrics`.
             self.args.prediction_loss_only = True
+        keep_differentiable(self.model)
 
     @classmethod
     def own_config(cls, args: SFTConfig | None) -> SFTConfig:
@@ -191,34 +203,82 @@ class ErasureTrainer(SFTTrainer):
             ]  # fmt: skip
 
     def forward_positions(
-        self, model: nn.Module, batches: Mapping[str, Mapping[str, torch.Tensor]]
-    ) -> dict[str, torch.Tensor]:
-        """Run several sub-batches in one forward, packed without padding, and return the logits of their supervised positions.
+        self,
+        model: nn.Module,
+        batches: Mapping[str, Mapping[str, torch.Tensor]],
+        readings: Mapping[str, Reading] | None = None,
+        further: Mapping[str, Sequence[torch.Tensor]] | None = None,
+    ) -> dict[str, Any]:
+        """Run several sub-batches in one forward, packed without padding, and read the logits of their supervised positions.
 
         Args:
             model (`nn.Module`): Model, as the Trainer wrapped it.
             batches (`Mapping`): Sub-batches of [`ElmDataCollator`] by name. Without any, nothing is run.
+            readings (`Mapping[str, Reading]`, *optional*): By name of sub-batch, a function of the logits of a chunk of
+                positions: `reading(logits, where)` takes `[chunk, vocab]` and a `slice` of the positions, and gives one
+                number per position, or without gradients also a tuple of tensors `[chunk, ...]`. [`STATES`] asks for
+                what enters the head.
+            further (`Mapping[str, Sequence[torch.Tensor]]`, *optional*): By name of sub-batch, states `[positions, hidden]`
+                of other forwards at the same positions, whose logits the reading takes after `where`.
 
         Returns:
-            `dict[str, torch.Tensor]`: logits `[positions, vocab]` for each sub-batch.
+            `dict[str, Any]`: for each sub-batch what its reading gives for all positions, such as `[positions]`. Without a
+            reading it is the logits `[positions, vocab]`, which a step cannot afford for large vocabularies.
         """
         if not batches:
             return {}
+        readings, further = readings or {}, further or {}
         parts = list(batches.values())
         tokens, position_ids, slots = self.pack(model, parts)
         supervised, offset = [], 0
         for batch in parts:
             supervised.append(batch["rows"] * batch["input_ids"].size(1) + batch["columns"] + offset)
             offset += batch["input_ids"].numel()
+        unwrapped = self.accelerator.unwrap_model(model)
+        head = unwrapped.get_output_embeddings()
+        vocabulary = unwrapped.config.get_text_config().vocab_size
+        plans = [
+            Plan(len(places), readings.get(name), further.get(name, ()))
+            for name, places in zip(batches, supervised, strict=True)
+        ]
+        reader = ReadHead(head, self.final_logits(model), slots[torch.cat(supervised)], plans, vocabulary)
         # Without a mask, transformers keeps texts whose positions start anew from attending to each other.
-        head = self.accelerator.unwrap_model(model).get_output_embeddings()
-        with KeepPositions(head, slots[torch.cat(supervised)]):
+        with reader.reading():
             logits = model(
                 input_ids=torch.cat([batch["input_ids"].flatten() for batch in parts])[tokens],
                 position_ids=position_ids,
                 use_cache=False,
-            ).logits[0]
-        return dict(zip(batches, logits.split([len(places) for places in supervised]), strict=True))
+            ).logits
+        return dict(zip(batches, reader.results(logits), strict=True))
+
+    def final_logits(self, model: nn.Module) -> FinalLogits:
+        """What the model does to its head's output, measured the first time by a forward over one token."""
+        if self._final_logits is None:
+            unwrapped = self.accelerator.unwrap_model(model)
+            vocabulary = unwrapped.config.get_text_config().vocab_size
+            self._final_logits = final_logits(model, unwrapped.get_output_embeddings(), vocabulary)
+        return self._final_logits
+
+    _final_logits: FinalLogits | None = None
+
+    def position_losses(
+        self, model: nn.Module, batches: Mapping[str, Mapping[str, Any]], retain_loss: str = "nll"
+    ) -> dict[str, torch.Tensor]:
+        """Negative log-likelihood of every label, `[positions]` for each sub-batch, in one forward.
+
+        Args:
+            model (`nn.Module`): Model, as the Trainer wrapped it.
+            batches (`Mapping`): Sub-batches of the collator by the name of their term.
+            retain_loss (`str`, *optional*, defaults to `"nll"`): `"kl"` gives `KL(reference ‖ adapted)` for the term
+                `retain` instead (both as in TOFU, arXiv 2401.06121, section 3.3).
+        """
+        readings = {name: nll_reading(batch) for name, batch in batches.items()}
+        further = {}
+        if retain_loss == "kl" and "retain" in batches:
+            retain = {"retain": batches["retain"]}
+            further["retain"] = [self.reference_positions(model, retain, {"retain": STATES})["retain"]]
+            readings["retain"] = kl_reading
+        return self.forward_positions(model, batches, readings, further)
 
     def pack(self, model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> Packing:
         """How `forward_positions` lays the texts of sub-batches into rows, on their device."""
@@ -227,6 +287,7 @@ class ErasureTrainer(SFTTrainer):
         packing = pack_batches(
             batches,
             left_padded=self.processing_class.padding_side == "left",
+            attention=ATTENTION * unwrapped.config.get_text_config().hidden_size,
             one_row="flash" in (unwrapped.config._attn_implementation or ""),
             apart=getattr(base, "_is_stateful", False),
         )
@@ -246,34 +307,26 @@ class ErasureTrainer(SFTTrainer):
             unwrapped.train(training)
 
     def reference_positions(
-        self, model: nn.Module, batches: Mapping[str, Mapping[str, torch.Tensor]]
-    ) -> dict[str, torch.Tensor]:
+        self,
+        model: nn.Module,
+        batches: Mapping[str, Mapping[str, torch.Tensor]],
+        readings: Mapping[str, Reading] | None = None,
+    ) -> dict[str, Any]:
         """The same as `forward_positions`, for the frozen reference."""
         with self.reference(model):
-            return self.forward_positions(model, batches)
+            return self.forward_positions(model, batches, readings)
 
-    def precompute(
-        self, compute: Callable[[dict[str, Any]], list[dict[str, torch.Tensor]]], description: str
-    ) -> list[dict[str, torch.Tensor]]:
-        """Run a function of frozen weights over all training rows once, before training.
+    def precompute(self, plan: TargetPlan) -> TargetStore | None:
+        """Run a function of frozen weights over all training rows once, or take from disk what an earlier run made.
 
         Args:
-            compute (`Callable`): Makes what is to be stored for each row, on the CPU, from a batch of the collator.
-            description (`str`): What the progress bar says.
+            plan ([`TargetPlan`]): What is made of each row, and all that it depends on.
 
         Returns:
-            `list[dict[str, torch.Tensor]]`: what was made for each row, such as [`ElmDataCollator`] takes as `targets`.
+            [`TargetStore`]: what was made for each row, such as [`ElmDataCollator`] takes as `targets`; `None` where the
+            step is to make it itself. Raises what [`precompute_targets`] raises.
         """
-        self.model.to(self.args.device)
-        stored: list[dict[str, torch.Tensor]] = []
-        size = self.args.per_device_train_batch_size
-        disable = not self.accelerator.is_local_main_process
-        for start in tqdm(range(0, len(self.train_dataset), size), desc=description, disable=disable):
-            rows = range(start, min(start + size, len(self.train_dataset)))
-            inputs = self._prepare_inputs(self.data_collator([self.train_dataset[row] for row in rows]))
-            with self.compute_loss_context_manager():
-                stored += compute(inputs)
-        return stored
+        return precompute_targets(self, plan)
 
     def get_eval_dataloader(self, eval_dataset=None):
         # What is stored belongs to training rows. For others it is made in the step.
@@ -325,7 +378,7 @@ class ErasureTrainer(SFTTrainer):
             total = self.accelerator.reduce(total, reduction="sum")
             mean = (total[0] / total[1]).item()
             if not math.isfinite(mean):
-                kept = get_last_checkpoint(self.args.output_dir) if Path(self.args.output_dir).is_dir() else None
+                kept = last_finished(checkpoints(self.args.output_dir))
                 raise NonFiniteLossError(
                     f"`{name}` became {mean} by step {self.state.global_step}: lower `learning_rate` or the term's "
                     f"weight, or train in float32. Last good checkpoint: {kept or 'none yet'}."
@@ -335,15 +388,23 @@ class ErasureTrainer(SFTTrainer):
 
     def train(self, resume_from_checkpoint=None, **kwargs):
         output_dir = Path(self.args.output_dir)
-        last = get_last_checkpoint(output_dir) if output_dir.is_dir() else None
-        if resume_from_checkpoint is True and last is None:
-            logger.warning(f"`resume_from_checkpoint` is True, but {output_dir} holds no checkpoint: starting afresh.")
-            resume_from_checkpoint = None
-        if last and not resume_from_checkpoint:
+        found = checkpoints(output_dir)
+        if found and not resume_from_checkpoint:
             raise ValueError(
-                f"`output_dir` is {str(output_dir)!r}, which holds the checkpoints of another run ({last}): resume it "
-                "with `resume_from_checkpoint=True`, or name another folder."
+                f"`output_dir` is {str(output_dir)!r}, which holds the checkpoints of another run ({found[-1]}): resume "
+                "it with `resume_from_checkpoint=True`, or name another folder."
             )
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_finished(found)
+            if resume_from_checkpoint is None:
+                logger.warning(
+                    f"`resume_from_checkpoint` is True, but {output_dir} holds no finished checkpoint: starting afresh."
+                )
+        check_saving(self)
+        align_checkpointing(self)
+        if self.accelerator.num_processes > 1:
+            # Those that computed no targets have not measured it yet, and all must do so in the same forward.
+            self._final_logits = None
         run_file = output_dir / RUN_FILE
         fingerprint = self._run_fingerprint()
         if resume_from_checkpoint and run_file.exists():
@@ -353,10 +414,16 @@ class ErasureTrainer(SFTTrainer):
                     f"`output_dir` {str(output_dir)!r} holds a run with other settings ({', '.join(changed)} changed): "
                     "restore them to resume, or name another folder."
                 )
-        elif self.args.should_save:
+        if resume_from_checkpoint:
+            resume_from_checkpoint = str(resume_from_checkpoint)
+            check_launch(resume_from_checkpoint, Launch.of(self))
+        # No process looks for the file any more.
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
             output_dir.mkdir(parents=True, exist_ok=True)
             run_file.write_text(json.dumps(fingerprint, indent=2), encoding="utf-8")
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        with nullcontext() if reentrant(self.args) else no_graph_below(self.model):
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _run_fingerprint(self) -> dict[str, str]:
         """What must not change between a run and its resumption: the data and the settings of the method."""
@@ -364,7 +431,7 @@ class ErasureTrainer(SFTTrainer):
         for column in ("forget_ids", "retain_ids", "synthetic_ids"):
             for ids in self.train_dataset[column]:
                 digest.update(json.dumps(ids).encode())
-        own = set(type(self.args).__dataclass_fields__) - set(SFTConfig.__dataclass_fields__)
+        own = set(type(self.args).__dataclass_fields__) - set(SFTConfig.__dataclass_fields__) - set(PLACES)
         settings = {name: repr(getattr(self.args, name)) for name in sorted(own)}
         return settings | {"train_dataset": digest.hexdigest(), "method": type(self).__name__}
 
@@ -433,24 +500,42 @@ class ErasureTrainer(SFTTrainer):
         pass
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        # With `push_to_hub`, Trainer would push here, before there is any evidence.
-        super().save_model(output_dir, _internal_call=True)
+        if self.is_fsdp_enabled:
+            # Trainer would gather the whole model. `_save` is private to it; tests/distributed fails when it moves.
+            self._save(output_dir or self.args.output_dir, state_dict=trained_weights(self.model))
+        else:
+            # With `push_to_hub`, Trainer would push here, before there is any evidence.
+            super().save_model(output_dir, _internal_call=True)
 
     def _save_checkpoint(self, model, trial):
         # Nothing is saved after a loss that was not finite, even between two logs.
         self._mean_terms("train")
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        existed = folder.exists()
+        existed, limit = folder.exists(), self.args.save_total_limit
         try:
+            if self.args.should_save:
+                unmark(folder)
+            # Older checkpoints go only when this one is finished, which is when every process has written its part.
+            self.args.save_total_limit = None
             super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                mark_finished(folder, Launch.of(self))
         except (OSError, SafetensorError, RuntimeError) as error:
             if not existed:
                 shutil.rmtree(folder, ignore_errors=True)
-            kept = get_last_checkpoint(self.args.output_dir)
+            kept = last_finished(checkpoints(self.args.output_dir))
             raise OSError(
                 f"`output_dir` {self.args.output_dir!r}: checkpoint {folder.name} could not be written ({error}): free "
-                f"some space and resume. The unfinished checkpoint was removed; last good one: {kept or 'none yet'}."
+                "some space, or see why another process ended, and resume. The unfinished checkpoint was removed; last "
+                f"good one: {kept or 'none yet'}."
             ) from error
+        finally:
+            self.args.save_total_limit = limit
+        if self.args.should_save:
+            rotate_checkpoints(
+                self.args.output_dir, limit, best_model_checkpoint=self.state.best_model_checkpoint, use_mtime=True
+            )
 
 
 RULES: dict[str, Callable[[Any], bool]] = {
@@ -502,33 +587,20 @@ def weighted_batches(inputs: Mapping[str, Any], weights: Mapping[str, float]) ->
     return batches
 
 
-def position_nll(logits: torch.Tensor, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Negative log-likelihood of a sub-batch's labels, `[positions]`, given the logits `[positions, vocab]`."""
+def nll_reading(batch: Mapping[str, torch.Tensor]) -> Reading:
+    """Reads the negative log-likelihood of a sub-batch's labels."""
     labels = batch["labels"][batch["rows"], batch["columns"] + 1]
-    return F.cross_entropy(logits.float(), labels, reduction="none")
+    return lambda logits, where: F.cross_entropy(logits.float(), labels[where], reduction="none")
+
+
+def kl_reading(logits: torch.Tensor, where: slice, reference: torch.Tensor) -> torch.Tensor:
+    """Reads `KL(reference ‖ adapted)` over the whole vocabulary, where the reference's states are read beside."""
+    return kl_divergence(logits, reference)
 
 
 def batch_mean(values: torch.Tensor, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Mean over the texts of a sub-batch of the mean over each text's positions, of `values` `[positions]`."""
     return text_mean(values, batch["rows"], batch["input_ids"].size(0))
-
-
-def retain_term(
-    logits: torch.Tensor, batch: Mapping[str, torch.Tensor], reference: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Retain term of the methods without one of their own, as in TOFU (arXiv 2401.06121, section 3.3).
-
-    Args:
-        logits (`torch.Tensor`): Logits of the adapted model, `[positions, vocab]`.
-        batch (`Mapping`): The sub-batch of retain text.
-        reference (`torch.Tensor`, *optional*): Logits of the reference, `[positions, vocab]`.
-
-    Returns:
-        `torch.Tensor`: mean over texts of the mean over positions of `KL(reference ‖ adapted)`, or without `reference`
-        of the negative log-likelihood of the text.
-    """
-    values = position_nll(logits, batch) if reference is None else kl_divergence(logits, reference)
-    return batch_mean(values, batch)
 
 
 def _named(name: str, dataset: Any) -> list[tuple[str, Any]]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,16 +12,21 @@ from trl import SFTConfig
 from ..concept import Concept, load_concept
 from ..data.collator import ElmDataCollator
 from ..ops import (
+    STATES,
+    Reading,
     SparseDistribution,
     argmax_cross_entropy,
+    disagreement,
     erasure_target,
     kl_to_reference,
+    mean_log_probs,
     position_weights,
     ramped_eta,
     soft_cross_entropy,
     top_k_distribution,
 )
-from .base import SUB_BATCHES, ErasureTrainer, batch_mean, check_columns, check_fields, position_nll, weighted_batches
+from .base import ErasureTrainer, batch_mean, check_columns, check_fields, nll_reading, weighted_batches
+from .elm_targets import elm_target_plan
 from .teachers import Teacher
 
 
@@ -84,9 +89,13 @@ class ElmConfig(SFTConfig):
             Rank of the two throw-away adapters.
         teacher_batch_size (`int`, *optional*, defaults to `8`):
             Texts per step of the two throw-away adapters.
-        precompute_targets (`bool`, *optional*, defaults to `False`):
-            Compute all targets once before training, so that a step needs no reference forward. Implied by
-            `expert_steps`.
+        precompute_targets (`bool`, *optional*):
+            Compute all targets once before training and keep them on disk for every run with the same model, data and
+            settings, so that a step needs no reference forward. By default this is done where training visits every row
+            at least once, and they fit into half of the free disk and 64 GiB. Implied by `expert_steps`.
+        targets_dir (`str`, *optional*):
+            Folder in which targets are kept, each set of them under a name that says all they depend on. All processes
+            must see it. Defaults to `elm_targets` in the cache of `datasets`.
 
     > [!NOTE]
     > These parameters have default values different from [`~trl.SFTConfig`]:
@@ -115,7 +124,8 @@ class ElmConfig(SFTConfig):
     teacher_learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of the adapters above."})
     teacher_rank: int = field(default=16, metadata={"help": "Rank of the adapters above."})
     teacher_batch_size: int = field(default=8, metadata={"help": "Texts per step of the adapters above."})
-    precompute_targets: bool = field(default=False, metadata={"help": "Compute all targets before training."})
+    precompute_targets: bool | None = field(default=None, metadata={"help": "Compute all targets before training."})
+    targets_dir: str | None = field(default=None, metadata={"help": "Folder in which targets are kept."})
 
     def __post_init__(self):
         super().__post_init__()
@@ -194,9 +204,10 @@ class ElmTrainer(ErasureTrainer):
                 pad_to_multiple_of=args.pad_to_multiple_of,
                 seed=args.seed,
             )
+        self._teachers: dict[str, Teacher] = {}
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)
-        if args.precompute_targets:
-            self.data_collator.targets = self._store_targets()
+        if stored := self.precompute(elm_target_plan(self)):
+            self.data_collator.targets = stored
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         weights = {
@@ -210,105 +221,76 @@ class ElmTrainer(ErasureTrainer):
             for term in ("erase", "retain")
             if term in batches
         }
-        logits = self.forward_positions(model, batches)
-        terms = {}
-        if "erase" in logits:
-            target = targets["erase"]
-            losses = soft_cross_entropy(logits["erase"], SparseDistribution(target["indices"], target["probs"]))
-            terms["erase"] = batch_mean(losses * target["weights"], batches["erase"])
-        if "retain" in logits:
-            target = targets["retain"]
-            if self.args.retain_loss == "kl":
-                losses = kl_to_reference(logits["retain"], SparseDistribution(target["indices"], target["probs"]))
-            else:
-                losses = argmax_cross_entropy(logits["retain"], target["indices"][:, 0])
-            terms["retain"] = batch_mean(losses, batches["retain"])
-        if "consistency" in logits:
-            losses = position_nll(logits["consistency"], batches["consistency"])
-            terms["consistency"] = batch_mean(losses, batches["consistency"])
+        readings = {term: self._reading(term, batch, targets.get(term)) for term, batch in batches.items()}
+        values = self.forward_positions(model, batches, readings)
+        if "erase" in values:
+            values["erase"] = values["erase"] * targets["erase"]["weights"]
+        terms = {term: batch_mean(value, batches[term]) for term, value in values.items()}
         loss = self.weigh(terms, weights)
         return (loss, None) if return_outputs else loss
+
+    def _reading(self, term: str, batch: Mapping[str, Any], target: Mapping[str, torch.Tensor] | None) -> Reading:
+        """The loss of each position of a term, as a function of its logits."""
+        if target is None:
+            return nll_reading(batch)
+        aim = SparseDistribution(target["indices"], target["probs"])
+        if term == "erase":
+            return lambda logits, where: soft_cross_entropy(logits, aim.part(where))
+        if self.args.retain_loss == "kl":
+            return lambda logits, where: kl_to_reference(logits, aim.part(where))
+        return lambda logits, where: argmax_cross_entropy(logits, aim.indices[where, 0])
 
     def _target(self, model: nn.Module, term: str, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         """What the adapted model is to match on a sub-batch, from the reference (and the teachers)."""
         if term == "retain":
-            logits = self.reference_positions(model, {"retain": batch})["retain"]
-            return top_k_distribution(logits, self.args.top_k)._asdict()
+            reading: Reading = lambda logits, where: top_k_distribution(logits, self.args.top_k)  # noqa: E731
+            indices, probs = self.reference_positions(model, {"retain": batch}, {"retain": reading})["retain"]
+            return {"indices": indices, "probs": probs}
+        eta, tau = self._eta(batch), self.args.tau
+        assert tau is not None  # `ElmConfig.__post_init__` has filled what was left out.
         with self.reference(model):
-            base = self.forward_positions(model, {"base": batch})["base"]
-            if "expert" in batch:
-                expert, novice = (
-                    self._average_contexts(self.forward_positions(model, {side: batch[side]})[side], batch)
-                    for side in ("expert", "novice")
-                )
-            else:
-                expert, novice = (
-                    base if teacher is None else teacher.logits(self, batch)
-                    for teacher in (self._expert, self._novice)
-                )
-        texts = batch["input_ids"].size(0)
-        # `ElmConfig.__post_init__` has filled what was left out.
-        assert self.args.eta is not None and self.args.eta_end is not None and self.args.tau is not None
-        eta: float | torch.Tensor = self.args.eta
-        if self.args.eta_end != self.args.eta:
-            mask = batch["attention_mask"]
-            position = (mask.cumsum(-1) - 1)[batch["rows"], batch["columns"] + 1]
-            eta = ramped_eta(position, mask.sum(-1)[batch["rows"]], self.args.eta, self.args.eta_end)
-        target = erasure_target(
-            base, expert, novice, eta=eta, temperature=self.args.tau, top_k=self.args.top_k,
-            plausibility=self.args.plausibility,
-        )  # fmt: skip
-        weights = position_weights(expert, novice, batch["rows"], texts, self.args.fact_share)
-        return {**target._asdict(), "weights": weights}
+            experts, novices = (self._states(model, side, batch) for side in ("expert", "novice"))
 
-    def _average_contexts(self, logits: torch.Tensor, batch: Mapping[str, Any]) -> torch.Tensor:
-        """Mean over a text's contexts of its log-probabilities, `[positions, vocab]`."""
+            def read(base: torch.Tensor, where: slice, *others: torch.Tensor) -> tuple[torch.Tensor, ...]:
+                # Without a novice of its own, the reference is the novice.
+                expert = mean_log_probs(others[: len(experts)])
+                novice = mean_log_probs(others[len(experts) :] or (base,))
+                target = erasure_target(
+                    base, expert, novice, eta=eta[where], temperature=tau, top_k=self.args.top_k,
+                    plausibility=self.args.plausibility,
+                )  # fmt: skip
+                return (*target, disagreement(expert, novice))
+
+            further = {"base": [*experts, *novices]}
+            indices, probs, apart = self.forward_positions(model, {"base": batch}, {"base": read}, further)["base"]
+        texts = batch["input_ids"].size(0)
+        weights = position_weights(apart, batch["rows"], texts, self.args.fact_share)
+        return {"indices": indices, "probs": probs, "weights": weights}
+
+    def _eta(self, batch: Mapping[str, Any]) -> torch.Tensor:
+        """η of each position of the forget text, `[positions]`."""
+        assert self.args.eta is not None and self.args.eta_end is not None
+        mask = batch["attention_mask"]
+        position = (mask.cumsum(-1) - 1)[batch["rows"], batch["columns"] + 1]
+        return ramped_eta(position, mask.sum(-1)[batch["rows"]], self.args.eta, self.args.eta_end)
+
+    def _states(self, model: nn.Module, side: str, batch: Mapping[str, Any]) -> list[torch.Tensor]:
+        """States of expert or novice at the positions of the forget text, `[positions, hidden]` for each context or the
+        teacher; none where the reference is the novice.
+        """
+        if side not in batch:
+            if side not in self._teachers:
+                return []
+            with self._teachers[side].in_place():
+                return [self.forward_positions(model, {side: batch}, {side: STATES})[side]]
+        states = self.forward_positions(model, {side: batch[side]}, {side: STATES})[side]
         contexts = self.args.contexts_per_sample
-        if contexts == 1:
-            return logits
         # Rows of the contexts follow each other text by text: text 0 context 0, text 0 context 1, ...
-        log_probs = logits.float().log_softmax(-1)
         rows = batch["rows"]
         counts = torch.bincount(rows, minlength=batch["input_ids"].size(0))
         starts = (counts.cumsum(0) - counts)[rows]
-        place = torch.arange(len(rows), device=rows.device) - starts
-        first = contexts * starts + place
-        return torch.stack([log_probs[first + k * counts[rows]] for k in range(contexts)]).mean(0)
-
-    @property
-    def _expert(self) -> "Teacher | None":
-        return self._teachers.get("expert")
-
-    @property
-    def _novice(self) -> "Teacher | None":
-        return self._teachers.get("novice")
-
-    def _store_targets(self) -> list[dict[str, torch.Tensor]]:
-        """Targets of every training row, on the CPU; the throw-away adapters live only for this pass."""
-        self._teachers: dict[str, Teacher] = {}
-        sides: tuple[tuple[Literal["expert", "novice"], int, str], ...] = (
-            ("expert", self.args.expert_steps, "forget_ids"),
-            ("novice", self.args.novice_steps, "novice_ids"),
-        )
-        for side, steps, column in sides:
-            if steps:
-                self._teachers[side] = Teacher.fit(self, side, list(self.train_dataset[column]), steps)
-        weights = {"erase": self.args.erase_weight, "retain": self.args.retain_weight}
-
-        def targets(inputs: dict[str, Any]) -> list[dict[str, torch.Tensor]]:
-            parts: list[dict[str, torch.Tensor]] = [{} for _ in inputs["forget"]["lengths"]]
-            for term, batch in weighted_batches(inputs, weights).items():
-                counts = torch.bincount(batch["rows"], minlength=len(parts)).tolist()
-                for key, value in self._target(self.model, term, batch).items():
-                    for part, piece in zip(parts, value.cpu().split(counts), strict=True):
-                        part[f"{SUB_BATCHES[term]}_{key}"] = piece.clone()
-            return parts
-
-        stored = self.precompute(targets, "Computing targets")
-        for teacher in self._teachers.values():
-            teacher.remove()
-        self._teachers = {}
-        return stored
+        first = (contexts - 1) * starts + torch.arange(len(rows), device=rows.device)
+        return [states[first + context * counts[rows]] for context in range(contexts)]
 
 
 def _concepts(args: ElmConfig, dataset: Any) -> dict[str, Concept]:

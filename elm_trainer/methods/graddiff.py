@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from trl import SFTConfig
 
-from .base import ErasureTrainer, batch_mean, check_fields, position_nll, retain_term, weighted_batches
+from .base import ErasureTrainer, batch_mean, check_fields, weighted_batches
 
 
 @dataclass
@@ -56,13 +56,9 @@ class GradDiffTrainer(ErasureTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         weights = {"erase": self.args.erase_weight, "retain": self.args.retain_weight}
         batches = weighted_batches(inputs, weights)
-        compared = ["retain"] if self.args.retain_loss == "kl" else []
-        reference = self.reference_positions(model, {term: batches[term] for term in compared if term in batches})
-        logits = self.forward_positions(model, batches)
-        terms = {}
-        if "erase" in logits:
-            terms["erase"] = -batch_mean(position_nll(logits["erase"], batches["erase"]), batches["erase"])
-        if "retain" in logits:
-            terms["retain"] = retain_term(logits["retain"], batches["retain"], reference.get("retain"))
+        values = self.position_losses(model, batches, self.args.retain_loss)
+        terms = {term: batch_mean(value, batches[term]) for term, value in values.items()}
+        if "erase" in terms:
+            terms["erase"] = -terms["erase"]
         loss = self.weigh(terms, weights)
         return (loss, None) if return_outputs else loss

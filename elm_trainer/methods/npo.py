@@ -6,10 +6,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from trl import SFTConfig
 
+from ..data.target_layout import Field, TargetLayout
 from ..ops import text_sums
-from .base import ErasureTrainer, check_fields, position_nll, retain_term, weighted_batches
+from .base import ErasureTrainer, batch_mean, check_fields, nll_reading, weighted_batches
+from .targets import TargetPlan
 
 
 @dataclass
@@ -30,9 +33,13 @@ class NpoConfig(SFTConfig):
             Weight α of the retain term.
         retain_loss (`str`, *optional*, defaults to `"nll"`):
             `"nll"` of retain text, or `"kl"` to the reference, which is then run on it at every step.
-        precompute_ref_log_probs (`bool`, *optional*, defaults to `True`):
-            Run the reference over all forget texts once before training and keep one number for each, in place of a
-            reference forward in every step. `False` is faster where training visits few of the rows.
+        precompute_ref_log_probs (`bool`, *optional*):
+            Run the reference over all forget texts once before training and keep one number for each on disk, for every
+            run with the same model and data, in place of a reference forward in every step. By default this is done
+            where training visits every row at least once.
+        targets_dir (`str`, *optional*):
+            Folder in which these numbers are kept, each set of them under a name that says all they depend on. All
+            processes must see it. Defaults to `elm_targets` in the cache of `datasets`.
 
     > [!NOTE]
     > These parameters have default values different from [`~trl.SFTConfig`]:
@@ -45,18 +52,19 @@ class NpoConfig(SFTConfig):
     erase_weight: float = field(default=1.0, metadata={"help": "Weight of the erase term."})
     retain_weight: float = field(default=1.0, metadata={"help": "Weight of the retain term."})
     retain_loss: str = field(default="nll", metadata={"help": "Retain term.", "choices": ["nll", "kl"]})
-    precompute_ref_log_probs: bool = field(
-        default=True, metadata={"help": "Run the reference on the forget texts once before training."}
+    precompute_ref_log_probs: bool | None = field(
+        default=None, metadata={"help": "Run the reference on the forget texts once before training."}
     )
+    targets_dir: str | None = field(default=None, metadata={"help": "Folder in which its numbers are kept."})
 
     def __post_init__(self):
         super().__post_init__()
         check_fields(self, {"above 0": ("beta",)})
 
 
-def sequence_nll(logits: torch.Tensor, batch: Mapping[str, Any]) -> torch.Tensor:
-    """ℓ: negative log-likelihood of each text, summed over its supervised positions, `[texts]`."""
-    return text_sums(position_nll(logits, batch), batch["rows"], batch["input_ids"].size(0))
+def sequence_nll(losses: torch.Tensor, batch: Mapping[str, Any]) -> torch.Tensor:
+    """ℓ: negative log-likelihood of each text, `[texts]`, from that of its positions, `[positions]`."""
+    return text_sums(losses, batch["rows"], batch["input_ids"].size(0))
 
 
 def npo_loss(nll: torch.Tensor, reference_nll: torch.Tensor, beta: float) -> torch.Tensor:
@@ -96,30 +104,40 @@ class NpoTrainer(ErasureTrainer):
         **kwargs,
     ):
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)
-        if self.args.precompute_ref_log_probs and self.args.erase_weight:
-            self.data_collator.targets = self.precompute(self._reference_rows, "Computing reference log-probabilities")
+        plan = TargetPlan(
+            switch="precompute_ref_log_probs",
+            layout=TargetLayout(
+                {"forget_nll": Field("floats", per="text")} if self.args.erase_weight else {},
+                self.model.config.get_text_config().vocab_size,
+            ),
+            settings={"method": "NPO"},
+            columns=["forget_ids"],
+            targets_dir=self.args.targets_dir,
+            compute=self._reference_rows,
+            description="Computing reference log-probabilities",
+        )
+        if stored := self.precompute(plan):
+            self.data_collator.targets = stored
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         weights = {"erase": self.args.erase_weight, "retain": self.args.retain_weight}
         batches = weighted_batches(inputs, weights)
-        compared = ["retain"] if self.args.retain_loss == "kl" else []
-        if "target" not in inputs["forget"]:
-            compared.append("erase")
-        reference = self.reference_positions(model, {term: batches[term] for term in compared if term in batches})
-        logits = self.forward_positions(model, batches)
+        values = self.position_losses(model, batches, self.args.retain_loss)
         terms = {}
-        if "erase" in logits:
+        if "erase" in values:
             forget = batches["erase"]
-            reference_nll = (
-                sequence_nll(reference["erase"], forget) if "erase" in reference else forget["target"]["nll"]
-            )
-            terms["erase"] = npo_loss(sequence_nll(logits["erase"], forget), reference_nll, self.args.beta).mean()
-        if "retain" in logits:
-            terms["retain"] = retain_term(logits["retain"], batches["retain"], reference.get("retain"))
+            reference = forget["target"]["nll"] if "target" in forget else self.reference_nll(model, forget)
+            terms["erase"] = npo_loss(sequence_nll(values["erase"], forget), reference, self.args.beta).mean()
+        if "retain" in values:
+            terms["retain"] = batch_mean(values["retain"], batches["retain"])
         loss = self.weigh(terms, weights)
         return (loss, None) if return_outputs else loss
 
     def _reference_rows(self, inputs: Mapping[str, Any]) -> list[dict[str, torch.Tensor]]:
         """ℓ_ref of each forget text, as the collator keeps it."""
-        logits = self.reference_positions(self.model, {"forget": inputs["forget"]})["forget"]
-        return [{"forget_nll": nll} for nll in sequence_nll(logits, inputs["forget"]).cpu().split(1)]
+        return [{"forget_nll": nll} for nll in self.reference_nll(self.model, inputs["forget"]).cpu().split(1)]
+
+    def reference_nll(self, model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
+        """ℓ_ref of each text, `[texts]`."""
+        losses = self.reference_positions(model, {"forget": batch}, {"forget": nll_reading(batch)})["forget"]
+        return sequence_nll(losses, batch)

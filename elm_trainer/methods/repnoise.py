@@ -13,7 +13,9 @@ from peft import PeftModel
 from torch import nn
 from trl import SFTConfig
 
+from ..ops import FinalLogits, Reading, read_positions
 from .base import ErasureTrainer, check_fields
+from .sharding import gathered
 
 
 BANDWIDTHS = 5
@@ -105,9 +107,8 @@ class PositionWeights(NamedTuple):
     constant: torch.Tensor | float = 0.0
 
 
-def weighted_nll(logits: torch.Tensor, labels: torch.Tensor, weights: PositionWeights) -> torch.Tensor:
-    """`Σ_i w_i·(−log p(label_i)) + constant`, a scalar, for logits `[positions, vocab]`."""
-    losses = F.cross_entropy(_wide(logits), labels, reduction="none")
+def weighted_sum(losses: torch.Tensor, weights: PositionWeights) -> torch.Tensor:
+    """`Σ_i w_i·loss_i + constant`, a scalar, for losses `[positions]`."""
     return (losses * weights.values).sum() + weights.constant
 
 
@@ -162,44 +163,33 @@ class _DifferentiateNow(torch.autograd.Function):
     """Sum of a function over pieces, differentiated in the forward: what the function makes is freed piece by piece."""
 
     @staticmethod
-    def forward(ctx, function, count, *tensors):
-        pieces, parameters = tensors[:count], tensors[count:]
+    def forward(ctx, function, *pieces):
         values, gradients = [], []
-        sums = [torch.zeros_like(parameter) for parameter in parameters]
-        for piece, needed in zip(pieces, ctx.needs_input_grad[2:], strict=False):
-            with torch.set_grad_enabled(needed or bool(parameters)):
+        for piece, needed in zip(pieces, ctx.needs_input_grad[1:], strict=True):
+            with torch.set_grad_enabled(needed):
                 leaf = piece.detach().requires_grad_(needed)
                 value = function(leaf)
-            inputs = [*([leaf] if needed else []), *parameters]
-            made = list(torch.autograd.grad(value, inputs)) if inputs else []
-            gradients.append(made.pop(0) if needed else None)
-            for total, gradient in zip(sums, made, strict=True):
-                total += gradient
+            gradients.append(torch.autograd.grad(value, leaf)[0] if needed else None)
             values.append(value.detach())
-        ctx.save_for_backward(*gradients, *sums)
+        ctx.save_for_backward(*gradients)
         return torch.stack(values).sum()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_output):
-        return (None, None, *(None if saved is None else saved * grad_output for saved in ctx.saved_tensors))
+        return (None, *(None if saved is None else saved * grad_output for saved in ctx.saved_tensors))
 
 
-def sum_over_pieces(
-    function: Callable[[torch.Tensor], torch.Tensor],
-    pieces: Sequence[torch.Tensor],
-    parameters: Sequence[nn.Parameter] = (),
-) -> torch.Tensor:
+def sum_over_pieces(function: Callable[[torch.Tensor], torch.Tensor], pieces: Sequence[torch.Tensor]) -> torch.Tensor:
     """`Σ function(piece)`, with the memory of one piece at a time: gradients are made at once and all else is dropped.
 
     Args:
         function (`Callable`): Gives a scalar.
         pieces (`Sequence[torch.Tensor]`): Its arguments, one after the other.
-        parameters (`Sequence[nn.Parameter]`, *optional*): Trainable parameters the function uses, all of them each time.
     """
     if not torch.is_grad_enabled():
         return torch.stack([function(piece) for piece in pieces]).sum()
-    return _DifferentiateNow.apply(function, len(pieces), *pieces, *parameters)
+    return _DifferentiateNow.apply(function, *pieces)
 
 
 class RepNoiseTrainer(ErasureTrainer):
@@ -263,20 +253,21 @@ class RepNoiseTrainer(ErasureTrainer):
         decoder = (unwrapped.get_base_model() if isinstance(unwrapped, PeftModel) else unwrapped).get_decoder()
         self._layers = decoder_layers(decoder)
         self._norm, self._head = final_norm(decoder, self._layers), unwrapped.get_output_embeddings()
+        self._vocabulary = unwrapped.config.get_text_config().vocab_size
         self._mlps = layer_mlps(self._layers) if self.args.beta else []
         self._drawn = (-1, 0)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         alpha, beta = self.args.alpha, self.args.beta
         batches = {name: inputs[name] for name in (("retain", "forget") if alpha or beta else ("retain",))}
+        final = self.final_logits(model)
         with self._watch() as (states, outputs):
-            logits = self.forward_positions(model, batches)
-        weights = self._weights(inputs, "retain", logits["retain"])
-        terms = {"retain": weighted_nll(logits["retain"], _labels(inputs["retain"]), weights)}
+            losses = self.forward_positions(model, batches, {name: _nll(batch) for name, batch in batches.items()})
+        terms = {"retain": weighted_sum(losses["retain"], self._weights(inputs, "retain", losses["retain"].dtype))}
         if alpha or beta:
             slots = self._slots(model, batches, "forget")  # [batch, seq]
         if alpha:
-            total = self._layerwise_nll(logits["forget"], states, slots, inputs)
+            total = self._layerwise_nll(losses["forget"], states, final, slots, inputs)
             terms["ascent"] = ascent_term(total, len(self._layers))
         if beta:
             terms["noise"] = self._distance_to_noise(outputs, slots, inputs)
@@ -284,23 +275,26 @@ class RepNoiseTrainer(ErasureTrainer):
         return (loss, None) if return_outputs else loss
 
     def _layerwise_nll(
-        self, logits: torch.Tensor, states: Sequence[torch.Tensor], slots: torch.Tensor, inputs: Mapping[str, Any]
+        self,
+        losses: torch.Tensor,
+        states: Sequence[torch.Tensor],
+        final: FinalLogits,
+        slots: torch.Tensor,
+        inputs: Mapping[str, Any],
     ) -> torch.Tensor:
         """`S`, of L + 2 terms."""
         forget = inputs["forget"]
-        labels, weights = _labels(forget), self._weights(inputs, "forget", logits)
-
-        def read(state: torch.Tensor) -> torch.Tensor:  # [positions, hidden]
-            return weighted_nll(self._head(self._norm(state)), labels, weights)
-
-        places = slots[forget["rows"], forget["columns"]]
-        supervised = [state.flatten(0, 1).index_select(0, places) for state in states]
-        trained = [p for part in (self._norm, self._head) for p in part.parameters() if p.requires_grad]
+        weights = self._weights(inputs, "forget", losses.dtype)
         # Through one norm, the last layer is read as the head reads it.
-        own = (1 if self.args.faithful else 2) * weighted_nll(logits, labels, weights)
+        total = (1 if self.args.faithful else 2) * weighted_sum(losses, weights)
+        places = slots[forget["rows"], forget["columns"]]
         # The model's forward alone runs in mixed precision; the readings are to run as it does.
-        with self.accelerator.autocast():
-            return own + sum_over_pieces(read, supervised, trained)
+        with self.accelerator.autocast(), gathered(self._head):
+            for state in states:
+                supervised = self._norm(state.flatten(0, 1).index_select(0, places))
+                values = read_positions(self._head, final, _nll(forget), supervised, vocabulary=self._vocabulary)
+                total = total + weighted_sum(values, weights)
+        return total
 
     def _distance_to_noise(
         self, outputs: Sequence[torch.Tensor], slots: torch.Tensor, inputs: Mapping[str, Any]
@@ -323,12 +317,12 @@ class RepNoiseTrainer(ErasureTrainer):
         activations = [output.flatten(0, 1).index_select(0, slots.flatten()) for output in outputs]
         return sum_over_pieces(distance, activations) / len(activations)
 
-    def _weights(self, inputs: Mapping[str, Any], name: str, logits: torch.Tensor) -> PositionWeights:
-        batch, dtype = inputs[name], torch.promote_types(logits.dtype, torch.float32)
+    def _weights(self, inputs: Mapping[str, Any], name: str, dtype: torch.dtype) -> PositionWeights:
+        batch = inputs[name]
         if not self.args.faithful:
             return text_weights(batch, dtype)
         other = inputs["retain" if name == "forget" else "forget"]
-        return official_weights(batch, other, logits.size(-1), dtype)
+        return official_weights(batch, other, self._vocabulary, dtype)
 
     @contextmanager
     def _watch(self) -> Iterator[tuple[list[torch.Tensor], list[torch.Tensor]]]:
@@ -420,8 +414,10 @@ def final_norm(decoder: nn.Module, layers: nn.ModuleList) -> nn.Module:
     return norms[-1]
 
 
-def _labels(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    return batch["labels"][batch["rows"], batch["columns"] + 1]
+def _nll(batch: Mapping[str, torch.Tensor]) -> Reading:
+    """Reads the negative log-likelihood of the labels; unlike [`nll_reading`], in float64 for logits of that type."""
+    labels = batch["labels"][batch["rows"], batch["columns"] + 1]
+    return lambda logits, where: F.cross_entropy(_wide(logits), labels[where], reduction="none")
 
 
 def _wide(values: torch.Tensor) -> torch.Tensor:

@@ -312,15 +312,19 @@ class RmuTrainer(ErasureTrainer):
             result = args[-1]
             output.append(result[0] if isinstance(result, tuple) else result)
 
+        def mend(*_) -> None:
+            # Before the wrapped model's own forward ends: DeepSpeed then looks through all modules that it prepared.
+            setattr(owner, name, stack)
+
         handles = [
             owner.register_forward_pre_hook(cut),
+            owner.register_forward_hook(mend, always_call=True),
             stack[self._first_layer].register_forward_pre_hook(start),
             stack[self.args.layer].register_forward_hook(keep),
         ]
         try:
             yield output
         finally:
-            setattr(owner, name, stack)
             for handle in handles:
                 handle.remove()
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from trl import SFTConfig
 
 from ..ops import text_means
-from .base import ErasureTrainer, check_fields, position_nll, retain_term, weighted_batches
+from .base import ErasureTrainer, batch_mean, check_fields, weighted_batches
 
 
 @dataclass
@@ -81,15 +81,13 @@ class SimNpoTrainer(ErasureTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         weights = {"erase": self.args.erase_weight, "retain": self.args.retain_weight}
         batches = weighted_batches(inputs, weights)
-        compared = ["retain"] if self.args.retain_loss == "kl" else []
-        reference = self.reference_positions(model, {term: batches[term] for term in compared if term in batches})
-        logits = self.forward_positions(model, batches)
+        values = self.position_losses(model, batches, self.args.retain_loss)
         terms = {}
-        if "erase" in logits:
+        if "erase" in values:
             forget = batches["erase"]
-            nll = text_means(position_nll(logits["erase"], forget), forget["rows"], forget["input_ids"].size(0))
+            nll = text_means(values["erase"], forget["rows"], forget["input_ids"].size(0))
             terms["erase"] = simnpo_loss(nll, self.args.beta, self.args.delta).mean()
-        if "retain" in logits:
-            terms["retain"] = retain_term(logits["retain"], batches["retain"], reference.get("retain"))
+        if "retain" in values:
+            terms["retain"] = batch_mean(values["retain"], batches["retain"])
         loss = self.weigh(terms, weights)
         return (loss, None) if return_outputs else loss

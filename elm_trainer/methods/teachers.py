@@ -1,12 +1,14 @@
 """Throw-away adapters that stand for expert and novice where a context hardly changes a small model (DESIGN §5)."""
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from peft import LoraConfig, PeftModel
 from tqdm.auto import tqdm
+
+from .base import nll_reading
 
 
 if TYPE_CHECKING:
@@ -63,9 +65,7 @@ class Teacher:
                 batch = trainer.data_collator.pad([(texts[index], 0) for index in chosen])
                 batch = trainer._prepare_inputs(batch)
                 with trainer.compute_loss_context_manager():
-                    logits = trainer.forward_positions(model, {name: batch})[name]
-                    labels = batch["labels"][batch["rows"], batch["columns"] + 1]
-                    loss = F.cross_entropy(logits.float(), labels)
+                    loss = trainer.forward_positions(model, {name: batch}, {name: nll_reading(batch)})[name].mean()
                 loss.backward()
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
@@ -73,13 +73,14 @@ class Teacher:
             model.set_adapter(teacher._trained)
         return teacher
 
-    def logits(self, trainer: "ElmTrainer", batch: Mapping[str, Any]) -> torch.Tensor:
-        """Logits of the supervised positions, `[positions, vocab]`."""
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """While this holds, the model, whose adapters the caller has disabled, is the teacher."""
         model = self._model
         model.set_adapter(self._name)
-        model.base_model.enable_adapter_layers()  # the caller has disabled all adapters
+        model.base_model.enable_adapter_layers()
         try:
-            return trainer.forward_positions(model, {self._name: batch})[self._name]
+            yield
         finally:
             model.base_model.disable_adapter_layers()
             model.set_adapter(self._trained)

@@ -6,6 +6,7 @@ from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
 from typing import Any, NamedTuple, TypeAlias
 
@@ -17,6 +18,7 @@ from transformers.utils import logging
 from trl import SFTConfig
 
 from ..data.collator import IGNORE_INDEX, ElmDataCollator
+from ..ops import STATES
 from .anchors import AnchorDictionary, Translation, load_anchors
 from .base import (
     ErasureTrainer,
@@ -24,8 +26,6 @@ from .base import (
     batch_mean,
     check_columns,
     check_fields,
-    position_nll,
-    retain_term,
     weighted_batches,
 )
 from .teachers import Teacher
@@ -36,8 +36,6 @@ logger = logging.get_logger(__name__)
 LABELS = "generic_labels"
 # A forget text by its concept and its tokens.
 TextKey: TypeAlias = tuple[str, tuple[int, ...]]
-# Positions whose logits are turned into labels at a time, so that their differences over the vocabulary stay small.
-_CHUNK = 256
 
 
 @dataclass
@@ -169,14 +167,10 @@ def generic_labels(
         spent (`Sequence[tuple[int, int]]`, *optional*): Positions and tokens whose baseline logit is lowered to the mean
             of its position: the translations of anchors that were named before (§2.2; the amount is the authors' code's).
     """
-    labels = []
     places = torch.tensor(spent, dtype=torch.long, device=baseline.device).reshape(-1, 2)
-    for start in range(0, len(baseline), _CHUNK):
-        part = baseline[start : start + _CHUNK].float()
-        row, token = (places[(places[:, 0] >= start) & (places[:, 0] < start + len(part))] - places.new([start, 0])).T
-        part = part.index_put((row, token), part.mean(-1)[row])
-        labels.append(generic_logits(part, reinforced[start : start + _CHUNK].float(), alpha, relu=relu).argmax(-1))
-    return torch.cat(labels) if labels else places.new_empty(0)
+    baseline = baseline.float()
+    baseline = baseline.index_put(tuple(places.T), baseline.mean(-1)[places[:, 0]])
+    return generic_logits(baseline, reinforced.float(), alpha, relu=relu).argmax(-1)
 
 
 def tokenize(processing_class: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[TokenizedText]:
@@ -468,22 +462,32 @@ class WhpTrainer(ErasureTrainer):
             offset += len(text.positions)
         with self.compute_loss_context_manager(), self.reference(self.model):
             inputs = self._prepare_inputs({"translated": translated, "original": original})
-            baseline = self.forward_positions(self.model, {"translated": inputs["translated"]})["translated"]
-            strong = baseline if reinforced is None else reinforced.logits(self, inputs["original"])
-            return generic_labels(baseline, strong, alpha=self.args.alpha, relu=self.args.relu, spent=spent)
+            batches = {"translated": inputs["translated"]}
+            if reinforced is None:
+                readings = {"translated": lambda logits, where: self._read_labels(logits, where, logits, spent)}
+                return self.forward_positions(self.model, batches, readings)["translated"]
+            states = self.forward_positions(self.model, batches, {"translated": STATES})["translated"]
+            with reinforced.in_place():
+                return self.forward_positions(
+                    self.model,
+                    {"original": inputs["original"]},
+                    {"original": partial(self._read_labels, spent=spent)},
+                    {"original": [states]},
+                )["original"]
+
+    def _read_labels(
+        self, strong: torch.Tensor, where: slice, baseline: torch.Tensor, spent: Sequence[tuple[int, int]]
+    ) -> torch.Tensor:
+        """The labels of a chunk of positions, `[chunk]`."""
+        own = [(row - where.start, token) for row, token in spent if 0 <= row - where.start < len(baseline)]
+        return generic_labels(baseline, strong, alpha=self.args.alpha, relu=self.args.relu, spent=own)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         weights = {"erase": self.args.erase_weight, "retain": self.args.retain_weight}
         batches = weighted_batches(inputs, weights)
-        compared = ["retain"] if self.args.retain_loss == "kl" else []
-        reference = self.reference_positions(model, {term: batches[term] for term in compared if term in batches})
-        logits = self.forward_positions(model, batches)
-        terms = {}
-        if "erase" in logits:
-            # The labels of the forget batch are the generic ones.
-            terms["erase"] = batch_mean(position_nll(logits["erase"], batches["erase"]), batches["erase"])
-        if "retain" in logits:
-            terms["retain"] = retain_term(logits["retain"], batches["retain"], reference.get("retain"))
+        # The labels of the forget batch are the generic ones.
+        values = self.position_losses(model, batches, self.args.retain_loss)
+        terms = {term: batch_mean(value, batches[term]) for term, value in values.items()}
         loss = self.weigh(terms, weights)
         return (loss, None) if return_outputs else loss
 

@@ -7,6 +7,7 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 
 from elm_trainer import ElmDataCollator
+from elm_trainer.methods.base import nll_reading
 from elm_trainer.methods.npo import NpoConfig, NpoTrainer, npo_loss, sequence_nll
 
 from .by_hand import assert_same_gradients, batch_of, column_nlls, gradients
@@ -84,7 +85,7 @@ def test_sums_over_masks_and_lengths_are_those_of_a_loop_over_tokens(tokenizer, 
         tokenizer.padding_side = "right"
     scores = 4 * torch.randn(*batch["input_ids"].shape, 17, generator=generator)  # [batch, seq, vocab]
 
-    made = sequence_nll(scores[batch["rows"], batch["columns"]], batch)
+    made = sequence_nll(nll_reading(batch)(scores[batch["rows"], batch["columns"]], slice(None)), batch)
 
     for index, (ids, first) in enumerate(rows):
         start = scores.size(1) - len(ids) if side == "left" else 0
@@ -142,6 +143,7 @@ def test_stored_reference_gives_the_losses_of_one_run_in_every_step(make, tokeni
 @pytest.mark.parametrize(("stored", "forwards"), [(True, 1), (False, 2)])
 def test_a_stored_reference_spares_the_step_a_forward(stored, forwards, make, tiny_model):
     trainer = make(precompute_ref_log_probs=stored, max_steps=1)
+    trainer.final_logits(trainer.model)  # measured once for all steps
     calls = []
     tiny_model.get_output_embeddings().register_forward_hook(lambda *_: calls.append(1))
     trainer.train()

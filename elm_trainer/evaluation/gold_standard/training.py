@@ -3,7 +3,6 @@
 import tempfile
 from collections.abc import Sequence
 
-import torch.nn.functional as F
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -28,10 +27,7 @@ class GradientAscentTrainer(ErasureTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         batches = {name: inputs[name] for name in ("forget", "retain")}
-        means = {}
-        for name, logits in self.forward_positions(model, batches).items():
-            batch = batches[name]
-            means[name] = F.cross_entropy(logits.float(), batch["labels"][batch["rows"], batch["columns"] + 1])
+        means = {name: values.mean() for name, values in self.position_losses(model, batches).items()}
         loss = self.weigh(means, {"forget": -1.0, "retain": 1.0})
         return (loss, None) if return_outputs else loss
 

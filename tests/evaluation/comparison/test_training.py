@@ -5,6 +5,7 @@ from elm_trainer.evaluation.comparison import training as training_module
 from elm_trainer.evaluation.comparison.bench import Bench
 from elm_trainer.evaluation.comparison.training import Budgets, restore, trained
 from elm_trainer.evaluation.report import model_fingerprint
+from elm_trainer.methods.targets import default_targets_dir
 
 
 @pytest.fixture
@@ -106,3 +107,17 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_what_came_before(tiny,
         with trained(bench, "elm", 0, 0, seconds=60.0) as training:
             assert "became nan" in training.failed and list(training.snapshots) == kept
         assert not any("lora" in name for name, _ in bench.model.named_modules())
+
+
+def test_no_run_profits_from_the_targets_of_an_earlier_one(tiny, tokenizer):
+    bench = Bench(tiny(), tokenizer)
+    forwards = []
+    for _ in range(2):
+        calls = []
+        handle = bench.model.get_input_embeddings().register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        with trained(bench, "elm", 0, 1, seconds=0.01) as training:
+            assert training.snapshots["updates"].updates == 2
+        handle.remove()
+        forwards.append(len(calls))
+    assert forwards[0] == forwards[1] > 2  # one for each update, and those that make the targets
+    assert not default_targets_dir().exists()

@@ -6,18 +6,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elm_trainer.ops import (
-    KeepPositions,
     SparseDistribution,
+    disagreement,
     erasure_target,
     kl_divergence,
     kl_to_reference,
+    mean_log_probs,
     plausible_tokens,
-    position_weights,
     ramped_eta,
     soft_cross_entropy,
-    text_mean,
-    text_means,
-    text_sums,
     top_k_distribution,
 )
 
@@ -126,32 +123,14 @@ def test_eta_ramps_from_the_first_token_to_the_last():
     assert ramped_eta(positions, lengths, 1.0, 1000.0).tolist() == [1.0, 500.5, 1000.0, 1.0]
 
 
-def test_position_weights_average_one_over_each_text_and_follow_the_disagreement():
-    text = torch.tensor([0, 0, 0, 1, 1])
-    expert, novice = logits(5, 7, 0), logits(5, 7, 0)
-    novice[1] += torch.tensor([5.0, 0, 0, 0, 0, 0, 0])
-    weights = position_weights(expert, novice, text, 2, share=0.5)
-    torch.testing.assert_close(text_mean(weights, text, 2), torch.tensor(1.0))
-    assert weights[1] > 1 > weights[0]
+def test_the_disagreement_is_the_divergence_and_never_quite_nothing():
+    expert, novice = logits(4, 9, 0), logits(4, 9, 1)
+    torch.testing.assert_close(disagreement(expert, novice), kl_divergence(novice, expert))
+    assert disagreement(expert, expert).tolist() == pytest.approx([1e-6] * 4, abs=2e-6)
 
 
-def test_text_mean_does_not_depend_on_the_split_into_batches():
-    values, text = torch.tensor([1.0, 2.0, 6.0, 4.0]), torch.tensor([0, 0, 1, 1])
-    whole = text_mean(values, text, 2)
-    halves = (text_mean(values[:2], text[:2], 1) + text_mean(values[2:], text[:2], 1)) / 2
-    assert whole.item() == halves.item() == pytest.approx(3.25)
-
-
-def test_sums_and_means_of_a_text_without_positions_are_zero():
-    values, text = torch.tensor([1.0, 2.0, 6.0]), torch.tensor([2, 2, 0])
-    assert text_sums(values, text, 3).tolist() == [6.0, 0.0, 3.0]
-    assert text_means(values, text, 3).tolist() == [6.0, 0.0, 1.5]
-
-
-def test_kept_positions_have_the_logits_of_a_full_forward(tiny_model):
-    ids = torch.randint(5, 1000, (2, 6))
-    full = tiny_model(input_ids=ids).logits
-    with KeepPositions(tiny_model.get_output_embeddings(), torch.tensor([1, 5, 8])):
-        kept = tiny_model(input_ids=ids).logits
-    torch.testing.assert_close(kept[0], torch.stack([full[0, 1], full[0, 5], full[1, 2]]))
-    torch.testing.assert_close(tiny_model(input_ids=ids).logits, full)
+def test_the_mean_of_log_probabilities_is_that_of_each_and_one_stays_as_it_is():
+    first, second = logits(3, 7, 0), logits(3, 7, 1)
+    expected = (first.log_softmax(-1) + second.log_softmax(-1)) / 2
+    torch.testing.assert_close(mean_log_probs([first, second]), expected)
+    assert mean_log_probs([first]) is first

@@ -1,10 +1,10 @@
-"""The tensor kernels of the objectives, as pure functions named after the equations of DESIGN §5 and §8."""
+"""Targets and losses of single positions, as pure functions named after the equations of DESIGN §5 and §8."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 
 class SparseDistribution(NamedTuple):
@@ -17,6 +17,10 @@ class SparseDistribution(NamedTuple):
 
     indices: torch.Tensor
     probs: torch.Tensor
+
+    def part(self, where: slice) -> "SparseDistribution":
+        """The same for some of the positions."""
+        return SparseDistribution(self.indices[where], self.probs[where])
 
 
 def plausible_tokens(base: torch.Tensor, novice: torch.Tensor, plausibility: float) -> torch.Tensor:
@@ -125,72 +129,17 @@ def argmax_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Te
     return F.cross_entropy(logits.float(), labels, reduction="none")
 
 
-class KeepPositions:
-    """Run the LM head on chosen positions only, inside the model's own forward.
+def disagreement(expert: torch.Tensor, novice: torch.Tensor) -> torch.Tensor:
+    """`KL(expert ‖ novice)` per position, `[positions]`, from logits `[positions, vocab]`: where the knowledge is.
 
-    The head's input `[batch, seq, hidden]` is reduced to `[1, kept, hidden]` by a forward pre-hook, so the model still
-    applies its own scaling or soft-capping, and no `[batch, seq, vocab]` tensor is made.
-
-    Args:
-        head (`nn.Module`): Output embeddings of the model.
-        positions (`torch.Tensor`): Flat indices `row * seq + column` of the positions to keep, `[kept]`.
-    """
-
-    def __init__(self, head: nn.Module, positions: torch.Tensor):
-        self._head = head
-        self._positions = positions
-
-    def __enter__(self) -> None:
-        self._handle = self._head.register_forward_pre_hook(self._reduce)
-
-    def __exit__(self, *_) -> None:
-        self._handle.remove()
-
-    def _reduce(self, _, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        return (args[0].flatten(0, 1).index_select(0, self._positions).unsqueeze(0), *args[1:])
-
-
-def text_mean(values: torch.Tensor, text: torch.Tensor, texts: int) -> torch.Tensor:
-    """Mean over texts of the mean over each text's positions; a text without positions counts as 0.
-
-    Unlike a mean over tokens it does not depend on how texts are split over batches, accumulation steps or processes.
-
-    Args:
-        values (`torch.Tensor`): One value per position, `[positions]`.
-        text (`torch.Tensor`): Which text each position belongs to, `[positions]`.
-        texts (`int`): Number of texts.
-    """
-    return text_means(values, text, texts).mean()
-
-
-def text_means(values: torch.Tensor, text: torch.Tensor, texts: int) -> torch.Tensor:
-    """Mean over each text's positions, `[texts]`; 0 for a text without positions. Arguments as of [`text_mean`]."""
-    return text_sums(values, text, texts) / _positions_per_text(values, text, texts)
-
-
-def text_sums(values: torch.Tensor, text: torch.Tensor, texts: int) -> torch.Tensor:
-    """Sum over each text's positions, `[texts]`. Arguments as of [`text_mean`]."""
-    return values.new_zeros(texts).index_add(0, text, values)
-
-
-def position_weights(expert: torch.Tensor, novice: torch.Tensor, text: torch.Tensor, texts: int, share: float):
-    """Weights of the positions in the erase term: where expert and novice differ, there the knowledge is.
-
-    Args:
-        expert (`torch.Tensor`): Logits of the expert, `[positions, vocab]`.
-        novice (`torch.Tensor`): Logits of the novice, `[positions, vocab]`.
-        text (`torch.Tensor`): Which text each position belongs to, `[positions]`.
-        texts (`int`): Number of texts.
-        share (`float`): Share of a text's weight that is spread in proportion to `KL(expert ‖ novice)`; the rest is
-            spread evenly.
-
-    Returns:
-        `torch.Tensor`: weights `[positions]` whose mean over each text is 1.
+    Never quite 0, so that a text on which the two agree everywhere still has weights.
     """
     expert, novice = expert.float().log_softmax(-1), novice.float().log_softmax(-1)
-    divergence = (expert.exp() * (expert - novice)).sum(-1).clamp(min=1e-6)
-    return (1 - share) + share * divergence / text_means(divergence, text, texts)[text]
+    return (expert.exp() * (expert - novice)).sum(-1).clamp(min=1e-6)
 
 
-def _positions_per_text(values: torch.Tensor, text: torch.Tensor, texts: int) -> torch.Tensor:
-    return text_sums(torch.ones_like(values), text, texts).clamp(min=1)
+def mean_log_probs(logits: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Mean of several log-probabilities, `[positions, vocab]`, from logits of that shape; of one, its logits as they are."""
+    if len(logits) == 1:
+        return logits[0]
+    return torch.stack([part.float().log_softmax(-1) for part in logits]).mean(0)

@@ -1,0 +1,275 @@
+"""Functions of frozen weights, computed once over all training rows and kept on disk for every run that needs them."""
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import datasets
+import torch
+from accelerate.utils import gather_object
+from tqdm.auto import tqdm
+from transformers.utils import logging
+
+from ..data.target_filling import fill_store, remove_locks
+from ..data.target_key import contexts_digest, rows_digest, target_key
+from ..data.target_layout import TargetLayout
+from ..data.target_rule import choose
+from ..data.target_store import TargetStore
+from ..fingerprint import base_fingerprint, bit_sums
+
+
+if TYPE_CHECKING:
+    from .base import ErasureTrainer
+
+logger = logging.get_logger(__name__)
+T = TypeVar("T")
+PACKAGES = ("torch", "transformers", "peft")
+# What a model's config says beside how it computes.
+_NO_MATTER = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
+
+
+@dataclass(frozen=True)
+class TargetPlan:
+    """What a method keeps for each training row.
+
+    Args:
+        switch (`str`): The config's field that asks for it: `True`, `False`, or `None` for the rule of
+            [`~elm_trainer.data.target_rule.choose`].
+        layout ([`TargetLayout`]): What is kept.
+        settings (`Mapping[str, Any]`): Every setting of the method that the targets depend on, as JSON holds it.
+        columns (`Sequence[str]`): Columns of the tokenised dataset that they depend on.
+        compute (`Callable`): Makes what is kept for each row, on the CPU, from a batch of the collator.
+        targets_dir (`str`, *optional*): Folder of all stores; `elm_targets` in the cache of `datasets` by default.
+        contexts (`bool`, *optional*, defaults to `False`): Whether they depend on the collator's contexts.
+        prepare (`Callable`, *optional*): Gives the context that surrounds the computation; not entered without one.
+        description (`str`, *optional*): What the progress bar says.
+    """
+
+    switch: str
+    layout: TargetLayout
+    settings: Mapping[str, Any]
+    columns: Sequence[str]
+    compute: Callable[[dict[str, Any]], list[dict[str, torch.Tensor]]]
+    targets_dir: str | None = None
+    contexts: bool = False
+    prepare: Callable[[], AbstractContextManager[None]] = nullcontext
+    description: str = "Computing targets"
+
+
+def default_targets_dir() -> Path:
+    """Where targets are kept by default: `elm_targets` in the cache of `datasets`."""
+    return Path(datasets.config.HF_DATASETS_CACHE) / "elm_targets"
+
+
+def precompute_targets(trainer: "ErasureTrainer", plan: TargetPlan) -> TargetStore | None:
+    """The targets of all training rows from the folder that is named after what they depend on.
+
+    What is missing there is computed first, each process its share; so a second run computes nothing, and one that was
+    killed goes on after the last whole file. While it computes, a process holds the whole model on its device. All
+    processes must see the folder: on several nodes it must lie on a drive that they share, or each node must have been
+    given the finished folder. Processes that wait for others do so at most `ddp_timeout` seconds.
+
+    Args:
+        trainer ([`ErasureTrainer`]): Trainer, before its model is wrapped.
+        plan ([`TargetPlan`]): What is kept.
+
+    Returns:
+        [`TargetStore`], or `None` where the step is to make its targets itself.
+
+    Raises:
+        OSError: if the folder can't be written to, the disk is full, or a process does not see what others have written.
+        ValueError: if the weights are not whole in any process, and the store is not complete, or if processes have
+            different data or settings.
+    """
+    wanted, dataset = getattr(trainer.args, plan.switch), trainer.train_dataset
+    if wanted is False or dataset is None or not plan.layout.fields:
+        return None
+    rows, needed = len(dataset), plan.layout.total_bytes(_positions(dataset), len(dataset))
+    visits = _visits(trainer)
+    if wanted is None:
+        early = choose(rows=rows, visits=visits, needed=needed, missing=0, free=0)
+        if not early.precompute:
+            _live(early.reason)
+            return None
+
+    states = _everywhere(lambda: (_weights(trainer), _ingredients(trainer, plan)))
+    weights, ingredients = states[0]
+    if any(other != ingredients for _, other in states):
+        raise ValueError(
+            "The processes have different training rows or settings: give each the same dataset and config."
+        )
+    if weights is None:
+        reason = "the model's weights were offloaded, and can't be read to name the store"
+        if wanted is None:
+            _live(reason)
+            return None
+        raise ValueError(f"`{plan.switch}` is True, but {reason}: keep the model on devices, or set it to False.")
+    ingredients = ingredients | {"weights": weights}
+    folder = Path(plan.targets_dir or default_targets_dir())
+    store = TargetStore(folder / target_key(ingredients), rows, plan.layout)
+
+    rank, processes = trainer.accelerator.process_index, trainer.accelerator.num_processes
+    found = _everywhere(lambda: (_missing(store, range(rank, store.shards, processes)), _free(folder)))
+    missing = sorted(shard for shards, _ in found for shard in shards)
+    if missing:
+        # Only processes that hold the weights can compute: FSDP's frugal loading gives them to the first of a node.
+        holders = [number for number, (held, _) in enumerate(states) if held == weights]
+        partitioned = is_partitioned(trainer.model)
+        if wanted is None:
+            to_write = needed * len(missing) // store.shards
+            choice = choose(rows=rows, visits=visits, needed=needed, missing=to_write, free=found[0][1])
+            if partitioned or not choice.precompute:
+                _live("ZeRO-3 has split the model's weights" if partitioned else choice.reason)
+                return None
+        if partitioned:
+            raise ValueError(
+                f"`{plan.switch}` is True, but ZeRO-3 has already split the model's weights over the processes, and "
+                f"{store.folder} is not complete: build the trainer once in one process without DeepSpeed, which fills "
+                f"it, or set `{plan.switch}=False`."
+            )
+        share = missing[holders.index(rank) :: len(holders)] if rank in holders else []
+        try:
+            _everywhere(lambda: store.describe(ingredients))
+            _everywhere(lambda: _fill(trainer, plan, store, share))
+        except OSError as error:
+            raise OSError(
+                f"`targets_dir` {str(folder)!r}: the targets could not be written ({error}): free some space, name "
+                f"another folder, or set `{plan.switch}=False`. The files that are finished stay, and the next run goes "
+                "on from them."
+            ) from error
+    _everywhere(lambda: _check_seen(store, rank, plan.switch))
+    if missing and trainer.accelerator.is_local_main_process:
+        remove_locks(store)
+    logger.info(f"Targets are in {store.folder}; {len(missing)} of {store.shards} files were computed.")
+    return store
+
+
+def is_partitioned(model: torch.nn.Module) -> bool:
+    """Whether DeepSpeed ZeRO-3 has split the parameters over the processes when they were made."""
+    # The attribute is what marks such a parameter; others have none.
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
+def _fill(trainer: "ErasureTrainer", plan: TargetPlan, store: TargetStore, share: Sequence[int]) -> None:
+    """Compute a process's share of the files."""
+    if not share:
+        return
+    if next(trainer.model.parameters()).device != trainer.args.device:
+        trainer.model.to(trainer.args.device)
+    args, dataset = trainer.args, trainer.train_dataset
+    collate = replace(trainer.data_collator, targets=None)
+    # Without gradients there is room for the batch of evaluation.
+    size = max(args.per_device_train_batch_size, args.per_device_eval_batch_size)
+    total = sum(len(store.rows_of(shard)) for shard in share)
+    with (
+        tqdm(total=total, desc=plan.description, disable=not trainer.accelerator.is_local_main_process) as bar,
+        plan.prepare(),
+    ):
+
+        def compute(rows: range) -> list[dict[str, torch.Tensor]]:
+            made: list[dict[str, torch.Tensor]] = []
+            for start in range(rows.start, rows.stop, size):
+                batch = [dataset[row] for row in range(start, min(start + size, rows.stop))]
+                inputs = trainer._prepare_inputs(collate(batch))
+                with trainer.compute_loss_context_manager():
+                    made += plan.compute(inputs)
+                bar.update(len(batch))
+            return made
+
+        fill_store(store, share, compute)
+
+
+def _ingredients(trainer: "ErasureTrainer", plan: TargetPlan) -> dict[str, Any]:
+    """What the targets depend on beside the weights, the same in every process."""
+    model, collator = trainer.model, trainer.data_collator
+    contexts = None
+    if plan.contexts and collator.concepts is not None:
+        contexts = contexts_digest(
+            collator.concepts, trainer.processing_class, collator.contexts_per_sample, collator.seed
+        )
+    config = {name: value for name, value in model.config.to_dict().items() if name not in _NO_MATTER}
+    return {
+        "settings": dict(plan.settings),
+        "layout": plan.layout.to_json(),
+        "rows": rows_digest(trainer.train_dataset, plan.columns),
+        "contexts": contexts,
+        "collator": f"{type(collator).__module__}.{type(collator).__qualname__}",
+        "config": target_key({"config": repr(sorted(config.items()))}),
+        "autocast": trainer.accelerator.mixed_precision,
+        "matmul": torch.get_float32_matmul_precision(),
+        # Private, but where transformers keeps it; tests/methods/test_targets.py fails when it moves.
+        "attention": model.config._attn_implementation,
+        "device": trainer.args.device.type,
+        "versions": {package: version(package) for package in PACKAGES},
+    }
+
+
+def _weights(trainer: "ErasureTrainer") -> dict[str, str] | None:
+    """What tells the base's weights apart, adapters left out; `None` where this process does not hold them."""
+    if any(parameter.is_meta for parameter in trainer.model.parameters()):
+        return None
+    return base_fingerprint(trainer.model) | {"bits": bit_sums(trainer.model), "dtype": str(trainer.model.dtype)}
+
+
+def _positions(dataset: Any) -> dict[str, int]:
+    """Supervised positions of all rows: all tokens of a text but the first."""
+    totals = dict.fromkeys(("forget", "retain"), 0)
+    columns = [f"{side}_ids" for side in totals]
+    for table in dataset.select_columns(columns).with_format("arrow").iter(1000):
+        for side in totals:
+            totals[side] += sum(table[f"{side}_ids"].combine_chunks().value_lengths().to_pylist()) - len(table)
+    return totals
+
+
+def _visits(trainer: "ErasureTrainer") -> float:
+    """Rows that training reads, repetitions counted."""
+    args = trainer.args
+    if args.max_steps > 0:
+        return args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    return args.num_train_epochs * len(trainer.train_dataset)
+
+
+def _check_seen(store: TargetStore, rank: int, switch: str) -> None:
+    """Raise `OSError` unless this process sees the files of all."""
+    if absent := store.absent():
+        raise OSError(
+            f"`targets_dir` {str(store.folder.parent)!r}: {len(absent)} of {store.shards} files of targets are not to be "
+            f"seen by process {rank}: name a folder on a drive that all nodes share, or set `{switch}=False`."
+        )
+
+
+def _missing(store: TargetStore, shards: Sequence[int]) -> list[int]:
+    return [shard for shard in shards if not store.is_whole(shard)]
+
+
+def _free(folder: Path) -> int:
+    """Free bytes of the disk on which a folder is, or would be made."""
+    return shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if path.exists())).free
+
+
+def _live(reason: str) -> None:
+    """Say why there is no store."""
+    logger.warning(f"Targets are made in each step, not once before training: {reason}.")
+
+
+def _everywhere(work: Callable[[], T]) -> list[T]:
+    """What all processes make, by rank; what fails in one is raised in all, so that nobody waits for it.
+
+    Raises:
+        RuntimeError: if another process failed.
+    """
+    made, failure = None, None
+    try:
+        made = work()
+    except Exception as error:
+        failure = error
+    outcomes = gather_object([(made, failure and f"{type(failure).__name__}: {failure}")])
+    if failure is not None:
+        raise failure
+    if failed := {rank: message for rank, (_, message) in enumerate(outcomes) if message}:
+        raise RuntimeError(f"Other processes failed while targets were made: {failed}.")
+    return [made for made, _ in outcomes]

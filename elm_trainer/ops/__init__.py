@@ -1,0 +1,43 @@
+"""The tensor kernels: losses of positions, means over texts, and the LM head read in chunks."""
+
+from .head import STATES, FinalLogits, KeepPositions, ReadHead, Reading, final_logits, read_positions
+from .objectives import (
+    SparseDistribution,
+    argmax_cross_entropy,
+    disagreement,
+    erasure_target,
+    kl_divergence,
+    kl_to_reference,
+    mean_log_probs,
+    plausible_tokens,
+    ramped_eta,
+    soft_cross_entropy,
+    top_k_distribution,
+)
+from .texts import position_weights, text_mean, text_means, text_sums
+
+
+__all__ = [
+    "STATES",
+    "FinalLogits",
+    "KeepPositions",
+    "ReadHead",
+    "Reading",
+    "SparseDistribution",
+    "argmax_cross_entropy",
+    "disagreement",
+    "erasure_target",
+    "final_logits",
+    "kl_divergence",
+    "kl_to_reference",
+    "mean_log_probs",
+    "plausible_tokens",
+    "position_weights",
+    "ramped_eta",
+    "read_positions",
+    "soft_cross_entropy",
+    "text_mean",
+    "text_means",
+    "text_sums",
+    "top_k_distribution",
+]

@@ -1,0 +1,248 @@
+"""The LM head on chosen positions only, a chunk at a time, inside the model's own forward.
+
+Logits are by far the largest tensor of a step: `[positions, vocab]`, in float32 and with their gradient. What the methods
+need of them is a number per position, which depends on that position's hidden state alone. So logits are made, read,
+differentiated and dropped chunk by chunk, and memory does not grow with positions × vocabulary.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+
+# `reading(logits, where, *further)`: of logits `[chunk, vocab]` of the positions `where`, and of the logits of further
+# states at the same positions. Gives one number per position, `[chunk]`; without gradients also a tuple of tensors
+# `[chunk, ...]`.
+Reading: TypeAlias = Callable[..., Any]
+# Logits that are made at a time: 2²³ in float32 are 32 MB. On a CPU fewer make thin matrix products, and more leave the
+# cache.
+CHUNK = 2**23
+
+
+def STATES(logits: torch.Tensor, where: slice) -> torch.Tensor:
+    """The reading that asks for what enters the head, `[positions, hidden]`, without gradient; the head is not run."""
+    raise TypeError("`STATES` is not to be called: pass it as a reading.")
+
+
+@dataclass(frozen=True)
+class FinalLogits:
+    """What a model does to its head's output: `cap·tanh(scale·x/cap)`, or `scale·x` without a cap.
+
+    Args:
+        scale (`float`, *optional*, defaults to `1.0`): As of Cohere and Granite.
+        cap (`float`, *optional*): As of Gemma 2.
+    """
+
+    scale: float = 1.0
+    cap: float | None = None
+
+    def __call__(self, logits: torch.Tensor) -> torch.Tensor:
+        if self.scale != 1:
+            logits = logits * self.scale
+        return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
+
+
+def final_logits(model: nn.Module, head: nn.Module, vocabulary: int) -> FinalLogits:
+    """Measure what a model does to its head's output, by giving numbers in the head's place.
+
+    Configs name it in many ways, and one that is overlooked would make every loss wrong.
+
+    Args:
+        model (`nn.Module`): Causal language model, wrapped or not; run once on one token, in evaluation mode.
+        head (`nn.Module`): Its output embeddings.
+        vocabulary (`int`): Size of the head's output.
+
+    Raises:
+        NotImplementedError: if it is neither a scale nor a soft cap.
+    """
+    device = next(model.parameters()).device
+    given = torch.linspace(-90, 90, vocabulary, device=device)[None, None]
+    given[..., :3] = torch.tensor([1.0, 1e-2, 1e30], device=device)
+    handle = head.register_forward_hook(lambda *_: given.clone())
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            token = torch.zeros(1, 1, dtype=torch.long, device=device)
+            found = model(input_ids=token, use_cache=False).logits.float()
+    finally:
+        handle.remove()
+        model.train(training)
+    one, small, huge = found[0, 0, :3].tolist()
+    # A cap shows where the numbers are huge, a scale where they are small.
+    cap = huge if huge < 1e6 else None
+    scale = one if cap is None else small / 1e-2
+    result = FinalLogits(1.0 if abs(scale - 1) < 1e-5 else scale, cap)
+    if not torch.allclose(found, result(given), rtol=1e-4, atol=1e-4):
+        raise NotImplementedError(
+            f"{type(model).__name__} changes its head's output by more than a scale and a soft cap, so that its logits "
+            "cannot be read a chunk at a time: use a model that does not."
+        )
+    return result
+
+
+def read_positions(
+    head: nn.Module,
+    final: FinalLogits,
+    reading: Reading,
+    states: torch.Tensor,
+    further: Sequence[torch.Tensor] = (),
+    *,
+    vocabulary: int,
+) -> Any:
+    """Apply a reading to the logits of positions, a chunk at a time.
+
+    Where gradients are wanted, those of a chunk are made at once and its logits dropped: `∂value/∂state` of each position
+    is kept, `[positions, hidden]`, which is exact since a value depends on no other position. Where the head itself is
+    trained, chunks are computed again in the backward instead.
+
+    Args:
+        head (`nn.Module`): Output embeddings of the model.
+        final (`FinalLogits`): What the model does to their output.
+        reading (`Reading`): See above.
+        states (`torch.Tensor`): What enters the head, `[positions, hidden]`.
+        further (`Sequence[torch.Tensor]`, *optional*): Further states of the same shape, which get no gradient.
+        vocabulary (`int`): Size of the head's output, by which the size of a chunk goes.
+
+    Returns:
+        What the reading gives, for all positions: `[positions]`, or without gradients a tuple of `[positions, ...]`.
+    """
+
+    def read(piece: torch.Tensor, where: slice) -> Any:
+        with torch.no_grad():
+            others = [final(head.forward(state[where])) for state in further]
+        # `forward` past the hooks: this is within the head's own call.
+        return reading(final(head.forward(piece)), where, *others)
+
+    chunk = max(CHUNK // vocabulary, 1)
+    parts = [slice(start, start + chunk) for start in range(0, max(len(states), 1), chunk)]
+    if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in head.parameters()):
+        return torch.cat([checkpoint(read, states[where], where, use_reentrant=False) for where in parts])
+    if torch.is_grad_enabled() and states.requires_grad:
+        return _DifferentiateNow.apply(states, read, parts)
+    values = [read(states[where], where) for where in parts]
+    if isinstance(values[0], tuple):
+        return tuple(torch.cat(column) for column in zip(*values, strict=True))
+    return torch.cat(values)
+
+
+class _DifferentiateNow(torch.autograd.Function):
+    """Values of positions with their gradients by their own states, made chunk by chunk in the forward."""
+
+    @staticmethod
+    def forward(ctx, states, read, parts):
+        gradients, values = torch.empty_like(states), []
+        for where in parts:
+            with torch.enable_grad():
+                piece = states[where].detach().requires_grad_()
+                value = read(piece, where)
+            (gradients[where],) = torch.autograd.grad(value, piece, torch.ones_like(value))
+            values.append(value.detach())
+        ctx.save_for_backward(gradients)
+        return torch.cat(values)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_output):
+        (gradients,) = ctx.saved_tensors
+        return (gradients * grad_output[:, None]).to(gradients.dtype), None, None
+
+
+@dataclass
+class Plan:
+    """What is wanted of some of the positions.
+
+    Args:
+        count (`int`): Number of positions.
+        reading (`Reading`, *optional*): What their logits are read for; whole logits without one.
+        further (`Sequence[torch.Tensor]`, *optional*): Further states, `[positions, hidden]` each.
+    """
+
+    count: int
+    reading: Reading | None = None
+    further: Sequence[torch.Tensor] = ()
+
+
+class ReadHead:
+    """Read the LM head on chosen positions while the model runs.
+
+    The readings happen within the head's own call, where FSDP and DeepSpeed have its weights at hand.
+
+    Args:
+        head (`nn.Module`): Output embeddings of the model.
+        final (`FinalLogits`): What the model does to their output.
+        positions (`torch.Tensor`): Flat indices `row * seq + column`, `[positions]`, plan after plan.
+        plans (`Sequence[Plan]`): What is wanted of them.
+        vocabulary (`int`): Size of the head's output.
+    """
+
+    def __init__(
+        self, head: nn.Module, final: FinalLogits, positions: torch.Tensor, plans: Sequence[Plan], vocabulary: int
+    ):
+        self._head, self._final, self._positions, self._plans = head, final, positions, plans
+        self._vocabulary = vocabulary
+        self._read: list[Any] = []
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """While this holds, the model's logits are those of the plans without a reading, `[1, positions, vocab]`."""
+        handle = self._head.register_forward_pre_hook(self._enter)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def results(self, logits: torch.Tensor) -> list[Any]:
+        """What was wanted, plan by plan, given the model's logits `[1, positions, vocab]`."""
+        if logits.requires_grad and not logits.size(1):
+            # FSDP gathers what lies outside the layers again when the backward passes the model's own output.
+            self._read = [part + 0 * logits.sum() if part.requires_grad else part for part in self._read]
+        whole = iter(logits[0].split([plan.count for plan in self._plans if plan.reading is None]))
+        read = iter(self._read)
+        return [next(whole if plan.reading is None else read) for plan in self._plans]
+
+    def _enter(self, _, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        states = args[0].flatten(0, 1).index_select(0, self._positions)
+        whole = [states[:0]]
+        for plan, own in zip(self._plans, states.split([plan.count for plan in self._plans]), strict=True):
+            if plan.reading is None:
+                whole.append(own)
+            elif plan.reading is STATES:
+                self._read.append(own.detach())
+            else:
+                self._read.append(
+                    read_positions(
+                        self._head, self._final, plan.reading, own, plan.further, vocabulary=self._vocabulary
+                    )
+                )
+        return (torch.cat(whole).unsqueeze(0), *args[1:])
+
+
+class KeepPositions:
+    """Run the LM head on chosen positions only, inside the model's own forward.
+
+    The head's input `[batch, seq, hidden]` is reduced to `[1, kept, hidden]` by a forward pre-hook, so the model still
+    applies its own scaling or soft-capping, and no `[batch, seq, vocab]` tensor is made.
+
+    Args:
+        head (`nn.Module`): Output embeddings of the model.
+        positions (`torch.Tensor`): Flat indices `row * seq + column` of the positions to keep, `[kept]`.
+    """
+
+    def __init__(self, head: nn.Module, positions: torch.Tensor):
+        self._head = head
+        self._positions = positions
+
+    def __enter__(self) -> None:
+        self._handle = self._head.register_forward_pre_hook(self._reduce)
+
+    def __exit__(self, *_) -> None:
+        self._handle.remove()
+
+    def _reduce(self, _, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return (args[0].flatten(0, 1).index_select(0, self._positions).unsqueeze(0), *args[1:])
