@@ -2,7 +2,7 @@ PYTHON ?= python3
 STAMP := .venv/.stamp
 PIP := .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo attack compare test lint format clean
+.PHONY: demo attack compare bench test lint format clean
 
 demo: $(STAMP)  ## erase the world's capitals from SmolLM2 and show before and after
 	.venv/bin/python examples/erase.py --config recipes/smollm2-135m-capitals.yaml
@@ -15,8 +15,13 @@ attack: $(STAMP)  ## try to bring the capitals back from the demo's adapter
 compare: $(STAMP)  ## train all methods on the demo's concept and compare them; a stopped comparison goes on
 	.venv/bin/python examples/compare.py --config recipes/compare-smollm2-135m.yaml
 
+bench: $(STAMP)  ## measure speed and memory against their baselines; the sections not run by default: python -m benchmarks --help
+	.venv/bin/python -m benchmarks
+
+# Short tests side by side, one thread each; what trains the real model or launches processes has the machine to itself.
 test: $(STAMP)
-	.venv/bin/python -m pytest
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m "not slow and not distributed" -n auto --dist loadfile
+	.venv/bin/python -m pytest -m "slow or distributed"
 
 lint: $(STAMP)
 	.venv/bin/ruff check .

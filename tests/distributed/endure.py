@@ -1,0 +1,70 @@
+"""Train a tiny model for many steps and write what the process held meanwhile: `python -m tests.distributed.endure STEPS OUTPUT`."""
+
+import json
+import sys
+from pathlib import Path
+
+import psutil
+from peft import LoraConfig
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, TrainerCallback
+
+from elm_trainer import ConceptSources, ElmConfig, ElmTrainer, build_erasure_dataset
+from elm_trainer.modeling import demo_model_file
+
+
+class Watch(TrainerCallback):
+    """Every ten steps: memory, open files and threads."""
+
+    def __init__(self):
+        self.seen: list[dict[str, int]] = []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step % 10 == 0:
+            process = psutil.Process()
+            self.seen.append(
+                {
+                    "step": state.global_step,
+                    "memory": process.memory_info().rss,
+                    "files": process.num_fds(),
+                    "threads": process.num_threads(),
+                }
+            )
+
+
+def main() -> None:
+    steps, output = int(sys.argv[1]), Path(sys.argv[2])
+    path = demo_model_file()
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    sizes = dict(hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes))
+    texts = [f"The capital is city {index}" + "!" * (index % 7) for index in range(50)]
+    dataset = build_erasure_dataset(
+        {"capitals": ConceptSources(texts, [["The cat sat.", "Bread is good."]], [("The capital", " is far.")])}
+    )
+    watch = Watch()
+    trainer = ElmTrainer(
+        model,
+        ElmConfig(
+            str(output),
+            max_steps=steps,
+            per_device_train_batch_size=1,
+            logging_steps=10,
+            save_steps=steps // 10,
+            save_total_limit=2,
+            bf16=False,
+            gradient_checkpointing=False,
+            report_to="none",
+            use_cpu=True,
+            disable_tqdm=True,
+        ),
+        train_dataset=dataset,
+        processing_class=tokenizer,
+        peft_config=LoraConfig(r=2, target_modules="all-linear"),
+        callbacks=[watch],
+    )
+    trainer.train()
+    (output / "seen.json").write_text(json.dumps(watch.seen))
+
+
+if __name__ == "__main__":
+    main()

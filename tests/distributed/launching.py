@@ -1,0 +1,67 @@
+"""Launch trainings as a user does, with the files in recipes/accelerate, and read what came of them."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from .train import Run
+
+
+ROOT = Path(__file__).parents[2]
+RECIPES = ROOT / "recipes" / "accelerate"
+KINDS = ("ddp", "fsdp2", "zero2", "zero3")
+
+
+def start(kind: str, runs: Sequence[Run], output: Path, processes: int = 2, **options: Any) -> subprocess.Popen:
+    """Start the runs under a kind of launch: a file of recipes/accelerate by name, or `"single"` for one process."""
+    if kind.startswith("zero") and (find_spec("deepspeed") is None or shutil.which("g++") is None):
+        pytest.skip("DeepSpeed is not installed, or there is no g++ for the operator that it compiles for CPUs")
+    output.mkdir(parents=True, exist_ok=True)
+    plan = output / f"{runs[0].name}.plan.json"
+    plan.write_text(json.dumps([run.as_json() for run in runs]))
+    command = [sys.executable]
+    if kind != "single":
+        command += [
+            "-m",
+            "accelerate.commands.accelerate_cli",
+            "launch",
+            "--config_file",
+            str(RECIPES / f"{kind}.yaml"),
+        ]
+        command += ["--num_processes", str(processes), "--main_process_port", "0"]
+    command += ["-m", "tests.distributed.train", str(plan), str(output)]
+    tools = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # ninja, for DeepSpeed
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PATH": tools}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **options)
+
+
+def launch(kind: str, runs: Sequence[Run], output: Path, processes: int = 2) -> dict[str, dict[str, Any]]:
+    """Launch the runs, wait for them, and return their results by name.
+
+    The log of all processes is in `<first run>.log`.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    path = output / f"{runs[0].name}.log"
+    with path.open("w") as log:
+        status = start(kind, runs, output, processes, stdout=log, stderr=subprocess.STDOUT).wait(timeout=500)
+    assert status == 0, path.read_text()[-6000:]
+    return {run.name: json.loads((output / run.name / "result.json").read_text()) for run in runs}
+
+
+def losses(result: dict[str, Any]) -> list[float]:
+    assert "error" not in result, result["error"]
+    return [entry["loss"] for entry in result["history"]]
+
+
+def adapter(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "final" / "adapter_model.safetensors")
