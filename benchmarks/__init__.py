@@ -1,0 +1,1 @@
+"""Speed and memory, each figure a ratio to a named baseline in the same run: `python -m benchmarks`, or `make bench`."""

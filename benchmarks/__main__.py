@@ -1,0 +1,93 @@
+"""Measure speed and memory, and write `report.json` and `report.png`.
+
+```shell
+python -m benchmarks                           # all but time_to_quality
+python -m benchmarks --only growth --repeats 7
+python -m benchmarks --only time_to_quality --budget 2400
+```
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import HfArgumentParser
+from transformers.utils import logging
+
+from .growth import REAL, REAL_SIZES, measure_growth
+from .measured import measure_prediction
+from .quality import measure_quality
+from .report import draw, figures_of, read_report, write_report
+from .step import measure_step
+
+
+@dataclass
+class BenchmarkArguments:
+    """What is measured.
+
+    Args:
+        only (`list[str]`): Sections to measure. `time_to_quality` and `growth_real` train the real model for many minutes
+            and are measured only where they are named.
+        output_dir (`str`): Where `report.json` and `report.png` go; figures that are there and not measured again are kept.
+        repeats (`int`): Rounds in which the sides take turns.
+        threads (`int`): Threads of every side.
+        budget (`float`): Seconds of training that the released loop gets at most in `time_to_quality`.
+    """
+
+    only: list[str] = field(
+        default_factory=lambda: ["step", "growth", "prediction"],
+        metadata={"help": "step, growth, growth_real, prediction, time_to_quality."},
+    )
+    output_dir: str = field(default="outputs/bench", metadata={"help": "Where the report goes."})
+    repeats: int = field(default=5, metadata={"help": "Rounds in which the sides take turns."})
+    threads: int = field(default=2, metadata={"help": "Threads of every side."})
+    budget: float = field(default=1800.0, metadata={"help": "Seconds of the released loop in time_to_quality."})
+
+    def __post_init__(self):
+        if unknown := sorted(set(self.only) - set(SECTIONS)):
+            raise ValueError(f"`only` names {unknown}, which do not exist; use: {', '.join(SECTIONS)}.")
+        for name in ("repeats", "threads", "budget"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"`{name}` is {getattr(self, name)}: it must be above 0.")
+
+
+def _growth_real(arguments: BenchmarkArguments) -> dict[str, Any]:
+    return {"growth_real": measure_growth(arguments.repeats, arguments.threads, REAL, REAL_SIZES)}
+
+
+SECTIONS: dict[str, Callable[[BenchmarkArguments], dict[str, Any]]] = {
+    "step": lambda arguments: measure_step(arguments.repeats, arguments.threads),
+    "growth": lambda arguments: {"growth": measure_growth(arguments.repeats, arguments.threads)},
+    "growth_real": _growth_real,
+    "prediction": lambda arguments: {"prediction": measure_prediction(arguments.repeats, arguments.threads)},
+    "time_to_quality": lambda arguments: {
+        "time_to_quality_vs_released": measure_quality(arguments.threads, arguments.budget)
+    },
+}
+
+
+def main(arguments: BenchmarkArguments) -> None:
+    folder = Path(arguments.output_dir)
+    if (folder / "report.json").exists():
+        read_report(folder / "report.json")  # of another schema: better said now than after the measurements
+    settings = {"repeats": arguments.repeats, "threads": arguments.threads}
+    for section in arguments.only:
+        figures = SECTIONS[section](arguments)
+        # After each section, so that a later one that fails costs nothing.
+        report = read_report(write_report(folder, figures, settings))
+        draw(report, folder / "report.png")
+        for key in figures:
+            figure = figures_of(report)[key]
+            low, high = figure["spread"]
+            goals = [
+                f"{word} {figure[k]}" for k, word in (("at_most", "≤"), ("at_least", "≥")) if figure[k] is not None
+            ]
+            sign = "≥ " if figure["bound"] else ""
+            print(f"{key:28} {sign}{figure['value']:.3f} ({low:.3f} to {high:.3f})  {', '.join(goals)}")  # noqa: T201
+
+
+if __name__ == "__main__":
+    logging.set_verbosity_info()
+    [parsed] = HfArgumentParser(BenchmarkArguments).parse_args_into_dataclasses()
+    main(parsed)

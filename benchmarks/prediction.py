@@ -1,0 +1,282 @@
+"""Memory and time of an ELM step as formulas of the model's sizes: `python -m benchmarks.prediction` fills docs/scale.md.
+
+The formulas count what a step with stored targets does: frozen layers below the first adapted one run forward only; from
+there on every layer runs forward and passes gradients back; the adapter's matrices also get gradients of their own; the
+LM head runs on supervised positions, a chunk at a time.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from elm_trainer.ops.head import CHUNK
+
+from .shapes import Adapter, ModelShape
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """What a forward and backward pass is made of.
+
+    Args:
+        tokens (`int`): Tokens of all texts.
+        positions (`int`): Those whose prediction is supervised.
+        text (`int`): Tokens that attend to each other: those of a text, or of the row that it is packed into.
+        weight_bytes (`float`, *optional*, defaults to `2`): Bytes of a frozen weight.
+        bytes (`int`, *optional*, defaults to `2`): Bytes of an activation.
+        mask_bytes (`int`, *optional*, defaults to `1`): Bytes that dropout keeps for an element; on a CPU as many as the
+            element itself has.
+        checkpointing (`bool`, *optional*, defaults to `False`): Whether layers are computed again in the backward pass.
+    """
+
+    tokens: int
+    positions: int
+    text: int
+    weight_bytes: float = 2
+    bytes: int = 2
+    mask_bytes: int = 1
+    checkpointing: bool = False
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a device can do. All of it is given, not predicted.
+
+    Args:
+        flops (`float`): Floating-point operations per second that matrix products reach.
+        bandwidth (`float`): Bytes per second to and from its memory.
+        memory (`float`, *optional*, defaults to `0`): Bytes it holds.
+        link (`float`, *optional*, defaults to `inf`): Bytes per second to other devices.
+    """
+
+    flops: float
+    bandwidth: float
+    memory: float = 0
+    link: float = float("inf")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on a device at the peak of a step, by what they hold.
+
+    Args:
+        weights: Frozen weights.
+        adapter: The adapter in float32, its gradient and Adam's two moments: 16 bytes to a weight.
+        activations: What the forward pass keeps for the backward pass.
+        working: Gradients of one layer's activations while it is passed through, and weights gathered from other devices.
+        head: Logits of a chunk of positions, and the final states with their gradients.
+    """
+
+    weights: float
+    adapter: float
+    activations: float
+    working: float
+    head: float
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.adapter + self.activations + self.working + self.head
+
+    @property
+    def added(self) -> float:
+        """What a step adds to a model and its adapter that are there already."""
+        return self.total - self.weights - self.adapter / 4
+
+
+def layers_with_gradient(shape: ModelShape, adapter: Adapter) -> int:
+    """Layers from the first adapted one on."""
+    return shape.layers - min(adapter.layers)
+
+
+def kept_bytes(shape: ModelShape, adapter: Adapter | None, step: StepShape) -> float:
+    """Bytes that one layer keeps of a token for the backward pass.
+
+    A layer without adapter: the input of both norms (in float32); queries, keys and values, and attention's output; in the
+    feed-forward part the gate before and after its activation, and what it gates. A frozen matrix keeps nothing. Every
+    adapted matrix besides keeps its input (with dropout: the dropped input and the mask) and the `rank` numbers between
+    its two factors.
+    """
+    h, i = shape.hidden, shape.intermediate
+    kept = 2 * h * 4 + (2 * h + 2 * shape.kv_width + 3 * i) * step.bytes
+    if adapter is None:
+        return kept
+    inputs = [inputs for inputs, _ in shape.projections.values()]
+    if adapter.dropout:
+        kept += sum(inputs) * (step.bytes + step.mask_bytes)
+    else:
+        # Queries, keys and values share their input, and so do the two matrices of the gate.
+        kept += (3 * h + i) * step.bytes
+    return kept + len(inputs) * adapter.rank * step.bytes
+
+
+def memory(shape: ModelShape, adapter: Adapter, step: StepShape, devices: int = 1, sharded: bool = False) -> Memory:
+    """Bytes on each device at the peak of a step, which comes where the backward pass begins.
+
+    Args:
+        shape ([`ModelShape`]): The model.
+        adapter ([`Adapter`]): The adapter.
+        step ([`StepShape`]): The texts of one device.
+        devices (`int`, *optional*, defaults to `1`): Number of devices.
+        sharded (`bool`, *optional*, defaults to `False`): Whether weights, adapter and optimizer are cut over them (FSDP2,
+            ZeRO-3), in place of a whole copy on each (DDP).
+    """
+    share = devices if sharded else 1
+    layers = layers_with_gradient(shape, adapter)
+    plain, adapted = (kept_bytes(shape, which, step) for which in (None, adapter))
+    kept: float
+    if step.checkpointing:
+        # Every layer keeps its input, and the one that is computed again keeps all.
+        kept = layers * shape.hidden * step.bytes + adapted
+    else:
+        kept = (layers - len(adapter.layers)) * plain + len(adapter.layers) * adapted
+    working: float = step.tokens * (2 * shape.hidden + 3 * shape.intermediate) * step.bytes
+    if sharded:
+        # A layer in use and the next one on its way, or the embeddings, whichever is larger.
+        gathered = max(2 * shape.layer_parameters, shape.vocab * shape.hidden)
+        working += gathered * step.weight_bytes
+    # Logits of a chunk in the model's type and in float32, their gradient, and the soft-max on the way to it.
+    chunk = min(CHUNK, step.positions * shape.vocab) * (step.bytes + 3 * 4)
+    return Memory(
+        weights=shape.parameters * step.weight_bytes / share,
+        adapter=16 * adapter.parameters(shape) / share,
+        activations=step.tokens * kept,
+        working=working,
+        head=chunk + 3 * step.positions * shape.hidden * step.bytes,
+    )
+
+
+def step_flops(shape: ModelShape, adapter: Adapter, step: StepShape) -> float:
+    """Floating-point operations of a forward and backward pass; a multiplication with its addition counts as two.
+
+    Per token: `2·N` forward for all matrices, `2·N` back for those from the first adapted layer on, `6·A` for the
+    adapter (forward, input's gradient, own gradient); attention `4·text·hidden` per layer forward and twice that back.
+    Per supervised position: `4·hidden·vocab` for the head, forward and back.
+    """
+    layers = layers_with_gradient(shape, adapter)
+    forward, back = shape.layers, layers
+    if step.checkpointing:
+        forward += layers
+    matrices = 2 * shape.layer_parameters * (forward + back)
+    attention = 4 * step.text * shape.hidden * (forward + 2 * back)
+    own = (8 if step.checkpointing else 6) * adapter.parameters(shape)
+    return step.tokens * (matrices + attention + own) + step.positions * 4 * shape.hidden * shape.vocab
+
+
+def moved_bytes(shape: ModelShape, adapter: Adapter, step: StepShape) -> float:
+    """Bytes that go through memory for everything that is no matrix product.
+
+    Norms, rotary positions, gates, residual sums and the adapter's sums and dropout read and write their operands: about
+    `24·hidden + 5·intermediate` numbers a token and layer forward, twice that back. Adam reads and writes seven numbers a
+    weight of the adapter. Of logits, eight passes are made: the normaliser, the gathered tokens, and the gradient.
+    """
+    layers = layers_with_gradient(shape, adapter)
+    forward = shape.layers + (layers if step.checkpointing else 0)
+    elements = 24 * shape.hidden + 5 * shape.intermediate
+    moved = step.tokens * elements * (forward + 2 * layers) * step.bytes
+    outputs = sum(outputs for _, outputs in shape.projections.values())
+    inputs = sum(inputs for inputs, _ in shape.projections.values())
+    own = step.tokens * len(adapter.layers) * (9 * outputs + (9 * inputs if adapter.dropout else 0)) * step.bytes
+    logits = 8 * 4 * step.positions * shape.vocab
+    return moved + own + logits + 28 * adapter.parameters(shape)
+
+
+def step_seconds(
+    shape: ModelShape, adapter: Adapter, step: StepShape, device: Device, devices: int = 1, sharded: bool = False
+) -> float:
+    """Seconds of a step: matrix products and traffic to memory one after the other, or what is sent between devices.
+
+    What is sent overlaps with computing, so the longer of the two counts. Whole copies send the adapter's gradients;
+    cut weights are gathered once forward and once back.
+    """
+    computing = step_flops(shape, adapter, step) / device.flops + moved_bytes(shape, adapter, step) / device.bandwidth
+    if sharded:
+        frozen_below = min(adapter.layers) * shape.layer_parameters
+        sent = (2 * shape.parameters - frozen_below) * step.weight_bytes + 12 * adapter.parameters(shape)
+    else:
+        sent = 8 * adapter.parameters(shape)
+    return max(computing, sent * (devices - 1) / devices / device.link)
+
+
+def target_bytes(top_k: int, retain_kl: bool, vocab: int) -> tuple[int, int]:
+    """Bytes of stored targets per supervised token, of forget text and of retain text.
+
+    A token of a target takes an index of 2 bytes (3 where the vocabulary is larger than 65,536) and a probability of 3;
+    each position of forget text also has a weight of 4 bytes.
+
+    Args:
+        top_k (`int`): Tokens of a target.
+        retain_kl (`bool`): Whether the retain term keeps a distribution too, or the most probable token alone.
+        vocab (`int`): Size of the vocabulary.
+    """
+    entry = (2 if vocab <= 2**16 else 3) + 3
+    return top_k * entry + 4, (top_k if retain_kl else 1) * entry
+
+
+MODELS = {
+    "7B": ModelShape(4096, 14336, 32, 32, 8, 32_000, tied=False),
+    "70B": ModelShape(8192, 28672, 80, 64, 8, 128_256, tied=False),
+}
+# As released; on the larger model at the same depth.
+ADAPTERS = {"7B": Adapter(256, tuple(range(4, 8))), "70B": Adapter(256, tuple(range(10, 18)))}
+# Given, not predicted: 989 TFLOP/s of bf16 on the data sheet, of which 40 % are reached; 3.35 TB/s, 80 GB; NVLink 450 GB/s
+# each way.
+H100 = Device(flops=0.4 * 989e12, bandwidth=3.35e12, memory=80e9, link=450e9)
+# Eight samples of three texts of 256 tokens on each device.
+SAMPLES, TEXT = 8, 256
+# Of a device's memory, what torch's allocator and the libraries leave.
+USABLE = 0.9
+BITS4 = 0.52  # bytes of a weight in 4 bits, its scales included
+LAYOUTS = (
+    ("1 GPU", 1, False, 2.0), ("1 GPU, 4-bit base", 1, False, BITS4), ("8 GPUs, DDP", 8, False, 2.0),
+    ("8 GPUs, FSDP2 or ZeRO-3", 8, True, 2.0),
+)  # fmt: skip
+
+
+def table() -> str:
+    """Predictions for 7B and 70B as a table in Markdown."""
+    lines = [
+        "| model | devices | weights | adapter, optimizer | activations | head, working | total of 80 GB | checkpointing "
+        "| s a step | samples a second |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, shape in MODELS.items():
+        for layout, devices, sharded, weight_bytes in LAYOUTS:
+            lines.append(_row(name, shape, layout, devices, sharded, weight_bytes))
+    return "\n".join(lines)
+
+
+def fitting(shape: ModelShape, adapter: Adapter, step: StepShape, device: Device, devices: int, sharded: bool):
+    """The step without checkpointing where that fits a device, else with it; and whether it fits then."""
+    for checkpointing in (False, True):
+        chosen = replace(step, checkpointing=checkpointing)
+        if memory(shape, adapter, chosen, devices, sharded).total <= USABLE * device.memory:
+            return chosen, True
+    return chosen, False
+
+
+def _row(name: str, shape: ModelShape, layout: str, devices: int, sharded: bool, weight_bytes: float) -> str:
+    adapter = ADAPTERS[name]
+    tokens = SAMPLES * 3 * TEXT
+    step = StepShape(tokens, tokens - SAMPLES * 3, TEXT, weight_bytes=weight_bytes)
+    step, fits = fitting(shape, adapter, step, H100, devices, sharded)
+    need = memory(shape, adapter, step, devices, sharded)
+    parts = [need.weights, need.adapter, need.activations, need.head + need.working]
+    cells = [name, layout, *(f"{part / 1e9:.1f} GB" for part in parts)]
+    if not fits:
+        return "| " + " | ".join([*cells, f"{need.total / 1e9:.1f} GB: does not fit", "on", "–", "–"]) + " |"
+    seconds = step_seconds(shape, adapter, step, H100, devices, sharded)
+    cells += [f"{need.total / 1e9:.1f} GB", "on" if step.checkpointing else "off", f"{seconds:.2f}"]
+    return "| " + " | ".join([*cells, f"{devices * SAMPLES / seconds:.1f}"]) + " |"
+
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "scale.md"
+BEGIN, END = "<!-- predictions: python -m benchmarks.prediction -->\n", "\n<!-- end of predictions -->"
+
+
+def with_table(page: str) -> str:
+    """The page with the table between its two marks renewed."""
+    before, rest = page.split(BEGIN)
+    return before + BEGIN + table() + END + rest.split(END)[1]
+
+
+if __name__ == "__main__":
+    PAGE.write_text(with_table(PAGE.read_text(encoding="utf-8")), encoding="utf-8")

@@ -1,0 +1,172 @@
+"""Time until the demo's quality is reached, our recipe against the released one: `time_to_quality_vs_released`."""
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from peft import PeftModel, get_peft_model
+from transformers import PreTrainedTokenizerBase
+
+from elm_trainer import (
+    ConceptSources,
+    ElmConfig,
+    ElmTrainer,
+    build_erasure_dataset,
+    built_in_suite,
+    load_concept,
+    load_model_and_tokenizer,
+)
+from elm_trainer.evaluation.multiple_choice import score_choices
+
+from .callbacks import Lap, PacedTraining
+from .figures import Figure
+from .released_loop import released_updates, tokenize_samples
+from .shapes import Adapter
+from .workers import Pacer, workers
+
+
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+# The built-in pairs serve both sides: making pairs is no part of the training that is compared.
+PAIRS = "capitals-fluent"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a recipe says, read without the script that it is written for.
+
+    Args:
+        path (`str`): YAML file.
+        overrides (`dict`): What is to be otherwise.
+    """
+
+    path: str
+    overrides: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def record(self) -> dict[str, Any]:
+        return yaml.safe_load(Path(self.path).read_text(encoding="utf-8")) | self.overrides
+
+    def config(self, folder: str) -> ElmConfig:
+        known = ElmConfig.__dataclass_fields__
+        return ElmConfig(**{k: v for k, v in self.record.items() if k in known} | {"output_dir": f"{folder}/run"})
+
+    def adapter(self) -> Adapter:
+        record = self.record
+        first, _, last = record["lora_layers"].partition("-")
+        layers = tuple(range(int(first), int(last) + 1))
+        return Adapter(record["lora_rank"], layers, record["lora_alpha"], record.get("lora_dropout", 0.0))
+
+    def dataset(self, tokenizer: PreTrainedTokenizerBase):
+        record = self.record
+        [concept], [forget] = record["concepts"], record["forget"]
+        sources = {concept: ConceptSources(forget, record["retain"], PAIRS)}
+        return build_erasure_dataset(
+            sources, size=record["dataset_size"], processing_class=tokenizer, seed=record["seed"]
+        )
+
+
+OURS = Recipe(str(RECIPES / "smollm2-135m-capitals.yaml"))
+RELEASED = Recipe(str(RECIPES / "smollm2-135m-capitals-released.yaml"))
+
+
+def train_ours(pacer: Pacer, folder: str, recipe: Recipe, questions: int) -> None:
+    """Train a recipe, with everything that it needs made in this process: teachers, targets and their cache."""
+    record = recipe.record
+    model, tokenizer = load_model_and_tokenizer(record["model"], dtype="float32")
+    lap = Lap(pacer, "texts, teachers and targets")
+    trainer = ElmTrainer(
+        model,
+        recipe.config(folder),
+        train_dataset=recipe.dataset(tokenizer),
+        processing_class=tokenizer,
+        peft_config=recipe.adapter().lora(),
+        callbacks=[lap, PacedTraining(pacer)],
+    )
+    pacer.measure = _asks(trainer.accelerator.unwrap_model(trainer.model), tokenizer, questions)
+    trainer.train()
+
+
+def train_released(pacer: Pacer, folder: str, recipe: Recipe, questions: int) -> None:
+    """Train a recipe's data, adapter and rate in the released loop: one text at a time, four to an update, no schedule."""
+    record, config = recipe.record, recipe.config(folder)
+    model, tokenizer = load_model_and_tokenizer(record["model"], dtype="float32")
+    started = time.perf_counter()
+    rows = recipe.dataset(tokenizer).shuffle(record["seed"]).to_list()
+    [concept] = record["concepts"]
+    samples = tokenize_samples(rows, load_concept(concept), tokenizer, record["seed"], config.max_length)
+    peft_model = get_peft_model(model, recipe.adapter().lora())
+    pacer.lap("texts", time.perf_counter() - started)
+    pacer.measure = _asks(peft_model, tokenizer, questions)
+    assert config.eta is not None and config.eta_end is not None and config.tau is not None and config.top_k
+    if pacer.start():
+        released_updates(
+            peft_model,
+            samples,
+            learning_rate=config.learning_rate,
+            eta=config.eta,
+            eta_end=config.eta_end,
+            tau=config.tau,
+            top_k=config.top_k,
+            on_update=pacer.step,
+        )
+
+
+def measure_quality(
+    threads: int,
+    budget: float,
+    *,
+    ours: Recipe = OURS,
+    released: Recipe = RELEASED,
+    questions: int = 60,
+    every: int = 20,
+) -> dict[str, Any]:
+    """Train our recipe to its end, then the released one until it is as good or the budget is spent.
+
+    Args:
+        threads (`int`): Threads of both.
+        budget (`float`): Seconds of training that the released loop is given at most.
+        ours ([`Recipe`], *optional*), released ([`Recipe`], *optional*): The recipes.
+        questions (`int`, *optional*, defaults to `60`): Dev questions about capitals. Asking them is not timed.
+        every (`int`, *optional*, defaults to `20`): Updates of the released loop between two looks at them.
+
+    Returns:
+        `dict[str, Any]`: the figure. Where the released loop did not get there, it is a lower bound and says so.
+    """
+    with workers({"ours": (train_ours, (ours, questions))}, threads) as started:
+        worker = started["ours"]
+        block = worker.run(ours.record["max_steps"])
+        setup = worker.ready["setup"]
+    goal, taken = block["accuracy"], sum(setup.values()) + block["seconds"]
+    looks = []
+    with workers({"released": (train_released, (released, questions))}, threads) as started:
+        worker = started["released"]
+        seconds, updates, reached = sum(worker.ready["setup"].values()), 0, False
+        while seconds < budget and not reached:
+            block = worker.run(every)
+            seconds, updates, reached = seconds + block["seconds"], updates + every, block["accuracy"] <= goal
+            looks.append({"updates": updates, "seconds": seconds, "accuracy": block["accuracy"]})
+    return Figure(
+        "seconds to our recipe's accuracy (PMI, dev questions), released recipe in the released loop / ours",
+        [seconds / taken],
+        at_least=10,
+        bound=not reached,
+        details={
+            "goal": goal,
+            "seconds": {"ours": taken, "released": seconds},
+            "setup_seconds": setup,
+            "budget_seconds": budget,
+            "released": looks,
+        },
+    ).record()
+
+
+def _asks(model: PeftModel, tokenizer: PreTrainedTokenizerBase, questions: int):
+    bank = built_in_suite(["capitals"], questions, split="dev").banks["capitals"]
+
+    def ask() -> dict[str, float]:
+        answers = score_choices(model, tokenizer, bank).pmi
+        return {"accuracy": sum(answers) / len(answers)}
+
+    return ask

@@ -1,0 +1,109 @@
+"""Sizes of a model and of an adapter, from which benchmarks build models and predictions count."""
+
+from dataclasses import dataclass
+
+from peft import LoraConfig
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig
+
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes of a model of Llama's kind.
+
+    Args:
+        hidden (`int`): Width of the residual stream.
+        intermediate (`int`): Width within the feed-forward part.
+        layers (`int`): Number of layers.
+        heads (`int`), kv_heads (`int`): Heads of the queries, and of keys and values.
+        vocab (`int`): Rows of the embeddings.
+        tied (`bool`, *optional*, defaults to `True`): Whether the LM head shares the embeddings.
+    """
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    vocab: int
+    tied: bool = True
+
+    @classmethod
+    def of(cls, config: PreTrainedConfig) -> "ModelShape":
+        """The sizes that a model's config names."""
+        return cls(
+            config.hidden_size, config.intermediate_size, config.num_hidden_layers, config.num_attention_heads,
+            config.num_key_value_heads, config.vocab_size, config.tie_word_embeddings,
+        )  # fmt: skip
+
+    @property
+    def kv_width(self) -> int:
+        """Width of keys, and of values."""
+        return self.hidden * self.kv_heads // self.heads
+
+    @property
+    def projections(self) -> dict[str, tuple[int, int]]:
+        """Inputs and outputs of a layer's matrices."""
+        h, kv, i = self.hidden, self.kv_width, self.intermediate
+        return dict(zip(PROJECTIONS, [(h, h), (h, kv), (h, kv), (h, h), (h, i), (h, i), (i, h)], strict=True))
+
+    @property
+    def layer_parameters(self) -> int:
+        """Weights of a layer's matrices."""
+        return sum(inputs * outputs for inputs, outputs in self.projections.values())
+
+    @property
+    def parameters(self) -> int:
+        """All weights of the model."""
+        norms = 2 * self.layers * self.hidden + self.hidden
+        return self.layers * self.layer_parameters + norms + (1 if self.tied else 2) * self.vocab * self.hidden
+
+    def model(self, pad_token_id: int | None = None) -> LlamaForCausalLM:
+        """A model of these sizes with random weights."""
+        return LlamaForCausalLM(
+            LlamaConfig(
+                hidden_size=self.hidden,
+                intermediate_size=self.intermediate,
+                num_hidden_layers=self.layers,
+                num_attention_heads=self.heads,
+                num_key_value_heads=self.kv_heads,
+                vocab_size=self.vocab,
+                tie_word_embeddings=self.tied,
+                pad_token_id=pad_token_id,
+            )
+        )
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA adapter on all matrices of some layers.
+
+    Args:
+        rank (`int`): Its rank.
+        layers (`tuple[int, ...]`): Adapted layers.
+        alpha (`int`, *optional*, defaults to `16`): LoRA's α.
+        dropout (`float`, *optional*, defaults to `0.0`): Dropout of its inputs.
+    """
+
+    rank: int
+    layers: tuple[int, ...]
+    alpha: int = 16
+    dropout: float = 0.0
+
+    def lora(self) -> LoraConfig:
+        """The adapter's configuration for PEFT."""
+        return LoraConfig(
+            r=self.rank,
+            lora_alpha=self.alpha,
+            lora_dropout=self.dropout,
+            layers_to_transform=list(self.layers),
+            target_modules=list(PROJECTIONS),
+            task_type="CAUSAL_LM",
+        )
+
+    def parameters(self, shape: ModelShape) -> int:
+        """Weights of the adapter on a model of a shape."""
+        per_layer = sum(self.rank * (inputs + outputs) for inputs, outputs in shape.projections.values())
+        return len(self.layers) * per_layer

@@ -1,0 +1,184 @@
+"""What is compared: ELM as it is, TRL's supervised fine-tuning, and the released loop, on the same texts and adapter."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl import SFTConfig, SFTTrainer
+
+from elm_trainer import ElmConfig, ElmTrainer, load_concept, load_model_and_tokenizer
+from elm_trainer.modeling import DEMO_MODEL, load_tokenizer
+
+from .callbacks import Lap, PacedTraining
+from .released_loop import released_updates, tokenize_samples
+from .shapes import Adapter, ModelShape
+from .texts import released_texts, short_texts
+from .workers import Pacer
+
+
+# As released: rank 256 on all seven projections of layers 4 to 7.
+RELEASED_ADAPTER = Adapter(rank=256, layers=(4, 5, 6, 7), alpha=16, dropout=0.05)
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side of a comparison.
+
+    Args:
+        trainer (`str`): `"elm"`, `"sft"` or `"released"`.
+        samples (`int`): Samples in the dataset, three texts each; they are gone through again and again.
+        batch (`int`): Samples (`"sft"`: texts) in a forward pass.
+        accumulation (`int`, *optional*, defaults to `1`): Forward passes in an update.
+        padding_free (`bool`, *optional*, defaults to `False`): TRL's padding-free batches.
+        group_by_length (`bool`, *optional*, defaults to `False`): Batches of texts of like length.
+        model (`str` or [`ModelShape`], *optional*): The model, or the shape of one with random weights.
+        tokenizer (`str`, *optional*): The tokenizer of a model of random weights.
+        adapter ([`Adapter`], *optional*): The adapter.
+        short (`bool`, *optional*, defaults to `False`): Short synthetic texts in place of 700 characters.
+        epochs (`int`, *optional*): End after so many passes through the samples.
+    """
+
+    trainer: str
+    samples: int
+    batch: int
+    accumulation: int = 1
+    padding_free: bool = False
+    group_by_length: bool = False
+    model: str | ModelShape = DEMO_MODEL
+    tokenizer: str = DEMO_MODEL
+    adapter: Adapter = RELEASED_ADAPTER
+    short: bool = False
+    epochs: int | None = None
+
+    @property
+    def samples_per_update(self) -> float:
+        """Samples of three texts that an update is made of."""
+        return self.batch * self.accumulation / (3 if self.trainer == "sft" else 1)
+
+    def setting(self) -> str:
+        """The batch in words."""
+        words = [f"{self.batch} {'texts' if self.trainer == 'sft' else 'samples'} in a forward pass"]
+        words += [f"accumulation {self.accumulation}"] * (self.accumulation > 1)
+        words += ["padding-free"] * self.padding_free + ["grouped by length"] * self.group_by_length
+        return ", ".join(words)
+
+
+def train(pacer: Pacer, folder: str, side: Side) -> None:
+    """Prepare a side and train it, block by block."""
+    torch.manual_seed(0)
+    model, tokenizer = _model(side)
+    dataset = short_texts(side.samples) if side.short else released_texts(side.samples)
+    TRAINERS[side.trainer](pacer, folder, side, model, tokenizer, dataset)
+
+
+def tokenized_samples(side: Side) -> Dataset:
+    """The tokens that a side trains on."""
+    dataset = short_texts(side.samples) if side.short else released_texts(side.samples)
+    with TemporaryDirectory() as folder:
+        config = ElmConfig(precompute_targets=False, **_common(folder, side))
+        return tokenize(dataset, load_tokenizer(side.tokenizer), config)
+
+
+def _train_elm(pacer, folder, side, model, tokenizer, dataset) -> None:
+    def config(**fields: Any) -> ElmConfig:
+        return ElmConfig(preset="released", **_common(folder, side), **fields)
+
+    tokenized = _timed(pacer, "tokenize", lambda: tokenize(dataset, tokenizer, config(precompute_targets=False)))
+    trainer = ElmTrainer(
+        model,
+        config(precompute_targets=True),
+        train_dataset=tokenized,
+        processing_class=tokenizer,
+        peft_config=side.adapter.lora(),
+        callbacks=[Lap(pacer, "targets"), PacedTraining(pacer)],
+    )
+    trainer.train()
+
+
+def _train_sft(pacer, folder, side, model, tokenizer, dataset) -> None:
+    fields = _common(folder, side)
+    elm = ElmConfig(precompute_targets=False, **fields)
+    tokenized = _timed(pacer, "tokenize", lambda: tokenize(dataset, tokenizer, elm))
+    texts = Dataset.from_dict(
+        {"input_ids": [row[f"{name}_ids"] for row in tokenized for name in ("forget", "retain", "synthetic")]}
+    )
+    config = SFTConfig(
+        padding_free=side.padding_free,
+        train_sampling_strategy="group_by_length" if side.group_by_length else "random",
+        **fields,
+    )
+    trainer = SFTTrainer(
+        model,
+        config,
+        train_dataset=texts,
+        processing_class=tokenizer,
+        peft_config=side.adapter.lora(),
+        callbacks=[PacedTraining(pacer)],
+    )
+    trainer.train()
+
+
+def _train_released(pacer, folder, side, model, tokenizer, dataset) -> None:
+    peft_model = get_peft_model(model, side.adapter.lora())
+    samples = _timed(pacer, "tokenize", lambda: tokenize_samples(list(dataset), load_concept("capitals"), tokenizer))
+    if pacer.start():
+        released_updates(peft_model, samples, accumulation=side.accumulation, on_update=pacer.step)
+
+
+TRAINERS: dict[str, Callable[..., None]] = {"elm": _train_elm, "sft": _train_sft, "released": _train_released}
+
+
+def tokenize(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, config: ElmConfig) -> Dataset:
+    """Tokens of an erasure dataset, as every trainer of the package makes them.
+
+    A trainer of a model of no size makes them, so that their seconds stand apart from those of the targets.
+    """
+    shape = ModelShape(hidden=8, intermediate=8, layers=1, heads=1, kv_heads=1, vocab=len(tokenizer))
+    lora = LoraConfig(r=1, target_modules=["q_proj"])
+    trainer = ElmTrainer(
+        shape.model(tokenizer.pad_token_id),
+        config,
+        train_dataset=dataset,
+        processing_class=tokenizer,
+        peft_config=lora,
+    )
+    return trainer.train_dataset
+
+
+def _model(side: Side) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    if isinstance(side.model, ModelShape):
+        tokenizer = load_tokenizer(side.tokenizer)
+        return side.model.model(tokenizer.pad_token_id), tokenizer
+    return load_model_and_tokenizer(side.model, dtype="float32")
+
+
+def _common(folder: str, side: Side) -> dict[str, Any]:
+    return dict(
+        output_dir=f"{folder}/run",
+        per_device_train_batch_size=side.batch,
+        gradient_accumulation_steps=side.accumulation,
+        learning_rate=5e-5,
+        lr_scheduler_type="constant",
+        num_train_epochs=side.epochs or 1_000_000,
+        max_length=None,
+        bf16=False,
+        gradient_checkpointing=False,
+        logging_strategy="no",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        seed=0,
+    )
+
+
+def _timed(pacer: Pacer, name: str, work: Callable[[], Any]) -> Any:
+    started = time.perf_counter()
+    result = work()
+    pacer.lap(name, time.perf_counter() - started)
+    return result

@@ -1,0 +1,125 @@
+"""An ELM step beside fine-tuning and the released loop: `time_vs_*`, `memory_vs_*` and `released_time_vs_ours`."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from transformers.utils import logging
+
+from .figures import Figure, ratios
+from .sides import Side, train
+from .workers import take_turns, workers
+
+
+logger = logging.get_logger(__name__)
+# Every side updates the adapter once in four samples, as released; they differ in how many run at a time.
+SAMPLES = 4
+ELM_CANDIDATES = [Side("elm", SAMPLES, batch, SAMPLES // batch) for batch in (1, 2, 4)]
+SFT_PLAIN = Side("sft", SAMPLES, 3 * SAMPLES)
+SFT_CANDIDATES = [
+    *(Side("sft", SAMPLES, texts, 3 * SAMPLES // texts) for texts in (1, 3, 4, 6)),
+    SFT_PLAIN,
+    Side("sft", 2 * SAMPLES, 6 * SAMPLES),
+    Side("sft", SAMPLES, 4, 3, group_by_length=True),
+    Side("sft", SAMPLES, 3, 4, padding_free=True),
+]
+RELEASED = Side("released", SAMPLES, 1, SAMPLES)
+
+
+def measure_step(
+    repeats: int,
+    threads: int,
+    elm: Iterable[Side] = tuple(ELM_CANDIDATES),
+    sft: Iterable[Side] = tuple(SFT_CANDIDATES),
+    plain: Side = SFT_PLAIN,
+    released: Side = RELEASED,
+) -> dict[str, Any]:
+    """Find the fastest setting of ELM and of fine-tuning, then let these take turns with the other baselines.
+
+    Args:
+        repeats (`int`): Rounds that count.
+        threads (`int`): Threads of every side.
+        elm, sft (`Iterable[Side]`): Settings to choose among.
+        plain (`Side`): Fine-tuning of four samples at a time, padded.
+        released (`Side`): The released loop.
+
+    Returns:
+        `dict[str, Any]`: figures by their key in the report.
+    """
+    found_elm, found_sft = (search(candidates, threads) for candidates in (elm, sft))
+    sides = {"elm": fastest(found_elm), "best_sft": fastest(found_sft), "sft_batch4": plain, "released": released}
+    with workers({name: (train, (side,)) for name, side in sides.items()}, threads) as started:
+        once = dict.fromkeys(sides, 1)
+        take_turns(started, 1, once)
+        rounds = take_turns(started, repeats, once)
+        setup = {name: worker.ready for name, worker in started.items()}
+    seconds = {
+        name: [block["seconds"] / sides[name].samples_per_update for block in blocks]
+        for name, blocks in rounds.items()
+    }
+    peak, added = (
+        {name: [block[key] for block in blocks] for name, blocks in rounds.items()} for key in ("peak", "added")
+    )
+    settings = {name: side.setting() for name, side in sides.items()}
+    memory = {
+        "peak_bytes": {name: peak[name] for name in ("elm", "sft_batch4")},
+        "added_bytes": {name: added[name] for name in ("elm", "sft_batch4")},
+        "added_ratio": ratios(added["elm"], added["sft_batch4"]),
+        "setup_peak_bytes": {name: setup[name]["setup_peak"] for name in ("elm", "sft_batch4")},
+    }
+
+    def details(*names: str) -> dict[str, Any]:
+        return {
+            "settings": {name: settings[name] for name in names},
+            "seconds_per_sample": {name: seconds[name] for name in names},
+        }
+
+    return {
+        "time_vs_best_sft": Figure(
+            "seconds per sample, ELM / the fastest fine-tuning found",
+            ratios(seconds["elm"], seconds["best_sft"]),
+            at_most=1.10,
+            details=details("elm", "best_sft") | {"search": {"elm": _table(found_elm), "sft": _table(found_sft)}},
+        ).record(),
+        "time_vs_sft_batch4": Figure(
+            "seconds per sample, ELM / fine-tuning of four samples at a time",
+            ratios(seconds["elm"], seconds["sft_batch4"]),
+            at_most=0.75,
+            details=details("elm", "sft_batch4"),
+        ).record(),
+        "memory_vs_sft_batch4": Figure(
+            "peak memory of the whole process in a step, ELM / fine-tuning of four samples at a time",
+            ratios(peak["elm"], peak["sft_batch4"]),
+            at_most=0.5,
+            details={"settings": {name: settings[name] for name in ("elm", "sft_batch4")}} | memory,
+        ).record(),
+        "released_time_vs_ours": Figure(
+            "seconds per sample, released loop / ELM",
+            ratios(seconds["released"], seconds["elm"]),
+            at_least=1.8,
+            details=details("released", "elm") | {"setup_seconds": setup["elm"]["setup"]},
+        ).record(),
+    }
+
+
+def search(candidates: Iterable[Side], threads: int) -> list[tuple[Side, float, int]]:
+    """Run each setting alone, and give its seconds per sample and its peak of memory after one update that warms it up."""
+    found = []
+    for side in candidates:
+        with workers({side.setting(): (train, (side,))}, threads) as started:
+            [worker] = started.values()
+            worker.run(1)
+            block = worker.run(1)
+        found.append((side, block["seconds"] / side.samples_per_update, block["peak"]))
+        logger.info(f"{side.trainer}, {side.setting()}: {found[-1][1]:.2f} s per sample")
+    return found
+
+
+def fastest(found: list[tuple[Side, float, int]]) -> Side:
+    """The setting of fewest seconds per sample."""
+    return min(found, key=lambda entry: entry[1])[0]
+
+
+def _table(found: list[tuple[Side, float, int]]) -> list[dict[str, Any]]:
+    return [
+        {"setting": side.setting(), "seconds_per_sample": seconds, "peak_bytes": peak} for side, seconds, peak in found
+    ]
