@@ -153,16 +153,18 @@ def test_training_equals_an_independent_derivation_with_two_whole_models(dtype, 
     assert logged == pytest.approx(losses, rel=1e-6)
     for index, matrix in zip([1, 2, 3], matrices, strict=True):
         ours = trainer.model.model.layers[index].mlp.down_proj.weight
-        torch.testing.assert_close(ours, matrix, rtol=0, atol=1e-6)
+        # Adam divides by a gradient's own size, so that rounding shows where one is next to nothing.
+        torch.testing.assert_close(ours, matrix, rtol=0, atol=1e-5)
     torch.testing.assert_close(trainer.model.lm_head.weight, other.lm_head.weight, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("fields", [{}, {"adaptive": True}, {"erase_weight": 0.0}])
-def test_the_retain_term_of_the_first_step_is_zero(fields, deep, make):
+def test_the_retain_term_of_the_first_step_is_zero_up_to_rounding(fields, deep, make):
     trainer = make(deep, erase_weight=fields.pop("erase_weight", 1.0), **fields)
     loss = trainer.compute_loss(trainer.model, batch_of(trainer))
     loss.backward()
-    assert trainer._metrics["train"]["retain_loss"][0].item() == 0
+    # The reference runs without the forget text, so that rows are packed in another way.
+    assert trainer._metrics["train"]["retain_loss"][0].item() == pytest.approx(0, abs=1e-12)
     if not trainer.args.erase_weight:
         assert all(not p.grad.any() for p in trainer.model.parameters() if p.requires_grad)
 
@@ -344,7 +346,7 @@ def test_bf16_autocast_trains(with_lora, deep, make):
     before = trained(trainer.model)
     trainer.train()
     assert [name for name, p in trained(trainer.model).items() if torch.equal(p, before[name])] == []
-    assert trainer.state.log_history[0]["retain_loss"] == 0
+    assert trainer.state.log_history[0]["retain_loss"] == pytest.approx(0, abs=1e-8)
 
 
 def test_a_weight_of_zero_skips_the_term_and_its_forward(deep, make):
