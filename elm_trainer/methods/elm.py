@@ -243,8 +243,8 @@ class ElmTrainer(ErasureTrainer):
     def _target(self, model: nn.Module, term: str, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         """What the adapted model is to match on a sub-batch, from the reference (and the teachers)."""
         if term == "retain":
-            reading: Reading = lambda logits, where: top_k_distribution(logits, self.args.top_k)  # noqa: E731
-            indices, probs = self.reference_positions(model, {"retain": batch}, {"retain": reading})["retain"]
+            readings = {"retain": lambda logits, where: top_k_distribution(logits, self.args.top_k)}
+            indices, probs = self.reference_positions(model, {"retain": batch}, readings)["retain"]
             return {"indices": indices, "probs": probs}
         eta, tau = self._eta(batch), self.args.tau
         assert tau is not None  # `ElmConfig.__post_init__` has filled what was left out.
