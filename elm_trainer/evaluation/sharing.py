@@ -7,6 +7,8 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 from tqdm.auto import tqdm
 
+from ..modeling import is_partitioned
+
 
 Batch = TypeVar("Batch")
 Result = TypeVar("Result")
@@ -67,7 +69,4 @@ def from_first(value: Result) -> Result:
 
 def in_shards(model: torch.nn.Module) -> bool:
     """Whether a model's weights are divided over processes, by FSDP or DeepSpeed ZeRO-3."""
-    # The attribute is what marks a parameter that ZeRO-3 has split; others have none.
-    return any(isinstance(module, FSDPModule) for module in model.modules()) or any(
-        hasattr(parameter, "ds_id") for parameter in model.parameters()
-    )
+    return any(isinstance(module, FSDPModule) for module in model.modules()) or is_partitioned(model)

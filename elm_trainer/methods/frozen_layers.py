@@ -7,6 +7,8 @@ from typing import Any
 from torch import nn
 from transformers import TrainingArguments
 
+from ..modeling import decoder_layers
+
 
 @contextmanager
 def no_graph_below(model: nn.Module) -> Iterator[None]:
@@ -19,8 +21,7 @@ def no_graph_below(model: nn.Module) -> Iterator[None]:
     Args:
         model (`nn.Module`): Causal language model, with or without an adapter.
     """
-    stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)]
-    stack = max(stacks, key=lambda part: sum(parameter.numel() for parameter in part.parameters()))
+    stack = decoder_layers(model)
     inside = {id(parameter) for parameter in stack.parameters()}
     if any(parameter.requires_grad and id(parameter) not in inside for parameter in model.parameters()):
         yield

@@ -13,8 +13,10 @@ from peft import PeftModel
 from torch import nn
 from trl import SFTConfig
 
+from ..modeling import decoder_layers
 from ..ops import FinalLogits, Reading, read_positions
 from .base import ErasureTrainer, check_fields
+from .frozen_layers import reentrant
 from .sharding import gathered
 
 
@@ -244,7 +246,7 @@ class RepNoiseTrainer(ErasureTrainer):
         **kwargs,
     ):
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)
-        if self.args.gradient_checkpointing and (self.args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+        if reentrant(self.args):
             raise ValueError(
                 "`gradient_checkpointing_kwargs` has `use_reentrant=True` (DeepSpeed ZeRO-3 forces it), through which no "
                 "gradient reaches the MLPs' outputs: set it to False, or `gradient_checkpointing=False`."
@@ -366,14 +368,6 @@ class RepNoiseTrainer(ErasureTrainer):
             self._drawn = (self.state.global_step, place + 1 if step == self.state.global_step else 0)
             source += f"-{self._drawn[0]}-{self._drawn[1]}"
         return torch.Generator(device).manual_seed(random.Random(source).getrandbits(63))
-
-
-def decoder_layers(decoder: nn.Module) -> nn.ModuleList:
-    """The decoder's stack of layers: the list of modules that holds most of its weights."""
-    return max(
-        (module for module in decoder.modules() if isinstance(module, nn.ModuleList)),
-        key=lambda stack: sum(parameter.numel() for parameter in stack.parameters()),
-    )
 
 
 def layer_mlps(layers: nn.ModuleList) -> list[nn.Module]:

@@ -16,8 +16,10 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.pytorch_utils import Conv1D
 from trl import SFTConfig
 
+from ..modeling import layer_stack
 from ..ops import KeepPositions, text_mean
 from .base import ErasureTrainer, check_fields, weighted_batches
+from .frozen_layers import reentrant
 
 
 CONTROL_VECTORS_FILE = "control_vectors.safetensors"
@@ -330,8 +332,7 @@ class RmuTrainer(ErasureTrainer):
 
     @property
     def _reentrant(self) -> bool:
-        checkpointing = self.args.gradient_checkpointing and torch.is_grad_enabled()
-        return checkpointing and bool((self.args.gradient_checkpointing_kwargs or {}).get("use_reentrant"))
+        return torch.is_grad_enabled() and reentrant(self.args)
 
     @contextmanager
     def reference(self, model: nn.Module):
@@ -403,18 +404,6 @@ class _WithConcepts:
         concepts = torch.tensor([self.concepts.index(example["concept"]) for example in examples])
         batches["forget"]["concept"] = concepts[batches["forget"]["text"]]
         return batches
-
-
-def layer_stack(model: nn.Module) -> tuple[nn.Module, str]:
-    """The module that owns the model's stack of layers, and the stack's name in it: the list with most of the weights."""
-    stacks = [
-        (sum(parameter.numel() for parameter in child.parameters()), owner, name)
-        for owner in model.modules()
-        for name, child in owner.named_children()
-        if isinstance(child, nn.ModuleList)
-    ]
-    _, owner, name = max(stacks, key=lambda stack: stack[0])
-    return owner, name
 
 
 def check_layer(model: nn.Module, args: RmuConfig) -> None:

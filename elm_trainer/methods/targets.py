@@ -20,6 +20,7 @@ from ..data.target_layout import TargetLayout
 from ..data.target_rule import choose
 from ..data.target_store import TargetStore
 from ..fingerprint import base_fingerprint, bit_sums
+from ..modeling import is_partitioned
 
 
 if TYPE_CHECKING:
@@ -146,12 +147,6 @@ def precompute_targets(trainer: "ErasureTrainer", plan: TargetPlan) -> TargetSto
         remove_locks(store)
     logger.info(f"Targets are in {store.folder}; {len(missing)} of {store.shards} files were computed.")
     return store
-
-
-def is_partitioned(model: torch.nn.Module) -> bool:
-    """Whether DeepSpeed ZeRO-3 has split the parameters over the processes when they were made."""
-    # The attribute is what marks such a parameter; others have none.
-    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
 def _fill(trainer: "ErasureTrainer", plan: TargetPlan, store: TargetStore, share: Sequence[int]) -> None:

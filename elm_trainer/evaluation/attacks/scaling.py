@@ -9,6 +9,7 @@ from peft.helpers import rescale_adapter_scale
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from ...modeling import decoder_layers
 from ..pair import ModelPair
 from .base import Attack, AttackResult, AttackTarget
 
@@ -115,14 +116,6 @@ def scaled(pair: ModelPair, factor: float, layers: Sequence[int] | None = None) 
                     start = reference[name].detach().to(erased.device, torch.float32)
                     parameter.data = torch.lerp(start, erased.float(), factor).to(erased.dtype)
         yield
-
-
-def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The model's stack of layers: the list of modules that holds most of its weights."""
-    return max(
-        (module for module in model.modules() if isinstance(module, nn.ModuleList)),
-        key=lambda stack: sum(parameter.numel() for parameter in stack.parameters()),
-    )
 
 
 def changed_layers(pair: ModelPair) -> list[int]:
