@@ -1,3 +1,5 @@
+import os
+
 import datasets
 import pytest
 import torch
@@ -5,6 +7,11 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from elm_trainer.modeling import demo_model_file
+
+
+# Where it is not told, DeepSpeed writes what it has found to the output of whatever imports it first.
+if not torch.accelerator.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 @pytest.fixture(scope="session")
