@@ -43,7 +43,9 @@ def test_a_stopped_comparison_goes_on_and_writes_report_table_and_picture(config
     tables = report["tables"]
     assert tables["updates"]["budget"] == 2 and tables["updates"]["methods"]["graddiff"]["updates"] == [2]
     assert tables["seconds"]["budget"] == tables["updates"]["methods"]["elm"]["seconds"][0]
-    assert tables["seconds"]["methods"]["graddiff"]["seconds"][0] <= tables["seconds"]["budget"]
+    timed = tables["seconds"]["methods"]["graddiff"]
+    # On models this small the set-up alone can take as long as all of ELM's training: then no update is made.
+    assert timed["seconds"][0] <= tables["seconds"]["budget"] or timed["updates"] == [0]
     assert all(entry["peak_memory_bytes"] and entry["seconds_per_sample"] > 0 for entry in report["methods"].values())
     text = (tmp_path / "out" / "report.md").read_text()
     assert text.count("| ELM |") >= 4 and text.count("| GradDiff |") >= 4
