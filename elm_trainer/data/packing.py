@@ -61,6 +61,7 @@ def pack_batches(
     attention: float = math.inf,
     one_row: bool = False,
     apart: bool = False,
+    pad_to_multiple_of: int | None = None,
 ) -> Packing:
     """Plan the packed rows for sub-batches of [`ElmDataCollator`]; made on the CPU, from lengths alone.
 
@@ -70,6 +71,7 @@ def pack_batches(
         attention (`float`, *optional*): Tokens of a row at which attention costs as much as the matrices.
         one_row (`bool`, *optional*, defaults to `False`): One row for all texts, as flash attention needs it.
         apart (`bool`, *optional*, defaults to `False`): One text to a row, for models that carry a state along a row.
+        pad_to_multiple_of (`int`, *optional*): What the width of the rows is to be a multiple of.
     """
     starts, lengths, total = [], [], 0
     for batch in batches:
@@ -83,6 +85,8 @@ def pack_batches(
     else:
         rows = pack(lengths, 1) if one_row else best_rows(lengths, attention)
     width = max(sum(lengths[text] for text in row) for row in rows)
+    if pad_to_multiple_of:
+        width = -(-width // pad_to_multiple_of) * pad_to_multiple_of
     # A gap at the end of a row is a text of its own, whose logits nobody reads.
     tokens = torch.zeros(len(rows), width, dtype=torch.long)
     position_ids = torch.zeros(len(rows), width, dtype=torch.long)

@@ -290,6 +290,7 @@ class ErasureTrainer(SFTTrainer):
             attention=ATTENTION * unwrapped.config.get_text_config().hidden_size,
             one_row="flash" in (unwrapped.config._attn_implementation or ""),
             apart=getattr(base, "_is_stateful", False),
+            pad_to_multiple_of=self.args.pad_to_multiple_of,
         )
         device = batches[0]["input_ids"].device
         return Packing(*(part.to(device, non_blocking=True) for part in packing))

@@ -1,5 +1,6 @@
 import math
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -52,3 +53,15 @@ def test_packed_slots_hold_the_tokens_of_the_padded_batches(groups, side, one_ro
     assert len(set(packing.slots[real].tolist())) == int(real.sum())
     if one_row and not apart:
         assert packing.tokens.shape == (1, int(real.sum()))
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_rows_are_as_wide_as_a_multiple_that_is_asked_for(apart):
+    batch = {"input_ids": torch.zeros(3, 9, dtype=torch.long), "lengths": [9, 4, 2]}
+    plain = pack_batches([batch], left_padded=False, apart=apart)
+    wide = pack_batches([batch], left_padded=False, apart=apart, pad_to_multiple_of=8)
+
+    assert plain.tokens.size(1) in (9, 15) and wide.tokens.shape == (len(plain.tokens), 16)
+    rows, columns = plain.slots // plain.tokens.size(1), plain.slots % plain.tokens.size(1)
+    real = torch.tensor([True] * 9 + [True] * 4 + [False] * 5 + [True] * 2 + [False] * 7)
+    assert torch.equal(wide.slots[real], (rows * 16 + columns)[real])
