@@ -84,6 +84,8 @@ class ErasureTrainer(SFTTrainer):
         **kwargs,
     ):
         args = self.own_config(args)
+        # Sum and number of the values of each loss term since the last log, `[2]` each.
+        self._totals: dict[str, dict[str, torch.Tensor]] = {"train": {}, "eval": {}}
         if args.push_to_hub and args.hub_strategy != HubStrategy.END:
             raise ValueError(
                 f"`hub_strategy` is {args.hub_strategy.value!r}, which uploads checkpoints as they are, without report "
@@ -341,10 +343,14 @@ class ErasureTrainer(SFTTrainer):
 
     def weigh(self, terms: Mapping[str, torch.Tensor], weights: Mapping[str, float]) -> torch.Tensor:
         """Weighted sum of the loss terms, each logged under its name as `<name>_loss`."""
-        mode = "train" if self.model.training else "eval"
+        totals = self._totals["train" if self.model.training else "eval"]
         for name, value in terms.items():
-            # Tensors: turning them into numbers here would wait for the device at every step.
-            self._metrics[mode][f"{name}_loss"].append(value.detach())
+            # Tensors: turning them into numbers here would wait for the device at every step. One for all steps: a small
+            # block that each step leaves behind would keep a CPU's heap from closing its gaps, so that it grows.
+            if name not in totals:
+                totals[name] = torch.zeros(2, device=self.args.device)
+            totals[name][0] += value.detach()
+            totals[name][1] += 1
         return sum((weights[name] * value for name, value in terms.items()), torch.zeros((), device=self.args.device))
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
@@ -365,26 +371,26 @@ class ErasureTrainer(SFTTrainer):
     def log(self, logs, start_time=None):
         mode = "train" if self.model.training else "eval"
         self._metrics[mode].update(self._mean_terms(mode))
+        self._totals[mode].clear()
         super().log(logs, start_time)
 
     def _mean_terms(self, mode: str) -> dict[str, list[float]]:
-        metrics = self._metrics[mode]
-        names = [name for name, values in metrics.items() if values and isinstance(values[0], torch.Tensor)]
+        totals = self._totals[mode]
+        names = sorted(totals)
         # A process whose texts had no part in a term must join in averaging it all the same.
         names = sorted(set(gather_object(names))) if self.accelerator.num_processes > 1 else names
         means = {}
         for name in names:
-            values = torch.stack(metrics[name]).float() if metrics[name] else torch.zeros(0, device=self.args.device)
-            total = torch.stack([values.sum(), torch.tensor(float(len(values)), device=values.device)])
+            total = totals.get(name, torch.zeros(2, device=self.args.device))
             total = self.accelerator.reduce(total, reduction="sum")
             mean = (total[0] / total[1]).item()
             if not math.isfinite(mean):
                 kept = last_finished(checkpoints(self.args.output_dir))
                 raise NonFiniteLossError(
-                    f"`{name}` became {mean} by step {self.state.global_step}: lower `learning_rate` or the term's "
+                    f"`{name}_loss` became {mean} by step {self.state.global_step}: lower `learning_rate` or the term's "
                     f"weight, or train in float32. Last good checkpoint: {kept or 'none yet'}."
                 )
-            means[name] = [mean]
+            means[f"{name}_loss"] = [mean]
         return means
 
     def train(self, resume_from_checkpoint=None, **kwargs):

@@ -1,4 +1,7 @@
-"""Train a tiny model for many steps and write what the process held meanwhile: `python -m tests.distributed.endure STEPS OUTPUT`."""
+"""Train a tiny model for many steps and write what the process held meanwhile.
+
+`python -m tests.distributed.endure STEPS OUTPUT`, or with `uneven` behind for texts of 2 to 80 tokens and no logs.
+"""
 
 import json
 import sys
@@ -8,6 +11,7 @@ import psutil
 from peft import LoraConfig
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, TrainerCallback
 
+from benchmarks.memory import release_freed
 from elm_trainer import ConceptSources, ElmConfig, ElmTrainer, build_erasure_dataset
 from elm_trainer.modeling import demo_model_file
 
@@ -17,6 +21,10 @@ class Watch(TrainerCallback):
 
     def __init__(self):
         self.seen: list[dict[str, int]] = []
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        # What set-up has freed would hide what is added.
+        release_freed()
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % 10 == 0:
@@ -32,23 +40,24 @@ class Watch(TrainerCallback):
 
 
 def main() -> None:
-    steps, output = int(sys.argv[1]), Path(sys.argv[2])
+    steps, output, uneven = int(sys.argv[1]), Path(sys.argv[2]), "uneven" in sys.argv
     path = demo_model_file()
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     sizes = dict(hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes))
-    texts = [f"The capital is city {index}" + "!" * (index % 7) for index in range(50)]
+    longest = 75 if uneven else 7
+    texts = [f"The capital is city {index}" + " a" * (index * 29 % longest) for index in range(longest * 7)]
     dataset = build_erasure_dataset(
         {"capitals": ConceptSources(texts, [["The cat sat.", "Bread is good."]], [("The capital", " is far.")])}
     )
+    length = {"per_device_train_batch_size": 4, "logging_strategy": "no"} if uneven else {}
     watch = Watch()
     trainer = ElmTrainer(
         model,
         ElmConfig(
             str(output),
+            **{"per_device_train_batch_size": 1, "logging_steps": 10, **length},
             max_steps=steps,
-            per_device_train_batch_size=1,
-            logging_steps=10,
             save_steps=steps // 10,
             save_total_limit=2,
             bf16=False,
