@@ -5,9 +5,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from peft import PeftModel, get_peft_model
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from elm_trainer import (
     ConceptSources,
@@ -30,6 +31,8 @@ from .workers import Pacer, workers
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 # The built-in pairs serve both sides: making pairs is no part of the training that is compared.
 PAIRS = "capitals-fluent"
+# What is to be forgotten, and what is to be kept.
+BANKS = ("capitals", "geography")
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,13 @@ class Recipe:
         known = ElmConfig.__dataclass_fields__
         return ElmConfig(**{k: v for k, v in self.record.items() if k in known} | {"output_dir": f"{folder}/run"})
 
+    def load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """The model and its tokenizer, and the precision of products for this process."""
+        record = self.record
+        torch.set_float32_matmul_precision(record.get("matmul_precision", "highest"))
+        attention = record.get("attn_implementation")
+        return load_model_and_tokenizer(record["model"], dtype="float32", attn_implementation=attention)
+
     def adapter(self) -> Adapter:
         record = self.record
         first, _, last = record["lora_layers"].partition("-")
@@ -68,13 +78,16 @@ class Recipe:
 
 
 OURS = Recipe(str(RECIPES / "smollm2-135m-capitals.yaml"))
-RELEASED = Recipe(str(RECIPES / "smollm2-135m-capitals-released.yaml"))
+# With the arithmetic of ours, which is faster for single texts too.
+RELEASED = Recipe(
+    str(RECIPES / "smollm2-135m-capitals-released.yaml"),
+    {name: OURS.record[name] for name in ("matmul_precision", "attn_implementation")},
+)
 
 
 def train_ours(pacer: Pacer, folder: str, recipe: Recipe, questions: int) -> None:
     """Train a recipe, with everything that it needs made in this process: teachers, targets and their cache."""
-    record = recipe.record
-    model, tokenizer = load_model_and_tokenizer(record["model"], dtype="float32")
+    model, tokenizer = recipe.load()
     lap = Lap(pacer, "texts, teachers and targets")
     trainer = ElmTrainer(
         model,
@@ -91,7 +104,7 @@ def train_ours(pacer: Pacer, folder: str, recipe: Recipe, questions: int) -> Non
 def train_released(pacer: Pacer, folder: str, recipe: Recipe, questions: int) -> None:
     """Train a recipe's data, adapter and rate in the released loop: one text at a time, four to an update, no schedule."""
     record, config = recipe.record, recipe.config(folder)
-    model, tokenizer = load_model_and_tokenizer(record["model"], dtype="float32")
+    model, tokenizer = recipe.load()
     started = time.perf_counter()
     rows = recipe.dataset(tokenizer).shuffle(record["seed"]).to_list()
     [concept] = record["concepts"]
@@ -124,11 +137,14 @@ def measure_quality(
 ) -> dict[str, Any]:
     """Train our recipe to its end, then the released one until it is as good or the budget is spent.
 
+    As good is to rank no more capitals rightly and no less of the geography around them, which a model that is merely
+    broken would not.
+
     Args:
         threads (`int`): Threads of both.
         budget (`float`): Seconds of training that the released loop is given at most.
         ours ([`Recipe`], *optional*), released ([`Recipe`], *optional*): The recipes.
-        questions (`int`, *optional*, defaults to `60`): Dev questions about capitals. Asking them is not timed.
+        questions (`int`, *optional*, defaults to `60`): Dev questions of each of the two banks. Asking is not timed.
         every (`int`, *optional*, defaults to `20`): Updates of the released loop between two looks at them.
 
     Returns:
@@ -138,17 +154,18 @@ def measure_quality(
         worker = started["ours"]
         block = worker.run(ours.record["max_steps"])
         setup = worker.ready["setup"]
-    goal, taken = block["accuracy"], sum(setup.values()) + block["seconds"]
+    goal, taken = {name: block[name] for name in BANKS}, sum(setup.values()) + block["seconds"]
     looks = []
     with workers({"released": (train_released, (released, questions))}, threads) as started:
         worker = started["released"]
         seconds, updates, reached = sum(worker.ready["setup"].values()), 0, False
         while seconds < budget and not reached:
             block = worker.run(every)
-            seconds, updates, reached = seconds + block["seconds"], updates + every, block["accuracy"] <= goal
-            looks.append({"updates": updates, "seconds": seconds, "accuracy": block["accuracy"]})
+            seconds, updates = seconds + block["seconds"], updates + every
+            reached = block["capitals"] <= goal["capitals"] and block["geography"] >= goal["geography"]
+            looks.append({"updates": updates, "seconds": seconds, **{name: block[name] for name in BANKS}})
     return Figure(
-        "seconds to our recipe's accuracy (PMI, dev questions), released recipe in the released loop / ours",
+        "seconds to our recipe's accuracies (PMI, dev questions), released recipe in the released loop / ours",
         [seconds / taken],
         at_least=10,
         bound=not reached,
@@ -163,10 +180,10 @@ def measure_quality(
 
 
 def _asks(model: PeftModel, tokenizer: PreTrainedTokenizerBase, questions: int):
-    bank = built_in_suite(["capitals"], questions, split="dev").banks["capitals"]
+    suite = built_in_suite(["capitals"], questions, split="dev")
 
     def ask() -> dict[str, float]:
-        answers = score_choices(model, tokenizer, bank).pmi
-        return {"accuracy": sum(answers) / len(answers)}
+        answers = {name: score_choices(model, tokenizer, suite.banks[name]).pmi for name in BANKS}
+        return {name: sum(rights) / len(rights) for name, rights in answers.items()}
 
     return ask
