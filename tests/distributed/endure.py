@@ -50,14 +50,15 @@ def main() -> None:
     dataset = build_erasure_dataset(
         {"capitals": ConceptSources(texts, [["The cat sat.", "Bread is good."]], [("The capital", " is far.")])}
     )
-    length = {"per_device_train_batch_size": 4, "logging_strategy": "no"} if uneven else {}
     watch = Watch()
     trainer = ElmTrainer(
         model,
         ElmConfig(
             str(output),
-            **{"per_device_train_batch_size": 1, "logging_steps": 10, **length},
             max_steps=steps,
+            per_device_train_batch_size=4 if uneven else 1,
+            logging_strategy="no" if uneven else "steps",
+            logging_steps=10,
             save_steps=steps // 10,
             save_total_limit=2,
             bf16=False,

@@ -139,7 +139,7 @@ def test_a_step_with_stored_targets_runs_the_model_once(make, tokenizer):
 def test_workers_of_the_data_loader_read_the_store(make):
     losses = []
     for workers in (0, 2):
-        trainer = make(dataloader_num_workers=workers, output_dir=None, max_steps=4)
+        trainer = make(dataloader_num_workers=workers, max_steps=4)
         trainer.train()
         losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
     assert len(losses[0]) == 4 and losses[0] == pytest.approx(losses[1], rel=1e-6)
