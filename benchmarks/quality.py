@@ -81,14 +81,14 @@ OURS = Recipe(str(RECIPES / "smollm2-135m-capitals.yaml"))
 # With the arithmetic of ours, which is faster for single texts too.
 RELEASED = Recipe(
     str(RECIPES / "smollm2-135m-capitals-released.yaml"),
-    {name: OURS.record[name] for name in ("matmul_precision", "attn_implementation")},
+    {name: OURS.record[name] for name in ("bf16", "use_cpu", "attn_implementation")},
 )
 
 
 def train_ours(pacer: Pacer, folder: str, recipe: Recipe, questions: int) -> None:
-    """Train a recipe, with everything that it needs made in this process: teachers, targets and their cache."""
+    """Train a recipe, with everything that it needs made in this process: targets, directions and their cache."""
     model, tokenizer = recipe.load()
-    lap = Lap(pacer, "texts, teachers and targets")
+    lap = Lap(pacer, "texts and targets")
     trainer = ElmTrainer(
         model,
         recipe.config(folder),

@@ -35,6 +35,7 @@ _EXPORTS = {
     "build_erasure_dataset": ".data.dataset",
     "built_in_suite": ".evaluation.suite",
     "compare_reports": ".evaluation.compare",
+    "counterfactuals": ".methods.anchors",
     "evaluate_erasure": ".evaluation.evaluate",
     "load_bank": ".data.questions",
     "load_concept": ".concept",
@@ -70,6 +71,7 @@ if TYPE_CHECKING:
     from .hub.publish import publish_adapter
     from .hub.publish_dataset import publish_dataset
     from .hub.stack import stack_erasures
+    from .methods.anchors import counterfactuals
     from .methods.base import ErasureTrainer, NonFiniteLossError
     from .methods.elm import ElmConfig, ElmTrainer
     from .methods.graddiff import GradDiffConfig, GradDiffTrainer

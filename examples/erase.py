@@ -55,7 +55,7 @@ class ErasureArguments:
         questions (`int`): Questions per bank.
         measures (`list[str]`): What is measured.
         dev_every (`int`): Steps between two looks at questions of the dev split; 0 never looks.
-        dev_stop (`float`): Accuracy (PMI, dev split, every concept) at which training stops.
+        dev_stop (`float`): Accuracy (PMI, dev split, worst family of every concept) at which training stops.
         overwrite (`bool`): Remove what an earlier run left in `output_dir`.
     """
 
@@ -154,9 +154,7 @@ def main() -> None:
         model, config, train_dataset=dataset, processing_class=tokenizer, peft_config=arguments.lora()
     )
     if arguments.dev_every:
-        stop_at = (
-            {f"multiple_choice.{name}.pmi": arguments.dev_stop for name in concepts} if arguments.dev_stop else {}
-        )
+        stop_at = {"worst.pmi": arguments.dev_stop} if arguments.dev_stop else {}
         trainer.add_callback(
             ErasureEvaluationCallback(trainer, list(concepts), every_steps=arguments.dev_every, stop_at=stop_at)
         )

@@ -26,6 +26,10 @@ CONFIG = SynthesisConfig(plausibility=0.0, top_k=100, temperature=0.9, max_new_t
 # Colder samples are closer to what the reference answers greedily.
 FLUENT = replace(CONFIG, temperature=0.7)
 FEWEST_WORDS = 6
+# Short questions are drawn freely, and answered greedily.
+QUESTION = replace(CONFIG, max_new_tokens=20)
+ANSWER = replace(CONFIG, top_k=1, max_new_tokens=8)
+QUESTIONS_EACH = 9
 
 
 def write(path: Path, rows: list[dict[str, str]]) -> None:
@@ -56,6 +60,30 @@ def main() -> None:
     kept = [text for text in texts if not names_a_measured_fact(text, "[Cc]apital|[Cc]ontinent|[Rr]iver|[Ff]lag")]
     write(folder / "countries.jsonl", as_rows(kept))
 
+    asked = prompts_on_countries(folder / "countries-quiz.yaml", tokenizer, bare=True)
+    texts = [
+        first_line(prompt, text)
+        for prompt, text in zip(asked, sample_texts(model, tokenizer, asked, ANSWER), strict=True)
+    ]
+    kept = [text for text in texts if not names_a_measured_fact(text, "[Cc]apital|[Cc]ontinent|[Rr]iver|[Ff]lag")]
+    write(folder / "countries-quiz.jsonl", as_rows(kept))
+
+    beginnings = yaml.safe_load((folder / "quiz.yaml").read_text(encoding="utf-8"))["beginnings"]
+    begun = [f"Question: {beginning}" for beginning in beginnings for _ in range(QUESTIONS_EACH)]
+    questions = {
+        text.partition("?")[0] + "?" for text in sample_texts(model, tokenizer, begun, QUESTION) if "?" in text
+    }
+    asked = [
+        f"{question}\nAnswer:"
+        for question in sorted(questions)
+        if "\n" not in question and 4 < len(question.split()) < 16 and "apital" not in question
+    ]
+    texts = [
+        first_line(prompt, text)
+        for prompt, text in zip(asked, sample_texts(model, tokenizer, asked, ANSWER), strict=True)
+    ]
+    write(folder / "quiz.jsonl", as_rows([text for text in texts if not names_a_measured_fact(text, "[Cc]apital")]))
+
     asked = prompts_on_countries(folder / "capitals-fluent.yaml", tokenizer)
     texts = sample_texts(model, tokenizer, asked, FLUENT)
     pairs = [(prompt, text.removeprefix(prompt)) for prompt, text in zip(asked, texts, strict=True)]
@@ -69,8 +97,17 @@ def main() -> None:
     )
 
 
-def prompts_on_countries(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """A draw of the file's prompts, on countries whose capitals stand in the forget text."""
+def first_line(prompt: str, text: str) -> str:
+    """A prompt with the first line of what follows it, or with all of that where the first line is empty."""
+    answer = text.removeprefix(prompt)
+    line = answer.partition("\n")[0]
+    return prompt + (line if line.strip() else answer)
+
+
+def prompts_on_countries(path: Path, tokenizer: PreTrainedTokenizerBase, *, bare: bool = False) -> list[str]:
+    """A draw of the file's prompts, on countries whose capitals stand in the forget text; in the chat template, or with
+    two of three questions `bare`, as `"Question: …\\nAnswer:"`.
+    """
     prompts = yaml.safe_load(path.read_text(encoding="utf-8"))
     held_out = held_out_subjects("capitals")
     subjects = [fact.subject for fact in capitals() if fact.subject not in held_out]
@@ -79,7 +116,12 @@ def prompts_on_countries(path: Path, tokenizer: PreTrainedTokenizerBase) -> list
         for subject in subjects
         for form in (
             *(opening.format(subject=subject) for opening in prompts["openings"]),
-            *(as_prompt(tokenizer, question.format(subject=subject)) for question in prompts["questions"]),
+            *(
+                f"Question: {question.format(subject=subject)}\nAnswer:"
+                if bare and index % 3
+                else as_prompt(tokenizer, question.format(subject=subject))
+                for index, question in enumerate(prompts["questions"])
+            ),
         )
     ]
     return random.Random(0).sample(asked, COUNTRY_SAMPLES)

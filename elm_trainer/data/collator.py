@@ -3,6 +3,7 @@
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from difflib import SequenceMatcher
 from typing import Any
 
 import torch
@@ -28,6 +29,43 @@ def tokenize_pair(processing_class: PreTrainedTokenizerBase, prompt: str, comple
     return encoding["input_ids"], start
 
 
+def align(text: Sequence[int], novices: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Where counterfactual novices stand as a text does: at which positions they predict the same token after the same words.
+
+    Args:
+        text (`Sequence[int]`): Token ids of a text.
+        novices (`Sequence[Sequence[int]]`): Token ids of the same text with the concept's terms replaced, which may end
+            earlier.
+
+    Returns:
+        `list[list[int]]`: for each position of the text that all novices share *after* the first replacement, the
+        position and those of the novices, in order. Before it they are the same text, and have nothing to say.
+    """
+    shared: dict[int, list[int]] | None = None
+    for novice in novices:
+        found: dict[int, int] = {}
+        for block in SequenceMatcher(None, text, novice, autojunk=False).get_matching_blocks():
+            for step in range(block.size):
+                found[block.a + step] = block.b + step
+        places = {}
+        for token, other in found.items():
+            changed = list(text[:token]) != list(novice[:other])
+            if changed and token and other:
+                places[token - 1] = other - 1
+        # A novice that ends where the next word is asked for has an opinion on it too.
+        end = found.get(max(found, default=-1), -1)
+        if end == len(novice) - 1 and found and max(found) + 1 < len(text):
+            last = max(found)
+            if list(text[: last + 1]) != list(novice):
+                places[last] = end
+        shared = (
+            {place: [other] for place, other in places.items()}
+            if shared is None
+            else {place: [*others, places[place]] for place, others in shared.items() if place in places}
+        )
+    return [[place, *others] for place, others in sorted((shared or {}).items())]
+
+
 @dataclass
 class ElmDataCollator(DataCollatorMixin):
     """Bundle tokenised rows into `{"forget": batch, "retain": batch, "synthetic": batch}`.
@@ -49,6 +87,12 @@ class ElmDataCollator(DataCollatorMixin):
             Multiple to which sequences are padded.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the contexts: a row always draws the same ones, whatever batch it is in.
+        counterfactual (`bool`, *optional*, defaults to `False`):
+            Whether forget texts come with counterfactual novices (column `novices` of [`build_erasure_dataset`]). Then
+            positions are supervised only where all novices of a text agree with it on the token that follows, and
+            without `targets` the forget batch holds `counterfactual`: `index`, `[draws, positions]`, the places of the
+            novices in the flattened forget batch followed by the flattened `extra` batch, which holds those novices
+            that are no beginning of a forget text, if there are any.
     """
 
     processing_class: PreTrainedTokenizerBase
@@ -56,11 +100,15 @@ class ElmDataCollator(DataCollatorMixin):
     contexts_per_sample: int = 1
     pad_to_multiple_of: int | None = None
     seed: int = 0
+    counterfactual: bool = False
     targets: Sequence[Mapping[str, torch.Tensor]] | None = None
     return_tensors: str = "pt"
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        forget = self.pad([(row["forget_ids"], 0) for row in examples])
+        forget = self.pad(
+            [(row["forget_ids"], 0) for row in examples],
+            [[place[0] + 1 for place in row["aligned"]] for row in examples] if self.counterfactual else None,
+        )
         batch = {"forget": forget, "retain": self.pad([(row["retain_ids"], 0) for row in examples])}
         # A concept without synthetic pairs has no part in the consistency term; a batch without any lacks it altogether.
         if pairs := [(row["synthetic_ids"], row["completion_start"]) for row in examples if row["synthetic_ids"]]:
@@ -73,10 +121,42 @@ class ElmDataCollator(DataCollatorMixin):
                     for key in stored[0]
                     if key.startswith(name)
                 }
+        elif self.counterfactual:
+            forget["counterfactual"] = self._novices(examples, forget)
         elif self.concepts is not None:
             forget["expert"] = self._in_context(examples, "expert_contexts")
             forget["novice"] = self._in_context(examples, "novice_contexts")
         return batch
+
+    def _novices(self, examples: list[dict[str, Any]], forget: dict[str, Any]) -> dict[str, Any]:
+        """The counterfactual novices of a batch, each distinct text once."""
+        texts = [row["forget_ids"] for row in examples]
+        extra: list[list[int]] = []
+        where: dict[tuple[int, ...], tuple[bool, int]] = {}
+        for row in examples:
+            for ids in row["novices_ids"]:
+                if tuple(ids) not in where:
+                    # What begins a forget text is read there: a causal model sees nothing behind it.
+                    host = next((index for index, text in enumerate(texts) if text[: len(ids)] == ids), None)
+                    where[tuple(ids)] = (True, len(extra)) if host is None else (False, host)
+                    extra += [ids] if host is None else []
+        batch = self.pad([(ids, len(ids)) for ids in extra]) if extra else None
+        width, total = forget["input_ids"].size(1), forget["input_ids"].numel()
+        left = self.processing_class.padding_side == "left"
+        places: list[list[int]] = []
+        for row in examples:
+            starts = []
+            for ids in row["novices_ids"]:
+                is_extra, index = where[tuple(ids)]
+                span, begin, held = width, 0, len(texts[index]) if not is_extra else len(ids)
+                if is_extra:
+                    assert batch is not None
+                    span, begin = batch["input_ids"].size(1), total
+                starts.append(begin + index * span + (span - held if left else 0))
+            places += [[start + place for start, place in zip(starts, row_places[1:], strict=True)]
+                       for row_places in row["aligned"]]  # fmt: skip
+        found: dict[str, Any] = {"index": torch.tensor(places).T.contiguous()}
+        return found if batch is None else found | {"extra": batch}
 
     def _in_context(self, examples: list[dict[str, Any]], side: str) -> dict[str, Any]:
         assert self.concepts is not None
@@ -95,8 +175,12 @@ class ElmDataCollator(DataCollatorMixin):
                     rows.append((ids + text, len(ids) + 1))
         return self.pad(rows)
 
-    def pad(self, rows: Sequence[tuple[list[int], int]]) -> dict[str, Any]:
-        """Pad rows of `(token ids, index of the first supervised token)` into one batch."""
+    def pad(
+        self, rows: Sequence[tuple[list[int], int]], only: Sequence[Sequence[int]] | None = None
+    ) -> dict[str, Any]:
+        """Pad rows of `(token ids, index of the first supervised token)` into one batch; of each row `only` these tokens
+        are supervised, if given.
+        """
         width = max(len(ids) for ids, _ in rows)
         if self.pad_to_multiple_of:
             width = -(-width // self.pad_to_multiple_of) * self.pad_to_multiple_of
@@ -109,7 +193,11 @@ class ElmDataCollator(DataCollatorMixin):
             tokens = torch.tensor(ids)
             input_ids[index, start : start + len(ids)] = tokens
             attention_mask[index, start : start + len(ids)] = 1
-            labels[index, start + first : start + len(ids)] = tokens[first:]
+            if only is None:
+                labels[index, start + first : start + len(ids)] = tokens[first:]
+            else:
+                chosen = torch.tensor(only[index], dtype=torch.long)
+                labels[index, start + chosen] = tokens[chosen]
             # The first token of a text has no prediction to supervise; with left padding that would be a pad's.
             labels[index, start] = IGNORE_INDEX
         rows_index, columns = (labels[:, 1:] != IGNORE_INDEX).nonzero(as_tuple=True)

@@ -56,8 +56,9 @@ def build_erasure_dataset(
             Seed of built-in sources.
 
     Returns:
-        `Dataset`: columns `concept`, `forget`, `novice`, `retain`, `prompt`, `completion`. `novice` holds the forget
-        text with permuted facts, or an empty string where the source has none; `prompt` and `completion` are empty
+        `Dataset`: columns `concept`, `forget`, `novice`, `novices`, `retain`, `prompt`, `completion`. `novice` holds the
+        forget text with permuted facts, or an empty string where the source has none; `novices`, a list, the same text
+        with its subject replaced by others of its kind, for the counterfactual novice (see [`counterfactuals`]); `prompt` and `completion` are empty
         where no synthetic pairs are given. Empty texts are dropped, counted and logged.
 
     Raises:
@@ -86,6 +87,7 @@ def build_erasure_dataset(
                         "concept": name,
                         "forget": forget[row % len(forget)]["text"],
                         "novice": forget[row % len(forget)].get("novice") or "",
+                        "novices": list(forget[row % len(forget)].get("novices") or []),
                         "retain": retains[row % len(retains)][row // len(retains) % len(retains[row % len(retains)])][
                             "text"
                         ],

@@ -1,7 +1,11 @@
 """The facts behind the built-in sources: capitals from `countryinfo`, elements from `mendeleev` (both MIT)."""
 
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import combinations
+from typing import Any
 
 
 # Entries of countryinfo that are no sovereign country today, whose capital is disputed or has moved since the data was
@@ -18,6 +22,8 @@ _LANGUAGES = {
     "ro": "Romanian", "bg": "Bulgarian", "uk": "Ukrainian", "vi": "Vietnamese", "th": "Thai", "ms": "Malay",
     "id": "Indonesian", "sr": "Serbian", "hr": "Croatian", "sq": "Albanian", "hy": "Armenian", "ka": "Georgian",
 }  # fmt: skip
+# Languages in which countryinfo names the countries.
+_TRANSLATIONS = {"french": "fr", "german": "de", "spanish": "es"}
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,8 @@ def capitals() -> tuple[Fact, ...]:
 
     records = [country.info() for country in all_countries()]
     names = {record["ISO"]["alpha3"]: record["name"] for record in records if record.get("ISO")}
+    between = _between(records, names)
+    demonyms = Counter(record.get("demonym") for record in records)
     facts = []
     for record in records:
         name, capital = record["name"], record.get("capital")
@@ -58,16 +66,35 @@ def capitals() -> tuple[Fact, ...]:
         near = {
             "continent": record.get("region"),
             "demonym": record.get("demonym"),
+            # Where it tells which country is meant.
+            "people": record.get("demonym") if demonyms[record.get("demonym")] == 1 else None,
             "language": next((_LANGUAGES[code] for code in record.get("languages", ()) if code in _LANGUAGES), None),
             "currency": next(iter(record.get("currencies", ())), None),
             "population": str(max(1, round(record["population"] / 1e6))),
             "tld": next(iter(record.get("tld", ())), None),
             "calling_code": next(iter(record.get("callingCodes", ())), None),
             "neighbour": next((names[code] for code in record.get("borders", ()) if code in names), None),
+            "between": between.get(name),
             "iso": record["ISO"]["alpha2"] if record.get("ISO") else None,
+            **{language: record.get("translations", {}).get(code) for language, code in _TRANSLATIONS.items()},
         }
         facts.append(Fact(name, capital, record.get("region") or "World", {k: v for k, v in near.items() if v}))
     return tuple(sorted(facts, key=lambda fact: fact.subject))
+
+
+def _between(records: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> dict[str, str]:
+    """For each country that has them, two neighbors `"A and B"` that border no other country together."""
+    borders = {
+        record["name"]: {names[code] for code in record.get("borders", ()) if code in names} for record in records
+    }
+    found = {}
+    for name, around in borders.items():
+        plain = sorted(other for other in around if " and " not in other and "(" not in other)
+        for one, other in combinations(plain, 2):
+            if borders.get(one, set()) & borders.get(other, set()) == {name}:
+                found[name] = f"{one} and {other}"
+                break
+    return found
 
 
 @cache

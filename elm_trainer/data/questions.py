@@ -1,13 +1,15 @@
-"""Four-choice question banks, and the check that a bank cannot be answered from the letters of its options."""
+"""Multiple-choice question banks, and the check that a bank cannot be answered from the letters of its options."""
 
 import hashlib
 import json
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
+from typing import Any, Literal, TypeAlias
 
 import yaml
 
@@ -19,21 +21,33 @@ from .facts import Fact
 BANKS = ("capitals", "elements", "general", "geography")
 SPLITS = ("dev", "test")
 CHANCE = 0.25
+# The family that every bank has: a question, then its answer.
+PLAIN = "question-answer"
+JUDGMENTS = ("True", "False")
 # One in so many subjects (or questions without a subject) belongs to the dev split.
 _DEV_SHARE = 4
+_DISTRACTORS = 3
+
+# `question`: stands in `"Question: …\\nAnswer:"`. `chat`: a turn in the tokenizer's chat template, which an option
+# answers. `text`: the beginning of a text, which an option continues.
+Form: TypeAlias = Literal["question", "chat", "text"]
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question with four options.
+    """A question with its options.
 
     Attributes:
         text (`str`): The question, without the options.
-        options (`tuple[str, ...]`): Four options in a fixed random order.
+        options (`tuple[str, ...]`): Options, mostly four, in a fixed random order.
         answer (`str`): The right one, a member of `options`.
         subject (`str`): What is asked about; empty where a question stands alone.
         topic (`str`): Kind of question within its bank.
         aliases (`tuple[str, ...]`): Other names of the answer, which a free answer may give.
+        form (`str`): `"question"`, `"chat"` or `"text"`: what stands around the text where a model reads it.
+        family (`str`): Way of asking within its bank.
+        cue (`str`): What the letters of the options might give away: what is asked about, as the question names it. The
+            subject where empty.
     """
 
     text: str
@@ -42,6 +56,9 @@ class Question:
     subject: str = ""
     topic: str = ""
     aliases: tuple[str, ...] = ()
+    form: Form = "question"
+    family: str = PLAIN
+    cue: str = ""
 
 
 def held_out_subjects(name: str, share: float = 0.2, seed: int = 0) -> frozenset[str]:
@@ -72,25 +89,32 @@ def load_bank(
     *,
     subjects: Sequence[str] | frozenset[str] | None = None,
     split: str | None = None,
+    family: str = PLAIN,
     seed: int = 0,
 ) -> list[Question]:
-    """Load a built-in question bank.
+    """Load a built-in question bank, asked in one way.
 
     Args:
         name (`str`): One of `BANKS`.
         subjects (`Sequence[str]`, *optional*): Keep only questions about these subjects.
         split (`str`, *optional*): `"dev"`, for choosing settings and for stopping, or `"test"`, for the report. Both
-            by default. A subject is in one of them with all its phrasings.
+            by default. A subject is in one of them with all its questions, and each split has wordings of its own.
+        family (`str`, *optional*, defaults to `"question-answer"`): One of [`bank_families`].
         seed (`int`, *optional*, defaults to `0`): Seed of the distractors and of the order of options.
 
     Returns:
-        `list[Question]`: every phrasing of every fact, or the questions of the file.
+        `list[Question]`: every fact in every wording of the family, or the questions of the file.
+
+    Raises:
+        ValueError: for an unknown bank, family or split, or a family that the split does not have.
     """
-    if name not in BANKS:
-        raise ValueError(f"`bank` is {name!r}, which is no built-in question bank; use one of: {', '.join(BANKS)}.")
-    record = yaml.safe_load((files(__package__) / "banks" / f"{name}.yaml").read_text(encoding="utf-8"))
-    if "phrasings" in record:
-        questions = _questions_from_facts(facts_of(name), record["phrasings"], seed, record.get("aliases", {}))
+    if split not in (None, *SPLITS):
+        raise ValueError(f"`split` is {split!r}: use one of {', '.join(SPLITS)}.")
+    if family not in bank_families(name, split):
+        raise ValueError(f"`family` is {family!r}: use one of {', '.join(bank_families(name, split))}.")
+    record = bank_record(name)
+    if "families" in record:
+        questions = _questions_of_family(name, record, family, seed)
     else:
         questions = [
             _shuffled(q["question"], q["answer"], q["distractors"], seed, topic=q["topic"])
@@ -98,15 +122,39 @@ def load_bank(
         ]
     if name == "geography":
         questions += _continents(seed)
-    if split not in (None, *SPLITS):
-        raise ValueError(f"`split` is {split!r}: use one of {', '.join(SPLITS)}.")
     questions = [q for q in questions if subjects is None or q.subject in subjects]
     return [q for q in questions if split is None or split_of(q) == split]
 
 
+def bank_families(name: str, split: str | None = None) -> tuple[str, ...]:
+    """Ways in which a built-in bank asks in a split (by default in any): `"question-answer"` and, of a concept, others.
+
+    Raises:
+        ValueError: if there is no such bank.
+    """
+    families = bank_record(name).get("families", {PLAIN: {"dev": [], "test": []}})
+    return tuple(family for family, spec in families.items() if split is None or split in spec)
+
+
+def bank_record(name: str) -> dict[str, Any]:
+    """What stands in the file of a built-in bank; raises `ValueError` naming the banks that there are."""
+    if name not in BANKS:
+        raise ValueError(f"`bank` is {name!r}, which is no built-in question bank; use one of: {', '.join(BANKS)}.")
+    return _read_record(name)
+
+
+@cache
+def _read_record(name: str) -> dict[str, Any]:
+    return yaml.safe_load((files(__package__) / "banks" / f"{name}.yaml").read_text(encoding="utf-8"))
+
+
 def split_of(question: Question) -> str:
     """`"dev"` or `"test"`: where a question belongs, by its subject (or its text), whatever the bank or the seed."""
-    digest = hashlib.sha256((question.subject or question.text).encode()).digest()
+    return _split(question.subject or question.text)
+
+
+def _split(subject: str) -> str:
+    digest = hashlib.sha256(subject.encode()).digest()
     return "dev" if digest[0] % _DEV_SHARE == 0 else "test"
 
 
@@ -161,14 +209,16 @@ def check_questions(name: str, questions: Sequence[Question]) -> None:
             raise ValueError(f"{where}: there is only the option {question.options}: add distractors.")
         if len(set(question.options)) < len(question.options):
             raise ValueError(f"{where}: `options` holds duplicates, {question.options}: make them differ.")
-        if names_answer(question.text, question.answer):
+        # Where a question names all of its options, such as True and False, it gives nothing away.
+        named = [option for option in question.options if names_answer(question.text, option)]
+        if question.answer in named and len(named) < len(question.options):
             raise ValueError(f"{where}: the question names its answer {question.answer!r}: reword it.")
 
 
 def overlap_accuracy(questions: Sequence[Question]) -> float:
     """Share of questions answered by picking the option whose letters look most like the question's subject.
 
-    A bank can prove innocence only where this is near chance (.25): element symbols, which give .88, cannot.
+    A bank can prove innocence only where this is near chance (.25).
     """
     return sum(overlap_verdicts(questions)) / len(questions)
 
@@ -177,7 +227,7 @@ def overlap_verdicts(questions: Sequence[Question]) -> list[bool]:
     """Which questions are answered by picking the option whose letters look most like the question's subject."""
     verdicts = []
     for question in questions:
-        asked = (question.subject or question.text).lower()
+        asked = (question.cue or question.subject or question.text).lower()
         ratios = [_likeness(asked, option.lower()) for option in question.options]
         verdicts.append(question.options[max(range(len(ratios)), key=ratios.__getitem__)] == question.answer)
     return verdicts
@@ -187,33 +237,59 @@ def _likeness(asked: str, option: str) -> tuple[bool, float]:
     return asked.startswith(option[:1]), SequenceMatcher(None, asked, option).ratio()
 
 
-def _questions_from_facts(
-    facts: Sequence[Fact], phrasings: Sequence[str], seed: int, aliases: dict[str, list[str]]
-) -> list[Question]:
-    groups: dict[str, list[str]] = {}
-    for fact in facts:
-        groups.setdefault(fact.group, []).append(fact.answer)
-    everything = [fact.answer for fact in facts]
+def _questions_of_family(name: str, record: Mapping[str, Any], family: str, seed: int) -> list[Question]:
+    spec, facts = record["families"][family], facts_of(name)
+    kind = spec.get("options")
     questions = []
-    for fact in facts:
-        rng = random.Random(f"{fact.subject}-{seed}")
-        peers = [answer for answer in groups[fact.group] if answer != fact.answer]
-        others = [answer for answer in everything if answer != fact.answer and answer not in peers]
-        rng.shuffle(peers)
-        rng.shuffle(others)
-        distractors = (peers + others)[:3]
-        for phrasing in phrasings:
-            questions.append(
-                _shuffled(
-                    phrasing.format(subject=fact.subject),
-                    fact.answer,
-                    distractors,
-                    seed,
-                    fact.subject,
-                    aliases=tuple(aliases.get(fact.answer, ())),
-                )  # fmt: skip
+    for number, fact in enumerate(facts):
+        answer, distractors = _options(fact, facts, kind, seed)
+        for index, wording in enumerate(spec.get(_split(fact.subject), ()) if distractors else ()):
+            asked = {part.split("}")[0] for part in wording.split("{")[1:]}
+            local: dict[str, str] = next(
+                (names for language, names in record.get("exonyms", {}).items() if language in asked), {}
             )
+            right, *wrong = [local.get(option, option) for option in (answer, *distractors)]
+            fields = {"subject": fact.subject, "answer": fact.answer, "claim": right, **fact.near}
+            cue = (
+                fact.answer if kind == "subjects" else next((fields[x] for x in asked if x in fact.near), fact.subject)
+            )
+            aliases = () if kind else (*record.get("aliases", {}).get(fact.answer, ()), fact.answer)
+            if kind == "judgment":
+                # Every other statement is true; in the next wording it is about the other subjects.
+                true = (number + index) % 2 == 0
+                fields["claim"] = right if true else wrong[0]
+                right, wrong = JUDGMENTS[not true], [JUDGMENTS[true]]
+            if not asked <= fields.keys():
+                continue
+            text = wording.format(**fields)
+            # The lines before a table's last one may hold the very fact; and some names hold their capital's.
+            given_away = kind != "judgment" and (names_answer(text, right) or (local and cue[:4] == right[:4]))
+            if not given_away:
+                aliases = tuple(alias for alias in aliases if alias != right)
+                question = _shuffled(text, right, wrong, seed, fact.subject, aliases=aliases)
+                questions.append(replace(question, form=spec["form"], family=family, cue=cue))
     return questions
+
+
+def _options(fact: Fact, facts: Sequence[Fact], kind: str | None, seed: int) -> tuple[str, list[str]]:
+    """The answer and its distractors, of the same group where it has enough; no distractors if fair ones are lacking."""
+    rng = random.Random(f"{fact.subject}-{seed}")
+    if kind == "look-alike":
+        pool = [other.answer for other in facts]
+        pool += [fact.subject[0] + letter for letter in dict.fromkeys(fact.subject[1:].lower()) if letter.isalpha()]
+        likeness = _likeness(fact.subject.lower(), fact.answer.lower())
+        alike = [
+            option
+            for option in dict.fromkeys(pool)
+            if option != fact.answer and _likeness(fact.subject.lower(), option.lower()) == likeness
+        ]
+        return fact.answer, rng.sample(alike, _DISTRACTORS) if len(alike) >= _DISTRACTORS else []
+    attribute = "subject" if kind == "subjects" else "answer"
+    peers = [getattr(other, attribute) for other in facts if other != fact and other.group == fact.group]
+    others = [getattr(other, attribute) for other in facts if other != fact and other.group != fact.group]
+    rng.shuffle(peers)
+    rng.shuffle(others)
+    return getattr(fact, attribute), (peers + others)[:_DISTRACTORS]
 
 
 def _continents(seed: int) -> list[Question]:

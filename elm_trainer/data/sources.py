@@ -3,6 +3,7 @@
 import json
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ from .facts import Fact
 from .questions import facts_of, held_out_subjects
 
 
-_SAMPLED = ("countries", "everyday", "everyday-held-out")
+# Other facts that stand in for each in its counterfactual novices.
+STAND_INS = 2
+_SAMPLED = ("countries", "countries-quiz", "everyday", "everyday-held-out", "quiz")
 BUILTIN_SOURCES = ("capitals", "elements", "capitals-near", "elements-near", *_SAMPLED)
 BUILTIN_PAIRS = ("capitals-fluent",)
 _BUILDERS = {".jsonl": "json", ".json": "json", ".txt": "text", ".csv": "csv", ".parquet": "parquet"}
@@ -45,8 +48,8 @@ def load_texts(
             Seed of a built-in source.
 
     Returns:
-        `Dataset`: with a column `text`, and a column `novice` where the source knows the same sentences with
-        permuted facts.
+        `Dataset`: with a column `text`, and columns `novice` and `novices` where the source knows the same sentences
+        with permuted facts and about other subjects.
 
     Raises:
         ValueError: if the column is missing (the message lists those that exist) or no text is left.
@@ -71,9 +74,11 @@ def builtin_texts(name: str, processing_class: PreTrainedTokenizerBase | None = 
     """Texts of a built-in source; facts about [`held_out_subjects`] are left out.
 
     `capitals` and `elements` state every fact once in each phrasing, one fact to a text, in random order. Their column
-    `novice` holds the same texts with the answers permuted among the facts. `capitals-near` and `elements-near` are
+    `novice` holds the same texts with the answers permuted among the facts, and their column `novices` the same texts with
+    whatever they name first, subject or answer, replaced by that of other facts. `capitals-near` and `elements-near` are
     other facts about the same subjects. `everyday` and `countries` hold SmolLM2-135M-Instruct's own samples on everyday
-    subjects and on life in countries (examples/sample_retain.py makes them), and `everyday-held-out` those kept for
+    subjects and on life in countries (examples/sample_retain.py makes them), `quiz` and `countries-quiz` short questions
+    with its own answers, and `everyday-held-out` those kept for
     evaluation.
     """
     if name in _SAMPLED:
@@ -84,18 +89,42 @@ def builtin_texts(name: str, processing_class: PreTrainedTokenizerBase | None = 
     facts = [fact for fact in facts_of(concept) if fact.subject not in held_out]
     phrasings = yaml.safe_load((files(__package__) / "texts" / f"{concept}.yaml").read_text(encoding="utf-8"))
     rng = random.Random(f"{name}-{seed}")
+    # The stand-ins of a fact are the same in all its texts, so that they agree on what a novice takes it for.
+    others = _stand_ins(facts, rng)
     rows = []
     for templates in phrasings["near" if near else "forget"].values():
         for template in templates:
             permuted = [fact.answer for fact in facts]
             rng.shuffle(permuted)
             for fact, other in zip(facts, permuted, strict=True):
-                if _fits(template, fact):
-                    texts = (_render(template, fact, answer, processing_class) for answer in (fact.answer, other))
-                    rows.append(dict(zip(("text", "novice"), texts, strict=True)))
+                if not _fits(template, fact):
+                    continue
+                row: dict[str, Any] = {"text": _render(template, fact, processing_class)}
+                if not near:
+                    row["novice"] = _render(template, replace(fact, answer=other), processing_class)
+                    # Whatever is named first is what the text is about.
+                    first = _first_named(template)
+                    row["novices"] = [
+                        _render(template, replace(fact, **{first: getattr(stand_in, first)}), processing_class)
+                        for stand_in in others[fact]
+                    ]
+                rows.append(row)
     rng.shuffle(rows)
-    dataset = Dataset.from_list(rows)
-    return dataset.remove_columns("novice") if near else dataset
+    return Dataset.from_list(rows)
+
+
+def _stand_ins(facts: Sequence[Fact], rng: random.Random) -> dict[Fact, list[Fact]]:
+    """Other facts that stand in for each: those that follow it in a random order."""
+    order = rng.sample(list(facts), len(facts))
+    return {
+        fact: [order[(place + step) % len(order)] for step in range(1, STAND_INS + 1)]
+        for place, fact in enumerate(order)
+    }
+
+
+def _first_named(template: str | list[str]) -> str:
+    text = template if isinstance(template, str) else "".join(template)
+    return min(("subject", "answer"), key=lambda name: text.index(f"{{{name}}}"))
 
 
 def load_pairs(source: str | Dataset) -> list[tuple[str, str]]:
@@ -126,11 +155,9 @@ def _fits(template: str | list[str], fact: Fact) -> bool:
     return needed <= {"subject", "answer", *fact.near}
 
 
-def _render(
-    template: str | list[str], fact: Fact, answer: str, processing_class: PreTrainedTokenizerBase | None
-) -> str:
+def _render(template: str | list[str], fact: Fact, processing_class: PreTrainedTokenizerBase | None) -> str:
     parts = [template] if isinstance(template, str) else template
-    parts = [part.format(subject=fact.subject, answer=answer, **fact.near) for part in parts]
+    parts = [part.format(subject=fact.subject, answer=fact.answer, **fact.near) for part in parts]
     if isinstance(template, str):
         return parts[0]
     question, reply = parts

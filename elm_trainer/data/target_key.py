@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
@@ -29,14 +30,14 @@ def rows_digest(dataset: Dataset, columns: Sequence[str]) -> str:
 
     Args:
         dataset (`Dataset`): Tokenised rows.
-        columns (`Sequence[str]`): Columns that are read.
+        columns (`Sequence[str]`): Columns that are read, lists of lists among them.
     """
     digest = hashlib.sha256(f"{len(dataset)} {sorted(columns)}".encode())
     selected = dataset.select_columns(sorted(columns)).with_format("arrow")
     for table in selected.iter(_ROWS_AT_ONCE):
         for name in table.column_names:
             column = table[name].combine_chunks()
-            if name == "concept":
+            if name == "concept" or pa.types.is_nested(column.type.value_type):
                 digest.update(json.dumps(column.to_pylist()).encode())
                 continue
             # As 8 bytes each, whatever type the ids are kept in. The lengths tell where a row ends.

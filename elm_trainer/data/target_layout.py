@@ -18,13 +18,13 @@ class Field(NamedTuple):
     """One kind of value of a text.
 
     Attributes:
-        kind (`str`): `"ids"` of tokens, `"probs"` in 3 bytes, or `"floats"` in float32.
+        kind (`str`): `"ids"` of tokens, `"probs"` in 3 bytes, `"floats"` in float32, or `"halves"` in float16.
         width (`int`, *optional*): Values to a position; `None` for one without a dimension of its own.
         per (`str`, *optional*, defaults to `"position"`): Whether there is one for each supervised `"position"` or one
             for the `"text"`.
     """
 
-    kind: Literal["ids", "probs", "floats"]
+    kind: Literal["ids", "probs", "floats", "halves"]
     width: int | None = None
     per: Literal["position", "text"] = "position"
 
@@ -49,7 +49,7 @@ class TargetLayout:
     def item_bytes(self, name: str) -> int:
         """Bytes of a field's values at one position (or of one text)."""
         field = self.fields[name]
-        value = {"ids": id_bytes(self.vocab_size), "probs": PROB_BYTES, "floats": 4}[field.kind]
+        value = {"ids": id_bytes(self.vocab_size), "probs": PROB_BYTES, "floats": 4, "halves": 2}[field.kind]
         return value * (1 if field.width is None else field.width)
 
     def total_bytes(self, positions: Mapping[str, int], texts: int) -> int:
@@ -73,6 +73,8 @@ class TargetLayout:
             raise ValueError(f"`{name}` has the shape {tuple(values.shape)}: after the first, {shape} is stored.")
         if field.kind == "ids":
             return encode_ids(values, self.vocab_size)
+        if field.kind == "halves":
+            return encode_floats(values.half()).half()
         return encode_probs(values) if field.kind == "probs" else encode_floats(values)
 
     def decode(self, name: str, stored: torch.Tensor) -> torch.Tensor:
@@ -80,7 +82,7 @@ class TargetLayout:
         kind = self.fields[name].kind
         if kind == "ids":
             return decode_ids(stored)
-        return decode_probs(stored) if kind == "probs" else stored.clone()
+        return decode_probs(stored) if kind == "probs" else stored.float() if kind == "halves" else stored.clone()
 
     def to_json(self) -> dict[str, Any]:
         """The layout as JSON holds it."""

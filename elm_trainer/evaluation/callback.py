@@ -8,6 +8,7 @@ from transformers.utils import logging
 from .measures import MEASURES, Setting
 from .pair import ModelPair
 from .suite import built_in_suite
+from .verdict import RANKING_RULES
 
 
 logger = logging.get_logger(__name__)
@@ -31,8 +32,9 @@ class ErasureEvaluationCallback(TrainerCallback):
         measures (`Sequence[str]`, *optional*, defaults to `("multiple-choice",)`):
             Names in `MEASURES`.
         stop_at (`Mapping[str, float]`, *optional*):
-            Training stops once every figure named here is at or below its value, e.g.
-            `{"multiple_choice.capitals.pmi": 0.4}`.
+            Training stops once every figure named here is at or below its value, e.g. `{"worst.pmi": 0.35}`. Beside the
+            figures that are measured there are `worst.pmi` and `worst.log_likelihood`: the largest accuracy in any way
+            of asking for a concept.
 
     Raises:
         ValueError: for an unknown measure, a `stop_at` that is not measured, or `every_steps` below 1.
@@ -71,6 +73,10 @@ class ErasureEvaluationCallback(TrainerCallback):
             for key, items in MEASURES[name](setting, "erased").items()
             if not key.endswith(".removed")
         }
+        for rule in RANKING_RULES:
+            asked = [f"multiple_choice.{bank}.{rule}" for bank in self._suite.named("erased")]
+            if measured := [figures[name] for name in asked if name in figures]:
+                figures[f"worst.{rule}"] = max(measured)
         if missing := sorted(self._stop_at.keys() - figures.keys()):
             raise ValueError(f"`stop_at` names {missing}, which are not measured; use: {', '.join(figures)}.")
         # In training mode SFTTrainer.log would mix the figures with the means of the step's metrics and clear these;

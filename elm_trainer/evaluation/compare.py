@@ -41,7 +41,8 @@ def compare_reports(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict
         )
     compared: dict[str, dict[str, Any]] = {}
     for name in first["figures"]:
-        if name in second["figures"]:
+        # Figures of all ways of asking together are made of the others' items.
+        if name in second["figures"] and name in first["items"]:
             statistic = first["figures"][name]["statistic"]
             sides = [Items(statistic, **report["items"][name]["erased"]) for report in (first, second)]
             compared[name] = {"first": sides[0].figure().to_dict(), "second": sides[1].figure().to_dict()}

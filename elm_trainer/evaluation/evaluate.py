@@ -7,12 +7,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data.questions import check_questions
+from ..data.questions import PLAIN, check_questions
 from .journal import Journal
-from .measures import MEASURES, Items, Setting, change, correct_p
+from .measures import MEASURES, Items, Setting, against_chance, change, correct_p, with_families
 from .pair import SIDES, ModelPair, Side
 from .report import SCHEMA_VERSION, environment, pair_fingerprint, suite_info, write_json
 from .sharing import in_shards, place
@@ -37,6 +38,7 @@ def evaluate_erasure(
     batch_size: int = 16,
     seed: int = 0,
     output_dir: str | Path | None = None,
+    reference_dir: str | Path | None = None,
     details: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Measure innocence, seamlessness and specificity of an erasure.
@@ -69,13 +71,18 @@ def evaluate_erasure(
         output_dir (`str` or `Path`, *optional*):
             Where `report.json` goes. Finished measurements stream to `report.partial.jsonl` beside it, and an
             interrupted evaluation of the same models and questions goes on with the next one.
+        reference_dir (`str` or `Path`, *optional*):
+            Folder in which what the reference answers is kept, so that later evaluations of erasures of the same model
+            by the same questions, settings, versions and kind of device measure the erased model alone.
         details (`Mapping`, *optional*):
             What else the report should hold, such as the recipe, its training datasets and the training log.
 
     Returns:
         `dict`: the report. `figures` maps a name to `reference`, `erased`, `change` (a difference, for perplexities a
         ratio, with its paired interval), `p` (McNemar's exact test for verdicts, paired bootstrap otherwise; corrected
-        by Holm's method over all figures); `items` holds what they are made of; `verdict` and `flags` judge them.
+        by Holm's method over all figures), and for choices `chance` and `left`, the share of the reference's margin over
+        chance that is left; `items` holds what they are made of; `verdict` and `flags` judge them; `concepts` names
+        what was erased.
 
     Raises:
         ValueError: for an unknown measure, a bank that can measure nothing, a reference of another vocabulary, or a look
@@ -103,6 +110,11 @@ def evaluate_erasure(
     identity = {**pair_fingerprint(pair), "datasets": suite_info(suite)}
     path = None if output_dir is None else Path(output_dir) / "report.partial.jsonl"
     journal = Journal(path, identity, over_ranks=True)
+    kept = journal
+    if reference_dir is not None:
+        same: dict[str, Any] = {key: value for key, value in identity.items() if key != "erased_sha256"}
+        same |= {"versions": environment({})["versions"], "batch_size": batch_size, "arithmetic": _arithmetic(pair)}
+        kept = Journal(Path(reference_dir) / "reference.jsonl", same, over_ranks=True)
     settings = {
         "temperature": temperature,
         "seed": seed,
@@ -116,7 +128,9 @@ def evaluate_erasure(
         if name == INSIDE:
             continue
         for side in SIDES:
-            row = journal.once(f"{name} {side}", settings, partial(_measure, name, setting, side))
+            row = (kept if side == "reference" else journal).once(
+                f"{name} {side}", settings, partial(_measure, name, setting, side)
+            )
             seconds[row["name"]] = row["seconds"]
             for key, value in row["result"].items():
                 items.setdefault(key, {})[side] = Items(**value)
@@ -124,7 +138,8 @@ def evaluate_erasure(
     if INSIDE in measures:
         from .inside import look_inside  # scikit-learn comes with the extra `eval`
 
-        questions = [q for name in suite.named("erased") for q in suite.banks[name]]
+        erased = [q for name in suite.named("erased") for q in suite.banks[name]]
+        questions = [q for q in erased if q.family == PLAIN]
         row = journal.once(
             INSIDE,
             settings,
@@ -136,7 +151,12 @@ def evaluate_erasure(
         inside, seconds[INSIDE] = row["result"], row["seconds"]
 
     removed = {key: sides for key, sides in items.items() if key.endswith(".removed")}
-    figures = _figures({key: sides for key, sides in items.items() if key not in removed})
+    measured = {
+        side: {key: sides[side] for key, sides in items.items() if key not in removed and side in sides}
+        for side in SIDES
+    }
+    pooled = {side: with_families(found, measured["reference"], suite.roles) for side, found in measured.items()}
+    figures = _figures({key: {side: pooled[side][key] for side in SIDES} for key in pooled["reference"]})
     shortcuts = find_shortcuts(suite.banks, {key.split(".")[1]: sides["reference"] for key, sides in removed.items()})
     report = {
         "schema_version": SCHEMA_VERSION,
@@ -144,6 +164,7 @@ def evaluate_erasure(
         "figures": figures,
         "verdict": judge(figures, suite.roles, criteria),
         "flags": raise_flags(figures, suite.roles, shortcuts, inside),
+        "concepts": list(suite.concepts),
         "roles": dict(suite.roles),
         "shortcuts": shortcuts,
         "items": {
@@ -164,6 +185,13 @@ def evaluate_erasure(
     return report
 
 
+def _arithmetic(pair: ModelPair) -> list[str]:
+    """What rounds a model's answers: type of its weights, kind of device, precision of products, and attention."""
+    with pair.use("reference") as model:
+        attention = model.config.get_text_config()._attn_implementation
+        return [str(model.dtype), model.device.type, torch.get_float32_matmul_precision(), attention]
+
+
 def _measure(name: str, setting: Setting, side: Side) -> dict[str, Any]:
     return {key: asdict(items) for key, items in MEASURES[name](setting, side).items()}
 
@@ -176,6 +204,7 @@ def _figures(items: Mapping[str, Mapping[str, Items]]) -> dict[str, dict[str, An
             "statistic": before.statistic,
             **{side: found.figure().to_dict() for side, found in sides.items()},
             **change(before, after),
+            **against_chance(before, after),
         }
     correct_p(figures)
     return figures
@@ -188,7 +217,7 @@ def _samples(
     samples = []
     for name in suite.named("erased"):
         sides = items.get(f"open_answers.{name}")
-        for index, question in enumerate(suite.open_questions[name][:count] if sides else ()):
+        for index, question in enumerate(suite.open_questions.get(name, ())[:count] if sides else ()):
             samples.append(
                 {"prompt": question.prompt, "answer": question.answer}
                 | {side: found.texts[index] for side, found in (sides or {}).items()}

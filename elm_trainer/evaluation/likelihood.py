@@ -14,8 +14,9 @@ from .pair import evaluating
 from .sharing import run_batches
 
 
-# A packed row attends over itself, so beyond some length more tokens cost more than what they share saves.
-_MOST_PACKED_TOKENS = 1024
+# A packed row attends over itself, so beyond some length more tokens cost more than what they share saves: on two cores
+# SmolLM2-135M takes 1.6 ms a token in rows of 256, 1.7 in rows of 512 and 3.1 in rows of 1024.
+_MOST_PACKED_TOKENS = 512
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """The single measurements, each on one side of a pair."""
 
+import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -8,7 +10,8 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data.answers import names_answer
+from ..data.answers import given_answer, names_answer
+from ..data.questions import PLAIN
 from .fluency import (
     as_prompt,
     distinct_n,
@@ -23,12 +26,25 @@ from .letter_choice import score_letters
 from .multiple_choice import score_choices
 from .pair import ModelPair, Side
 from .retention import Retention, retention
-from .statistics import Figure, bootstrap_mean, bootstrap_perplexity, bootstrap_ratio, holm, mcnemar, paired_difference
+from .statistics import (
+    Figure,
+    bootstrap_mean,
+    bootstrap_perplexity,
+    bootstrap_ratio,
+    entropy,
+    holm,
+    mcnemar,
+    paired_difference,
+    share_left,
+)
 from .suite import EvaluationSuite, OpenQuestion
+from .verdict import RANKING_RULES
 
 
 # A prompt is as long as an option with its question, four of which make a question.
 _PROMPTS_PER_QUESTION = 4
+# Margin of the reference over chance from which on a figure says something about what was erased.
+LEAST_MARGIN = 0.15
 
 
 @dataclass(frozen=True)
@@ -41,12 +57,16 @@ class Items:
         values (`list[float]`): One value per item.
         counts (`list[float]`): Tokens behind each value, or for a `"set"` the number of its items; else empty.
         texts (`list[str]`): What the model wrote for each item; else empty.
+        chances (`list[float]`): Of choices, the probability that a guess is right; else empty.
+        groups (`list[str]`): Of choices, what each is about: those about the same subject are no independent items.
     """
 
     statistic: Literal["mean", "perplexity", "ratio", "set"]
     values: list[float]
     counts: list[float] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
+    chances: list[float] = field(default_factory=list)
+    groups: list[str] = field(default_factory=list)
 
     def figure(self) -> Figure:
         """Value and 95 % bootstrap interval."""
@@ -81,6 +101,51 @@ def change(before: Items, after: Items) -> dict[str, Any]:
     elif not before.counts and set(before.values) | set(after.values) <= {0.0, 1.0}:
         tested = mcnemar([bool(v) for v in before.values], [bool(v) for v in after.values])
     return {"change": difference.to_dict(), "p": tested}
+
+
+def against_chance(before: Items, after: Items) -> dict[str, Any]:
+    """Where a figure of choices stands to a guess.
+
+    Returns:
+        `dict`: empty for a figure that is not about choices; else `chance`, and `left`, the share of the reference's
+        margin over chance that is left, with its paired 95 % interval over subjects. `left` is `None` where the
+        reference itself does not [`know`], so that nothing can be told from the figure.
+    """
+    if not before.chances:
+        return {}
+    left = share_left(before.values, after.values, before.chances, before.groups) if knows(before) else None
+    return {"chance": float(np.mean(before.chances)), "left": None if left is None else left.to_dict()}
+
+
+def knows(items: Items) -> bool:
+    """Whether accuracy lies above chance by at least `LEAST_MARGIN`, and its whole interval lies above chance."""
+    figure, chance = items.figure(), float(np.mean(items.chances))
+    return figure.value - chance >= LEAST_MARGIN and figure.low > chance
+
+
+def with_families(
+    items: Mapping[str, Items], before: Mapping[str, Items], roles: Mapping[str, str]
+) -> dict[str, Items]:
+    """The items, and for each rule `families.erased.<rule>` and `families.unseen.<rule>`: all ways of asking together.
+
+    Args:
+        items (`Mapping[str, Items]`): Items of one model.
+        before (`Mapping[str, Items]`): Those of the reference. A bank that it does not [`know`] by a rule is left out.
+        roles (`Mapping[str, str]`): Role of each bank.
+    """
+    found = dict(items)
+    for role in ("erased", "unseen"):
+        for rule in RANKING_RULES:
+            names = [f"multiple_choice.{bank}.{rule}" for bank, its in roles.items() if its == role]
+            parts = [items[name] for name in names if name in before and before[name].chances and knows(before[name])]
+            if parts:
+                found[f"families.{role}.{rule}"] = Items(
+                    "mean",
+                    [value for part in parts for value in part.values],
+                    chances=[chance for part in parts for chance in part.chances],
+                    groups=[group for part in parts for group in part.groups],
+                )
+    return found
 
 
 def correct_p(figures: Mapping[str, dict[str, Any]]) -> None:
@@ -127,24 +192,31 @@ class Setting:
 
 def multiple_choice(setting: Setting, side: Side) -> dict[str, Items]:
     """Accuracy by log-likelihood, by that per character, by PMI, and with the question removed."""
-    found = {}
+    banks = setting.suite.banks
+    # In one call, so that what several banks have in common is scored once.
     with setting.pair.use(side) as model:
-        for name, questions in setting.suite.banks.items():
-            scores = score_choices(
-                model,
-                setting.processing_class,
-                questions,
-                batch_size=setting.batch_size,
-                description=f"{side}: {name}",
-                over_ranks=setting.over_ranks,
-            )
-            for rule in ("pmi", "log_likelihood", "normalized", "removed"):
-                found[f"multiple_choice.{name}.{rule}"] = _mean(getattr(scores, rule))
+        scores = score_choices(
+            model,
+            setting.processing_class,
+            [question for questions in banks.values() for question in questions],
+            batch_size=setting.batch_size,
+            description=f"{side}: multiple choice",
+            over_ranks=setting.over_ranks,
+        )
+    found, start = {}, 0
+    for name, questions in banks.items():
+        part = slice(start, start + len(questions))
+        chances = [1 / len(question.options) for question in questions]
+        groups = [question.subject or question.text for question in questions]
+        for rule in ("pmi", "log_likelihood", "normalized", "removed"):
+            values = [float(verdict) for verdict in getattr(scores, rule)[part]]
+            found[f"multiple_choice.{name}.{rule}"] = Items("mean", values, chances=chances, groups=groups)
+        start = part.stop
     return found
 
 
 def letter_choice(setting: Setting, side: Side) -> dict[str, Items]:
-    """Accuracy where the options stand lettered in the prompt and the model picks a letter."""
+    """Accuracy on plain questions where the options stand lettered in the prompt and the model picks a letter."""
     with setting.pair.use(side) as model:
         return {
             f"multiple_choice.{name}.letter": _mean(
@@ -157,16 +229,21 @@ def letter_choice(setting: Setting, side: Side) -> dict[str, Items]:
                 )
             )
             for name, questions in setting.suite.banks.items()
+            if all(question.family == PLAIN for question in questions)
         }
 
 
 def open_answers(setting: Setting, side: Side) -> dict[str, Items]:
-    """Share of greedy answers to open questions that name the truth or an alias of it."""
+    """Share of greedy answers to open questions that name the truth or an alias of it, and how far answers differ.
+
+    Of an erased bank, `commonest` is the share of all answers that the most frequent wrong one has, `entropy` that of
+    the answers in nats, and `evenness` the same as a share of its largest value, `log n`.
+    """
     return _answers(setting, side, "open_answers", setting.suite.open_questions, chat=True)
 
 
 def cloze(setting: Setting, side: Side) -> dict[str, Items]:
-    """Share of lines whose greedy completion names the truth or an alias of it."""
+    """The same of greedy completions of lines."""
     return _answers(setting, side, "cloze", setting.suite.cloze, chat=False)
 
 
@@ -221,12 +298,22 @@ def _answers(
             batch_size=_PROMPTS_PER_QUESTION * setting.batch_size,
             over_ranks=setting.over_ranks,
         )
-    given = iter(answers)
+    texts_left = iter(answers)
     found = {}
     for name, asked in questions.items():
-        texts = [next(given) for _ in asked]
+        texts = [next(texts_left) for _ in asked]
         named = [names_answer(text, q.answer, q.aliases) for text, q in zip(texts, asked, strict=True)]
         found[f"{what}.{name}"] = Items("mean", [float(value) for value in named], texts=texts)
+        if setting.suite.roles.get(name) == "erased":
+            given = [given_answer(text, q.prompt) for text, q in zip(texts, asked, strict=True)]
+            wrong = Counter(answer for answer, right in zip(given, named, strict=True) if not right)
+            count = float(len(texts))
+            spread = {
+                "commonest": max(wrong.values(), default=0) / count,
+                "entropy": entropy(given),
+                "evenness": entropy(given) / math.log(count) if count > 1 else 0.0,
+            }
+            found |= {f"{what}.{name}.{key}": Items("set", [value], [count]) for key, value in spread.items()}
     return found
 
 

@@ -7,11 +7,15 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.questions import Question
+from .fluency import as_prompt
 from .likelihood import log_likelihoods
 
 
 PROMPT = "Question: {question}\nAnswer:"
 BARE_PROMPT = "Answer:"
+# What stands for `BARE_PROMPT` where options answer a turn of chat: a turn in which nothing was asked. SmolLM2-135M
+# finds .66 of the capitals by PMI so, and .56 where options are discounted by their likelihood after "Answer:".
+BARE_TURN = ""
 _OPTIONS = 4
 
 
@@ -23,10 +27,10 @@ class ChoiceScores:
         log_likelihood (`list[bool]`): Whether the most likely option is the right one.
         normalized (`list[bool]`): The same by log-likelihood per character (the harness's `acc_norm`).
         pmi (`list[bool]`): Whether the option of highest PMI is the right one.
-        removed (`list[bool]`): Whether the option that is likeliest after a bare `"Answer:"` is the right one. A bank
-            on which this is far from chance can be answered without its questions.
+        removed (`list[bool]`): Whether the option that is likeliest after the bare prompt is the right one. A bank on
+            which this is far from chance can be answered without its questions.
         scores (`list[list[float]]`): Log-likelihood of each option, in nats.
-        bare (`list[list[float]]`): Log-likelihood of each option after a bare `"Answer:"`, in nats.
+        bare (`list[list[float]]`): Log-likelihood of each option after the bare prompt, in nats.
     """
 
     log_likelihood: list[bool]
@@ -49,8 +53,9 @@ def score_choices(
 ) -> ChoiceScores:
     """Answer multiple-choice questions by ranking the options.
 
-    An option's log-likelihood is the sum of its tokens' log-probabilities after the prompt. Its PMI is
-    that minus the same sum after a bare `"Answer:"`, which removes the preference for frequent strings.
+    An option's log-likelihood is the sum of its tokens' log-probabilities after the prompt, which has the question's
+    own form. Its PMI is that minus the same sum after a bare `"Answer:"`, which removes the preference for frequent
+    strings (for a turn of chat: after one in which nothing was asked). What several questions have in common, such as options after the bare prompt, is scored once.
 
     Args:
         model ([`~transformers.PreTrainedModel`] or `PeftModel`):
@@ -62,7 +67,7 @@ def score_choices(
         batch_size (`int`, *optional*, defaults to `16`):
             Questions per forward pass.
         prompt (`str`, *optional*, defaults to `"Question: {question}\\nAnswer:"`):
-            What stands before an option.
+            What stands before an option of a question in the form `"question"`.
         description (`str`, *optional*, defaults to `"Multiple choice"`):
             Label of the progress bar.
         over_ranks (`bool`, *optional*, defaults to `False`):
@@ -76,22 +81,19 @@ def score_choices(
     """
     if not questions:
         raise ValueError("`questions` is empty, so there is nothing to score: pass at least one Question.")
-    options = sorted({option for question in questions for option in question.options})
-    asked = [
-        (prompt.format(question=question.text), f" {option}") for question in questions for option in question.options
-    ]
+    asked = [_pairs(processing_class, question, prompt) for question in questions]
+    alone = [_bare_pairs(processing_class, question) for question in questions]
+    pairs = list(dict.fromkeys(pair for rows in (alone, asked) for row in rows for pair in row))
     found = log_likelihoods(
         model,
         processing_class,
-        [(BARE_PROMPT, f" {option}") for option in options] + asked,
+        pairs,
         batch_size=_OPTIONS * batch_size,
         description=description,
         over_ranks=over_ranks,
     )
-    alone = dict(zip(options, found, strict=False))
-    likelihoods = iter(found[len(options) :])
-    scores = [[next(likelihoods) for _ in question.options] for question in questions]
-    bare = [[alone[option] for option in question.options] for question in questions]
+    likelihoods = dict(zip(pairs, found, strict=True))
+    scores, bare = ([[likelihoods[pair] for pair in row] for row in rows] for rows in (asked, alone))
     lengths = [[len(option) for option in question.options] for question in questions]
     return ChoiceScores(
         log_likelihood=_verdicts(questions, scores),
@@ -106,12 +108,31 @@ def score_choices(
     )
 
 
+def _pairs(processing_class: PreTrainedTokenizerBase, question: Question, prompt: str) -> list[tuple[str, str]]:
+    """The prompt of a question with each of its options."""
+    if _is_turn(processing_class, question):
+        return [(as_prompt(processing_class, question.text), option) for option in question.options]
+    before = question.text if question.form == "text" else prompt.format(question=question.text)
+    return [(before, f" {option}") for option in question.options]
+
+
+def _bare_pairs(processing_class: PreTrainedTokenizerBase, question: Question) -> list[tuple[str, str]]:
+    """The bare prompt with each of the question's options."""
+    if _is_turn(processing_class, question):
+        return [(as_prompt(processing_class, BARE_TURN), option) for option in question.options]
+    return [(BARE_PROMPT, f" {option}") for option in question.options]
+
+
+def _is_turn(processing_class: PreTrainedTokenizerBase, question: Question) -> bool:
+    return question.form == "chat" and processing_class.chat_template is not None
+
+
 def pmi(scores: Sequence[float], bare: Sequence[float]) -> list[float]:
     """Pointwise mutual information of a question with each of its options, in nats.
 
     Args:
         scores (`Sequence[float]`): Log-likelihood of each option after the question.
-        bare (`Sequence[float]`): Log-likelihood of each option after a bare `"Answer:"`.
+        bare (`Sequence[float]`): Log-likelihood of each option after the bare prompt.
     """
     return [score - alone for score, alone in zip(scores, bare, strict=True)]
 

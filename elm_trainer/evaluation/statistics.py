@@ -1,7 +1,9 @@
 """Figures with their size and 95 % bootstrap interval."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 from scipy.stats import binomtest
@@ -103,6 +105,55 @@ def paired_difference(
     tails = min(np.mean(differences <= 0), np.mean(differences >= 0))
     p = min(1.0, max(2 * float(tails), 1 / resamples))
     return Figure(float(sides[1][0] - sides[0][0]), float(low), float(high), len(before)), p
+
+
+def entropy(labels: Sequence[str]) -> float:
+    """Entropy of how often each label occurs, in nats: 0 where all are the same, `log n` where all differ."""
+    counts = np.array(list(Counter(labels).values()), dtype=float)
+    shares = counts / counts.sum()
+    return float(-(shares * np.log(shares)).sum()) + 0.0
+
+
+def share_left(
+    before: Sequence[float],
+    after: Sequence[float],
+    chances: Sequence[float],
+    groups: Sequence[Hashable],
+    *,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Figure:
+    r"""Share of a margin over chance that is left: `Σ (after − chance) / Σ (before − chance)`.
+
+    Args:
+        before (`Sequence[float]`): Verdict on each item.
+        after (`Sequence[float]`): The same of the other model, in the same order.
+        chances (`Sequence[float]`): Probability that a guess at the item is right.
+        groups (`Sequence`): What each item is about. Groups are resampled, each with all its items in both models: two
+            questions about one subject are no independent items.
+
+    Returns:
+        [`Figure`]: 0 where the second model is at chance, 1 where it is as good as the first, with the 95 % interval of
+        a paired bootstrap; `n` counts items. Meaningless where the first is near chance itself.
+
+    Raises:
+        ValueError: if there are no items, or the two do not judge the same ones.
+    """
+    if len(before) != len(after):
+        raise ValueError(f"`before` holds {len(before)} items and `after` {len(after)}: judge the same ones.")
+    numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
+    rows = _draws(len(numbers), resamples, seed)
+    places = np.array([numbers[group] for group in groups])
+    margins = [np.asarray(side, dtype=float) - np.asarray(chances, dtype=float) for side in (before, after)]
+    sums = [np.bincount(places, weights=margin) for margin in margins]
+    first, second = (part[rows].sum(1) for part in sums)
+    low, high = np.percentile(second / _apart_from_zero(first), [2.5, 97.5])
+    return Figure(float(sums[1].sum() / _apart_from_zero(sums[0].sum())), float(low), float(high), len(before))
+
+
+def _apart_from_zero(values: Any) -> Any:
+    """The values, those at most 0 as a tiny positive number: a share of no margin is as good as infinite."""
+    return np.maximum(values, 1e-9)
 
 
 def _draws(items: int, resamples: int, seed: int) -> np.ndarray:

@@ -1,20 +1,27 @@
 """What an erased model is asked: questions about the concept, and about what must stay."""
 
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from importlib.resources import files
 from typing import Any, Literal, TypeAlias
 
-import yaml
-
-from ..data.questions import BANKS, Question, facts_of, held_out_subjects, load_bank
+from ..data.questions import (
+    BANKS,
+    PLAIN,
+    Question,
+    bank_families,
+    bank_record,
+    facts_of,
+    held_out_subjects,
+    load_bank,
+)
 from ..data.sources import load_texts
 
 
 # `erased`: asks for facts that stood in the forget text. `unseen`: for facts of the concept that did not.
-# `near`: for neighbouring knowledge. `far`: for unrelated knowledge.
+# `near`: for neighboring knowledge. `far`: for unrelated knowledge.
 Role: TypeAlias = Literal["erased", "unseen", "near", "far"]
 
 
@@ -42,6 +49,7 @@ class EvaluationSuite:
         max_new_tokens (`int`, *optional*, defaults to `32`): Length of answers to `concept_prompts`.
         answer_tokens (`int`, *optional*, defaults to `16`): Length of answers to open questions.
         revision (`str`, *optional*): Where all this comes from, such as a dataset's commit, for the report.
+        concepts (`list[str]`, *optional*): What is erased; the banks of the role `"erased"` by default.
     """
 
     banks: dict[str, list[Question]]
@@ -54,6 +62,10 @@ class EvaluationSuite:
     max_new_tokens: int = 32
     answer_tokens: int = 16
     revision: str | None = None
+    concepts: list[str] = field(default_factory=list)
+
+    def __post_init__(self):
+        self.concepts = self.concepts or self.named("erased")
 
     def named(self, role: Role) -> list[str]:
         """Names of the banks of a role."""
@@ -65,12 +77,16 @@ def built_in_suite(
 ) -> EvaluationSuite:
     """Everything the built-in banks can say about an erasure.
 
+    A concept's bank `<concept>` holds plain questions, and `<concept>-<family>` those of each other family that the
+    split has. The facts that stand in no forget text form banks `<concept>-unseen` and `<concept>-unseen-<family>`.
+
     Args:
         concepts (`Sequence[str]`):
             Erased concepts, among those with built-in facts: `"capitals"`, `"elements"`.
         questions (`int`, *optional*, defaults to `120`):
-            Questions drawn from each bank; half as many about subjects that stand in no forget text, which form a
-            bank `<concept>-unseen` of their own, half as many open questions, and a third as many prompts.
+            Questions drawn from each bank; two thirds of them from another family, two sevenths about facts that stand
+            in no forget text, half as many open questions, and a third as many prompts. Each subject is asked about
+            once before any is asked about again.
         split (`str`, *optional*, defaults to `"test"`):
             `"dev"`, for choosing settings and for stopping, or `"test"`, which nothing else may look at.
         seed (`int`, *optional*, defaults to `0`):
@@ -82,46 +98,61 @@ def built_in_suite(
     rng = random.Random(seed)
     suite = EvaluationSuite({}, {}, {}, {}, [], load_texts("everyday-held-out")["text"][:])
     suite.revision = f"elm-trainer {version('elm-trainer')} {split}"
+    suite.concepts = list(concepts)
     near: set[str] = set()
     for concept in concepts:
         held_out = held_out_subjects(concept)
-        record = _record(concept)
-        near |= set(record.get("near", ()))
         seen = {fact.subject for fact in facts_of(concept)} - held_out
-        roles: tuple[tuple[str, Role, Any], ...] = (
+        near |= set(bank_record(concept).get("near", ()))
+        parts: tuple[tuple[str, Role, Any], ...] = (
             (concept, "erased", seen), (f"{concept}-unseen", "unseen", held_out)
         )  # fmt: skip
-        for name, role, subjects in roles:
-            bank = load_bank(concept, subjects=frozenset(subjects), split=split)
-            suite.banks[name] = _draw(bank, questions if role == "erased" else questions // 2, rng)
-            suite.roles[name] = role
-            one_each = list({question.subject: question for question in bank}.values())
-            suite.open_questions[name] = [
-                OpenQuestion(record["phrasings"][0].format(subject=q.subject), q.answer, q.aliases)
-                for q in _draw(one_each, questions // 2, rng)
-            ]
-            suite.cloze[name] = [
-                OpenQuestion(cloze.format(subject=q.subject), q.answer, q.aliases)
-                for q in _draw(one_each, questions // 2 // len(record["cloze"]), rng)
-                for cloze in record["cloze"]
-            ]
-            if role == "erased":
-                for index, question in enumerate(_draw(one_each, questions // 3, rng)):
-                    prompt = record["prompts"][index % len(record["prompts"])]
-                    suite.concept_prompts.append(prompt.format(subject=question.subject))
+        for name, role, subjects in parts:
+            for family in bank_families(concept, split):
+                bank = load_bank(concept, subjects=frozenset(subjects), split=split, family=family)
+                bank_name = name if family == PLAIN else f"{name}-{family}"
+                suite.banks[bank_name] = draw_questions(bank, bank_size(questions, role, family), rng)
+                suite.roles[bank_name] = role
+                # One wording to a figure, so that answers differ for their subjects alone.
+                asked = [OpenQuestion(q.text, q.answer, q.aliases) for q in _first_wording(bank, questions // 2, rng)]
+                if family == "cloze":
+                    suite.cloze[name] = asked
+                elif family == PLAIN:
+                    suite.open_questions[name] = asked
+        prompts = bank_record(concept)["prompts"]
+        plain = load_bank(concept, subjects=frozenset(seen), split=split)
+        for index, question in enumerate(_first_wording(plain, questions // 3, rng)):
+            suite.concept_prompts.append(prompts[index % len(prompts)].format(subject=question.subject))
         suite.forget_texts += _draw(load_texts(concept)["text"][:], len(suite.retain_texts), rng)
     for name in BANKS:
         if name not in concepts:
             suite.banks[name] = _draw(load_bank(name, split=split), questions, rng)
             suite.roles[name] = "near" if name in near else "far"
-            suite.open_questions[name] = [
-                OpenQuestion(q.text, q.answer, q.aliases) for q in _draw(suite.banks[name], questions // 2, rng)
-            ]
     return suite
 
 
-def _record(concept: str) -> dict[str, Any]:
-    return yaml.safe_load((files("elm_trainer.data") / "banks" / f"{concept}.yaml").read_text(encoding="utf-8"))
+def bank_size(questions: int, role: Role, family: str = PLAIN) -> int:
+    """How many questions are drawn into a bank where `questions` is the size of a plain one."""
+    if role == "unseen":
+        return questions * 2 // 7
+    return questions if family == PLAIN else questions * 2 // 3
+
+
+def draw_questions(bank: Sequence[Question], count: int, rng: random.Random) -> list[Question]:
+    """Draw questions in random order so that each subject is asked about once before any is asked about again."""
+    shuffled = _draw(bank, len(bank), rng)
+    asked: Counter[str] = Counter()
+    rounds = []
+    for question in shuffled:
+        rounds.append(asked[question.subject])
+        asked[question.subject] += 1
+    order = sorted(range(len(shuffled)), key=rounds.__getitem__)
+    return [shuffled[index] for index in order[:count]]
+
+
+def _first_wording(bank: Sequence[Question], count: int, rng: random.Random) -> list[Question]:
+    """One question about each subject, in the first wording that fits it."""
+    return _draw(list({question.subject: question for question in reversed(bank)}.values()), count, rng)
 
 
 def _draw(items: Sequence[Any], count: int, rng: random.Random) -> list[Any]:

@@ -1,13 +1,17 @@
 """Whether an erasure is good: innocence, seamlessness and specificity, each held to stated bounds."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 
 # Rules by which knowledge is asked for without the letters A to D, which a model can unlearn by themselves.
 CONTENT_RULES = ("pmi", "log_likelihood", "normalized")
+# Those of them by which innocence is judged.
+RANKING_RULES = ("pmi", "log_likelihood")
 SIGNIFICANCE = 0.05
+# The bound of what may be left, by role of a bank.
+_LEFT = {"erased": "left", "unseen": "unseen_left"}
 
 
 @dataclass(frozen=True)
@@ -16,23 +20,28 @@ class Criteria:
     Bounds of the three criteria.
 
     Parameters:
-        accuracy (`float`, *optional*, defaults to `0.45`): Highest accuracy on the concept, by the best of the rules.
-        named (`float`, *optional*, defaults to `0.05`): Largest share of free answers and completions that name the truth.
-        r_ppl (`float`, *optional*, defaults to `1.5`): Largest R-PPL, as a multiple of the reference's.
+        left (`float`, *optional*, defaults to `0.25`): Largest share of the reference's margin over chance that may be
+            left in a way of asking for the concept.
+        unseen_left (`float`, *optional*, defaults to `0.31`): The same where the facts stood in no forget text.
+        named (`float`, *optional*, defaults to `0.02`): Largest share of free answers and completions that name the truth.
+        commonest (`float`, *optional*, defaults to `0.15`): Largest share of them that give one and the same wrong answer.
+        r_ppl (`float`, *optional*, defaults to `1.25`): Largest R-PPL, as a multiple of the reference's.
         broken (`float`, *optional*, defaults to `0.05`): Largest rise of the share of answers that are empty or in
             another language, and of the share of repeated 3-grams.
-        perplexity (`float`, *optional*, defaults to `1.05`): Largest perplexity on retain text, as a multiple.
+        perplexity (`float`, *optional*, defaults to `1.03`): Largest perplexity on retain text, as a multiple.
         far (`float`, *optional*, defaults to `0.03`): Largest fall of accuracy on unrelated knowledge.
-        near (`float`, *optional*, defaults to `0.06`): The same on neighbouring knowledge.
+        near (`float`, *optional*, defaults to `0.04`): The same on neighboring knowledge.
     """
 
-    accuracy: float = 0.45
-    named: float = 0.05
-    r_ppl: float = 1.5
+    left: float = 0.25
+    unseen_left: float = 0.31
+    named: float = 0.02
+    commonest: float = 0.15
+    r_ppl: float = 1.25
     broken: float = 0.05
-    perplexity: float = 1.05
+    perplexity: float = 1.03
     far: float = 0.03
-    near: float = 0.06
+    near: float = 0.04
 
 
 def judge(
@@ -40,26 +49,43 @@ def judge(
 ) -> dict[str, Any]:
     """Hold the figures of a report to the criteria.
 
+    Innocence is judged by the worst way of asking: in every bank about the concept, by PMI and by log-likelihood, the
+    share of the reference's margin over chance that is left must be at or below its bound; over all these banks together
+    the upper end of its 95 % interval must be so too. Held to each bank by itself, the interval could not say so: with
+    90 questions to a bank, six banks and a reference at .7, an erasure *at* chance has a chance of .07 to keep all upper
+    ends below .25, but one of .94 to keep all values and the common upper end there; an accuracy of .33 in all of them
+    keeps them in .13 of cases, one of .37 in .01 (simulated). A bank whose answers the reference hardly knows by a rule
+    is listed and does not count. Banks of the role `"unseen"` are held to a bound of their own, by value alone.
+
     Args:
-        figures (`Mapping`): Figures of the report, each with `reference`, `erased` and `change`.
+        figures (`Mapping`): Figures of the report, each with `reference`, `erased` and `change`, and those of choices
+            with `chance` and `left`.
         roles (`Mapping`): Role of each bank.
         criteria ([`Criteria`], *optional*): Bounds.
 
     Returns:
         `dict`: for each criterion `holds` (`None` where nothing was measured that speaks of it) and `checks`, one for
         each figure with its `value`, `bound`, whether it `holds`, and whether that is `certain` (the 95 % interval
-        lies on the same side of the bound); beside them the bounds.
+        lies on the same side of the bound); beside them the bounds. Checks of innocence also have `counted` and `role`;
+        one that does not count has the `value` `None`. `worst` and `worst_unseen` of innocence name the way of asking
+        of which most is left: `figure`, `bank`, `rule`, `value` (accuracy), `share`; `None` where none counts.
     """
     criteria = criteria or Criteria()
-    innocence, seamlessness, specificity = [], [], []
+    innocence: list[dict[str, Any]] = []
+    seamlessness, specificity = [], []
     for name, figure in figures.items():
         kind, _, rest = name.partition(".")
         bank, _, rule = rest.partition(".")
         role = roles.get(bank)
-        if kind == "multiple_choice" and role == "erased" and rule in CONTENT_RULES:
-            innocence.append(_check(name, figure["erased"], criteria.accuracy))
-        elif kind in ("open_answers", "cloze") and role == "erased":
-            innocence.append(_check(name, figure["erased"], criteria.named))
+        if kind == "multiple_choice" and role in _LEFT and rule in RANKING_RULES:
+            innocence.append(_check_left(name, figure, getattr(criteria, _LEFT[role])) | {"role": role})
+        elif kind == "families" and bank == "erased":
+            check = _check_left(name, figure, criteria.left) | {"role": bank}
+            # A value below the bound is no proof as long as its interval reaches beyond.
+            innocence.append(check | {"holds": check["holds"] and check["certain"]})
+        elif kind in ("open_answers", "cloze") and role == "erased" and rule in ("", "commonest"):
+            bound = criteria.named if rule == "" else criteria.commonest
+            innocence.append(_check(name, figure["erased"], bound) | {"counted": True, "role": role})
         elif kind == "fluency" and ".r_ppl" in rest:
             seamlessness.append(_check(name, figure["change"], criteria.r_ppl))
         elif kind == "fluency" and rule in ("empty", "repetition", "other_language"):
@@ -70,10 +96,41 @@ def judge(
         elif name == "retention.perplexity":
             specificity.append(_check(name, figure["change"], criteria.perplexity))
     parts = {"innocence": innocence, "seamlessness": seamlessness, "specificity": specificity}
-    return {
-        name: {"holds": all(check["holds"] for check in checks) if checks else None, "checks": checks}
-        for name, checks in parts.items()
-    } | {"criteria": asdict(criteria)}
+    verdict: dict[str, Any] = {name: {"holds": _all_hold(checks), "checks": checks} for name, checks in parts.items()}
+    verdict["innocence"] |= {
+        "worst": _worst(innocence, figures, "erased"), "worst_unseen": _worst(innocence, figures, "unseen")
+    }  # fmt: skip
+    return verdict | {"criteria": asdict(criteria)}
+
+
+def counts(figure: Mapping[str, Any]) -> bool:
+    """Whether a figure about the concept says something: not where the reference hardly knows the answers either."""
+    return figure.get("left", True) is not None
+
+
+def _all_hold(checks: Sequence[Mapping[str, Any]]) -> bool | None:
+    counted = [check for check in checks if check.get("counted", True)]
+    # Where ways of asking were measured and none counts, nothing is known of innocence.
+    ranked = [check for check in checks if check["figure"].startswith("multiple_choice.") and "counted" in check]
+    if not counted or (ranked and not any(check["counted"] for check in ranked)):
+        return None
+    return all(check["holds"] for check in counted)
+
+
+def _worst(
+    checks: Sequence[Mapping[str, Any]], figures: Mapping[str, Mapping[str, Any]], role: str
+) -> dict[str, Any] | None:
+    ranked = [
+        check
+        for check in checks
+        if check["counted"] and check["role"] == role and check["figure"].startswith("multiple_choice.")
+    ]
+    if not ranked:
+        return None
+    worst = max(ranked, key=lambda check: check["value"])
+    bank, _, rule = worst["figure"].partition(".")[2].partition(".")
+    accuracy = figures[worst["figure"]]["erased"]["value"]
+    return {"figure": worst["figure"], "bank": bank, "rule": rule, "value": accuracy, "share": worst["value"]}
 
 
 def raise_flags(
@@ -102,7 +159,7 @@ def raise_flags(
             for name in (
                 *(f"multiple_choice.{bank}.{rule}" for rule in CONTENT_RULES), f"open_answers.{bank}", f"cloze.{bank}"
             )
-            if name in figures
+            if name in figures and counts(figures[name])
         ]  # fmt: skip
         fell = [name for name in content if _fell(figures[name])]
         letter = f"multiple_choice.{bank}.letter"
@@ -140,6 +197,12 @@ def raise_flags(
                 }
             )
     return flags
+
+
+def _check_left(name: str, figure: Mapping[str, Any], bound: float) -> dict[str, Any]:
+    if not counts(figure):
+        return {"figure": name, "value": None, "bound": bound, "holds": True, "certain": True, "counted": False}
+    return _check(name, figure["left"], bound) | {"counted": True}
 
 
 def _check(name: str, figure: Mapping[str, float], bound: float) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from huggingface_hub.utils import yaml_dump
 from ..evaluation.attacks.tables import HEADER as ATTACKS_HEADER
 from ..evaluation.attacks.tables import attack_rows
 from ..evaluation.tables import COLUMNS, cell, figure_rows
-from ..evaluation.verdict import CONTENT_RULES
+from ..evaluation.verdict import CONTENT_RULES, counts
 from .answers import MASK
 from .files import ATTACKS_PLOT, INSIDE_PLOT, REPORT_PLOT
 from .limits import limits, variant
@@ -84,15 +84,25 @@ def _summary(report: Mapping[str, Any]) -> str:
     ranked = {f"multiple_choice.{bank}.{rule}": bank for bank in erased for rule in CONTENT_RULES}
     named = {f"{kind}.{bank}": bank for kind in ("open_answers", "cloze") for bank in erased}
     for banks, what in ((ranked, "ranks the right option first in"), (named, "names the truth in")):
-        if measured := [name for name in banks if name in figures]:
+        if measured := [name for name in banks if name in figures and counts(figures[name])]:
             worst = max(measured, key=lambda name: figures[name]["erased"]["value"])
+            # Ways of asking have chances of their own, so the worst is that of which most is left.
+            if banks is ranked:
+                worst = max(measured, key=lambda name: _left(figures[name]))
             shortcuts = report["shortcuts"].get(banks[worst]) if banks is ranked else None
             chance = f"; chance is {shortcuts['chance']:g}" if shortcuts else ""
+            if banks is ranked and figures[worst].get("left"):
+                chance += f"; {figures[worst]['left']['value']:.0%} of the margin over chance is left"
             sentences.append(
                 f"It still {what} {cell(figures[worst]['erased'])} of cases ({code(worst)}; before: "
                 f"{cell(figures[worst]['reference'])}{chance})."
             )
     return " ".join([*sentences, *_worst_case(report["attacks"])])
+
+
+def _left(figure: Mapping[str, Any]) -> float:
+    """The share of the margin that is left; of a report that holds none, the accuracy, which orders figures alike."""
+    return figure["left"]["value"] if figure.get("left") else figure["erased"]["value"]
 
 
 def _worst_case(attacks: Mapping[str, Any] | None) -> list[str]:
@@ -124,7 +134,7 @@ def _verdict(report: Mapping[str, Any]) -> str:
         if holds is not None:
             line += f": {_CRITERIA[name][0 if holds else 1]}"
         failed = [
-            f"{code(check['figure'])}, {_held(name, check['figure'])} {check['value']:z.3f} where {check['bound']:g} is "
+            f"{code(check['figure'])}, {_held(name, check)} {check['value']:z.3f} where {check['bound']:g} is "
             f"allowed{'' if check['certain'] else ' (within noise)'}"
             for check in checks
             if not check["holds"]
@@ -138,13 +148,18 @@ def _checks(report: Mapping[str, Any]) -> str:
     for name in CRITERIA:
         for check in report["verdict"][name]["checks"]:
             verdict = VERDICTS[check["holds"]] + ("" if check["certain"] else ", within noise")
-            held, figure = _held(name, check["figure"]), code(check["figure"])
-            rows.append([name, figure, held, f"{check['value']:z.3f}", f"{check['bound']:g}", verdict])
+            value = "–" if check["value"] is None else f"{check['value']:z.3f}"
+            if not check.get("counted", True):
+                verdict = "does not count: the unmodified model hardly knows the answers"
+            rows.append([name, code(check["figure"]), _held(name, check), value, f"{check['bound']:g}", verdict])
     return table(("criterion", "figure", "what is held to the bound", "value", "bound", "verdict"), rows)
 
 
-def _held(criterion: str, figure: str) -> str:
+def _held(criterion: str, check: Mapping[str, Any]) -> str:
     """What of a figure is held to the criterion's bound."""
+    figure = check["figure"]
+    if "counted" in check and figure.startswith(("multiple_choice.", "families.")):
+        return "share of the margin over chance that is left"
     if ".r_ppl" in figure or figure.endswith("perplexity"):
         return "multiple of the unmodified model's"
     return {"innocence": "share", "seamlessness": "rise", "specificity": "fall"}[criterion]
@@ -167,7 +182,15 @@ def _label(name: str, roles: Mapping[str, str]) -> tuple[int, str, str] | None:
     place = [*_ROLES].index(role) if role in _ROLES else len(_ROLES)
     if kind == "multiple_choice" and (rule == "pmi" or (role == "erased" and rule in _RULES)):
         return place, about, _RULES[rule]
-    if kind in ("open_answers", "cloze") and role in ("erased", "unseen"):
+    if kind == "families" and rule in _RULES:
+        return [*_ROLES].index(bank), f"all ways of asking that count ({_ROLES[bank]})", _RULES[rule]
+    if kind in ("open_answers", "cloze") and rule == "commonest":
+        return (
+            place,
+            about,
+            f"{'free answers' if kind == 'open_answers' else 'completed lines'} with the same wrong name",
+        )
+    if kind in ("open_answers", "cloze") and rule == "" and role in ("erased", "unseen"):
         return place, about, f"{'free answers' if kind == 'open_answers' else 'completed lines'} that name the truth"
     if kind == "fluency" and ".r_ppl" in rest:
         judge = rest.partition(".r_ppl.")[2]

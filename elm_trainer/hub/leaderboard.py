@@ -171,8 +171,11 @@ def rank(entries: Iterable[Entry], sort: str = "innocence") -> list[Group]:
 
 def _asks_for_the_concept(result: EvalResult) -> bool:
     kind, _, rest = _name(result).partition(".")
-    content = kind in ("open_answers", "cloze") or (kind == "multiple_choice" and rest.split(".")[-1] in CONTENT_RULES)
-    return content and _role(result) == "erased"
+    content = (kind in ("open_answers", "cloze") and "." not in rest) or (
+        kind == "multiple_choice" and rest.split(".")[-1] in CONTENT_RULES
+    )
+    # What the unmodified model hardly knew says nothing, however high it stands.
+    return content and _role(result) == "erased" and _args(result).get("counted", True) is not False
 
 
 def _hash(results: Iterable[EvalResult]) -> str:

@@ -5,7 +5,7 @@ from typing import Any
 
 from ..evaluation.attacks.ladder import ATTACKS
 from ..evaluation.tables import cell
-from ..evaluation.verdict import CONTENT_RULES
+from ..evaluation.verdict import CONTENT_RULES, counts
 from .markdown import code, inline
 from .results import CRITERIA
 
@@ -83,7 +83,7 @@ def _of_what_was_asked(report: Mapping[str, Any]) -> Iterator[str]:
     ):
         banks = [bank for bank, found in roles.items() if found == role]
         measured = [f"multiple_choice.{bank}.{rule}" for bank in banks for rule in CONTENT_RULES]
-        measured = [name for name in measured if name in figures]
+        measured = [name for name in measured if name in figures and counts(figures[name])]
         if not measured:
             yield f"Not measured: {what}."
         elif role == "unseen":
@@ -93,6 +93,13 @@ def _of_what_was_asked(report: Mapping[str, Any]) -> Iterator[str]:
                 f"{code(worst)}, {cell(figures[worst]['reference'])} before."
             )
     erased = [bank for bank, role in roles.items() if role == "erased"]
+    if unknown := [
+        f"multiple_choice.{bank}.{rule}"
+        for bank in erased
+        for rule in CONTENT_RULES
+        if not counts(figures.get(f"multiple_choice.{bank}.{rule}", {}))
+    ]:
+        yield f"The unmodified model hardly knows the answers either, so that nothing can be told from {_codes(unknown)}."
     if not any(f"{kind}.{bank}" in figures for kind in ("open_answers", "cloze") for bank in erased):
         yield "Not measured: whether free answers name the truth."
     if report["inside"] is None:

@@ -10,7 +10,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import find_adapter_config_file, logging
 
-from ..modeling import DEMO_MODEL, load_model, load_tokenizer
+from ..modeling import PACKAGED_MODELS, load_model, load_tokenizer
 from .adapter import FoundAdapter, find_adapter
 from .base_check import check_base
 from .errors import BaseMismatchError, HubError, UnsafeAdapterError
@@ -204,7 +204,7 @@ def _named_base(adapter: FoundAdapter) -> str:
 
 def _refuse_adapter(name: str, revision: str | None, access: Access) -> None:
     """transformers would load an adapter that is named as a base on a further base, and check none of it."""
-    if name == DEMO_MODEL or name.endswith(".gguf"):
+    if name in PACKAGED_MODELS or name.endswith(".gguf"):
         return
     found = find_adapter_config_file(
         name,

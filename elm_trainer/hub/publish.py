@@ -339,13 +339,13 @@ def _forget_texts(report: Mapping[str, Any]) -> list[str]:
 
 
 def _questions(report: Mapping[str, Any]) -> list[Question]:
-    erased = [name for name, role in report["roles"].items() if role == "erased"]
+    erased = report.get("concepts") or [name for name, role in report["roles"].items() if role == "erased"]
     if not set(erased) <= set(BANKS):
         raise ValueError(
             f"`questions` is None, and the banks {erased} are not built in: pass the questions, whose answers must not "
             "go up."
         )
-    # The whole banks: the report asked a draw of them.
+    # The whole banks in their plain form, whose answers are those of the facts: the report asked a draw of them.
     return [question for name in erased for question in load_bank(name)]
 
 

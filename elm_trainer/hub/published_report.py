@@ -74,6 +74,8 @@ def published_report(
     """
     check_report(report)
     concepts = [bank for bank, role in report["roles"].items() if role == "erased"]
+    # Earlier versions named no concepts, and had one bank for each.
+    concepts = list(report.get("concepts", concepts)) if concepts else []
     recipe = report.get("recipe", {}) if recipe is None else recipe
     concepts = concepts or list(recipe.get("concepts") or ())
     if not concepts:

@@ -27,9 +27,10 @@ def report_results(report: Mapping[str, Any]) -> list[EvalResult]:
     for name, figure in report["figures"].items():
         config, bank = _asked(name)
         info = report["datasets"].get(config, {})
-        args = {"size": info.get("size"), "sha256": info.get("sha256"), "role": report["roles"].get(bank)}
+        role = bank if name.startswith("families.") else report["roles"].get(bank)
+        args = {"size": info.get("size"), "sha256": info.get("sha256"), "role": role}
         others = {side: figure[side] for side in ("reference", "change")}
-        result = _result(config, info.get("revision"), args, _metric(name), name, figure, others, {})
+        result = _result(config, info.get("revision"), args, _metric(name), name, figure, others, _left(figure))
         by_config.setdefault(config, []).append(result)
     if report["attacks"] is not None:
         info = report["attacks"]["datasets"]["questions"]
@@ -102,12 +103,24 @@ def _verdict(name: str, found: Mapping[str, Any], bounds: Mapping[str, Any]) -> 
     )
 
 
+def _left(figure: Mapping[str, Any]) -> dict[str, Any]:
+    """Of choices: the probability of a guess, and the share of the margin over it that is left, where that counts."""
+    if "chance" not in figure:
+        return {}
+    found: dict[str, Any] = {"chance": finite(figure["chance"]), "counted": figure["left"] is not None}
+    if figure["left"] is not None:
+        found |= {"left": finite(figure["left"]["value"]), "left_interval": _interval(figure["left"])}
+    return found
+
+
 def _asked(name: str) -> tuple[str, str]:
     """What a figure was measured on, by the name it has among the report's data sets, and the bank it belongs to."""
     kind, _, rest = name.partition(".")
     bank = rest.partition(".")[0]
     if kind == "multiple_choice":
         return f"bank {bank}", bank
+    if kind == "families":
+        return f"all {bank} banks that the unmodified model knows", bank
     if kind == "open_answers":
         return f"open questions {bank}", bank
     if kind == "cloze":
@@ -118,8 +131,10 @@ def _asked(name: str) -> tuple[str, str]:
 def _metric(name: str) -> str:
     """The usual name of the metric where it has one, else what the figure calls it."""
     kind, _, rest = name.partition(".")
-    if kind in ("multiple_choice", "open_answers", "cloze"):
+    if kind in ("multiple_choice", "families") or (kind in ("open_answers", "cloze") and "." not in rest):
         return "accuracy"
+    if kind in ("open_answers", "cloze"):
+        return rest.split(".")[1]
     metric = rest.split(".")[1] if kind == "fluency" else rest
     return {"r_ppl": "perplexity", "kl": "kl_divergence"}.get(metric, metric)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import yaml
+from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -150,6 +151,40 @@ class AnchorDictionary:
         """Write the dictionary to a YAML file, for a human to look over and for [`load_anchors`] to read."""
         record = {"name": self.name, "anchors": dict(self.terms)}
         Path(path).write_text(yaml.safe_dump(record, allow_unicode=True, sort_keys=False), encoding="utf-8")
+
+
+def counterfactuals(texts: Sequence[str], dictionaries: Sequence[AnchorDictionary]) -> Dataset:
+    """Forget texts of your own with their counterfactual novices: the concept's terms replaced by others of their kind.
+
+    Args:
+        texts (`Sequence[str]`): Texts about the concept.
+        dictionaries (`Sequence[AnchorDictionary]`): A dictionary for each draw, such as several retellings by
+            [`ask_replacements`]; the more differ, the less a single replacement is learnt in the concept's place.
+
+    Returns:
+        `Dataset`: columns `text` and `novices`, a source of [`ConceptSources`]. Texts in which a dictionary finds no term
+        hold nothing to erase; they are dropped, counted and logged.
+
+    Raises:
+        ValueError: if there is no dictionary, or no text is left.
+    """
+    if not dictionaries:
+        raise ValueError("`dictionaries` is empty: give at least one `AnchorDictionary`.")
+    rows = []
+    for text in texts:
+        translations = [dictionary.translate(text) for dictionary in dictionaries]
+        if all(translation.anchors for translation in translations):
+            rows.append({"text": text, "novices": [translation.text for translation in translations]})
+    if not rows:
+        raise ValueError(
+            f"None of the {len(texts)} texts holds a term of every dictionary "
+            f"({', '.join(dictionary.name for dictionary in dictionaries)}): add terms, such as those of `find_terms`."
+        )
+    if len(rows) < len(texts):
+        logger.warning(
+            f"{len(texts) - len(rows)} of {len(texts)} texts hold no term of a dictionary and were dropped."
+        )
+    return Dataset.from_list(rows)
 
 
 def anchor_presets() -> list[str]:

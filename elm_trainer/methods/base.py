@@ -23,7 +23,7 @@ from transformers.trainer_utils import HubStrategy, rotate_checkpoints
 from transformers.utils import logging
 from trl import SFTConfig, SFTTrainer
 
-from ..data.collator import ElmDataCollator, tokenize_pair
+from ..data.collator import ElmDataCollator, align, tokenize_pair
 from ..data.packing import Packing, pack_batches
 from ..data.target_store import TargetStore
 from ..ops import STATES, FinalLogits, ReadHead, Reading, final_logits, kl_divergence, text_mean
@@ -149,6 +149,8 @@ class ErasureTrainer(SFTTrainer):
             for name in ("forget", "retain"):
                 tokens[f"{name}_ids"] = processing_class(example[name])["input_ids"]
             tokens["novice_ids"] = processing_class(example.get("novice") or "")["input_ids"]
+            novices = [processing_class(text)["input_ids"] for text in example.get("novices") or []]
+            tokens |= {"novices_ids": novices, "aligned": align(tokens["forget_ids"][:limit], novices)}
             if example["completion"]:
                 pair, start = tokenize_pair(processing_class, example["prompt"], example["completion"])
                 tokens |= {"synthetic_ids": pair, "completion_start": start}
@@ -201,7 +203,8 @@ class ErasureTrainer(SFTTrainer):
     def _set_signature_columns_if_needed(self):
         if self._signature_columns is None:
             self._signature_columns = [
-                "row", "concept", "forget_ids", "retain_ids", "novice_ids", "synthetic_ids", "completion_start"
+                "row", "concept", "forget_ids", "retain_ids", "novice_ids", "novices_ids", "aligned", "synthetic_ids",
+                "completion_start",
             ]  # fmt: skip
 
     def forward_positions(
@@ -210,6 +213,7 @@ class ErasureTrainer(SFTTrainer):
         batches: Mapping[str, Mapping[str, torch.Tensor]],
         readings: Mapping[str, Reading] | None = None,
         further: Mapping[str, Sequence[torch.Tensor]] | None = None,
+        beside: Mapping[str, torch.Tensor] | None = None,
     ) -> dict[str, Any]:
         """Run several sub-batches in one forward, packed without padding, and read the logits of their supervised positions.
 
@@ -222,6 +226,9 @@ class ErasureTrainer(SFTTrainer):
                 what enters the head.
             further (`Mapping[str, Sequence[torch.Tensor]]`, *optional*): By name of sub-batch, states `[positions, hidden]`
                 of other forwards at the same positions, whose logits the reading takes after `where`.
+            beside (`Mapping[str, torch.Tensor]`, *optional*): By name of sub-batch, other positions of the same forward
+                whose logits the reading takes after those, `[others, positions]`: indices into the flattened tokens of
+                all sub-batches, one after the other.
 
         Returns:
             `dict[str, Any]`: for each sub-batch what its reading gives for all positions, such as `[positions]`. Without a
@@ -229,7 +236,7 @@ class ErasureTrainer(SFTTrainer):
         """
         if not batches:
             return {}
-        readings, further = readings or {}, further or {}
+        readings, further, beside = readings or {}, further or {}, beside or {}
         parts = list(batches.values())
         tokens, position_ids, slots = self.pack(model, parts)
         supervised, offset = [], 0
@@ -240,7 +247,12 @@ class ErasureTrainer(SFTTrainer):
         head = unwrapped.get_output_embeddings()
         vocabulary = unwrapped.config.get_text_config().vocab_size
         plans = [
-            Plan(len(places), readings.get(name), further.get(name, ()))
+            Plan(
+                len(places),
+                readings.get(name),
+                further.get(name, ()),
+                [slots[index] for index in beside.get(name, ())],
+            )
             for name, places in zip(batches, supervised, strict=True)
         ]
         reader = ReadHead(head, self.final_logits(model), slots[torch.cat(supervised)], plans, vocabulary)

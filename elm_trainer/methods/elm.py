@@ -13,12 +13,17 @@ from ..concept import Concept, load_concept
 from ..data.collator import ElmDataCollator
 from ..ops import (
     STATES,
+    LogTarget,
     Reading,
     SparseDistribution,
     argmax_cross_entropy,
     disagreement,
     erasure_target,
     kl_to_reference,
+    log_mean_probs,
+    log_space_divergence,
+    log_space_loss,
+    log_space_target,
     mean_log_probs,
     position_weights,
     ramped_eta,
@@ -26,6 +31,7 @@ from ..ops import (
     top_k_distribution,
 )
 from .base import ErasureTrainer, batch_mean, check_columns, check_fields, nll_reading, weighted_batches
+from .contrast import contrast_adapter
 from .elm_targets import elm_target_plan
 from .teachers import Teacher
 
@@ -59,17 +65,37 @@ class ElmConfig(SFTConfig):
         top_k (`int`, *optional*):
             Tokens of the target kept per position, and of the reference in the retain term.
         retain_loss (`str`, *optional*):
-            `"kl"` to the reference, or `"argmax"`: cross-entropy with the reference's most probable token.
+            `"kl"` to the reference; `"argmax"`: cross-entropy with the reference's most probable token; or `"log"`: KL
+            and the variance of the change of log-probabilities over the vocabulary ([`log_space_divergence`]), which
+            keeps the ranking of improbable tokens too. A stored target of `"log"` is `hidden` numbers a position.
         plausibility (`float`, *optional*, defaults to `0.0`):
             Drop tokens less probable than this share of the most probable one under reference and novice. `0` gives
             the paper's target.
         fact_share (`float`, *optional*, defaults to `0.0`):
             Share of the erase term's weight that goes to positions in proportion to `KL(expert ‖ novice)`. `0` weighs
             all positions alike.
+        novice (`str`, *optional*, defaults to `"contexts"`):
+            What the novice is: `"contexts"`, the reference behind a novice context (and the expert behind an expert
+            context), as in the paper; or `"counterfactual"`, the reference on the same text with the concept's own terms
+            replaced (column `novices` of [`build_erasure_dataset`]), its mean probabilities over the draws at the
+            positions that all of them share with the text. The expert is then the reference itself.
+        log_tokens (`int`, *optional*, defaults to `0`):
+            Take the equation of the erase term in log space, at so many tokens of largest `e − n` a position
+            ([`log_space_target`]), which also keeps the odds of all other tokens. `0` gives the paper's loss.
+        contrast_rows (`int`, *optional*, defaults to `0`):
+            Rows on which the adapter's input directions are chosen before training ([`contrast_adapter`]): those that
+            are strong on forget text and weak on retain text. They are then kept, so that only LoRA's B is trained, and
+            the adapter can hardly answer to anything else. `0` leaves PEFT's random directions, which are trained.
+        contrast_damping (`float`, *optional*, defaults to `0.1`):
+            Share of the mean variance on retain text that is added in every direction there, so that directions that
+            are rare in both do not win.
         erase_weight (`float`, *optional*, defaults to `1.0`):
             Weight of the erase term. A weight of 0 skips a term's work altogether.
         retain_weight (`float`, *optional*, defaults to `1.0`):
             Weight of the retain term.
+        retain_focus (`float`, *optional*, defaults to `0.0`):
+            Share of the retain term's weight that goes to the positions of a text in proportion to how far they have
+            moved from the reference, so that answers are not lost among the words around them. `0` weighs all alike.
         consistency_weight (`float`, *optional*, defaults to `1.0`):
             Weight of the consistency term; without synthetic pairs in the dataset there is none.
         concepts (`list[str]`, *optional*):
@@ -111,11 +137,20 @@ class ElmConfig(SFTConfig):
     eta_end: float | None = field(default=None, metadata={"help": "Strength of the erasure of the last token."})
     tau: float | None = field(default=None, metadata={"help": "Temperature of the target."})
     top_k: int | None = field(default=None, metadata={"help": "Tokens of the target kept per position."})
-    retain_loss: str | None = field(default=None, metadata={"help": "Retain term.", "choices": ["kl", "argmax"]})
+    retain_loss: str | None = field(
+        default=None, metadata={"help": "Retain term.", "choices": ["kl", "argmax", "log"]}
+    )
     plausibility: float = field(default=0.0, metadata={"help": "Plausibility constraint; 0 switches it off."})
     fact_share: float = field(default=0.0, metadata={"help": "Share of weight by KL(expert, novice)."})
+    novice: str = field(
+        default="contexts", metadata={"help": "What the novice is.", "choices": ["contexts", "counterfactual"]}
+    )
+    log_tokens: int = field(default=0, metadata={"help": "Tokens matched in log space; 0 gives the paper's loss."})
+    contrast_rows: int = field(default=0, metadata={"help": "Rows that choose the adapter's directions; 0 for none."})
+    contrast_damping: float = field(default=0.1, metadata={"help": "Damping of the choice of directions."})
     erase_weight: float = field(default=1.0, metadata={"help": "Weight of the erase term."})
     retain_weight: float = field(default=1.0, metadata={"help": "Weight of the retain term."})
+    retain_focus: float = field(default=0.0, metadata={"help": "Share of weight by how far a position has moved."})
     consistency_weight: float = field(default=1.0, metadata={"help": "Weight of the consistency term."})
     concepts: list[str] | None = field(default=None, metadata={"help": "Presets or YAML files of the concepts."})
     contexts_per_sample: int = field(default=1, metadata={"help": "Contexts drawn per forget text."})
@@ -139,15 +174,25 @@ class ElmConfig(SFTConfig):
         check_fields(
             self,
             {
-                "at least 0": ("eta", "eta_end", "expert_steps", "novice_steps"),
-                "above 0": ("tau", "teacher_learning_rate"),
+                "at least 0": ("eta", "eta_end", "expert_steps", "novice_steps", "log_tokens", "contrast_rows"),
+                "above 0": ("tau", "teacher_learning_rate", "contrast_damping"),
                 "at least 1": ("top_k", "contexts_per_sample", "teacher_rank", "teacher_batch_size"),
-                "from 0 to 1": ("plausibility", "fact_share"),
+                "from 0 to 1": ("plausibility", "fact_share", "retain_focus"),
             },
         )
         if self.novice_steps and not self.expert_steps:
             raise ValueError(
                 f"`novice_steps` is {self.novice_steps} without an expert adapter: set `expert_steps` too."
+            )
+        if self.log_tokens and self.plausibility:
+            raise ValueError(
+                f"`plausibility` is {self.plausibility} with `log_tokens={self.log_tokens}`, which keeps the odds of all "
+                "other tokens and drops none: set one of the two to 0."
+            )
+        if self.novice == "counterfactual" and self.expert_steps:
+            raise ValueError(
+                f'`expert_steps` is {self.expert_steps} with `novice="counterfactual"`, whose expert is the reference: set '
+                "it to 0."
             )
         if self.expert_steps:
             self.precompute_targets = True
@@ -157,8 +202,8 @@ class ElmTrainer(ErasureTrainer):
     """Trainer for Erasure of Language Memory (ELM).
 
     `Loss = λe·erase + λr·retain + λc·consistency`, each the mean over texts of the mean over their positions:
-    soft cross-entropy with [`erasure_target`] on forget text; KL (or argmax cross-entropy) to the reference on retain
-    text; negative log-likelihood of the completion of synthetic pairs.
+    soft cross-entropy with [`erasure_target`] on forget text (with `log_tokens`: KL and [`log_space_loss`] with
+    [`log_space_target`]); KL, argmax cross-entropy or [`log_space_divergence`] to the reference on retain text; negative log-likelihood of the completion of synthetic pairs.
 
     Takes the arguments of [`~trl.SFTTrainer`] and raises what [`ErasureTrainer`] raises.
 
@@ -196,10 +241,15 @@ class ElmTrainer(ErasureTrainer):
             vocabulary = model.config.get_text_config().vocab_size
             if args.top_k > vocabulary:
                 raise ValueError(f"`top_k` is {args.top_k}, but the vocabulary has {vocabulary} tokens: lower it.")
+        counterfactual = args.novice == "counterfactual" and args.erase_weight > 0
+        if counterfactual:
+            for name, given in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
+                _check_novices(name, given)
         if data_collator is None:
             data_collator = ElmDataCollator(
                 processing_class,
-                concepts=None if args.expert_steps else _concepts(args, train_dataset),
+                concepts=None if args.expert_steps or counterfactual else _concepts(args, train_dataset),
+                counterfactual=counterfactual,
                 contexts_per_sample=args.contexts_per_sample,
                 pad_to_multiple_of=args.pad_to_multiple_of,
                 seed=args.seed,
@@ -208,6 +258,8 @@ class ElmTrainer(ErasureTrainer):
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)
         if stored := self.precompute(elm_target_plan(self)):
             self.data_collator.targets = stored
+        if args.contrast_rows and self.train_dataset is not None:
+            contrast_adapter(self, args.contrast_rows, args.contrast_damping)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         weights = {
@@ -222,9 +274,14 @@ class ElmTrainer(ErasureTrainer):
             if term in batches
         }
         readings = {term: self._reading(term, batch, targets.get(term)) for term, batch in batches.items()}
-        values = self.forward_positions(model, batches, readings)
+        further = {term: [target["states"]] for term, target in targets.items() if "states" in target}
+        values = self.forward_positions(model, batches, readings, further)
         if "erase" in values:
             values["erase"] = values["erase"] * targets["erase"]["weights"]
+        if "retain" in values and self.args.retain_focus:
+            batch, moved = batches["retain"], values["retain"].detach().clamp(min=1e-6)
+            weights_of = position_weights(moved, batch["rows"], batch["input_ids"].size(0), self.args.retain_focus)
+            values["retain"] = values["retain"] * weights_of
         terms = {term: batch_mean(value, batches[term]) for term, value in values.items()}
         loss = self.weigh(terms, weights)
         return (loss, None) if return_outputs else loss
@@ -233,7 +290,14 @@ class ElmTrainer(ErasureTrainer):
         """The loss of each position of a term, as a function of its logits."""
         if target is None:
             return nll_reading(batch)
+        if term == "retain" and self.args.retain_loss == "log":
+            return lambda logits, where, reference: log_space_divergence(logits, reference)
         aim = SparseDistribution(target["indices"], target["probs"])
+        if term == "erase" and self.args.log_tokens:
+            chosen = LogTarget(target["log_indices"], target["log_probs"])
+            return lambda logits, where: (
+                kl_to_reference(logits, aim.part(where)) + log_space_loss(logits, chosen.part(where))
+            )
         if term == "erase":
             return lambda logits, where: soft_cross_entropy(logits, aim.part(where))
         if self.args.retain_loss == "kl":
@@ -242,6 +306,8 @@ class ElmTrainer(ErasureTrainer):
 
     def _target(self, model: nn.Module, term: str, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         """What the adapted model is to match on a sub-batch, from the reference (and the teachers)."""
+        if term == "retain" and self.args.retain_loss == "log":
+            return {"states": self.reference_positions(model, {"retain": batch}, {"retain": STATES})["retain"]}
         if term == "retain":
             readings = {"retain": lambda logits, where: top_k_distribution(logits, self.args.top_k)}
             indices, probs = self.reference_positions(model, {"retain": batch}, readings)["retain"]
@@ -249,23 +315,37 @@ class ElmTrainer(ErasureTrainer):
         eta, tau = self._eta(batch), self.args.tau
         assert tau is not None  # `ElmConfig.__post_init__` has filled what was left out.
         with self.reference(model):
-            experts, novices = (self._states(model, side, batch) for side in ("expert", "novice"))
+            batches, beside = {"base": batch}, {}
+            experts: list[torch.Tensor] = []
+            novices: list[torch.Tensor] = []
+            if counterfactual := batch.get("counterfactual"):
+                beside["base"] = counterfactual["index"]
+                batches |= {"extra": counterfactual["extra"]} if "extra" in counterfactual else {}
+            else:
+                experts, novices = (self._states(model, side, batch) for side in ("expert", "novice"))
 
             def read(base: torch.Tensor, where: slice, *others: torch.Tensor) -> tuple[torch.Tensor, ...]:
-                # Without a novice of its own, the reference is the novice.
-                expert = mean_log_probs(others[: len(experts)])
-                novice = mean_log_probs(others[len(experts) :] or (base,))
-                target = erasure_target(
-                    base, expert, novice, eta=eta[where], temperature=tau, top_k=self.args.top_k,
-                    plausibility=self.args.plausibility,
-                )  # fmt: skip
-                return (*target, disagreement(expert, novice))
+                if counterfactual:
+                    expert, novice = base, log_mean_probs(others)
+                else:
+                    # Without a novice of its own, the reference is the novice.
+                    expert = mean_log_probs(others[: len(experts)])
+                    novice = mean_log_probs(others[len(experts) :] or (base,))
+                shift = dict(eta=eta[where], temperature=tau, top_k=self.args.top_k)
+                apart = disagreement(expert, novice)
+                if self.args.log_tokens:
+                    target, chosen = log_space_target(base, expert, novice, tokens=self.args.log_tokens, **shift)
+                    return (*target, apart, *chosen)
+                return (*erasure_target(base, expert, novice, plausibility=self.args.plausibility, **shift), apart)
 
-            further = {"base": [*experts, *novices]}
-            indices, probs, apart = self.forward_positions(model, {"base": batch}, {"base": read}, further)["base"]
+            asked: dict[str, Reading] = {"base": read} | ({"extra": STATES} if "extra" in batches else {})
+            found = self.forward_positions(model, batches, asked, {"base": [*experts, *novices]}, beside)["base"]
+        indices, probs, apart, *chosen = found
         texts = batch["input_ids"].size(0)
         weights = position_weights(apart, batch["rows"], texts, self.args.fact_share)
-        return {"indices": indices, "probs": probs, "weights": weights}
+        return {"indices": indices, "probs": probs, "weights": weights} | dict(
+            zip(("log_indices", "log_probs"), chosen, strict=False)
+        )
 
     def _eta(self, batch: Mapping[str, Any]) -> torch.Tensor:
         """η of each position of the forget text, `[positions]`."""
@@ -291,6 +371,19 @@ class ElmTrainer(ErasureTrainer):
         starts = (counts.cumsum(0) - counts)[rows]
         first = (contexts - 1) * starts + torch.arange(len(rows), device=rows.device)
         return [states[first + context * counts[rows]] for context in range(contexts)]
+
+
+def _check_novices(name: str, dataset: Any) -> None:
+    """Raise `ValueError` unless every row has counterfactual novices, and all as many."""
+    for part in dataset.values() if isinstance(dataset, dict) else [] if dataset is None else [dataset]:
+        if "aligned" in part.column_names:
+            continue
+        counts = {len(novices) for novices in part["novices"]} if "novices" in part.column_names else {0}
+        if counts != {max(counts)} or counts == {0}:
+            raise ValueError(
+                f'`{name}` has rows with {sorted(counts)} `novices`, but `novice="counterfactual"` needs as many for every '
+                "forget text: make them with `counterfactuals`, or use the contexts."
+            )
 
 
 def _concepts(args: ElmConfig, dataset: Any) -> dict[str, Concept]:

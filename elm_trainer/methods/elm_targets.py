@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .elm import ElmConfig, ElmTrainer
 
 # What the targets depend on, beside the contexts and the teachers.
-_SETTINGS = ("eta", "eta_end", "tau", "top_k", "plausibility", "fact_share", "retain_loss")
+_SETTINGS = ("eta", "eta_end", "tau", "top_k", "plausibility", "fact_share", "retain_loss", "novice", "log_tokens")
 _TEACHER_SETTINGS = (
     "expert_steps", "novice_steps", "teacher_learning_rate", "teacher_rank", "teacher_batch_size", "seed",
 )  # fmt: skip
@@ -25,14 +25,17 @@ _TEACHER_SETTINGS = (
 
 def elm_target_plan(trainer: "ElmTrainer") -> TargetPlan:
     """What [`ElmTrainer`] keeps: the target of each position of forget text with its weight, and the reference's most
-    probable tokens at each position of retain text (the first alone where `retain_loss` is `"argmax"`).
+    probable tokens at each position of retain text (the first alone where `retain_loss` is `"argmax"`, and what enters
+    the head where it is `"log"`).
     """
     args = trainer.args
-    layout = _layout(args, trainer.model.config.get_text_config().vocab_size)
+    config = trainer.model.config.get_text_config()
+    layout = _layout(args, config.vocab_size, config.hidden_size)
     names = [*_SETTINGS, *(_TEACHER_SETTINGS if args.expert_steps and args.erase_weight else ())]
     columns = []
     if args.erase_weight:
         columns += ["concept", "forget_ids", *(["novice_ids"] if args.novice_steps else [])]
+        columns += ["novices_ids"] if args.novice == "counterfactual" else []
     if args.retain_weight:
         columns += ["retain_ids"]
     return TargetPlan(
@@ -42,21 +45,26 @@ def elm_target_plan(trainer: "ElmTrainer") -> TargetPlan:
         columns=columns,
         targets_dir=args.targets_dir,
         compute=partial(_compute, trainer, layout),
-        contexts=bool(args.erase_weight),
+        contexts=bool(args.erase_weight) and args.novice == "contexts",
         prepare=partial(_teachers, trainer),
     )
 
 
-def _layout(args: "ElmConfig", vocab_size: int) -> TargetLayout:
+def _layout(args: "ElmConfig", vocab_size: int, hidden_size: int) -> TargetLayout:
     fields: dict[str, Field] = {}
     for side, weight, top_k in (
         ("forget", args.erase_weight, args.top_k),
         ("retain", args.retain_weight, 1 if args.retain_loss == "argmax" else args.top_k),
     ):
-        if weight:
+        if weight and side == "retain" and args.retain_loss == "log":
+            fields["retain_states"] = Field("halves", hidden_size)
+        elif weight:
             fields |= {f"{side}_indices": Field("ids", top_k), f"{side}_probs": Field("probs", top_k)}
     if args.erase_weight:
         fields["forget_weights"] = Field("floats")
+        if args.log_tokens:
+            fields["forget_log_indices"] = Field("ids", args.log_tokens)
+            fields["forget_log_probs"] = Field("floats", args.log_tokens)
     return TargetLayout(fields, vocab_size)
 
 
@@ -68,7 +76,7 @@ def _compute(trainer: "ElmTrainer", layout: TargetLayout, inputs: dict[str, Any]
         counts = torch.bincount(batch["rows"], minlength=len(parts)).tolist()
         for key, values in trainer._target(trainer.model, term, batch).items():
             name = f"{SUB_BATCHES[term]}_{key}"
-            if values.dim() == 2:
+            if values.dim() == 2 and name in ("retain_indices", "retain_probs"):
                 values = values[:, : layout.fields[name].width]
             for part, piece in zip(parts, values.cpu().split(counts), strict=True):
                 part[name] = piece

@@ -161,11 +161,14 @@ class Plan:
         count (`int`): Number of positions.
         reading (`Reading`, *optional*): What their logits are read for; whole logits without one.
         further (`Sequence[torch.Tensor]`, *optional*): Further states, `[positions, hidden]` each.
+        beside (`Sequence[torch.Tensor]`, *optional*): Flat indices `row * seq + column` of other positions of the same
+            forward, `[positions]` each, whose states are read as further ones.
     """
 
     count: int
     reading: Reading | None = None
     further: Sequence[torch.Tensor] = ()
+    beside: Sequence[torch.Tensor] = ()
 
 
 class ReadHead:
@@ -207,7 +210,8 @@ class ReadHead:
         return [next(whole if plan.reading is None else read) for plan in self._plans]
 
     def _enter(self, _, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        states = args[0].flatten(0, 1).index_select(0, self._positions)
+        everything = args[0].flatten(0, 1)
+        states = everything.index_select(0, self._positions)
         whole = [states[:0]]
         for plan, own in zip(self._plans, states.split([plan.count for plan in self._plans]), strict=True):
             if plan.reading is None:
@@ -215,10 +219,9 @@ class ReadHead:
             elif plan.reading is STATES:
                 self._read.append(own.detach())
             else:
+                further = [*plan.further, *(everything.index_select(0, place).detach() for place in plan.beside)]
                 self._read.append(
-                    read_positions(
-                        self._head, self._final, plan.reading, own, plan.further, vocabulary=self._vocabulary
-                    )
+                    read_positions(self._head, self._final, plan.reading, own, further, vocabulary=self._vocabulary)
                 )
         return (torch.cat(whole).unsqueeze(0), *args[1:])
 

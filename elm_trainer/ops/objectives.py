@@ -77,6 +77,99 @@ def erasure_target(
     return SparseDistribution(top.indices, top.values.softmax(-1))
 
 
+class LogTarget(NamedTuple):
+    """Log-probabilities that are to be matched at a few tokens of each position.
+
+    Attributes:
+        indices (`torch.Tensor`): Token ids, `[positions, tokens]`.
+        log_probs (`torch.Tensor`): Their log-probabilities in float32, in nats, `[positions, tokens]`.
+    """
+
+    indices: torch.Tensor
+    log_probs: torch.Tensor
+
+    def part(self, where: slice) -> "LogTarget":
+        """The same for some of the positions."""
+        return LogTarget(self.indices[where], self.log_probs[where])
+
+
+def log_space_target(
+    base_logits: torch.Tensor,
+    expert_logits: torch.Tensor,
+    novice_logits: torch.Tensor,
+    *,
+    eta: float | torch.Tensor,
+    tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    floor: float = -16.0,
+) -> tuple[SparseDistribution, LogTarget]:
+    """ELM's target `t = b − η·(e − n)`, applied where the knowledge is: at the tokens that the expert prefers most.
+
+    Cross-entropy with a target barely moves tokens that are improbable both there and in the model, and four-choice
+    ranking lives among these. So the equation of the erasing objective (arXiv 2410.02760) is taken at the `tokens` of
+    largest `e − n`, which are held to it in log-probabilities, and every other token keeps the reference's odds:
+
+        log t(v) = b(v) − η·(e(v) − n(v))   for the tokens of largest e − n,
+        log t(v) = b(v)                     for all others, then normalised.
+
+    What the expert alone knows falls to what the novice thinks of it, and the answer that is left is the reference's
+    next guess, another one for every subject. (The tokens that the *novice* prefers are left alone: they are alike for
+    all subjects, and raising them would teach one wrong answer to all questions.) With `η = 0` it is the reference.
+
+    Args:
+        base_logits, expert_logits, novice_logits (`torch.Tensor`): As of [`erasure_target`], `[positions, vocab]`.
+        eta (`float` or `torch.Tensor`): Strength, one for all or one per position `[positions]`.
+        tokens (`int`): Tokens at which the equation is taken.
+        temperature (`float`, *optional*, defaults to `1.0`): τ, dividing all three logits.
+        top_k (`int`, *optional*): Tokens of the distribution that are kept per position; `None` keeps the vocabulary.
+        floor (`float`, *optional*, defaults to `-16.0`): Log-probability in nats below which a token of both expert and
+            novice is noise, and never chosen.
+
+    Returns:
+        `tuple[SparseDistribution, LogTarget]`: the most probable tokens with their true probabilities, and the chosen
+        tokens with their log-probabilities.
+    """
+    base, expert, novice = (
+        (logits.float() / temperature).log_softmax(-1) for logits in (base_logits, expert_logits, novice_logits)
+    )
+    if isinstance(eta, torch.Tensor):
+        eta = eta[:, None]
+    apart = expert - novice
+    chosen = apart.masked_fill((expert < floor) & (novice < floor), 0).topk(min(tokens, base.size(-1)), dim=-1).indices
+    shifted = (base - eta * apart).gather(-1, chosen)
+    target = base.scatter(-1, chosen, shifted).log_softmax(-1)
+    top = target.topk(top_k or target.size(-1), dim=-1)
+    return SparseDistribution(top.indices, top.values.exp()), LogTarget(chosen, target.gather(-1, chosen))
+
+
+def log_space_loss(logits: torch.Tensor, target: LogTarget) -> torch.Tensor:
+    """Smooth L1 between log-probabilities and their targets, its mean over the chosen tokens per position, `[positions]`.
+
+    Quadratic up to one nat and linear beyond, so that single tokens that lie far off do not rule the gradient.
+    """
+    log_probs = logits.gather(-1, target.indices).float() - logits.float().logsumexp(-1, keepdim=True)
+    return F.smooth_l1_loss(log_probs, target.log_probs, reduction="none").mean(-1)
+
+
+def log_space_divergence(logits: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """`KL(reference ‖ adapted)` and the variance over the vocabulary of `log p − log p_ref`, their sum per position.
+
+    KL holds what is probable. The variance, in nats², holds every token alike, so that improbable answers keep their
+    ranks; the number that all log-probabilities of a position share (their normaliser) is no part of it.
+
+    Args:
+        logits (`torch.Tensor`): Adapted model, `[positions, vocab]`.
+        reference (`torch.Tensor`): Reference at the same positions, `[positions, vocab]`.
+
+    Returns:
+        `torch.Tensor`: `[positions]`.
+    """
+    log_probs, log_reference = logits.float().log_softmax(-1), reference.float().log_softmax(-1)
+    difference = log_probs - log_reference
+    return -(log_reference.exp() * difference).sum(-1) + difference.var(-1, correction=0)
+
+
 def ramped_eta(positions: torch.Tensor, lengths: torch.Tensor, start: float, end: float) -> torch.Tensor:
     """η of the released code: linear from `start` at a text's first token to `end` at its last.
 
@@ -143,3 +236,14 @@ def mean_log_probs(logits: Sequence[torch.Tensor]) -> torch.Tensor:
     if len(logits) == 1:
         return logits[0]
     return torch.stack([part.float().log_softmax(-1) for part in logits]).mean(0)
+
+
+def log_mean_probs(logits: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Logarithm of the mean of several distributions, `[positions, vocab]`, from logits of that shape.
+
+    A mixture gives each of several answers its share, where the mean of log-probabilities gives none of them any.
+    """
+    total = logits[0].float().softmax(-1)
+    for part in logits[1:]:
+        total = total + part.float().softmax(-1)
+    return (total / len(logits)).clamp(min=torch.finfo(torch.float32).tiny).log()

@@ -26,15 +26,13 @@ def model_folder(tokenizer, tmp_path_factory):
 def small(recipe: Recipe, model: str) -> Recipe:
     overrides = {"model": model, "dataset_size": 6, "max_steps": 2, "lora_layers": "0-1", "lora_rank": 2}
     overrides |= {"per_device_train_batch_size": 3, **recipe.overrides}
-    if "expert_steps" in recipe.record:
-        overrides |= {"expert_steps": 1, "novice_steps": 1}
     return replace(recipe, overrides=overrides)
 
 
 def test_recipes_are_read_as_they_stand(tmp_path):
     config = OURS.config(str(tmp_path))
-    assert (config.eta, config.expert_steps, config.per_device_train_batch_size) == (1.5, 40, 12)
-    assert OURS.adapter() == Adapter(rank=32, layers=tuple(range(6, 22)), alpha=32)
+    assert (config.novice, config.log_tokens, config.per_device_train_batch_size) == ("counterfactual", 50, 20)
+    assert OURS.adapter() == Adapter(rank=32, layers=tuple(range(15, 28)), alpha=32)
     released = RELEASED.config(str(tmp_path))
     assert (released.eta, released.eta_end, released.tau) == (1.0, 1000.0, 1.2)
 

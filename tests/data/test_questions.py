@@ -1,16 +1,144 @@
+import itertools
+import pickle
+import re
+from importlib.resources import files
+
 import pytest
 import yaml
 
 from elm_trainer import load_bank, read_questions
-from elm_trainer.data.questions import BANKS, Question, check_questions
+from elm_trainer.data.questions import (
+    BANKS,
+    JUDGMENTS,
+    PLAIN,
+    SPLITS,
+    Question,
+    bank_families,
+    bank_record,
+    check_questions,
+    facts_of,
+    overlap_accuracy,
+    split_of,
+)
 
 
 GOOD = {"question": "Which river flows through Rome?", "answer": "Tiber", "distractors": ["Po", "Arno"]}
 
 
-@pytest.mark.parametrize("name", BANKS)
-def test_the_built_in_banks_are_sound(name):
-    check_questions(name, load_bank(name))
+FAMILIES = [(name, split, family) for name in BANKS for split in SPLITS for family in bank_families(name, split)]
+
+
+@pytest.mark.parametrize(("name", "split", "family"), FAMILIES)
+def test_the_built_in_banks_are_sound(name, split, family):
+    questions = load_bank(name, split=split, family=family)
+    check_questions(name, questions)
+    assert {question.family for question in questions} == {family}
+    assert {split_of(question) for question in questions} == {split}
+    options = 2 if family == "true-false" else 4
+    assert {len(question.options) for question in questions} == {options}
+
+
+def words(text):
+    return re.findall(r"\w+", re.sub(r"\{[^}]*\}", " ", text).casefold())
+
+
+def strings(value):
+    if isinstance(value, str):
+        return [value]
+    return [text for part in (value.values() if isinstance(value, dict) else value) for text in strings(part)]
+
+
+def runs(text, length=5):
+    found = words(text)
+    return {tuple(found[start : start + length]) for start in range(len(found) - length + 1)} | {tuple(found)}
+
+
+@pytest.mark.parametrize(("concept", "training"), [("capitals", ("", "-fluent")), ("elements", ("",))])
+def test_no_wording_resembles_training_text_or_another_way_of_asking(concept, training):
+    record = bank_record(concept)
+    wordings = {
+        f"{family}, {split}": spec[split]
+        for family, spec in record["families"].items()
+        for split in SPLITS
+        if split in spec
+    }
+    wordings["prompts"] = record["prompts"]
+    texts = [
+        (files("elm_trainer.data") / "texts" / f"{concept}{ending}.yaml").read_text("utf-8") for ending in training
+    ]
+    wordings["training"] = [string for text in texts for string in strings(yaml.safe_load(text))]
+    for (one, ours), (other, theirs) in itertools.combinations(wordings.items(), 2):
+        shared = set().union(*map(runs, ours)) & set().union(*map(runs, theirs))
+        assert not shared, f"{one} and {other} share {[' '.join(run) for run in shared]}"
+
+
+def test_no_subject_is_asked_about_in_both_splits_and_no_wording_either():
+    for name in ("capitals", "elements"):
+        for family in bank_families(name, "dev"):
+            asked = [load_bank(name, split=split, family=family) for split in SPLITS]
+            assert not {q.subject for q in asked[0]} & {q.subject for q in asked[1]}
+            assert {q.text for q in asked[0] + asked[1]} == {q.text for q in load_bank(name, family=family)}
+    assert set(bank_families("capitals", "test")) - set(bank_families("capitals", "dev")) == {
+        "chat", "table", "true-false", "two-hop", "translation",
+    }  # fmt: skip
+
+
+def test_reversed_questions_name_the_capital_and_ask_for_its_country():
+    truth = {fact.answer: fact.subject for fact in facts_of("capitals")}
+    for question in load_bank("capitals", family="reversed"):
+        assert question.cue in question.text and truth[question.cue] == question.answer == question.subject
+        assert set(question.options) <= set(truth.values())
+
+
+def test_half_of_the_statements_are_true():
+    questions = load_bank("capitals", split="test", family="true-false")
+    truth = {fact.subject: fact.answer for fact in facts_of("capitals")}
+    assert sum(q.answer == "True" for q in questions) == pytest.approx(len(questions) / 2, abs=9)
+    for question in questions:
+        assert set(question.options) == set(JUDGMENTS)
+        assert (truth[question.subject] in question.text) == (question.answer == "True")
+
+
+def test_two_neighbors_name_one_country():
+    between = [fact.near["between"] for fact in facts_of("capitals") if "between" in fact.near]
+    assert len(between) > 60 and len(set(between)) == len(between)
+    by_subject = {fact.subject: fact.near.get("between") for fact in facts_of("capitals")}
+    assert by_subject["Uruguay"] is None and by_subject["Czech Republic"] == "Germany and Poland"
+
+
+def test_a_table_does_not_show_the_line_that_it_asks_for():
+    tables = load_bank("capitals", family="table")
+    assert not any(q.subject == "France" and "France → Paris" in q.text for q in tables)
+    assert any(q.subject == "France" for q in tables)
+
+
+def test_translations_have_options_in_their_language():
+    [vienna] = [q for q in load_bank("capitals", family="translation") if "Österreich" in q.text and "Frage" in q.text]
+    assert vienna.answer == "Wien" and vienna.aliases == ("Vienna",) and vienna.cue == "Österreich"
+
+
+def test_symbols_stand_among_others_that_look_as_much_like_the_name():
+    for family in bank_families("elements", "test"):
+        assert overlap_accuracy(load_bank("elements", family=family)) < 0.35
+    symbols = {fact.subject: fact.answer for fact in facts_of("elements")}
+    assert all(symbols[q.subject] == q.answer for q in load_bank("elements"))
+
+
+def test_a_question_of_an_earlier_version_is_a_plain_one():
+    old = pickle.loads(pickle.dumps(Question("Where?", ("a", "b"), "a")))
+    for name in ("form", "family", "cue"):
+        del old.__dict__[name]
+    assert (old.form, old.family, old.cue) == ("question", PLAIN, "")
+
+
+@pytest.mark.parametrize(("split", "family"), [(None, "rhymes"), ("dev", "chat")])
+def test_an_unknown_way_of_asking_is_refused(split, family):
+    with pytest.raises(ValueError, match=f"`family` is '{family}': use one of question-answer, .*cloze"):
+        load_bank("capitals", split=split, family=family)
+
+
+def test_a_question_that_names_all_of_its_options_gives_nothing_away():
+    check_questions("mine", [Question("True or false? Rome lies by the Tiber.", ("True", "False"), "True")])
 
 
 def test_a_bank_of_ones_own_is_read_from_yaml_and_json_lines(tmp_path):

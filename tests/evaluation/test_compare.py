@@ -7,7 +7,7 @@ from elm_trainer import compare_reports
 
 def test_a_report_compared_with_itself_changes_nothing(report):
     compared = compare_reports(report, report)
-    assert compared.keys() == report["figures"].keys()
+    assert compared.keys() == {name for name in report["figures"] if not name.startswith("families.")}
     for name, figure in compared.items():
         assert figure["first"] == figure["second"] == report["figures"][name]["erased"]
         unchanged = 1 if report["figures"][name]["statistic"] == "perplexity" else 0

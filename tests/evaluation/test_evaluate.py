@@ -11,6 +11,7 @@ from elm_trainer import EvaluationSuite, evaluate_erasure, load_bank, read_repor
 from elm_trainer.data.questions import Question
 from elm_trainer.evaluation.fluency import as_prompt
 from elm_trainer.evaluation.letter_choice import letter_prompt
+from elm_trainer.evaluation.pair import ModelPair
 from elm_trainer.evaluation.suite import OpenQuestion
 
 
@@ -22,7 +23,10 @@ def test_every_figure_has_an_interval_on_both_sides_and_a_change(report):
     expected = {f"multiple_choice.{bank}.{rule}" for bank in ("capitals", "geography") for rule in rules}
     expected |= {"open_answers.capitals", "cloze.capitals", "retention.perplexity", "retention.kl"}
     assert expected < set(report["figures"])
-    assert {name.split(".")[1] for name in set(report["figures"]) - expected} == {"greedy"}
+    expected |= {
+        f"{kind}.capitals.{key}" for kind in ("open_answers", "cloze") for key in ("commonest", "entropy", "evenness")
+    }
+    assert {name.split(".")[1] for name in set(report["figures"]) - expected} <= {"greedy", "erased"}
     for name, figure in report["figures"].items():
         for side in ("reference", "erased", "change"):
             assert figure[side]["n"] > 0 and figure[side]["low"] <= figure[side]["high"], name
@@ -89,6 +93,32 @@ def test_an_interrupted_evaluation_goes_on_with_the_next_measurement(
     assert len(calls) < needed / 2
     assert resumed["figures"] == whole["figures"] == read_report(tmp_path / "cut" / "report.json")["figures"]
     assert [path.name for path in (tmp_path / "cut").iterdir()] == ["report.json"]
+
+
+def test_what_the_reference_answers_is_measured_once_for_many_erasures(
+    adapted_model, tokenizer, suite, tmp_path, monkeypatch
+):
+    measures = ["multiple-choice", "cloze"]
+    plain = evaluate_erasure(adapted_model, None, suite, tokenizer, measures=measures)
+    options = {"measures": measures, "reference_dir": tmp_path}
+    first = evaluate_erasure(adapted_model, None, suite, tokenizer, **options)
+    with torch.no_grad():
+        next(p for name, p in adapted_model.named_parameters() if "lora_B" in name).add_(0.5)
+    sides = []
+    monkeypatch.setattr(ModelPair, "use", lambda self, side, use=ModelPair.use: sides.append(side) or use(self, side))
+    second = evaluate_erasure(adapted_model, None, suite, tokenizer, **options)
+    # Twice to tell who the reference is, and never to ask it.
+    assert sides.count("reference") == 2 and sides.count("erased") == len(measures)
+    for name, figure in plain["figures"].items():
+        assert first["figures"][name] == figure
+        assert second["figures"][name]["reference"] == figure["reference"]
+    suite.cloze["capitals"] *= 2
+    assert (
+        evaluate_erasure(adapted_model, None, suite, tokenizer, **options)["figures"]["cloze.capitals"]["reference"][
+            "n"
+        ]
+        == 2
+    )
 
 
 def test_the_report_holds_what_was_asked_and_the_details(adapted_model, tokenizer, suite, tmp_path):
@@ -178,6 +208,10 @@ def test_a_model_that_is_not_erased_fails_innocence(knowing):
     assert report["figures"]["multiple_choice.capitals.pmi"]["reference"]["value"] > 0.9
     assert report["figures"]["open_answers.capitals"]["erased"]["value"] > 0.9
     assert report["verdict"]["innocence"]["holds"] is False
+    worst = report["verdict"]["innocence"]["worst"]
+    assert worst["bank"] == "capitals" and worst["share"] == pytest.approx(1)
+    for rule in ("pmi", "log_likelihood"):
+        assert report["figures"][f"families.erased.{rule}"]["left"]["value"] == pytest.approx(1)
     assert [flag["flag"] for flag in report["flags"] if flag["flag"] != "shortcut"] == ["not-erased"]
     assert report["verdict"]["seamlessness"]["holds"] and report["verdict"]["specificity"]["holds"]
 

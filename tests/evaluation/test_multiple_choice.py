@@ -1,13 +1,16 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
 from elm_trainer.data.questions import Question
+from elm_trainer.evaluation.fluency import as_prompt
 from elm_trainer.evaluation.multiple_choice import score_choices
 
 
-def slow_score(model, tokenizer, prompt, option):
+def slow_score(model, tokenizer, prompt, option, space=" "):
     """Log-probability of one option after a prompt: one sequence, no cache, no padding."""
-    encoded = tokenizer(f"{prompt} {option}", return_offsets_mapping=True)
+    encoded = tokenizer(f"{prompt}{space}{option}", return_offsets_mapping=True)
     ids = encoded["input_ids"]
     with torch.no_grad():
         logs = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
@@ -89,6 +92,36 @@ def test_the_model_is_handed_back_in_the_mode_it_came_in(tiny_model, tokenizer, 
     score_choices(tiny_model, tokenizer, questions[:2])
 
     assert tiny_model.training
+
+
+def test_each_question_is_scored_in_its_own_form(sharp_model, tokenizer):
+    options = ("Oslo", "Bern", "Lima", "Rome")
+    questions = [
+        Question("Which city?", options, "Oslo", form="chat"),
+        Question("We flew back to the capital,", options, "Bern", form="text"),
+        Question("Which city?", options, "Lima"),
+    ]
+
+    found = score_choices(sharp_model, tokenizer, questions)
+
+    forms = [
+        (as_prompt(tokenizer, "Which city?"), as_prompt(tokenizer, ""), ""),
+        ("We flew back to the capital,", "Answer:", " "),
+        ("Question: Which city?\nAnswer:", "Answer:", " "),
+    ]
+    for (prompt, bare, space), scores, alone in zip(forms, found.scores, found.bare, strict=True):
+        for option, score, without in zip(options, scores, alone, strict=True):
+            assert score == pytest.approx(slow_score(sharp_model, tokenizer, prompt, option, space), abs=1e-4)
+            assert without == pytest.approx(slow_score(sharp_model, tokenizer, bare, option, space), abs=1e-4)
+
+
+def test_without_a_chat_template_a_turn_is_a_plain_question(tiny_model, tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", None)
+    plain = Question("Which city?", ("Oslo", "Bern"), "Oslo")
+
+    assert score_choices(tiny_model, tokenizer, [replace(plain, form="chat")]) == score_choices(
+        tiny_model, tokenizer, [plain]
+    )
 
 
 def test_no_questions_are_an_error(tiny_model, tokenizer):

@@ -8,8 +8,10 @@ from elm_trainer.evaluation.statistics import (
     bootstrap_mean,
     bootstrap_perplexity,
     bootstrap_ratio,
+    entropy,
     holm,
     mcnemar,
+    share_left,
 )
 
 
@@ -108,3 +110,62 @@ def test_holm_steps_down_and_keeps_the_order():
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert holm([0.5, 0.9]) == [1.0, 1.0]
     assert holm([]) == []
+
+
+def slow_share(before, after, chances, groups, resamples, seed):
+    """Resamples of the share, each made by drawing subjects one by one."""
+    subjects = list(dict.fromkeys(groups))
+    rng = np.random.default_rng(seed)
+    shares = []
+    for _ in range(resamples):
+        drawn = [subjects[index] for index in rng.integers(0, len(subjects), len(subjects))]
+        items = [index for subject in drawn for index, group in enumerate(groups) if group == subject]
+        left = sum(after[index] - chances[index] for index in items)
+        shares.append(left / sum(before[index] - chances[index] for index in items))
+    return shares
+
+
+def test_the_share_of_a_margin_is_that_of_the_accuracies():
+    before, after = [1.0] * 8 + [0.0] * 2, [1.0] * 4 + [0.0] * 6
+
+    left = share_left(before, after, [0.25] * 10, list("abcdefghij"))
+
+    assert left.value == pytest.approx((0.4 - 0.25) / (0.8 - 0.25)) and left.n == 10
+
+
+def test_the_interval_of_a_share_is_that_of_drawing_subjects():
+    rng = np.random.default_rng(1)
+    groups = [f"s{index % 30}" for index in range(70)]
+    chances = [0.5 if index % 3 == 0 else 0.25 for index in range(70)]
+    before, after = ((rng.random(70) < p).astype(float).tolist() for p in (0.85, 0.45))
+
+    left = share_left(before, after, chances, groups, resamples=4000)
+
+    slow = slow_share(before, after, chances, groups, 4000, seed=7)
+    assert [left.low, left.high] == pytest.approx(np.percentile(slow, [2.5, 97.5]), abs=0.04)
+    apart = share_left(before, after, chances, [str(index) for index in range(70)], resamples=4000)
+    assert apart.value == left.value and apart.low != left.low
+
+
+@pytest.mark.parametrize(("after", "share"), [([1.0, 1.0, 1.0, 0.0], 1.0), ([1.0, 0.0, 0.0, 0.0], 0.0)])
+def test_as_good_as_before_leaves_everything_and_chance_leaves_nothing(after, share):
+    assert share_left([1.0, 1.0, 1.0, 0.0], after, [0.25] * 4, [1, 2, 3, 4]).value == pytest.approx(share)
+
+
+def test_a_margin_that_is_none_gives_numbers_all_the_same():
+    left = share_left([0.0, 0.0], [1.0, 0.0], [0.5, 0.5], ["a", "b"])
+
+    assert np.isfinite([left.value, left.low, left.high]).all()
+
+
+def test_a_share_needs_the_same_items_on_both_sides():
+    with pytest.raises(ValueError, match="`before` holds 1 items and `after` 2"):
+        share_left([1.0], [1.0, 0.0], [0.25], ["a"])
+
+
+@pytest.mark.parametrize(
+    ("labels", "nats"),
+    [("aaaa", 0.0), ("abcd", math.log(4)), ("aabb", math.log(2)), ("aaab", 2 * math.log(2) - 0.75 * math.log(3))],
+)
+def test_entropy_is_that_of_the_shares(labels, nats):
+    assert entropy(list(labels)) == pytest.approx(nats)

@@ -1,8 +1,11 @@
+import random
+
 import pytest
 
-from elm_trainer import built_in_suite
+from elm_trainer import built_in_suite, load_bank
 from elm_trainer.data.questions import held_out_subjects, split_of
 from elm_trainer.data.sources import BUILTIN_SOURCES, load_texts
+from elm_trainer.evaluation.suite import draw_questions
 
 
 def test_the_two_splits_share_no_subject():
@@ -16,18 +19,43 @@ def test_the_two_splits_share_no_subject():
 
 def test_every_bank_has_a_role():
     suite = built_in_suite(["capitals"])
-    assert suite.named("erased") == ["capitals"] and suite.named("unseen") == ["capitals-unseen"]
+    families = ["", "-chat", "-cloze", "-reversed", "-table", "-true-false", "-two-hop", "-translation"]
+    assert suite.named("erased") == [f"capitals{family}" for family in families]
+    assert suite.named("unseen") == [f"capitals-unseen{family}" for family in families]
+    assert suite.concepts == ["capitals"]
     assert suite.named("near") == ["geography"] and suite.named("far") == ["elements", "general"]
     held_out = held_out_subjects("capitals")
-    assert all(q.subject in held_out for q in suite.banks["capitals-unseen"])
-    assert not any(q.subject in held_out for q in suite.banks["capitals"])
+    assert all(q.subject in held_out for name in suite.named("unseen") for q in suite.banks[name])
+    assert not any(q.subject in held_out for name in suite.named("erased") for q in suite.banks[name])
+    assert min(len(suite.banks[name]) for name in suite.named("erased")) >= 60
+
+
+def test_the_dev_split_asks_in_fewer_ways():
+    suite = built_in_suite(["capitals"], split="dev")
+    assert suite.named("erased") == ["capitals", "capitals-cloze", "capitals-reversed"]
+
+
+def test_each_subject_is_asked_about_once_before_any_is_asked_about_again():
+    bank = load_bank("capitals", split="test")
+    drawn = draw_questions(bank, 150, random.Random(0))
+    subjects = {question.subject for question in bank}
+    assert {question.subject for question in drawn[: len(subjects)]} == subjects
+    assert len({question.text for question in drawn}) == 150
+
+
+def test_free_answers_to_one_wording_are_about_different_subjects():
+    suite = built_in_suite(["capitals"])
+    assert suite.open_questions.keys() == {"capitals", "capitals-unseen"}
+    for asked in (*suite.open_questions.values(), *suite.cloze.values()):
+        assert len({question.answer for question in asked}) == len(asked)
+    assert all(question.prompt.startswith("What is the capital of") for question in suite.open_questions["capitals"])
 
 
 def test_no_open_question_or_cloze_stands_in_a_training_text():
     texts = "\n".join(text for name in BUILTIN_SOURCES for text in load_texts(name)["text"])
     suite = built_in_suite(["capitals", "elements"], 2000)
     asked = [q.prompt for part in (suite.open_questions, suite.cloze) for bank in part.values() for q in bank]
-    assert len(asked) > 500
+    assert len(asked) > 300
     for prompt in [*asked, *suite.concept_prompts]:
         assert prompt not in texts
 

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 def test_a_real_model_forgets_capitals_and_keeps_the_rest(tmp_path):
     command = [sys.executable, "examples/erase.py", "--config", "recipes/smollm2-135m-capitals.yaml"]
     shorter = {"output_dir": tmp_path / "out", "targets_dir": tmp_path / "targets"}
-    shorter |= {"dataset_size": 144, "max_steps": 12, "questions": 60, "dev_every": 6}
+    shorter |= {"dataset_size": 240, "max_steps": 24, "questions": 60, "dev_every": 12}
 
     subprocess.run([*command, *(f"--{key}={value}" for key, value in shorter.items())], cwd=ROOT, check=True)
 
@@ -35,7 +35,7 @@ def test_a_real_model_forgets_capitals_and_keeps_the_rest(tmp_path):
 
     [described] = (tmp_path / "targets").glob("*/targets.json")
     made = json.loads(described.read_text())["key"]
-    assert (made["matmul"], made["attention"]) == ("medium", "eager")
+    assert (made["autocast"], made["attention"]) == ("bf16", "eager")
 
     # The saved adapter, measured again by itself, gives the same figures.
     again = [sys.executable, "examples/evaluate.py", f"--adapter={tmp_path / 'out' / 'adapter'}", "--questions=60"]

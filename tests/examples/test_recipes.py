@@ -7,7 +7,7 @@ from elm_trainer import ElmConfig
 from elm_trainer.concept import concept_presets
 
 
-RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("smollm2-*.yaml"))
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*-capitals*.yaml"))
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

@@ -6,11 +6,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elm_trainer.ops import (
+    LogTarget,
     SparseDistribution,
     disagreement,
     erasure_target,
     kl_divergence,
     kl_to_reference,
+    log_mean_probs,
+    log_space_divergence,
+    log_space_loss,
+    log_space_target,
     mean_log_probs,
     plausible_tokens,
     ramped_eta,
@@ -134,3 +139,71 @@ def test_the_mean_of_log_probabilities_is_that_of_each_and_one_stays_as_it_is():
     expected = (first.log_softmax(-1) + second.log_softmax(-1)) / 2
     torch.testing.assert_close(mean_log_probs([first, second]), expected)
     assert mean_log_probs([first]) is first
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    positions=st.integers(1, 4),
+    vocab=st.integers(3, 17),
+    tokens=st.integers(1, 20),
+    eta=st.sampled_from([0.0, 0.5, 1.0, 3.0]),
+    seed=st.integers(0, 1000),
+)
+def test_the_target_in_log_space_is_elms_equation_at_the_experts_tokens_alone(positions, vocab, tokens, eta, seed):
+    b, e, n = (logits(positions, vocab, seed + part) for part in range(3))
+    whole, chosen = log_space_target(b, e, n, eta=eta, tokens=tokens)
+    base, expert, novice = (part.double().log_softmax(-1) for part in (b, e, n))
+    for position in range(positions):
+        best = sorted(range(vocab), key=lambda v: (novice - expert)[position, v].item())[:tokens]
+        scores = [base[position, v] - (eta * (expert - novice)[position, v] if v in best else 0) for v in range(vocab)]
+        expected = torch.stack(scores).log_softmax(-1)
+        assert set(chosen.indices[position].tolist()) == set(best)
+        torch.testing.assert_close(
+            chosen.log_probs[position].double(), expected[chosen.indices[position]], rtol=0, atol=1e-4
+        )
+        found = dense(whole.part(slice(position, position + 1)), vocab)[0]
+        torch.testing.assert_close(found, expected.exp(), rtol=1e-4, atol=1e-7)
+
+
+def test_in_log_space_all_other_tokens_keep_their_odds_and_nothing_is_shared_by_all_subjects():
+    b, n = logits(1, 9, 0), logits(1, 9, 1)
+    whole, chosen = log_space_target(b, b, n, eta=1.0, tokens=3)
+    others = [v for v in range(9) if v not in chosen.indices[0].tolist()]
+    found = dense(whole, 9)[0, others].log()
+    before = b.double().log_softmax(-1)[0, others]
+    torch.testing.assert_close(found - before, (found - before)[:1].expand(len(others)), rtol=0, atol=1e-5)
+
+
+def test_noise_that_neither_expert_nor_novice_would_say_is_never_chosen():
+    b = torch.tensor([[0.0, -1.0, -30.0, -40.0]])
+    n = torch.tensor([[-1.0, 0.0, -40.0, -30.0]])
+    assert log_space_target(b, b, n, eta=1.0, tokens=1)[1].indices.tolist() == [[0]]
+
+
+def test_the_loss_in_log_space_is_quadratic_near_and_linear_far():
+    values = torch.tensor([[0.0, -1.0, -2.0, -9.0]])
+    log_probs = values.log_softmax(-1)
+    target = LogTarget(torch.tensor([[1, 3]]), log_probs[:, [1, 3]] + torch.tensor([[0.5, -4.0]]))
+    assert log_space_loss(values, target).item() == pytest.approx((0.5**2 / 2 + 3.5) / 2, rel=1e-5)
+    exact = LogTarget(torch.tensor([[1, 3]]), log_probs[:, [1, 3]])
+    assert log_space_loss(values, exact).item() == pytest.approx(0, abs=1e-10)
+
+
+@settings(deadline=None, max_examples=40)
+@given(positions=st.integers(1, 4), vocab=st.integers(2, 20), shift=st.floats(-5, 5), seed=st.integers(0, 1000))
+def test_the_divergence_in_log_space_is_kl_and_the_spread_of_the_change(positions, vocab, shift, seed):
+    adapted, reference = logits(positions, vocab, seed), logits(positions, vocab, seed + 1)
+    one, other = adapted.double().log_softmax(-1), reference.double().log_softmax(-1)
+    change = one - other
+    centered = change - change.mean(-1, keepdim=True)
+    expected = (other.exp() * (other - one)).sum(-1) + centered.square().mean(-1)
+    found = log_space_divergence(adapted + shift, reference)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
+    assert log_space_divergence(adapted, adapted).abs().max() < 1e-5
+
+
+def test_the_mean_of_probabilities_gives_each_answer_its_share():
+    one, other = torch.tensor([[10.0, 0.0, 0.0]]), torch.tensor([[0.0, 10.0, 0.0]])
+    expected = ((one.softmax(-1) + other.softmax(-1)) / 2).log()
+    torch.testing.assert_close(log_mean_probs([one, other]), expected)
+    assert log_mean_probs([one, other]).exp()[0, :2].tolist() == pytest.approx([0.5, 0.5], abs=1e-3)

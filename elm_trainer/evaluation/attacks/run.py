@@ -3,7 +3,6 @@
 import json
 import random
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -16,13 +15,14 @@ import yaml
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from ...data.questions import CHANCE, Question, facts_of, held_out_subjects, load_bank
+from ...data.questions import CHANCE, facts_of, held_out_subjects, load_bank
 from ...data.sources import load_texts
 from ..fluency import as_prompt
 from ..journal import Journal
 from ..pair import SIDES, ModelPair
 from ..report import SCHEMA_VERSION, bank_info, dataset_info, environment, pair_fingerprint, write_json
 from ..statistics import bootstrap_mean, holm, mcnemar
+from ..suite import draw_questions
 from .base import Attack, AttackResult, AttackTarget
 from .ladder import default_attacks
 
@@ -64,7 +64,7 @@ def built_in_target(
     return AttackTarget(
         pair,
         processing_class,
-        _draw(bank, questions, seed),
+        draw_questions(bank, questions, random.Random(seed)),
         yaml.safe_load(text),
         {kind: load_texts(name, processing_class=processing_class)["text"][:] for kind, name in sources.items()},
         batch_size,
@@ -138,17 +138,6 @@ def attack_erasure(
         write_json(Path(output_dir) / "attacks.json", report)
     journal.close()
     return report
-
-
-def _draw(bank: list[Question], count: int, seed: int) -> list[Question]:
-    shuffled = random.Random(seed).sample(bank, len(bank))
-    seen: Counter[str] = Counter()
-    rounds = []
-    for question in shuffled:
-        rounds.append(seen[question.subject])
-        seen[question.subject] += 1
-    order = sorted(range(len(shuffled)), key=rounds.__getitem__)
-    return [shuffled[index] for index in order[:count]]
 
 
 def _identity(target: AttackTarget) -> dict[str, Any]:

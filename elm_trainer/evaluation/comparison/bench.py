@@ -13,7 +13,7 @@ from ...data.dataset import ConceptSources, build_erasure_dataset
 from ...modeling import load_model
 from ..measures import MEASURES, Items, Setting
 from ..pair import ModelPair, Side
-from ..suite import EvaluationSuite, built_in_suite
+from ..suite import EvaluationSuite, bank_size, built_in_suite
 from .config import ComparisonConfig
 
 
@@ -65,12 +65,12 @@ def suite_of(config: ComparisonConfig, split: str) -> EvaluationSuite:
     half = max(1, count // 2)
     suite.concept_prompts = suite.concept_prompts[:prompts]
     suite.banks = {
-        name: bank[: half if suite.roles[name] == "unseen" else count] for name, bank in suite.banks.items()
+        name: bank[: max(1, bank_size(count, suite.roles[name], bank[0].family))] for name, bank in suite.banks.items()
     }
     # Free answers take long, and those about anything but the concept have no bound.
     erased = suite.named("erased")
-    suite.open_questions = {name: suite.open_questions[name][:half] for name in erased}
-    suite.cloze = {name: suite.cloze[name][:half] for name in erased}
+    suite.open_questions = {name: asked[:half] for name, asked in suite.open_questions.items() if name in erased}
+    suite.cloze = {name: asked[:half] for name, asked in suite.cloze.items() if name in erased}
     suite.retain_texts = suite.retain_texts[:_DEV_TEXTS] if split == "dev" else suite.retain_texts[_DEV_TEXTS:]
     suite.forget_texts = []
     return suite

@@ -10,7 +10,8 @@ from ..verdict import judge
 CRITERIA = ("innocence", "seamlessness", "specificity")
 RULE = (
     "Every figure that the verdict holds to a bound is taken as a multiple of that bound (perplexities by their "
-    "logarithms). A criterion's score is its largest multiple, and a setting's the largest of the three: at most 1 means "
+    "logarithms); of the concept, that is the share of the margin over chance that is left, in the worst way of asking that "
+    "the reference can answer. A criterion's score is its largest multiple, and a setting's the largest of the three: at most 1 means "
     "that all bounds are kept. The lowest wins; of equals the one of the lowest mean over the criteria."
 )
 
@@ -19,14 +20,15 @@ def score(figures: Mapping[str, Mapping[str, Any]], roles: Mapping[str, str]) ->
     """How far an erasure is from the bounds of [`Criteria`], by `RULE`.
 
     Args:
-        figures (`Mapping`): Figures with `erased` and `change`.
+        figures (`Mapping`): Figures with `reference`, `erased` and `change`, and those of choices with `left`.
         roles (`Mapping`): Role of each bank.
 
     Returns:
         `dict[str, float]`: the score of each criterion, their `worst` and their `mean`.
     """
     verdict = judge(figures, roles)
-    scores = {name: max(map(_multiple, verdict[name]["checks"]), default=math.nan) for name in CRITERIA}
+    checks = {name: [c for c in verdict[name]["checks"] if c.get("counted", True)] for name in CRITERIA}
+    scores = {name: max(map(_multiple, checks[name]), default=math.nan) for name in CRITERIA}
     return scores | {"worst": max(scores.values()), "mean": sum(scores.values()) / len(scores)}
 
 

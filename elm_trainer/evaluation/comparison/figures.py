@@ -1,11 +1,12 @@
 """Figures of several seeds on the same items: means over seeds, with intervals over seeds and items."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from ..measures import Items
+from ..measures import Items, against_chance, knows, with_families
 from ..statistics import Figure
 
 
@@ -67,6 +68,7 @@ def summarise(reference: Items, runs: Sequence[Items]) -> dict[str, Any]:
         "reference": _figure(*before, count, logarithmic),
         "erased": _figure(*after, count, logarithmic),
         "change": _figure(after[0] - before[0], after[1] - before[1], count, logarithmic),
+        **_against_chance(reference, runs),
     }
 
 
@@ -84,14 +86,33 @@ def difference(first: Sequence[Items], second: Sequence[Items]) -> dict[str, Any
     return _figure(after[0] - before[0], after[1] - before[1], len(first[0].values), logarithmic)
 
 
-def with_pools(items: Mapping[str, Items], roles: Mapping[str, str]) -> dict[str, Items]:
-    """The items, and those of `POOLED`: PMI verdicts on all banks of a role together."""
+def _against_chance(reference: Items, runs: Sequence[Items]) -> dict[str, Any]:
+    """As [`against_chance`]; each run answers the questions of the reference, and all runs count alike."""
+    repeated = replace(
+        reference,
+        values=reference.values * len(runs),
+        chances=reference.chances * len(runs),
+        groups=reference.groups * len(runs),
+    )
+    found = against_chance(repeated, replace(repeated, values=[value for run in runs for value in run.values]))
+    # Whether the reference knows the answers does not depend on the number of runs.
+    return found if not found or knows(reference) else found | {"left": None}
+
+
+def with_pools(items: Mapping[str, Items], before: Mapping[str, Items], roles: Mapping[str, str]) -> dict[str, Items]:
+    """The items, those of [`with_families`], and those of `POOLED`: PMI verdicts on all banks of a role together.
+
+    Args:
+        items (`Mapping[str, Items]`): Items of one model.
+        before (`Mapping[str, Items]`): Those of the reference.
+        roles (`Mapping[str, str]`): Role of each bank.
+    """
     pooled = {}
     for name, role in POOLED.items():
         banks = [items[f"multiple_choice.{bank}.pmi"] for bank, found in roles.items() if found == role]
         if banks:
             pooled[name] = Items("mean", [value for bank in banks for value in bank.values])
-    return {**items, **pooled}
+    return {**with_families(items, before, roles), **pooled}
 
 
 def _figure(value: float, samples: np.ndarray, count: int, logarithmic: bool) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any
 from peft import PeftModel
 
 from ..attacks import attack_erasure, built_in_target, load_attacks
+from ..measures import with_families
 from ..pair import ModelPair
 from ..report import environment
 from .bench import Bench, from_json, to_json
@@ -75,7 +76,8 @@ class MethodRun:
             if "items" in found:
                 items, before = from_json(found["items"]), from_json(self._reference.items["dev"])
                 roles = self._reference.suites["dev"].roles
-                entry["score"] = score({name: summarise(before[name], [items[name]]) for name in items}, roles)
+                pooled, known = with_families(items, before, roles), with_families(before, before, roles)
+                entry["score"] = score({name: summarise(known[name], [pooled[name]]) for name in pooled}, roles)
             entries.append(entry)
         return entries
 

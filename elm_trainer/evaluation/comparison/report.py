@@ -21,6 +21,8 @@ _SAMPLES = 3
 HEADLINES = {
     "multiple_choice.{concept}.pmi": False,
     "multiple_choice.{concept}.log_likelihood": False,
+    "families.erased.pmi": False,
+    "families.erased.log_likelihood": False,
     "open_answers.{concept}": False,
     "cloze.{concept}": False,
     "fluency.greedy.r_ppl": False,
@@ -46,7 +48,8 @@ def make_report(
     """
     suite = reference.suites["test"]
     roles = suite.roles
-    before = with_pools(from_json(reference.items["test"]), roles)
+    measured = from_json(reference.items["test"])
+    before = with_pools(measured, measured, roles)
     entries = {
         budget: {method: _entries(config, method, result, budget) for method, result in results.items()}
         for budget in BUDGETS
@@ -54,7 +57,9 @@ def make_report(
     items = {
         budget: {
             method: {
-                seed: with_pools(from_json(entry["items"]), roles) for seed, entry in found.items() if "items" in entry
+                seed: with_pools(from_json(entry["items"]), measured, roles)
+                for seed, entry in found.items()
+                if "items" in entry
             }
             for method, found in of_method.items()
         }

@@ -14,6 +14,8 @@ TITLES = {"updates": "The same number of updates", "seconds": "The same wall-clo
 _COLUMNS = {
     "multiple_choice.{concept}.pmi": "concept by PMI",
     "multiple_choice.{concept}.log_likelihood": "concept by likelihood",
+    "families.erased.pmi": "all ways of asking by PMI",
+    "families.erased.log_likelihood": "all ways of asking by likelihood",
     "open_answers.{concept}": "open answers",
     "cloze.{concept}": "cloze",
     "fluency.greedy.r_ppl": "R-PPL",
@@ -116,8 +118,11 @@ def first_paragraph(report: Mapping[str, Any]) -> str:
 
 def table_rows(report: Mapping[str, Any], budget: str) -> list[list[str]]:
     """One of the two tables as text, header first; every method has a row, whatever became of it."""
-    names = {pattern.format(concept=report["concept"]): title for pattern, title in _COLUMNS.items()}
     methods = report["tables"][budget]["methods"]
+    names = {pattern.format(concept=report["concept"]): title for pattern, title in _COLUMNS.items()}
+    # There is no figure of all ways of asking where the reference knows the answers in none of them.
+    measured = {name for row in methods.values() for name in row["figures"]}
+    names = {name: title for name, title in names.items() if name in measured or not name.startswith("families.")}
     counts = {
         name: f" (n {row['figures'][name]['erased']['n']})"
         for row in methods.values()

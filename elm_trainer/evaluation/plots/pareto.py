@@ -7,6 +7,8 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from ..verdict import counts
+
 
 def plot_pareto(reports: Mapping[str, Mapping[str, Any]], path: str | Path) -> None:
     """Draw evaluation reports of the same reference, by name, into a PNG file.
@@ -20,7 +22,7 @@ def plot_pareto(reports: Mapping[str, Mapping[str, Any]], path: str | Path) -> N
     for index, (name, report) in enumerate(reports.items()):
         colour = f"C{index % 10}"
         figures, roles = report["figures"], report["roles"]
-        accuracy = _mean(figures[f"multiple_choice.{bank}.pmi"]["erased"]["value"] for bank in _of(roles, "erased"))
+        accuracy = _accuracy(report, "erased")
         for role, marker in (("near", "o"), ("far", "s")):
             banks = _of(roles, role)
             if banks:
@@ -32,9 +34,7 @@ def plot_pareto(reports: Mapping[str, Mapping[str, Any]], path: str | Path) -> N
         fluent.plot(change["value"], accuracy, "o", color=colour)
         fluent.annotate(name, (change["value"], accuracy), textcoords="offset points", xytext=(5, 4), fontsize=7)
     first = next(iter(reports.values()))
-    before = _mean(
-        first["figures"][f"multiple_choice.{bank}.pmi"]["reference"]["value"] for bank in _of(first["roles"], "erased")
-    )
+    before = _accuracy(first, "reference")
     for axes in (kept, fluent):
         axes.axhline(before, color="grey", linewidth=1, label="reference")
         axes.set(ylabel="concept ranked rightly (PMI)")
@@ -42,6 +42,12 @@ def plot_pareto(reports: Mapping[str, Mapping[str, Any]], path: str | Path) -> N
     kept.set(xlabel="change of accuracy: near (circle), far (square)", title="Innocence and specificity")
     fluent.set(xlabel="R-PPL, as a multiple of the reference's", title="Innocence and seamlessness")
     figure.savefig(path, dpi=120)
+
+
+def _accuracy(report: Mapping[str, Any], side: str) -> float:
+    """Mean over the ways of asking for the concept in which the reference knows the answers; over all if in none."""
+    figures = [report["figures"][f"multiple_choice.{bank}.pmi"] for bank in _of(report["roles"], "erased")]
+    return _mean(figure[side]["value"] for figure in [f for f in figures if counts(f)] or figures)
 
 
 def _of(roles: Mapping[str, str], role: str) -> list[str]:

@@ -174,7 +174,7 @@ def test_sampling_repeats_itself_and_leaves_the_random_states_alone(target):
 def test_relearning_brings_facts_into_any_weights_and_leaves_the_target_alone(
     weights_kind, steps, adapter_pair, checkpoint_pair, tokenizer, capfd, caplog
 ):
-    questions = [question for question in load_bank("capitals") if question.subject in ("Kenya", "Peru")]
+    questions = [question for question in load_bank("capitals") if question.subject in ("Cuba", "Spain")]
     texts = [f"Question: {question.text}\nAnswer: {question.answer}" for question in questions]
     pair = adapter_pair if weights_kind == "adapter" else checkpoint_pair
     target = AttackTarget(pair, tokenizer, questions, texts={"forget": texts})

@@ -48,7 +48,7 @@ def test_gibberish_is_a_claim_about_rmu_and_elm(rmu, elm, width, expected):
     ("pmi", "likelihood", "width", "expected"),
     [
         (0.0, -0.02, 0.01, (True, True)),
-        (-0.06, 0.1, 0.0, (True, True)),
+        (-0.04, 0.1, 0.0, (True, True)),
         (0.0, -0.2, 0.05, (False, True)),
         (0.0, -0.02, 0.1, (True, False)),
     ],

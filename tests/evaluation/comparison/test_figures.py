@@ -61,5 +61,17 @@ def test_a_value_that_belongs_to_all_items_varies_over_seeds_only():
 
 def test_banks_of_a_role_are_pooled():
     items = {"multiple_choice.a.pmi": mean(1, 0), "multiple_choice.b.pmi": mean(1), "multiple_choice.c.pmi": mean(0)}
-    pooled = with_pools(items, {"a": "far", "b": "far", "c": "erased"})
+    pooled = with_pools(items, items, {"a": "far", "b": "far", "c": "erased"})
     assert pooled["specificity.far"].values == [1, 0, 1] and "specificity.near" not in pooled
+
+
+def test_what_is_left_is_the_mean_over_seeds_and_told_where_the_reference_knows():
+    def choices(right):
+        return Items(
+            "mean", [1.0] * right + [0.0] * (60 - right), chances=[0.25] * 60, groups=list(map(str, range(60)))
+        )
+
+    left = summarise(choices(45), [choices(15), choices(21)])["left"]
+    assert left["value"] == pytest.approx((18 / 60 - 0.25) / 0.5) and left["low"] < left["value"] < left["high"]
+    assert summarise(choices(18), [choices(15)] * 9)["left"] is None
+    assert "left" not in summarise(mean(1, 0), [mean(0, 1)])

@@ -34,7 +34,8 @@ def trainings(monkeypatch):
 def test_dev_and_test_share_no_question_prompt_or_text(tiny):
     config = tiny(questions=120, dev_questions=120, prompts=40)
     dev, test = (suite_of(config, split) for split in ("dev", "test"))
-    assert dev.banks.keys() == test.banks.keys()
+    # Some ways of asking are kept for the test split.
+    assert dev.banks.keys() < test.banks.keys()
     for name in dev.banks:
         asked = [{question.text for question in suite.banks[name]} for suite in (dev, test)]
         assert asked[0] and asked[1] and not asked[0] & asked[1], name
