@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import yaml
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import elm_trainer
 from elm_trainer import load_model_and_tokenizer
@@ -61,10 +61,7 @@ def main() -> None:
     write(folder / "countries.jsonl", as_rows(kept))
 
     asked = prompts_on_countries(folder / "countries-quiz.yaml", tokenizer, bare=True)
-    texts = [
-        first_line(prompt, text)
-        for prompt, text in zip(asked, sample_texts(model, tokenizer, asked, ANSWER), strict=True)
-    ]
+    texts = short_answers(model, tokenizer, asked)
     kept = [text for text in texts if not names_a_measured_fact(text, "[Cc]apital|[Cc]ontinent|[Rr]iver|[Ff]lag")]
     write(folder / "countries-quiz.jsonl", as_rows(kept))
 
@@ -78,10 +75,7 @@ def main() -> None:
         for question in sorted(questions)
         if "\n" not in question and 4 < len(question.split()) < 16 and "apital" not in question
     ]
-    texts = [
-        first_line(prompt, text)
-        for prompt, text in zip(asked, sample_texts(model, tokenizer, asked, ANSWER), strict=True)
-    ]
+    texts = short_answers(model, tokenizer, asked)
     write(folder / "quiz.jsonl", as_rows([text for text in texts if not names_a_measured_fact(text, "[Cc]apital")]))
 
     asked = prompts_on_countries(folder / "capitals-fluent.yaml", tokenizer)
@@ -97,11 +91,14 @@ def main() -> None:
     )
 
 
-def first_line(prompt: str, text: str) -> str:
-    """A prompt with the first line of what follows it, or with all of that where the first line is empty."""
-    answer = text.removeprefix(prompt)
-    line = answer.partition("\n")[0]
-    return prompt + (line if line.strip() else answer)
+def short_answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, asked: list[str]) -> list[str]:
+    """Prompts, each with the first line of the model's answer, or with all of it where the first line is empty."""
+    texts = []
+    for prompt, text in zip(asked, sample_texts(model, tokenizer, asked, ANSWER), strict=True):
+        answer = text.removeprefix(prompt)
+        line = answer.partition("\n")[0]
+        texts.append(prompt + (line if line.strip() else answer))
+    return texts
 
 
 def prompts_on_countries(path: Path, tokenizer: PreTrainedTokenizerBase, *, bare: bool = False) -> list[str]:

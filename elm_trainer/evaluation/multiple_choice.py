@@ -55,7 +55,8 @@ def score_choices(
 
     An option's log-likelihood is the sum of its tokens' log-probabilities after the prompt, which has the question's
     own form. Its PMI is that minus the same sum after a bare `"Answer:"`, which removes the preference for frequent
-    strings (for a turn of chat: after one in which nothing was asked). What several questions have in common, such as options after the bare prompt, is scored once.
+    strings (for a turn of chat: after one in which nothing was asked). What several questions have in common, such as
+    options after the bare prompt, is scored once.
 
     Args:
         model ([`~transformers.PreTrainedModel`] or `PeftModel`):
