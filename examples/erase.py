@@ -162,7 +162,7 @@ def main() -> None:
     trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
     trainer.save_model(str(output / "adapter"))
     lap("train")
-    # What is measured does not depend on how it was trained.
+    # What is measured does not depend on how it was trained: neither on its products nor on its autocast.
     torch.set_float32_matmul_precision("highest")
     if not arguments.evaluate:
         return
@@ -170,8 +170,12 @@ def main() -> None:
     recipe = asdict(arguments) | {
         name: value for name, value in config.to_dict().items() if isinstance(value, (str, int, float, bool, list))
     }
+    erased = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    if config.bf16_full_eval or config.fp16_full_eval:
+        # As `Trainer.evaluate` does. `examples/evaluate.py --dtype bfloat16` measures the saved adapter alike.
+        erased.to(torch.bfloat16 if config.bf16_full_eval else torch.float16)
     report = evaluate_erasure(
-        trainer.accelerator.unwrap_model(trainer.model),
+        erased,
         None,
         built_in_suite(list(concepts), arguments.questions),
         tokenizer,

@@ -54,7 +54,8 @@ def contrast_adapter(trainer: "ElmTrainer", rows: int, damping: float) -> None:
     """Put [`contrast_directions`] into the A of every LoRA layer of the trained adapter, and freeze them there.
 
     B is zero before training, so the model stays what it is. Positions of forget text count as the erase term weighs
-    them; those of retain text half alike, and half by how much they look like forget text. All processes of a launch choose on the same rows, and so the same directions.
+    them; those of retain text that are learned half alike, and half by how much they look like forget text. All
+    processes of a launch choose on the same rows, and so the same directions.
 
     Args:
         trainer ([`ElmTrainer`]): Trainer, before its model is wrapped.
@@ -95,13 +96,13 @@ def contrast_adapter(trainer: "ElmTrainer", rows: int, damping: float) -> None:
                 examples = [dataset[row] for row in chosen[start : start + _BATCH]]
                 inputs = trainer._prepare_inputs(trainer.data_collator(examples))
                 batch = inputs[side]
-                with trainer.compute_loss_context_manager():
-                    packing = trainer.pack(model, [batch])
-                    places = packing.slots[batch["rows"] * batch["input_ids"].size(1) + batch["columns"]]
-                    weights = torch.ones(len(places), device=places.device)
+                with trainer.accelerator.autocast():
+                    texts = batch["rows"]
+                    places = trainer.pack(model, [batch]).slots[texts * batch["input_ids"].size(1) + batch["columns"]]
+                    weights = torch.ones(len(texts), device=texts.device)
                     if side == "forget":
                         weights = (batch.get("target") or trainer._target(model, "erase", batch))["weights"]
-                    counts = torch.bincount(batch["rows"], minlength=len(batch["lengths"]))[batch["rows"]]
+                    counts = torch.bincount(texts, minlength=len(batch["lengths"]))[texts]
                     moments.begin(side, places, weights / counts)
                     trainer.reference_positions(model, {side: batch}, {side: STATES})
                     moments.end()
@@ -143,24 +144,25 @@ class _Moments:
             # The tensor is held, so that no other gets its id.
             leader, _ = self._seen.setdefault(id(args[0]), (path, args[0]))
             self.leader.setdefault(path, leader)
-            if leader != path:
-                return
-            inputs = args[0].detach().flatten(0, 1).index_select(0, self._places).float()
-            weights = self._weights.float()
-            if self._side == "retain":
-                # Half of the weight goes to positions in proportion to how much they look like forget text: an answer to
-                # another question must be told from the concept's, and most words of retain text are no answers.
-                likeness = ((inputs @ self._sums[path, "forget"]) * inputs).sum(-1) / inputs.square().sum(-1).clamp(
-                    1e-9
-                )
-                likeness = likeness * weights
-                weights = (weights + likeness * weights.sum() / likeness.sum().clamp(min=1e-9)) / 2
-            scaled = inputs * weights.sqrt()[:, None]
-            key = (path, self._side)
-            self._sums[key] = self._sums.get(key, 0) + scaled.T @ scaled
-            self._totals[key] = self._totals.get(key, 0) + weights.sum()
+            if leader == path:
+                # Sums of products in half precision would not be positive definite.
+                with torch.autocast(args[0].device.type, enabled=False):
+                    self._add(path, args[0].detach().flatten(0, 1).index_select(0, self._places).float())
 
         return read
+
+    def _add(self, path: str, inputs: torch.Tensor) -> None:
+        weights = self._weights.float()
+        if self._side == "retain":
+            # Half of the weight goes to positions in proportion to how much they look like forget text: an answer to
+            # another question must be told from the concept's, and most words of retain text are no answers.
+            likeness = ((inputs @ self._sums[path, "forget"]) * inputs).sum(-1) / inputs.square().sum(-1).clamp(1e-9)
+            likeness = likeness * weights
+            weights = (weights + likeness * weights.sum() / likeness.sum().clamp(min=1e-9)) / 2
+        scaled = inputs * weights.sqrt()[:, None]
+        key = (path, self._side)
+        self._sums[key] = self._sums.get(key, 0) + scaled.T @ scaled
+        self._totals[key] = self._totals.get(key, 0) + weights.sum()
 
     def of(self, leader: str) -> tuple[torch.Tensor, torch.Tensor]:
         forget, retain = (leader, "forget"), (leader, "retain")

@@ -170,7 +170,7 @@ def _fill(trainer: "ErasureTrainer", plan: TargetPlan, store: TargetStore, share
             for start in range(rows.start, rows.stop, size):
                 batch = [dataset[row] for row in range(start, min(start + size, rows.stop))]
                 inputs = trainer._prepare_inputs(collate(batch))
-                with trainer.compute_loss_context_manager():
+                with trainer.accelerator.autocast():
                     made += plan.compute(inputs)
                 bar.update(len(batch))
             return made

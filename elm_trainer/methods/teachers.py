@@ -64,7 +64,7 @@ class Teacher:
                 chosen, order = order[: args.teacher_batch_size], order[args.teacher_batch_size :]
                 batch = trainer.data_collator.pad([(texts[index], 0) for index in chosen])
                 batch = trainer._prepare_inputs(batch)
-                with trainer.compute_loss_context_manager():
+                with trainer.accelerator.autocast():
                     loss = trainer.forward_positions(model, {name: batch}, {name: nll_reading(batch)})[name].mean()
                 loss.backward()
                 optimizer.step()

@@ -460,7 +460,7 @@ class WhpTrainer(ErasureTrainer):
         for text in texts:
             spent += [(offset + index, token) for index, token in text.spent]
             offset += len(text.positions)
-        with self.compute_loss_context_manager(), self.reference(self.model):
+        with self.accelerator.autocast(), self.reference(self.model):
             inputs = self._prepare_inputs({"translated": translated, "original": original})
             batches = {"translated": inputs["translated"]}
             if reinforced is None:

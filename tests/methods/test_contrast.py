@@ -35,6 +35,19 @@ def test_the_ratios_are_those_of_an_independent_solver(width, seed, damping):
     np.testing.assert_allclose(ratios, expected, rtol=1e-3)
 
 
+def test_in_half_precision_the_moments_are_summed_in_float32(tokenizer, dataset, config, lora):
+    directions = []
+    for bf16 in (False, True):
+        args = config(contrast_rows=4, bf16=bf16, use_cpu=True, contrast_damping=1.0)
+        trainer = ElmTrainer(
+            tiny("llama", len(tokenizer)), args, train_dataset=dataset, processing_class=tokenizer, peft_config=lora
+        )
+        directions.append([p for name, p in trainer.model.named_parameters() if "lora_A" in name])
+    for one, other in zip(*directions, strict=True):
+        # The strongest direction is the same up to its sign and the rounding of states.
+        assert torch.cosine_similarity(one[0], other[0], dim=0).abs() > 0.95
+
+
 def test_the_directions_are_frozen_and_the_model_is_left_as_it_was(tokenizer, dataset, config, lora):
     model = tiny("llama", len(tokenizer))
     ids = torch.arange(5, 15)[None]
