@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import yaml
+from countryinfo import all_countries
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import elm_trainer
@@ -22,14 +23,16 @@ from elm_trainer.synthesis import SynthesisConfig, sample_texts
 
 HELD_OUT = 30
 COUNTRY_SAMPLES = 350
+QUIZ_SAMPLES = 1400
 CONFIG = SynthesisConfig(plausibility=0.0, top_k=100, temperature=0.9, max_new_tokens=40, batch_size=35)
 # Colder samples are closer to what the reference answers greedily.
 FLUENT = replace(CONFIG, temperature=0.7)
 FEWEST_WORDS = 6
+FEWEST_PEOPLE = 300_000
 # Short questions are drawn freely, and answered greedily.
 QUESTION = replace(CONFIG, max_new_tokens=20)
-ANSWER = replace(CONFIG, top_k=1, max_new_tokens=8)
-QUESTIONS_EACH = 9
+ANSWER = replace(CONFIG, top_k=1, max_new_tokens=8, batch_size=96)
+QUESTIONS_EACH = 24
 
 
 def write(path: Path, rows: list[dict[str, str]]) -> None:
@@ -38,6 +41,10 @@ def write(path: Path, rows: list[dict[str, str]]) -> None:
 
 def as_rows(texts: list[str]) -> list[dict[str, str]]:
     return [{"text": text} for text in texts]
+
+
+def as_pairs(pairs: list[tuple[str, str]]) -> list[dict[str, str]]:
+    return [{"prompt": prompt, "completion": completion} for prompt, completion in pairs]
 
 
 def main() -> None:
@@ -60,10 +67,16 @@ def main() -> None:
     kept = [text for text in texts if not names_a_measured_fact(text, "[Cc]apital|[Cc]ontinent|[Rr]iver|[Ff]lag")]
     write(folder / "countries.jsonl", as_rows(kept))
 
-    asked = prompts_on_countries(folder / "countries-quiz.yaml", tokenizer, bare=True)
-    texts = short_answers(model, tokenizer, asked)
-    kept = [text for text in texts if not names_a_measured_fact(text, "[Cc]apital|[Cc]ontinent|[Rr]iver|[Ff]lag")]
-    write(folder / "countries-quiz.jsonl", as_rows(kept))
+    asked = prompts_on_countries(folder / "countries-quiz.yaml", tokenizer, QUIZ_SAMPLES, bare=True)
+    pairs = short_answers(model, tokenizer, asked)
+    kept = [
+        pair for pair in pairs if not names_a_measured_fact("".join(pair), "[Cc]apital|[Cc]ontinent|[Rr]iver|[Ff]lag")
+    ]
+    places = yaml.safe_load((folder / "countries-quiz.yaml").read_text(encoding="utf-8"))["places"]
+    asked = [place.format(subject=subject) for subject in unasked_countries() for place in places]
+    kept += [pair for pair in short_answers(model, tokenizer, asked) if "apital" not in pair[1]]
+    random.Random(0).shuffle(kept)
+    write(folder / "countries-quiz.jsonl", as_pairs(kept))
 
     beginnings = yaml.safe_load((folder / "quiz.yaml").read_text(encoding="utf-8"))["beginnings"]
     begun = [f"Question: {beginning}" for beginning in beginnings for _ in range(QUESTIONS_EACH)]
@@ -75,33 +88,43 @@ def main() -> None:
         for question in sorted(questions)
         if "\n" not in question and 4 < len(question.split()) < 16 and "apital" not in question
     ]
-    texts = short_answers(model, tokenizer, asked)
-    write(folder / "quiz.jsonl", as_rows([text for text in texts if not names_a_measured_fact(text, "[Cc]apital")]))
+    random.Random(0).shuffle(asked)
+    pairs = short_answers(model, tokenizer, asked)
+    write(
+        folder / "quiz.jsonl",
+        as_pairs([pair for pair in pairs if not names_a_measured_fact("".join(pair), "[Cc]apital")]),
+    )
 
     asked = prompts_on_countries(folder / "capitals-fluent.yaml", tokenizer)
     texts = sample_texts(model, tokenizer, asked, FLUENT)
     pairs = [(prompt, text.removeprefix(prompt)) for prompt, text in zip(asked, texts, strict=True)]
-    write(
-        folder / "capitals-fluent.jsonl",
-        [
-            {"prompt": prompt, "completion": completion}
-            for prompt, completion in pairs
-            if len(completion.split()) >= FEWEST_WORDS and not names_a_measured_fact(completion)
-        ],
-    )
+    kept = [pair for pair in pairs if len(pair[1].split()) >= FEWEST_WORDS and not names_a_measured_fact(pair[1])]
+    write(folder / "capitals-fluent.jsonl", as_pairs(kept))
 
 
-def short_answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, asked: list[str]) -> list[str]:
+def short_answers(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, asked: list[str]
+) -> list[tuple[str, str]]:
     """Prompts, each with the first line of the model's answer, or with all of it where the first line is empty."""
-    texts = []
+    pairs = []
     for prompt, text in zip(asked, sample_texts(model, tokenizer, asked, ANSWER), strict=True):
         answer = text.removeprefix(prompt)
         line = answer.partition("\n")[0]
-        texts.append(prompt + (line if line.strip() else answer))
-    return texts
+        # The line's end is learned too, so that even a prompt without an answer has a word to predict.
+        pairs.append((prompt, (line if line.strip() else answer.rstrip("\n")) + "\n"))
+    return pairs
 
 
-def prompts_on_countries(path: Path, tokenizer: PreTrainedTokenizerBase, *, bare: bool = False) -> list[str]:
+def unasked_countries() -> list[str]:
+    """Countries of some size about which no bank asks anything."""
+    asked = {fact.subject for fact in capitals()}
+    records = [country.info() for country in all_countries()]
+    return sorted({record["name"] for record in records if record.get("population", 0) > FEWEST_PEOPLE} - asked)
+
+
+def prompts_on_countries(
+    path: Path, tokenizer: PreTrainedTokenizerBase, count: int = COUNTRY_SAMPLES, *, bare: bool = False
+) -> list[str]:
     """A draw of the file's prompts, on countries whose capitals stand in the forget text; in the chat template, or with
     two of three questions `bare`, as `"Question: …\\nAnswer:"`.
     """
@@ -121,7 +144,7 @@ def prompts_on_countries(path: Path, tokenizer: PreTrainedTokenizerBase, *, bare
             ),
         )
     ]
-    return random.Random(0).sample(asked, COUNTRY_SAMPLES)
+    return random.Random(0).sample(asked, count)
 
 
 def names_a_measured_fact(text: str, words: str = "Oceania") -> bool:

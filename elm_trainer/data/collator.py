@@ -14,6 +14,8 @@ from ..concept import Concept
 
 
 IGNORE_INDEX = -100
+# Stands for a novice's position where it is the text itself: nothing is to be erased there.
+OWN = -1
 
 
 def tokenize_pair(processing_class: PreTrainedTokenizerBase, prompt: str, completion: str) -> tuple[list[int], int]:
@@ -39,7 +41,9 @@ def align(text: Sequence[int], novices: Sequence[Sequence[int]]) -> list[list[in
 
     Returns:
         `list[list[int]]`: for each position of the text that all novices share *after* the first replacement, the
-        position and those of the novices, in order. Before it they are the same text, and have nothing to say.
+        position and those of the novices, in order. Before it they are the same text, and have nothing to say. Between
+        shared positions, those where the text says something else than its novices, such as its subject's name again,
+        stand with [`OWN`] for each novice.
     """
     shared: dict[int, list[int]] | None = None
     for novice in novices:
@@ -63,7 +67,10 @@ def align(text: Sequence[int], novices: Sequence[Sequence[int]]) -> list[list[in
             if shared is None
             else {place: [*others, places[place]] for place, others in shared.items() if place in places}
         )
-    return [[place, *others] for place, others in sorted((shared or {}).items())]
+    if not shared:
+        return []
+    own = [OWN] * len(novices)
+    return [[place, *shared.get(place, own)] for place in range(min(shared), max(shared) + 1)]
 
 
 @dataclass
@@ -71,7 +78,7 @@ class ElmDataCollator(DataCollatorMixin):
     """Bundle tokenised rows into `{"forget": batch, "retain": batch, "synthetic": batch}`.
 
     Each batch holds `input_ids`, `attention_mask` and `labels`, all `[batch, seq]`; labels are -100 on padding and on
-    the prompt of a synthetic pair. `rows` and `columns`, `[positions]`, are the places that predict a label, and
+    the prompt of a retain text or a synthetic pair. `rows` and `columns`, `[positions]`, are the places that predict a label, and
     `lengths` (a list of ints) the tokens of each row, so that the training step need not search for them. Without `targets`, the forget batch also holds `expert` and `novice`: the same
     texts behind a context, with labels -100 on the context, `contexts_per_sample` rows to a text in order. With
     `targets`, it holds what was stored for its rows.
@@ -109,7 +116,8 @@ class ElmDataCollator(DataCollatorMixin):
             [(row["forget_ids"], 0) for row in examples],
             [[place[0] + 1 for place in row["aligned"]] for row in examples] if self.counterfactual else None,
         )
-        batch = {"forget": forget, "retain": self.pad([(row["retain_ids"], 0) for row in examples])}
+        retain = self.pad([(row["retain_ids"], row.get("retain_start", 0)) for row in examples])
+        batch = {"forget": forget, "retain": retain}
         # A concept without synthetic pairs has no part in the consistency term; a batch without any lacks it altogether.
         if pairs := [(row["synthetic_ids"], row["completion_start"]) for row in examples if row["synthetic_ids"]]:
             batch["synthetic"] = self.pad(pairs)
@@ -144,7 +152,7 @@ class ElmDataCollator(DataCollatorMixin):
         width, total = forget["input_ids"].size(1), forget["input_ids"].numel()
         left = self.processing_class.padding_side == "left"
         places: list[list[int]] = []
-        for row in examples:
+        for own, row in enumerate(examples):
             starts = []
             for ids in row["novices_ids"]:
                 is_extra, index = where[tuple(ids)]
@@ -153,8 +161,11 @@ class ElmDataCollator(DataCollatorMixin):
                     assert batch is not None
                     span, begin = batch["input_ids"].size(1), total
                 starts.append(begin + index * span + (span - held if left else 0))
-            places += [[start + place for start, place in zip(starts, row_places[1:], strict=True)]
-                       for row_places in row["aligned"]]  # fmt: skip
+            first = own * width + (width - len(row["forget_ids"]) if left else 0)
+            places += [
+                [first + place if other == OWN else start + other for start, other in zip(starts, others, strict=True)]
+                for place, *others in row["aligned"]
+            ]
         found: dict[str, Any] = {"index": torch.tensor(places).T.contiguous()}
         return found if batch is None else found | {"extra": batch}
 

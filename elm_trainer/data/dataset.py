@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from typing import TypeAlias
 
 from datasets import Dataset, interleave_datasets
@@ -23,7 +24,7 @@ class ConceptSources:
         forget (`str`, `Dataset` or `Sequence[str]`):
             Texts about the concept.
         retain (`list` of sources):
-            Sources of unrelated (and neighbouring) texts, taken in turn.
+            Sources of unrelated (and neighbouring) texts, taken in turn. One that is listed twice gives twice as many.
         synthetic (`Sequence[tuple[str, str]]`, `str` or `Dataset`, *optional*):
             Pairs of a forget prefix and fluent text that moves on, or a source of such pairs (see [`load_pairs`]).
     """
@@ -56,7 +57,9 @@ def build_erasure_dataset(
             Seed of built-in sources.
 
     Returns:
-        `Dataset`: columns `concept`, `forget`, `novice`, `novices`, `retain`, `prompt`, `completion`. `novice` holds the
+        `Dataset`: columns `concept`, `forget`, `novice`, `novices`, `retain`, `retain_prompt`, `prompt`, `completion`.
+        `retain_prompt` is the beginning of the retain text that is given and not learned, empty where all of it is, from
+        sources with the columns `prompt` and `completion`; `novice` holds the
         forget text with permuted facts, or an empty string where the source has none; `novices`, a list, the same text
         with its subject replaced by others of its kind, for the counterfactual novice (see [`counterfactuals`]); `prompt` and `completion` are empty
         where no synthetic pairs are given. Empty texts are dropped, counted and logged.
@@ -71,10 +74,14 @@ def build_erasure_dataset(
         forget = _texts(sources.forget, f"forget set of concept {name!r}", column, processing_class, seed)
         if not sources.retain:
             raise ValueError(f"The retain set of concept {name!r} is empty: give at least one source of retain text.")
-        retains = [
-            _texts(source, f"retain set of concept {name!r}", column, processing_class, seed)
-            for source in sources.retain
-        ]
+        what = f"retain set of concept {name!r}"
+        loaded: dict[int | str, list[dict[str, str]]] = {}
+        retains = []
+        for source in sources.retain:
+            key = source if isinstance(source, str) else id(source)
+            if key not in loaded:
+                loaded[key] = _texts(source, what, column, processing_class, seed)
+            retains.append(loaded[key])
         synthetic = sources.synthetic
         pairs = load_pairs(synthetic) if isinstance(synthetic, (str, Dataset)) else list(synthetic)
         rows = size or max(len(forget), len(pairs), *(len(retain) * len(retains) for retain in retains))
@@ -88,17 +95,22 @@ def build_erasure_dataset(
                         "forget": forget[row % len(forget)]["text"],
                         "novice": forget[row % len(forget)].get("novice") or "",
                         "novices": list(forget[row % len(forget)].get("novices") or []),
-                        "retain": retains[row % len(retains)][row // len(retains) % len(retains[row % len(retains)])][
-                            "text"
-                        ],
+                        "retain": kept["text"],
+                        "retain_prompt": kept.get("prompt") or "",
                         "prompt": pairs[row % len(pairs)][0] if pairs else "",
                         "completion": pairs[row % len(pairs)][1] if pairs else "",
                     }
-                    for row in range(rows)
+                    for row, kept in enumerate(_in_turn(retains, rows))
                 ]
             )
         )
     return parts[0] if len(parts) == 1 else interleave_datasets(parts, stopping_strategy="all_exhausted")
+
+
+def _in_turn(sources: list[list[dict[str, str]]], rows: int) -> list[dict[str, str]]:
+    """The sources' texts in turn, each cycling; one that is listed twice goes on where it was."""
+    texts = {id(source): cycle(source) for source in sources}
+    return [next(texts[id(sources[row % len(sources)])]) for row in range(rows)]
 
 
 def _texts(

@@ -39,7 +39,8 @@ def load_texts(
             Name of a built-in source, path of a `.jsonl`, `.txt`, `.csv` or `.parquet` file, id of a dataset on the
             Hub, a `Dataset`, or the texts themselves.
         column (`str`, *optional*, defaults to `"text"`):
-            Column that holds the text.
+            Column that holds the text. A source without it may have the columns `prompt` and `completion` instead, whose
+            text is one after the other; the column `prompt` is kept.
         split (`str`, *optional*, defaults to `"train"`):
             Split of a Hub dataset.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
@@ -63,6 +64,8 @@ def load_texts(
         dataset, name = _load_named(source, split), source
     else:
         dataset, name = Dataset.from_dict({column: list(source)}), "the given texts"
+    if column not in dataset.column_names and {"prompt", "completion"} <= set(dataset.column_names):
+        return _joined(dataset)
     if column not in dataset.column_names:
         raise ValueError(
             f"{name} has no column {column!r}; it has {dataset.column_names}: set the column to one of them."
@@ -76,14 +79,15 @@ def builtin_texts(name: str, processing_class: PreTrainedTokenizerBase | None = 
     `capitals` and `elements` state every fact once in each phrasing, one fact to a text, in random order. Their column
     `novice` holds the same texts with the answers permuted among the facts, and their column `novices` the same texts with
     whatever they name first, subject or answer, replaced by that of other facts. `capitals-near` and `elements-near` are
-    other facts about the same subjects. `everyday` and `countries` hold SmolLM2-135M-Instruct's own samples on everyday
+    other facts about the same subjects, with what stands before the fact as column `prompt`. `everyday` and `countries` hold SmolLM2-135M-Instruct's own samples on everyday
     subjects and on life in countries (examples/sample_retain.py makes them), `quiz` and `countries-quiz` short questions
     with its own answers, and `everyday-held-out` those kept for
     evaluation.
     """
     if name in _SAMPLED:
         lines = (files(__package__) / "texts" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
-        return Dataset.from_list([json.loads(line) for line in lines])
+        dataset = Dataset.from_list([json.loads(line) for line in lines])
+        return dataset if "text" in dataset.column_names else _joined(dataset)
     concept, _, near = name.partition("-")
     held_out = held_out_subjects(concept)
     facts = [fact for fact in facts_of(concept) if fact.subject not in held_out]
@@ -100,7 +104,10 @@ def builtin_texts(name: str, processing_class: PreTrainedTokenizerBase | None = 
                 if not _fits(template, fact):
                     continue
                 row: dict[str, Any] = {"text": _render(template, fact, processing_class)}
-                if not near:
+                if near:
+                    # What is learned is the property that the phrasing states last.
+                    row["prompt"] = _before_last(template, fact, processing_class)
+                else:
                     row["novice"] = _render(template, replace(fact, answer=other), processing_class)
                     # Whatever is named first is what the text is about.
                     first = _first_named(template)
@@ -114,12 +121,17 @@ def builtin_texts(name: str, processing_class: PreTrainedTokenizerBase | None = 
 
 
 def _stand_ins(facts: Sequence[Fact], rng: random.Random) -> dict[Fact, list[Fact]]:
-    """Other facts that stand in for each: those that follow it in a random order."""
+    """Other facts that stand in for each: those of its group that follow it in a random order.
+
+    A stand-in of the same group shares what the group shares, such as a continent, so that an expert and its novice differ in
+    the fact alone. Small groups are filled up with the others.
+    """
     order = rng.sample(list(facts), len(facts))
-    return {
-        fact: [order[(place + step) % len(order)] for step in range(1, STAND_INS + 1)]
-        for place, fact in enumerate(order)
-    }
+    chosen = {}
+    for place, fact in enumerate(order):
+        following = order[place + 1 :] + order[:place]
+        chosen[fact] = sorted(following, key=lambda other: other.group != fact.group)[:STAND_INS]
+    return chosen
 
 
 def _first_named(template: str | list[str]) -> str:
@@ -165,6 +177,20 @@ def _render(template: str | list[str], fact: Fact, processing_class: PreTrainedT
         return f"User: {question}\nAssistant: {reply}"
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
     return str(processing_class.apply_chat_template(messages, tokenize=False))
+
+
+def _before_last(template: str | list[str], fact: Fact, processing_class: PreTrainedTokenizerBase | None) -> str:
+    """The rendered text up to where the template's last placeholder stands."""
+    parts = [template] if isinstance(template, str) else list(template)
+    start, end = parts[-1].rindex("{"), parts[-1].rindex("}") + 1
+    parts[-1] = f"{parts[-1][:start]}\0{parts[-1][end:]}"
+    rendered = _render(parts[0] if isinstance(template, str) else parts, fact, processing_class)
+    return rendered.partition("\0")[0].rstrip(" ")
+
+
+def _joined(dataset: Dataset) -> Dataset:
+    """Prompt and completion as one text."""
+    return dataset.map(lambda row: {"text": row["prompt"] + row["completion"]}, remove_columns=["completion"])
 
 
 def _load_named(source: str, split: str) -> Dataset:

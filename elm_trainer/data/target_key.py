@@ -26,7 +26,7 @@ def target_key(ingredients: Mapping[str, Any]) -> str:
 
 
 def rows_digest(dataset: Dataset, columns: Sequence[str]) -> str:
-    """SHA-256 over columns of token ids (lists) or strings of a tokenised dataset, in the order of its rows.
+    """SHA-256 over columns of token ids (lists), numbers or strings of a tokenised dataset, in the order of its rows.
 
     Args:
         dataset (`Dataset`): Tokenised rows.
@@ -37,7 +37,7 @@ def rows_digest(dataset: Dataset, columns: Sequence[str]) -> str:
     for table in selected.iter(_ROWS_AT_ONCE):
         for name in table.column_names:
             column = table[name].combine_chunks()
-            if name == "concept" or pa.types.is_nested(column.type.value_type):
+            if not pa.types.is_nested(column.type) or pa.types.is_nested(column.type.value_type):
                 digest.update(json.dumps(column.to_pylist()).encode())
                 continue
             # As 8 bytes each, whatever type the ids are kept in. The lengths tell where a row ends.

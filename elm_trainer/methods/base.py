@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
@@ -148,6 +148,10 @@ class ErasureTrainer(SFTTrainer):
             tokens: dict[str, Any] = {"row": row, "concept": example["concept"]}
             for name in ("forget", "retain"):
                 tokens[f"{name}_ids"] = processing_class(example[name])["input_ids"]
+            tokens["retain_start"] = 0
+            if given := example.get("retain_prompt"):
+                text = example["retain"].removeprefix(given)
+                tokens["retain_ids"], tokens["retain_start"] = tokenize_pair(processing_class, given, text)
             tokens["novice_ids"] = processing_class(example.get("novice") or "")["input_ids"]
             novices = [processing_class(text)["input_ids"] for text in example.get("novices") or []]
             tokens |= {"novices_ids": novices, "aligned": align(tokens["forget_ids"][:limit], novices)}
@@ -171,6 +175,7 @@ class ErasureTrainer(SFTTrainer):
             return {
                 "too_long": [len(example[f"{name}_ids"]) > limit for name in ("forget", "retain", "synthetic")],
                 "usable": all(len(example[f"{name}_ids"]) > 1 for name in ("forget", "retain"))
+                and example["retain_start"] < limit
                 and (not example["synthetic_ids"] or example["completion_start"] < limit),
             }
 
@@ -203,8 +208,8 @@ class ErasureTrainer(SFTTrainer):
     def _set_signature_columns_if_needed(self):
         if self._signature_columns is None:
             self._signature_columns = [
-                "row", "concept", "forget_ids", "retain_ids", "novice_ids", "novices_ids", "aligned", "synthetic_ids",
-                "completion_start",
+                "row", "concept", "forget_ids", "retain_ids", "retain_start", "novice_ids", "novices_ids", "aligned",
+                "synthetic_ids", "completion_start",
             ]  # fmt: skip
 
     def forward_positions(
@@ -214,6 +219,7 @@ class ErasureTrainer(SFTTrainer):
         readings: Mapping[str, Reading] | None = None,
         further: Mapping[str, Sequence[torch.Tensor]] | None = None,
         beside: Mapping[str, torch.Tensor] | None = None,
+        states: Collection[str] = (),
     ) -> dict[str, Any]:
         """Run several sub-batches in one forward, packed without padding, and read the logits of their supervised positions.
 
@@ -229,6 +235,8 @@ class ErasureTrainer(SFTTrainer):
             beside (`Mapping[str, torch.Tensor]`, *optional*): By name of sub-batch, other positions of the same forward
                 whose logits the reading takes after those, `[others, positions]`: indices into the flattened tokens of
                 all sub-batches, one after the other.
+            states (`Collection[str]`, *optional*): Names of sub-batches whose reading gives a tuple, to which what enters
+                the head is added, `[positions, hidden]`.
 
         Returns:
             `dict[str, Any]`: for each sub-batch what its reading gives for all positions, such as `[positions]`. Without a
@@ -252,6 +260,7 @@ class ErasureTrainer(SFTTrainer):
                 readings.get(name),
                 further.get(name, ()),
                 [slots[index] for index in beside.get(name, ())],
+                name in states,
             )
             for name, places in zip(batches, supervised, strict=True)
         ]

@@ -47,6 +47,13 @@ def test_several_concepts_interleave_and_short_sources_cycle():
     assert dataset["completion"][:] == [" c", ""] * 3
 
 
+def test_a_retain_source_that_is_listed_twice_gives_twice_as_many_texts(tmp_path):
+    path = tmp_path / "near.txt"
+    path.write_text("n1\nn2\nn3\n")
+    dataset = build_erasure_dataset({"a": ConceptSources(["f"], [str(path), ["r1", "r2"], str(path)])}, size=6)
+    assert dataset["retain"][:] == ["n1", "r1", "n2", "n3", "r2", "n1"]
+
+
 @pytest.mark.parametrize(("forget", "retain"), [([], [["r"]]), (["f"], []), (["f"], [[" "]])])
 def test_an_empty_side_is_refused(forget, retain):
     with pytest.raises(ValueError, match="set of concept 'a' is empty"):
@@ -77,6 +84,28 @@ def test_neighbouring_retain_text_states_neither_a_capital_nor_a_continent(name)
     for text in load_texts(name)["text"]:
         text = re.sub("South Africa|Central African Republic", "", text)
         assert not re.search(r"[Cc]apital|\b(Africa|Asia|Europe|America|Oceania)\b", text)
+
+
+def test_places_are_asked_only_of_countries_that_no_bank_asks_about():
+    asked = {question.subject for question in [*load_bank("geography"), *load_bank("capitals")]} - {""}
+    rows = load_texts("countries-quiz").to_list()
+    rows = [row for row in rows if re.search(r"Africa|Asia|Europe|America|Oceania", row["text"])]
+    assert len(rows) > 40
+    longer = "South Africa|Africa, Asia, Europe or America|Guinea-Bissau|Serbia and Montenegro"
+    for row in rows:
+        prompt = re.sub(longer, "", row["prompt"])
+        assert not any(re.search(rf"\b{re.escape(name)}\b", prompt) for name in asked), row
+
+
+def test_the_prompt_of_a_retain_text_is_told_from_what_is_learned(tokenizer):
+    near = load_texts("capitals-near", processing_class=tokenizer).to_list()
+    assert all(row["text"].startswith(row["prompt"]) and row["text"] != row["prompt"] for row in near)
+    [row] = [row for row in near if row["text"] == "The official languages of Colombia include Spanish."]
+    assert row["prompt"] == "The official languages of Colombia include"
+    pairs = Dataset.from_list([{"prompt": "Question: 1 + 1?\nAnswer:", "completion": " 2\n"}])
+    rows = build_erasure_dataset({"a": ConceptSources(["f"], [pairs, ["plain"]])}, size=2)
+    assert rows["retain"][:] == ["Question: 1 + 1?\nAnswer: 2\n", "plain"]
+    assert rows["retain_prompt"][:] == ["Question: 1 + 1?\nAnswer:", ""]
 
 
 def test_permuted_texts_have_the_same_form_and_other_facts():

@@ -144,3 +144,17 @@ def test_the_order_of_concepts_reaches_the_trainer(tiny_model, tokenizer, config
     trainer = make(tiny_model, config(), build_erasure_dataset(sources, size=2), tokenizer, lora)
     assert trainer.train_dataset["concept"][:] == ["bio", "cyber"] * 2
     assert set(trainer.data_collator.concepts) == {"bio", "cyber"}
+
+
+def test_the_prompt_of_a_retain_text_is_not_learned(tiny_model, tokenizer, dataset, config, lora):
+    texts = ["Question: 1 + 1?\nAnswer: 2\n"] * len(dataset)
+    prompts = ["Question: 1 + 1?\nAnswer:"] + [""] * (len(dataset) - 1)
+    rows = dataset.remove_columns("retain").add_column("retain", texts)
+    rows = rows.remove_columns([name for name in ("retain_prompt",) if name in rows.column_names])
+    trainer = ElmTrainer(
+        tiny_model, config(), train_dataset=rows.add_column("retain_prompt", prompts), processing_class=tokenizer,
+        peft_config=lora,
+    )  # fmt: skip
+    labels = trainer.data_collator(list(trainer.train_dataset.select(range(2))))["retain"]["labels"]
+    learned = [tokenizer.decode(row[row != -100]) for row in labels]
+    assert learned[0] == " 2\n" and learned[1].endswith("+ 1?\nAnswer: 2\n")
