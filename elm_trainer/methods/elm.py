@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -81,7 +82,10 @@ class ElmConfig(SFTConfig):
             positions that all of them share with the text. The expert is then the reference itself.
         log_tokens (`int`, *optional*, defaults to `0`):
             Take the equation of the erase term in log space, at so many tokens of largest `e − n` a position
-            ([`log_space_target`]), which also keeps the odds of all other tokens. `0` gives the paper's loss.
+            ([`log_space_target`]), and hold all other tokens to the reference's odds, the improbable ones too
+            ([`log_space_divergence`]). Then `tau` and `top_k` have no part in the erase term. `0` gives the paper's loss.
+        log_weight (`float`, *optional*, defaults to `4.0`):
+            Weight of those tokens ([`log_space_loss`]) beside all others in the erase term.
         contrast_rows (`int`, *optional*, defaults to `0`):
             Rows on which the adapter's input directions are chosen before training ([`contrast_adapter`]): those that
             are strong on forget text and weak on retain text. They are then kept, so that only LoRA's B is trained, and
@@ -146,6 +150,7 @@ class ElmConfig(SFTConfig):
         default="contexts", metadata={"help": "What the novice is.", "choices": ["contexts", "counterfactual"]}
     )
     log_tokens: int = field(default=0, metadata={"help": "Tokens matched in log space; 0 gives the paper's loss."})
+    log_weight: float = field(default=4.0, metadata={"help": "Weight of those tokens."})
     contrast_rows: int = field(default=0, metadata={"help": "Rows that choose the adapter's directions; 0 for none."})
     contrast_damping: float = field(default=0.1, metadata={"help": "Damping of the choice of directions."})
     erase_weight: float = field(default=1.0, metadata={"help": "Weight of the erase term."})
@@ -175,7 +180,7 @@ class ElmConfig(SFTConfig):
             self,
             {
                 "at least 0": ("eta", "eta_end", "expert_steps", "novice_steps", "log_tokens", "contrast_rows"),
-                "above 0": ("tau", "teacher_learning_rate", "contrast_damping"),
+                "above 0": ("tau", "log_weight", "teacher_learning_rate", "contrast_damping"),
                 "at least 1": ("top_k", "contexts_per_sample", "teacher_rank", "teacher_batch_size"),
                 "from 0 to 1": ("plausibility", "fact_share", "retain_focus"),
             },
@@ -183,6 +188,11 @@ class ElmConfig(SFTConfig):
         if self.novice_steps and not self.expert_steps:
             raise ValueError(
                 f"`novice_steps` is {self.novice_steps} without an expert adapter: set `expert_steps` too."
+            )
+        if self.log_tokens and self.tau != 1:
+            raise ValueError(
+                f"`tau` is {self.tau} with `log_tokens={self.log_tokens}`, which keeps the odds of all other tokens as they "
+                "are: set one of the two to its default."
             )
         if self.log_tokens and self.plausibility:
             raise ValueError(
@@ -202,8 +212,9 @@ class ElmTrainer(ErasureTrainer):
     """Trainer for Erasure of Language Memory (ELM).
 
     `Loss = λe·erase + λr·retain + λc·consistency`, each the mean over texts of the mean over their positions:
-    soft cross-entropy with [`erasure_target`] on forget text (with `log_tokens`: KL and [`log_space_loss`] with
-    [`log_space_target`]); KL, argmax cross-entropy or [`log_space_divergence`] to the reference on retain text; negative log-likelihood of the completion of synthetic pairs.
+    soft cross-entropy with [`erasure_target`] on forget text (with `log_tokens`: [`log_space_divergence`] and
+    [`log_space_loss`] to [`log_space_target`]); KL, argmax cross-entropy or [`log_space_divergence`] to the reference on
+    retain text; negative log-likelihood of the completion of synthetic pairs.
 
     Takes the arguments of [`~trl.SFTTrainer`] and raises what [`ErasureTrainer`] raises.
 
@@ -292,12 +303,10 @@ class ElmTrainer(ErasureTrainer):
             return nll_reading(batch)
         if term == "retain" and self.args.retain_loss == "log":
             return lambda logits, where, reference: log_space_divergence(logits, reference)
-        aim = SparseDistribution(target["indices"], target["probs"])
         if term == "erase" and self.args.log_tokens:
-            chosen = LogTarget(target["log_indices"], target["log_probs"])
-            return lambda logits, where: (
-                kl_to_reference(logits, aim.part(where)) + log_space_loss(logits, chosen.part(where))
-            )
+            chosen = LogTarget(target["indices"], target["log_probs"])
+            return partial(_log_reading, chosen, self.args.log_weight)
+        aim = SparseDistribution(target["indices"], target["probs"])
         if term == "erase":
             return lambda logits, where: soft_cross_entropy(logits, aim.part(where))
         if self.args.retain_loss == "kl":
@@ -331,21 +340,24 @@ class ElmTrainer(ErasureTrainer):
                     # Without a novice of its own, the reference is the novice.
                     expert = mean_log_probs(others[: len(experts)])
                     novice = mean_log_probs(others[len(experts) :] or (base,))
-                shift = dict(eta=eta[where], temperature=tau, top_k=self.args.top_k)
                 apart = disagreement(expert, novice)
-                if self.args.log_tokens:
-                    target, chosen = log_space_target(base, expert, novice, tokens=self.args.log_tokens, **shift)
-                    return (*target, apart, *chosen)
-                return (*erasure_target(base, expert, novice, plausibility=self.args.plausibility, **shift), apart)
+                if tokens := self.args.log_tokens:
+                    return (*log_space_target(base, expert, novice, eta=eta[where], tokens=tokens), apart)
+                target = erasure_target(
+                    base, expert, novice, eta=eta[where], temperature=tau, top_k=self.args.top_k,
+                    plausibility=self.args.plausibility,
+                )  # fmt: skip
+                return (*target, apart)
 
             asked: dict[str, Reading] = {"base": read} | ({"extra": STATES} if "extra" in batches else {})
-            found = self.forward_positions(model, batches, asked, {"base": [*experts, *novices]}, beside)["base"]
-        indices, probs, apart, *chosen = found
-        texts = batch["input_ids"].size(0)
-        weights = position_weights(apart, batch["rows"], texts, self.args.fact_share)
-        return {"indices": indices, "probs": probs, "weights": weights} | dict(
-            zip(("log_indices", "log_probs"), chosen, strict=False)
-        )
+            kept = ("base",) if self.args.log_tokens else ()
+            further = {"base": [*experts, *novices]}
+            found = self.forward_positions(model, batches, asked, further, beside, kept)["base"]
+        indices, values, apart, *states = found
+        weights = position_weights(apart, batch["rows"], batch["input_ids"].size(0), self.args.fact_share)
+        if self.args.log_tokens:
+            return {"indices": indices, "log_probs": values, "weights": weights, "states": states[0]}
+        return {"indices": indices, "probs": values, "weights": weights}
 
     def _eta(self, batch: Mapping[str, Any]) -> torch.Tensor:
         """η of each position of the forget text, `[positions]`."""
@@ -371,6 +383,14 @@ class ElmTrainer(ErasureTrainer):
         starts = (counts.cumsum(0) - counts)[rows]
         first = (contexts - 1) * starts + torch.arange(len(rows), device=rows.device)
         return [states[first + context * counts[rows]] for context in range(contexts)]
+
+
+def _log_reading(
+    chosen: LogTarget, weight: float, logits: torch.Tensor, where: slice, reference: torch.Tensor
+) -> torch.Tensor:
+    with torch.no_grad():
+        target = chosen.part(where).over(reference)
+    return log_space_divergence(logits, target) + weight * log_space_loss(logits, chosen.part(where))
 
 
 def _check_novices(name: str, dataset: Any) -> None:

@@ -37,7 +37,7 @@ def elm_target_plan(trainer: "ElmTrainer") -> TargetPlan:
         columns += ["concept", "forget_ids", *(["novice_ids"] if args.novice_steps else [])]
         columns += ["novices_ids"] if args.novice == "counterfactual" else []
     if args.retain_weight:
-        columns += ["retain_ids"]
+        columns += ["retain_ids", "retain_start"]
     return TargetPlan(
         switch="precompute_targets",
         layout=layout,
@@ -56,14 +56,14 @@ def _layout(args: "ElmConfig", vocab_size: int, hidden_size: int) -> TargetLayou
         ("forget", args.erase_weight, args.top_k),
         ("retain", args.retain_weight, 1 if args.retain_loss == "argmax" else args.top_k),
     ):
-        if weight and side == "retain" and args.retain_loss == "log":
-            fields["retain_states"] = Field("halves", hidden_size)
+        if weight and (args.retain_loss == "log" if side == "retain" else args.log_tokens):
+            fields[f"{side}_states"] = Field("halves", hidden_size)
         elif weight:
             fields |= {f"{side}_indices": Field("ids", top_k), f"{side}_probs": Field("probs", top_k)}
     if args.erase_weight:
         fields["forget_weights"] = Field("floats")
         if args.log_tokens:
-            fields["forget_log_indices"] = Field("ids", args.log_tokens)
+            fields["forget_indices"] = Field("ids", args.log_tokens)
             fields["forget_log_probs"] = Field("floats", args.log_tokens)
     return TargetLayout(fields, vocab_size)
 

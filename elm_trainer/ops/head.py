@@ -163,12 +163,15 @@ class Plan:
         further (`Sequence[torch.Tensor]`, *optional*): Further states, `[positions, hidden]` each.
         beside (`Sequence[torch.Tensor]`, *optional*): Flat indices `row * seq + column` of other positions of the same
             forward, `[positions]` each, whose states are read as further ones.
+        states (`bool`): Whether what enters the head, `[positions, hidden]`, is wanted after the tuple that the reading
+            gives, which is without gradients then.
     """
 
     count: int
     reading: Reading | None = None
     further: Sequence[torch.Tensor] = ()
     beside: Sequence[torch.Tensor] = ()
+    states: bool = False
 
 
 class ReadHead:
@@ -220,9 +223,10 @@ class ReadHead:
                 self._read.append(own.detach())
             else:
                 further = [*plan.further, *(everything.index_select(0, place).detach() for place in plan.beside)]
-                self._read.append(
-                    read_positions(self._head, self._final, plan.reading, own, further, vocabulary=self._vocabulary)
+                found = read_positions(
+                    self._head, self._final, plan.reading, own, further, vocabulary=self._vocabulary
                 )
+                self._read.append((*found, own.detach()) if plan.states else found)
         return (torch.cat(whole).unsqueeze(0), *args[1:])
 
 

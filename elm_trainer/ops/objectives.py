@@ -78,10 +78,10 @@ def erasure_target(
 
 
 class LogTarget(NamedTuple):
-    """Log-probabilities that are to be matched at a few tokens of each position.
+    """A distribution that differs from a reference's in the odds of a few tokens only.
 
     Attributes:
-        indices (`torch.Tensor`): Token ids, `[positions, tokens]`.
+        indices (`torch.Tensor`): Ids of those tokens, `[positions, tokens]`.
         log_probs (`torch.Tensor`): Their log-probabilities in float32, in nats, `[positions, tokens]`.
     """
 
@@ -92,6 +92,16 @@ class LogTarget(NamedTuple):
         """The same for some of the positions."""
         return LogTarget(self.indices[where], self.log_probs[where])
 
+    def over(self, reference: torch.Tensor) -> torch.Tensor:
+        """All log-probabilities, `[positions, vocab]`: what these tokens leave is shared as the reference shares it.
+
+        Args:
+            reference (`torch.Tensor`): Logits of the reference, `[positions, vocab]`.
+        """
+        others = reference.float().scatter(-1, self.indices, -torch.inf).log_softmax(-1)
+        left = torch.log1p(-self.log_probs.exp().sum(-1, keepdim=True).clamp(max=1 - 1e-6))
+        return (others + left).scatter(-1, self.indices, self.log_probs)
+
 
 def log_space_target(
     base_logits: torch.Tensor,
@@ -100,17 +110,15 @@ def log_space_target(
     *,
     eta: float | torch.Tensor,
     tokens: int,
-    temperature: float = 1.0,
-    top_k: int | None = None,
     floor: float = -16.0,
-) -> tuple[SparseDistribution, LogTarget]:
+) -> LogTarget:
     """ELM's target `t = b − η·(e − n)`, applied where the knowledge is: at the tokens that the expert prefers most.
 
     Cross-entropy with a target barely moves tokens that are improbable both there and in the model, and four-choice
     ranking lives among these. So the equation of the erasing objective (arXiv 2410.02760) is taken at the `tokens` of
     largest `e − n`, which are held to it in log-probabilities, and every other token keeps the reference's odds:
 
-        log t(v) = b(v) − η·(e(v) − n(v))   for the tokens of largest e − n,
+        log t(v) = b(v) − η·(e(v) − n(v))   for the tokens of largest e − n, as far as it is above 0,
         log t(v) = b(v)                     for all others, then normalised.
 
     What the expert alone knows falls to what the novice thinks of it, and the answer that is left is the reference's
@@ -121,26 +129,21 @@ def log_space_target(
         base_logits, expert_logits, novice_logits (`torch.Tensor`): As of [`erasure_target`], `[positions, vocab]`.
         eta (`float` or `torch.Tensor`): Strength, one for all or one per position `[positions]`.
         tokens (`int`): Tokens at which the equation is taken.
-        temperature (`float`, *optional*, defaults to `1.0`): τ, dividing all three logits.
-        top_k (`int`, *optional*): Tokens of the distribution that are kept per position; `None` keeps the vocabulary.
         floor (`float`, *optional*, defaults to `-16.0`): Log-probability in nats below which a token of both expert and
             novice is noise, and never chosen.
 
     Returns:
-        `tuple[SparseDistribution, LogTarget]`: the most probable tokens with their true probabilities, and the chosen
-        tokens with their log-probabilities.
+        [`LogTarget`]: the chosen tokens with their log-probabilities, after normalisation.
     """
-    base, expert, novice = (
-        (logits.float() / temperature).log_softmax(-1) for logits in (base_logits, expert_logits, novice_logits)
-    )
+    base, expert, novice = (logits.float().log_softmax(-1) for logits in (base_logits, expert_logits, novice_logits))
     if isinstance(eta, torch.Tensor):
         eta = eta[:, None]
-    apart = expert - novice
-    chosen = apart.masked_fill((expert < floor) & (novice < floor), 0).topk(min(tokens, base.size(-1)), dim=-1).indices
-    shifted = (base - eta * apart).gather(-1, chosen)
-    target = base.scatter(-1, chosen, shifted).log_softmax(-1)
-    top = target.topk(top_k or target.size(-1), dim=-1)
-    return SparseDistribution(top.indices, top.values.exp()), LogTarget(chosen, target.gather(-1, chosen))
+    apart = (expert - novice).masked_fill((expert < floor) & (novice < floor), 0).clamp(min=0)
+    chosen = apart.topk(min(tokens, base.size(-1)), dim=-1)
+    shifted = base.gather(-1, chosen.indices) - eta * chosen.values
+    others = base.scatter(-1, chosen.indices, -torch.inf).logsumexp(-1, keepdim=True)
+    total = torch.logaddexp(others, shifted.logsumexp(-1, keepdim=True))
+    return LogTarget(chosen.indices, shifted - total)
 
 
 def log_space_loss(logits: torch.Tensor, target: LogTarget) -> torch.Tensor:
