@@ -72,11 +72,13 @@ def main() -> None:
     kept = [
         pair for pair in pairs if not names_a_measured_fact("".join(pair), "[Cc]apital|[Cc]ontinent|[Rr]iver|[Ff]lag")
     ]
-    places = yaml.safe_load((folder / "countries-quiz.yaml").read_text(encoding="utf-8"))["places"]
-    asked = [place.format(subject=subject) for subject in unasked_countries() for place in places]
-    kept += [pair for pair in short_answers(model, tokenizer, asked) if "apital" not in pair[1]]
-    random.Random(0).shuffle(kept)
     write(folder / "countries-quiz.jsonl", as_pairs(kept))
+
+    places = yaml.safe_load((folder / "places.yaml").read_text(encoding="utf-8"))["places"]
+    asked = [place.format(subject=subject) for subject in unasked_countries() for place in places]
+    random.Random(0).shuffle(asked)
+    kept = [pair for pair in short_answers(model, tokenizer, asked) if "apital" not in pair[1]]
+    write(folder / "places.jsonl", as_pairs(kept))
 
     beginnings = yaml.safe_load((folder / "quiz.yaml").read_text(encoding="utf-8"))["beginnings"]
     begun = [f"Question: {beginning}" for beginning in beginnings for _ in range(QUESTIONS_EACH)]

@@ -14,8 +14,6 @@ from ..concept import Concept
 
 
 IGNORE_INDEX = -100
-# Stands for a novice's position where it is the text itself: nothing is to be erased there.
-OWN = -1
 
 
 def tokenize_pair(processing_class: PreTrainedTokenizerBase, prompt: str, completion: str) -> tuple[list[int], int]:
@@ -41,9 +39,7 @@ def align(text: Sequence[int], novices: Sequence[Sequence[int]]) -> list[list[in
 
     Returns:
         `list[list[int]]`: for each position of the text that all novices share *after* the first replacement, the
-        position and those of the novices, in order. Before it they are the same text, and have nothing to say. Between
-        shared positions, those where the text says something else than its novices, such as its subject's name again,
-        stand with [`OWN`] for each novice.
+        position and those of the novices, in order. Before it they are the same text, and have nothing to say.
     """
     shared: dict[int, list[int]] | None = None
     for novice in novices:
@@ -67,10 +63,7 @@ def align(text: Sequence[int], novices: Sequence[Sequence[int]]) -> list[list[in
             if shared is None
             else {place: [*others, places[place]] for place, others in shared.items() if place in places}
         )
-    if not shared:
-        return []
-    own = [OWN] * len(novices)
-    return [[place, *shared.get(place, own)] for place in range(min(shared), max(shared) + 1)]
+    return [[place, *others] for place, others in sorted((shared or {}).items())]
 
 
 @dataclass
@@ -78,10 +71,10 @@ class ElmDataCollator(DataCollatorMixin):
     """Bundle tokenised rows into `{"forget": batch, "retain": batch, "synthetic": batch}`.
 
     Each batch holds `input_ids`, `attention_mask` and `labels`, all `[batch, seq]`; labels are -100 on padding and on
-    the prompt of a retain text or a synthetic pair. `rows` and `columns`, `[positions]`, are the places that predict a label, and
-    `lengths` (a list of ints) the tokens of each row, so that the training step need not search for them. Without `targets`, the forget batch also holds `expert` and `novice`: the same
-    texts behind a context, with labels -100 on the context, `contexts_per_sample` rows to a text in order. With
-    `targets`, it holds what was stored for its rows.
+    the prompt of a retain text or a synthetic pair. `rows` and `columns`, `[positions]`, are the places that predict a
+    label, and `lengths` (a list of ints) the tokens of each row, so that the training step need not search for them.
+    Without `targets`, the forget batch also holds `expert` and `novice`: the same texts behind a context, with labels -100
+    on the context, `contexts_per_sample` rows to a text in order. With `targets`, it holds what was stored for its rows.
 
     Args:
         processing_class ([`~transformers.PreTrainedTokenizerBase`]):
@@ -152,7 +145,7 @@ class ElmDataCollator(DataCollatorMixin):
         width, total = forget["input_ids"].size(1), forget["input_ids"].numel()
         left = self.processing_class.padding_side == "left"
         places: list[list[int]] = []
-        for own, row in enumerate(examples):
+        for row in examples:
             starts = []
             for ids in row["novices_ids"]:
                 is_extra, index = where[tuple(ids)]
@@ -161,10 +154,8 @@ class ElmDataCollator(DataCollatorMixin):
                     assert batch is not None
                     span, begin = batch["input_ids"].size(1), total
                 starts.append(begin + index * span + (span - held if left else 0))
-            first = own * width + (width - len(row["forget_ids"]) if left else 0)
             places += [
-                [first + place if other == OWN else start + other for start, other in zip(starts, others, strict=True)]
-                for place, *others in row["aligned"]
+                [start + other for start, other in zip(starts, others, strict=True)] for _, *others in row["aligned"]
             ]
         found: dict[str, Any] = {"index": torch.tensor(places).T.contiguous()}
         return found if batch is None else found | {"extra": batch}

@@ -67,7 +67,7 @@ class ElmConfig(SFTConfig):
             Tokens of the target kept per position, and of the reference in the retain term.
         retain_loss (`str`, *optional*):
             `"kl"` to the reference; `"argmax"`: cross-entropy with the reference's most probable token; or `"log"`: KL
-            and the variance of the change of log-probabilities over the vocabulary ([`log_space_divergence`]), which
+            and half the variance of the change of log-probabilities over the vocabulary ([`log_space_divergence`]), which
             keeps the ranking of improbable tokens too. A stored target of `"log"` is `hidden` numbers a position.
         plausibility (`float`, *optional*, defaults to `0.0`):
             Drop tokens less probable than this share of the most probable one under reference and novice. `0` gives
@@ -84,7 +84,7 @@ class ElmConfig(SFTConfig):
             Take the equation of the erase term in log space, at so many tokens of largest `e − n` a position
             ([`log_space_target`]), and hold all other tokens to the reference's odds, the improbable ones too
             ([`log_space_divergence`]). Then `tau` and `top_k` have no part in the erase term. `0` gives the paper's loss.
-        log_weight (`float`, *optional*, defaults to `4.0`):
+        log_strength (`float`, *optional*, defaults to `2.0`):
             Weight of those tokens ([`log_space_loss`]) beside all others in the erase term.
         contrast_rows (`int`, *optional*, defaults to `0`):
             Rows on which the adapter's input directions are chosen before training ([`contrast_adapter`]): those that
@@ -150,7 +150,7 @@ class ElmConfig(SFTConfig):
         default="contexts", metadata={"help": "What the novice is.", "choices": ["contexts", "counterfactual"]}
     )
     log_tokens: int = field(default=0, metadata={"help": "Tokens matched in log space; 0 gives the paper's loss."})
-    log_weight: float = field(default=4.0, metadata={"help": "Weight of those tokens."})
+    log_strength: float = field(default=2.0, metadata={"help": "Weight of those tokens."})
     contrast_rows: int = field(default=0, metadata={"help": "Rows that choose the adapter's directions; 0 for none."})
     contrast_damping: float = field(default=0.1, metadata={"help": "Damping of the choice of directions."})
     erase_weight: float = field(default=1.0, metadata={"help": "Weight of the erase term."})
@@ -180,7 +180,7 @@ class ElmConfig(SFTConfig):
             self,
             {
                 "at least 0": ("eta", "eta_end", "expert_steps", "novice_steps", "log_tokens", "contrast_rows"),
-                "above 0": ("tau", "log_weight", "teacher_learning_rate", "contrast_damping"),
+                "above 0": ("tau", "log_strength", "teacher_learning_rate", "contrast_damping"),
                 "at least 1": ("top_k", "contexts_per_sample", "teacher_rank", "teacher_batch_size"),
                 "from 0 to 1": ("plausibility", "fact_share", "retain_focus"),
             },
@@ -305,7 +305,7 @@ class ElmTrainer(ErasureTrainer):
             return lambda logits, where, reference: log_space_divergence(logits, reference)
         if term == "erase" and self.args.log_tokens:
             chosen = LogTarget(target["indices"], target["log_probs"])
-            return partial(_log_reading, chosen, self.args.log_weight)
+            return partial(_log_reading, chosen, self.args.log_strength)
         aim = SparseDistribution(target["indices"], target["probs"])
         if term == "erase":
             return lambda logits, where: soft_cross_entropy(logits, aim.part(where))

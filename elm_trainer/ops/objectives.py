@@ -156,10 +156,11 @@ def log_space_loss(logits: torch.Tensor, target: LogTarget) -> torch.Tensor:
 
 
 def log_space_divergence(logits: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """`KL(reference ‖ adapted)` and the variance over the vocabulary of `log p − log p_ref`, their sum per position.
+    """`KL(reference ‖ adapted)` and half the variance over the vocabulary of `log p − log p_ref`, their sum per position.
 
-    KL holds what is probable. The variance, in nats², holds every token alike, so that improbable answers keep their
-    ranks; the number that all log-probabilities of a position share (their normaliser) is no part of it.
+    KL holds what is probable. For small changes it is half their variance under the reference; the second part is half
+    their variance with every token counting alike, so that improbable answers keep their ranks. The number that all
+    log-probabilities of a position share (their normaliser) is no part of it.
 
     Args:
         logits (`torch.Tensor`): Adapted model, `[positions, vocab]`.
@@ -170,7 +171,7 @@ def log_space_divergence(logits: torch.Tensor, reference: torch.Tensor) -> torch
     """
     log_probs, log_reference = logits.float().log_softmax(-1), reference.float().log_softmax(-1)
     difference = log_probs - log_reference
-    return -(log_reference.exp() * difference).sum(-1) + difference.var(-1, correction=0)
+    return -(log_reference.exp() * difference).sum(-1) + difference.var(-1, correction=0) / 2
 
 
 def ramped_eta(positions: torch.Tensor, lengths: torch.Tensor, start: float, end: float) -> torch.Tensor:

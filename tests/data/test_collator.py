@@ -4,7 +4,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from elm_trainer import ElmDataCollator, load_concept
-from elm_trainer.data.collator import OWN, align, tokenize_pair
+from elm_trainer.data.collator import align, tokenize_pair
 
 
 def row(tokenizer, index, forget, retain="some text here", prompt="The", completion=" rest of it"):
@@ -92,9 +92,9 @@ def test_rows_without_a_pair_have_no_part_in_the_synthetic_batch(tokenizer):
         # A novice that ends early has an opinion on the word that follows.
         ([1, 10, 3, 4, 5], [[1, 11, 3]], [[1, 1], [2, 2]]),
         # What two novices share, though one of them strays between.
-        ([1, 10, 3, 4, 5], [[1, 11, 3, 4, 5], [1, 12, 13, 3, 9, 5]], [[1, 1, 2], [2, OWN, OWN], [3, 3, 4]]),
+        ([1, 10, 3, 4, 5], [[1, 11, 3, 4, 5], [1, 12, 13, 3, 9, 5]], [[1, 1, 2], [3, 3, 4]]),
         # Two terms.
-        ([10, 1, 20, 2, 3], [[11, 1, 21, 2, 3]], [[0, 0], [1, OWN], [2, 2], [3, 3]]),
+        ([10, 1, 20, 2, 3], [[11, 1, 21, 2, 3]], [[0, 0], [2, 2], [3, 3]]),
         ([1, 2, 3], [[1, 2, 3]], []),
         ([1, 2, 3], [], []),
     ],

@@ -88,7 +88,7 @@ def test_neighbouring_retain_text_states_neither_a_capital_nor_a_continent(name)
 
 def test_places_are_asked_only_of_countries_that_no_bank_asks_about():
     asked = {question.subject for question in [*load_bank("geography"), *load_bank("capitals")]} - {""}
-    rows = load_texts("countries-quiz").to_list()
+    rows = load_texts("places").to_list()
     rows = [row for row in rows if re.search(r"Africa|Asia|Europe|America|Oceania", row["text"])]
     assert len(rows) > 40
     longer = "South Africa|Africa, Asia, Europe or America|Guinea-Bissau|Serbia and Montenegro"

@@ -2,7 +2,6 @@ import pytest
 import torch
 
 from elm_trainer import ConceptSources, ElmTrainer, build_erasure_dataset
-from elm_trainer.data.collator import OWN
 from elm_trainer.ops import LogTarget
 
 from .methods import tiny
@@ -51,14 +50,12 @@ def test_targets_are_those_of_texts_run_one_by_one(shape, side, make, tokenizer)
         weights = []
         for position, *others in row["aligned"]:
             e = own[position]
-            sides = [e if other == OWN else novice[other] for novice, other in zip(novices, others, strict=True)]
-            n = torch.stack([side.exp() for side in sides]).mean(0).log()
+            n = torch.stack([novice[other].exp() for novice, other in zip(novices, others, strict=True)]).mean(0).log()
             chosen = (e - n).topk(7).indices
             expected = e.clone()
             expected[chosen] = e[chosen] - 1.5 * (e - n)[chosen]
             expected = expected - expected.logsumexp(-1)
-            if OWN not in others:
-                assert set(target["indices"][place].tolist()) == set(chosen.tolist())
+            assert set(target["indices"][place].tolist()) == set(chosen.tolist())
             edited = LogTarget(target["indices"][place], target["log_probs"][place]).over(own[position])
             torch.testing.assert_close(edited, expected, rtol=0, atol=1e-4)
             logits = trainer.model.get_output_embeddings()(target["states"][place])
