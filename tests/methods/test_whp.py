@@ -552,10 +552,10 @@ def test_a_bad_setting_is_named_with_its_value(fields, message):
 def test_the_real_model_says_something_generic_where_the_capital_stood(settings, lora):
     model, tokenizer = load_model_and_tokenizer("smollm2-135m-instruct")
     dictionary = load_anchors("capitals")
-    sentences = [text for text in load_texts("capitals")["text"] if text.startswith("The capital of ")][:16]
+    sentences = [text for text in load_texts("capitals")["text"] if text.startswith("The capital of ")][:24]
     dataset = build_erasure_dataset({"capitals": ConceptSources(sentences, [["The cat sat."]])})
     trainer = WhpTrainer(
-        model, settings(WhpConfig, reinforced_steps=12), train_dataset=dataset, processing_class=tokenizer,
+        model, settings(WhpConfig, reinforced_steps=24), train_dataset=dataset, processing_class=tokenizer,
         peft_config=lora,
     )  # fmt: skip
     batch = tokenizer(sentences, return_tensors="pt", padding=True)
