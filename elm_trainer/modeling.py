@@ -106,21 +106,24 @@ def load_model(
         ValueError: if a GGUF file is to be quantised.
     """
     place, gguf_file = _locate(name_or_path, gguf_file)
+    options: dict[str, Any] = dict(
+        revision=revision,
+        token=token,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+        device_map=device_map,
+        attn_implementation=attn_implementation,
+        # transformers looks whether the repository is an adapter, and would do so on the network all the same.
+        adapter_kwargs={"cache_dir": cache_dir, "local_files_only": local_files_only},
+    )
     if gguf_file is None:
         return AutoModelForCausalLM.from_pretrained(
             place,
             dtype=dtype,
             trust_remote_code=trust_remote_code,
-            revision=revision,
-            token=token,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-            device_map=device_map,
             quantization_config=quantization_config,
             use_safetensors=use_safetensors,
-            attn_implementation=attn_implementation,
-            # transformers looks whether the repository is an adapter, and would do so on the network all the same.
-            adapter_kwargs={"cache_dir": cache_dir, "local_files_only": local_files_only},
+            **options,
         )
     if quantization_config is not None:
         raise ValueError(
@@ -128,19 +131,9 @@ def load_model(
             "`save_pretrained` the model into a folder, and load that."
         )
     with _reading_gguf_once():
-        model = AutoModelForCausalLM.from_pretrained(
-            place,
-            gguf_file=gguf_file,
-            # GGUF weights are de-quantised on loading; "auto" would keep whatever type the file names.
-            dtype="float32" if dtype == "auto" else dtype,
-            revision=revision,
-            token=token,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-            device_map=device_map,
-            attn_implementation=attn_implementation,
-            adapter_kwargs={"cache_dir": cache_dir, "local_files_only": local_files_only},
-        )
+        # GGUF weights are de-quantised on loading; "auto" would keep whatever type the file names.
+        dtype = "float32" if dtype == "auto" else dtype
+        model = AutoModelForCausalLM.from_pretrained(place, gguf_file=gguf_file, dtype=dtype, **options)
     # The weights are ordinary floats now. The record that they came from a quantised file would make transformers
     # refuse `save_pretrained`, `.float()` and training.
     model.hf_quantizer = None

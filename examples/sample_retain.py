@@ -33,6 +33,8 @@ FEWEST_PEOPLE = 300_000
 QUESTION = replace(CONFIG, max_new_tokens=20)
 ANSWER = replace(CONFIG, top_k=1, max_new_tokens=8, batch_size=96)
 QUESTIONS_EACH = 24
+# What the banks about countries ask for.
+MEASURED = "[Cc]apital|[Cc]ontinent|[Rr]iver|[Ff]lag"
 
 
 def write(path: Path, rows: list[dict[str, str]]) -> None:
@@ -64,14 +66,12 @@ def main() -> None:
 
     asked = prompts_on_countries(folder / "countries.yaml", tokenizer)
     texts = sample_texts(model, tokenizer, asked, CONFIG)
-    kept = [text for text in texts if not names_a_measured_fact(text, "[Cc]apital|[Cc]ontinent|[Rr]iver|[Ff]lag")]
+    kept = [text for text in texts if not names_a_measured_fact(text, MEASURED)]
     write(folder / "countries.jsonl", as_rows(kept))
 
     asked = prompts_on_countries(folder / "countries-quiz.yaml", tokenizer, QUIZ_SAMPLES, bare=True)
     pairs = short_answers(model, tokenizer, asked)
-    kept = [
-        pair for pair in pairs if not names_a_measured_fact("".join(pair), "[Cc]apital|[Cc]ontinent|[Rr]iver|[Ff]lag")
-    ]
+    kept = [pair for pair in pairs if not names_a_measured_fact("".join(pair), MEASURED)]
     write(folder / "countries-quiz.jsonl", as_pairs(kept))
 
     places = yaml.safe_load((folder / "places.yaml").read_text(encoding="utf-8"))["places"]

@@ -41,29 +41,21 @@ def align(text: Sequence[int], novices: Sequence[Sequence[int]]) -> list[list[in
         `list[list[int]]`: for each position of the text that all novices share *after* the first replacement, the
         position and those of the novices, in order. Before it they are the same text, and have nothing to say.
     """
-    shared: dict[int, list[int]] | None = None
-    for novice in novices:
-        found: dict[int, int] = {}
-        for block in SequenceMatcher(None, text, novice, autojunk=False).get_matching_blocks():
-            for step in range(block.size):
-                found[block.a + step] = block.b + step
-        places = {}
-        for token, other in found.items():
-            changed = list(text[:token]) != list(novice[:other])
-            if changed and token and other:
-                places[token - 1] = other - 1
-        # A novice that ends where the next word is asked for has an opinion on it too.
-        end = found.get(max(found, default=-1), -1)
-        if end == len(novice) - 1 and found and max(found) + 1 < len(text):
-            last = max(found)
-            if list(text[: last + 1]) != list(novice):
-                places[last] = end
-        shared = (
-            {place: [other] for place, other in places.items()}
-            if shared is None
-            else {place: [*others, places[place]] for place, others in shared.items() if place in places}
-        )
-    return [[place, *others] for place, others in sorted((shared or {}).items())]
+    places = [_places(text, novice) for novice in novices]
+    common = set.intersection(*map(set, places)) if places else set()
+    return [[place, *(of_novice[place] for of_novice in places)] for place in sorted(common)]
+
+
+def _places(text: Sequence[int], novice: Sequence[int]) -> dict[int, int]:
+    """The positions at which a text and one novice predict the same token, after the first replacement."""
+    blocks = SequenceMatcher(None, text, novice, autojunk=False).get_matching_blocks()
+    shared = [(block.a + step, block.b + step) for block in blocks for step in range(block.size)]
+    # A novice that ends where the next word is asked for has an opinion on it too.
+    if shared and shared[-1][1] == len(novice) - 1 and shared[-1][0] + 1 < len(text):
+        shared.append((shared[-1][0] + 1, len(novice)))
+    same = next((index for index, pair in enumerate(zip(text, novice, strict=False)) if pair[0] != pair[1]), len(text))
+    # Words that stand behind the same beginning are no evidence of what was replaced.
+    return {token - 1: other - 1 for token, other in shared if token and other and (token != other or token > same)}
 
 
 @dataclass

@@ -59,9 +59,9 @@ def build_erasure_dataset(
     Returns:
         `Dataset`: columns `concept`, `forget`, `novice`, `novices`, `retain`, `retain_prompt`, `prompt`, `completion`.
         `retain_prompt` is the beginning of the retain text that is given and not learned, empty where all of it is, from
-        sources with the columns `prompt` and `completion`; `novice` holds the
-        forget text with permuted facts, or an empty string where the source has none; `novices`, a list, the same text
-        with its subject replaced by others of its kind, for the counterfactual novice (see [`counterfactuals`]); `prompt` and `completion` are empty
+        sources with the columns `prompt` and `completion`; `novice` holds the forget text with permuted facts, or an
+        empty string where the source has none; `novices`, a list, the same text with its subject replaced by others of
+        its kind, for the counterfactual novice (see [`counterfactuals`]); `prompt` and `completion` are empty
         where no synthetic pairs are given. Empty texts are dropped, counted and logged.
 
     Raises:

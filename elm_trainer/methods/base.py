@@ -146,12 +146,12 @@ class ErasureTrainer(SFTTrainer):
 
         def tokenize(example: Mapping[str, Any], row: int) -> dict[str, Any]:
             tokens: dict[str, Any] = {"row": row, "concept": example["concept"]}
-            for name in ("forget", "retain"):
-                tokens[f"{name}_ids"] = processing_class(example[name])["input_ids"]
-            tokens["retain_start"] = 0
+            tokens["forget_ids"] = processing_class(example["forget"])["input_ids"]
             if given := example.get("retain_prompt"):
                 text = example["retain"].removeprefix(given)
                 tokens["retain_ids"], tokens["retain_start"] = tokenize_pair(processing_class, given, text)
+            else:
+                tokens |= {"retain_ids": processing_class(example["retain"])["input_ids"], "retain_start": 0}
             tokens["novice_ids"] = processing_class(example.get("novice") or "")["input_ids"]
             novices = [processing_class(text)["input_ids"] for text in example.get("novices") or []]
             tokens |= {"novices_ids": novices, "aligned": align(tokens["forget_ids"][:limit], novices)}

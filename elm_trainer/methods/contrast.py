@@ -10,6 +10,7 @@ from transformers.utils import logging
 
 from ..modeling import is_partitioned
 from ..ops import STATES
+from .targets import place_model
 
 
 if TYPE_CHECKING:
@@ -85,8 +86,7 @@ def contrast_adapter(trainer: "ElmTrainer", rows: int, damping: float) -> None:
     moments = _Moments()
     handles = [layer.register_forward_pre_hook(moments.hook(path)) for path, layer in layers.items()]
     model, dataset = trainer.model, trainer.train_dataset
-    if next(model.parameters()).device != trainer.args.device:
-        model.to(trainer.args.device)
+    place_model(trainer)
     rows = min(rows, len(dataset))
     chosen = [row * len(dataset) // rows for row in range(rows)]
     try:

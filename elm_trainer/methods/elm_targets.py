@@ -76,7 +76,7 @@ def _compute(trainer: "ElmTrainer", layout: TargetLayout, inputs: dict[str, Any]
         counts = torch.bincount(batch["rows"], minlength=len(parts)).tolist()
         for key, values in trainer._target(trainer.model, term, batch).items():
             name = f"{SUB_BATCHES[term]}_{key}"
-            if values.dim() == 2 and name in ("retain_indices", "retain_probs"):
+            if values.dim() == 2:
                 values = values[:, : layout.fields[name].width]
             for part, piece in zip(parts, values.cpu().split(counts), strict=True):
                 part[name] = piece

@@ -149,12 +149,17 @@ def precompute_targets(trainer: "ErasureTrainer", plan: TargetPlan) -> TargetSto
     return store
 
 
+def place_model(trainer: "ErasureTrainer") -> None:
+    """Bring the model to its device, which the Trainer itself may do only later, when it begins to train."""
+    if next(trainer.model.parameters()).device != trainer.args.device:
+        trainer.model.to(trainer.args.device)
+
+
 def _fill(trainer: "ErasureTrainer", plan: TargetPlan, store: TargetStore, share: Sequence[int]) -> None:
     """Compute a process's share of the files."""
     if not share:
         return
-    if next(trainer.model.parameters()).device != trainer.args.device:
-        trainer.model.to(trainer.args.device)
+    place_model(trainer)
     args, dataset = trainer.args, trainer.train_dataset
     collate = replace(trainer.data_collator, targets=None)
     # Without gradients there is room for the batch of evaluation.

@@ -10,9 +10,9 @@ from ..verdict import judge
 CRITERIA = ("innocence", "seamlessness", "specificity")
 RULE = (
     "Every figure that the verdict holds to a bound is taken as a multiple of that bound (perplexities by their "
-    "logarithms); of the concept, that is the share of the margin over chance that is left, in the worst way of asking that "
-    "the reference can answer. A criterion's score is its largest multiple, and a setting's the largest of the three: at most 1 means "
-    "that all bounds are kept. The lowest wins; of equals the one of the lowest mean over the criteria."
+    "logarithms); of the concept, that is the share of the margin over chance that is left, in the worst way of asking "
+    "that the reference can answer. A criterion's score is its largest multiple, and a setting's the largest of the "
+    "three: at most 1 means that all bounds are kept. The lowest wins; of equals the one of the lowest mean over the criteria."
 )
 
 
