@@ -55,15 +55,21 @@ def generation_inputs(
 
 @contextmanager
 def generating(model: PreTrainedModel | PeftModel) -> Iterator[None]:
-    """While this holds, `generate` works under FSDP too, whose weights outside the layers only `forward` would gather."""
-    if not isinstance(model, FSDPModule):
-        yield
-        return
-    register_fsdp_forward_method(model, "generate")
+    """While this holds, `generate` works under FSDP too, whose weights outside the layers only `forward` would gather, and
+    what the head reads lies in one block: torch would multiply a slice of the states row by row with a head that needs no
+    gradient, and copy its weights for every row.
+    """
+    head = model.get_output_embeddings()
+    handle = head.register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
+    sharded = isinstance(model, FSDPModule)
+    if sharded:
+        register_fsdp_forward_method(model, "generate")
     try:
         yield
     finally:
-        del model.generate  # the instance's; the method of the class is left
+        handle.remove()
+        if sharded:
+            del model.generate  # the instance's; the method of the class is left
 
 
 def _shared(rows: Sequence[list[int]]) -> int:

@@ -99,3 +99,13 @@ def test_a_model_with_a_cache_of_its_own_choice_keeps_it(tiny_model, tokenizer):
 
     assert "past_key_values" not in generation_inputs(tiny_model, [[1, 2, 3, 4, 5], [1, 2, 3, 4, 5]], 0, 4)
     assert len(generate(tiny_model, tokenizer, PROMPTS, max_new_tokens=2)) == 3
+
+
+def test_no_row_gets_a_copy_of_a_frozen_head(tokenizer):
+    """A product of a slice of the states, row by row, with weights that need no gradient copies these for every row."""
+    model = sharpened(tiny("llama", len(tokenizer))).requires_grad_(False)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profiler:
+        generate(model, tokenizer, PROMPTS, max_new_tokens=2)
+    largest = [max((len(s) == 3 and s[-1] for s in event.input_shapes), default=0) for event in profiler.events()]
+    products = [e.input_shapes for e, size in zip(profiler.events(), largest, strict=True) if size == len(tokenizer)]
+    assert not [shapes for shapes in products if len(shapes) > 1 and shapes[1][:1] == [len(PROMPTS)]]
