@@ -6,11 +6,10 @@ from dataclasses import MISSING, Field, asdict, fields
 from enum import Enum
 from typing import Any
 
-from transformers import TrainingArguments
+from trl import SFTConfig
 
 from ..data.questions import Question
 from ..evaluation.report import check_report
-from ..methods.elm import ElmConfig
 from .answers import mask_answers
 from .info import BaseModel
 
@@ -28,10 +27,12 @@ _ATTACKS = (*_SHARED, "chance", "worst_case", "families", "curves", "attacks", "
 
 # Settings of this machine, its trackers and its Hub account: they do not change what is learned.
 _OF_THE_MACHINE = re.compile(
-    r"(hub_|push_to_hub|logging_|log_|save_|trackio_|ddp_|fsdp|deepspeed|accelerator_config|parallelism_config).*"
+    r"(hub_|push_to_hub|logging_|log_level|log_on_|save_|trackio_|ddp_|fsdp|deepspeed|accelerator_config|parallelism_config).*"
     r"|report_to|run_name|project|disable_tqdm|local_rank|resume_from_checkpoint|overwrite.*|adapter|reference|debug"
     r"|(.*_)?(token|secret|password|key)"
 )
+# The seed, and fields of TRL's config whose default some method changes.
+ALWAYS = ("seed", "learning_rate", "lr_scheduler_type", "max_grad_norm", "max_steps", "per_device_train_batch_size")
 _PATH = re.compile(
     r"(\.{1,2})?/|~|\\\\|file:|[A-Za-z]:[/\\]"
     r"|.*\.(jsonl?|txt|csv|tsv|parquet|ya?ml|gguf|bin|pt|pth|safetensors|jinja|py)$",
@@ -46,14 +47,13 @@ def published_report(
     method: str,
     attacks: Mapping[str, Any] | None = None,
     recipe: Mapping[str, Any] | None = None,
-    config_class: type[TrainingArguments] = ElmConfig,
     questions: Sequence[Question] = (),
 ) -> dict[str, Any]:
     """Turn the local reports into the one that is published.
 
-    Only known keys go up. Of the recipe, what has no influence on the adapter is left out, and so are fields at the
-    default of `config_class`; a source that is a file here reads `(local file)`: the SHA-256 of its texts stands in
-    `datasets`. Samples lose the right answer, and where a model gives it, it is masked with `▇▇▇`.
+    Only known keys go up. Of the recipe, what has no influence on the adapter is left out, and so are fields at TRL's
+    default; all that a method adds or changes stays, whatever the method. A source that is a file here reads
+    `(local file)`: the SHA-256 of its texts stands in `datasets`. Samples lose the right answer, and where a model gives it, it is masked with `▇▇▇`.
 
     Args:
         report (`Mapping`): The evaluation report.
@@ -61,7 +61,6 @@ def published_report(
         method (`str`): Trainer that made the adapter, such as `"ElmTrainer"`.
         attacks (`Mapping`, *optional*): The attack report on the same models.
         recipe (`Mapping`, *optional*): Settings of the training. The report's own `recipe` by default.
-        config_class (`type`, *optional*, defaults to [`ElmConfig`]): Class of the training arguments.
         questions (`Sequence[Question]`, *optional*): Questions whose aliases of a right answer are masked too.
 
     Returns:
@@ -109,7 +108,7 @@ def published_report(
         "concepts": concepts,
         "method": method,
         "base_model": asdict(base_model),
-        "recipe": _public_recipe(recipe, base_model, concepts, config_class),
+        "recipe": _public_recipe(recipe, base_model, concepts),
         "attacks": None if attacks is None else _public_attacks(attacks),
     }
 
@@ -120,13 +119,11 @@ def _masked(sample: Mapping[str, str], aliases: Sequence[str]) -> dict[str, str]
     return {"prompt": sample["prompt"]} | said
 
 
-def _public_recipe(
-    recipe: Mapping[str, Any], base_model: BaseModel, concepts: Sequence[str], config_class: type[TrainingArguments]
-) -> dict[str, Any]:
-    defaults = {field.name: _default(field) for field in fields(config_class)}
+def _public_recipe(recipe: Mapping[str, Any], base_model: BaseModel, concepts: Sequence[str]) -> dict[str, Any]:
+    defaults = {field.name: _default(field) for field in fields(SFTConfig) if field.name not in ALWAYS}
     public: dict[str, Any] = {}
     for name, value in recipe.items():
-        kept = name in ("seed", "preset") or name not in defaults or value != defaults[name]
+        kept = name not in defaults or value != defaults[name]
         if kept and value is not None and not _OF_THE_MACHINE.fullmatch(name):
             public[name] = _without_paths(value)
     public |= {"model": base_model.id, "model_revision": base_model.revision}

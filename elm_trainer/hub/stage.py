@@ -13,13 +13,12 @@ import torch
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from safetensors import SafetensorError
 from safetensors.torch import load, save
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainingArguments
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..data.questions import Question
 from ..evaluation.plots import plot_attacks, plot_inside, plot_report
 from ..evaluation.report import adapter_fingerprint, check_report, write_json
 from ..methods.base import RUN_FILE
-from ..methods.elm import ElmConfig
 from .adapter_config import check_adapter_config
 from .changed_tokenizer import tokenizer_changed
 from .errors import UnsafeAdapterError
@@ -48,7 +47,6 @@ def stage_adapter(
     base_tokenizer: PreTrainedTokenizerBase | None = None,
     method: str | None = None,
     recipe: Mapping[str, Any] | None = None,
-    config_class: type[TrainingArguments] = ElmConfig,
     questions: Sequence[Question] = (),
 ) -> Path:
     """Write the folder that goes up, all but its card.
@@ -68,7 +66,6 @@ def stage_adapter(
         method (`str`, *optional*): Trainer that made the adapter. Read from `erasure_run.json` in the adapter's folder or
             the one above by default.
         recipe (`Mapping`, *optional*): Settings of the training. The report's own `recipe` by default.
-        config_class (`type`, *optional*, defaults to [`ElmConfig`]): Class of the training arguments.
         questions (`Sequence[Question]`, *optional*): Questions whose aliases of a right answer are masked in samples.
 
     Returns:
@@ -88,9 +85,8 @@ def stage_adapter(
     _check_measured(tensors, config, report)
     method = method or _method_of(adapter)
     published = published_report(
-        report, base_model=base_model, method=method, attacks=attacks, recipe=recipe, config_class=config_class,
-        questions=questions,
-    )  # fmt: skip
+        report, base_model=base_model, method=method, attacks=attacks, recipe=recipe, questions=questions
+    )
     tokenizer = _changed_tokenizer(adapter, base_tokenizer)
     public_config = _published_config(config, base_model)
     # What `load_erased` would refuse is not published.

@@ -1,15 +1,18 @@
 import copy
+import dataclasses
 import json
 
 import pytest
+from trl import SFTConfig
 
 from elm_trainer import compare_reports, read_report
 from elm_trainer.data.questions import Question
 from elm_trainer.evaluation.plots import plot_attacks, plot_report
 from elm_trainer.evaluation.report import write_json
 from elm_trainer.evaluation.tables import write_markdown
-from elm_trainer.hub.published_report import published_report
+from elm_trainer.hub.published_report import ALWAYS, published_report
 
+from ..methods.methods import METHODS
 from .reports import BASE, RECIPE
 
 
@@ -59,10 +62,31 @@ def test_the_recipe_repeats_the_run_and_names_nothing_of_the_machine(report):
         "lora_targets": "all-linear",
         "output_dir": "outputs/capitals",
         "learning_rate": 1e-3,
+        "lr_scheduler_type": "linear",
         "eta": 1.5,
         "preset": "paper",
         "seed": 7,
     }
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_published_recipe_gives_back_every_setting_of_any_method(report, name, changed):
+    config_class = METHODS[name].config
+    own = {f.name: f.default for f in dataclasses.fields(config_class) if f.name not in SFTConfig.__dataclass_fields__}
+    # Where its targets lie is the machine's business.
+    own = {field: value for field, value in own.items() if isinstance(value, (int, float)) and value is not None}
+    settings = {field: value + 1 if changed and type(value) is not bool else value for field, value in own.items()}
+    settings |= {"learning_rate": config_class.__dataclass_fields__["learning_rate"].default}
+    recipe = publish(report, recipe={"seed": 0, "forget": ["capitals"], **settings})["recipe"]
+    assert {field: recipe.get(field) for field in settings} == settings
+
+
+def test_methods_change_no_other_default_of_trl_than_those_that_are_always_published():
+    for method in METHODS.values():
+        theirs, ours = (config.__dataclass_fields__ for config in (SFTConfig, method.config))
+        changed = {name for name in theirs if ours[name].default != theirs[name].default}
+        assert changed <= set(ALWAYS)
 
 
 def test_nothing_of_the_machine_is_left_anywhere(report, local):
@@ -115,14 +139,6 @@ def test_another_recipe_can_stand_in(report):
     with pytest.raises(ValueError, match="`recipe` has no `seed`.*pass its settings"):
         publish(report)
     assert publish(report, recipe=RECIPE | {"seed": 3})["recipe"]["seed"] == 3
-
-
-def test_a_default_of_the_configs_own_class_is_left_out(report):
-    report["recipe"] |= {"learning_rate": 5e-5, "retain_weight": 1.0, "eta": None}
-    assert not {"learning_rate", "retain_weight", "eta"} & set(publish(report)["recipe"])
-    # The default of TRL's class is none of ELM's.
-    report["recipe"]["learning_rate"] = 2e-5
-    assert publish(report)["recipe"]["learning_rate"] == 2e-5
 
 
 @pytest.mark.parametrize(
