@@ -91,7 +91,7 @@ class ErasureTrainer(SFTTrainer):
                 f"`hub_strategy` is {args.hub_strategy.value!r}, which uploads checkpoints as they are, without report "
                 "and checks: use 'end', and `push_to_hub()` after the evaluation."
             )
-        for name, dataset in [*_named("train_dataset", train_dataset), *_named("eval_dataset", eval_dataset)]:
+        for name, dataset in [*named("train_dataset", train_dataset), *named("eval_dataset", eval_dataset)]:
             check_columns(name, dataset)
         if self._needs_adapter or peft_config is not None or isinstance(model, PeftModel):
             check_adapter(model, peft_config)
@@ -390,10 +390,23 @@ class ErasureTrainer(SFTTrainer):
         return self._counted_parameters
 
     def log(self, logs, start_time=None):
-        mode = "train" if self.model.training else "eval"
-        self._metrics[mode].update(self._mean_terms(mode))
-        self._totals[mode].clear()
+        if self.model.training:
+            self._metrics["train"].update(self._mean_terms("train"))
+            self._totals["train"].clear()
         super().log(logs, start_time)
+
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ):
+        # The terms go where the loss goes, so that each of several datasets has its own, in the log and among the metrics
+        # that choose the best checkpoint.
+        self._totals["eval"].clear()
+        output = super().evaluation_loop(
+            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
+        )
+        for name, [mean] in self._mean_terms("eval").items():
+            output.metrics[f"{metric_key_prefix}_{name}"] = mean
+        return output
 
     def _mean_terms(self, mode: str) -> dict[str, list[float]]:
         totals = self._totals[mode]
@@ -626,12 +639,18 @@ def kl_reading(logits: torch.Tensor, where: slice, reference: torch.Tensor) -> t
     return kl_divergence(logits, reference)
 
 
-def batch_mean(values: torch.Tensor, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Mean over the texts of a sub-batch of the mean over each text's positions, of `values` `[positions]`."""
-    return text_mean(values, batch["rows"], batch["input_ids"].size(0))
+def batch_mean(values: torch.Tensor, batch: Mapping[str, torch.Tensor], rows: int | None = None) -> torch.Tensor:
+    """Mean over the texts of a sub-batch of the mean over each text's positions, of `values` `[positions]`.
+
+    With `rows`, that of the whole batch, rows without a text in this sub-batch count as 0. So the mean over micro-batches or
+    processes is the same however rows are split among them.
+    """
+    texts = batch["input_ids"].size(0)
+    return text_mean(values, batch["rows"], texts) * (texts / (rows or texts))
 
 
-def _named(name: str, dataset: Any) -> list[tuple[str, Any]]:
+def named(name: str, dataset: Any) -> list[tuple[str, Any]]:
+    """A dataset, or each of several, with the name to call it by in a message."""
     if dataset is None:
         return []
     if isinstance(dataset, dict):

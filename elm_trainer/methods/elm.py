@@ -31,7 +31,7 @@ from ..ops import (
     soft_cross_entropy,
     top_k_distribution,
 )
-from .base import ErasureTrainer, batch_mean, check_columns, check_fields, nll_reading, weighted_batches
+from .base import ErasureTrainer, batch_mean, check_columns, check_fields, named, nll_reading, weighted_batches
 from .contrast import contrast_adapter
 from .elm_targets import elm_target_plan
 from .teachers import Teacher
@@ -211,7 +211,8 @@ class ElmConfig(SFTConfig):
 class ElmTrainer(ErasureTrainer):
     """Trainer for Erasure of Language Memory (ELM).
 
-    `Loss = λe·erase + λr·retain + λc·consistency`, each the mean over texts of the mean over their positions:
+    `Loss = λe·erase + λr·retain + λc·consistency`, each the mean over rows of the mean over their text's positions (0 for a
+    row without a synthetic pair):
     soft cross-entropy with [`erasure_target`] on forget text (with `log_tokens`: [`log_space_divergence`] and
     [`log_space_loss`] to [`log_space_target`]); KL, argmax cross-entropy or [`log_space_divergence`] to the reference on
     retain text; negative log-likelihood of the completion of synthetic pairs.
@@ -259,7 +260,7 @@ class ElmTrainer(ErasureTrainer):
         if data_collator is None:
             data_collator = ElmDataCollator(
                 processing_class,
-                concepts=None if args.expert_steps or counterfactual else _concepts(args, train_dataset),
+                concepts=None if args.expert_steps or counterfactual else _concepts(args, train_dataset, eval_dataset),
                 counterfactual=counterfactual,
                 contexts_per_sample=args.contexts_per_sample,
                 pad_to_multiple_of=args.pad_to_multiple_of,
@@ -267,6 +268,12 @@ class ElmTrainer(ErasureTrainer):
             )
         self._teachers: dict[str, Teacher] = {}
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)
+        self._pairs = self.train_dataset is not None and any(map(len, self.train_dataset["synthetic_ids"]))
+        if args.consistency_weight and self.train_dataset is not None and not self._pairs:
+            logger.warning(
+                f"`consistency_weight` is {args.consistency_weight}, but no row of the dataset has a synthetic pair (columns "
+                "`prompt` and `completion`), so there is no consistency term: add pairs, or set it to 0."
+            )
         if stored := self.precompute(elm_target_plan(self)):
             self.data_collator.targets = stored
         if args.contrast_rows and self.train_dataset is not None:
@@ -293,7 +300,11 @@ class ElmTrainer(ErasureTrainer):
             batch, moved = batches["retain"], values["retain"].detach().clamp(min=1e-6)
             weights_of = position_weights(moved, batch["rows"], batch["input_ids"].size(0), self.args.retain_focus)
             values["retain"] = values["retain"] * weights_of
-        terms = {term: batch_mean(value, batches[term]) for term, value in values.items()}
+        rows = inputs["forget"]["input_ids"].size(0)
+        terms = {term: batch_mean(value, batches[term], rows) for term, value in values.items()}
+        if self._pairs and weights["consistency"] and "consistency" not in terms:
+            # Logged as it counts: a batch without pairs is one whose rows add nothing.
+            terms["consistency"] = torch.zeros((), device=self.args.device)
         loss = self.weigh(terms, weights)
         return (loss, None) if return_outputs else loss
 
@@ -406,10 +417,12 @@ def _check_novices(name: str, dataset: Any) -> None:
             )
 
 
-def _concepts(args: ElmConfig, dataset: Any) -> dict[str, Concept]:
-    if dataset is not None:
-        check_columns("train_dataset", dataset)
-    names = set(dataset.unique("concept")) if dataset is not None and "concept" in dataset.column_names else set()
+def _concepts(args: ElmConfig, train_dataset: Any, eval_dataset: Any) -> dict[str, Concept]:
+    """The concept of each name that stands in a dataset."""
+    names: set[str] = set()
+    for name, dataset in (*named("train_dataset", train_dataset), *named("eval_dataset", eval_dataset)):
+        check_columns(name, dataset)
+        names |= set(dataset.unique("concept")) if "concept" in dataset.column_names else set()
     concepts = {concept.name: concept for concept in map(load_concept, args.concepts or sorted(names))}
     if missing := names - set(concepts):
         raise ValueError(f"`concepts` is {args.concepts}, but the dataset also names {sorted(missing)}: add them.")

@@ -73,15 +73,51 @@ def test_bf16_autocast_trains(make):
     assert [name for name, p in trained(trainer.model).items() if torch.equal(p, before[name])] == []
 
 
-def test_accumulated_single_texts_give_the_gradient_of_one_batch(make, method):
+def test_no_split_of_the_same_rows_changes_a_term_or_the_gradient(make, method):
+    """Every other row has no synthetic pair, and texts differ in length."""
+    rows = build_erasure_dataset(
+        {
+            "capitals": ConceptSources(
+                ["Oslo is the capital of Norway.", "Rome is the capital.", "The capital of Peru is Lima, they say."],
+                [["Bread needs flour and some water.", "The cat sat on the mat."]],
+                [("The capital of", " Norway is one thing, cats are another.")],
+            ),
+            "bio": ConceptSources(["Viruses spread through the air."], [["Rain fell on the hills all day long."]]),
+        },
+        size=4,
+    )
     logged = []
-    for batch, steps in ((4, 1), (1, 4)):
+    for batch, steps in ((8, 1), (1, 8), (2, 4)):
         size = dict(per_device_train_batch_size=batch, gradient_accumulation_steps=steps, max_steps=1)
         # A norm that is not clipped is logged too.
-        trainer = make(**size, max_grad_norm=1e9, **method.per_text)
+        trainer = make(train_dataset=rows, **size, max_grad_norm=1e9, **method.per_text)
         trainer.train()
-        logged.append((trainer.state.log_history[0]["grad_norm"], trainer.state.log_history[0]["loss"]))
-    assert logged[0] == pytest.approx(logged[1], rel=1e-3)
+        logged.append({k: v for k, v in trainer.state.log_history[0].items() if "loss" in k or k == "grad_norm"})
+    assert {f"{term}_loss" for term in method.terms} - set(logged[0]) <= {"noise_loss", "ascent_loss"}
+    for other in logged[1:]:
+        assert other == {name: pytest.approx(value, rel=1e-5, abs=2e-6) for name, value in logged[0].items()}
+
+
+def test_each_evaluation_set_has_its_own_terms_and_can_choose_the_best_checkpoint(make, method, dataset, tmp_path):
+    other = build_erasure_dataset(
+        {"bio": ConceptSources(["Viruses spread through the air."], [["Rain fell on the hills all day long."]])},
+        size=2,
+    )
+    trainer = make(
+        eval_dataset={"seen": dataset, "other": other}, output_dir=str(tmp_path / "run"), load_best_model_at_end=True,
+        eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1,
+        metric_for_best_model="eval_other_retain_loss",
+    )  # fmt: skip
+    trainer.train()
+    logged = {
+        name: [entry for entry in trainer.state.log_history if f"eval_{name}_loss" in entry]
+        for name in ("seen", "other")
+    }
+    assert [len(entries) for entries in logged.values()] == [2, 2]
+    for seen, of_other in zip(*logged.values(), strict=True):
+        assert all(seen[f"eval_seen_{term}_loss"] != of_other[f"eval_other_{term}_loss"] for term in method.terms)
+        assert not any(f"eval_{term}_loss" in seen | of_other for term in method.terms)
+    assert trainer.state.best_metric == min(entry["eval_other_retain_loss"] for entry in logged["other"])
 
 
 def test_padding_side_does_not_change_the_loss(make, tokenizer):

@@ -443,13 +443,14 @@ def test_the_logits_of_no_two_layers_live_at_once(tokenizer, trainer_of):
 
 def draws(trainer, count):
     """Noise losses of the same batch, one call after the other."""
-    batch = batch_of(trainer)
+    batch, seen = batch_of(trainer), []
+    mode = "train" if trainer.model.training else "eval"
     with torch.no_grad():
         for _ in range(count):
             trainer.compute_loss(trainer.model, batch)
-            trainer.log({})
-    name = "noise_loss" if trainer.model.training else "eval_noise_loss"
-    return [entry[name] for entry in trainer.state.log_history[-count:]]
+            seen += trainer._mean_terms(mode)["noise_loss"]
+            trainer._totals[mode].clear()
+    return seen
 
 
 def test_the_noise_depends_on_seed_step_and_place_in_the_accumulation(tokenizer, trainer_of):
