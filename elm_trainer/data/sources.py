@@ -18,7 +18,7 @@ from .questions import facts_of, held_out_subjects
 
 # Other facts that stand in for each in its counterfactual novices.
 STAND_INS = 2
-_SAMPLED = ("countries", "countries-quiz", "everyday", "everyday-held-out", "places", "quiz")
+_SAMPLED = ("cities", "countries", "countries-quiz", "everyday", "everyday-held-out", "places", "quiz")
 BUILTIN_SOURCES = ("capitals", "elements", "capitals-near", "elements-near", *_SAMPLED)
 BUILTIN_PAIRS = ("capitals-fluent",)
 _BUILDERS = {".jsonl": "json", ".json": "json", ".txt": "text", ".csv": "csv", ".parquet": "parquet"}
@@ -79,10 +79,10 @@ def builtin_texts(name: str, processing_class: PreTrainedTokenizerBase | None = 
     `capitals` and `elements` state every fact once in each phrasing, one fact to a text, in random order. Their column
     `novice` holds the same texts with the answers permuted among the facts, and their column `novices` the same texts with
     whatever they name first, subject or answer, replaced by that of other facts. `capitals-near` and `elements-near` are
-    other facts about the same subjects, with what stands before the fact as column `prompt`. `everyday` and `countries` hold SmolLM2-135M-Instruct's own samples on everyday
-    subjects and on life in countries (examples/sample_retain.py makes them), `quiz` and `countries-quiz` short questions
-    with its own answers, `places` where countries lie about which no bank asks, and `everyday-held-out` those kept for
-    evaluation.
+    other facts about the same subjects, with what stands before the fact as column `prompt`. `everyday` and `countries`
+    hold SmolLM2-135M-Instruct's own samples on everyday subjects and on life in countries (examples/sample_retain.py makes
+    them), `quiz` and `countries-quiz` short questions with its own answers, `places` where countries lie about which no
+    bank asks, `cities` the same of large cities that are no capitals, and `everyday-held-out` those kept for evaluation.
     """
     if name in _SAMPLED:
         lines = (files(__package__) / "texts" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()

@@ -5,7 +5,7 @@ import pytest
 from datasets import Dataset
 
 from elm_trainer import ConceptSources, build_erasure_dataset, load_bank, load_texts
-from elm_trainer.data.questions import BANKS, bank_families, held_out_subjects, overlap_accuracy
+from elm_trainer.data.questions import BANKS, bank_families, facts_of, held_out_subjects, overlap_accuracy
 from elm_trainer.data.sources import BUILTIN_SOURCES, load_pairs
 
 
@@ -95,6 +95,17 @@ def test_places_are_asked_only_of_countries_that_no_bank_asks_about():
     for row in rows:
         prompt = re.sub(longer, "", row["prompt"])
         assert not any(re.search(rf"\b{re.escape(name)}\b", prompt) for name in asked), row
+
+
+def test_cities_are_asked_about_only_where_they_are_no_capitals_and_no_bank_names_them():
+    rows = load_texts("cities").to_list()
+    assert sum("Lagos" in row["prompt"] for row in rows) > 3
+    capitals = {fact.answer for fact in facts_of("capitals")}
+    named = {option for bank in BANKS for q in load_bank(bank) for option in q.options if q.topic == "rivers"}
+    for row in rows:
+        prompt = re.sub("New Taipei City|Khartoum North|Santiago de Querétaro", "", row["prompt"])
+        assert not any(re.search(rf"\b{re.escape(name)}\b", prompt) for name in capitals | named), row
+        assert "apital" not in row["text"]
 
 
 def test_the_prompt_of_a_retain_text_is_told_from_what_is_learned(tokenizer):
