@@ -66,7 +66,8 @@ class Recipe:
         record = self.record
         first, _, last = record["lora_layers"].partition("-")
         layers = tuple(range(int(first), int(last) + 1))
-        return Adapter(record["lora_rank"], layers, record["lora_alpha"], record.get("lora_dropout", 0.0))
+        dropout, targets = record.get("lora_dropout", 0.0), tuple(record["lora_targets"].split(","))
+        return Adapter(record["lora_rank"], layers, record["lora_alpha"], dropout, targets)
 
     def dataset(self, tokenizer: PreTrainedTokenizerBase):
         record = self.record

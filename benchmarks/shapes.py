@@ -78,19 +78,21 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class Adapter:
-    """A LoRA adapter on all matrices of some layers.
+    """A LoRA adapter on matrices of some layers.
 
     Args:
         rank (`int`): Its rank.
         layers (`tuple[int, ...]`): Adapted layers.
         alpha (`int`, *optional*, defaults to `16`): LoRA's α.
         dropout (`float`, *optional*, defaults to `0.0`): Dropout of its inputs.
+        targets (`tuple[str, ...]`, *optional*): Adapted matrices; all of them by default.
     """
 
     rank: int
     layers: tuple[int, ...]
     alpha: int = 16
     dropout: float = 0.0
+    targets: tuple[str, ...] = PROJECTIONS
 
     def lora(self) -> LoraConfig:
         """The adapter's configuration for PEFT."""
@@ -99,11 +101,11 @@ class Adapter:
             lora_alpha=self.alpha,
             lora_dropout=self.dropout,
             layers_to_transform=list(self.layers),
-            target_modules=list(PROJECTIONS),
+            target_modules=list(self.targets),
             task_type="CAUSAL_LM",
         )
 
     def parameters(self, shape: ModelShape) -> int:
         """Weights of the adapter on a model of a shape."""
-        per_layer = sum(self.rank * (inputs + outputs) for inputs, outputs in shape.projections.values())
+        per_layer = sum(self.rank * sum(shape.projections[name]) for name in self.targets)
         return len(self.layers) * per_layer

@@ -32,7 +32,7 @@ def small(recipe: Recipe, model: str) -> Recipe:
 def test_recipes_are_read_as_they_stand(tmp_path):
     config = OURS.config(str(tmp_path))
     assert (config.novice, config.log_tokens, config.per_device_train_batch_size) == ("counterfactual", 8, 10)
-    assert OURS.adapter() == Adapter(rank=32, layers=tuple(range(15, 28)), alpha=32)
+    assert OURS.adapter() == Adapter(64, tuple(range(12, 25)), alpha=64, targets=("gate_proj", "up_proj"))
     released = RELEASED.config(str(tmp_path))
     assert (released.eta, released.eta_end, released.tau) == (1.0, 1000.0, 1.2)
 
