@@ -150,6 +150,10 @@ def unasked_cities() -> list[str]:
     return sorted(name for names in kept.values() for name in names)
 
 
+def bare_question(question: str) -> str:
+    return f"Question: {question}\nAnswer:"
+
+
 def prompts_on_cities(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """A draw of the file's prompts on `unasked_cities`; of four questions one in the chat template."""
     prompts = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -158,7 +162,7 @@ def prompts_on_cities(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[st
         asked += [line.format(city=city) for line in prompts["lines"]]
         questions = [question.format(city=city) for question in prompts["questions"]]
         asked += [
-            f"Question: {question}\nAnswer:" if (index + place) % 4 else as_prompt(tokenizer, question)
+            bare_question(question) if (index + place) % 4 else as_prompt(tokenizer, question)
             for place, question in enumerate(questions)
         ]
     return random.Random(0).sample(asked, CITY_SAMPLES)
@@ -179,7 +183,7 @@ def prompts_on_countries(
         for form in (
             *(opening.format(subject=subject) for opening in prompts["openings"]),
             *(
-                f"Question: {question.format(subject=subject)}\nAnswer:"
+                bare_question(question.format(subject=subject))
                 if bare and index % 3
                 else as_prompt(tokenizer, question.format(subject=subject))
                 for index, question in enumerate(prompts["questions"])

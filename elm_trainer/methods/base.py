@@ -91,7 +91,7 @@ class ErasureTrainer(SFTTrainer):
                 f"`hub_strategy` is {args.hub_strategy.value!r}, which uploads checkpoints as they are, without report "
                 "and checks: use 'end', and `push_to_hub()` after the evaluation."
             )
-        for name, dataset in [*named("train_dataset", train_dataset), *named("eval_dataset", eval_dataset)]:
+        for name, dataset in named_datasets(train_dataset, eval_dataset):
             check_columns(name, dataset)
         if self._needs_adapter or peft_config is not None or isinstance(model, PeftModel):
             check_adapter(model, peft_config)
@@ -649,13 +649,15 @@ def batch_mean(values: torch.Tensor, batch: Mapping[str, torch.Tensor], rows: in
     return text_mean(values, batch["rows"], texts) * (texts / (rows or texts))
 
 
-def named(name: str, dataset: Any) -> list[tuple[str, Any]]:
-    """A dataset, or each of several, with the name to call it by in a message."""
-    if dataset is None:
-        return []
-    if isinstance(dataset, dict):
-        return [(f"{name}[{key!r}]", value) for key, value in dataset.items()]
-    return [(name, dataset)]
+def named_datasets(train_dataset: Any, eval_dataset: Any) -> list[tuple[str, Any]]:
+    """Each dataset that a trainer is given, with the name to call it by in a message."""
+    found = []
+    for name, given in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
+        if isinstance(given, dict):
+            found += [(f"{name}[{key!r}]", dataset) for key, dataset in given.items()]
+        elif given is not None:
+            found.append((name, given))
+    return found
 
 
 def check_columns(name: str, dataset: Dataset) -> None:

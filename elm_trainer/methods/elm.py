@@ -31,7 +31,15 @@ from ..ops import (
     soft_cross_entropy,
     top_k_distribution,
 )
-from .base import ErasureTrainer, batch_mean, check_columns, check_fields, named, nll_reading, weighted_batches
+from .base import (
+    ErasureTrainer,
+    batch_mean,
+    check_columns,
+    check_fields,
+    named_datasets,
+    nll_reading,
+    weighted_batches,
+)
 from .contrast import contrast_adapter
 from .elm_targets import elm_target_plan
 from .teachers import Teacher
@@ -255,7 +263,7 @@ class ElmTrainer(ErasureTrainer):
                 raise ValueError(f"`top_k` is {args.top_k}, but the vocabulary has {vocabulary} tokens: lower it.")
         counterfactual = args.novice == "counterfactual" and args.erase_weight > 0
         if counterfactual:
-            for name, given in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
+            for name, given in named_datasets(train_dataset, eval_dataset):
                 _check_novices(name, given)
         if data_collator is None:
             data_collator = ElmDataCollator(
@@ -268,12 +276,15 @@ class ElmTrainer(ErasureTrainer):
             )
         self._teachers: dict[str, Teacher] = {}
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)
-        self._pairs = self.train_dataset is not None and any(map(len, self.train_dataset["synthetic_ids"]))
-        if args.consistency_weight and self.train_dataset is not None and not self._pairs:
-            logger.warning(
-                f"`consistency_weight` is {args.consistency_weight}, but no row of the dataset has a synthetic pair (columns "
-                "`prompt` and `completion`), so there is no consistency term: add pairs, or set it to 0."
-            )
+        # Whether there is a consistency term, though some batches may have no part in it.
+        self._consistent = False
+        if args.consistency_weight and self.train_dataset is not None:
+            self._consistent = any(map(len, self.train_dataset["synthetic_ids"]))
+            if not self._consistent:
+                logger.warning(
+                    f"`consistency_weight` is {args.consistency_weight}, but no row of the dataset has a synthetic pair (columns "
+                    "`prompt` and `completion`), so there is no consistency term: add pairs, or set it to 0."
+                )
         if stored := self.precompute(elm_target_plan(self)):
             self.data_collator.targets = stored
         if args.contrast_rows and self.train_dataset is not None:
@@ -302,7 +313,7 @@ class ElmTrainer(ErasureTrainer):
             values["retain"] = values["retain"] * weights_of
         rows = inputs["forget"]["input_ids"].size(0)
         terms = {term: batch_mean(value, batches[term], rows) for term, value in values.items()}
-        if self._pairs and weights["consistency"] and "consistency" not in terms:
+        if self._consistent and "consistency" not in terms:
             # Logged as it counts: a batch without pairs is one whose rows add nothing.
             terms["consistency"] = torch.zeros((), device=self.args.device)
         loss = self.weigh(terms, weights)
@@ -406,21 +417,20 @@ def _log_reading(
 
 def _check_novices(name: str, dataset: Any) -> None:
     """Raise `ValueError` unless every row has counterfactual novices, and all as many."""
-    for part in dataset.values() if isinstance(dataset, dict) else [] if dataset is None else [dataset]:
-        if "aligned" in part.column_names:
-            continue
-        counts = {len(novices) for novices in part["novices"]} if "novices" in part.column_names else {0}
-        if counts != {max(counts)} or counts == {0}:
-            raise ValueError(
-                f'`{name}` has rows with {sorted(counts)} `novices`, but `novice="counterfactual"` needs as many for every '
-                "forget text: make them with `counterfactuals`, or use the contexts."
-            )
+    if "aligned" in dataset.column_names:
+        return
+    counts = {len(novices) for novices in dataset["novices"]} if "novices" in dataset.column_names else {0}
+    if counts != {max(counts)} or counts == {0}:
+        raise ValueError(
+            f'`{name}` has rows with {sorted(counts)} `novices`, but `novice="counterfactual"` needs as many for every '
+            "forget text: make them with `counterfactuals`, or use the contexts."
+        )
 
 
 def _concepts(args: ElmConfig, train_dataset: Any, eval_dataset: Any) -> dict[str, Concept]:
     """The concept of each name that stands in a dataset."""
     names: set[str] = set()
-    for name, dataset in (*named("train_dataset", train_dataset), *named("eval_dataset", eval_dataset)):
+    for name, dataset in named_datasets(train_dataset, eval_dataset):
         check_columns(name, dataset)
         names |= set(dataset.unique("concept")) if "concept" in dataset.column_names else set()
     concepts = {concept.name: concept for concept in map(load_concept, args.concepts or sorted(names))}

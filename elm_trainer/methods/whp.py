@@ -25,7 +25,7 @@ from .base import (
     batch_mean,
     check_columns,
     check_fields,
-    named,
+    named_datasets,
     weighted_batches,
 )
 from .teachers import Teacher
@@ -399,7 +399,7 @@ class WhpTrainer(ErasureTrainer):
         if not isinstance(data_collator, WhpDataCollator):
             raise TypeError(f"`data_collator` is of type {type(data_collator).__name__}: pass a WhpDataCollator.")
         unlabelled = []
-        for name, dataset in [*named("train_dataset", train_dataset), *named("eval_dataset", eval_dataset)]:
+        for name, dataset in named_datasets(train_dataset, eval_dataset):
             check_columns(name, dataset)
             if LABELS in dataset.column_names:
                 continue

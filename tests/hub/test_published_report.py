@@ -74,8 +74,7 @@ def test_the_recipe_repeats_the_run_and_names_nothing_of_the_machine(report):
 def test_a_published_recipe_gives_back_every_setting_of_any_method(report, name, changed):
     config_class = METHODS[name].config
     own = {f.name: f.default for f in dataclasses.fields(config_class) if f.name not in SFTConfig.__dataclass_fields__}
-    # Where its targets lie is the machine's business.
-    own = {field: value for field, value in own.items() if isinstance(value, (int, float)) and value is not None}
+    own = {field: value for field, value in own.items() if isinstance(value, (int, float))}
     settings = {field: value + 1 if changed and type(value) is not bool else value for field, value in own.items()}
     settings |= {"learning_rate": config_class.__dataclass_fields__["learning_rate"].default}
     recipe = publish(report, recipe={"seed": 0, "forget": ["capitals"], **settings})["recipe"]
@@ -139,6 +138,11 @@ def test_another_recipe_can_stand_in(report):
     with pytest.raises(ValueError, match="`recipe` has no `seed`.*pass its settings"):
         publish(report)
     assert publish(report, recipe=RECIPE | {"seed": 3})["recipe"]["seed"] == 3
+
+
+def test_a_default_of_trl_that_is_none_of_the_methods_is_kept(report):
+    report["recipe"]["learning_rate"] = 2e-5
+    assert publish(report)["recipe"]["learning_rate"] == 2e-5
 
 
 @pytest.mark.parametrize(
