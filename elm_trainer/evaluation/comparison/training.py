@@ -118,7 +118,7 @@ def trained(bench: Bench, method: str, index: int, seed: int, *, seconds: float 
             _with_own_targets(args, Path(folder) / "targets"),
             train_dataset=dataset,
             processing_class=bench.processing_class,
-            peft_config=config.lora(method),
+            peft_config=config.lora(method, model),
         )
         try:
             trainer.add_callback(budgets)

@@ -32,15 +32,15 @@ def test_every_method_has_the_same_schedule_batch_and_seed():
         )  # fmt: skip
 
 
-def test_an_adapter_is_the_shared_one_but_for_what_a_method_needs():
+def test_an_adapter_is_the_shared_one_but_for_what_a_method_needs(tiny_model):
     both = config(
         lora_rank=4,
         lora_layers="1-2",
         lora_targets="down_proj",
         methods={"elm": {"grid": GRID}, "rmu": {"grid": GRID, "lora": {"layers": "0"}}},
     )
-    assert (both.lora("elm").r, both.lora("elm").layers_to_transform) == (4, [1, 2])
-    assert (both.lora("rmu").r, both.lora("rmu").layers_to_transform) == (4, [0])
+    assert (both.lora("elm", tiny_model).r, both.lora("elm", tiny_model).layers_to_transform) == (4, [1, 2])
+    assert (both.lora("rmu", tiny_model).r, both.lora("rmu", tiny_model).layers_to_transform) == (4, [0])
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_an_adapter_is_the_shared_one_but_for_what_a_method_needs():
         ({"methods": {"elm": {"grid": [{"steering_scale": 1.0}]}}}, "`methods.elm`, setting 0: .*steering_scale"),
         ({"methods": {"elm": {"grid": GRID, "grids": GRID}}}, "it has a grid, fixed and lora"),
         ({"methods": {"elm": {"grid": GRID, "lora": {"alpha": 2}}}}, "it takes: rank, layers, targets"),
-        ({"lora_layers": "1-2"}, "layers_to_transform"),
+        ({"lora_layers": "first"}, "`lora_layers` is 'first'"),
         ({"seeds": []}, "`seeds` is"),
         ({"seeds": [0, 0]}, "each once"),
         ({"search_seed": 1}, "`search_seed` is 1, one of `seeds`"),
