@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.data.data_collator import DataCollatorMixin
 
 from ..concept import Concept
+from .target_store import RowTargets
 
 
 IGNORE_INDEX = -100
@@ -85,6 +86,8 @@ class ElmDataCollator(DataCollatorMixin):
             without `targets` the forget batch holds `counterfactual`: `index`, `[draws, positions]`, the places of the
             novices in the flattened forget batch followed by the flattened `extra` batch, which holds those novices
             that are no beginning of a forget text, if there are any.
+        targets ([`RowTargets`], *optional*):
+            What was stored for the rows.
     """
 
     processing_class: PreTrainedTokenizerBase
@@ -93,7 +96,7 @@ class ElmDataCollator(DataCollatorMixin):
     pad_to_multiple_of: int | None = None
     seed: int = 0
     counterfactual: bool = False
-    targets: Sequence[Mapping[str, torch.Tensor]] | None = None
+    targets: RowTargets | None = None
     return_tensors: str = "pt"
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
@@ -107,7 +110,7 @@ class ElmDataCollator(DataCollatorMixin):
         if pairs := [(row["synthetic_ids"], row["completion_start"]) for row in examples if row["synthetic_ids"]]:
             batch["synthetic"] = self.pad(pairs)
         if self.targets is not None:
-            stored = [self.targets[row["row"]] for row in examples]
+            stored = [self.targets[row] for row in examples]
             for name in ("forget", "retain"):
                 batch[name]["target"] = {
                     key.removeprefix(f"{name}_"): torch.cat([target[key] for target in stored])
@@ -168,6 +171,17 @@ class ElmDataCollator(DataCollatorMixin):
                     # The text's first token is not supervised: without a context nothing predicts it.
                     rows.append((ids + text, len(ids) + 1))
         return self.pad(rows)
+
+    def longest_context(self) -> int:
+        """Tokens of the longest context of all concepts, 0 without any."""
+        return max(
+            (
+                len(self.processing_class(context + "\n")["input_ids"])
+                for concept in (self.concepts or {}).values()
+                for context in (*concept.expert_contexts, *concept.novice_contexts)
+            ),
+            default=0,
+        )
 
     def pad(
         self, rows: Sequence[tuple[list[int], int]], only: Sequence[Sequence[int]] | None = None

@@ -6,6 +6,7 @@ from heapq import heapreplace
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 
 class Packing(NamedTuple):
@@ -13,12 +14,13 @@ class Packing(NamedTuple):
 
     Attributes:
         tokens (`torch.Tensor`): For each packed slot, its token's index in the flattened sub-batches, `[rows, width]`.
-        position_ids (`torch.Tensor`): Positions that start anew at each text, `[rows, width]`.
+        position_ids (`torch.Tensor`, *optional*): Positions that start anew at each text, `[rows, width]`; none where each
+            has a row of its own, so that the model counts in its own way.
         slots (`torch.Tensor`): For each index in the flattened sub-batches, its packed slot, `[tokens]`; 0 for padding.
     """
 
     tokens: torch.Tensor
-    position_ids: torch.Tensor
+    position_ids: torch.Tensor | None
     slots: torch.Tensor
 
 
@@ -100,4 +102,37 @@ def pack_batches(
             slots[start : start + span] = torch.arange(index * width + place, index * width + place + span)
             place += span
         position_ids[index, place:] = torch.arange(width - place)
-    return Packing(tokens, position_ids, slots)
+    return Packing(tokens, None if apart else position_ids, slots)
+
+
+def texts_interact(model: nn.Module, first: Sequence[int], second: Sequence[int]) -> bool:
+    """Whether two texts in one row change each other's logits, although their positions start anew.
+
+    Many architectures keep such texts apart by a mask made from the positions. Others take no notice of positions (biases by
+    distance, learned positions counted from the mask) or carry a state or a convolution along the row, and do not say so.
+
+    Args:
+        model (`nn.Module`): Causal language model, wrapped or not; run three times on these texts, in evaluation mode.
+        first (`Sequence[int]`): Token ids of a text.
+        second (`Sequence[int]`): Token ids of another text, as many.
+    """
+    device = next(model.parameters()).device
+    pair = torch.tensor([list(first), list(second)], device=device)
+    positions = torch.arange(len(first), device=device)
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            alone, rows, packed = (
+                model(input_ids=tokens, use_cache=False, **places).logits[-1, -len(first) :].float()
+                for tokens, places in (
+                    (pair[1:], {}),
+                    (pair, {}),
+                    (pair.view(1, -1), {"position_ids": positions.repeat(2)[None]}),
+                )
+            )
+    finally:
+        model.train(training)
+    # Rounding differs with the shape of a batch too, by how much depends on the precision and the device.
+    rounding = (rows - alone).abs().max()
+    return bool((packed - alone).abs().max() > 8 * rounding + 2e-5 * alone.abs().max())

@@ -47,6 +47,16 @@ def rows_digest(dataset: Dataset, columns: Sequence[str]) -> str:
     return digest.hexdigest()
 
 
+def row_key(row: Mapping[str, Any], columns: Sequence[str]) -> int:
+    """64 bits of the hash of what a tokenised row holds in some columns, lists of token ids or numbers.
+
+    Args:
+        row (`Mapping[str, Any]`): A row as a dataset gives it.
+        columns (`Sequence[str]`): Columns that are read.
+    """
+    return int.from_bytes(hashlib.blake2b(repr([row[name] for name in columns]).encode(), digest_size=8).digest())
+
+
 def contexts_digest(
     concepts: Mapping[str, Concept], processing_class: PreTrainedTokenizerBase, contexts_per_sample: int, seed: int
 ) -> str:

@@ -4,12 +4,14 @@ import json
 import os
 import tempfile
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
+import numpy as np
 import torch
 
+from .target_key import row_key
 from .target_layout import TargetLayout
 from .target_shard import Shard, is_whole
 
@@ -96,3 +98,31 @@ class TargetStore(Sequence[Mapping[str, torch.Tensor]]):
     def __getstate__(self) -> dict[str, Any]:
         # Mapped files belong to a process: a worker opens its own.
         return self.__dict__ | {"_open": OrderedDict()}
+
+
+class RowTargets:
+    """The targets of a store by what a row holds, so that rows may be shuffled, chosen or joined after they were stored.
+
+    Args:
+        store ([`TargetStore`]): Targets of the rows, by number.
+        columns (`Sequence[str]`): The columns on which the targets depend.
+        rows (`Iterable[Mapping]`): The rows, in the order of the store.
+    """
+
+    def __init__(self, store: TargetStore, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]):
+        self.store, self._columns = store, tuple(columns)
+        keys = np.fromiter((row_key(row, self._columns) for row in rows), dtype=np.uint64, count=len(store))
+        # Sixteen bytes a row, where a dictionary would take two hundred.
+        self._numbers = np.argsort(keys, kind="stable")
+        self._keys = keys[self._numbers]
+
+    def __getitem__(self, row: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        """Raises `ValueError` for a row whose targets were not stored."""
+        key = np.uint64(row_key(row, self._columns))
+        place = int(np.searchsorted(self._keys, key))
+        if place == len(self._keys) or self._keys[place] != key:
+            raise ValueError(
+                "The training rows are others than those whose targets were stored when the trainer was made: give the "
+                "dataset to a new trainer."
+            )
+        return self.store[int(self._numbers[place])]

@@ -18,7 +18,7 @@ from ..data.target_filling import fill_store, remove_locks
 from ..data.target_key import contexts_digest, rows_digest, target_key
 from ..data.target_layout import TargetLayout
 from ..data.target_rule import choose
-from ..data.target_store import TargetStore
+from ..data.target_store import RowTargets, TargetStore
 from ..fingerprint import base_fingerprint, bit_sums
 from ..modeling import is_partitioned
 
@@ -66,7 +66,7 @@ def default_targets_dir() -> Path:
     return Path(datasets.config.HF_DATASETS_CACHE) / "elm_targets"
 
 
-def precompute_targets(trainer: "ErasureTrainer", plan: TargetPlan) -> TargetStore | None:
+def precompute_targets(trainer: "ErasureTrainer", plan: TargetPlan) -> RowTargets | None:
     """The targets of all training rows from the folder that is named after what they depend on.
 
     What is missing there is computed first, each process its share; so a second run computes nothing, and one that was
@@ -79,7 +79,7 @@ def precompute_targets(trainer: "ErasureTrainer", plan: TargetPlan) -> TargetSto
         plan ([`TargetPlan`]): What is kept.
 
     Returns:
-        [`TargetStore`], or `None` where the step is to make its targets itself.
+        [`RowTargets`], or `None` where the step is to make its targets itself.
 
     Raises:
         OSError: if the folder can't be written to, the disk is full, or a process does not see what others have written.
@@ -146,7 +146,13 @@ def precompute_targets(trainer: "ErasureTrainer", plan: TargetPlan) -> TargetSto
     if missing and trainer.accelerator.is_local_main_process:
         remove_locks(store)
     logger.info(f"Targets are in {store.folder}; {len(missing)} of {store.shards} files were computed.")
-    return store
+    columns = _columns(plan)
+    return RowTargets(store, columns, dataset.select_columns(columns))
+
+
+def _columns(plan: TargetPlan) -> list[str]:
+    """The columns on which the targets of a row depend; a row draws its contexts by its number in the first dataset."""
+    return sorted({*plan.columns, *(["row"] if plan.contexts else [])})
 
 
 def place_model(trainer: "ErasureTrainer") -> None:
@@ -185,8 +191,8 @@ def _fill(trainer: "ErasureTrainer", plan: TargetPlan, store: TargetStore, share
 
 def _ingredients(trainer: "ErasureTrainer", plan: TargetPlan) -> dict[str, Any]:
     """What the targets depend on beside the weights, the same in every process."""
-    model, collator = trainer.model, trainer.data_collator
-    contexts = None
+    model, collator, dataset = trainer.model, trainer.data_collator, trainer.train_dataset
+    contexts, rows = None, dataset["row"][:]
     if plan.contexts and collator.concepts is not None:
         contexts = contexts_digest(
             collator.concepts, trainer.processing_class, collator.contexts_per_sample, collator.seed
@@ -195,7 +201,7 @@ def _ingredients(trainer: "ErasureTrainer", plan: TargetPlan) -> dict[str, Any]:
     return {
         "settings": dict(plan.settings),
         "layout": plan.layout.to_json(),
-        "rows": rows_digest(trainer.train_dataset, plan.columns),
+        "rows": rows_digest(dataset, plan.columns if rows == [*range(len(dataset))] else _columns(plan)),
         "contexts": contexts,
         "collator": f"{type(collator).__module__}.{type(collator).__qualname__}",
         "config": target_key({"config": repr(sorted(config.items()))}),

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from elm_trainer.data.collator import ElmDataCollator
 from elm_trainer.data.target_filling import fill_store
-from elm_trainer.data.target_store import DESCRIPTION_FILE, SHARD_ROWS, TargetStore
+from elm_trainer.data.target_store import DESCRIPTION_FILE, SHARD_ROWS, RowTargets, TargetStore
 
 from .targets import assert_row, layout, make_row, make_rows, positions, store_of
 
@@ -66,7 +66,7 @@ class Rows(Dataset):
 @pytest.mark.parametrize("start", ["fork", "spawn"])
 def test_workers_of_a_data_loader_read_it_through_the_collator(start, store, tokenizer):
     store[0]  # open in this process too
-    collator = ElmDataCollator(tokenizer, targets=store)
+    collator = ElmDataCollator(tokenizer, targets=RowTargets(store, ["row"], Rows()))
     loader = DataLoader(Rows(), batch_size=32, collate_fn=collator, num_workers=2, multiprocessing_context=start)
     row = 0
     for batch in loader:

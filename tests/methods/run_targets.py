@@ -87,7 +87,7 @@ def main() -> None:
     except ValueError as error:
         note(f"refused {error}")
         return
-    store = trainer.data_collator.targets
+    store = trainer.data_collator.targets and trainer.data_collator.targets.store
     if store is None:
         note("live -")
         return

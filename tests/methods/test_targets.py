@@ -1,3 +1,4 @@
+import copy
 import json
 import logging as python_logging
 import os
@@ -12,9 +13,11 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from datasets import concatenate_datasets
 
 from elm_trainer import ConceptSources, build_erasure_dataset
 from elm_trainer.data.target_key import target_key
+from elm_trainer.methods.elm_targets import elm_target_plan
 from elm_trainer.methods.targets import default_targets_dir
 
 from .methods import METHODS, tiny, trained
@@ -42,13 +45,14 @@ def make(tokenizer, dataset, settings, lora):
 
 
 def store_of(trainer):
-    return trainer.data_collator.targets
+    targets = trainer.data_collator.targets
+    return targets and targets.store
 
 
 def forwards(model):
-    """A list that grows with every forward of a model."""
+    """A list that grows with every forward of a model over rows, which are longer than what a new trainer is measured by."""
     calls = []
-    model.get_input_embeddings().register_forward_hook(lambda *_: calls.append(1))
+    model.get_input_embeddings().register_forward_hook(lambda _, args, __: calls.extend([1] * (args[0].numel() > 16)))
     return calls
 
 
@@ -233,15 +237,16 @@ def test_what_they_do_not_depend_on_leaves_the_folder_as_it_is(name, make):
     assert store_of(make(**SAME[name])).folder == store_of(make()).folder
 
 
-def test_an_adapter_that_was_trained_leaves_the_folder_and_the_targets_as_they_are(make, tmp_path, lora):
+def test_an_adapter_that_was_trained_leaves_the_folder_and_the_targets_as_they_are(make, tmp_path):
     trainer = make()
     store = store_of(trainer)
     for name, p in trainer.model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(p)
-    continued = make(model=trainer.model, targets_dir=str(tmp_path / "others"))
-    assert store_of(continued).folder.name == store.folder.name and store_of(continued).folder != store.folder
-    for one, other in zip(store, store_of(continued), strict=True):
+    trainer.args.targets_dir = str(tmp_path / "others")
+    again = trainer.precompute(elm_target_plan(trainer)).store
+    assert again.folder.name == store.folder.name and again.folder != store.folder
+    for one, other in zip(store, again, strict=True):
         for name, values in one.items():
             torch.testing.assert_close(values, other[name], rtol=1e-4, atol=1e-6)
 
@@ -411,3 +416,58 @@ def test_weights_that_zero_3_has_split_are_enough_for_a_store_that_is_complete(s
     assert alone.status == 0, alone.errors
     complete = launch(tmp_path / "complete", "--model", saved, precompute_targets=True, **options)
     assert complete.what("holds") == alone.what("holds") * 2 and complete.computed == []
+
+
+@pytest.mark.parametrize("method", ["elm", "npo"])
+def test_targets_go_by_what_a_row_holds(method, make, tokenizer):
+    """A dataset that a trainer has tokenised is shuffled, chosen from or joined, and given to another."""
+    switch = {"elm": "precompute_targets", "npo": "precompute_ref_log_probs"}[method]
+    sources = ConceptSources([f"{a} is the capital of {b}." for a, b in (("Oslo", "Norway"), ("Rome", "Italy"), ("Riga", "Latvia"))], [["The cat sat."]])  # fmt: skip
+    model = tiny("llama", len(tokenizer))
+    for parameter in model.parameters():
+        parameter.data.mul_(10 if parameter.dim() > 1 else 1)
+    rows = make(
+        method, model=copy.deepcopy(model), rows=build_erasure_dataset({"capitals": sources}, size=6)
+    ).train_dataset
+    for others in (
+        rows.shuffle(seed=3), rows.select([5, 1]), concatenate_datasets([rows.select([4, 2]), rows.select([0])])
+    ):  # fmt: skip
+        found = [
+            make(method, model=copy.deepcopy(model), rows=others, **{switch: stored}, max_steps=2)
+            .train()
+            .training_loss
+            for stored in (True, False)
+        ]
+        assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("method", ["elm", "npo"])
+def test_a_training_set_may_be_put_in_another_order_but_not_exchanged(method, make):
+    switch = {"elm": "precompute_targets", "npo": "precompute_ref_log_probs"}[method]
+    trainer, live = (make(method, **{switch: stored}) for stored in (True, False))
+    batches = []
+    for made in (trainer, live):
+        made.train_dataset = made.train_dataset.shuffle(seed=1)
+        batches.append(next(iter(made.get_train_dataloader())))
+    losses = [step(made, batch)[0] for made, batch in zip((trainer, live), batches, strict=True)]
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-5)
+    other = trainer.train_dataset.map(lambda row: {"forget_ids": [*row["forget_ids"], 5]})
+    with pytest.raises(ValueError, match="rows are others than those whose targets were stored"):
+        trainer.data_collator([other[0]])
+
+
+@pytest.mark.parametrize("method", ["elm", "npo"])
+def test_predict_makes_the_targets_of_its_own_rows(method, make, dataset):
+    switch = {"elm": "precompute_targets", "npo": "precompute_ref_log_probs"}[method]
+    sources = ConceptSources(["Lima is the capital of France.", "A longer text about Lima, at length."], [["Bread."]])
+    trainer = make(method, **{switch: True})
+    rows = trainer._prepare_dataset(
+        build_erasure_dataset({"capitals": sources}, size=10),
+        trainer.processing_class,
+        trainer.args,
+        False,
+        None,
+        "test",
+    )
+    evaluated, predicted = trainer.evaluate(rows), trainer.predict(rows).metrics
+    assert predicted["test_loss"] == pytest.approx(evaluated["eval_loss"])
