@@ -4,14 +4,14 @@ import math
 from dataclasses import dataclass, field
 
 import torch
-from trl import SFTConfig
 
-from elm_trainer.methods.base import ErasureTrainer, batch_mean, check_fields, kl_reading, weighted_batches
+from elm_trainer.methods.base import ErasureConfig, ErasureTrainer, batch_mean, kl_reading, weighted_batches
+from elm_trainer.methods.validation import check_fields
 from elm_trainer.ops import STATES
 
 
 @dataclass
-class MaxEntropyConfig(SFTConfig):
+class MaxEntropyConfig(ErasureConfig):
     r"""
     Configuration class for the [`MaxEntropyTrainer`].
 

@@ -4,9 +4,9 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,12 +20,13 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import HubStrategy, rotate_checkpoints
-from transformers.utils import logging
+from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available, logging
 from trl import SFTConfig, SFTTrainer
 
 from ..data.collator import ElmDataCollator, align, tokenize_pair
-from ..data.packing import Packing, pack_batches
-from ..data.target_store import TargetStore
+from ..data.packing import Packing, pack_batches, texts_interact
+from ..data.target_store import RowTargets
+from ..modeling import adapter_disabled, is_partitioned
 from ..ops import STATES, FinalLogits, ReadHead, Reading, final_logits, kl_divergence, text_mean
 from ..ops.head import Plan
 from .frozen_layers import no_graph_below, reentrant
@@ -33,13 +34,25 @@ from .quantized import keep_differentiable
 from .resuming import Launch, check_launch, checkpoints, last_finished, mark_finished, unmark
 from .sharding import align_checkpointing, check_saving, trained_weights
 from .targets import TargetPlan, precompute_targets
+from .validation import (
+    check_adapter,
+    check_adapter_fits,
+    check_columns,
+    check_options,
+    check_reference,
+    check_tokenizer,
+    few_logits,
+    load_given,
+    named_datasets,
+    text_limit,
+)
 
 
 if TYPE_CHECKING:
     from ..hub.commit import Publication
 
 logger = logging.get_logger(__name__)
-COLUMNS = ("concept", "forget", "retain", "prompt", "completion")
+
 RUN_FILE = "erasure_run.json"
 # A layer's matrices take some 24·hidden² operations a token, and attention 4·hidden for each token of its row, but does
 # them less well: they cost the same at rows of this many times `hidden` tokens.
@@ -48,8 +61,30 @@ ATTENTION = 4
 PLACES = ("precompute_targets", "precompute_ref_log_probs", "targets_dir")
 
 
+# Settings of the `Trainer` that a resumed run takes from its checkpoint.
+KEPT = (
+    "learning_rate", "lr_scheduler_type", "optim", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "seed",
+    "data_seed",
+)  # fmt: skip
+
+
 class NonFiniteLossError(FloatingPointError):
     """A loss term became NaN or infinite. The last checkpoint was written before it did."""
+
+
+@dataclass
+class ErasureConfig(SFTConfig):
+    """[`~trl.SFTConfig`] as the methods' configs extend it: on a machine whose accelerator cannot compute in bfloat16, or
+    without one, `bf16` defaults to `False`, where TRL's default of `True` is an error.
+    """
+
+    def __post_init__(self):
+        if self.bf16 is None and not (
+            self.fp16 or self.use_cpu or is_torch_bf16_gpu_available() or is_torch_xla_available()
+        ):
+            logger.warning("`bf16` is left out, and no accelerator here computes in bfloat16: training in float32.")
+            self.bf16 = False
+        super().__post_init__()
 
 
 class ErasureTrainer(SFTTrainer):
@@ -61,11 +96,15 @@ class ErasureTrainer(SFTTrainer):
     themselves sets `_needs_adapter` to `False` and overrides `reference` for that case; an adapter that is given is
     checked all the same.
 
+    A model given as a string is loaded as [`~trl.SFTTrainer`] does, and then checked as any other. Without
+    `processing_class` the model's own tokenizer is loaded.
+
     Raises:
         TypeError: if `args` is not the method's own config.
         ValueError: if there is no tokenizer or it does not fit, there is no adapter and no `peft_config`, the adapter
-            is frozen or names layers or modules the model lacks, or a dataset is empty, lacks a column or truncates to
-            nothing.
+            is frozen, names layers or modules the model lacks, or leaves no untouched reference ([`check_reference`]),
+            a dataset is empty, lacks a column or truncates to nothing, or an option is given that an erasure cannot
+            follow (`REFUSED_OPTIONS`).
     """
 
     _tag_names = ["trl", "elm-trainer"]
@@ -91,21 +130,27 @@ class ErasureTrainer(SFTTrainer):
                 f"`hub_strategy` is {args.hub_strategy.value!r}, which uploads checkpoints as they are, without report "
                 "and checks: use 'end', and `push_to_hub()` after the evaluation."
             )
+        check_options(args, kwargs)
         for name, dataset in named_datasets(train_dataset, eval_dataset):
             check_columns(name, dataset)
-        if self._needs_adapter or peft_config is not None or isinstance(model, PeftModel):
+        model, processing_class = load_given(model, args, processing_class, kwargs.pop("quantization_config", None))
+        with_adapter = self._needs_adapter or peft_config is not None or isinstance(model, PeftModel)
+        if with_adapter:
             check_adapter(model, peft_config)
-        if processing_class is None:
-            raise ValueError("`processing_class` is None: pass the model's tokenizer.")
         if processing_class.pad_token is None:
             processing_class.pad_token = processing_class.eos_token
             logger.warning(f"The tokenizer has no pad token; `pad_token` is set to {processing_class.eos_token!r}.")
-        if not isinstance(model, str):
-            check_tokenizer(model, processing_class)
+        check_tokenizer(model, processing_class)
         if data_collator is None:
             data_collator = ElmDataCollator(
                 processing_class, pad_to_multiple_of=args.pad_to_multiple_of, seed=args.seed
             )
+        # Weights that lie in shards, or have no content yet, cannot be run here.
+        context = data_collator.longest_context() if isinstance(data_collator, ElmDataCollator) else 0
+        self._text_limit = text_limit(model, args.max_length, context)
+        tokens = plain_tokens(processing_class, model.config.get_text_config().vocab_size, 16)
+        runs = not is_partitioned(model) and not any(parameter.is_meta for parameter in model.parameters())
+        base = few_logits(model, tokens) if runs and with_adapter and not isinstance(model, PeftModel) else None
         super().__init__(
             model,
             args,
@@ -120,6 +165,10 @@ class ErasureTrainer(SFTTrainer):
             # The step makes logits of supervised positions only, so there are none to hand to `compute_metrics`.
             self.args.prediction_loss_only = True
         keep_differentiable(self.model)
+        if isinstance(self.model, PeftModel):
+            check_adapter_fits(self.model)
+            if runs:
+                check_reference(self.model, tokens, base)
 
     @classmethod
     def own_config(cls, args: SFTConfig | None) -> SFTConfig:
@@ -141,8 +190,7 @@ class ErasureTrainer(SFTTrainer):
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
         if "forget_ids" in dataset.column_names:
             return dataset
-        limit = args.max_length
-        truncated = dict.fromkeys(("forget", "retain", "completion"), 0)
+        limit = self._text_limit
 
         def tokenize(example: Mapping[str, Any], row: int) -> dict[str, Any]:
             tokens: dict[str, Any] = {"row": row, "concept": example["concept"]}
@@ -153,7 +201,7 @@ class ErasureTrainer(SFTTrainer):
             else:
                 tokens |= {"retain_ids": processing_class(example["retain"])["input_ids"], "retain_start": 0}
             tokens["novice_ids"] = processing_class(example.get("novice") or "")["input_ids"]
-            novices = [processing_class(text)["input_ids"] for text in example.get("novices") or []]
+            novices = [processing_class(text)["input_ids"][:limit] for text in example.get("novices") or []]
             tokens |= {"novices_ids": novices, "aligned": align(tokens["forget_ids"][:limit], novices)}
             if example["completion"]:
                 pair, start = tokenize_pair(processing_class, example["prompt"], example["completion"])
@@ -171,45 +219,47 @@ class ErasureTrainer(SFTTrainer):
             desc=f"Tokenizing {dataset_name} dataset",
         )
 
-        def measure(example: Mapping[str, Any]) -> dict[str, Any]:
-            return {
-                "too_long": [len(example[f"{name}_ids"]) > limit for name in ("forget", "retain", "synthetic")],
-                "usable": all(len(example[f"{name}_ids"]) > 1 for name in ("forget", "retain"))
-                and example["retain_start"] < limit
-                and (not example["synthetic_ids"] or example["completion_start"] < limit),
+        sides = ("forget", "retain", "synthetic")
+
+        def cut(example: Mapping[str, Any]) -> dict[str, Any]:
+            starts = {"retain": example["retain_start"], "synthetic": example["completion_start"]}
+            kept = {f"{name}_ids": example[f"{name}_ids"][:limit] for name in (*sides, "novice")}
+            left = {name: len(kept[f"{name}_ids"]) - max(starts.get(name, 0), 1) for name in sides}
+            return kept | {
+                "too_long": [len(kept[f"{name}_ids"]) < len(example[f"{name}_ids"]) for name in sides],
+                "usable": left["forget"] > 0
+                and left["retain"] > 0
+                and (left["synthetic"] > 0 or not example["synthetic_ids"]),
             }
 
-        if limit is not None:
-            dataset = dataset.map(measure)
-            truncated = {
-                name: sum(flags[index] for flags in dataset["too_long"])
-                for index, name in enumerate(("forget", "retain", "synthetic"))
-            }
-            usable = dataset.filter(lambda example: example["usable"])
-            dropped = len(dataset) - len(usable)
-            if any(truncated.values()) or dropped:
-                logger.warning(
-                    f"The {dataset_name} dataset: cut to `max_length={limit}` tokens: {truncated}; dropped {dropped} of "
-                    f"{len(dataset)} rows that hold nothing to learn after that."
-                )
-            if not len(usable) or limit < 2:
-                raise ValueError(
-                    f"`max_length` is {limit}, at which every text of the {dataset_name} dataset truncates to nothing: "
-                    "raise it."
-                )
-            dataset = usable.remove_columns(["too_long", "usable"]).map(
-                lambda example: {
-                    f"{name}_ids": example[f"{name}_ids"][:limit]
-                    for name in ("forget", "retain", "novice", "synthetic")
-                }
+        dataset = dataset.map(cut)
+        truncated = {name: sum(flags[index] for flags in dataset["too_long"]) for index, name in enumerate(sides)}
+        usable = dataset.filter(lambda example: example["usable"])
+        dropped = len(dataset) - len(usable)
+        if any(truncated.values()) or dropped:
+            logger.warning(
+                f"The {dataset_name} dataset: cut to `max_length={limit}` tokens: {truncated}; dropped {dropped} of "
+                f"{len(dataset)} rows that hold nothing to learn after that."
             )
+        if not len(usable):
+            raise ValueError(
+                f"`max_length` is {limit}, at which every text of the {dataset_name} dataset truncates to nothing: "
+                "raise it, or give texts of two tokens and more."
+            )
+        dataset = usable.remove_columns(["too_long", "usable"])
+        if args.shuffle_dataset:
+            dataset = dataset.shuffle(seed=args.seed)
+        if args.train_sampling_strategy == "group_by_length":
+            # What the sampler of transformers groups by.
+            lengths = [sum(map(len, texts)) for texts in zip(*(dataset[f"{name}_ids"] for name in sides), strict=True)]
+            dataset = dataset.add_column(args.length_column_name, lengths)
         return dataset.map(lambda _, row: {"row": row}, with_indices=True)
 
     def _set_signature_columns_if_needed(self):
         if self._signature_columns is None:
             self._signature_columns = [
                 "row", "concept", "forget_ids", "retain_ids", "retain_start", "novice_ids", "novices_ids", "aligned",
-                "synthetic_ids", "completion_start",
+                "synthetic_ids", "completion_start", self.args.length_column_name,
             ]  # fmt: skip
 
     def forward_positions(
@@ -282,7 +332,29 @@ class ErasureTrainer(SFTTrainer):
             self._final_logits = final_logits(model, unwrapped.get_output_embeddings(), vocabulary)
         return self._final_logits
 
+    def texts_interact(self, model: nn.Module) -> bool:
+        """Whether texts in one row would see each other, measured the first time by forwards over a few tokens."""
+        if self._texts_interact is None:
+            unwrapped = self.accelerator.unwrap_model(model)
+            config = unwrapped.config.get_text_config()
+            base = unwrapped.get_base_model() if isinstance(unwrapped, PeftModel) else unwrapped
+            # Chunks of attention are cut by the place in the row, and may be longer than what is measured.
+            chunks = getattr(config, "attention_chunk_size", None) is not None
+            # What a model says of itself is believed in any precision.
+            self._texts_interact = chunks or getattr(base, "_is_stateful", False)
+            if not self._texts_interact:
+                tokens = plain_tokens(self.processing_class, config.vocab_size)
+                half = len(tokens) // 2
+                self._texts_interact = texts_interact(model, tokens[:half], tokens[half:])
+            if self._texts_interact:
+                logger.warning(
+                    f"In a {type(base).__name__}, texts that share a row see each other: each gets a row of its own, which "
+                    "takes longer where texts differ in length."
+                )
+        return self._texts_interact
+
     _final_logits: FinalLogits | None = None
+    _texts_interact: bool | None = None
 
     def position_losses(
         self, model: nn.Module, batches: Mapping[str, Mapping[str, Any]], retain_loss: str = "nll"
@@ -306,17 +378,16 @@ class ErasureTrainer(SFTTrainer):
     def pack(self, model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> Packing:
         """How `forward_positions` lays the texts of sub-batches into rows, on their device."""
         unwrapped = self.accelerator.unwrap_model(model)
-        base = unwrapped.get_base_model() if isinstance(unwrapped, PeftModel) else unwrapped
         packing = pack_batches(
             batches,
             left_padded=self.processing_class.padding_side == "left",
             attention=ATTENTION * unwrapped.config.get_text_config().hidden_size,
             one_row="flash" in (unwrapped.config._attn_implementation or ""),
-            apart=getattr(base, "_is_stateful", False),
+            apart=self.texts_interact(model),
             pad_to_multiple_of=self.args.pad_to_multiple_of,
         )
         device = batches[0]["input_ids"].device
-        return Packing(*(part.to(device, non_blocking=True) for part in packing))
+        return Packing(*(part if part is None else part.to(device, non_blocking=True) for part in packing))
 
     @contextmanager
     def reference(self, model: nn.Module):
@@ -325,7 +396,7 @@ class ErasureTrainer(SFTTrainer):
         training = unwrapped.training
         unwrapped.eval()
         try:
-            with torch.no_grad(), unwrapped.disable_adapter():
+            with torch.no_grad(), adapter_disabled(unwrapped):
                 yield
         finally:
             unwrapped.train(training)
@@ -340,27 +411,44 @@ class ErasureTrainer(SFTTrainer):
         with self.reference(model):
             return self.forward_positions(model, batches, readings)
 
-    def precompute(self, plan: TargetPlan) -> TargetStore | None:
+    def precompute(self, plan: TargetPlan) -> RowTargets | None:
         """Run a function of frozen weights over all training rows once, or take from disk what an earlier run made.
 
         Args:
             plan ([`TargetPlan`]): What is made of each row, and all that it depends on.
 
         Returns:
-            [`TargetStore`]: what was made for each row, such as [`ElmDataCollator`] takes as `targets`; `None` where the
+            [`RowTargets`]: what was made for each row, such as [`ElmDataCollator`] takes as `targets`; `None` where the
             step is to make it itself. Raises what [`precompute_targets`] raises.
         """
         return precompute_targets(self, plan)
 
     def get_eval_dataloader(self, eval_dataset=None):
+        with self._without_targets():
+            return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset):
+        with self._without_targets():
+            return super().get_test_dataloader(test_dataset)
+
+    @contextmanager
+    def _without_targets(self):
         # What is stored belongs to training rows. For others it is made in the step.
         collator = self.data_collator
         if isinstance(collator, ElmDataCollator):
             self.data_collator = replace(collator, targets=None)
         try:
-            return super().get_eval_dataloader(eval_dataset)
+            yield
         finally:
             self.data_collator = collator
+
+    # Private to transformers, which looks for `input_ids` at the top of a batch. tests/methods/test_options.py fails when it
+    # moves.
+    def _track_num_input_tokens(self, inputs):
+        parts = [batch for batch in inputs.values() if isinstance(batch, Mapping) and "input_ids" in batch]
+        super()._track_num_input_tokens(
+            {name: torch.cat([batch[name].flatten() for batch in parts]) for name in ("input_ids", "attention_mask")}
+        )
 
     def weigh(self, terms: Mapping[str, torch.Tensor], weights: Mapping[str, float]) -> torch.Tensor:
         """Weighted sum of the loss terms, each logged under its name as `<name>_loss`."""
@@ -444,13 +532,13 @@ class ErasureTrainer(SFTTrainer):
         check_saving(self)
         align_checkpointing(self)
         if self.accelerator.num_processes > 1:
-            # Those that computed no targets have not measured it yet, and all must do so in the same forward.
-            self._final_logits = None
+            # Those that computed no targets have not measured the model yet, and all must do so in the same forward.
+            self._final_logits = self._texts_interact = None
         run_file = output_dir / RUN_FILE
         fingerprint = self._run_fingerprint()
         if resume_from_checkpoint and run_file.exists():
             saved = json.loads(run_file.read_text(encoding="utf-8"))
-            if changed := sorted(key for key in fingerprint if saved.get(key) != fingerprint[key]):
+            if changed := sorted(key for key in fingerprint if saved.get(key, fingerprint[key]) != fingerprint[key]):
                 raise ValueError(
                     f"`output_dir` {str(output_dir)!r} holds a run with other settings ({', '.join(changed)} changed): "
                     "restore them to resume, or name another folder."
@@ -467,12 +555,14 @@ class ErasureTrainer(SFTTrainer):
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _run_fingerprint(self) -> dict[str, str]:
-        """What must not change between a run and its resumption: the data and the settings of the method."""
+        """What must not change between a run and its resumption: the data, the settings of the method, and those that the
+        checkpoint's optimizer, schedule and order of rows would keep all the same.
+        """
         digest = hashlib.sha256()
         for column in ("forget_ids", "retain_ids", "synthetic_ids"):
             for ids in self.train_dataset[column]:
                 digest.update(json.dumps(ids).encode())
-        own = set(type(self.args).__dataclass_fields__) - set(SFTConfig.__dataclass_fields__) - set(PLACES)
+        own = set(type(self.args).__dataclass_fields__) - set(SFTConfig.__dataclass_fields__) - set(PLACES) | set(KEPT)
         settings = {name: repr(getattr(self.args, name)) for name in sorted(own)}
         return settings | {"train_dataset": digest.hexdigest(), "method": type(self).__name__}
 
@@ -579,34 +669,13 @@ class ErasureTrainer(SFTTrainer):
             )
 
 
-RULES: dict[str, Callable[[Any], bool]] = {
-    "at least 0": lambda value: value >= 0,
-    "above 0": lambda value: value > 0,
-    "at least 1": lambda value: value >= 1,
-    "from 0 to 1": lambda value: 0 <= value <= 1,
-}
-
-
-def check_fields(config: SFTConfig, rules: Mapping[str, Sequence[str]]) -> None:
-    """Raise `ValueError` for a value that a method cannot work with.
-
-    Args:
-        config (`SFTConfig`): Config of a method. Of its own fields, those that name `choices` in their metadata must be
-            one of them, and those named `<term>_weight` be at least 0 and not all 0.
-        rules (`Mapping[str, Sequence[str]]`): Names of fields by what they must be, such as `"at least 0"`.
+def plain_tokens(processing_class: PreTrainedTokenizerBase, vocabulary: int, count: int = 64) -> list[int]:
+    """Different token ids from all over the vocabulary, `count` or as many as there are, an even number; none that stands
+    for something other than text, such as an image.
     """
-    own = [field for field in fields(config) if field.name not in SFTConfig.__dataclass_fields__]
-    weights = [field.name for field in own if field.name.endswith("_weight")]
-    for rule, names in [*rules.items(), ("at least 0", weights)]:
-        for name in names:
-            if not RULES[rule](getattr(config, name)):
-                raise ValueError(f"`{name}` is {getattr(config, name)}: it must be {rule}.")
-    for field in own:
-        choices, value = field.metadata.get("choices"), getattr(config, field.name)
-        if choices and value not in choices:
-            raise ValueError(f"`{field.name}` is {value!r}: use one of {', '.join(choices)}.")
-    if weights and not any(getattr(config, name) for name in weights):
-        raise ValueError(f"All of {', '.join(f'`{name}`' for name in weights)} are 0: raise one of them.")
+    ids = sorted({*processing_class.get_vocab().values()} - {*processing_class.added_tokens_decoder})
+    ids = [token for token in ids if token < vocabulary]
+    return ids[:: max(len(ids) // count, 1)][: min(count, len(ids) // 2 * 2)]
 
 
 # Which texts a term is about.
@@ -647,90 +716,3 @@ def batch_mean(values: torch.Tensor, batch: Mapping[str, torch.Tensor], rows: in
     """
     texts = batch["input_ids"].size(0)
     return text_mean(values, batch["rows"], texts) * (texts / (rows or texts))
-
-
-def named_datasets(train_dataset: Any, eval_dataset: Any) -> list[tuple[str, Any]]:
-    """Each dataset that a trainer is given, with the name to call it by in a message."""
-    found = []
-    for name, given in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
-        if isinstance(given, dict):
-            found += [(f"{name}[{key!r}]", dataset) for key, dataset in given.items()]
-        elif given is not None:
-            found.append((name, given))
-    return found
-
-
-def check_columns(name: str, dataset: Dataset) -> None:
-    """Raise `ValueError` unless the dataset has rows and the columns of an erasure dataset."""
-    if not isinstance(dataset, Dataset):
-        raise TypeError(f"`{name}` is a {type(dataset).__name__}: pass the `Dataset` of `build_erasure_dataset`.")
-    if "forget_ids" not in dataset.column_names and (missing := set(COLUMNS) - set(dataset.column_names)):
-        raise ValueError(
-            f"`{name}` has the columns {dataset.column_names} and lacks {sorted(missing)}: make it with "
-            "`build_erasure_dataset`."
-        )
-    if len(dataset) == 0:
-        raise ValueError(f"`{name}` is empty: it needs forget and retain texts.")
-    for column in ("forget", "retain"):
-        if column in dataset.column_names and not any(text and text.strip() for text in dataset[column]):
-            raise ValueError(f"`{name}` has only empty texts in its column {column!r}: fill the {column} set.")
-
-
-def check_adapter(model: str | PreTrainedModel | PeftModel, peft_config: PeftConfig | None) -> None:
-    """Raise `ValueError` unless the model has, or can be given, a trainable adapter."""
-    if isinstance(model, PeftModel):
-        if peft_config is not None:
-            raise ValueError(
-                f"`peft_config` is given, but the model already carries the adapter {model.active_adapter!r}: leave "
-                "`peft_config` out to continue that adapter, or `merge_and_unload()` it first."
-            )
-        if not any(parameter.requires_grad for parameter in model.parameters()):
-            raise ValueError(
-                f"The adapter {model.active_adapter!r} of the model is frozen: load it with "
-                "`PeftModel.from_pretrained(..., is_trainable=True)` to continue it."
-            )
-        return
-    if peft_config is None:
-        raise ValueError(
-            "`peft_config` is None and the model carries no adapter: pass e.g. `peft_config=LoraConfig(r=32, "
-            'target_modules="all-linear")`, since the reference is the model with its adapter disabled.'
-        )
-    if isinstance(model, str):
-        return
-    if getattr(model, "_hf_peft_config_loaded", False):
-        raise ValueError(
-            "The model already carries an adapter loaded by `load_adapter`: load it with `PeftModel.from_pretrained` to "
-            "continue it, or merge it first."
-        )
-    config = model.config.get_text_config()
-    layers = getattr(peft_config, "layers_to_transform", None)
-    layers = [layers] if isinstance(layers, int) else layers or []
-    if outside := [layer for layer in layers if not 0 <= layer < config.num_hidden_layers]:
-        raise ValueError(
-            f"`layers_to_transform` names the layers {outside}, but the model has the layers 0 to "
-            f"{config.num_hidden_layers - 1}: choose among these."
-        )
-    targets = getattr(peft_config, "target_modules", None)
-    names = {name for name, module in model.named_modules() if not list(module.children()) and name}
-    if isinstance(targets, (list, set, tuple)):
-        leaves = {name.rpartition(".")[2] for name in names}
-        unknown = [t for t in targets if t not in leaves and not any(n == t or n.endswith(f".{t}") for n in names)]
-        if unknown:
-            linear = sorted(
-                {
-                    name.rpartition(".")[2]
-                    for name, module in model.named_modules()
-                    if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-                }
-            )
-            raise ValueError(f"`target_modules` {sorted(unknown)} match nothing in the model; it has: {linear}.")
-
-
-def check_tokenizer(model: PreTrainedModel | PeftModel, processing_class: PreTrainedTokenizerBase) -> None:
-    """Raise `ValueError` if the tokenizer can give ids that the model has no embedding for."""
-    rows = model.get_input_embeddings().weight.shape[0]
-    if len(processing_class) > rows > 0:
-        raise ValueError(
-            f"`processing_class` has {len(processing_class)} tokens, but the model has {rows} embeddings: it is the "
-            "tokenizer of another model; load the model's own."
-        )

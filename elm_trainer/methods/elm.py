@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.utils import logging
-from trl import SFTConfig
 
 from ..concept import Concept, load_concept
 from ..data.collator import ElmDataCollator
@@ -32,17 +31,16 @@ from ..ops import (
     top_k_distribution,
 )
 from .base import (
+    ErasureConfig,
     ErasureTrainer,
     batch_mean,
-    check_columns,
-    check_fields,
-    named_datasets,
     nll_reading,
     weighted_batches,
 )
 from .contrast import contrast_adapter
 from .elm_targets import elm_target_plan
 from .teachers import Teacher
+from .validation import check_columns, check_fields, load_given, named_datasets
 
 
 logger = logging.get_logger(__name__)
@@ -55,7 +53,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 @dataclass
-class ElmConfig(SFTConfig):
+class ElmConfig(ErasureConfig):
     r"""
     Configuration class for the [`ElmTrainer`].
 
@@ -257,14 +255,14 @@ class ElmTrainer(ErasureTrainer):
                 f"`eval_dataset` is given with `expert_steps={args.expert_steps}`, whose adapters are gone when training "
                 "starts, so that only training rows have targets: leave one of the two out."
             )
-        if not isinstance(model, str):
-            vocabulary = model.config.get_text_config().vocab_size
-            if args.top_k > vocabulary:
-                raise ValueError(f"`top_k` is {args.top_k}, but the vocabulary has {vocabulary} tokens: lower it.")
         counterfactual = args.novice == "counterfactual" and args.erase_weight > 0
         if counterfactual:
             for name, given in named_datasets(train_dataset, eval_dataset):
                 _check_novices(name, given)
+        model, processing_class = load_given(model, args, processing_class, kwargs.pop("quantization_config", None))
+        vocabulary = model.config.get_text_config().vocab_size
+        if args.top_k > vocabulary:
+            raise ValueError(f"`top_k` is {args.top_k}, but the vocabulary has {vocabulary} tokens: lower it.")
         if data_collator is None:
             data_collator = ElmDataCollator(
                 processing_class,
@@ -273,6 +271,11 @@ class ElmTrainer(ErasureTrainer):
                 contexts_per_sample=args.contexts_per_sample,
                 pad_to_multiple_of=args.pad_to_multiple_of,
                 seed=args.seed,
+            )
+        elif args.expert_steps and getattr(data_collator, "concepts", None) is not None:
+            raise ValueError(
+                f"`data_collator` brings contexts, with which the adapters of `expert_steps={args.expert_steps}` would be tuned "
+                "and never used: leave its `concepts` out, or set `expert_steps` to 0."
             )
         self._teachers: dict[str, Teacher] = {}
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)

@@ -2,13 +2,12 @@
 
 from dataclasses import dataclass, field
 
-from trl import SFTConfig
-
-from .base import ErasureTrainer, batch_mean, check_fields, weighted_batches
+from .base import ErasureConfig, ErasureTrainer, batch_mean, weighted_batches
+from .validation import check_fields
 
 
 @dataclass
-class GradDiffConfig(SFTConfig):
+class GradDiffConfig(ErasureConfig):
     r"""
     Configuration class for the [`GradDiffTrainer`].
 

@@ -7,16 +7,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from trl import SFTConfig
 
 from ..data.target_layout import Field, TargetLayout
 from ..ops import text_sums
-from .base import ErasureTrainer, batch_mean, check_fields, nll_reading, weighted_batches
+from .base import ErasureConfig, ErasureTrainer, batch_mean, nll_reading, weighted_batches
 from .targets import TargetPlan
+from .validation import check_fields
 
 
 @dataclass
-class NpoConfig(SFTConfig):
+class NpoConfig(ErasureConfig):
     r"""
     Configuration class for the [`NpoTrainer`].
 

@@ -11,20 +11,20 @@ import torch
 import torch.nn.functional as F
 from peft import PeftModel
 from torch import nn
-from trl import SFTConfig
 
 from ..modeling import decoder_layers
 from ..ops import FinalLogits, Reading, read_positions
-from .base import ErasureTrainer, check_fields
+from .base import ErasureConfig, ErasureTrainer
 from .frozen_layers import reentrant
 from .sharding import gathered
+from .validation import check_fields
 
 
 BANDWIDTHS = 5
 
 
 @dataclass
-class RepNoiseConfig(SFTConfig):
+class RepNoiseConfig(ErasureConfig):
     r"""
     Configuration class for the [`RepNoiseTrainer`].
 
@@ -262,7 +262,8 @@ class RepNoiseTrainer(ErasureTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         alpha, beta = self.args.alpha, self.args.beta
         batches = {name: inputs[name] for name in (("retain", "forget") if alpha or beta else ("retain",))}
-        final = self.final_logits(model)
+        # Both are measured by forwards of their own, which must not be watched.
+        final, _ = self.final_logits(model), self.texts_interact(model)
         with self._watch() as (states, outputs):
             losses = self.forward_positions(model, batches, {name: _nll(batch) for name, batch in batches.items()})
         terms = {"retain": weighted_sum(losses["retain"], self._weights(inputs, "retain", losses["retain"].dtype))}

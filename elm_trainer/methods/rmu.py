@@ -14,19 +14,19 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.pytorch_utils import Conv1D
-from trl import SFTConfig
 
 from ..modeling import layer_stack
 from ..ops import KeepPositions, text_mean
-from .base import ErasureTrainer, check_fields, weighted_batches
+from .base import ErasureConfig, ErasureTrainer, weighted_batches
 from .frozen_layers import reentrant
+from .validation import check_columns, check_fields, load_given, named_datasets
 
 
 CONTROL_VECTORS_FILE = "control_vectors.safetensors"
 
 
 @dataclass
-class RmuConfig(SFTConfig):
+class RmuConfig(ErasureConfig):
     r"""
     Configuration class for the [`RmuTrainer`].
 
@@ -211,10 +211,12 @@ class RmuTrainer(ErasureTrainer):
         **kwargs,
     ):
         args = self.own_config(args)
-        if not isinstance(model, str):
-            check_layer(model, args)
-            if kwargs.get("peft_config") is None and not isinstance(model, PeftModel):
-                down_projections(model, args)
+        for name, dataset in named_datasets(train_dataset, eval_dataset):
+            check_columns(name, dataset)
+        model, processing_class = load_given(model, args, processing_class, kwargs.pop("quantization_config", None))
+        check_layer(model, args)
+        if kwargs.get("peft_config") is None and not isinstance(model, PeftModel):
+            down_projections(model, args)
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)
         check_layer(self.model, args)
         # Reference matrices in place of the trained ones; none where an adapter is trained.

@@ -4,14 +4,14 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from trl import SFTConfig
 
 from ..ops import text_means
-from .base import ErasureTrainer, batch_mean, check_fields, weighted_batches
+from .base import ErasureConfig, ErasureTrainer, batch_mean, weighted_batches
+from .validation import check_fields
 
 
 @dataclass
-class SimNpoConfig(SFTConfig):
+class SimNpoConfig(ErasureConfig):
     r"""
     Configuration class for the [`SimNpoTrainer`].
 

@@ -20,12 +20,13 @@ class Teacher:
 
     Args:
         model (`PeftModel`): Model that carries it.
-        name (`str`): Name of its adapter, `"expert"` or `"novice"`.
+        name (`str`): Name of its adapter, such as `"expert"`; the model must have none of that name yet.
         trained (`str`): Name of the adapter that is trained to erase.
     """
 
     def __init__(self, model: PeftModel, name: str, trained: str):
         self._model, self._name, self._trained = model, name, trained
+        self._frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
 
     @classmethod
     def fit(cls, trainer: "ElmTrainer", name: str, texts: Sequence[list[int]], steps: int) -> "Teacher":
@@ -46,11 +47,16 @@ class Teacher:
         devices = [args.device] if args.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(args.seed)
-            teacher = cls(model, name, model.active_adapter)
+            own = name
+            while own in model.peft_config:  # an adapter of the user's
+                own += "_"
+            teacher = cls(model, own, model.active_adapter)
             model.add_adapter(
-                name, LoraConfig(r=args.teacher_rank, lora_alpha=args.teacher_rank, target_modules="all-linear")
+                own, LoraConfig(r=args.teacher_rank, lora_alpha=args.teacher_rank, target_modules="all-linear")
             )
-            model.set_adapter(name)
+            model.set_adapter(own)
+            if args.gradient_checkpointing:
+                model.activation_checkpointing_enable({"use_reentrant": False})
             parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
             optimizer = torch.optim.AdamW(parameters, lr=args.teacher_learning_rate)
             schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
@@ -70,7 +76,9 @@ class Teacher:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 schedule.step()
-            model.set_adapter(teacher._trained)
+            if args.gradient_checkpointing:
+                model.activation_checkpointing_disable()  # training enables it in its own way
+            teacher._back()
         return teacher
 
     @contextmanager
@@ -83,9 +91,15 @@ class Teacher:
             yield
         finally:
             model.base_model.disable_adapter_layers()
-            model.set_adapter(self._trained)
+            self._back()
 
     def remove(self) -> None:
         """Delete the adapter, so that nothing it learnt can be saved."""
         self._model.delete_adapter(self._name)
+        self._back()
+
+    def _back(self) -> None:
+        """Make the trained adapter the active one again; PEFT makes all of it trainable, what was frozen too."""
         self._model.set_adapter(self._trained)
+        for parameter in self._frozen:
+            parameter.requires_grad_(False)

