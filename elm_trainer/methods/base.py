@@ -145,10 +145,11 @@ class ErasureTrainer(SFTTrainer):
             data_collator = ElmDataCollator(
                 processing_class, pad_to_multiple_of=args.pad_to_multiple_of, seed=args.seed
             )
-        # Weights that lie in shards, or have no content yet, cannot be run here.
+        keep_differentiable(model)
         context = data_collator.longest_context() if isinstance(data_collator, ElmDataCollator) else 0
         self._text_limit = text_limit(model, args.max_length, context)
         tokens = plain_tokens(processing_class, model.config.get_text_config().vocab_size, 16)
+        # Weights that lie in shards, or have no content yet, cannot be run here.
         runs = not is_partitioned(model) and not any(parameter.is_meta for parameter in model.parameters())
         base = few_logits(model, tokens) if runs and with_adapter and not isinstance(model, PeftModel) else None
         super().__init__(
@@ -164,7 +165,6 @@ class ErasureTrainer(SFTTrainer):
         if self.args.prediction_loss_only is not True:
             # The step makes logits of supervised positions only, so there are none to hand to `compute_metrics`.
             self.args.prediction_loss_only = True
-        keep_differentiable(self.model)
         if isinstance(self.model, PeftModel):
             check_adapter_fits(self.model)
             if runs:
