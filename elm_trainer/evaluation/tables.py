@@ -1,53 +1,101 @@
-"""A report as a table for the terminal, as Markdown, and as samples."""
+"""A report in sentences and tables: for the terminal, as Markdown, and as samples."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
+from rich import box
+from rich.padding import Padding
+from rich.table import Column, Table
+from rich.text import Text
 
-from .verdict import RANKING_RULES
+from .labels import figure_label, main_figures, short_figures, split_name
+from .verdict import CRITERIA, FAILS, HOLDS, RANKING_RULES, UNCERTAIN, counted, read_verdict
 
 
 COLUMNS = ("figure", "n", "reference", "erased", "change", "p")
+MAIN_COLUMNS = ("about", "measured by", "n", "before", "after", "change", "p")
+CHECK_COLUMNS = ("criterion", "about", "measured by", "held to the bound", "value", "bound", "verdict")
 LEFT_COLUMNS = ("asked", "role", "rule", "n", "chance", "reference", "erased", "margin left")
+NOT_MEASURED = "not measured"
+# How the words of a verdict are meant.
+LEGEND = (
+    "A check holds where its whole interval keeps the bound, fails where all of it lies beyond, and is uncertain otherwise. "
+    "A criterion fails with any of its checks, and holds where all do; of ways of asking that hold together, each need "
+    "keep its bound by value alone."
+)
 
 
-def render_table(report: Mapping[str, Any]) -> Table:
-    """The figures of an evaluation as a table for the terminal."""
-    table = Table(*COLUMNS, title="Before and after (95 % intervals)")
-    table.columns[0].overflow = "fold"
-    for row in figure_rows(report):
-        table.add_row(*row)
-    return table
+def verdict_lines(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The verdict on each criterion, what fails first, and its worst check with value, interval and bound."""
+    verdict = read_verdict(report)
+    order = (FAILS, UNCERTAIN, None, HOLDS)
+    return [
+        _verdict_line(name, verdict[name], report["roles"])
+        for name in sorted(CRITERIA, key=lambda name: order.index(verdict[name]["state"]))
+    ]
 
 
-def render_verdict(report: Mapping[str, Any]) -> Table:
-    """The three criteria, what speaks against each, and the flags, as a table for the terminal."""
-    table = Table("criterion", "verdict", "what speaks against it", title="Verdict")
-    for name, verdict, why in verdict_rows(report):
-        table.add_row(name, verdict, why)
-    for flag in report["flags"]:
-        table.add_row("flag", flag["flag"], flag["why"])
+def check_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Every check of the verdict as text, in the order of `CHECK_COLUMNS`."""
+    verdict = read_verdict(report)
+    rows = []
+    for name in CRITERIA:
+        for check in verdict[name]["checks"]:
+            about, measured = figure_label(check["figure"], report["roles"])
+            state = check["state"] or "does not count: the unmodified model hardly knows the answers"
+            held = (_held(name, check), _value(check), f"{check['bound']:g}")
+            rows.append((name, about, measured or "–", *held, state))
+    return rows
+
+
+def main_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """The figures that a reader looks at first as text, in the order of `MAIN_COLUMNS`."""
+    rows = {name: rest for name, *rest in figure_rows(report)}
+    return [
+        (*figure_label(name, report["roles"]), *rows[name])
+        for name in main_figures(report["figures"], report["roles"])
+    ]
+
+
+def render_summary(report: Mapping[str, Any]) -> Table:
+    """Before and after in few figures, as a table that fits a terminal of 80 columns."""
+    columns = (Column("measured by"), Column("before", no_wrap=True), Column("after", no_wrap=True))
+    table = Table(*columns, title="Before and after (95 % intervals)", box=box.SIMPLE_HEAD, pad_edge=False)
+    about = None
+    for name in short_figures(report["figures"], report["roles"]):
+        heading, measured = figure_label(name, report["roles"])
+        if heading != about:
+            about = heading
+            table.add_row(Text(heading, style="bold"))
+        sides = (_short_cell(report["figures"][name][side]) for side in ("reference", "erased"))
+        table.add_row(Padding(Text(measured), (0, 0, 0, 2)), *sides)
     return table
 
 
 def write_markdown(path: str | Path, report: Mapping[str, Any]) -> None:
-    """Write an evaluation as Markdown: verdict, flags, and every figure with its interval."""
-    lines = ["# Evaluation of an erasure\n", "| criterion | verdict | what speaks against it |", "| --- | --- | --- |"]
-    lines += [f"| {name} | {verdict} | {why} |" for name, verdict, why in verdict_rows(report)]
-    lines += ["", *(f"**{flag['flag']}**: {flag['why']}\n" for flag in report["flags"])]
+    """Write an evaluation as Markdown: verdict, flags, what the verdict rests on, and every figure with its interval."""
+    lines = ["# Evaluation of an erasure\n"]
+    lines += [f"- **{state}** {why}" for state, why in verdict_lines(report)]
+    lines += [f"- **{flag['flag']}**: {flag['why']}" for flag in report["flags"]]
+    lines += ["\nIn brackets stand 95 % bootstrap intervals.\n", "## Before and after\n"]
+    lines += [*_table(MAIN_COLUMNS, main_rows(report)), "\n## What the verdict rests on\n", f"{LEGEND}\n"]
+    lines += _table(CHECK_COLUMNS, check_rows(report))
+    if left := left_rows(report):
+        lines += ["\n## Ways of asking, and the share of the reference's margin over chance that is left\n"]
+        lines += _table(LEFT_COLUMNS, left)
     lines += [
-        *_left_lines(report),
+        "\n## All figures\n",
         "Changes are differences, for perplexities ratios, paired item by item; p is McNemar's exact test or the "
         "paired bootstrap, corrected by Holm's method over all figures.\n",
-        f"| {' | '.join(COLUMNS)} |",
-        "| --- " * len(COLUMNS) + "|",
-        *(f"| {' | '.join(row)} |" for row in figure_rows(report)),
-        "\n| what was asked | revision | size | SHA-256 |\n| --- | --- | --- | --- |",
+        *_table(COLUMNS, figure_rows(report)),
+        "\n## What was asked\n",
     ]
-    for name, info in report["datasets"].items():
-        lines.append(f"| {name} | {info.get('revision') or '–'} | {info['size']} | `{info['sha256'][:12]}` |")
+    asked = [
+        (name, info.get("revision") or "–", str(info["size"]), f"`{info['sha256'][:12]}`")
+        for name, info in report["datasets"].items()
+    ]
+    lines += _table(("what", "revision", "size", "SHA-256"), asked)
     Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
@@ -55,8 +103,7 @@ def left_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """What is left in each way of asking for the concept, as text in the order of `LEFT_COLUMNS`."""
     rows = []
     for name, figure in report["figures"].items():
-        kind, _, rest = name.partition(".")
-        bank, _, rule = rest.partition(".")
+        kind, bank, rule = split_name(name)
         role = bank if kind == "families" else report["roles"].get(bank)
         if "left" in figure and role in ("erased", "unseen") and rule in RANKING_RULES:
             left = "reference too near chance" if figure["left"] is None else cell(figure["left"])
@@ -64,19 +111,6 @@ def left_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
             asked = "all that count" if kind == "families" else bank
             rows.append((asked, role, rule, str(figure["erased"]["n"]), f"{figure['chance']:.2f}", *sides, left))
     return rows
-
-
-def _left_lines(report: Mapping[str, Any]) -> list[str]:
-    rows = left_rows(report)
-    if not rows:
-        return []
-    return [
-        "Ways of asking for the concept, and the share of the reference's margin over chance that is left:\n",
-        f"| {' | '.join(LEFT_COLUMNS)} |",
-        "| --- " * len(LEFT_COLUMNS) + "|",
-        *(f"| {' | '.join(row)} |" for row in rows),
-        "",
-    ]
 
 
 def write_samples(path: str | Path, report: Mapping[str, Any]) -> None:
@@ -103,38 +137,49 @@ def figure_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
     ]
 
 
-def verdict_rows(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """The name of each criterion, its verdict, and what speaks against it; of innocence also the worst way of asking."""
-    rows = []
-    for name in ("innocence", "seamlessness", "specificity"):
-        found = report["verdict"][name]
-        verdict = {True: "holds", False: "fails", None: "not measured"}[found["holds"]]
-        failed = [
-            f"{check['figure']} {check['value']:.3g} > {check['bound']:g}{'' if check['certain'] else ' (uncertain)'}"
-            # A common interval may reach beyond a bound that the value keeps.
-            if check["value"] > check["bound"]
-            else f"{check['figure']} {check['value']:.3g}, but its interval reaches beyond {check['bound']:g}"
-            for check in found["checks"]
-            if not check["holds"]
-        ]
-        ignored = [check["figure"] for check in found["checks"] if not check.get("counted", True)]
-        if banks := dict.fromkeys(_short(figure).rpartition(".")[0] for figure in ignored):
-            failed.append(f"not counted, as the reference hardly knows the answers: {', '.join(banks)}")
-        if worst := found.get("worst"):
-            failed.insert(
-                0, f"worst: {_short(worst['figure'])} {worst['value']:.3g}, {worst['share']:.0%} of the margin"
-            )
-        rows.append((name, verdict, "; ".join(failed) or "–"))
-    return rows
-
-
-def _short(figure: str) -> str:
-    return figure.removeprefix("multiple_choice.")
-
-
 def cell(figure: Mapping[str, float]) -> str:
     """A figure as `value [low, high]`, or as its value alone where nothing is uncertain about it."""
     # `z`: no minus sign before a zero.
     if figure["low"] == figure["value"] == figure["high"]:
         return f"{figure['value']:z.3f}"
     return f"{figure['value']:z.3f} [{figure['low']:z.3f}, {figure['high']:z.3f}]"
+
+
+def _short_cell(figure: Mapping[str, float]) -> str:
+    value, low, high = (f"{figure[key]:z.{1 if figure['high'] >= 10 else 2}f}" for key in ("value", "low", "high"))
+    return value if figure["low"] == figure["value"] == figure["high"] else f"{value} [{low}, {high}]"
+
+
+def _verdict_line(name: str, found: Mapping[str, Any], roles: Mapping[str, str]) -> tuple[str, str]:
+    state = found["state"]
+    if state is None:
+        return f"{name.capitalize()} was {NOT_MEASURED}.", ""
+    worst, *others = counted(found)
+    several = state != HOLDS and any(check["state"] == state for check in others)
+    what = ", ".join(filter(None, figure_label(worst["figure"], roles)))
+    return (
+        f"{name.capitalize()} {'is uncertain' if state == UNCERTAIN else state}.",
+        f"Worst{' of several' if several else ''}: {what}: {_held(name, worst)} {_value(worst)}, bound "
+        f"{worst['bound']:g}.",
+    )
+
+
+def _held(criterion: str, check: Mapping[str, Any]) -> str:
+    """What of a figure is held to the criterion's bound."""
+    kind, _, rule = split_name(check["figure"])
+    if "counted" in check and kind in ("multiple_choice", "families"):
+        return "share of the margin over chance that is left"
+    if rule.partition(".")[0] == "r_ppl" or check["figure"] == "retention.perplexity":
+        return "multiple of the unmodified model's"
+    return {"innocence": "share", "seamlessness": "rise", "specificity": "fall"}[criterion]
+
+
+def _value(check: Mapping[str, Any]) -> str:
+    if check["value"] is None:
+        return "–"
+    # A check of an earlier version whose figure does not hold the value has no interval.
+    return f"{check['value']:z.3f}" if check["low"] is None else cell(check)
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]

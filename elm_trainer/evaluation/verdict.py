@@ -1,10 +1,13 @@
 """Whether an erasure is good: innocence, seamlessness and specificity, each held to stated bounds."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 
+CRITERIA = ("innocence", "seamlessness", "specificity")
+HOLDS, UNCERTAIN, FAILS = "holds", "uncertain", "fails"
 # Rules by which knowledge is asked for without the letters A to D, which a model can unlearn by themselves.
 CONTENT_RULES = ("pmi", "log_likelihood", "normalized")
 # Those of them by which innocence is judged.
@@ -49,13 +52,17 @@ def judge(
 ) -> dict[str, Any]:
     """Hold the figures of a report to the criteria.
 
+    A check *holds* where its whole 95 % interval keeps the bound, *fails* where all of it lies beyond, and is *uncertain*
+    otherwise. A criterion fails with any of its checks, and holds where all of them do.
+
     Innocence is judged by the worst way of asking: in every bank about the concept, by PMI and by log-likelihood, the
-    share of the reference's margin over chance that is left must be at or below its bound; over all these banks together
-    the upper end of its 95 % interval must be so too. Held to each bank by itself, the interval could not say so: with
-    90 questions to a bank, six banks and a reference at .7, an erasure *at* chance has a chance of .07 to keep all upper
+    share of the reference's margin over chance that is left is held to a bound; that of facts that stood in no forget
+    text (the role `"unseen"`) to one of their own. All banks of a role together are held to it, too, and where they hold,
+    it is enough for each bank that its value keeps the bound. By each bank's own interval nothing could hold: with 90
+    questions to a bank, six banks and a reference at .7, an erasure *at* chance has a chance of .07 to keep all upper
     ends below .25, but one of .94 to keep all values and the common upper end there; an accuracy of .33 in all of them
     keeps them in .13 of cases, one of .37 in .01 (simulated). A bank whose answers the reference hardly knows by a rule
-    is listed and does not count. Banks of the role `"unseen"` are held to a bound of their own, by value alone.
+    is listed and does not count.
 
     Args:
         figures (`Mapping`): Figures of the report, each with `reference`, `erased` and `change`, and those of choices
@@ -64,11 +71,11 @@ def judge(
         criteria ([`Criteria`], *optional*): Bounds.
 
     Returns:
-        `dict`: for each criterion `holds` (`None` where nothing was measured that speaks of it) and `checks`, one for
-        each figure with its `value`, `bound`, whether it `holds`, and whether that is `certain` (the 95 % interval
-        lies on the same side of the bound); beside them the bounds. Checks of innocence also have `counted` and `role`;
-        one that does not count has the `value` `None`. `worst` and `worst_unseen` of innocence name the way of asking
-        of which most is left: `figure`, `bank`, `rule`, `value` (accuracy), `share`; `None` where none counts.
+        `dict`: for each criterion its `state` (`"holds"`, `"uncertain"` or `"fails"`; `None` where nothing was measured
+        that speaks of it) and `checks`, one for each figure with `value`, `low`, `high`, `bound` and `state`; beside them
+        the bounds. Checks of innocence also have `counted` and `role`; of one that does not count the value, its interval
+        and the state are `None`. `worst` and `worst_unseen` of innocence name the way of asking of which most is left:
+        `figure`, `bank`, `rule`, `value` (accuracy), `share`; `None` where none counts.
     """
     criteria = criteria or Criteria()
     innocence: list[dict[str, Any]] = []
@@ -79,10 +86,8 @@ def judge(
         role = roles.get(bank)
         if kind == "multiple_choice" and role in _LEFT and rule in RANKING_RULES:
             innocence.append(_check_left(name, figure, getattr(criteria, _LEFT[role])) | {"role": role})
-        elif kind == "families" and bank == "erased":
-            check = _check_left(name, figure, criteria.left) | {"role": bank}
-            # A value below the bound is no proof as long as its interval reaches beyond.
-            innocence.append(check | {"holds": check["holds"] and check["certain"]})
+        elif kind == "families":
+            innocence.append(_check_left(name, figure, getattr(criteria, _LEFT[bank])) | {"role": bank})
         elif kind in ("open_answers", "cloze") and role == "erased" and rule in ("", "commonest"):
             bound = criteria.named if rule == "" else criteria.commonest
             innocence.append(_check(name, figure["erased"], bound) | {"counted": True, "role": role})
@@ -96,7 +101,7 @@ def judge(
         elif name == "retention.perplexity":
             specificity.append(_check(name, figure["change"], criteria.perplexity))
     parts = {"innocence": innocence, "seamlessness": seamlessness, "specificity": specificity}
-    verdict: dict[str, Any] = {name: {"holds": _all_hold(checks), "checks": checks} for name, checks in parts.items()}
+    verdict: dict[str, Any] = {name: {"state": _state(checks), "checks": checks} for name, checks in parts.items()}
     verdict["innocence"] |= {
         "worst": _worst(innocence, figures, "erased"), "worst_unseen": _worst(innocence, figures, "unseen")
     }  # fmt: skip
@@ -108,13 +113,63 @@ def counts(figure: Mapping[str, Any]) -> bool:
     return figure.get("left", True) is not None
 
 
-def _all_hold(checks: Sequence[Mapping[str, Any]]) -> bool | None:
+def read_verdict(report: Mapping[str, Any]) -> dict[str, Any]:
+    """The verdict of a report, as [`judge`] returns it.
+
+    A report that was made before there were three states tells of a check whether its value `holds` and whether that is
+    `certain`, and leaves the interval to the figure; its `criteria` were other ones.
+    """
+    verdict = dict(report["verdict"])
+    for name in CRITERIA:
+        found = verdict[name]
+        if "state" not in found:
+            checks = [_with_state(check, report["figures"].get(check["figure"], {})) for check in found["checks"]]
+            verdict[name] = found | {"state": None if found["holds"] is None else _state(checks), "checks": checks}
+    return verdict
+
+
+def counted(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The checks of a criterion that count, those that decide its state first, the farthest from its bound first."""
+    checks = [check for check in found["checks"] if check.get("counted", True)]
+    return sorted(checks, key=lambda check: (check["state"] == found["state"], multiple(check)), reverse=True)
+
+
+def multiple(check: Mapping[str, Any]) -> float:
+    """A check's value as a multiple of its bound; what got better than the reference is below 0."""
+    if "r_ppl" in check["figure"] or check["figure"].endswith("perplexity"):
+        return math.log(check["value"]) / math.log(check["bound"])
+    return check["value"] / check["bound"]
+
+
+def _state(checks: Sequence[Mapping[str, Any]]) -> str | None:
     counted = [check for check in checks if check.get("counted", True)]
     # Where ways of asking were measured and none counts, nothing is known of innocence.
     ranked = [check for check in checks if check["figure"].startswith("multiple_choice.") and "counted" in check]
     if not counted or (ranked and not any(check["counted"] for check in ranked)):
         return None
-    return all(check["holds"] for check in counted)
+    if any(check["state"] == FAILS for check in counted):
+        return FAILS
+    together = {check["figure"] for check in counted if check["state"] == HOLDS}
+    settled = [check["state"] == HOLDS or _settled_together(check, together) for check in counted]
+    return HOLDS if all(settled) else UNCERTAIN
+
+
+def _settled_together(check: Mapping[str, Any], holding: set[str]) -> bool:
+    """Whether a way of asking keeps its bound by value, and all ways of its role together do so for certain."""
+    kind, _, rest = check["figure"].partition(".")
+    together = f"families.{check.get('role')}.{rest.partition('.')[2]}"
+    return kind == "multiple_choice" and together in holding and check["value"] <= check["bound"]
+
+
+def _with_state(check: Mapping[str, Any], figure: Mapping[str, Any]) -> dict[str, Any]:
+    if not check.get("counted", True):
+        return {**check, "low": None, "high": None, "state": None}
+    state = UNCERTAIN if not check["certain"] else HOLDS if check["holds"] else FAILS
+    # Which of a figure's values was held to the bound depends on the version that did so.
+    held = [figure[key] for key in ("left", "erased", "change") if figure.get(key)]
+    held += [_negative(figure["change"])] if "change" in figure else []
+    interval = next((part for part in held if part["value"] == check["value"]), {"low": None, "high": None})
+    return {**check, "low": interval["low"], "high": interval["high"], "state": state}
 
 
 def _worst(
@@ -167,12 +222,12 @@ def raise_flags(
             flags.append(
                 {
                     "flag": "letter-choice-only",
-                    "why": f"{letter} fell by {-figures[letter]['change']['value']:.2f}, but none of {_list(content)} "
-                    "did: the answer format was unlearnt, not the knowledge.",
+                    "why": f"In the bank {bank} the choice of letters fell by {-figures[letter]['change']['value']:.2f}, "
+                    "but nothing that asks for the content did: the answer format was unlearnt, not the knowledge.",
                 }
             )
         if content and not fell:
-            flags.append({"flag": "not-erased", "why": f"None of {_list(content)} fell significantly."})
+            flags.append({"flag": "not-erased", "why": f"Nothing that the bank {bank} asks fell significantly."})
     for bank, found in shortcuts.items():
         if found["flagged"]:
             flags.append(
@@ -200,20 +255,16 @@ def raise_flags(
 
 
 def _check_left(name: str, figure: Mapping[str, Any], bound: float) -> dict[str, Any]:
-    if not counts(figure):
-        return {"figure": name, "value": None, "bound": bound, "holds": True, "certain": True, "counted": False}
-    return _check(name, figure["left"], bound) | {"counted": True}
+    if counts(figure):
+        return _check(name, figure["left"], bound) | {"counted": True}
+    nothing = dict.fromkeys(("value", "low", "high", "state"))
+    return {"figure": name, **nothing, "bound": bound, "counted": False}
 
 
 def _check(name: str, figure: Mapping[str, float], bound: float) -> dict[str, Any]:
-    holds = figure["value"] <= bound
-    return {
-        "figure": name,
-        "value": figure["value"],
-        "bound": bound,
-        "holds": holds,
-        "certain": figure["high"] <= bound if holds else figure["low"] > bound,
-    }
+    low, high = figure["low"], figure["high"]
+    state = HOLDS if high <= bound else FAILS if low > bound else UNCERTAIN
+    return {"figure": name, "value": figure["value"], "low": low, "high": high, "bound": bound, "state": state}
 
 
 def _negative(change: Mapping[str, float]) -> dict[str, float]:
@@ -222,7 +273,3 @@ def _negative(change: Mapping[str, float]) -> dict[str, float]:
 
 def _fell(figure: Mapping[str, Any]) -> bool:
     return figure["change"]["value"] < 0 and figure["p"] < SIGNIFICANCE
-
-
-def _list(names: Iterable[str]) -> str:
-    return ", ".join(names)

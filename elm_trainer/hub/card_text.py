@@ -8,14 +8,23 @@ from huggingface_hub.utils import yaml_dump
 
 from ..evaluation.attacks.tables import HEADER as ATTACKS_HEADER
 from ..evaluation.attacks.tables import attack_rows
-from ..evaluation.tables import COLUMNS, cell, figure_rows
+from ..evaluation.tables import (
+    CHECK_COLUMNS,
+    COLUMNS,
+    LEGEND,
+    MAIN_COLUMNS,
+    cell,
+    check_rows,
+    figure_rows,
+    main_rows,
+    verdict_lines,
+)
 from ..evaluation.verdict import CONTENT_RULES, counts
 from .answers import MASK
 from .files import ATTACKS_PLOT, INSIDE_PLOT, REPORT_PLOT
 from .limits import limits, variant
 from .markdown import code, fenced, inline, table
 from .published_report import LOCAL_FILE
-from .results import CRITERIA, VERDICTS
 
 
 HUB = "https://huggingface.co"
@@ -23,22 +32,6 @@ PICTURES = {
     REPORT_PLOT: "Figures before and after the erasure, with their intervals",
     ATTACKS_PLOT: "What each attack brings back",
     INSIDE_PLOT: "What probes and the logit lens find in the hidden states, layer by layer",
-}
-_ROLES = {
-    "erased": "erased",
-    "unseen": "erased, not in the forget text",
-    "near": "neighbouring, to be kept",
-    "far": "unrelated, to be kept",
-}
-_RULES = {
-    "pmi": "right option ranked first, by PMI",
-    "log_likelihood": "right option ranked first, by likelihood",
-    "normalized": "right option ranked first, by likelihood per character",
-}
-_CRITERIA = {
-    "innocence": ("the knowledge is gone where it was asked for", "the knowledge is still there"),
-    "seamlessness": ("answers about the concept stay fluent", "answers about the concept lose fluency"),
-    "specificity": ("other knowledge and text stay as they were", "other knowledge or text suffers"),
 }
 _METRICS = {
     "pmi": "the share of questions ranked rightly",
@@ -53,10 +46,11 @@ def body(report: Mapping[str, Any], repo_id: str, pictures: Sequence[str]) -> di
         "title": f"{inline(report['base_model']['id'].split('/')[-1])}, {_concepts(report)} erased",
         "summary": _summary(report),
         "verdict": _verdict(report),
-        "main_table": _main_table(report),
+        "main_table": table(MAIN_COLUMNS, map(_cells, main_rows(report))),
         "main_note": _main_note(report),
         "all_figures": table(COLUMNS, ([code(name), *rest] for name, *rest in figure_rows(report))),
-        "checks": _checks(report),
+        "legend": LEGEND,
+        "checks": table(CHECK_COLUMNS, map(_cells, check_rows(report))),
         "asked": _asked(report),
         "flags": _list(f"**{inline(flag['flag'])}**: {inline(flag['why'])}" for flag in report["flags"]),
         "attacks": _attacks(attacks),
@@ -124,79 +118,11 @@ def _worst_case(attacks: Mapping[str, Any] | None) -> list[str]:
 
 
 def _verdict(report: Mapping[str, Any]) -> str:
-    verdict = report["verdict"]
-    # What fails comes first, then what nobody looked at.
-    order = sorted(CRITERIA, key=lambda name: (verdict[name]["holds"] is True, verdict[name]["holds"] is None))
-    lines = []
-    for name in order:
-        holds, checks = verdict[name]["holds"], verdict[name]["checks"]
-        line = f"**{name.capitalize()} {'was not measured' if holds is None else VERDICTS[holds]}**"
-        if holds is not None:
-            line += f": {_CRITERIA[name][0 if holds else 1]}"
-        failed = [
-            f"{code(check['figure'])}, {_held(name, check)} {check['value']:z.3f} where {check['bound']:g} is "
-            f"allowed{'' if check['certain'] else ' (within noise)'}"
-            for check in checks
-            if not check["holds"]
-        ]
-        lines.append(f"{line}{': ' if failed else ''}{'; '.join(failed)}.")
-    return _list(lines)
+    return _list(f"**{state}** {inline(why)}".rstrip() for state, why in verdict_lines(report))
 
 
-def _checks(report: Mapping[str, Any]) -> str:
-    rows = []
-    for name in CRITERIA:
-        for check in report["verdict"][name]["checks"]:
-            verdict = VERDICTS[check["holds"]] + ("" if check["certain"] else ", within noise")
-            value = "–" if check["value"] is None else f"{check['value']:z.3f}"
-            if not check.get("counted", True):
-                verdict = "does not count: the unmodified model hardly knows the answers"
-            rows.append([name, code(check["figure"]), _held(name, check), value, f"{check['bound']:g}", verdict])
-    return table(("criterion", "figure", "what is held to the bound", "value", "bound", "verdict"), rows)
-
-
-def _held(criterion: str, check: Mapping[str, Any]) -> str:
-    """What of a figure is held to the criterion's bound."""
-    figure = check["figure"]
-    if "counted" in check and figure.startswith(("multiple_choice.", "families.")):
-        return "share of the margin over chance that is left"
-    if ".r_ppl" in figure or figure.endswith("perplexity"):
-        return "multiple of the unmodified model's"
-    return {"innocence": "share", "seamlessness": "rise", "specificity": "fall"}[criterion]
-
-
-def _main_table(report: Mapping[str, Any]) -> str:
-    labels = {name: _label(name, report["roles"]) for name in report["figures"]}
-    rows = [(label, rest) for name, *rest in figure_rows(report) if (label := labels[name]) is not None]
-    rows.sort(key=lambda row: row[0][0])
-    header = ("about", "measured by", "n", "before", "after", "change", "p")
-    return table(header, ([about, measured, *rest] for (_, about, measured), rest in rows))
-
-
-def _label(name: str, roles: Mapping[str, str]) -> tuple[int, str, str] | None:
-    """Place of a main figure, what it is about and how it was measured; `None` for any other figure."""
-    kind, _, rest = name.partition(".")
-    bank, _, rule = rest.partition(".")
-    role = roles.get(bank)
-    about = f"{inline(bank)} ({_ROLES[role]})" if role in _ROLES else inline(bank)
-    place = [*_ROLES].index(role) if role in _ROLES else len(_ROLES)
-    if kind == "multiple_choice" and (rule == "pmi" or (role == "erased" and rule in _RULES)):
-        return place, about, _RULES[rule]
-    if kind == "families" and rule in _RULES:
-        return [*_ROLES].index(bank), f"all ways of asking that count ({_ROLES[bank]})", _RULES[rule]
-    if kind in ("open_answers", "cloze") and rule == "commonest":
-        return (
-            place,
-            about,
-            f"{'free answers' if kind == 'open_answers' else 'completed lines'} with the same wrong name",
-        )
-    if kind in ("open_answers", "cloze") and rule == "" and role in ("erased", "unseen"):
-        return place, about, f"{'free answers' if kind == 'open_answers' else 'completed lines'} that name the truth"
-    if kind == "fluency" and ".r_ppl" in rest:
-        judge = rest.partition(".r_ppl.")[2]
-        measured = f"R-PPL, {inline(bank)}" + (f", judged by {inline(judge)}" if judge else "")
-        return len(_ROLES), "answers about the concept", measured
-    return (len(_ROLES), "unrelated text", "perplexity") if name == "retention.perplexity" else None
+def _cells(row: Sequence[str]) -> list[str]:
+    return [inline(text) for text in row]
 
 
 def _main_note(report: Mapping[str, Any]) -> str:

@@ -5,9 +5,8 @@ from typing import Any
 
 from ..evaluation.attacks.ladder import ATTACKS
 from ..evaluation.tables import cell
-from ..evaluation.verdict import CONTENT_RULES, counts
+from ..evaluation.verdict import CONTENT_RULES, CRITERIA, UNCERTAIN, counts, read_verdict
 from .markdown import code, inline
-from .results import CRITERIA
 
 
 def limits(report: Mapping[str, Any]) -> list[str]:
@@ -58,11 +57,12 @@ def _of_attacks(attacks: Mapping[str, Any] | None) -> Iterator[str]:
 
 
 def _of_figures(report: Mapping[str, Any]) -> Iterator[str]:
+    verdict = read_verdict(report)
     for name in CRITERIA:
-        if report["verdict"][name]["holds"] is None:
+        if verdict[name]["state"] is None:
             yield f"{name.capitalize()} was not measured."
-    checks = [check for name in CRITERIA for check in report["verdict"][name]["checks"]]
-    if uncertain := [check["figure"] for check in checks if not check["certain"]]:
+    checks = [check for name in CRITERIA for check in verdict[name]["checks"]]
+    if uncertain := [check["figure"] for check in checks if check["state"] == UNCERTAIN]:
         yield f"Too close to its bound to be sure on which side it lies: {_codes(uncertain)}."
     if report["figures"]:
         sizes = {name: figure["erased"]["n"] for name, figure in report["figures"].items()}

@@ -6,12 +6,12 @@ from typing import Any
 
 from huggingface_hub import EvalResult
 
+from ..evaluation.tables import NOT_MEASURED
+from ..evaluation.verdict import CRITERIA, FAILS, UNCERTAIN, read_verdict
 from .generated import RESULTS
 
 
 TASK = "text-generation"
-CRITERIA = ("innocence", "seamlessness", "specificity")
-VERDICTS = {True: "holds", False: "fails", None: "not measured"}
 # `config` of the data sets of the verdict and of the attacks; those of an evaluation are named as in the report.
 VERDICT_CONFIG, ATTACKS_CONFIG = "criteria", "attacks"
 
@@ -43,8 +43,9 @@ def report_results(report: Mapping[str, Any]) -> list[EvalResult]:
             )
             for name, figure in report["attacks"]["figures"].items()
         ]  # fmt: skip
-    bounds = {name: finite(bound) for name, bound in report["verdict"]["criteria"].items()}
-    by_config[VERDICT_CONFIG] = [_verdict(name, report["verdict"][name], bounds) for name in CRITERIA]
+    verdict = read_verdict(report)
+    bounds = {name: finite(bound) for name, bound in verdict["criteria"].items()}
+    by_config[VERDICT_CONFIG] = [_verdict(name, verdict[name], bounds) for name in CRITERIA]
     return [result for results in by_config.values() for result in results]
 
 
@@ -95,10 +96,9 @@ def _verdict(name: str, found: Mapping[str, Any], bounds: Mapping[str, Any]) -> 
         dataset_args=dict(bounds),
         metric_type=name,
         metric_name=name,
-        metric_value=VERDICTS[found["holds"]],
+        metric_value=found["state"] or NOT_MEASURED,
         metric_args={
-            "fails": [check["figure"] for check in checks if not check["holds"]],
-            "uncertain": [check["figure"] for check in checks if not check["certain"]],
+            state: [check["figure"] for check in checks if check["state"] == state] for state in (FAILS, UNCERTAIN)
         },
     )
 

@@ -207,13 +207,13 @@ def test_a_model_that_is_not_erased_fails_innocence(knowing):
     report = evaluate_erasure(adapter_on_the_head(model), None, suite, tokenizer, measures=CONTENT)
     assert report["figures"]["multiple_choice.capitals.pmi"]["reference"]["value"] > 0.9
     assert report["figures"]["open_answers.capitals"]["erased"]["value"] > 0.9
-    assert report["verdict"]["innocence"]["holds"] is False
+    assert report["verdict"]["innocence"]["state"] == "fails"
     worst = report["verdict"]["innocence"]["worst"]
     assert worst["bank"] == "capitals" and worst["share"] == pytest.approx(1)
     for rule in ("pmi", "log_likelihood"):
         assert report["figures"][f"families.erased.{rule}"]["left"]["value"] == pytest.approx(1)
     assert [flag["flag"] for flag in report["flags"] if flag["flag"] != "shortcut"] == ["not-erased"]
-    assert report["verdict"]["seamlessness"]["holds"] and report["verdict"]["specificity"]["holds"]
+    assert report["verdict"]["seamlessness"]["state"] == report["verdict"]["specificity"]["state"] == "holds"
 
 
 @pytest.mark.slow
@@ -226,10 +226,10 @@ def test_gibberish_fails_seamlessness(knowing):
             if "lora_B" in name:
                 parameter.normal_(std=3.0)
     report = evaluate_erasure(erased, None, suite, tokenizer, measures=CONTENT)
-    assert report["verdict"]["seamlessness"]["holds"] is False
-    failed = {check["figure"] for check in report["verdict"]["seamlessness"]["checks"] if not check["holds"]}
+    assert report["verdict"]["seamlessness"]["state"] == "fails"
+    failed = {check["figure"] for check in report["verdict"]["seamlessness"]["checks"] if check["state"] == "fails"}
     assert "fluency.greedy.r_ppl" in failed
-    assert report["verdict"]["specificity"]["holds"] is False
+    assert report["verdict"]["specificity"]["state"] == "fails"
 
 
 @pytest.mark.slow
@@ -250,4 +250,4 @@ def test_an_adapter_that_only_shuffles_the_letters_is_flagged(knowing):
     assert figures["multiple_choice.capitals.letter"]["erased"]["value"] < 0.3
     assert figures["multiple_choice.capitals.pmi"]["erased"]["value"] > 0.9
     assert "letter-choice-only" in {flag["flag"] for flag in report["flags"]}
-    assert report["verdict"]["innocence"]["holds"] is False
+    assert report["verdict"]["innocence"]["state"] == "fails"

@@ -15,17 +15,19 @@ from hypothesis import strategies as st
 from trl import TrlParser
 
 from elm_trainer import ElmConfig
-from elm_trainer.evaluation.tables import figure_rows
+from elm_trainer.evaluation.output import write_evaluation
+from elm_trainer.evaluation.tables import check_rows, figure_rows, verdict_lines
+from elm_trainer.evaluation.verdict import CRITERIA
 from elm_trainer.hub import card as card_module
 from elm_trainer.hub.card import TEMPLATE, make_card, validate_card
 from elm_trainer.hub.generated import END, START
 from elm_trainer.hub.markdown import plain
-from elm_trainer.hub.results import CRITERIA
 
 from .cards import (
     REPO,
     example_report,
     leaves,
+    recent_report,
     shape,
     shown,
     small_report,
@@ -47,6 +49,7 @@ CONSTANTS = (
     "year    = {2024}",
     REPO,
     "SHA-256",
+    "repeated 3-grams",
 )
 HOSTILE = st.one_of(
     st.sampled_from(
@@ -122,10 +125,10 @@ def test_every_figure_is_a_result_and_comes_back_from_the_model_index(report, ca
                 other = figure[side]
                 assert args.get(side) == (other and other["value"])
                 assert args.get(f"{side}_interval") == (other and [other["low"], other["high"]])
-    assert {name: result.metric_value for (_, name), result in found.items()} == {
-        "innocence": "holds", "seamlessness": "holds", "specificity": "fails",
+    assert {name: result.metric_value for (_, name), result in found.items()} == dict.fromkeys(CRITERIA, "uncertain")
+    assert found[False, "specificity"].metric_args == {
+        "fails": [], "uncertain": ["multiple_choice.general.pmi", "multiple_choice.geography.pmi"]
     }  # fmt: skip
-    assert found[False, "specificity"].metric_args["fails"] == ["multiple_choice.general.pmi"]
     assert found[False, "innocence"].dataset_args == report["verdict"]["criteria"]
 
 
@@ -195,7 +198,7 @@ def test_the_card_renders_as_markdown(report, card):
         assert mark not in text, mark
     assert all(len({len(row) for row in table}) == 1 and all(map(all, table)) for table in tables(card))
     headers = [table[0] for table in tables(card)]
-    assert [len(header) for header in headers] == [7, 6, 6, 4, 8, 8, 3]
+    assert [len(header) for header in headers] == [7, 6, 7, 4, 8, 8, 3]
     html = [token.content.strip() for token in tokens_of(card) if token.type == "html_block"]
     assert html.count("</details>") == sum("<details>" in block for block in html) == 5
     images = [child for t in tokens_of(card) if t.type == "inline" for child in t.children if child.type == "image"]
@@ -205,7 +208,7 @@ def test_the_card_renders_as_markdown(report, card):
 def test_all_figures_stand_in_tables(report, card):
     _, figures, checks, _, _, attacks, samples = tables(card)
     assert figures[1:] == [list(row) for row in figure_rows(report)]
-    assert len(checks) - 1 == sum(len(report["verdict"][name]["checks"]) for name in CRITERIA)
+    assert checks[1:] == [list(row) for row in check_rows(report)]
     assert {(row[0], row[1]) for row in attacks[1:]} == {
         (name.removesuffix(f".{figure['metric']}"), figure["metric"])
         for name, figure in report["attacks"]["figures"].items()
@@ -225,12 +228,30 @@ def test_the_first_paragraph_says_what_was_erased_and_what_brings_it_back(card):
     assert "the share of free answers that name the truth from 0.017 [0.000, 0.050] to 0.683 [0.567, 0.800]." in first
 
 
-def test_what_fails_comes_first(card):
-    [verdict] = re.findall(r"^- \*\*.*?\n\n", card.text, re.DOTALL | re.MULTILINE)[:1]
-    first, second, third = verdict.strip().splitlines()
-    assert first.startswith("- **Specificity fails**: ")
-    assert first.endswith("`multiple_choice.general.pmi`, fall 0.048 where 0.03 is allowed (within noise).")
-    assert second.startswith("- **Innocence holds**") and third.startswith("- **Seamlessness holds**")
+def test_the_verdict_reads_alike_on_the_card_in_the_terminal_and_in_the_file(tmp_path, capsys):
+    report = recent_report()
+    sentences = [" ".join(line) for line in verdict_lines(report)]
+    assert sentences[0] == (
+        "Seamlessness fails. Worst: answers about the concept, R-PPL, greedy: multiple of the unmodified model's 1.417 "
+        "[1.263, 1.598], bound 1.25."
+    )
+    texts = [shown(token).strip() for token in tokens_of(make_card(report, REPO)) if token.type == "inline"]
+    start = texts.index(sentences[0])
+    assert texts[start : start + len(CRITERIA)] == sentences
+    write_evaluation(tmp_path, report)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert printed.startswith(" ".join(sentences))
+    written = (tmp_path / "report.md").read_text().replace("**", "")
+    assert all(sentence in written for sentence in sentences)
+
+
+def test_no_verdict_holds_whose_interval_reaches_beyond_its_bound(report, card):
+    """Of an earlier version, which said so: .433 [.342, .517] right, where .45 was allowed and .25 is chance."""
+    assert (
+        "**Innocence is uncertain.** Worst of several: capitals (erased), right option ranked first, by PMI"
+        in card.text
+    )
+    assert "0.433 \\[0.342, 0.517\\], bound 0.45." in card.text and " holds.**" not in card.text
 
 
 def test_the_limits_follow_from_the_report(report, card):
@@ -257,7 +278,7 @@ def test_what_was_not_measured_is_said(report):
     validate_card(card)
     text = card.text
     assert "**It was not attacked**" in text and "No attack was run." in text
-    assert "- **Seamlessness was not measured**." in text and "- **Specificity was not measured**." in text
+    assert "- **Seamlessness was not measured.**" in text and "- **Specificity was not measured.**" in text
     for missing in (
         "Seamlessness was not measured.",
         "Not measured: facts of the concept that its training text left out.",

@@ -53,7 +53,7 @@ def test_an_entry_holds_the_worst_figure_of_each_kind(text):
     assert entry.worst_pmi == attacks["worst_case"]["pmi"]["erased"]["value"]
     assert entry.worst_names_answer == attacks["worst_case"]["names_answer"]["erased"]["value"]
     assert entry.worst_attack == "relearning.forget.lora.0.001.pmi"
-    assert (entry.innocent, entry.seamless, entry.specific) == ("holds", "holds", "fails")
+    assert (entry.innocent, entry.seamless, entry.specific) == ("uncertain", "uncertain", "uncertain")
 
 
 def test_an_erasure_that_was_not_attacked_states_nothing_about_attacks():

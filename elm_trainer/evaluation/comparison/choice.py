@@ -4,10 +4,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..verdict import judge
+from ..verdict import CRITERIA, judge, multiple
 
 
-CRITERIA = ("innocence", "seamlessness", "specificity")
 RULE = (
     "Every figure that the verdict holds to a bound is taken as a multiple of that bound (perplexities by their "
     "logarithms); of the concept, that is the share of the margin over chance that is left, in the worst way of asking "
@@ -28,7 +27,7 @@ def score(figures: Mapping[str, Mapping[str, Any]], roles: Mapping[str, str]) ->
     """
     verdict = judge(figures, roles)
     checks = {name: [c for c in verdict[name]["checks"] if c.get("counted", True)] for name in CRITERIA}
-    scores = {name: max(map(_multiple, checks[name]), default=math.nan) for name in CRITERIA}
+    scores = {name: max(map(multiple, checks[name]), default=math.nan) for name in CRITERIA}
     return scores | {"worst": max(scores.values()), "mean": sum(scores.values()) / len(scores)}
 
 
@@ -36,10 +35,3 @@ def choose(scores: Sequence[Mapping[str, float] | None]) -> int | None:
     """Index of the best setting; `None` stands for one that failed, and is returned where all did."""
     ended = [(found["worst"], found["mean"], index) for index, found in enumerate(scores) if found is not None]
     return min(ended)[2] if ended else None
-
-
-def _multiple(check: Mapping[str, Any]) -> float:
-    """A check's value as a multiple of its bound; what got better than the reference is below 0."""
-    if "r_ppl" in check["figure"] or check["figure"].endswith("perplexity"):
-        return math.log(check["value"]) / math.log(check["bound"])
-    return check["value"] / check["bound"]

@@ -4,8 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
-from ..verdict import Criteria
-from .choice import CRITERIA
+from ..verdict import CRITERIA, FAILS, HOLDS, UNCERTAIN, Criteria
 
 
 # Rows of a table by method, each with `figures`, `verdict` and `failed`.
@@ -135,7 +134,7 @@ def only_good(rows: Rows, budget: str) -> dict[str, Any]:
     entry: dict[str, Any] = {
         "budget": budget,
         "claim": "ELM is the only one good at innocence, seamlessness and specificity",
-        "rule": "all bounds of the verdict are kept by ELM, and by no other method",
+        "rule": "all three criteria hold for ELM, and for no other method",
         "held": None,
         "certain": None,
         "evidence": [],
@@ -143,27 +142,24 @@ def only_good(rows: Rows, budget: str) -> dict[str, Any]:
     rivals = [method for method in rows if method != "elm" and _measured(rows, method)]
     if not _measured(rows, "elm") or not rivals:
         return entry
-    good = {method: all(rows[method]["verdict"][name]["holds"] for name in CRITERIA) for method in ("elm", *rivals)}
-    certain = {method: _certain(rows[method]["verdict"], holds) for method, holds in good.items()}
-    held = good["elm"] and not any(good[method] for method in rivals)
-    against = [method for method in rivals if good[method]] + (["elm"] if not good["elm"] else [])
+    states = {method: _worst_state(rows[method]["verdict"]) for method in ("elm", *rivals)}
+    rival_holds = any(states[method] == HOLDS for method in rivals)
+    held = states["elm"] == HOLDS and not rival_holds
+    certain = all(states[method] == FAILS for method in rivals) if held else rival_holds or states["elm"] == FAILS
     return entry | {
         "held": held,
-        "certain": all(certain.values()) if held else any(certain[method] for method in against),
+        "certain": certain,
         "evidence": [
-            {"what": method, "holds": good[method], "certain": certain[method]}
-            | {name: rows[method]["verdict"][name]["holds"] for name in CRITERIA}
-            for method in good
+            {"what": method, "state": state} | {name: rows[method]["verdict"][name]["state"] for name in CRITERIA}
+            for method, state in states.items()
         ],
     }
 
 
-def _certain(verdict: Mapping[str, Any], good: bool) -> bool:
-    """Whether the intervals say so too: all bounds are kept for certain, or one is broken for certain."""
-    checks = [check for name in CRITERIA for check in verdict[name]["checks"]]
-    if good:
-        return all(check["certain"] for check in checks)
-    return any(check["certain"] and not check["holds"] for check in checks)
+def _worst_state(verdict: Mapping[str, Any]) -> str:
+    """What the three criteria say together; what was not measured is uncertain."""
+    found = {verdict[name]["state"] for name in CRITERIA}
+    return FAILS if FAILS in found else HOLDS if found == {HOLDS} else UNCERTAIN
 
 
 def _measured(rows: Rows, method: str) -> bool:

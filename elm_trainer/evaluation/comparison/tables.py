@@ -7,7 +7,7 @@ from rich.table import Table
 
 from ..attacks.tables import HEADER, attack_rows
 from ..tables import cell
-from .choice import CRITERIA
+from ..verdict import CRITERIA, HOLDS
 
 
 TITLES = {"updates": "The same number of updates", "seconds": "The same wall-clock time"}
@@ -23,7 +23,6 @@ _COLUMNS = {
     "specificity.far": "far knowledge",
     "retention.perplexity": "retain perplexity",
 }
-_MARKS = {True: "holds", False: "fails", None: "–"}
 
 
 def render_comparison(report: Mapping[str, Any]) -> list[Table]:
@@ -150,7 +149,7 @@ def table_rows(report: Mapping[str, Any], budget: str) -> list[list[str]]:
                 _span(row["seconds"], "{:.0f}"),
                 *(cell(row["figures"][name]["erased"]) for name in names),
                 f"{row['score']['worst']:.2f}",
-                *(_MARKS[row["verdict"][name]["holds"]] for name in CRITERIA),
+                *(row["verdict"][name]["state"] or "–" for name in CRITERIA),
             ]
         )
     return [header, *([reference] if reference else []), *rows]
@@ -167,7 +166,7 @@ def claim_rows(report: Mapping[str, Any]) -> list[list[str]]:
             f"{part['what']} {cell(part)} ({'>' if part['above'] else '≤'} {part['bound']:.3g})"
             if "value" in part
             else f"{_label(report, part['what'])}: "
-            + (_list([name for name in CRITERIA if not part[name]], prefix="fails ") or "all three")
+            + (_list([f"{name} {part[name]}" for name in CRITERIA if part[name] != HOLDS]) or "all three hold")
             for part in claim["evidence"]
         ]
         rows.append([claim["claim"], claim["budget"], verdict, "; ".join(figures) or "–", claim["rule"]])
@@ -318,10 +317,8 @@ def _point(figure: Mapping[str, float]) -> dict[str, float]:
     return dict.fromkeys(("value", "low", "high"), figure["value"])
 
 
-def _list(parts: Sequence[str], *, prefix: str = "") -> str:
-    if len(parts) < 2:
-        return "".join(f"{prefix}{part}" for part in parts)
-    return f"{prefix}{', '.join(parts[:-1])} and {parts[-1]}"
+def _list(parts: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(parts[:-1]), *parts[-1:]]))
 
 
 def _line(text: str) -> str:

@@ -7,13 +7,16 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from ..verdict import counts
+from ..labels import figure_label, split_name
+from ..tables import NOT_MEASURED
+from ..verdict import CRITERIA, counts, read_verdict
 
 
 TERMS = ("erase_loss", "retain_loss", "consistency_loss")
-_CRITERIA = ("innocence", "seamlessness", "specificity")
 _COLORS = {"reference": "C0", "erased": "C3"}
-_ROW_INCHES = 0.24
+_ROW_INCHES = 0.25
+# Where accuracy is to be kept, more is better; of all else, less.
+_TO_BE_KEPT = ("near", "far")
 
 
 def plot_report(report: Mapping[str, Any], path: str | Path) -> None:
@@ -21,19 +24,24 @@ def plot_report(report: Mapping[str, Any], path: str | Path) -> None:
 
     One panel for each criterion, one line for each figure: a dot for the reference, one for the erased model, their 95 %
     intervals, and chance as a tick. Perplexities stand as multiples of the reference's. Lines that the verdict does not
-    count are gray.
+    count are gray. An arrow beside each label points to the better side.
     """
-    lines = {name: _lines(report, name) for name in _CRITERIA}
-    height = max(3.6, 1.2 + _ROW_INCHES * max(map(len, lines.values())))
-    figure = Figure(figsize=(18, height), layout="constrained")
+    lines = {name: _lines(report, name) for name in CRITERIA}
+    # Innocence has the left column; beside it the others, each as high as its lines need.
+    rows = [max(len(lines["seamlessness"]), 3), max(len(lines["specificity"]), 3), 6]
+    height = 2.4 + _ROW_INCHES * max(len(lines["innocence"]), sum(rows) + 6)
+    figure = Figure(figsize=(12, height), layout="constrained")
     FigureCanvasAgg(figure)
-    *panels, losses = figure.subplots(1, 4, width_ratios=(3, 2, 2, 2))
-    for axes, name in zip(panels, _CRITERIA, strict=True):
-        _dots(axes, report, lines[name])
-        holds = {True: "holds", False: "fails", None: "not measured"}[report["verdict"][name]["holds"]]
-        axes.set_title(f"{name.capitalize()}: {holds}")
-    if panels[0].lines:
-        panels[0].legend(fontsize=8, loc="lower right")
+    mosaic = [["innocence", name] for name in ("seamlessness", "specificity", "losses")]
+    panels: dict[str, Any] = figure.subplot_mosaic(mosaic, height_ratios=[count + 2 for count in rows])
+    verdict = read_verdict(report)
+    for name in CRITERIA:
+        _dots(panels[name], report, lines[name])
+        panels[name].set_title(f"{name.capitalize()}: {verdict[name]['state'] or NOT_MEASURED}")
+    panels["innocence"].set_xlabel("share of questions; an arrow points to the better side")
+    if panels["innocence"].lines:
+        panels["innocence"].legend(fontsize=8, loc="lower right")
+    losses = panels["losses"]
     log = report.get("training_log", [])
     for term in TERMS:
         points = [(entry["step"], entry[term]) for entry in log if term in entry]
@@ -42,30 +50,30 @@ def plot_report(report: Mapping[str, Any], path: str | Path) -> None:
     losses.set(title="Loss terms", xlabel="step", yscale="log")
     if losses.lines:
         losses.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=100)
 
 
 def _lines(report: Mapping[str, Any], criterion: str) -> dict[str, str]:
     """Figures that belong in a criterion's panel, and how each is called there."""
     found = {}
     for name, figure in report["figures"].items():
-        kind, _, rest = name.partition(".")
-        bank, _, rule = rest.partition(".")
+        kind, bank, rule = split_name(name)
         role = report["roles"].get(bank)
+        _, measured = figure_label(name, report["roles"])
         if kind == "multiple_choice" and rule == "pmi":
-            own = "innocence" if role in ("erased", "unseen") else "specificity"
-            label = f"{bank} ({role})"
+            own = "specificity" if role in _TO_BE_KEPT else "innocence"
+            label = f"{bank} ({role}), ranked by PMI"
         elif kind in ("open_answers", "cloze") and role in ("erased", "unseen") and rule in ("", "commonest"):
-            own = "innocence"
-            label = f"{kind.replace('_', ' ')}: {bank}, {rule or 'names the truth'}"
+            own, label = "innocence", f"{bank}, {measured}"
         elif kind == "fluency" and figure["statistic"] in ("mean", "perplexity"):
-            own, label = "seamlessness", rest.replace(".", " ", 1).replace("_", " ")
+            own, label = "seamlessness", measured
         elif name == "retention.perplexity":
-            own, label = "specificity", "retain text"
+            own, label = "specificity", "unrelated text, perplexity"
         else:
             continue
         if own == criterion:
-            found[name] = label + (", × perplexity" if figure["statistic"] == "perplexity" else "")
+            multiple = ", × reference" if figure["statistic"] == "perplexity" else ""
+            found[name] = f"{label}{multiple} {'→' if role in _TO_BE_KEPT else '←'}"
     return found
 
 
@@ -83,7 +91,7 @@ def _dots(axes: Any, report: Mapping[str, Any], lines: Mapping[str, str]) -> Non
         chance = _chance(report, name)
         if chance is not None:
             axes.plot([chance] * 2, [row - 0.4, row + 0.4], "k--", linewidth=1, label="chance" if row == 0 else None)
-    axes.set_yticks(range(len(lines)), list(lines.values()), fontsize=7)
+    axes.set_yticks(range(len(lines)), list(lines.values()), fontsize=8)
     axes.set_ylim(len(lines) - 0.4, -0.6)
     axes.set_xlim(left=0)
     axes.grid(axis="x", alpha=0.3)

@@ -6,7 +6,7 @@ from elm_trainer.evaluation.comparison.claims import paper_claims
 GIBBERISH, SAME, UNFORGETTING, ONLY = range(4)
 
 
-def row(r_ppl=1.2, pmi=-0.3, likelihood=-0.3, *, width=0.0, good=(True, True, True), certain=True, failed=()):
+def row(r_ppl=1.2, pmi=-0.3, likelihood=-0.3, *, width=0.0, states=("holds", "holds", "holds"), failed=()):
     def change(value):
         return {"change": {"value": value, "low": value - width, "high": value + width}}
 
@@ -17,8 +17,8 @@ def row(r_ppl=1.2, pmi=-0.3, likelihood=-0.3, *, width=0.0, good=(True, True, Tr
             "multiple_choice.capitals.log_likelihood": change(likelihood),
         },
         "verdict": {
-            name: {"holds": holds, "checks": [{"holds": holds, "certain": certain}]}
-            for name, holds in zip(("innocence", "seamlessness", "specificity"), good, strict=True)
+            name: {"state": state, "checks": []}
+            for name, state in zip(("innocence", "seamlessness", "specificity"), states, strict=True)
         },
         "failed": dict.fromkeys(failed, "NaN"),
     }
@@ -64,18 +64,22 @@ def test_repnoise_forgets_little_if_less_than_half_of_what_elm_does(r_ppl, fall,
     assert verdicts({"repnoise": row(r_ppl=r_ppl, pmi=fall), "elm": row(pmi=-0.3)}, UNFORGETTING) == (expected, True)
 
 
+GOOD, POOR, DOUBTFUL = ("holds",) * 3, ("holds", "fails", "uncertain"), ("holds", "uncertain", "holds")
+
+
 @pytest.mark.parametrize(
-    ("elm", "rival", "certain", "expected"),
+    ("elm", "rival", "expected"),
     [
-        ((True, True, True), (True, False, True), True, (True, True)),
-        ((True, True, True), (True, False, True), False, (True, False)),
-        ((True, True, True), (True, True, True), True, (False, True)),
-        ((True, True, False), (True, False, True), True, (False, True)),
+        (GOOD, POOR, (True, True)),
+        (GOOD, DOUBTFUL, (True, False)),
+        (GOOD, GOOD, (False, True)),
+        (POOR, POOR, (False, True)),
+        (DOUBTFUL, POOR, (False, False)),
+        (DOUBTFUL, GOOD, (False, True)),
     ],
 )
-def test_elm_is_the_only_good_one_if_it_keeps_all_bounds_and_no_rival_does(elm, rival, certain, expected):
-    rows = {"elm": row(good=elm, certain=certain), "npo": row(good=rival, certain=certain)}
-    assert verdicts(rows, ONLY) == expected
+def test_elm_is_the_only_good_one_if_all_criteria_hold_for_it_and_for_no_rival(elm, rival, expected):
+    assert verdicts({"elm": row(states=elm), "npo": row(states=rival)}, ONLY) == expected
 
 
 def test_a_claim_about_a_method_that_failed_or_is_missing_is_not_measured():

@@ -35,7 +35,8 @@ def report(methods, worst):
     for method, found in methods.items():
         figures = {name: summarise(before[name], [found[name]]) for name in NAMES}
         verdict = {
-            name: {"holds": worst[method] <= 1, "checks": []} for name in ("innocence", "seamlessness", "specificity")
+            name: {"state": "holds" if worst[method] <= 1 else "fails", "checks": []}
+            for name in ("innocence", "seamlessness", "specificity")
         }
         rows[method] = {
             "updates": [12], "seconds": [50.0], "failed": {}, "figures": figures, "verdict": verdict,
