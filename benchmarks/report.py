@@ -6,6 +6,7 @@ import platform
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 
@@ -67,7 +68,7 @@ def draw(report: Mapping[str, Any], path: str | Path) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     figures = figures_of(report)
-    canvas = Canvas(figsize=(8, 1.2 + 0.55 * len(figures)), layout="constrained")
+    canvas = Canvas(figsize=(10, 1.2 + 0.6 * len(figures)), layout="constrained")
     axes = canvas.add_subplot()
     for place, figure in enumerate(figures.values()):
         low, high = figure["spread"]
@@ -75,13 +76,12 @@ def draw(report: Mapping[str, Any], path: str | Path) -> None:
         axes.plot([low, high], [place, place], color=color, linewidth=3, alpha=0.4)
         # An arrow where the true ratio is at least as large.
         axes.plot(figure["value"], place, marker=">" if figure["bound"] else "o", color=color)
-        axes.annotate(
-            f"{figure['value']:.2f}", (figure["value"], place), (0, 7), textcoords="offset points", ha="center"
-        )
+        # Beside the axes, where no goal's bar can cross it.
+        axes.text(1.01, place, f"{figure['value']:.2f}", transform=axes.get_yaxis_transform(), va="center")
         for goal in (figure["at_most"], figure["at_least"]):
             if goal is not None:
                 axes.plot([goal, goal], [place - 0.3, place + 0.3], color="black", linewidth=1)
-    axes.set_yticks(range(len(figures)), list(figures))
+    axes.set_yticks(range(len(figures)), [fill(figure["meaning"], 44) for figure in figures.values()], fontsize=9)
     axes.set_ylim(len(figures) - 0.4, -0.6)
     axes.set_xscale("log")
     # Labels by halves and doubles: those of the decades' parts would lie upon each other.
@@ -90,4 +90,4 @@ def draw(report: Mapping[str, Any], path: str | Path) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
     axes.axvline(1, color="gray", linewidth=0.8, linestyle=":")
     axes.set_xlabel("ratio to the baseline, median and spread; the bar is the goal")
-    canvas.savefig(path, dpi=150)
+    canvas.savefig(path, dpi=100)

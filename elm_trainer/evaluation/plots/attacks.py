@@ -7,9 +7,11 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from ..labels import attack_label
+
 
 METRICS = {"pmi": "Ranked rightly among four (PMI)", "names_answer": "Named in a free answer"}
-COLUMNS = 4
+COLUMNS = 3
 # One mark per model: the reference under the attack, the erased model as it stands, the erased model under the attack.
 MARKS = (
     ("reference", "reference, attacked", "tab:grey", "s", "tab:grey", 0.2),
@@ -23,7 +25,7 @@ def plot_attacks(report: Mapping[str, Any], path: str | Path) -> None:
     rungs = {metric: _rungs(report, metric) for metric in METRICS}
     ladder_height = 1.8 + 0.42 * max(map(len, rungs.values()))
     rows = -(-len(report["curves"]) // COLUMNS)
-    figure = Figure(figsize=(15, ladder_height + 2.6 * rows), layout="constrained")
+    figure = Figure(figsize=(12, ladder_height + 2.6 * rows), layout="constrained")
     FigureCanvasAgg(figure)
     heights = [ladder_height, 2.6 * rows] if rows else [ladder_height]
     top, *below = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
@@ -33,18 +35,19 @@ def plot_attacks(report: Mapping[str, Any], path: str | Path) -> None:
     ladders[0].axvline(report["chance"], color="black", linestyle=":", linewidth=1, label="chance")
     for _, label, colour, mark, fill, _ in MARKS:
         ladders[0].plot([], [], mark, color=colour, markerfacecolor=fill, label=label)
-    ladders[0].legend(loc="lower right", fontsize=8)
+    marks, labels = ladders[0].get_legend_handles_labels()
+    top.legend(marks, labels, loc="outside lower center", ncols=len(labels), fontsize=8)
     if below:
         below[0].suptitle("While relearning (grey: the reference, dotted: chance)")
         _draw_curves(below[0].subplots(rows, COLUMNS, sharey=True, squeeze=False).flat, report)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=100)
 
 
 def _rungs(report: Mapping[str, Any], metric: str) -> list[tuple[str, Mapping[str, Any]]]:
     """Name and figure of the strongest variant of each attack, the strongest last."""
     names = [best[metric]["name"] for best in report["families"].values() if metric in best]
     names.sort(key=lambda name: report["figures"][name]["erased"]["value"])
-    return [(name.removesuffix(f".{metric}"), report["figures"][name]) for name in names]
+    return [(attack_label(name, metric), report["figures"][name]) for name in names]
 
 
 def _draw_ladder(axes: Any, rungs: list[tuple[str, Mapping[str, Any]]], metric: str) -> None:
@@ -75,7 +78,7 @@ def _draw_curves(panels: Any, report: Mapping[str, Any]) -> None:
         # The reference's figure is over all questions, so it stands only beside curves that are too.
         if report["figures"][name]["erased"]["n"] == reference["n"]:
             axes.axhline(reference["value"], color="tab:grey", linewidth=1.5)
-        axes.set_title(name.removesuffix(".pmi"), fontsize=9)
+        axes.set_title(attack_label(name, "pmi"), fontsize=9)
         axes.set(xlabel="step", ylim=(0, 1))
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("Ranked rightly (PMI)")

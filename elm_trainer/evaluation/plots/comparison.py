@@ -6,6 +6,8 @@ from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
 
 TITLES = {"updates": "the same number of updates", "seconds": "the same time"}
@@ -18,21 +20,21 @@ def plot_comparison(report: Mapping[str, Any], path: str | Path) -> None:
     knowledge, and R-PPL and perplexity on retain text (diamond) as multiples. Lines are 95 % intervals. Down and towards
     the cross's column is better.
     """
-    figure = Figure(figsize=(13, 10), layout="constrained")
+    figure = Figure(figsize=(12, 10), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(2, 2, sharey=True)
     up = f"multiple_choice.{report['concept']}.pmi"
     for (kept, fluent), (budget, title) in zip(panels, TITLES.items(), strict=True):
-        for index, (method, row) in enumerate(report["tables"][budget]["methods"].items()):
+        for index, row in enumerate(report["tables"][budget]["methods"].values()):
             if not row["figures"]:
                 continue
             changes = {name: found["change"] for name, found in row["figures"].items()}
-            label, colour = report["methods"][method]["label"], f"C{index}"
+            colour = f"C{index}"
             for name, marker in (("specificity.near", "o"), ("specificity.far", "s")):
                 if name in changes:
-                    _point(kept, changes[name], changes[up], marker, colour, label)
-            _point(fluent, changes["fluency.greedy.r_ppl"], changes[up], "o", colour, label)
-            _point(fluent, changes["retention.perplexity"], changes[up], "D", colour, label)
+                    _point(kept, changes[name], changes[up], marker, colour)
+            _point(fluent, changes["fluency.greedy.r_ppl"], changes[up], "o", colour)
+            _point(fluent, changes["retention.perplexity"], changes[up], "D", colour)
         for axes, start in ((kept, 0), (fluent, 1)):
             axes.plot(start, 0, "+", color="black", markersize=14)
             axes.axhline(0, color="grey", linewidth=0.6)
@@ -44,13 +46,17 @@ def plot_comparison(report: Mapping[str, Any], path: str | Path) -> None:
             title=f"Innocence and seamlessness, {title}",
             xscale="log",
         )
-    figure.savefig(path, dpi=120)
+        # Doubles, and one between: the labels of the decades' parts would lie upon each other.
+        fluent.xaxis.set_major_locator(LogLocator(base=2, subs=(1, 1.5)))
+        fluent.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        fluent.xaxis.set_minor_locator(NullLocator())
+    marks = [Line2D([], [], color=f"C{index}", marker="o", linestyle="") for index in range(len(report["methods"]))]
+    # Beside the points names would lie upon each other.
+    figure.legend(marks, [found["label"] for found in report["methods"].values()], loc="outside lower center", ncols=8)
+    figure.savefig(path, dpi=100)
 
 
-def _point(
-    axes: Any, across: Mapping[str, float], up: Mapping[str, float], marker: str, colour: str, label: str
-) -> None:
+def _point(axes: Any, across: Mapping[str, float], up: Mapping[str, float], marker: str, colour: str) -> None:
     axes.plot([across["low"], across["high"]], [up["value"]] * 2, color=colour, alpha=0.4)
     axes.plot([across["value"]] * 2, [up["low"], up["high"]], color=colour, alpha=0.4)
     axes.plot(across["value"], up["value"], marker, color=colour)
-    axes.annotate(label, (across["value"], up["value"]), textcoords="offset points", xytext=(5, 4), fontsize=7)

@@ -19,11 +19,12 @@ _RELEARNING = {"all": "Relearning all facts", "half": "Relearning half of the fa
 
 def plot_gold_standard(report: Mapping[str, Any], path: str | Path) -> None:
     """Draw the relearning curves beside the never-taught model's, and the plain measures of each, into a PNG file."""
-    figure = Figure(figsize=(14, 9), layout="constrained")
+    figure = Figure(figsize=(12, 12), layout="constrained")
     FigureCanvasAgg(figure)
-    panels: dict[str, Any] = figure.subplot_mosaic(
-        [[*["all"] * 6, *["half"] * 6], ["right"] * 5 + ["named"] * 2 + ["text"] * 3 + ["speed"] * 2]
-    )
+    top, middle, bottom = figure.subfigures(3, 1)
+    panels = dict(zip(_RELEARNING, top.subplots(1, 2), strict=True))
+    accuracies, answers = middle.subplots(1, 2, width_ratios=(2, 1))
+    perplexities, speeds = bottom.subplots(1, 2, width_ratios=(4, 3))
     for split, title in _RELEARNING.items():
         axes = panels[split]
         for name, points in report["curves"][split].items():
@@ -34,13 +35,12 @@ def plot_gold_standard(report: Mapping[str, Any], path: str | Path) -> None:
         axes.axhline(report["chance"], color="black", linestyle="--", linewidth=1, label="chance")
         axes.set(title=title, xlabel="step", ylabel="four-choice accuracy", ylim=(0, 1.02))
     panels["half"].legend(loc="center right", fontsize=8)
-    accuracies, answers, perplexities, speeds = (panels[name] for name in ("right", "named", "text", "speed"))
     kinds = [name for name in report["figures"] if name.startswith("accuracy.") and name.count(".") == 1]
     _bars(accuracies, report["figures"], kinds)
     accuracies.axhline(report["chance"], color="black", linestyle="--", linewidth=1)
     accuracies.set(title="Four-choice accuracy", ylim=(0, 1.02))
     _bars(answers, report["figures"], ["open_answers.concept", "open_answers.retained"])
-    answers.set(title="Open answers\nnaming the truth", ylim=(0, 1.02))
+    answers.set(title="Free answers that name the truth", ylim=(0, 1.02))
     names = [name for name in report["figures"] if "perplexity." in name or name.startswith("r_ppl.")]
     _bars(perplexities, report["figures"], names)
     perplexities.set(title="Perplexity and R-PPL by judge", yscale="log")
@@ -50,8 +50,8 @@ def plot_gold_standard(report: Mapping[str, Any], path: str | Path) -> None:
         speeds.plot(ratios[name]["value"], row, "o", color=COLOURS[name])
     speeds.set_yticks(range(len(ratios)), list(reversed(report["ordering"])), fontsize=8)
     speeds.axvline(1, color=COLOURS["never-taught"], linewidth=1)
-    speeds.set(title="Speed of relearning\n(never taught = 1)", xscale="log")
-    figure.savefig(path, dpi=120)
+    speeds.set(title="Speed of relearning (never taught = 1)", xscale="log")
+    figure.savefig(path, dpi=100)
 
 
 def _bars(axes: Any, figures: Mapping[str, Any], keys: list[str]) -> None:
@@ -66,7 +66,15 @@ def _bars(axes: Any, figures: Mapping[str, Any], keys: list[str]) -> None:
         ]
         offsets = [index + (place - 1.5) * width for index in range(len(keys))]
         axes.bar(offsets, values, width, yerr=errors, color=colour, label=name, capsize=1.5)
-    labels = [
-        key.partition(".")[2] if not key.startswith("r_ppl") else key.replace("r_ppl.", "R-PPL, ") for key in keys
-    ]
-    axes.set_xticks(range(len(keys)), labels, rotation=30, fontsize=8, ha="right")
+    axes.set_xticks(range(len(keys)), [_label(key) for key in keys], fontsize=9)
+
+
+def _label(key: str) -> str:
+    kind, _, what = key.partition(".")
+    # What is erased from the invented world is who keeps a place.
+    words = {
+        "keepers": "keepers\n(the concept)",
+        "retained": "all that is\nretained",
+        "retained_answers": "retained\nanswers",
+    }
+    return f"R-PPL by\n{what}" if kind == "r_ppl" else words.get(what, what)

@@ -13,7 +13,7 @@ COLOURS = {"reference": "tab:grey", "erased": "tab:orange"}
 
 def plot_inside(inside: Mapping[str, Any], path: str | Path) -> None:
     """Draw what [`~elm_trainer.evaluation.inside.look_inside`] returns, four panels over the layers, into a PNG file."""
-    figure = Figure(figsize=(13, 9), layout="constrained")
+    figure = Figure(figsize=(12, 9), layout="constrained")
     FigureCanvasAgg(figure)
     (probe, lens), (norms, ranks) = figure.subplots(2, 2)
     for side, colour in COLOURS.items():
@@ -48,7 +48,7 @@ def plot_inside(inside: Mapping[str, Any], path: str | Path) -> None:
         axes.set(xlabel="layer (0: embeddings)", xlim=(0, len(hidden["effective_rank"]) - 1))
         axes.grid(alpha=0.2)
         axes.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=100)
 
 
 def _curve(axes: Any, points: Sequence[Mapping[str, float]], colour: str, label: str) -> None:

@@ -16,7 +16,7 @@ def plot_pareto(reports: Mapping[str, Mapping[str, Any]], path: str | Path) -> N
     Left: mean PMI accuracy on the erased banks against the mean change on near and far banks; right: the same against
     R-PPL as a multiple of the reference's. Down and to the right, or down and to the left, is better.
     """
-    figure = Figure(figsize=(12, 5), layout="constrained")
+    figure = Figure(figsize=(12, 5 + 0.2 * len(reports) / 4), layout="constrained")
     FigureCanvasAgg(figure)
     kept, fluent = figure.subplots(1, 2)
     for index, (name, report) in enumerate(reports.items()):
@@ -28,20 +28,20 @@ def plot_pareto(reports: Mapping[str, Mapping[str, Any]], path: str | Path) -> N
             if banks:
                 moved = _mean(figures[f"multiple_choice.{bank}.pmi"]["change"]["value"] for bank in banks)
                 kept.plot(moved, accuracy, marker, color=colour)
-                kept.annotate(name, (moved, accuracy), textcoords="offset points", xytext=(5, 4), fontsize=7)
         change = figures["fluency.greedy.r_ppl"]["change"]
         fluent.plot([change["low"], change["high"]], [accuracy, accuracy], color=colour, alpha=0.5)
-        fluent.plot(change["value"], accuracy, "o", color=colour)
-        fluent.annotate(name, (change["value"], accuracy), textcoords="offset points", xytext=(5, 4), fontsize=7)
+        fluent.plot(change["value"], accuracy, "o", color=colour, label=name)
     first = next(iter(reports.values()))
     before = _accuracy(first, "reference")
     for axes in (kept, fluent):
-        axes.axhline(before, color="grey", linewidth=1, label="reference")
+        axes.axhline(before, color="grey", linewidth=1, label="reference" if axes is fluent else None)
         axes.set(ylabel="concept ranked rightly (PMI)")
     kept.axvline(0, color="grey", linewidth=1)
     kept.set(xlabel="change of accuracy: near (circle), far (square)", title="Innocence and specificity")
     fluent.set(xlabel="R-PPL, as a multiple of the reference's", title="Innocence and seamlessness")
-    figure.savefig(path, dpi=120)
+    # Beside the points names would lie upon each other.
+    figure.legend(loc="outside lower center", ncols=4, fontsize=8)
+    figure.savefig(path, dpi=100)
 
 
 def _accuracy(report: Mapping[str, Any], side: str) -> float:
