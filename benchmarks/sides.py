@@ -168,7 +168,7 @@ def _common(folder: str, side: Side) -> dict[str, Any]:
         num_train_epochs=side.epochs or 1_000_000,
         max_length=None,
         bf16=False,
-        gradient_checkpointing=False,
+        activation_checkpointing=False,
         logging_strategy="no",
         save_strategy="no",
         report_to="none",

@@ -10,22 +10,10 @@ nothing looks like; its models are trained once.
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from peft import PeftModel
 from rich.console import Console
 from transformers import HfArgumentParser
 
-from elm_trainer import load_model_and_tokenizer
-from elm_trainer.evaluation.attacks import (
-    attack_erasure,
-    built_in_target,
-    default_attacks,
-    load_attacks,
-    markdown_attacks,
-    render_attacks,
-)
-from elm_trainer.evaluation.gold_standard import gold_standard, render_gold_standard
-from elm_trainer.evaluation.pair import ModelPair
-from elm_trainer.evaluation.plots import plot_attacks, plot_gold_standard
+from elm_trainer.scripts import hush_libraries
 
 
 @dataclass
@@ -52,6 +40,22 @@ def main() -> None:
         parser.error("give either --adapter, or --model with its --reference")
     if arguments.attacks and arguments.ladder:
         parser.error("give either --attacks or --ladder")
+    hush_libraries()
+    # After the options are read, so that --help need not wait for torch.
+    from peft import PeftModel
+
+    from elm_trainer import ModelPair, load_model_and_tokenizer
+    from elm_trainer.evaluation.attacks import (
+        attack_erasure,
+        built_in_target,
+        default_attacks,
+        load_attacks,
+        markdown_attacks,
+        render_attacks,
+    )
+    from elm_trainer.evaluation.gold_standard import gold_standard, render_gold_standard
+    from elm_trainer.evaluation.plots import plot_attacks, plot_gold_standard
+
     attacks = load_attacks(arguments.ladder) if arguments.ladder else default_attacks(arguments.attacks)
     output = Path(arguments.output_dir)
 

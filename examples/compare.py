@@ -6,18 +6,23 @@ Writes `report.json`, `report.md` and `pareto.png` into `output_dir`; a stopped 
 from pathlib import Path
 
 from rich.console import Console
-from trl import TrlParser
 
-from elm_trainer.evaluation.comparison import (
-    ComparisonConfig,
-    compare_methods,
-    markdown_comparison,
-    render_comparison,
-)
-from elm_trainer.evaluation.plots import plot_comparison
+from elm_trainer.scripts import help_at_once, hush_libraries
 
 
 def main() -> None:
+    help_at_once(None, "elm_trainer.evaluation.comparison.ComparisonConfig")
+    hush_libraries()
+    from trl import TrlParser
+
+    from elm_trainer.evaluation.comparison import (
+        ComparisonConfig,
+        compare_methods,
+        markdown_comparison,
+        render_comparison,
+    )
+    from elm_trainer.evaluation.plots import plot_comparison
+
     [config] = TrlParser((ComparisonConfig,)).parse_args_and_config()
     report = compare_methods(config)
     output = Path(config.output_dir)

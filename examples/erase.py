@@ -10,29 +10,7 @@ import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import torch
-from peft import LoraConfig
-from rich.console import Console
-from transformers import PreTrainedModel
-from trl import TrlParser
-
-from elm_trainer import (
-    ConceptSources,
-    ElmConfig,
-    ElmTrainer,
-    ErasureEvaluationCallback,
-    build_erasure_dataset,
-    built_in_suite,
-    evaluate_erasure,
-    load_concept,
-    load_model_and_tokenizer,
-    load_texts,
-)
-from elm_trainer.evaluation.measures import MEASURES
-from elm_trainer.evaluation.output import write_evaluation
-from elm_trainer.evaluation.report import dataset_info, model_fingerprint
-from elm_trainer.modeling import adapter_targets
-from elm_trainer.synthesis import SynthesisConfig, synthesize_completions
+from elm_trainer.scripts import help_at_once, hush_libraries, name_training_bar
 
 
 @dataclass
@@ -55,7 +33,7 @@ class ErasureArguments:
         lora_rank, lora_alpha, lora_dropout, lora_layers, lora_targets: The adapter.
         evaluate (`bool`): Whether to measure the built-in questions about the erased concepts before and after.
         questions (`int`): Questions per bank.
-        measures (`list[str]`): What is measured.
+        measures (`list[str]`): What is measured; all but a look inside by default.
         dev_every (`int`): Steps between two looks at questions of the dev split; 0 never looks.
         dev_stop (`float`): Accuracy (PMI, dev split, worst family of every concept) at which training stops.
         overwrite (`bool`): Remove what an earlier run left in `output_dir`.
@@ -81,14 +59,18 @@ class ErasureArguments:
     lora_targets: str = field(default="all-linear", metadata={"help": "Modules, comma-separated, or all-linear."})
     evaluate: bool = field(default=True, metadata={"help": "Measure before and after."})
     questions: int = field(default=120, metadata={"help": "Questions per bank."})
-    measures: list[str] = field(
-        default_factory=lambda: list(MEASURES), metadata={"help": "What is measured; all but a look inside."}
+    measures: list[str] | None = field(
+        default=None, metadata={"help": "What is measured; all but a look inside by default."}
     )
     dev_every: int = field(default=0, metadata={"help": "Steps between two looks at the dev questions."})
     dev_stop: float | None = field(default=None, metadata={"help": "Dev accuracy at which training stops."})
     overwrite: bool = field(default=False, metadata={"help": "Remove an earlier run from output_dir."})
 
-    def lora(self, model: PreTrainedModel) -> LoraConfig:
+    def lora(self, model):
+        from peft import LoraConfig
+
+        from elm_trainer.modeling import adapter_targets
+
         targets, layers = adapter_targets(model, self.lora_targets, self.lora_layers)
         return LoraConfig(
             r=self.lora_rank,
@@ -101,6 +83,29 @@ class ErasureArguments:
 
 
 def main() -> None:
+    help_at_once(ErasureArguments, "elm_trainer.ElmConfig")
+    hush_libraries()
+    import torch
+    from rich.console import Console
+    from trl import TrlParser
+
+    from elm_trainer import (
+        ConceptSources,
+        ElmConfig,
+        ElmTrainer,
+        ErasureEvaluationCallback,
+        build_erasure_dataset,
+        built_in_suite,
+        evaluate_erasure,
+        load_concept,
+        load_model_and_tokenizer,
+        load_texts,
+    )
+    from elm_trainer.evaluation.measures import MEASURES
+    from elm_trainer.evaluation.output import write_evaluation
+    from elm_trainer.evaluation.report import dataset_info, model_fingerprint
+    from elm_trainer.synthesis import SynthesisConfig, synthesize_completions
+
     arguments, config = TrlParser((ErasureArguments, ElmConfig)).parse_args_and_config()
     output = Path(config.output_dir)
     # Of several processes one removes, and the others wait for it.
@@ -151,6 +156,7 @@ def main() -> None:
     trainer = ElmTrainer(
         model, config, train_dataset=dataset, processing_class=tokenizer, peft_config=arguments.lora(model)
     )
+    name_training_bar(trainer)
     if arguments.dev_every:
         stop_at = {"worst.pmi": arguments.dev_stop} if arguments.dev_stop else {}
         trainer.add_callback(
@@ -177,7 +183,7 @@ def main() -> None:
         None,
         built_in_suite(list(concepts), arguments.questions),
         tokenizer,
-        measures=arguments.measures,
+        measures=arguments.measures or list(MEASURES),
         output_dir=output,
         details={
             "recipe": recipe,

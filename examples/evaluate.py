@@ -6,13 +6,9 @@ An interrupted evaluation goes on where it stopped. Under `accelerate launch` an
 
 from dataclasses import asdict, dataclass, field
 
-import torch
-from accelerate import PartialState
-from peft import PeftModel
 from transformers import HfArgumentParser
 
-from elm_trainer import built_in_suite, evaluate_erasure, load_model_and_tokenizer, stack_erasures
-from elm_trainer.evaluation.output import write_evaluation
+from elm_trainer.scripts import hush_libraries
 
 
 @dataclass
@@ -32,6 +28,15 @@ class EvaluationArguments:
 
 def main() -> None:
     [arguments] = HfArgumentParser(EvaluationArguments).parse_args_into_dataclasses()
+    hush_libraries()
+    # After the options are read, so that --help need not wait for torch.
+    import torch
+    from accelerate import PartialState
+    from peft import PeftModel
+
+    from elm_trainer import built_in_suite, evaluate_erasure, load_model_and_tokenizer, stack_erasures
+    from elm_trainer.evaluation.output import write_evaluation
+
     # Without the hint Accelerate takes several processes on CPUs for one.
     state = PartialState(cpu=not torch.accelerator.is_available())
 

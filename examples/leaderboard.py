@@ -11,8 +11,8 @@ from rich.text import Text
 from transformers import HfArgumentParser
 
 from elm_trainer.hub.leaderboard import SORTS, rank, read_entries
-from elm_trainer.hub.leaderboard_cards import find_cards
 from elm_trainer.hub.leaderboard_files import HEADER, NOTE, cells, title, write_leaderboard
+from elm_trainer.scripts import hush_libraries
 
 
 @dataclass
@@ -25,6 +25,10 @@ class LeaderboardArguments:
 
 def main() -> None:
     [arguments] = HfArgumentParser(LeaderboardArguments).parse_args_into_dataclasses()
+    hush_libraries()
+    # After the options are read, so that --help need not wait for torch.
+    from elm_trainer.hub.leaderboard_cards import find_cards
+
     cards, unread = find_cards(arguments.repos, tag=arguments.tag)
     entries, unclear = read_entries(cards)
     groups, skipped = rank(entries, arguments.sort), [*unread, *unclear]

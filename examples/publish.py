@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import HfArgumentParser
 
-from elm_trainer import publish_adapter
+from elm_trainer.scripts import hush_libraries
 
 
 @dataclass
@@ -36,6 +36,10 @@ class PublishArguments:
 
 def main() -> None:
     [arguments] = HfArgumentParser(PublishArguments).parse_args_into_dataclasses()
+    hush_libraries()
+    # After the options are read, so that --help need not wait for torch.
+    from elm_trainer import publish_adapter
+
     folder = Path(arguments.adapter).parent
     attacks = arguments.attacks or (folder / "attacks.json" if (folder / "attacks.json").exists() else None)
     publication = publish_adapter(

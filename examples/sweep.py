@@ -12,8 +12,8 @@ from pathlib import Path
 
 from transformers import HfArgumentParser
 
-from elm_trainer import read_report
 from elm_trainer.evaluation.plots import plot_pareto
+from elm_trainer.scripts import hush_libraries
 
 
 @dataclass
@@ -26,6 +26,10 @@ class SweepArguments:
 
 def main() -> None:
     [arguments] = HfArgumentParser(SweepArguments).parse_args_into_dataclasses()
+    hush_libraries()
+    # After the options are read, so that --help need not wait for torch.
+    from elm_trainer import read_report
+
     reports = {}
     for value in arguments.values:
         folder = Path(arguments.output_dir) / f"{arguments.setting}-{value}"

@@ -7,13 +7,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from trl import TrlParser
-
-from elm_trainer.concept import load_concept
-from elm_trainer.data.sources import load_texts
-from elm_trainer.evaluation.report import model_fingerprint
-from elm_trainer.modeling import load_model_and_tokenizer
-from elm_trainer.synthesis import SynthesisConfig, synthesize_completions
+from elm_trainer.scripts import help_at_once, hush_libraries
 
 
 @dataclass
@@ -29,6 +23,19 @@ class SynthesizeArguments:
 
 
 def main() -> None:
+    help_at_once(SynthesizeArguments, "elm_trainer.SynthesisConfig")
+    hush_libraries()
+    from trl import TrlParser
+
+    from elm_trainer import (
+        SynthesisConfig,
+        load_concept,
+        load_model_and_tokenizer,
+        load_texts,
+        synthesize_completions,
+    )
+    from elm_trainer.evaluation.report import model_fingerprint
+
     arguments, config = TrlParser((SynthesizeArguments, SynthesisConfig)).parse_args_and_config()
     concept = load_concept(arguments.concept)
     prompts = load_texts(arguments.prompts, column=arguments.column)["text"][:]

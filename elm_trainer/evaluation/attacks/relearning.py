@@ -151,7 +151,7 @@ class RelearningAttack(Attack):
                 # The model's own type and place; checkpointing is of no use to so short a run.
                 bf16=False,
                 use_cpu=target.pair.erased.device.type == "cpu",
-                gradient_checkpointing=False,
+                activation_checkpointing=False,
                 disable_tqdm=True,
             ),
             train_dataset=Dataset.from_dict({"input_ids": ids, "labels": ids}),

@@ -185,7 +185,7 @@ class ComparisonConfig:
             raise ValueError(f"`methods.{method}` sets {shared}, which all methods share: set it in `training`.")
         fields: dict[str, Any] = {
             "bf16": False,
-            "gradient_checkpointing": False,
+            "activation_checkpointing": False,
             "save_strategy": "no",
             "report_to": "none",
             "disable_tqdm": True,

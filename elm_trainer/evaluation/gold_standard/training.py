@@ -90,7 +90,7 @@ def fine_tune(
                 save_strategy="no",
                 report_to="none",
                 bf16=False,
-                gradient_checkpointing=False,
+                activation_checkpointing=False,
                 disable_tqdm=True,
                 logging_strategy="no",
             ),

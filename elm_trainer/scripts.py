@@ -1,0 +1,59 @@
+"""What the scripts in `examples/` share: `--help` at once, libraries that keep quiet, and a bar that has a name."""
+
+import logging
+import os
+import sys
+import warnings
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+
+def help_at_once(arguments: type | None, further: str) -> None:
+    """Where `--help` is asked for, print a script's own options and exit, without the seconds that torch takes to load.
+
+    Args:
+        arguments (`type`, *optional*): Dataclass of the script's own options.
+        further (`str`): Name of the config in `elm_trainer`, or the module with it, whose fields are options too.
+    """
+    if {"-h", "--help"} & {*sys.argv[1:]}:
+        from transformers import HfArgumentParser
+
+        config = further.rpartition(".")[2]
+        parser = HfArgumentParser(
+            [] if arguments is None else arguments,
+            epilog=f"Every field of `{config}` is an option too, and --config FILE reads options from YAML: "
+            f'`python -c "import {further.rpartition(".")[0]} as m; help(m.{config})"` describes them.',
+        )
+        parser.print_help()
+        sys.exit()
+
+
+def hush_libraries() -> None:
+    """Keep back what libraries say in every run and nobody can act on; call it before they are imported."""
+    # Looked for on the Hub, for products with four-bit weights; the ones that are built in serve as well.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "gemm_4bit_forward" not in record.msg)
+    # PEFT asks for it by its older name.
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+    import torch
+
+    # Where it is not told, DeepSpeed writes what it has found to the output.
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def name_training_bar(trainer: "Trainer") -> None:
+    """Let the bar of a training say what it counts, as all other bars do."""
+    from transformers import ProgressCallback
+
+    class NamedProgressCallback(ProgressCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            super().on_train_begin(args, state, control, **kwargs)
+            if self.training_bar is not None:
+                self.training_bar.set_description("Training")
+
+    # There is none where bars are switched off.
+    if trainer.pop_callback(ProgressCallback) is not None:
+        trainer.add_callback(NamedProgressCallback)

@@ -1,0 +1,50 @@
+"""What every script in `examples/` does alike."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = sorted(path for path in (ROOT / "examples").glob("*.py") if "elm_trainer.scripts" in path.read_text())
+BAR = re.compile(r"(?P<name>.*?):? *\d+%\|.*")
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_help_does_not_wait_for_torch(script):
+    code = f"import runpy, sys; sys.argv = [{str(script)!r}, '--help']\n"
+    code += "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    code += "except SystemExit: pass\n"
+    code += "assert 'torch' not in sys.modules"
+    printed = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60
+    )
+    assert printed.stdout.startswith("usage: ") and "--help" in printed.stdout
+
+
+@pytest.fixture
+def tiny_folder(tiny_model, tokenizer, tmp_path):
+    tiny_model.save_pretrained(tmp_path / "tiny")
+    tokenizer.save_pretrained(tmp_path / "tiny")
+    return tmp_path / "tiny"
+
+
+@pytest.mark.slow
+def test_a_run_prints_nothing_that_nobody_can_act_on(tiny_folder, tmp_path):
+    recipe = ROOT / "recipes" / "smollm2-135m-capitals.yaml"
+    smaller = {
+        "model": tiny_folder, "output_dir": tmp_path / "out", "targets_dir": tmp_path / "targets", "dataset_size": 16,
+        "max_steps": 4, "lora_layers": "0-1", "contrast_rows": 0, "questions": 8, "dev_every": 2,
+    }  # fmt: skip
+    command = [sys.executable, "examples/erase.py", "--config", str(recipe)]
+    command += [f"--{name}={value}" for name, value in smaller.items()]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    lines = [line for line in re.split(r"[\r\n]+|\x1b\[A", run.stderr) if line.strip()]
+    bars = [BAR.fullmatch(line) for line in lines]
+    assert [line for line, bar in zip(lines, bars, strict=True) if bar is None] == []
+    names = {bar["name"].strip() for bar in bars}
+    assert names >= {"Computing targets", "Training", "reference: multiple choice"} and "" not in names
+    assert "WARNING" not in run.stdout and "Warning" not in run.stdout
