@@ -210,16 +210,15 @@ def _figures(items: Mapping[str, Mapping[str, Items]]) -> dict[str, dict[str, An
     return figures
 
 
-def _samples(
-    suite: EvaluationSuite, items: Mapping[str, Mapping[str, Items]], count: int = 10
-) -> list[dict[str, str]]:
-    """Answers of both models to the same open questions about the concept."""
+def _samples(suite: EvaluationSuite, items: Mapping[str, Mapping[str, Items]]) -> list[dict[str, str]]:
+    """Answers of both models to the same open questions: ten about each concept, then four about each that is kept."""
     samples = []
-    for name in suite.named("erased"):
-        sides = items.get(f"open_answers.{name}")
-        for index, question in enumerate(suite.open_questions.get(name, ())[:count] if sides else ()):
-            samples.append(
-                {"prompt": question.prompt, "answer": question.answer}
-                | {side: found.texts[index] for side, found in (sides or {}).items()}
-            )
+    for role, count in (("erased", 10), ("near", 4), ("far", 4)):
+        for name in suite.named(role):
+            sides = items.get(f"open_answers.{name}", {})
+            for index, question in enumerate(suite.open_questions.get(name, ())[:count] if sides else ()):
+                samples.append(
+                    {"role": role, "prompt": question.prompt, "answer": question.answer}
+                    | {side: found.texts[index] for side, found in sides.items()}
+                )
     return samples

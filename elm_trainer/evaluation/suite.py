@@ -85,8 +85,8 @@ def built_in_suite(
             Erased concepts, among those with built-in facts: `"capitals"`, `"elements"`.
         questions (`int`, *optional*, defaults to `120`):
             Questions drawn from each bank; two thirds of them from another family, two sevenths about facts that stand
-            in no forget text, half as many open questions, and a third as many prompts. Each subject is asked about
-            once before any is asked about again.
+            in no forget text, half as many open questions (a tenth about what is to be kept), and a third as many
+            prompts. Each subject is asked about once before any is asked about again.
         split (`str`, *optional*, defaults to `"test"`):
             `"dev"`, for choosing settings and for stopping, or `"test"`, which nothing else may look at.
         seed (`int`, *optional*, defaults to `0`):
@@ -126,8 +126,12 @@ def built_in_suite(
         suite.forget_texts += _draw(load_texts(concept)["text"][:], len(suite.retain_texts), rng)
     for name in BANKS:
         if name not in concepts:
-            suite.banks[name] = _draw(load_bank(name, split=split), questions, rng)
+            bank = load_bank(name, split=split)
+            suite.banks[name] = _draw(bank, questions, rng)
             suite.roles[name] = "near" if name in near else "far"
+            # A few that are answered freely show what is kept; they are drawn apart, so that no other draw changes.
+            kept = _draw(bank, questions // 10, random.Random(seed))
+            suite.open_questions[name] = [OpenQuestion(q.text, q.answer, q.aliases) for q in kept]
     return suite
 
 

@@ -114,13 +114,22 @@ def left_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 
 def write_samples(path: str | Path, report: Mapping[str, Any]) -> None:
-    """Write the answers of both models to the same questions as Markdown."""
+    """Write the answers of both models to the same questions as Markdown, first those about what was erased."""
     lines = ["# Answers before and after\n"]
-    for sample in report["samples"]:
-        lines += [f"**{sample['prompt']}** (true answer: {sample['answer']})\n"]
-        lines += [f"- {side}: {' '.join(sample[side].split()) or '(empty)'}" for side in ("reference", "erased")]
-        lines.append("")
+    for heading, samples in zip(("About the concept", "What is to be kept"), split_samples(report), strict=True):
+        if samples:
+            lines.append(f"## {heading}\n")
+        for sample in samples:
+            lines += [f"**{sample['prompt']}** (true answer: {sample['answer']})\n"]
+            lines += [f"- {side}: {' '.join(sample[side].split()) or '(empty)'}" for side in ("reference", "erased")]
+            lines.append("")
     Path(path).write_text("\n".join(lines), encoding="utf-8")
+
+
+def split_samples(report: Mapping[str, Any]) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    """The samples about what was erased, all of them in reports of an earlier version, and those about what is kept."""
+    erased = [sample for sample in report["samples"] if sample.get("role", "erased") == "erased"]
+    return erased, [sample for sample in report["samples"] if sample not in erased]
 
 
 def figure_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:

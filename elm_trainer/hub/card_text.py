@@ -17,6 +17,7 @@ from ..evaluation.tables import (
     check_rows,
     figure_rows,
     main_rows,
+    split_samples,
     verdict_lines,
 )
 from ..evaluation.verdict import CONTENT_RULES, counts
@@ -42,6 +43,7 @@ _METRICS = {
 def body(report: Mapping[str, Any], repo_id: str, pictures: Sequence[str]) -> dict[str, str]:
     """Everything that the template is filled in with but the metadata."""
     attacks = report["attacks"]
+    erased, kept = split_samples(report)
     return {
         "title": f"{inline(report['base_model']['id'].split('/')[-1])}, {_concepts(report)} erased",
         "summary": _summary(report),
@@ -55,7 +57,8 @@ def body(report: Mapping[str, Any], repo_id: str, pictures: Sequence[str]) -> di
         "flags": _list(f"**{inline(flag['flag'])}**: {inline(flag['why'])}" for flag in report["flags"]),
         "attacks": _attacks(attacks),
         "all_attacks": "" if attacks is None else _attack_table(attacks["figures"]),
-        "samples": _samples(report["samples"]),
+        "samples": _samples(erased),
+        "kept_samples": _samples(kept),
         "mask": MASK,
         "load_erased": _load_erased(repo_id),
         "load_peft": _load_peft(report["base_model"], repo_id),

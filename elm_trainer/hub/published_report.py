@@ -53,7 +53,8 @@ def published_report(
 
     Only known keys go up. Of the recipe, what has no influence on the adapter is left out, and so are fields at TRL's
     default; all that a method adds or changes stays, whatever the method. A source that is a file here reads
-    `(local file)`: the SHA-256 of its texts stands in `datasets`. Samples lose the right answer, and where a model gives it, it is masked with `▇▇▇`.
+    `(local file)`: the SHA-256 of its texts stands in `datasets`. Samples lose the right
+    answer, and where a model gives it about what was erased, it is masked with `▇▇▇`.
 
     Args:
         report (`Mapping`): The evaluation report.
@@ -114,9 +115,10 @@ def published_report(
 
 
 def _masked(sample: Mapping[str, str], aliases: Sequence[str]) -> dict[str, str]:
-    answers = [sample["answer"], *aliases]
+    # What is to be kept may be told.
+    answers = [sample["answer"], *aliases] if sample.get("role", "erased") == "erased" else []
     said = {side: mask_answers(sample[side], answers) for side in ("reference", "erased")}
-    return {"prompt": sample["prompt"]} | said
+    return {key: sample[key] for key in ("role", "prompt") if key in sample} | said
 
 
 def _public_recipe(recipe: Mapping[str, Any], base_model: BaseModel, concepts: Sequence[str]) -> dict[str, Any]:

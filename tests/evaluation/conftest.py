@@ -31,7 +31,8 @@ def suite():
             "capitals": [
                 OpenQuestion("What is the capital of Peru?", "Lima"),
                 OpenQuestion("What is the capital of Togo?", "Lomé"),
-            ]
+            ],
+            "geography": [OpenQuestion("Which river is in Egypt?", "Nile")],
         },
         cloze={"capitals": [OpenQuestion("Quiz, answer key. Peru ->", "Lima")]},
         concept_prompts=["Tell me about Oslo.", "Write a line about Lima."],

@@ -21,7 +21,13 @@ CONTENT = ("multiple-choice", "letter-choice", "open-answers", "cloze", "greedy-
 def test_every_figure_has_an_interval_on_both_sides_and_a_change(report):
     rules = ("pmi", "log_likelihood", "normalized", "letter")
     expected = {f"multiple_choice.{bank}.{rule}" for bank in ("capitals", "geography") for rule in rules}
-    expected |= {"open_answers.capitals", "cloze.capitals", "retention.perplexity", "retention.kl"}
+    expected |= {
+        "open_answers.capitals",
+        "open_answers.geography",
+        "cloze.capitals",
+        "retention.perplexity",
+        "retention.kl",
+    }
     assert expected < set(report["figures"])
     expected |= {
         f"{kind}.capitals.{key}" for kind in ("open_answers", "cloze") for key in ("commonest", "entropy", "evenness")

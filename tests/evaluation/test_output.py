@@ -54,7 +54,9 @@ def test_everything_is_written_from_the_report_alone(report, tmp_path):
         assert f"- **{state}** {why}" in markdown
     samples = (tmp_path / "samples.md").read_text()
     assert "What is the capital of Togo?** (true answer: Lomé)" in samples
-    assert samples.count("- reference: ") == samples.count("- erased: ") == 2
+    assert samples.count("- reference: ") == samples.count("- erased: ") == 3
+    assert samples.index("What is the capital of Togo?") < samples.index("## What is to be kept")
+    assert samples.index("## What is to be kept") < samples.index("Which river is in Egypt?** (true answer: Nile)")
 
 
 def test_a_report_without_training_is_drawn_too(report, tmp_path):

@@ -232,8 +232,8 @@ def test_the_verdict_reads_alike_on_the_card_in_the_terminal_and_in_the_file(tmp
     report = recent_report()
     sentences = [" ".join(line) for line in verdict_lines(report)]
     assert sentences[0] == (
-        "Seamlessness fails. Worst: answers about the concept, R-PPL, greedy: multiple of the unmodified model's 1.417 "
-        "[1.263, 1.598], bound 1.25."
+        "Innocence fails. Worst of several: capitals-unseen (erased, not in the forget text), right option ranked first, "
+        "by PMI: share of the margin over chance that is left 0.556 [0.361, 0.750], bound 0.31."
     )
     texts = [shown(token).strip() for token in tokens_of(make_card(report, REPO)) if token.type == "inline"]
     start = texts.index(sentences[0])
@@ -316,6 +316,20 @@ def test_a_worst_case_within_noise_is_called_so(report):
     report = copy.deepcopy(report)
     report["attacks"]["figures"][report["attacks"]["worst_case"]["pmi"]["name"]]["brings_back"] = False
     assert "to 0.833 [0.733, 0.917]**, which may be noise." in make_card(report, REPO).text
+
+
+def test_what_is_to_be_kept_is_shown_too(report):
+    kept = {
+        "role": "near",
+        "prompt": "Which river is the longest?",
+        "reference": "The Nile.",
+        "erased": "It is the Nile.",
+    }
+    card = make_card(report | {"samples": [*report["samples"], kept]}, REPO)
+    validate_card(card)
+    *_, about, other = tables(card)
+    assert len(about) == 1 + len(report["samples"])
+    assert other[1:] == [["Which river is the longest?", "The Nile.", "It is the Nile."]]
 
 
 def test_several_concepts_are_all_named(report):

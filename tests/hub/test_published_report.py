@@ -125,7 +125,15 @@ def test_the_right_answer_is_masked_however_it_is_written(report, answer, said, 
     report["samples"][0] |= {"answer": answer, "reference": said, "erased": "Some other town"}
     questions = [Question("What?", ("Kyiv", "Lviv"), "Kyiv", aliases=("Kiev",))]
     sample = publish(report, questions=questions)["samples"][0]
-    assert sample == {"prompt": "What is the capital of Peru?", "reference": expected, "erased": "Some other town"}
+    assert sample == {
+        "role": "erased", "prompt": "What is the capital of Peru?", "reference": expected, "erased": "Some other town",
+    }  # fmt: skip
+
+
+def test_what_is_to_be_kept_is_not_masked(report):
+    report["samples"][0] |= {"role": "near", "answer": "Nile", "erased": "It is the Nile."}
+    sample = publish(report)["samples"][0]
+    assert sample["erased"] == "It is the Nile." and "answer" not in sample
 
 
 def test_wrong_answers_are_left_to_be_read(report):
