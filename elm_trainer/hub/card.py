@@ -67,6 +67,7 @@ def make_card(
         pipeline_tag=TASK,
         base_model=base["id"],
         base_model_relation="adapter",
+        language=_language(report),
         datasets=_datasets(report) or None,
         tags=[*TAGS, *(CONCEPT_TAG + plain(concept) for concept in report["concepts"])],
         model_name=repo_id.split("/")[-1],
@@ -121,6 +122,13 @@ def check_commit(revision: str) -> None:
     """Raise `ValueError` where a revision of a model is no commit."""
     if not re.fullmatch(r"[0-9a-f]{40}", revision):
         raise ValueError(f"The model's `revision` is {revision!r}: it must be a commit, of 40 hexadecimal digits.")
+
+
+def _language(report: Mapping[str, Any]) -> str | None:
+    """English where the built-in questions, which are English, asked for the concept; else it is left to a person."""
+    banks = [report["datasets"].get(f"bank {bank}", {}) for bank, role in report["roles"].items() if role == "erased"]
+    built_in = [str(info.get("revision") or "").startswith("elm-trainer ") for info in banks]
+    return "en" if built_in and all(built_in) else None
 
 
 def _datasets(report: Mapping[str, Any]) -> list[str]:

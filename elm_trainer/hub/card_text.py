@@ -60,8 +60,9 @@ def body(report: Mapping[str, Any], repo_id: str, pictures: Sequence[str]) -> di
         "samples": _samples(erased),
         "kept_samples": _samples(kept),
         "mask": MASK,
-        "load_erased": _load_erased(repo_id),
+        "load_erased": _load_erased(repo_id, report),
         "load_peft": _load_peft(report["base_model"], repo_id),
+        "similar": f"[Adapters made with elm-trainer]({HUB}/models?other=elm-trainer)",
         "limits": _list(limits(report)),
         "reproduce": _reproduce(report),
         **{
@@ -174,9 +175,14 @@ def _samples(samples: Sequence[Mapping[str, str]]) -> str:
     return table(("asked", "unmodified model", "erased model"), rows)
 
 
-def _load_erased(repo_id: str) -> str:
+def _load_erased(repo_id: str, report: Mapping[str, Any]) -> str:
+    asked = next((sample["prompt"] for sample in report["samples"]), "Once upon a time")
     return fenced(
-        f"from elm_trainer import load_erased\n\nmodel, tokenizer = load_erased({_quoted(repo_id)})", "python"
+        "from elm_trainer import load_erased\n\n"
+        f"model, tokenizer = load_erased({_quoted(repo_id)})\n"
+        f'inputs = tokenizer({_quoted(asked)}, return_tensors="pt").to(model.device)\n'
+        "print(*tokenizer.batch_decode(model.generate(**inputs), skip_special_tokens=True))",
+        "python",
     )
 
 

@@ -631,12 +631,19 @@ class ErasureTrainer(SFTTrainer):
         pass
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        card = Path(output_dir or self.args.output_dir) / "README.md"
+        written = card.read_bytes() if card.exists() else None
         if self.is_fsdp_enabled:
             # Trainer would gather the whole model. `_save` is private to it; tests/distributed fails when it moves.
             self._save(output_dir or self.args.output_dir, state_dict=trained_weights(self.model))
         else:
             # With `push_to_hub`, Trainer would push here, before there is any evidence.
             super().save_model(output_dir, _internal_call=True)
+        # PEFT writes a card of gaps to be filled in and the base's path on this machine; `publish_adapter` makes a true one.
+        if self.args.should_save:
+            card.unlink(missing_ok=True)
+            if written is not None:
+                card.write_bytes(written)
 
     def _save_checkpoint(self, model, trial):
         # Nothing is saved after a loss that was not finite, even between two logs.

@@ -105,7 +105,7 @@ def test_the_card_is_valid_and_its_metadata_are_complete(report, card):
     assert data.tags == ["elm-trainer", "unlearning", "concept-erasure", "lora", "concept:capitals"]
     assert (data.base_model, data.base_model_relation) == (report["base_model"]["id"], "adapter")
     assert (data.library_name, data.pipeline_tag, data.license) == ("peft", "text-generation", "apache-2.0")
-    assert data.language is None and data.datasets is None
+    assert data.language == "en" and data.datasets is None
 
 
 def test_every_figure_is_a_result_and_comes_back_from_the_model_index(report, card):
@@ -364,6 +364,21 @@ def test_the_recipe_is_one_that_the_script_reads_as_it_stands(report, card, tmp_
     )
     for name, value in report["recipe"].items():
         assert getattr(parsed if hasattr(parsed, name) else config, name) == value, name
+
+
+def test_a_reader_can_install_load_and_ask(report, card):
+    use = card.text.split("## Use\n")[1].split("## Limits")[0]
+    installs, (ours, _) = re.findall(r"```bash\n(.*?)\n```", use), re.findall(r"```python\n(.*?)```", use, re.DOTALL)
+    assert installs == ["pip install elm-trainer", "pip install peft transformers"]
+    assert f"load_erased({json.dumps(REPO)})" in ours and "model.generate(" in ours
+    assert json.dumps(report["samples"][0]["prompt"]) in ours
+    assert "## Intended use" in card.text and "https://huggingface.co/models?other=elm-trainer" in use
+
+
+def test_a_language_that_nobody_knows_is_left_to_a_person(report):
+    report = copy.deepcopy(report)
+    report["datasets"]["bank capitals"]["revision"] = None
+    assert make_card(report, REPO).data.language is None
 
 
 def test_a_training_of_ones_own_is_shown_without_a_script(report):

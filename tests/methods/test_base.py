@@ -35,6 +35,16 @@ def test_the_hooks_of_trl_that_are_overridden_still_exist():
         assert callable(getattr(trl.SFTTrainer, name))
 
 
+def test_an_adapter_is_saved_without_the_card_of_a_library(tiny_model, tokenizer, dataset, config, lora, tmp_path):
+    trainer = make(tiny_model, config(), dataset, tokenizer, lora)
+    trainer.save_model(str(tmp_path / "adapter"))
+    assert (tmp_path / "adapter" / "adapter_config.json").exists()
+    assert not (tmp_path / "adapter" / "README.md").exists()
+    (tmp_path / "adapter" / "README.md").write_text("Mine.")
+    trainer.save_model(str(tmp_path / "adapter"))
+    assert (tmp_path / "adapter" / "README.md").read_text() == "Mine."
+
+
 @pytest.mark.parametrize(
     ("dataset", "message"),
     [
