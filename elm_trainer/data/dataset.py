@@ -2,18 +2,21 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import cycle
-from typing import TypeAlias
+from pathlib import Path
+from typing import Any
 
 from datasets import Dataset, interleave_datasets
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from .sources import load_pairs, load_texts
+from .given import Source
+from .sources import load_pairs, read_texts
 
 
 logger = logging.get_logger(__name__)
-Source: TypeAlias = str | Dataset | Sequence[str]
+_SIDES = ("forget", "retain")
 
 
 @dataclass
@@ -21,24 +24,25 @@ class ConceptSources:
     """The texts of one concept.
 
     Args:
-        forget (`str`, `Dataset` or `Sequence[str]`):
-            Texts about the concept.
-        retain (`list` of sources):
-            Sources of unrelated (and neighbouring) texts, taken in turn. One that is listed twice gives twice as many.
-        synthetic (`Sequence[tuple[str, str]]`, `str` or `Dataset`, *optional*):
-            Pairs of a forget prefix and fluent text that moves on, or a source of such pairs (see [`load_pairs`]).
+        forget (source):
+            Texts about the concept: whatever [`load_texts`] takes.
+        retain (source or `list` of sources):
+            Unrelated (and neighbouring) texts. Several sources are taken in turn; one that is listed twice gives twice as
+            many. Texts themselves are a list in this list.
+        synthetic (source or `Sequence[tuple[str, str]]`, *optional*):
+            Pairs of a forget prefix and fluent text that moves on: whatever [`load_pairs`] takes.
     """
 
     forget: Source
-    retain: list[Source]
-    synthetic: Sequence[tuple[str, str]] | str | Dataset = ()
+    retain: Source | Sequence[Source]
+    synthetic: Source | Sequence[tuple[str, str]] = ()
 
 
 def build_erasure_dataset(
     concepts: Mapping[str, ConceptSources],
     *,
     size: int | None = None,
-    column: str = "text",
+    column: str | Mapping[str, str] = "text",
     processing_class: PreTrainedTokenizerBase | None = None,
     seed: int = 0,
 ) -> Dataset:
@@ -49,10 +53,10 @@ def build_erasure_dataset(
             Sources by name of the concept. Several concepts interleave row by row.
         size (`int`, *optional*):
             Rows per concept; sources cycle up to it or are cut to it. Defaults to the longest source of the concept.
-        column (`str`, *optional*, defaults to `"text"`):
-            Column of the sources that holds the text.
+        column (`str` or `Mapping[str, str]`, *optional*, defaults to `"text"`):
+            Column of the sources that holds the text, or `{"forget": …, "retain": …}` where they differ.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            Tokenizer whose chat template built-in sources use.
+            Tokenizer whose chat template is used for messages, and for the conversational phrasings of built-in sources.
         seed (`int`, *optional*, defaults to `0`):
             Seed of built-in sources.
 
@@ -65,25 +69,33 @@ def build_erasure_dataset(
         where no synthetic pairs are given. Empty texts are dropped, counted and logged.
 
     Raises:
-        ValueError: if there is no concept, or a forget or retain set is empty.
+        TypeError: if `concepts` does not map names to [`ConceptSources`], or what is given is no source of texts.
+        ValueError: if there is no concept, a forget or retain set is empty, `size` is below 1, `column` names something
+            else, and whatever [`load_texts`] refuses.
+        OSError: if there is nothing of a source's name, or a file cannot be read.
     """
-    if not concepts:
-        raise ValueError("`concepts` is empty: name at least one concept with its sources.")
+    columns = _columns(column)
+    _check(concepts, size)
     parts = []
     for name, sources in concepts.items():
-        forget = _texts(sources.forget, f"forget set of concept {name!r}", column, processing_class, seed)
-        if not sources.retain:
-            raise ValueError(f"The retain set of concept {name!r} is empty: give at least one source of retain text.")
-        what = f"retain set of concept {name!r}"
-        loaded: dict[int | str, list[dict[str, str]]] = {}
+        read = partial(read_texts, processing_class=processing_class, seed=seed)
+        forget = read(sources.forget, f"The forget set of concept {name!r}", column=columns["forget"]).to_list()
+        what = f"The retain set of concept {name!r}"
+        given = list(sources.retain) if isinstance(sources.retain, (list, tuple)) else [sources.retain]
+        if not given:
+            raise ValueError(f"{what} is empty: give at least one source of retain text.")
+        loaded: dict[int | str, list[dict[str, Any]]] = {}
         retains = []
-        for source in sources.retain:
-            key = source if isinstance(source, str) else id(source)
+        for source in given:
+            key = str(source) if isinstance(source, (str, Path)) else id(source)
             if key not in loaded:
-                loaded[key] = _texts(source, what, column, processing_class, seed)
+                loaded[key] = read(source, what, column=columns["retain"]).to_list()
             retains.append(loaded[key])
-        synthetic = sources.synthetic
-        pairs = load_pairs(synthetic) if isinstance(synthetic, (str, Dataset)) else list(synthetic)
+        pairs = load_pairs(
+            () if sources.synthetic is None else sources.synthetic,
+            processing_class=processing_class,
+            what=f"The synthetic set of concept {name!r}",
+        )
         rows = size or max(len(forget), len(pairs), *(len(retain) * len(retains) for retain in retains))
         if size and size < len(forget):
             logger.info(f"Concept {name!r}: {len(forget) - size} of {len(forget)} forget texts lie beyond `size`.")
@@ -107,19 +119,28 @@ def build_erasure_dataset(
     return parts[0] if len(parts) == 1 else interleave_datasets(parts, stopping_strategy="all_exhausted")
 
 
-def _in_turn(sources: list[list[dict[str, str]]], rows: int) -> list[dict[str, str]]:
+def _columns(column: str | Mapping[str, str]) -> Mapping[str, str]:
+    if isinstance(column, str):
+        return dict.fromkeys(_SIDES, column)
+    if not isinstance(column, Mapping) or set(column) != set(_SIDES):
+        raise ValueError(f"`column` is {column!r}: give one name, or {{'forget': name, 'retain': name}}.")
+    return column
+
+
+def _check(concepts: Mapping[str, ConceptSources], size: int | None) -> None:
+    fix = 'give {"name": ConceptSources(forget=…, retain=[…])}'
+    if not isinstance(concepts, Mapping):
+        raise TypeError(f"`concepts` is of type {type(concepts).__name__}: {fix}.")
+    if not concepts:
+        raise ValueError("`concepts` is empty: name at least one concept with its sources.")
+    for name, sources in concepts.items():
+        if not isinstance(sources, ConceptSources):
+            raise TypeError(f"`concepts[{name!r}]` is of type {type(sources).__name__}: {fix}.")
+    if size is not None and size < 1:
+        raise ValueError(f"`size` is {size}: it must be at least 1, or None for as many rows as the longest source.")
+
+
+def _in_turn(sources: list[list[dict[str, Any]]], rows: int) -> list[dict[str, Any]]:
     """The sources' texts in turn, each cycling; one that is listed twice goes on where it was."""
     texts = {id(source): cycle(source) for source in sources}
     return [next(texts[id(sources[row % len(sources)])]) for row in range(rows)]
-
-
-def _texts(
-    source: Source, what: str, column: str, processing_class: PreTrainedTokenizerBase | None, seed: int
-) -> list[dict[str, str]]:
-    loaded = load_texts(source, column=column, processing_class=processing_class, seed=seed).to_list()
-    kept = [row for row in loaded if row["text"] and row["text"].strip()]
-    if len(kept) < len(loaded):
-        logger.warning(f"The {what}: dropped {len(loaded) - len(kept)} empty texts of {len(loaded)}.")
-    if not kept:
-        raise ValueError(f"The {what} is empty: give at least one text with words in it.")
-    return kept

@@ -1,31 +1,35 @@
-"""Where texts come from: a Hub id, a local file, a Dataset, or a built-in source."""
+"""Where texts come from: built-in sources, names of files and of data sets on the Hub, and what is at hand."""
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import yaml
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from .facts import Fact
+from .given import Messages, Source, check_type, joined, rows_of, shown, text_rows
+from .named import is_file_name, read_named
 from .questions import facts_of, held_out_subjects
 
 
+logger = logging.get_logger(__name__)
 # Other facts that stand in for each in its counterfactual novices.
 STAND_INS = 2
 _SAMPLED = ("cities", "countries", "countries-quiz", "everyday", "everyday-held-out", "places", "quiz")
 BUILTIN_SOURCES = ("capitals", "elements", "capitals-near", "elements-near", *_SAMPLED)
 BUILTIN_PAIRS = ("capitals-fluent",)
-_BUILDERS = {".jsonl": "json", ".json": "json", ".txt": "text", ".csv": "csv", ".parquet": "parquet"}
 
 
 def load_texts(
-    source: str | Dataset | Sequence[str],
+    source: Source,
     *,
     column: str = "text",
     split: str = "train",
@@ -35,42 +39,78 @@ def load_texts(
     """Load texts from a source.
 
     Args:
-        source (`str`, `Dataset` or `Sequence[str]`):
-            Name of a built-in source, path of a `.jsonl`, `.txt`, `.csv` or `.parquet` file, id of a dataset on the
-            Hub, a `Dataset`, or the texts themselves.
+        source (`str`, `Path`, `Dataset` or `Sequence`):
+            Name of a built-in source; path of a `.jsonl`, `.json`, `.csv`, `.tsv`, `.parquet`, `.txt` or `.md` file, of a
+            folder of such files or of `save_to_disk`, or a glob pattern; id `org/name` of a dataset on the Hub; a
+            `Dataset`; or the texts, or rows, themselves. Plain text is cut into passages (see [`passages`]).
         column (`str`, *optional*, defaults to `"text"`):
-            Column that holds the text. A source without it may have the columns `prompt` and `completion` instead, whose
-            text is one after the other; the column `prompt` is kept.
+            Column that holds the text, or a list of messages. A source without it may have the column `messages`
+            instead, or `prompt` and `completion`, whose text is one after the other; the column `prompt` is kept.
         split (`str`, *optional*, defaults to `"train"`):
             Split of a Hub dataset.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            Tokenizer whose chat template built-in sources use for their conversational phrasings.
+            Tokenizer whose chat template is used for messages, and for the conversational phrasings of built-in sources.
         seed (`int`, *optional*, defaults to `0`):
             Seed of a built-in source.
 
     Returns:
-        `Dataset`: with a column `text`, and columns `novice` and `novices` where the source knows the same sentences
-        with permuted facts and about other subjects.
+        `Dataset`: with a column `text`, and, where the source has them, the columns `prompt`, with which a text begins that
+        is learned from there on, `novice` and `novices`, the same sentences with permuted facts and about other
+        subjects. Empty texts are dropped, counted and logged.
 
     Raises:
-        ValueError: if the column is missing (the message lists those that exist) or no text is left.
-        OSError: if a file cannot be read.
+        TypeError: for what is no source, such as a `DatasetDict` or a `DataFrame`.
+        ValueError: if the column is missing (the message lists those that exist), a row is no text (the message names
+            it, counted from 0), a list holds names of files, or no text is left.
+        OSError: if there is nothing of that name, or a file cannot be read.
     """
+    return read_texts(source, "`source`", column=column, split=split, processing_class=processing_class, seed=seed)
+
+
+def read_texts(
+    source: Source,
+    what: str,
+    *,
+    column: str = "text",
+    split: str = "train",
+    processing_class: PreTrainedTokenizerBase | None = None,
+    seed: int = 0,
+) -> Dataset:
+    """What [`load_texts`] does, with errors that begin with `what`."""
+    check_type(source, what)
     if isinstance(source, str) and source in BUILTIN_SOURCES:
         return builtin_texts(source, processing_class, seed)
-    if isinstance(source, Dataset):
-        dataset, name = source, "the given Dataset"
-    elif isinstance(source, str):
-        dataset, name = _load_named(source, split), source
+    render = partial(_conversation, processing_class)
+    if isinstance(source, (str, Path)):
+        rows: list[dict[str, Any]] = []
+        for place, part in read_named(source, what, split=split, column=column, known=BUILTIN_SOURCES):
+            check_type(part, place)
+            rows += text_rows(part, place, column, render)
     else:
-        dataset, name = Dataset.from_dict({column: list(source)}), "the given texts"
-    if column not in dataset.column_names and {"prompt", "completion"} <= set(dataset.column_names):
-        return _joined(dataset)
-    if column not in dataset.column_names:
+        _refuse_names(source, what)
+        rows = text_rows(source, what, column, render)
+    kept = [row for row in rows if row["text"].strip()]
+    if not kept:
+        raise ValueError(f"{what} is empty: give at least one text with words in it.")
+    if len(kept) < len(rows):
+        logger.warning(f"{what}: dropped {len(rows) - len(kept)} empty texts of {len(rows)}.")
+    names = ["text", *(name for name in ("prompt", "novice", "novices") if any(name in row for row in kept))]
+    return Dataset.from_dict({name: [row.get(name) for row in kept] for name in names})
+
+
+def _refuse_names(source: Dataset | Sequence[Any], what: str) -> None:
+    """A list of names is no list of texts, though both are strings."""
+    if isinstance(source, Dataset):
+        return
+    named = [
+        item for item in source if isinstance(item, (Path, Dataset)) or (isinstance(item, str) and is_file_name(item))
+    ]
+    if named or (len(source) and all(isinstance(item, str) and item in BUILTIN_SOURCES for item in source)):
         raise ValueError(
-            f"{name} has no column {column!r}; it has {dataset.column_names}: set the column to one of them."
+            f"{what} is a list of sources, such as {str((named or source)[0])!r}, where a list of texts is needed: give one "
+            "source, which may be a folder or a pattern like 'texts/*.txt', or join what `load_texts` gives of each with "
+            "`datasets.concatenate_datasets`."
         )
-    return dataset.select_columns([column]).rename_column(column, "text") if column != "text" else dataset
 
 
 def builtin_texts(name: str, processing_class: PreTrainedTokenizerBase | None = None, seed: int = 0) -> Dataset:
@@ -86,8 +126,13 @@ def builtin_texts(name: str, processing_class: PreTrainedTokenizerBase | None = 
     """
     if name in _SAMPLED:
         lines = (files(__package__) / "texts" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
-        dataset = Dataset.from_list([json.loads(line) for line in lines])
-        return dataset if "text" in dataset.column_names else _joined(dataset)
+        rows = [json.loads(line) for line in lines]
+        return Dataset.from_list(
+            [
+                row if "text" in row else {"prompt": row["prompt"], "text": row["prompt"] + row["completion"]}
+                for row in rows
+            ]
+        )
     concept, _, near = name.partition("-")
     held_out = held_out_subjects(concept)
     facts = [fact for fact in facts_of(concept) if fact.subject not in held_out]
@@ -139,25 +184,60 @@ def _first_named(template: str | list[str]) -> str:
     return min(("subject", "answer"), key=lambda name: text.index(f"{{{name}}}"))
 
 
-def load_pairs(source: str | Dataset) -> list[tuple[str, str]]:
+def load_pairs(
+    source: Source | Sequence[tuple[str, str]],
+    *,
+    processing_class: PreTrainedTokenizerBase | None = None,
+    what: str = "`source`",
+) -> list[tuple[str, str]]:
     """Load synthetic pairs of a forget prefix and fluent text that goes on from it.
 
     Args:
-        source (`str` or `Dataset`): A name of `BUILTIN_PAIRS`, anything that [`load_texts`] takes, or a `Dataset`, with
-            the columns `prompt` and `completion`. `capitals-fluent` holds SmolLM2-135M-Instruct's own answers about
-            capitals, less those that name one (examples/sample_retain.py makes them).
+        source (`str`, `Path`, `Dataset` or `Sequence`): A name of `BUILTIN_PAIRS`, or whatever [`load_texts`] takes, with
+            the columns `prompt` and `completion`, or a list of pairs. `capitals-fluent` holds SmolLM2-135M-Instruct's
+            own answers about capitals, less those that name one (examples/sample_retain.py makes them).
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*): Tokenizer whose chat template is used for
+            pairs of messages.
+        what (`str`, *optional*, defaults to ``"`source`"``): What to begin an error with.
+
+    Returns:
+        `list[tuple[str, str]]`: the pairs. Those with an empty completion are dropped, counted and logged.
 
     Raises:
-        ValueError: if a column is missing.
+        TypeError: for what is no source.
+        ValueError: if a column is missing, or a row is no pair of texts (the message names it, counted from 0).
+        OSError: if there is nothing of that name, or a file cannot be read.
     """
+    check_type(source, what)
     if isinstance(source, str) and source in BUILTIN_PAIRS:
         source = str(files(__package__) / "texts" / f"{source}.jsonl")
-    dataset = source if isinstance(source, Dataset) else _load_named(source, "train")
-    if missing := {"prompt", "completion"} - set(dataset.column_names):
-        raise ValueError(
-            f"The pairs {source!r} have the columns {dataset.column_names} and lack {sorted(missing)}: name them."
-        )
-    return list(zip(dataset["prompt"], dataset["completion"], strict=True))
+    parts: list[tuple[str, Any]] = [(what, source)]
+    if isinstance(source, (str, Path)):
+        parts = list(read_named(source, what, split="train", column="text", known=BUILTIN_PAIRS))
+    pairs = []
+    for place, part in parts:
+        check_type(part, place)
+        if not isinstance(part, Dataset):
+            part = [_pair_row(row, f"{place}, row {number}") for number, row in enumerate(part)]
+        rows, names = rows_of(part, "prompt")
+        if missing := sorted({"prompt", "completion"} - set(names)) if rows else []:
+            raise ValueError(f"{place} lacks the columns {missing} of pairs; it has {names}: rename or add them.")
+        render = partial(_conversation, processing_class)
+        pairs += [joined(row, f"{place}, row {number}", render) for number, row in enumerate(rows)]
+    kept = [pair for pair in pairs if pair[1].strip()]
+    if pairs and not kept:
+        raise ValueError(f"{what} holds no completion with words in it: add them, or give no pairs.")
+    if len(kept) < len(pairs):
+        logger.warning(f"{what}: dropped {len(pairs) - len(kept)} pairs of {len(pairs)} with an empty completion.")
+    return kept
+
+
+def _pair_row(row: Any, place: str) -> Mapping[str, Any]:
+    if isinstance(row, Mapping):
+        return row
+    if not isinstance(row, (tuple, list)) or len(row) != 2:
+        raise ValueError(f"{place} is {shown(row)}, which is no pair: give (prompt, completion).")
+    return dict(zip(("prompt", "completion"), row, strict=True))
 
 
 def _fits(template: str | list[str], fact: Fact) -> bool:
@@ -173,10 +253,20 @@ def _render(template: str | list[str], fact: Fact, processing_class: PreTrainedT
     if isinstance(template, str):
         return parts[0]
     question, reply = parts
-    if processing_class is None or processing_class.chat_template is None:
-        return f"User: {question}\nAssistant: {reply}"
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
-    return str(processing_class.apply_chat_template(messages, tokenize=False))
+    return _conversation(processing_class, messages)
+
+
+def _conversation(
+    processing_class: PreTrainedTokenizerBase | None, messages: Messages, begin_answer: bool = False
+) -> str:
+    """Messages as one text, by the chat template where there is one."""
+    if processing_class is None or processing_class.chat_template is None:
+        turns = [f"{message['role'].capitalize()}: {message['content']}" for message in messages]
+        return "\n".join([*turns, "Assistant:"] if begin_answer else turns)
+    return str(
+        processing_class.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=begin_answer)
+    )
 
 
 def _before_last(template: str | list[str], fact: Fact, processing_class: PreTrainedTokenizerBase | None) -> str:
@@ -186,26 +276,3 @@ def _before_last(template: str | list[str], fact: Fact, processing_class: PreTra
     parts[-1] = f"{parts[-1][:start]}\0{parts[-1][end:]}"
     rendered = _render(parts[0] if isinstance(template, str) else parts, fact, processing_class)
     return rendered.partition("\0")[0].rstrip(" ")
-
-
-def _joined(dataset: Dataset) -> Dataset:
-    """Prompt and completion as one text."""
-    return dataset.map(lambda row: {"text": row["prompt"] + row["completion"]}, remove_columns=["completion"])
-
-
-def _load_named(source: str, split: str) -> Dataset:
-    path = Path(source)
-    builder = _BUILDERS.get(path.suffix)
-    if builder is None and not path.exists():
-        return load_dataset(source, split=split)
-    if builder is None:
-        raise ValueError(f"Source {source!r} has no known ending; use one of {', '.join(_BUILDERS)}.")
-    try:
-        with path.open("rb") as file:
-            file.read(1)
-        options: dict[str, Any] = {"cache_dir": None}
-        return load_dataset(builder, data_files=str(path), split="train", **options)
-    except OSError as error:
-        raise OSError(f"Source {source!r} cannot be read ({error}): check the path and its permissions.") from error
-    except Exception as error:  # datasets wraps parser errors of pyarrow and pandas in types of its own
-        raise ValueError(f"Source {source!r} is no readable {builder} file ({error}): correct it.") from error

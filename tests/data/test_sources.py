@@ -9,28 +9,9 @@ from elm_trainer.data.questions import BANKS, bank_families, facts_of, held_out_
 from elm_trainer.data.sources import BUILTIN_SOURCES, load_pairs
 
 
-@pytest.mark.parametrize("ending", ["jsonl", "txt", "csv", "parquet"])
-def test_local_files_are_read(tmp_path, ending):
-    path, dataset = tmp_path / f"texts.{ending}", Dataset.from_dict({"text": ["one", "two"]})
-    if ending == "txt":
-        path.write_text("one\ntwo\n")
-    else:
-        getattr(dataset, {"jsonl": "to_json", "csv": "to_csv", "parquet": "to_parquet"}[ending])(str(path))
-    assert load_texts(str(path))["text"][:] == ["one", "two"]
-
-
 def test_a_missing_column_lists_those_that_exist():
     with pytest.raises(ValueError, match="no column 'body'.*'text'"):
         load_texts(Dataset.from_dict({"text": ["a"]}), column="body")
-
-
-def test_an_unreadable_file_is_named(tmp_path):
-    (tmp_path / "folder.jsonl").mkdir()
-    with pytest.raises(OSError, match="folder.jsonl.*cannot be read"):
-        load_texts(str(tmp_path / "folder.jsonl"))
-    (tmp_path / "broken.jsonl").write_text('{"text": "a"}\n{"text": ')
-    with pytest.raises(ValueError, match="broken.jsonl.*correct it"):
-        load_texts(str(tmp_path / "broken.jsonl"))
 
 
 def test_several_concepts_interleave_and_short_sources_cycle():
@@ -155,5 +136,5 @@ def test_pairs_of_ones_own_reach_the_dataset(tmp_path):
     dataset = build_erasure_dataset({"a": ConceptSources(["f"], [["r"]], str(path))}, size=2)
     assert dataset["completion"][:] == [" is a fine place."] * 2
     path.write_text('{"prompt": "The capital"}\n')
-    with pytest.raises(ValueError, match=r"lack \['completion'\]"):
+    with pytest.raises(ValueError, match=r"lacks the columns \['completion'\]"):
         load_pairs(str(path))

@@ -25,7 +25,8 @@ from transformers.trainer_utils import set_seed
 from trl import SFTConfig
 
 from ...data.collator import ElmDataCollator
-from ...data.dataset import ConceptSources, Source, build_erasure_dataset
+from ...data.dataset import ConceptSources, build_erasure_dataset
+from ...data.given import Source
 from ...data.invented import CONCEPT, InventedWorld, invented_world
 from ...methods.base import ErasureTrainer
 from ...methods.elm import ElmConfig, ElmTrainer
