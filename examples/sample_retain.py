@@ -1,8 +1,9 @@
 """Write the package's retain texts and fluent pairs: SmolLM2-135M-Instruct's own samples.
 
-`python examples/sample_retain.py`
+`python examples/sample_retain.py --output_dir FOLDER`; the package has them in `elm_trainer/data/texts`, beside the prompts.
 """
 
+import argparse
 import json
 import random
 import re
@@ -56,6 +57,12 @@ def as_pairs(pairs: list[tuple[str, str]]) -> list[dict[str, str]]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--output_dir", type=Path, required=True, help="Where the .jsonl files go; those there are replaced."
+    )
+    output = parser.parse_args().output_dir
+    output.mkdir(parents=True, exist_ok=True)
     folder = Path(elm_trainer.__file__).parent / "data" / "texts"
     model, tokenizer = load_model_and_tokenizer("smollm2-135m-instruct")
 
@@ -67,28 +74,28 @@ def main() -> None:
     ]
     texts = sample_texts(model, tokenizer, asked, CONFIG)
     random.Random(0).shuffle(texts)
-    write(folder / "everyday-held-out.jsonl", as_rows(texts[:HELD_OUT]))
-    write(folder / "everyday.jsonl", as_rows(texts[HELD_OUT:]))
+    write(output / "everyday-held-out.jsonl", as_rows(texts[:HELD_OUT]))
+    write(output / "everyday.jsonl", as_rows(texts[HELD_OUT:]))
 
     asked = prompts_on_countries(folder / "countries.yaml", tokenizer)
     texts = sample_texts(model, tokenizer, asked, CONFIG)
     kept = [text for text in texts if not names_a_measured_fact(text, MEASURED)]
-    write(folder / "countries.jsonl", as_rows(kept))
+    write(output / "countries.jsonl", as_rows(kept))
 
     asked = prompts_on_countries(folder / "countries-quiz.yaml", tokenizer, QUIZ_SAMPLES, bare=True)
     pairs = short_answers(model, tokenizer, asked)
     kept = [pair for pair in pairs if not names_a_measured_fact("".join(pair), MEASURED)]
-    write(folder / "countries-quiz.jsonl", as_pairs(kept))
+    write(output / "countries-quiz.jsonl", as_pairs(kept))
 
     places = yaml.safe_load((folder / "places.yaml").read_text(encoding="utf-8"))["places"]
     asked = [place.format(subject=subject) for subject in unasked_countries() for place in places]
     random.Random(0).shuffle(asked)
     kept = [pair for pair in short_answers(model, tokenizer, asked) if "apital" not in pair[1]]
-    write(folder / "places.jsonl", as_pairs(kept))
+    write(output / "places.jsonl", as_pairs(kept))
 
     asked = prompts_on_cities(folder / "cities.yaml", tokenizer)
     kept = [pair for pair in short_answers(model, tokenizer, asked) if "apital" not in pair[1]]
-    write(folder / "cities.jsonl", as_pairs(kept))
+    write(output / "cities.jsonl", as_pairs(kept))
 
     beginnings = yaml.safe_load((folder / "quiz.yaml").read_text(encoding="utf-8"))["beginnings"]
     begun = [f"Question: {beginning}" for beginning in beginnings for _ in range(QUESTIONS_EACH)]
@@ -103,7 +110,7 @@ def main() -> None:
     random.Random(0).shuffle(asked)
     pairs = short_answers(model, tokenizer, asked)
     write(
-        folder / "quiz.jsonl",
+        output / "quiz.jsonl",
         as_pairs([pair for pair in pairs if not names_a_measured_fact("".join(pair), "[Cc]apital")]),
     )
 
@@ -111,7 +118,7 @@ def main() -> None:
     texts = sample_texts(model, tokenizer, asked, FLUENT)
     pairs = [(prompt, text.removeprefix(prompt)) for prompt, text in zip(asked, texts, strict=True)]
     kept = [pair for pair in pairs if len(pair[1].split()) >= FEWEST_WORDS and not names_a_measured_fact(pair[1])]
-    write(folder / "capitals-fluent.jsonl", as_pairs(kept))
+    write(output / "capitals-fluent.jsonl", as_pairs(kept))
 
 
 def short_answers(
