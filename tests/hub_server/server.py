@@ -1,12 +1,14 @@
 """A Hub that listens on loopback, and what a test asks of it."""
 
+import hashlib
 import os
+import shutil
 import socket
 import sys
 import threading
 import traceback
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,9 +17,9 @@ from typing import Any
 
 from .faults import Fault
 from .messages import COPY_CHUNK, Disconnected, Refusal, Request, Response
-from .objects import Commit, Repo
+from .objects import Blob, Commit, Repo
 from .routes import ROUTES
-from .state import State, User
+from .state import DEFAULT_BRANCH, State, User
 
 
 # Settings of whoever runs the tests that would lead a client elsewhere.
@@ -107,6 +109,22 @@ class HubServer:
     def add_user(self, name: str, token: str, can_write: bool = True, orgs: Sequence[str] = ()) -> None:
         """Let whoever has `token` in as `name`; a user may have several tokens."""
         self.state.users[token] = User(name, can_write, tuple(orgs))
+
+    def add_model(self, repo_id: str, files: Mapping[str, Path | str]) -> None:
+        """Put up a public repository of large files, given as paths, and texts."""
+        blobs = {}
+        for name, content in files.items():
+            if isinstance(content, str):
+                blobs[name] = self.state.put(content.encode())
+                continue
+            with content.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            shutil.copyfile(content, self.state.large_file(digest))
+            blobs[name] = Blob.large(digest, content.stat().st_size)
+        repo = Repo(repo_id, "model", False, large_files={blob.sha256 for blob in blobs.values() if blob.sha256})
+        with self.state.lock:
+            self.state.add_commit(repo, DEFAULT_BRANCH, blobs, "initial commit", "", repo.namespace)
+            self.state.repos["model", repo_id] = repo
 
     def env(self, token: str | None = None, home: Path | None = None) -> dict[str, str]:
         """Environment of a process that is to talk to this Hub and to no other.

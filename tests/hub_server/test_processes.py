@@ -126,16 +126,19 @@ def test_the_hub_runs_by_itself(tmp_path, monkeypatch):
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as hub:
         try:
             assert hub.stderr
-            told = [hub.stderr.readline() for _ in range(2)][1]
-            address, token = re.findall(r"HF_ENDPOINT=(\S+) .* HF_TOKEN=(\S+)", told)[0]
+            told = list(
+                iter(hub.stderr.readline, "Repositories are kept in memory and are gone when this ends (Ctrl-C).\n")
+            )
+            address, token = re.findall(r"HF_ENDPOINT=(\S+) .* HF_TOKEN=(\S+)", "".join(told))[0]
             api = HfApi(endpoint=address, token=token)
+            base, file = re.findall(r"--base_model (\S+) --gguf_file (\S+)\n", "".join(told))[0]
+            assert api.file_exists(base, file) and api.model_info(base).card_data.license == "apache-2.0"
             api.create_repo("carol/a")
             api.create_commit("carol/a", [CommitOperationAdd("a.bin", b"\0")], commit_message="m")
             path = api.hf_hub_download("carol/a", "a.bin", cache_dir=tmp_path / "cache")
-            hub.stderr.readline()
-            shown = hub.stderr.readline()
+            shown = [hub.stderr.readline() for _ in range(6)]
         finally:
             hub.terminate()
 
     assert Path(path).read_bytes() == b"\0"
-    assert shown.startswith("200 POST /api/repos/create (hub, carol, ")
+    assert any(line.startswith("200 POST /api/repos/create (hub, carol, ") for line in shown)
