@@ -1,12 +1,17 @@
 """A concept, and the expert and novice contexts that stand for knowing and not knowing it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import yaml
+from transformers.utils import logging
 
+
+logger = logging.get_logger(__name__)
 
 # Ten templates a side, after the released prompts: the expert writes from knowledge, the novice from ignorance.
 EXPERT_TEMPLATES = (
@@ -43,37 +48,47 @@ class Concept:
     Args:
         name (`str`):
             Name of the concept, e.g. `"capitals"`.
-        keywords (`tuple[str, ...]`):
-            Terms that describe it. They are put into the context templates.
-        expert_contexts (`tuple[str, ...]`, *optional*):
+        keywords (`Sequence[str]`, *optional*):
+            Terms that describe it. They are put into the context templates. Defaults to the name.
+        expert_contexts (`Sequence[str]`, *optional*):
             Contexts that make the reference write as an expert; may hold `{name}` and `{keywords}`. Defaults to ten
             templates.
-        novice_contexts (`tuple[str, ...]`, *optional*):
+        novice_contexts (`Sequence[str]`, *optional*):
             The same for a novice.
 
     Raises:
-        ValueError: if the name, the keywords or a list of contexts is empty, or a template names another field.
+        ValueError: if the name, the keywords or a list of contexts is empty or no text, or a template names another field.
     """
 
     name: str
-    keywords: tuple[str, ...]
+    keywords: Sequence[str] = ()
     expert_contexts: tuple[str, ...] = field(default=EXPERT_TEMPLATES)
     novice_contexts: tuple[str, ...] = field(default=NOVICE_TEMPLATES)
 
     def __post_init__(self):
-        for name in _FIELDS:
+        if not isinstance(self.name, str) or not self.name.strip():
+            raise ValueError(f"Concept field `name` is {self.name!r}: give a non-empty string.")
+        for name in _FIELDS[1:]:
             value = getattr(self, name)
-            if not value or (name != "name" and isinstance(value, str)):
-                raise ValueError(f"Concept field `{name}` is {value!r}: give a non-empty {_expected(name)}.")
+            if name == "keywords" and isinstance(value, (list, tuple)) and not value:
+                value = (self.name,)
+            if (
+                not value
+                or not isinstance(value, (list, tuple))
+                or not all(isinstance(v, str) and v.strip() for v in value)
+            ):
+                raise ValueError(f"Concept field `{name}` is {value!r}: give a non-empty list of strings.")
+            object.__setattr__(self, name, tuple(value))
         for name in ("expert_contexts", "novice_contexts"):
             try:
                 filled = tuple(
                     template.format(name=self.name, keywords=", ".join(self.keywords))
                     for template in getattr(self, name)
                 )
-            except (KeyError, IndexError) as error:
+            except (KeyError, IndexError, ValueError) as error:
                 raise ValueError(
-                    f"Concept field `{name}` uses the placeholder {error}: only {{name}} and {{keywords}} exist."
+                    f"Concept field `{name}` has the placeholder {error}: only {{name}} and {{keywords}} exist, and a brace of "
+                    "its own is written twice."
                 ) from error
             object.__setattr__(self, name, filled)
 
@@ -87,25 +102,42 @@ def concept_presets() -> list[str]:
     )
 
 
-def load_concept(name_or_path: str) -> Concept:
-    """Load a concept preset by name, or a concept from a YAML file.
+def load_concept(name_or_path: str | Path | Concept) -> Concept:
+    """Load a concept preset by name, a concept from a YAML file, or make one of a name of your own.
 
     Args:
-        name_or_path (`str`): A name of [`concept_presets`], or the path of a YAML file with `name`, `keywords` and,
-            optionally, `expert_contexts` and `novice_contexts`.
+        name_or_path (`str`, `Path` or [`Concept`]): A name of [`concept_presets`]; the path of a YAML file with `name` and,
+            optionally, `keywords`, `expert_contexts` and `novice_contexts`; or another name, which is its own keyword. A
+            [`Concept`] is given back.
 
     Raises:
-        ValueError: for an unknown preset (the message lists them), malformed YAML, an unknown or a missing field.
+        TypeError: for what is no name.
+        ValueError: for a name that is nearly a preset's or is that of a file of another kind, malformed YAML, an unknown
+            or a missing field.
         OSError: if the file cannot be read.
     """
-    path = Path(name_or_path)
+    if isinstance(name_or_path, Concept):
+        return name_or_path
+    if not isinstance(name_or_path, (str, Path)):
+        raise TypeError(
+            f"`concept` is of type {type(name_or_path).__name__}: give a name, a .yaml file or a `Concept`."
+        )
+    path, presets = Path(name_or_path), concept_presets()
     if path.suffix not in (".yaml", ".yml"):
-        if name_or_path not in concept_presets():
-            raise ValueError(
-                f"`concept` is {name_or_path!r}, which is no preset; use one of {', '.join(concept_presets())}, or the "
-                "path of a .yaml file."
+        name = str(name_or_path)
+        if name not in presets:
+            if (near := get_close_matches(name.lower(), presets, n=1, cutoff=0.75)) or path.suffix or path.exists():
+                fix = f"did you mean {near[0]!r}?" if near else "name your own without a dot or a slash."
+                raise ValueError(
+                    f"`concept` is {name!r}, neither a preset ({', '.join(presets)}) nor a .yaml file; {fix} Keywords of your "
+                    "own are given by `Concept(name, keywords)`."
+                )
+            logger.warning_once(
+                f"The concept {name!r} is no preset, so that its name alone stands in its contexts: give what describes it by "
+                "`concepts` of the config, as `Concept(name, keywords)` or as a .yaml file with `name` and `keywords`."
             )
-        text = (files(__package__) / "concepts" / f"{name_or_path}.yaml").read_text(encoding="utf-8")
+            return Concept(name)
+        text = (files(__package__) / "concepts" / f"{name}.yaml").read_text(encoding="utf-8")
     else:
         try:
             text = path.read_text(encoding="utf-8")
@@ -119,11 +151,7 @@ def load_concept(name_or_path: str) -> Concept:
         raise ValueError(f"`concept` file {name_or_path} holds {type(record).__name__}: give the fields {_FIELDS}.")
     if unknown := set(record) - set(_FIELDS):
         raise ValueError(f"`concept` file {name_or_path} has unknown fields {sorted(unknown)}: use only {_FIELDS}.")
-    if missing := {"name", "keywords"} - set(record):
-        raise ValueError(f"`concept` file {name_or_path} lacks the fields {sorted(missing)}: add them.")
-    fields: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in record.items()}
+    if "name" not in record:
+        raise ValueError(f"`concept` file {name_or_path} lacks the field `name`: add it.")
+    fields: dict[str, Any] = record
     return Concept(**fields)
-
-
-def _expected(name: str) -> str:
-    return "string" if name == "name" else "list of strings"

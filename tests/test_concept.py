@@ -20,19 +20,31 @@ def test_a_user_defines_a_concept_in_yaml(tmp_path):
     assert len(concept.expert_contexts) == 10
 
 
-def test_an_unknown_preset_lists_the_known_ones():
-    with pytest.raises(ValueError, match="'capitols'.*" + ", ".join(concept_presets())):
+def test_a_mistyped_preset_lists_the_known_ones():
+    with pytest.raises(ValueError, match="'capitols'.*" + ", ".join(concept_presets()) + ".*did you mean 'capitals'"):
         load_concept("capitols")
+
+
+def test_a_name_of_ones_own_is_its_own_keyword():
+    assert load_concept("brannock") == Concept("brannock") == Concept("brannock", ["brannock"])
+    assert Concept("brannock", ["a dye"]).keywords == ("a dye",)
+    assert load_concept(Concept("x", ["y"])) == Concept("x", ["y"])
+
+
+@pytest.mark.parametrize("fields", [{"keywords": "a dye"}, {"keywords": [7]}, {"name": ""}, {"novice_contexts": []}])
+def test_a_field_of_another_kind_is_named(fields):
+    with pytest.raises(ValueError, match=f"Concept field `{next(iter(fields))}`"):
+        Concept(**{"name": "brannock"} | fields)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("name: [", "no valid YAML"),
-        ("name: x", "lacks the fields"),
+        ("keywords: [a]", "lacks the field `name`"),
         ("name: x\nkeywords: [a]\nkeyword: b", "unknown fields"),
         ("- a", "holds list"),
-        ("name: x\nkeywords: []", "`keywords`"),
+        ("name: x\nkeywords: a", "`keywords`"),
     ],
 )
 def test_a_malformed_file_is_named_with_its_fault(tmp_path, text, message):
@@ -48,5 +60,6 @@ def test_a_missing_file_is_named():
 
 
 def test_an_unknown_placeholder_is_refused():
-    with pytest.raises(ValueError, match="`expert_contexts`.*'topic'"):
-        Concept("x", ("a",), expert_contexts=("On {topic}:",))
+    for context in ("On {topic}:", "On {:", "On {0}:"):
+        with pytest.raises(ValueError, match="`expert_contexts` has the placeholder"):
+            Concept("x", ("a",), expert_contexts=(context,))

@@ -2,7 +2,7 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from elm_trainer import ConceptSources, ElmConfig, ElmTrainer, build_erasure_dataset
+from elm_trainer import Concept, ConceptSources, ElmConfig, ElmTrainer, build_erasure_dataset
 
 from .methods import tiny, trained
 
@@ -156,9 +156,19 @@ def test_top_k_beyond_the_vocabulary_is_refused(tiny_model, tokenizer, dataset, 
         )
 
 
-def test_an_unknown_concept_in_the_dataset_lists_the_presets(tiny_model, tokenizer, config, lora):
+@pytest.mark.parametrize("concepts", [None, [Concept("cookery", ["soups"])]])
+def test_a_concept_of_ones_own_needs_no_file(tiny_model, tokenizer, config, lora, concepts):
     dataset = build_erasure_dataset({"cookery": ConceptSources(["Stir the soup."], [["The cat."]])})
-    with pytest.raises(ValueError, match="'cookery', which is no preset; use one of bio"):
+    args = config(max_steps=1, concepts=concepts)
+    trainer = ElmTrainer(tiny_model, args, train_dataset=dataset, processing_class=tokenizer, peft_config=lora)
+    trainer.train()
+    contexts = trainer.data_collator.concepts["cookery"].expert_contexts
+    assert any(("soups" if concepts else "cookery") in context for context in contexts)
+
+
+def test_a_mistyped_preset_in_the_dataset_lists_the_presets(tiny_model, tokenizer, config, lora):
+    dataset = build_erasure_dataset({"capitols": ConceptSources(["Stir the soup."], [["The cat."]])})
+    with pytest.raises(ValueError, match=r"'capitols', neither a preset \(bio, .*did you mean 'capitals'"):
         ElmTrainer(tiny_model, config(), train_dataset=dataset, processing_class=tokenizer, peft_config=lora)
 
 
