@@ -25,7 +25,9 @@ class AttackArguments:
     reference: str | None = field(default=None, metadata={"help": "What an erased checkpoint was erased from."})
     dtype: str = field(default="auto", metadata={"help": "Data type of the weights."})
     device: str = field(default="cpu", metadata={"help": "Where the models run, e.g. cuda."})
-    concept: str = field(default="capitals", metadata={"help": "What was erased: capitals or elements."})
+    concept: str = field(default="capitals", metadata={"help": "What was erased."})
+    bank: str | None = field(default=None, metadata={"help": "Question bank of a concept of your own."})
+    forget: str | None = field(default=None, metadata={"help": "Texts about it, to relearn it from."})
     questions: int = field(default=60, metadata={"help": "Questions asked under every attack."})
     attacks: list[str] | None = field(default=None, metadata={"help": "Names of attacks; all by default."})
     ladder: str | None = field(default=None, metadata={"help": "YAML list of attacks, as in recipes/attacks."})
@@ -44,7 +46,8 @@ def main() -> None:
     # After the options are read, so that --help need not wait for torch.
     from peft import PeftModel
 
-    from elm_trainer import ModelPair, load_model_and_tokenizer
+    from elm_trainer import load_model_and_tokenizer, load_texts, read_questions
+    from elm_trainer.data.questions import FACTS
     from elm_trainer.evaluation.attacks import (
         attack_erasure,
         built_in_target,
@@ -53,11 +56,21 @@ def main() -> None:
         markdown_attacks,
         render_attacks,
     )
+    from elm_trainer.evaluation.attacks.base import check_asked
     from elm_trainer.evaluation.gold_standard import gold_standard, render_gold_standard
+    from elm_trainer.evaluation.pair import ModelPair
     from elm_trainer.evaluation.plots import plot_attacks, plot_gold_standard
 
     attacks = load_attacks(arguments.ladder) if arguments.ladder else default_attacks(arguments.attacks)
     output = Path(arguments.output_dir)
+    # Whatever can be wrong is found before a model is loaded.
+    bank, forget = None, ()
+    if arguments.bank:
+        bank = read_questions(arguments.bank)
+        check_asked(bank)
+        forget = load_texts(arguments.forget)["text"][:] if arguments.forget else ()
+    elif arguments.concept not in FACTS:
+        parser.error(f"there are no built-in questions about {arguments.concept!r}: give a --bank")
 
     model, tokenizer = load_model_and_tokenizer(arguments.model, dtype=arguments.dtype)
     model = model.to(arguments.device)
@@ -66,7 +79,7 @@ def main() -> None:
     else:
         reference, _ = load_model_and_tokenizer(arguments.reference, dtype=arguments.dtype)
         pair = ModelPair(model, reference.to(arguments.device))
-    target = built_in_target(pair, tokenizer, arguments.concept, arguments.questions)
+    target = built_in_target(pair, tokenizer, arguments.concept, arguments.questions, bank=bank, forget=forget)
     report = attack_erasure(target, attacks, output_dir=output)
 
     plot_attacks(report, output / "attacks.png")

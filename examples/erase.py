@@ -8,6 +8,7 @@ import random
 import shutil
 import time
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 from elm_trainer.scripts import help_at_once, hush_libraries, name_training_bar
@@ -31,7 +32,10 @@ class ErasureArguments:
         synthetic (`list[str]`): Source of synthetic pairs of each concept, in the order of `concepts`; `none` for none.
         synthetic_size (`int`): Synthetic pairs per concept that are sampled where `synthetic` names none.
         lora_rank, lora_alpha, lora_dropout, lora_layers, lora_targets: The adapter.
-        evaluate (`bool`): Whether to measure the built-in questions about the erased concepts before and after.
+        evaluate (`bool`): Whether to measure before and after, with the built-in questions about the erased concepts or those
+            of `bank`.
+        bank (`list[str]`): Question bank (YAML or JSON lines) of each concept, in the order of `concepts`; `none` for the
+            built-in questions, if there are any.
         questions (`int`): Questions per bank.
         measures (`list[str]`): What is measured; all but a look inside by default.
         dev_every (`int`): Steps between two looks at questions of the dev split; 0 never looks.
@@ -46,7 +50,9 @@ class ErasureArguments:
     attn_implementation: str | None = field(
         default=None, metadata={"help": "eager, sdpa, flash_attention_2 or other."}
     )
-    matmul_precision: str = field(default="highest", metadata={"help": "Of float32: highest, high or medium."})
+    matmul_precision: str = field(
+        default="highest", metadata={"help": "Of float32 products.", "choices": ["highest", "high", "medium"]}
+    )
     forget: list[str] = field(default_factory=lambda: ["capitals"], metadata={"help": "Forget source per concept."})
     retain: list[str] = field(default_factory=lambda: ["everyday"], metadata={"help": "Retain sources."})
     dataset_size: int = field(default=512, metadata={"help": "Rows per concept."})
@@ -58,6 +64,7 @@ class ErasureArguments:
     lora_layers: str | None = field(default=None, metadata={"help": "First and last adapted layer, such as 4-7."})
     lora_targets: str = field(default="all-linear", metadata={"help": "Modules, comma-separated, or all-linear."})
     evaluate: bool = field(default=True, metadata={"help": "Measure before and after."})
+    bank: list[str] | None = field(default=None, metadata={"help": "Question bank of each concept of your own."})
     questions: int = field(default=120, metadata={"help": "Questions per bank."})
     measures: list[str] | None = field(
         default=None, metadata={"help": "What is measured; all but a look inside by default."}
@@ -81,6 +88,30 @@ class ErasureArguments:
             task_type="CAUSAL_LM",
         )
 
+    def concepts(self, names: list[str] | None):
+        """The erased concepts by name, once there is for each what is given for each."""
+        from elm_trainer import load_concept
+        from elm_trainer.concept import concept_presets
+        from elm_trainer.data.questions import FACTS
+
+        if names is None and any(source not in concept_presets() for source in self.forget):
+            raise ValueError(
+                f"`concepts` is None and `forget` {self.forget}: name the concept of each source, such as `--concepts brannock "
+                "--forget texts.jsonl`."
+            )
+        concepts = {concept.name: concept for concept in map(load_concept, names or self.forget)}
+        for name in ("forget", "synthetic", "bank"):
+            given = getattr(self, name)
+            if given is not None and len(given) != len(concepts):
+                raise ValueError(
+                    f"`{name}` is {given}, but the concepts are {list(concepts)}: give one for each, in order."
+                )
+        if self.dev_every and (own := [name for name in concepts if name not in FACTS]):
+            raise ValueError(
+                f"`dev_every` is {self.dev_every}, but no dev questions about {own} are built in: set it to 0."
+            )
+        return concepts
+
 
 def main() -> None:
     help_at_once(ErasureArguments, "elm_trainer.ElmConfig")
@@ -95,30 +126,47 @@ def main() -> None:
         ElmTrainer,
         ErasureEvaluationCallback,
         build_erasure_dataset,
-        built_in_suite,
         evaluate_erasure,
-        load_concept,
-        load_model_and_tokenizer,
         load_texts,
     )
-    from elm_trainer.evaluation.measures import MEASURES
+    from elm_trainer.evaluation.measures import MEASURES, measurable
     from elm_trainer.evaluation.output import write_evaluation
     from elm_trainer.evaluation.report import dataset_info, model_fingerprint
+    from elm_trainer.evaluation.suite import suite_from_files
+    from elm_trainer.modeling import layer_range, load_model, load_tokenizer
     from elm_trainer.synthesis import SynthesisConfig, synthesize_completions
 
     arguments, config = TrlParser((ErasureArguments, ElmConfig)).parse_args_and_config()
     output = Path(config.output_dir)
-    # Of several processes one removes, and the others wait for it.
-    with config.main_process_first():
-        if arguments.overwrite and not config.resume_from_checkpoint and config.local_process_index == 0:
-            shutil.rmtree(output, ignore_errors=True)
     started = time.perf_counter()
     seconds = {}
 
     def lap(name: str) -> None:
         seconds[name] = time.perf_counter() - started - sum(seconds.values())
 
-    model, tokenizer = load_model_and_tokenizer(
+    # Whatever can be wrong is found before the model is loaded.
+    layer_range(arguments.lora_layers)
+    concepts = arguments.concepts(config.concepts)
+    if arguments.evaluate:
+        suite = suite_from_files(list(concepts), arguments.bank, arguments.questions)
+        measures = measurable(arguments.measures or list(MEASURES), suite)
+    tokenizer = load_tokenizer(arguments.model, revision=arguments.model_revision, gguf_file=arguments.gguf_file)
+    synthetic = [None if source == "none" else source for source in arguments.synthetic or ["none"] * len(concepts)]
+    sources = {
+        name: ConceptSources(forget, arguments.retain, pairs)
+        for name, forget, pairs in zip(concepts, arguments.forget, synthetic, strict=True)
+    }
+    build = partial(
+        build_erasure_dataset, sources, size=arguments.dataset_size, processing_class=tokenizer, seed=config.seed
+    )
+    dataset = build()
+    lap("data")
+
+    # Of several processes one removes, and the others wait for it.
+    with config.main_process_first():
+        if arguments.overwrite and not config.resume_from_checkpoint and config.local_process_index == 0:
+            shutil.rmtree(output, ignore_errors=True)
+    model = load_model(
         arguments.model,
         dtype=arguments.dtype,
         revision=arguments.model_revision,
@@ -127,14 +175,12 @@ def main() -> None:
     )
     lap("load")
 
-    concepts = {concept.name: concept for concept in map(load_concept, config.concepts or arguments.forget)}
-    sources = {}
-    synthetic = arguments.synthetic or ["none"] * len(concepts)
-    for (name, concept), forget, source in zip(concepts.items(), arguments.forget, synthetic, strict=True):
-        pairs = [] if source == "none" else source
-        if not pairs and arguments.synthetic_size and config.consistency_weight:
-            texts = load_texts(forget, processing_class=None, seed=config.seed)["text"]
-            prefixes = random.Random(config.seed).sample(list(texts), arguments.synthetic_size)
+    if arguments.synthetic_size and config.consistency_weight and None in synthetic:
+        for name, concept in concepts.items():
+            if sources[name].synthetic is not None:
+                continue
+            texts = load_texts(sources[name].forget, processing_class=None, seed=config.seed)["text"][:]
+            prefixes = random.Random(config.seed).sample(texts, min(arguments.synthetic_size, len(texts)))
             prefixes = [" ".join(text.split()[:6]) for text in prefixes]
             # The first process stores them, and the others find them there.
             with config.main_process_first():
@@ -147,10 +193,9 @@ def main() -> None:
                     cache_dir=output / "synthesis",
                     fingerprint=model_fingerprint(model),
                 )
-            pairs = result.pairs
-        sources[name] = ConceptSources(forget, arguments.retain, pairs)
-    dataset = build_erasure_dataset(sources, size=arguments.dataset_size, processing_class=tokenizer, seed=config.seed)
-    lap("data")
+            sources[name].synthetic = result.pairs
+        dataset = build()
+        lap("synthesis")
 
     torch.set_float32_matmul_precision(arguments.matmul_precision)
     trainer = ElmTrainer(
@@ -181,9 +226,9 @@ def main() -> None:
     report = evaluate_erasure(
         erased,
         None,
-        built_in_suite(list(concepts), arguments.questions),
+        suite,
         tokenizer,
-        measures=arguments.measures or list(MEASURES),
+        measures=measures,
         output_dir=output,
         details={
             "recipe": recipe,

@@ -20,6 +20,9 @@ class EvaluationArguments:
     reference: str | None = field(default=None, metadata={"help": "Model that an erased checkpoint came from."})
     dtype: str = field(default="auto", metadata={"help": "Data type of the weights."})
     concepts: list[str] = field(default_factory=lambda: ["capitals"], metadata={"help": "What was erased."})
+    bank: list[str] | None = field(
+        default=None, metadata={"help": "Question bank of each concept; none for the built-in one."}
+    )
     questions: int = field(default=120, metadata={"help": "Questions per bank."})
     measures: list[str] | None = field(default=None, metadata={"help": "What is measured; everything by default."})
     judges: list[str] = field(default_factory=list, metadata={"help": "Further judges of fluency."})
@@ -34,9 +37,14 @@ def main() -> None:
     from accelerate import PartialState
     from peft import PeftModel
 
-    from elm_trainer import built_in_suite, evaluate_erasure, load_model_and_tokenizer, stack_erasures
+    from elm_trainer import evaluate_erasure, load_model_and_tokenizer, stack_erasures
+    from elm_trainer.evaluation.measures import measurable
     from elm_trainer.evaluation.output import write_evaluation
+    from elm_trainer.evaluation.suite import suite_from_files
 
+    # Whatever can be wrong is found before a model is loaded.
+    suite = suite_from_files(arguments.concepts, arguments.bank, arguments.questions)
+    measures = measurable(arguments.measures, suite)
     # Without the hint Accelerate takes several processes on CPUs for one.
     state = PartialState(cpu=not torch.accelerator.is_available())
 
@@ -56,9 +64,9 @@ def main() -> None:
     report = evaluate_erasure(
         model,
         reference,
-        built_in_suite(arguments.concepts, arguments.questions),
+        suite,
         tokenizer,
-        measures=arguments.measures,
+        measures=measures,
         judges={name: load(name) for name in arguments.judges},
         output_dir=arguments.output_dir,
         details={"recipe": asdict(arguments)},

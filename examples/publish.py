@@ -21,6 +21,7 @@ class PublishArguments:
     repo_id: str = field(metadata={"help": "Name, or namespace/name, of the repository."})
     report: str | None = field(default=None, metadata={"help": "Report; report.json beside the adapter by default."})
     attacks: str | None = field(default=None, metadata={"help": "Attacks; attacks.json beside the adapter, if any."})
+    bank: list[str] | None = field(default=None, metadata={"help": "Question banks of your own that were asked."})
     model: str | None = field(default=None, metadata={"help": "The base on this machine; the recipe's by default."})
     base_model: str | None = field(default=None, metadata={"help": "Hub id of the base, if loaded from elsewhere."})
     base_revision: str | None = field(default=None, metadata={"help": "Its commit."})
@@ -38,7 +39,7 @@ def main() -> None:
     [arguments] = HfArgumentParser(PublishArguments).parse_args_into_dataclasses()
     hush_libraries()
     # After the options are read, so that --help need not wait for torch.
-    from elm_trainer import publish_adapter
+    from elm_trainer import publish_adapter, read_questions
 
     folder = Path(arguments.adapter).parent
     attacks = arguments.attacks or (folder / "attacks.json" if (folder / "attacks.json").exists() else None)
@@ -47,6 +48,7 @@ def main() -> None:
         arguments.repo_id,
         report=arguments.report or folder / "report.json",
         attacks=attacks,
+        questions=arguments.bank and [question for path in arguments.bank for question in read_questions(path)],
         model=arguments.model,
         base_model=arguments.base_model,
         base_revision=arguments.base_revision,

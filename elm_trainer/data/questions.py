@@ -20,6 +20,10 @@ from .facts import Fact
 
 BANKS = ("capitals", "elements", "general", "geography")
 SPLITS = ("dev", "test")
+FACTS: dict[str, Callable[[], tuple[Fact, ...]]] = {
+    "capitals": fact_sources.capitals,
+    "elements": fact_sources.elements,
+}
 CHANCE = 0.25
 # The family that every bank has: a question, then its answer.
 PLAIN = "question-answer"
@@ -75,13 +79,9 @@ def held_out_subjects(name: str, share: float = 0.2, seed: int = 0) -> frozenset
 
 def facts_of(name: str) -> tuple[Fact, ...]:
     """The facts of a built-in source; raises `ValueError` naming the sources that have facts."""
-    sources: dict[str, Callable[[], tuple[Fact, ...]]] = {
-        "capitals": fact_sources.capitals,
-        "elements": fact_sources.elements,
-    }
-    if name not in sources:
-        raise ValueError(f"No built-in facts named {name!r}; there are: {', '.join(sources)}.")
-    return sources[name]()
+    if name not in FACTS:
+        raise ValueError(f"No built-in facts named {name!r}; there are: {', '.join(FACTS)}.")
+    return FACTS[name]()
 
 
 def load_bank(
@@ -170,27 +170,46 @@ def read_questions(path: str | Path) -> list[Question]:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise OSError(f"Question bank {path} cannot be read ({error}): check the path.") from error
     try:
         if path.suffix == ".jsonl":
-            records = [json.loads(line) for line in text.splitlines() if line.strip()]
+            records: Any = [json.loads(line) for line in text.splitlines() if line.strip()]
         else:
-            records = (yaml.safe_load(text) or {}).get("questions", [])
-    except (yaml.YAMLError, json.JSONDecodeError, AttributeError) as error:
-        raise ValueError(f"Question bank {path} cannot be parsed ({error}): correct it.") from error
-    questions = []
-    for number, record in enumerate(records, 1):
-        if missing := {"question", "answer", "distractors"} - {key for key, value in record.items() if value}:
-            raise ValueError(f"Question bank {path}, question {number} lacks {sorted(missing)}: add them.")
-        question = _shuffled(
-            record["question"], record["answer"], record["distractors"], 0, record.get("subject", ""),
-            record.get("topic", ""), tuple(record.get("aliases", ())),
-        )  # fmt: skip
-        questions.append(question)
+            records = yaml.safe_load(text)
+            records = records.get("questions") if isinstance(records, dict) else records
+    except (yaml.YAMLError, json.JSONDecodeError) as error:
+        told = " ".join(str(error).split())
+        raise ValueError(f"Question bank {path} cannot be parsed ({told}): correct it.") from error
+    if not isinstance(records, list):
+        raise ValueError(
+            f"Question bank {path} holds no list `questions`: write one, or JSON lines into a .jsonl file."
+        )
+    questions = [_read_question(record, f"Question bank {path}, question {n}") for n, record in enumerate(records, 1)]
     check_questions(str(path), questions)
     return questions
+
+
+def _read_question(record: Any, where: str) -> Question:
+    if not isinstance(record, dict):
+        raise ValueError(f"{where} is {record!r}: give a mapping with `question`, `answer` and `distractors`.")
+    if missing := {"question", "answer", "distractors"} - {key for key, value in record.items() if value}:
+        raise ValueError(f"{where} lacks {sorted(missing)}: add them.")
+    lists = {key: record.get(key) or [] for key in ("distractors", "aliases")}
+    for key, value in lists.items():
+        # YAML reads `No` and 1814 as other things than text, and a lone string would be split into letters.
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise ValueError(
+                f"{where}: `{key}` is {value!r}: give a list of texts, quoted where YAML reads them otherwise."
+            )
+    for key in ("question", "answer", "subject", "topic"):
+        if not isinstance(value := record.get(key) or "", str):
+            raise ValueError(f"{where}: `{key}` is {value!r}, of type {type(value).__name__}: put it in quotes.")
+    return _shuffled(
+        record["question"], record["answer"], lists["distractors"], 0, record.get("subject") or "",
+        record.get("topic") or "", tuple(lists["aliases"]),
+    )  # fmt: skip
 
 
 def check_questions(name: str, questions: Sequence[Question]) -> None:

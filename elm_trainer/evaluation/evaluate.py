@@ -11,18 +11,15 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data.questions import PLAIN, check_questions
+from ..data.questions import PLAIN
 from .journal import Journal
-from .measures import MEASURES, Items, Setting, against_chance, change, correct_p, with_families
+from .measures import INSIDE, MEASURES, Items, Setting, against_chance, change, correct_p, measurable, with_families
 from .pair import SIDES, ModelPair, Side
 from .report import SCHEMA_VERSION, environment, pair_fingerprint, suite_info, write_json
 from .sharing import in_shards, place
 from .shortcuts import find_shortcuts
 from .suite import EvaluationSuite, built_in_suite
 from .verdict import Criteria, judge, raise_flags
-
-
-INSIDE = "inside"
 
 
 def evaluate_erasure(
@@ -57,7 +54,8 @@ def evaluate_erasure(
         processing_class ([`~transformers.PreTrainedTokenizerBase`]):
             Tokenizer of both.
         measures (`Sequence[str]`, *optional*):
-            Names in `MEASURES`, or `"inside"` for what the hidden states hold. All by default.
+            Names in `MEASURES`, or `"inside"` for what the hidden states hold. All by default. Those for which the suite
+            holds nothing are left out, with a warning.
         judges (`Mapping[str, tuple]`, *optional*):
             Further judges of fluency by name, each a model with its own tokenizer. The reference always judges.
         criteria ([`Criteria`], *optional*):
@@ -85,20 +83,16 @@ def evaluate_erasure(
         what was erased.
 
     Raises:
+        TypeError: if there is no tokenizer.
         ValueError: for an unknown measure, a bank that can measure nothing, a reference of another vocabulary, or a look
             inside a model whose weights lie in shards.
     """
-    if isinstance(concept, EvaluationSuite):
-        suite = concept
-    else:
-        suite = built_in_suite([concept] if isinstance(concept, str) else concept)
-    known = [*MEASURES, INSIDE]
-    measures = known if measures is None else list(measures)
-    if unknown := [name for name in measures if name not in known]:
-        raise ValueError(f"`measures` names {unknown}, which do not exist; use: {', '.join(known)}.")
-    for name, questions in suite.banks.items():
-        check_questions(name, questions)
+    if processing_class is None:
+        raise TypeError("`processing_class` is None: give the tokenizer of both models.")
     pair = ModelPair(model, reference)
+    suite = concept if isinstance(concept, EvaluationSuite) else built_in_suite(concept)
+    suite.check()
+    measures = measurable(measures, suite)
     if INSIDE in measures and any(in_shards(one) for one in pair.models):
         raise ValueError(
             f"`measures` names {INSIDE!r}, but the model's weights lie in shards (FSDP, ZeRO-3), so that no layer can be "

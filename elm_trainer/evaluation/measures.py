@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from ..data.answers import given_answer, names_answer
 from ..data.questions import PLAIN
@@ -41,6 +42,7 @@ from .suite import EvaluationSuite, OpenQuestion
 from .verdict import RANKING_RULES
 
 
+logger = logging.get_logger(__name__)
 # A prompt is as long as an option with its question, four of which make a question.
 _PROMPTS_PER_QUESTION = 4
 # Margin of the reference over chance from which on a figure says something about what was erased.
@@ -281,6 +283,46 @@ MEASURES: dict[str, Measure] = {
     "sampled-fluency": sampled_fluency,
     "specificity": specificity,
 }
+
+
+INSIDE = "inside"
+# What of a suite a measure is made of.
+_NEEDS = {
+    "multiple-choice": ("banks",),
+    "letter-choice": ("banks",),
+    "open-answers": ("open_questions",),
+    "cloze": ("cloze",),
+    "greedy-fluency": ("concept_prompts",),
+    "sampled-fluency": ("concept_prompts",),
+    "specificity": ("retain_texts",),
+    INSIDE: ("forget_texts", "retain_texts"),
+}
+
+
+def measurable(names: str | Sequence[str] | None, suite: EvaluationSuite) -> list[str]:
+    """The measures, of those that are asked for, for which a suite holds what they need; the others are logged.
+
+    Args:
+        names (`str` or `Sequence[str]`, *optional*): Names in `MEASURES`, or `"inside"`. All by default.
+        suite ([`EvaluationSuite`]): What is asked.
+
+    Raises:
+        ValueError: for an unknown name, or if nothing can be measured.
+    """
+    asked = list(_NEEDS) if names is None else [names] if isinstance(names, str) else list(names)
+    if unknown := [name for name in asked if name not in _NEEDS]:
+        raise ValueError(f"`measures` names {unknown}, which do not exist; use: {', '.join(_NEEDS)}.")
+    lacking = {name: [need for need in _NEEDS[name] if not getattr(suite, need)] for name in asked}
+    # The probes ask about the concept, and in the plain form.
+    if INSIDE in lacking and not any(q.family == PLAIN for name in suite.named("erased") for q in suite.banks[name]):
+        lacking[INSIDE].append('banks of the role "erased"')
+    left = [name for name in asked if not lacking[name]]
+    if not left:
+        raise ValueError(f"`measures` is {asked}, but the suite holds nothing of what they need: {lacking}.")
+    for name in asked:
+        if lacking[name]:
+            logger.warning(f"{name} is not measured: the suite has no {' and no '.join(lacking[name])}.")
+    return left
 
 
 def _answers(

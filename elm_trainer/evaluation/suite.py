@@ -2,22 +2,30 @@
 
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
+
+from transformers.utils import logging
 
 from ..data.questions import (
     BANKS,
+    FACTS,
     PLAIN,
     Question,
     bank_families,
     bank_record,
+    check_questions,
     facts_of,
     held_out_subjects,
     load_bank,
+    read_questions,
 )
 from ..data.sources import load_texts
+
+
+logger = logging.get_logger(__name__)
 
 
 # `erased`: asks for facts that stood in the forget text. `unseen`: for facts of the concept that did not.
@@ -50,6 +58,10 @@ class EvaluationSuite:
         answer_tokens (`int`, *optional*, defaults to `16`): Length of answers to open questions.
         revision (`str`, *optional*): Where all this comes from, such as a dataset's commit, for the report.
         concepts (`list[str]`, *optional*): What is erased; the banks of the role `"erased"` by default.
+
+    Raises:
+        TypeError: if a bank is no list of [`Question`].
+        ValueError: if a bank has no role, a role does not exist, or a bank can measure nothing.
     """
 
     banks: dict[str, list[Question]]
@@ -65,7 +77,29 @@ class EvaluationSuite:
     concepts: list[str] = field(default_factory=list)
 
     def __post_init__(self):
+        self.check()
         self.concepts = self.concepts or self.named("erased")
+
+    def check(self) -> None:
+        """Raise what a new suite raises, after a change."""
+        roles = ", ".join(get_args(Role))
+        for what in ("banks", "roles", "open_questions", "cloze"):
+            if not isinstance(given := getattr(self, what), Mapping):
+                raise TypeError(f"`{what}` is of type {type(given).__name__}: give a dict by name of the bank.")
+        for name, role in self.roles.items():
+            if name not in self.banks:
+                raise ValueError(f"`roles` names the bank {name!r}; there are: {', '.join(self.banks)}.")
+            if role not in get_args(Role):
+                raise ValueError(f"`roles` gives the bank {name!r} the role {role!r}: use one of {roles}.")
+        for name, questions in self.banks.items():
+            if name not in self.roles:
+                raise ValueError(f"`roles` gives the bank {name!r} no role: use one of {roles}.")
+            if not isinstance(questions, Sequence) or not all(isinstance(q, Question) for q in questions):
+                raise TypeError(
+                    f"`banks[{name!r}]` is of type {type(questions).__name__}: give a list of `Question`, such as "
+                    "`read_questions` returns."
+                )
+            check_questions(name, questions)
 
     def named(self, role: Role) -> list[str]:
         """Names of the banks of a role."""
@@ -73,16 +107,21 @@ class EvaluationSuite:
 
 
 def built_in_suite(
-    concepts: Sequence[str], questions: int = 120, *, split: str = "test", seed: int = 0
+    concepts: str | Sequence[str],
+    questions: int = 120,
+    *,
+    split: str = "test",
+    seed: int = 0,
+    banks: Mapping[str, Sequence[Question]] | None = None,
 ) -> EvaluationSuite:
-    """Everything the built-in banks can say about an erasure.
+    """Everything the built-in banks, and your own, can say about an erasure.
 
-    A concept's bank `<concept>` holds plain questions, and `<concept>-<family>` those of each other family that the
-    split has. The facts that stand in no forget text form banks `<concept>-unseen` and `<concept>-unseen-<family>`.
+    A built-in concept's bank `<concept>` holds plain questions, and `<concept>-<family>` those of each other family that
+    the split has. The facts that stand in no forget text form banks `<concept>-unseen` and `<concept>-unseen-<family>`.
 
     Args:
-        concepts (`Sequence[str]`):
-            Erased concepts, among those with built-in facts: `"capitals"`, `"elements"`.
+        concepts (`str` or `Sequence[str]`):
+            Erased concepts. `"capitals"` and `"elements"` have built-in facts to ask for; others need `banks`.
         questions (`int`, *optional*, defaults to `120`):
             Questions drawn from each bank; two thirds of them from another family, two sevenths about facts that stand
             in no forget text, half as many open questions (a tenth about what is to be kept), and a third as many
@@ -91,16 +130,34 @@ def built_in_suite(
             `"dev"`, for choosing settings and for stopping, or `"test"`, which nothing else may look at.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the draw.
+        banks (`Mapping[str, Sequence[Question]]`, *optional*):
+            Questions of your own about concepts, by name, such as [`read_questions`] returns: they take the place of the
+            built-in ones and belong to no split. An empty list stands for a concept that cannot be asked about.
 
     Raises:
-        ValueError: if a concept has no built-in facts to ask for, or the split is unknown.
+        ValueError: if a concept has no questions, `banks` names another one, or the split is unknown.
     """
+    concepts = [concepts] if isinstance(concepts, str) else list(concepts)
+    banks = {} if banks is None else banks
+    if other := sorted(set(banks) - set(concepts)):
+        raise ValueError(f"`banks` names {other}, which `concepts` does not: it has {concepts}.")
+    if unknown := [name for name in concepts if name not in (*FACTS, *banks)]:
+        raise ValueError(
+            f"`concepts` names {unknown}, about which no questions are built in ({', '.join(FACTS)} have some): give your own, "
+            f"`banks={{{unknown[0]!r}: read_questions(path)}}` (`--bank` of the examples), or "
+            f"`banks={{{unknown[0]!r}: []}}` for the measures that need none."
+        )
+    if questions < 1:
+        raise ValueError(f"`questions` is {questions}: ask at least 1.")
     rng = random.Random(seed)
     suite = EvaluationSuite({}, {}, {}, {}, [], load_texts("everyday-held-out")["text"][:])
     suite.revision = f"elm-trainer {version('elm-trainer')} {split}"
-    suite.concepts = list(concepts)
+    suite.concepts = concepts
     near: set[str] = set()
     for concept in concepts:
+        if concept in banks:
+            _ask_own(suite, concept, banks[concept], questions, rng)
+            continue
         held_out = held_out_subjects(concept)
         seen = {fact.subject for fact in facts_of(concept)} - held_out
         near |= set(bank_record(concept).get("near", ()))
@@ -132,14 +189,54 @@ def built_in_suite(
             # A few that are answered freely show what is kept; they are drawn apart, so that no other draw changes.
             kept = _draw(bank, questions // 10, random.Random(seed))
             suite.open_questions[name] = [OpenQuestion(q.text, q.answer, q.aliases) for q in kept]
+    suite.check()
     return suite
+
+
+def suite_from_files(concepts: Sequence[str], banks: Sequence[str] | None, questions: int = 120) -> EvaluationSuite:
+    """The suite of a script, which names concepts and files. A concept without questions is warned about, not refused.
+
+    Args:
+        concepts (`Sequence[str]`): Erased concepts.
+        banks (`Sequence[str]`, *optional*): File of [`read_questions`] for each concept in order; `"none"` for the built-in
+            questions, if there are any.
+        questions (`int`, *optional*, defaults to `120`): Questions drawn from each bank.
+
+    Raises:
+        OSError: if a file cannot be read.
+        ValueError: if there is not one for each concept, and what [`read_questions`] refuses.
+    """
+    if banks is not None and len(banks) != len(concepts):
+        raise ValueError(f"`bank` is {banks}, but the concepts are {concepts}: give one for each, in order, or none.")
+    own = {name: read_questions(path) for name, path in zip(concepts, banks or (), strict=False) if path != "none"}
+    for name in concepts:
+        if name not in FACTS and name not in own:
+            own[name] = []
+            logger.warning(
+                f"There are no questions about {name!r}, so that no figure will say whether it was forgotten: give a `bank`."
+            )
+    return built_in_suite(concepts, questions, banks=own)
+
+
+def _ask_own(
+    suite: EvaluationSuite, concept: str, bank: Sequence[Question], questions: int, rng: random.Random
+) -> None:
+    """Put a bank of one's own into a suite: its questions with their options, and some of them to be answered freely."""
+    if not bank:
+        return
+    suite.banks[concept] = draw_questions(bank, questions, rng)
+    suite.roles[concept] = "erased"
+    # One question to a subject, so that answers differ for their subjects alone.
+    alone = _first_wording(bank, questions // 2, rng)
+    suite.open_questions[concept] = [OpenQuestion(q.text, q.answer, q.aliases) for q in alone]
+    suite.concept_prompts += [question.text for question in alone[: max(1, questions // 3)]]
 
 
 def bank_size(questions: int, role: Role, family: str = PLAIN) -> int:
     """How many questions are drawn into a bank where `questions` is the size of a plain one."""
     if role == "unseen":
-        return questions * 2 // 7
-    return questions if family == PLAIN else questions * 2 // 3
+        return max(1, questions * 2 // 7)
+    return questions if family == PLAIN else max(1, questions * 2 // 3)
 
 
 def draw_questions(bank: Sequence[Question], count: int, rng: random.Random) -> list[Question]:
@@ -156,7 +253,8 @@ def draw_questions(bank: Sequence[Question], count: int, rng: random.Random) -> 
 
 def _first_wording(bank: Sequence[Question], count: int, rng: random.Random) -> list[Question]:
     """One question about each subject, in the first wording that fits it."""
-    return _draw(list({question.subject: question for question in reversed(bank)}.values()), count, rng)
+    alone = {question.subject or question.text: question for question in reversed(bank)}
+    return _draw(list(alone.values()), count, rng)
 
 
 def _draw(items: Sequence[Any], count: int, rng: random.Random) -> list[Any]:

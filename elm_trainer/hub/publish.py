@@ -339,11 +339,14 @@ def _forget_texts(report: Mapping[str, Any]) -> list[str]:
 
 
 def _questions(report: Mapping[str, Any]) -> list[Question]:
-    erased = report.get("concepts") or [name for name, role in report["roles"].items() if role == "erased"]
+    roles = report["roles"]
+    erased = report.get("concepts") or [name for name, role in roles.items() if role == "erased"]
+    # About a concept that has no bank nothing was asked, so that there are no answers to give away.
+    erased = [name for name in erased if name in BANKS or name in roles]
     if not set(erased) <= set(BANKS):
         raise ValueError(
             f"`questions` is None, and the banks {erased} are not built in: pass the questions, whose answers must not "
-            "go up."
+            "go up (`--bank` of examples/publish.py)."
         )
     # The whole banks in their plain form, whose answers are those of the facts: the report asked a draw of them.
     return [question for name in erased for question in load_bank(name)]

@@ -158,6 +158,10 @@ def test_a_bank_of_ones_own_is_read_from_yaml_and_json_lines(tmp_path):
         (GOOD | {"distractors": ["Po", "Po"]}, "`options` holds duplicates"),
         (GOOD | {"distractors": ["Tiber"]}, "`options` holds duplicates"),
         (GOOD | {"question": "Is the Tiber in Rome?"}, "the question names its answer 'Tiber': reword it"),
+        (GOOD | {"distractors": "Po"}, "question 1: `distractors` is 'Po': give a list of texts"),
+        (GOOD | {"distractors": [1814]}, r"question 1: `distractors` is \[1814\]: give a list of texts"),
+        (GOOD | {"answer": 1814}, "question 1: `answer` is 1814, of type int: put it in quotes"),
+        ("Where?", "question 1 is 'Where\\?': give a mapping with `question`"),
     ],
 )
 def test_a_bank_that_can_measure_nothing_is_refused(record, message, tmp_path):
@@ -180,11 +184,11 @@ def test_questions_without_a_choice_are_refused(questions, message):
         check_questions("mine", questions)
 
 
-@pytest.mark.parametrize("text", ["questions: [", "- a", "questions:\n  - {"])
+@pytest.mark.parametrize("text", ["questions: [", "questions:\n  - {", "", "question: a", "questions: a"])
 def test_a_malformed_bank_is_named(text, tmp_path):
     path = tmp_path / "bank.yaml"
     path.write_text(text)
-    with pytest.raises(ValueError, match="bank.yaml cannot be parsed"):
+    with pytest.raises(ValueError, match="bank.yaml (cannot be parsed|holds no list `questions`)"):
         read_questions(path)
 
 

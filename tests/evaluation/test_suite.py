@@ -2,10 +2,11 @@ import random
 
 import pytest
 
-from elm_trainer import built_in_suite, load_bank
-from elm_trainer.data.questions import held_out_subjects, split_of
+from elm_trainer import EvaluationSuite, built_in_suite, load_bank
+from elm_trainer.data.questions import Question, held_out_subjects, split_of
 from elm_trainer.data.sources import BUILTIN_SOURCES, load_texts
-from elm_trainer.evaluation.suite import draw_questions
+from elm_trainer.evaluation.measures import measurable
+from elm_trainer.evaluation.suite import draw_questions, suite_from_files
 
 
 def test_the_two_splits_share_no_subject():
@@ -67,9 +68,53 @@ def test_no_open_question_or_cloze_stands_in_a_training_text():
         assert prompt not in texts
 
 
-def test_a_concept_without_facts_is_refused():
-    with pytest.raises(ValueError, match="No built-in facts named 'bio'"):
+def test_a_concept_without_questions_says_what_to_do():
+    with pytest.raises(ValueError, match=r"`concepts` names \['bio'\].*`banks=\{'bio': read_questions\(path\)\}`"):
         built_in_suite(["bio"])
+
+
+def test_questions_of_ones_own_are_asked_about_a_concept_of_ones_own():
+    bank = [Question(f"What dyes {n}?", ("madder", "woad"), "madder") for n in range(9)]
+    suite = built_in_suite(["brannock"], 6, banks={"brannock": bank})
+    assert suite.named("erased") == ["brannock"] and suite.named("far") == [
+        "capitals",
+        "elements",
+        "general",
+        "geography",
+    ]
+    assert len(suite.banks["brannock"]) == 6 and set(suite.banks["brannock"]) <= set(bank)
+    assert len(suite.open_questions["brannock"]) == 3 and len(suite.concept_prompts) == 2
+
+
+def test_a_concept_may_go_unasked_in_a_script_but_not_unnoticed(caplog):
+    suite = suite_from_files(["brannock", "capitals"], None, 6)
+    assert "There are no questions about 'brannock'" in caplog.text
+    assert suite.concepts == ["brannock", "capitals"] and "brannock" not in suite.banks and "capitals" in suite.banks
+    with pytest.raises(ValueError, match="give one for each"):
+        suite_from_files(["brannock", "capitals"], ["bank.yaml"], 6)
+
+
+@pytest.mark.parametrize(
+    ("roles", "message"),
+    [
+        ({"capitals": "erazed"}, "`roles` gives the bank 'capitals' the role 'erazed': use one of erased, unseen"),
+        ({}, "`roles` gives the bank 'capitals' no role"),
+        ({"capitals": "erased", "capitols": "far"}, "`roles` names the bank 'capitols'; there are: capitals"),
+    ],
+)
+def test_a_role_that_does_not_exist_is_refused(roles, message):
+    with pytest.raises(ValueError, match=message):
+        EvaluationSuite({"capitals": load_bank("capitals")}, roles, {}, {}, [], [])
+
+
+def test_only_what_a_suite_holds_something_for_is_measured(caplog):
+    suite = built_in_suite(["brannock"], 6, banks={"brannock": []})
+    assert measurable(None, suite) == ["multiple-choice", "letter-choice", "specificity"]
+    assert "greedy-fluency is not measured: the suite has no concept_prompts" in caplog.text
+    with pytest.raises(ValueError, match=r"`measures` is \['cloze'\], but the suite holds nothing"):
+        measurable(["cloze"], suite)
+    with pytest.raises(ValueError, match=r"`measures` names \['fluency'\], which do not exist"):
+        measurable(["fluency"], suite)
 
 
 def test_an_unknown_split_is_refused():

@@ -34,6 +34,7 @@ class AttackTarget:
         revision (`str`, *optional*): Where questions and texts come from, such as a dataset's commit, for the report.
 
     Raises:
+        TypeError: if `pair` is no [`ModelPair`].
         ValueError: if a question cannot be asked or does not name its subject, if there are none, or if a wording
             lacks its placeholder.
     """
@@ -47,14 +48,9 @@ class AttackTarget:
     revision: str | None = None
 
     def __post_init__(self):
-        if not self.questions:
-            raise ValueError("`questions` is empty: give at least one question about the concept.")
-        check_questions("questions", self.questions)
-        for question in self.questions:
-            if not question.subject:
-                raise ValueError(
-                    f"Question {question.text!r} has no `subject`, which attacks put into their own wordings: set it."
-                )
+        if not isinstance(self.pair, ModelPair):
+            raise TypeError(f"`pair` is of type {type(self.pair).__name__}: give `ModelPair(model, reference)`.")
+        check_asked(self.questions)
         for kind, wordings in self.wordings.items():
             for name, wording in wordings.items():
                 if "{subject}" not in wording:
@@ -116,6 +112,18 @@ class AttackTarget:
 
     def _answering(self, side: Side, model: PreTrainedModel | PeftModel | None):
         return self.pair.use(side) if model is None else nullcontext(model)
+
+
+def check_asked(questions: Sequence[Question]) -> None:
+    """Raise `ValueError` unless attacks can ask these questions: each must name its subject."""
+    if not questions:
+        raise ValueError("`questions` is empty: give at least one question about the concept.")
+    check_questions("questions", questions)
+    for question in questions:
+        if not question.subject:
+            raise ValueError(
+                f"Question {question.text!r} has no `subject`, which attacks put into their own wordings: set it."
+            )
 
 
 @dataclass(frozen=True)

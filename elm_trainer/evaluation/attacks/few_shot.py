@@ -22,6 +22,12 @@ class FewShotAttack(Attack):
     shots: int = 5
     max_new_tokens: int = ANSWER_TOKENS
 
+    def inapplicable(self, target: AttackTarget) -> str | None:
+        subjects = {question.subject for question in target.questions}
+        return (
+            None if self.shots < len(subjects) else f"{self.shots} shots leave none of {len(subjects)} subjects to ask"
+        )
+
     def run(self, target: AttackTarget) -> list[AttackResult]:
         subjects = sorted({question.subject for question in target.questions})
         if not 0 < self.shots < len(subjects):

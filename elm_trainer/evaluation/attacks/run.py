@@ -15,7 +15,7 @@ import yaml
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from ...data.questions import CHANCE, facts_of, held_out_subjects, load_bank
+from ...data.questions import CHANCE, FACTS, Question, facts_of, held_out_subjects, load_bank
 from ...data.sources import load_texts
 from ..fluency import as_prompt
 from ..journal import Journal
@@ -36,10 +36,12 @@ def built_in_target(
     concept: str,
     questions: int = 60,
     *,
+    bank: Sequence[Question] | None = None,
+    forget: Sequence[str] = (),
     batch_size: int = 16,
     seed: int = 0,
 ) -> AttackTarget:
-    """What attacks need to know about a concept with built-in facts, `"capitals"` or `"elements"`.
+    """What attacks need to know about a concept with built-in facts, `"capitals"` or `"elements"`, or with your own.
 
     Args:
         pair ([`ModelPair`]): Erased model and reference.
@@ -47,26 +49,40 @@ def built_in_target(
         concept (`str`): The erased concept.
         questions (`int`, *optional*, defaults to `60`): Questions of the test split about subjects that stand in the
             forget text; each subject is asked about once before any is asked about again.
+        bank (`Sequence[Question]`, *optional*): Questions of your own, in place of built-in ones; each must name its
+            subject. Attacks that ask in prepared wordings are left out then.
+        forget (`Sequence[str]`, *optional*): With `bank`, texts about the concept, to relearn it from.
         batch_size (`int`, *optional*, defaults to `16`): Questions per batch.
         seed (`int`, *optional*, defaults to `0`): Seed of their draw.
 
     Raises:
-        ValueError: if the concept has no built-in facts, or no question is asked for.
+        ValueError: if the concept has no built-in facts and there is no `bank`, or no question is asked for.
     """
     if questions < 1:
         raise ValueError(f"`questions` is {questions}: ask at least 1.")
+    unrelated = load_texts("everyday", processing_class=processing_class)["text"][:]
+    if bank is not None:
+        asked = draw_questions(bank, questions, random.Random(seed))
+        texts = {"forget": list(forget), "unrelated": unrelated}
+        return AttackTarget(pair, processing_class, asked, {}, texts, batch_size)
+    if concept not in FACTS:
+        raise ValueError(
+            f"`concept` is {concept!r}, about which no questions are built in ({', '.join(FACTS)} have some): give your own, "
+            "`bank=read_questions(path)` (`--bank` of examples/attack.py)."
+        )
     held_out = held_out_subjects(concept)
     bank = load_bank(
         concept, subjects=[fact.subject for fact in facts_of(concept) if fact.subject not in held_out], split="test"
     )
     text = (files("elm_trainer.data") / "attacks" / f"{concept}.yaml").read_text(encoding="utf-8")
-    sources = {"forget": concept, "near": f"{concept}-near", "unrelated": "everyday"}
+    sources = {"forget": concept, "near": f"{concept}-near"}
     return AttackTarget(
         pair,
         processing_class,
         draw_questions(bank, questions, random.Random(seed)),
         yaml.safe_load(text),
-        {kind: load_texts(name, processing_class=processing_class)["text"][:] for kind, name in sources.items()},
+        {kind: load_texts(name, processing_class=processing_class)["text"][:] for kind, name in sources.items()}
+        | {"unrelated": unrelated},
         batch_size,
         f"elm-trainer {version('elm-trainer')} test",
     )
@@ -94,10 +110,21 @@ def attack_erasure(
         `plain`, the unattacked figure of the same questions. The largest of many noisy figures errs upwards.
         `curves` by figure: `[step, value, low, high]` from step 0, the unattacked figure.
         `skipped`: attacks that have no meaning for this target, and why.
+
+    Raises:
+        TypeError: if `target` is no [`AttackTarget`], or `attacks` holds something else than attacks.
+        ValueError: if `attacks` is empty.
     """
-    attacks = default_attacks() if attacks is None else list(attacks)
+    if not isinstance(target, AttackTarget):
+        raise TypeError(
+            f"`target` is of type {type(target).__name__}: give an `AttackTarget`, such as `built_in_target(ModelPair(model), "
+            'tokenizer, "capitals")`.'
+        )
+    attacks = default_attacks() if attacks is None else [attacks] if isinstance(attacks, Attack) else list(attacks)
     if not attacks:
         raise ValueError("`attacks` is empty: give at least one, or leave it out for the default ladder.")
+    if named := [attack for attack in attacks if not isinstance(attack, Attack)]:
+        raise TypeError(f"`attacks` holds {named[0]!r}, which is no `Attack`: give `default_attacks([name])`.")
     started = time.perf_counter()
     identity = _identity(target)
     journal = Journal(None if output_dir is None else Path(output_dir) / "attacks.partial.jsonl", identity)
