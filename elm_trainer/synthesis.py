@@ -120,11 +120,16 @@ def synthesize_completions(
         [`SynthesisResult`]: the pairs, in which the pivot sentence stands at the head of the completion.
 
     Raises:
+        TypeError: if `prompts` is no list of texts, or `concept` no [`Concept`].
         ValueError: if there are no prompts, or a cached line cannot be read.
     """
     config = config or SynthesisConfig()
+    if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
+        raise TypeError('`prompts` is no list of texts: give `[prompt]`, or `load_texts(path)["text"][:]`.')
     if not prompts:
         raise ValueError("`prompts` is empty: give at least one beginning of a forget text.")
+    if not isinstance(concept, Concept):
+        raise TypeError(f"`concept` is of type {type(concept).__name__}: give `load_concept(name)` or a `Concept`.")
     key = _hash(["completions", list(prompts), asdict(concept), asdict(config), fingerprint])
     batches = range(0, len(prompts), config.batch_size)
 

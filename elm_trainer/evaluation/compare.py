@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .measures import Items, change, correct_p
+from .report import check_report
 
 
 def compare_reports(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -18,8 +19,15 @@ def compare_reports(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict
         [`evaluate_erasure`].
 
     Raises:
-        ValueError: if the references differ, or what was asked differs in name, revision, size or content.
+        TypeError: if one is no report, such as a path.
+        ValueError: if one is a report of another kind or schema, the references differ, or what was asked differs in name, revision, size or content.
     """
+    for name, report in (("first", first), ("second", second)):
+        if not isinstance(report, Mapping):
+            raise TypeError(
+                f"`{name}` is of type {type(report).__name__}: give a report, such as `read_report(path)`."
+            )
+        check_report(report, name=f"`{name}`")
     if first["reference_sha256"] != second["reference_sha256"]:
         raise ValueError(
             f"The reports have different reference models (`reference_sha256` {first['reference_sha256'][:12]} and "

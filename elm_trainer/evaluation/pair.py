@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import Literal, TypeAlias
 
 from peft import PeftModel
+from torch import nn
 from transformers import PreTrainedModel
 
 from ..modeling import adapter_disabled
@@ -24,10 +25,17 @@ class ModelPair:
             Model before the erasure. Left out for a `PeftModel`, whose base is the reference.
 
     Raises:
+        TypeError: if one is no model, such as its name.
         ValueError: if there is no reference, or its vocabulary is another one.
     """
 
     def __init__(self, erased: PreTrainedModel | PeftModel, reference: PreTrainedModel | PeftModel | None = None):
+        for name, model in (("erased", erased), ("reference", reference)):
+            if not isinstance(model, nn.Module) and not (name == "reference" and model is None):
+                raise TypeError(
+                    f"`{name}` is of type {type(model).__name__}, which is no model: load it with `load_model_and_tokenizer` or "
+                    "`load_erased`."
+                )
         if reference is None and not isinstance(erased, PeftModel):
             raise ValueError(
                 f"`reference` is None and the erased model is a {type(erased).__name__} without an adapter to disable: "

@@ -43,9 +43,17 @@ def read_report(path: str | Path, kind: str = "evaluation") -> dict[str, Any]:
         kind (`str`, *optional*, defaults to `"evaluation"`): One of `KINDS`.
 
     Raises:
-        ValueError: for a report of another schema or of another kind.
+        OSError: if the file cannot be read.
+        ValueError: for a file that is no report, or a report of another schema or of another kind.
     """
-    report = json.loads(Path(path).read_text(encoding="utf-8"))
+    try:
+        report = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise OSError(f"Report {path} cannot be read ({error}): check the path.") from error
+    except ValueError as error:
+        raise ValueError(f"Report {path} is no JSON ({error}): name another file, or measure again.") from error
+    if not isinstance(report, dict):
+        raise ValueError(f"Report {path} holds a {type(report).__name__}, which is no report: name another file.")
     check_report(report, kind, name=f"Report {path}")
     return report
 

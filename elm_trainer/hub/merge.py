@@ -30,9 +30,14 @@ def merge_erased(
         `Path`: the folder, for `AutoModelForCausalLM.from_pretrained`.
 
     Raises:
+        TypeError: if the model has no adapter.
         FileExistsError: if the folder holds something.
         ValueError: if the base is quantised, the adapter can't be merged, or merging would leave NaN in the weights.
     """
+    if not isinstance(model, PeftModel):
+        raise TypeError(
+            f"`model` is of type {type(model).__name__}, which has no adapter to merge: give the `PeftModel` of `load_erased`."
+        )
     output = Path(output_dir)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise FileExistsError(f"`output_dir` {output} is not an empty folder: name another one.")

@@ -85,6 +85,7 @@ def stack_erasures(
         `tuple`: the model in evaluation mode with the stack active, and the first adapter's tokenizer.
 
     Raises:
+        TypeError: if `adapters` is no mapping.
         ValueError: for names, weights or a combination that can't be used, or adapters that can't be combined so.
         BaseMismatchError: if the adapters belong to different bases, or the base to none of them.
         UnsafeAdapterError, HubError: see [`load_erased`].
@@ -154,6 +155,10 @@ def _modules_of(model: PeftModel, adapter: str) -> set[str]:
 def _check_arguments(
     adapters: Mapping[str, str | Path], weights: Mapping[str, float] | None, combination: str, density: float | None
 ) -> dict[str, float]:
+    if not isinstance(adapters, Mapping):
+        raise TypeError(
+            f"`adapters` is of type {type(adapters).__name__}: give each a name, {{'first': folder, 'second': folder}}."
+        )
     if len(adapters) < 2:
         raise ValueError(
             f"`adapters` holds {len(adapters)} erasures, but a stack needs two: use `load_erased` for one."

@@ -8,6 +8,7 @@ from peft import LoraConfig
 from transformers import PreTrainedModel
 from trl import SFTConfig
 
+from ...data.questions import FACTS
 from ...methods.base import ErasureTrainer
 from ...methods.elm import ElmConfig, ElmTrainer
 from ...methods.graddiff import GradDiffConfig, GradDiffTrainer
@@ -114,7 +115,7 @@ class ComparisonConfig:
             Fields of [`MethodSettings`] by method, one of `METHODS`.
 
     Raises:
-        ValueError: for an unknown method or field, grids of different sizes, settings that a method refuses or that
+        ValueError: for a concept without built-in questions, an unknown method or field, grids of different sizes, settings that a method refuses or that
             would give it a budget of its own, a clock that is not compared, or a size below 1.
     """
 
@@ -148,6 +149,11 @@ class ComparisonConfig:
             raise ValueError(f"`seeds` is {self.seeds}: give at least one, and each once.")
         if self.search_seed in self.seeds:
             raise ValueError(f"`search_seed` is {self.search_seed}, one of `seeds`: search with another.")
+        if self.concept not in FACTS:
+            raise ValueError(
+                f"`concept` is {self.concept!r}, but methods are compared by built-in questions of both splits: use one of "
+                f"{', '.join(FACTS)}."
+            )
         if unknown := [name for name in self.methods if name not in METHODS]:
             raise ValueError(f"`methods` names {unknown}, which do not exist; use: {', '.join(METHODS)}.")
         if self.clock not in self.methods:
