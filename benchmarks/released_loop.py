@@ -15,7 +15,7 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from elm_trainer import Concept
-from elm_trainer.data.collator import tokenize_pair
+from elm_trainer.data.tokens import tokenize_pair
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .concept import Concept
+from .data.tokens import behind_context, continuation_text, pad_left, text_ids, text_tokenizer, tokenize
 from .evaluation.fluency import repetition
 from .ops import plausible_tokens
 
@@ -140,11 +141,11 @@ def synthesize_completions(
         pivots = [rng.choice(PIVOTS) for _ in chunk]
         experts = [rng.choice(concept.expert_contexts) for _ in chunk]
         novices = [rng.choice(concept.novice_contexts) for _ in chunk]
-        texts = [prompt + pivot for prompt, pivot in zip(chunk, pivots, strict=True)]
+        texts = [text_ids(processing_class, prompt + pivot) for prompt, pivot in zip(chunk, pivots, strict=True)]
         streams = [
             texts,
             *(
-                [f"{context}\n{text}" for context, text in zip(contexts, texts, strict=True)]
+                [behind_context(processing_class, *both)[0] for both in zip(contexts, texts, strict=True)]
                 for contexts in (experts, novices)
             ),
         ]
@@ -178,7 +179,7 @@ def synthesize_completions(
 def guided_sample(
     model: PreTrainedModel,
     processing_class: PreTrainedTokenizerBase,
-    streams: Sequence[Sequence[str]],
+    streams: Sequence[Sequence[list[int]]],
     config: SynthesisConfig,
     *,
     seed: int,
@@ -186,22 +187,20 @@ def guided_sample(
     """Sample one batch from `b + γ·(n − e)`.
 
     Args:
-        streams (`Sequence[Sequence[str]]`): Prompts of the plain, the expert and the novice stream, or of the plain
-            stream alone for ordinary sampling.
+        streams (`Sequence[Sequence[list[int]]]`): Token ids of the prompts of the plain, the expert and the novice
+            stream, or of the plain stream alone for ordinary sampling.
         seed (`int`): Seed of the batch, on the CPU, so that a batch is the same on every device and on resumption.
     """
     training = model.training
     model.eval()
     generator = torch.Generator().manual_seed(seed)
-    texts = [text for stream in streams for text in stream]
     count = len(streams[0])
-    batch = processing_class(texts, return_tensors="pt", padding=True, padding_side="left").to(model.device)
-    ids, mask = batch["input_ids"], batch["attention_mask"]
+    ids, mask = (part.to(model.device) for part in pad_left([row for stream in streams for row in stream]))
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     cache = None
     finished = torch.zeros(count, dtype=torch.bool, device=model.device)
     new: list[torch.Tensor] = []
-    eos = processing_class.eos_token_id
+    eos = text_tokenizer(processing_class).eos_token_id
     try:
         for _ in range(config.max_new_tokens):
             output = model(
@@ -215,9 +214,10 @@ def guided_sample(
             cache = output.past_key_values
             probs = guided_probabilities(output.logits[:, -1].view(len(streams), count, -1), config)
             token = torch.multinomial(probs.cpu(), 1, generator=generator).to(model.device)  # [count, 1]
-            token = torch.where(finished[:, None], eos, token)
+            if eos is not None:
+                token = torch.where(finished[:, None], eos, token)
+                finished = finished | (token[:, 0] == eos)
             new.append(token)
-            finished = finished | (token[:, 0] == eos)
             if finished.all():
                 break
             ids = token.repeat(len(streams), 1)
@@ -225,7 +225,10 @@ def guided_sample(
             positions = positions[:, -1:] + 1
     finally:
         model.train(training)
-    return processing_class.batch_decode(torch.cat(new, dim=1), skip_special_tokens=True)
+    return [
+        continuation_text(processing_class, prompt, row)
+        for prompt, row in zip(streams[0], torch.cat(new, dim=1).tolist(), strict=True)
+    ]
 
 
 def guided_probabilities(logits: torch.Tensor, config: SynthesisConfig) -> torch.Tensor:
@@ -259,7 +262,8 @@ def sample_texts(
 
     def sample(index: int) -> list[list[str]]:
         chunk = list(prompts[batches[index] : batches[index] + config.batch_size])
-        texts = guided_sample(model, processing_class, [chunk], config, seed=config.seed * 100_003 + index)
+        rows = [text.ids for text in tokenize(processing_class, chunk)]
+        texts = guided_sample(model, processing_class, [rows], config, seed=config.seed * 100_003 + index)
         return [[prompt, text] for prompt, text in zip(chunk, texts, strict=True)]
 
     return [prompt + text for prompt, text in _resumable(len(batches), sample, cache_dir, key, "Sampling")]

@@ -7,6 +7,7 @@ import torch
 from peft import LoraConfig
 
 from elm_trainer import ConceptSources, ElmConfig, ElmTrainer, build_erasure_dataset, load_bank
+from elm_trainer.data.tokens import text_ids
 from elm_trainer.evaluation.fluency import as_prompt, generate
 from elm_trainer.evaluation.likelihood import log_likelihoods
 from elm_trainer.evaluation.multiple_choice import score_choices
@@ -36,8 +37,8 @@ def gemma():
 def test_a_text_begins_with_one_mark_and_stands_without_a_chat_template(gemma):
     _, tokenizer = gemma
     for text in (TEXT, as_prompt(tokenizer, "What is the capital of Peru?")):
-        assert tokenizer(text)["input_ids"].count(tokenizer.bos_token_id) == 1
-        assert tokenizer(text)["input_ids"][0] == tokenizer.bos_token_id
+        assert text_ids(tokenizer, text).count(tokenizer.bos_token_id) == 1
+        assert text_ids(tokenizer, text)[0] == tokenizer.bos_token_id
     assert tokenizer.chat_template is None and tokenizer.pad_token == "<pad>"
     assert tokenizer.decode(tokenizer(TEXT)["input_ids"], skip_special_tokens=True) == TEXT
 

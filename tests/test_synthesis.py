@@ -61,6 +61,10 @@ def tiny(family, tokenizer):
     return model
 
 
+def tokens(tokenizer, streams):
+    return [[tokenizer(text)["input_ids"] for text in stream] for stream in streams]
+
+
 def expected_probabilities(base, expert, novice, config):
     """b·(n/e)^γ over plausible tokens and the `top_k` best, in probabilities instead of log-probabilities."""
     base, expert, novice = ((logits / config.temperature).softmax(-1) for logits in (base, expert, novice))
@@ -127,7 +131,7 @@ def test_without_guidance_samples_equal_plain_sampling_from_the_base_stream(toke
     model = tiny("llama", tokenizer)
     config = SynthesisConfig(gamma=0.0, plausibility=0.0, top_k=20, temperature=0.8, max_new_tokens=8)
 
-    sampled = guided_sample(model, tokenizer, STREAMS, config, seed=3)
+    sampled = guided_sample(model, tokenizer, tokens(tokenizer, STREAMS), config, seed=3)
 
     generator = torch.Generator().manual_seed(3)
     new = [[] for _ in STREAMS[0]]
@@ -149,7 +153,7 @@ def test_the_cached_padded_batch_equals_running_every_prefix_anew(family, tokeni
     model = tiny(family, tokenizer)
     config = SynthesisConfig(max_new_tokens=8, plausibility=0.001)
 
-    sampled = guided_sample(model, tokenizer, STREAMS, config, seed=1)
+    sampled = guided_sample(model, tokenizer, tokens(tokenizer, STREAMS), config, seed=1)
 
     assert sampled == slow_sample(model, tokenizer, STREAMS, config, seed=1)
 
@@ -162,7 +166,7 @@ def test_rows_that_reach_the_end_token_stop_alone(tokenizer):
     config = SynthesisConfig(max_new_tokens=12, gamma=0.0, plausibility=0.0)
     streams = [stream * 4 for stream in STREAMS]
 
-    sampled = guided_sample(model, tokenizer, streams, config, seed=0)
+    sampled = guided_sample(model, tokenizer, tokens(tokenizer, streams), config, seed=0)
 
     assert sampled == slow_sample(model, tokenizer, streams, config, seed=0)
     assert len({len(tokenizer(text)["input_ids"]) for text in sampled}) > 1
@@ -175,7 +179,7 @@ def test_sampling_stops_when_every_row_has_ended(tokenizer):
     model.lm_head.bias = torch.nn.Parameter(bias)
     calls = count_forwards(model)
 
-    sampled = guided_sample(model, tokenizer, STREAMS, SynthesisConfig(max_new_tokens=12), seed=0)
+    sampled = guided_sample(model, tokenizer, tokens(tokenizer, STREAMS), SynthesisConfig(max_new_tokens=12), seed=0)
 
     assert sampled == ["", ""]
     assert len(calls) == 1
@@ -195,8 +199,8 @@ def test_longer_neighbours_in_the_batch_leave_the_probabilities_of_a_row_alone(t
     # The first token only: what is drawn then depends on the row's place in the batch.
     config = SynthesisConfig(max_new_tokens=1)
 
-    guided_sample(model, tokenizer, alone, config, seed=0)
-    guided_sample(model, tokenizer, beside, config, seed=0)
+    guided_sample(model, tokenizer, tokens(tokenizer, alone), config, seed=0)
+    guided_sample(model, tokenizer, tokens(tokenizer, beside), config, seed=0)
 
     torch.testing.assert_close(seen[0], seen[1], atol=1e-5, rtol=1e-4)
 
@@ -205,7 +209,7 @@ def test_sampling_keeps_training_mode_and_the_global_random_state(tokenizer, tin
     tiny_model.train()
     state = torch.get_rng_state()
 
-    guided_sample(tiny_model, tokenizer, STREAMS, SynthesisConfig(max_new_tokens=2), seed=0)
+    guided_sample(tiny_model, tokenizer, tokens(tokenizer, STREAMS), SynthesisConfig(max_new_tokens=2), seed=0)
 
     assert tiny_model.training
     assert torch.equal(torch.get_rng_state(), state)

@@ -12,22 +12,10 @@ from transformers.data.data_collator import DataCollatorMixin
 
 from ..concept import Concept
 from .target_store import RowTargets
+from .tokens import behind_context, text_ids, text_tokenizer
 
 
 IGNORE_INDEX = -100
-
-
-def tokenize_pair(processing_class: PreTrainedTokenizerBase, prompt: str, completion: str) -> tuple[list[int], int]:
-    """Tokenise prompt and completion as one text, so that no artificial token boundary arises between them.
-
-    Returns:
-        `tuple[list[int], int]`: the token ids, and the index of the first token that holds a character of the
-        completion (a token across the seam counts as completion and is supervised).
-    """
-    encoding = processing_class(prompt + completion, return_offsets_mapping=True)
-    ends = [end for _, end in encoding["offset_mapping"]]
-    start = next((index for index, end in enumerate(ends) if end > len(prompt)), len(ends))
-    return encoding["input_ids"], start
 
 
 def align(text: Sequence[int], novices: Sequence[Sequence[int]]) -> list[list[int]]:
@@ -99,6 +87,9 @@ class ElmDataCollator(DataCollatorMixin):
     targets: RowTargets | None = None
     return_tensors: str = "pt"
 
+    def __post_init__(self):
+        self.processing_class = text_tokenizer(self.processing_class)
+
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         forget = self.pad(
             [(row["forget_ids"], 0) for row in examples],
@@ -162,21 +153,14 @@ class ElmDataCollator(DataCollatorMixin):
             contexts = getattr(self.concepts[example["concept"]], side)
             rng = random.Random(f"{self.seed}-{side}-{example['row']}")
             for context in rng.choices(contexts, k=self.contexts_per_sample):
-                # Apart from the text, so that its tokens are the same with and without a context.
-                ids = self.processing_class(context + "\n")["input_ids"]
-                text = example["forget_ids"]
-                if text[0] == self.processing_class.bos_token_id and ids[0] == text[0]:
-                    rows.append((ids + text[1:], len(ids)))
-                else:
-                    # The text's first token is not supervised: without a context nothing predicts it.
-                    rows.append((ids + text, len(ids) + 1))
+                rows.append(behind_context(self.processing_class, context, example["forget_ids"]))
         return self.pad(rows)
 
     def longest_context(self) -> int:
         """Tokens of the longest context of all concepts, 0 without any."""
         return max(
             (
-                len(self.processing_class(context + "\n")["input_ids"])
+                len(text_ids(self.processing_class, context + "\n"))
                 for concept in (self.concepts or {}).values()
                 for context in (*concept.expert_contexts, *concept.novice_contexts)
             ),
@@ -192,7 +176,8 @@ class ElmDataCollator(DataCollatorMixin):
         width = max(len(ids) for ids, _ in rows)
         if self.pad_to_multiple_of:
             width = -(-width // self.pad_to_multiple_of) * self.pad_to_multiple_of
-        input_ids = torch.full((len(rows), width), self.processing_class.pad_token_id)
+        # Padding is masked, so any token will do where a tokenizer has none for it.
+        input_ids = torch.full((len(rows), width), self.processing_class.pad_token_id or 0)
         attention_mask = torch.zeros_like(input_ids)
         labels = torch.full_like(input_ids, IGNORE_INDEX)
         left = self.processing_class.padding_side == "left"

@@ -18,6 +18,7 @@ from .facts import Fact
 from .given import Messages, Source, check_type, joined, rows_of, shown, text_rows
 from .named import is_file_name, read_named
 from .questions import facts_of, held_out_subjects
+from .tokens import text_tokenizer
 
 
 logger = logging.get_logger(__name__)
@@ -261,12 +262,11 @@ def _conversation(
     processing_class: PreTrainedTokenizerBase | None, messages: Messages, begin_answer: bool = False
 ) -> str:
     """Messages as one text, by the chat template where there is one."""
-    if processing_class is None or processing_class.chat_template is None:
+    tokenizer = text_tokenizer(processing_class)
+    if tokenizer is None or tokenizer.chat_template is None:
         turns = [f"{message['role'].capitalize()}: {message['content']}" for message in messages]
         return "\n".join([*turns, "Assistant:"] if begin_answer else turns)
-    return str(
-        processing_class.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=begin_answer)
-    )
+    return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=begin_answer))
 
 
 def _before_last(template: str | list[str], fact: Fact, processing_class: PreTrainedTokenizerBase | None) -> str:

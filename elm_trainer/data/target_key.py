@@ -11,6 +11,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from ..concept import Concept
+from .tokens import text_ids
 
 
 _ROWS_AT_ONCE = 1000
@@ -70,7 +71,7 @@ def contexts_digest(
     """
     tokens = {
         name: [
-            [processing_class(context + "\n")["input_ids"] for context in contexts]
+            [text_ids(processing_class, context + "\n") for context in contexts]
             for contexts in (concept.expert_contexts, concept.novice_contexts)
         ]
         for name, concept in concepts.items()

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..data.tokens import tokenize
 from .pair import SIDES, ModelPair
 from .statistics import Figure, bootstrap_ratio
 
@@ -178,9 +179,7 @@ def _states_by_text(
     """Index and hidden states of one text after the other, so that those of all texts need not be held at once."""
     if not texts:
         raise ValueError("`texts` is empty, so there is nothing to read: pass at least one text.")
-    ids = [
-        processing_class(text, truncation=max_length is not None, max_length=max_length)["input_ids"] for text in texts
-    ]
+    ids = [text.ids[:max_length] for text in tokenize(processing_class, texts)]
     if empty := [text for text, tokens in zip(texts, ids, strict=True) if not tokens]:
         raise ValueError(f"`texts` holds {empty[0]!r}, which has no token: leave it out.")
     # Texts of like length share a batch, so that little of it is padding.

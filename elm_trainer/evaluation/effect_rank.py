@@ -8,6 +8,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedTokenizerBase
 
+from ..data.tokens import text_ids
 from .activations import hidden_states
 from .pair import SIDES, ModelPair
 from .statistics import Figure, bootstrap_ratio
@@ -129,7 +130,7 @@ def hidden_effect(
     for text in texts:
         if tokens < max_tokens:
             read.append(text)
-            tokens += len(processing_class(text, truncation=True, max_length=max_length)["input_ids"]) - 1
+            tokens += len(text_ids(processing_class, text)[:max_length]) - 1
     states = {}
     for side in SIDES:
         with pair.use(side) as model:

@@ -10,6 +10,7 @@ from accelerate.utils import send_to_device
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.collator import ElmDataCollator
+from ..data.tokens import continuation_ids, continuation_text, text_tokenizer, tokenize
 from ..ops import KeepPositions
 from .pair import evaluating
 from .prefix import generating, generation_inputs
@@ -31,14 +32,11 @@ class Generations:
 
 def as_prompt(processing_class: PreTrainedTokenizerBase, question: str) -> str:
     """The question as a chat turn where the tokenizer has a chat template, else as `"Question: …\\nAnswer:"`."""
-    if processing_class.chat_template is None:
+    tokenizer = text_tokenizer(processing_class)
+    if tokenizer.chat_template is None:
         return f"Question: {question}\nAnswer:"
     messages = [{"role": "user", "content": question}]
-    text = str(processing_class.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-    # Where the tokenizer begins every text with this token, the template's own would be a second one.
-    if processing_class("")["input_ids"][:1] == [processing_class.bos_token_id]:
-        text = text.removeprefix(str(processing_class.bos_token))
-    return text
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
 
 def generate(
@@ -99,8 +97,10 @@ def generate_answers(
         raise ValueError(
             "`seed` is None, so that each process would draw its own answers: give one with `over_ranks`."
         )
+    processing_class = text_tokenizer(processing_class)
     ends = _end_tokens(model, processing_class)
-    pad = ends[0] if processing_class.pad_token_id is None else processing_class.pad_token_id
+    # Padding is masked, so any token will do where there is no end token either.
+    pad = (ends or [0])[0] if processing_class.pad_token_id is None else processing_class.pad_token_id
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=temperature > 0,
@@ -111,7 +111,7 @@ def generate_answers(
     )
     device = model.device
     devices = [device] if device.type == "cuda" else []
-    ids = [processing_class(prompt)["input_ids"] for prompt in prompts]
+    ids = [prompt.ids for prompt in tokenize(processing_class, prompts)]
     # Prompts that begin alike share a batch. What is sampled depends on the batch, which is then left as it came.
     order = sorted(range(len(ids)), key=ids.__getitem__) if temperature == 0 else list(range(len(ids)))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
@@ -124,7 +124,10 @@ def generate_answers(
             tokens = model.generate(**inputs, generation_config=config)[:, inputs["input_ids"].size(1) :]
         # [batch, new tokens]; behind its end token a row holds padding.
         ended = torch.isin(tokens, torch.tensor(ends, device=device)).any(-1).tolist()
-        texts = processing_class.batch_decode(tokens, skip_special_tokens=True)
+        texts = [
+            continuation_text(processing_class, ids[index], new)
+            for index, new in zip(batch, tokens.tolist(), strict=True)
+        ]
         return list(zip(texts, (not end for end in ended), strict=True))
 
     with evaluating(model), generating(model):
@@ -165,7 +168,7 @@ def judge_answers(
             of them must call this.
     """
     prompts = [as_prompt(processing_class, question) for question in questions]
-    space = " " if processing_class.chat_template is None else ""
+    space = " " if text_tokenizer(processing_class).chat_template is None else ""
     texts = [space + answer.lstrip() if answer.strip() else "" for answer in answers]
     return reverse_perplexity(judge, processing_class, prompts, texts, batch_size=batch_size, over_ranks=over_ranks)
 
@@ -194,13 +197,14 @@ def reverse_perplexity(
             of them must call this.
     """
     collator = ElmDataCollator(processing_class)
+    tokenizer = collator.processing_class
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     rows = []
-    for prompt, answer in zip(prompts, answers, strict=True):
-        head = processing_class(prompt)["input_ids"]
+    for head, answer in zip(tokenize(tokenizer, prompts), answers, strict=True):
         # The judge reads the tokens that were generated after the prompt: tokenised apart, as they were made. An empty
         # answer is judged by the end-of-text token that is all it holds.
-        tail = processing_class(answer, add_special_tokens=False)["input_ids"] or [processing_class.eos_token_id]
-        rows.append((head + tail, len(head)))
+        tail = continuation_ids(tokenizer, answer) or end
+        rows.append((head.ids + tail, len(head.ids)))
 
     def run(batch: list[tuple[list[int], int]]) -> list[float]:
         padded = send_to_device(collator.pad(batch), judge.device)

@@ -9,6 +9,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..data.tokens import common_prefix, tokenize_pairs
 from ..ops import KeepPositions
 from .pair import evaluating
 from .sharing import run_batches
@@ -46,7 +47,7 @@ def log_likelihoods(
 
     Args:
         model ([`~transformers.PreTrainedModel`] or `PeftModel`): Model; put in evaluation mode for the call, then back.
-        processing_class ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer, a fast one.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
         pairs (`Sequence[tuple[str, str]]`): Prompts and their continuations, with the space between them.
         batch_size (`int`, *optional*, defaults to `64`): Most pairs in a forward pass.
         description (`str`, *optional*, defaults to `"Log-likelihoods"`): Label of the progress bar.
@@ -77,18 +78,8 @@ def log_likelihoods(
 
 
 def _tokenize(processing_class: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]]) -> list[_Sequence]:
-    if not pairs:
-        return []
-    encoded = processing_class(
-        [prompt + continuation for prompt, continuation in pairs],
-        return_offsets_mapping=True,
-        return_attention_mask=False,
-    )
     sequences = []
-    for (prompt, continuation), ids, offsets in zip(
-        pairs, encoded["input_ids"], encoded["offset_mapping"], strict=True
-    ):
-        first = next((index for index, (_, end) in enumerate(offsets) if end > len(prompt)), len(ids))
+    for (prompt, continuation), (ids, first) in zip(pairs, tokenize_pairs(processing_class, pairs), strict=True):
         if not 0 < first < len(ids):
             raise ValueError(
                 f"Prompt {prompt!r} with continuation {continuation!r} leaves nothing to predict: neither may be empty."
@@ -201,13 +192,3 @@ def _sums(
     chosen = logits[index, torch.tensor(targets, device=device)] - logits.logsumexp(-1)[index]
     starts = np.cumsum([0, *(len(place) for place in places[:-1])])
     return [float(total) for total in np.add.reduceat(chosen.cpu().double().numpy(), starts)]
-
-
-def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
-    """Tokens that both begin with."""
-    length = 0
-    for left, right in zip(one, other, strict=False):
-        if left != right:
-            break
-        length += 1
-    return length

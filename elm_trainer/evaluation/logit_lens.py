@@ -8,6 +8,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.questions import Question
+from ..data.tokens import text_ids, tokenize_pairs
 from .activations import final_norm, hidden_states
 from .multiple_choice import PROMPT, likeliest
 from .statistics import Figure, bootstrap_ratio
@@ -94,14 +95,12 @@ def logit_lens(
 def _first_tokens(processing_class: PreTrainedTokenizerBase, prompt: str, question: Question) -> list[int]:
     """First token of each option after the prompt; none where two are the same, or the prompt's tokens change."""
     head = prompt.format(question=question.text)
-    head_ids = processing_class(head)["input_ids"]
+    head_ids = text_ids(processing_class, head)
     tokens = []
-    for option in question.options:
-        encoded = processing_class(f"{head} {option}", return_offsets_mapping=True)
-        first = next(i for i, (_, end) in enumerate(encoded["offset_mapping"]) if end > len(head))
-        if encoded["input_ids"][:first] != head_ids:
+    for ids, first in tokenize_pairs(processing_class, [(head, f" {option}") for option in question.options]):
+        if ids[:first] != head_ids:
             return []
-        tokens.append(encoded["input_ids"][first])
+        tokens.append(ids[first])
     return tokens if len(set(tokens)) == len(tokens) else []
 
 

@@ -7,6 +7,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.questions import Question
+from ..data.tokens import text_tokenizer
 from .fluency import as_prompt
 from .likelihood import log_likelihoods
 
@@ -125,7 +126,7 @@ def _bare_pairs(processing_class: PreTrainedTokenizerBase, question: Question) -
 
 
 def _is_turn(processing_class: PreTrainedTokenizerBase, question: Question) -> bool:
-    return question.form == "chat" and processing_class.chat_template is not None
+    return question.form == "chat" and text_tokenizer(processing_class).chat_template is not None
 
 
 def pmi(scores: Sequence[float], bare: Sequence[float]) -> list[float]:

@@ -9,7 +9,8 @@ from peft import PeftModel
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from transformers import PreTrainedModel
 
-from .likelihood import common_prefix, suits_packing
+from ..data.tokens import common_prefix
+from .likelihood import suits_packing
 
 
 # A forward pass of its own for fewer tokens costs more than it saves.

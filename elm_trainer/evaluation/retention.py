@@ -9,6 +9,7 @@ from accelerate.utils import send_to_device
 from transformers import PreTrainedTokenizerBase
 
 from ..data.collator import ElmDataCollator
+from ..data.tokens import tokenize
 from .fluency import position_logits
 from .pair import SIDES, ModelPair
 from .sharing import run_batches
@@ -48,7 +49,7 @@ def retention(
     collator = ElmDataCollator(processing_class)
 
     def run(batch: Sequence[str]) -> list[list[float]]:
-        rows = [(processing_class(text, truncation=True, max_length=max_length)["input_ids"], 0) for text in batch]
+        rows = [(text.ids[:max_length], 0) for text in tokenize(processing_class, batch)]
         padded = collator.pad(rows)
         labels = padded["labels"][padded["rows"], padded["columns"] + 1]
         log_probs = {}

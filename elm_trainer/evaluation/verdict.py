@@ -72,8 +72,8 @@ def judge(
 
     Returns:
         `dict`: for each criterion its `state` (`"holds"`, `"uncertain"` or `"fails"`; `None` where nothing was measured
-        that speaks of it) and `checks`, one for each figure with `value`, `low`, `high`, `bound` and `state`; beside them
-        the bounds. Checks of innocence also have `counted` and `role`; of one that does not count the value, its interval
+        that speaks of it), `holds`, whether that is `"holds"`, and `checks`, one for each figure with `value`, `low`, `high`,
+        `bound` and `state`, whether its value `holds` and whether that is `certain`; beside them the bounds. Checks of innocence also have `counted` and `role`; of one that does not count the value, its interval
         and the state are `None`. `worst` and `worst_unseen` of innocence name the way of asking of which most is left:
         `figure`, `bank`, `rule`, `value` (accuracy), `share`; `None` where none counts.
     """
@@ -101,7 +101,10 @@ def judge(
         elif name == "retention.perplexity":
             specificity.append(_check(name, figure["change"], criteria.perplexity))
     parts = {"innocence": innocence, "seamlessness": seamlessness, "specificity": specificity}
-    verdict: dict[str, Any] = {name: {"state": _state(checks), "checks": checks} for name, checks in parts.items()}
+    verdict: dict[str, Any] = {}
+    for name, checks in parts.items():
+        state = _state(checks)
+        verdict[name] = {"state": state, "holds": None if state is None else state == HOLDS, "checks": checks}
     verdict["innocence"] |= {
         "worst": _worst(innocence, figures, "erased"), "worst_unseen": _worst(innocence, figures, "unseen")
     }  # fmt: skip
@@ -258,13 +261,14 @@ def _check_left(name: str, figure: Mapping[str, Any], bound: float) -> dict[str,
     if counts(figure):
         return _check(name, figure["left"], bound) | {"counted": True}
     nothing = dict.fromkeys(("value", "low", "high", "state"))
-    return {"figure": name, **nothing, "bound": bound, "counted": False}
+    return {"figure": name, **nothing, "bound": bound, "holds": True, "certain": True, "counted": False}
 
 
 def _check(name: str, figure: Mapping[str, float], bound: float) -> dict[str, Any]:
     low, high = figure["low"], figure["high"]
     state = HOLDS if high <= bound else FAILS if low > bound else UNCERTAIN
-    return {"figure": name, "value": figure["value"], "low": low, "high": high, "bound": bound, "state": state}
+    held = {"holds": figure["value"] <= bound, "certain": state != UNCERTAIN}
+    return {"figure": name, "value": figure["value"], "low": low, "high": high, "bound": bound, "state": state} | held
 
 
 def _negative(change: Mapping[str, float]) -> dict[str, float]:

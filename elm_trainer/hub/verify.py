@@ -7,6 +7,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.answers import names_answer
+from ..data.tokens import tokenize_pairs
 from ..evaluation.fluency import as_prompt
 from ..evaluation.likelihood import log_likelihoods
 from ..fingerprint import is_quantised
@@ -112,13 +113,7 @@ def check_probes(
 
 def _lengths(processing_class: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]]) -> list[int]:
     """Tokens of each answer, those across its seam with the prompt included."""
-    if not pairs:
-        return []
-    encoded = processing_class([prompt + answer for prompt, answer in pairs], return_offsets_mapping=True)
-    return [
-        sum(end > len(prompt) for _, end in offsets)
-        for (prompt, _), offsets in zip(pairs, encoded["offset_mapping"], strict=True)
-    ]
+    return [len(ids) - first for ids, first in tokenize_pairs(processing_class, pairs)]
 
 
 def _short(prompt: str) -> str:

@@ -23,9 +23,10 @@ from transformers.trainer_utils import HubStrategy, rotate_checkpoints
 from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available, logging
 from trl import SFTConfig, SFTTrainer
 
-from ..data.collator import ElmDataCollator, align, tokenize_pair
+from ..data.collator import ElmDataCollator, align
 from ..data.packing import Packing, pack_batches, texts_interact
 from ..data.target_store import RowTargets
+from ..data.tokens import text_ids, tokenize_pair
 from ..modeling import adapter_disabled, is_partitioned
 from ..ops import STATES, FinalLogits, ReadHead, Reading, final_logits, kl_divergence, text_mean
 from ..ops.head import Plan
@@ -138,8 +139,10 @@ class ErasureTrainer(SFTTrainer):
         if with_adapter:
             check_adapter(model, peft_config)
         if processing_class.pad_token is None:
-            processing_class.pad_token = processing_class.eos_token
-            logger.warning(f"The tokenizer has no pad token; `pad_token` is set to {processing_class.eos_token!r}.")
+            # Padding is masked, so any token will do where there is no end token either.
+            pad = processing_class.eos_token or processing_class.convert_ids_to_tokens(0)
+            processing_class.pad_token = pad
+            logger.warning(f"The tokenizer has no pad token; `pad_token` is set to {pad!r}.")
         check_tokenizer(model, processing_class)
         if data_collator is None:
             data_collator = ElmDataCollator(
@@ -194,14 +197,14 @@ class ErasureTrainer(SFTTrainer):
 
         def tokenize(example: Mapping[str, Any], row: int) -> dict[str, Any]:
             tokens: dict[str, Any] = {"row": row, "concept": example["concept"]}
-            tokens["forget_ids"] = processing_class(example["forget"])["input_ids"]
+            tokens["forget_ids"] = text_ids(processing_class, example["forget"])
             if given := example.get("retain_prompt"):
                 text = example["retain"].removeprefix(given)
                 tokens["retain_ids"], tokens["retain_start"] = tokenize_pair(processing_class, given, text)
             else:
-                tokens |= {"retain_ids": processing_class(example["retain"])["input_ids"], "retain_start": 0}
-            tokens["novice_ids"] = processing_class(example.get("novice") or "")["input_ids"]
-            novices = [processing_class(text)["input_ids"][:limit] for text in example.get("novices") or []]
+                tokens |= {"retain_ids": text_ids(processing_class, example["retain"]), "retain_start": 0}
+            tokens["novice_ids"] = text_ids(processing_class, example.get("novice") or "")
+            novices = [text_ids(processing_class, text)[:limit] for text in example.get("novices") or []]
             tokens |= {"novices_ids": novices, "aligned": align(tokens["forget_ids"][:limit], novices)}
             if example["completion"]:
                 pair, start = tokenize_pair(processing_class, example["prompt"], example["completion"])

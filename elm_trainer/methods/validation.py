@@ -16,6 +16,7 @@ from transformers.utils import logging
 from trl import SFTConfig
 from trl.trainer.utils import create_model_from_path
 
+from ..data.tokens import text_tokenizer
 from ..modeling import adapter_disabled
 
 
@@ -178,7 +179,7 @@ def load_given(
                 f"`processing_class` is None: pass the model's tokenizer. None was found at {source!r}, where the model was "
                 f"loaded from."
             ) from error
-    return model, getattr(processing_class, "tokenizer", processing_class)
+    return model, text_tokenizer(processing_class)
 
 
 def check_columns(name: str, dataset: Dataset) -> None:

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..data.collator import IGNORE_INDEX, ElmDataCollator
+from ..data.tokens import TokenizedText, text_tokenizer, tokenize
 from ..ops import STATES
 from .anchors import AnchorDictionary, Translation, load_anchors
 from .base import (
@@ -98,20 +99,6 @@ class WhpConfig(ErasureConfig):
         )
 
 
-class TokenizedText(NamedTuple):
-    """A text's tokens, and where they end in it.
-
-    Attributes:
-        ids (`list[int]`): Token ids.
-        ends (`list[int]`): Characters of the text that a token and all before it hold.
-        added (`list[bool]`): Whether the tokenizer added a token that is not in the text, such as a first one.
-    """
-
-    ids: list[int]
-    ends: list[int]
-    added: list[bool]
-
-
 class Alignment(NamedTuple):
     """The positions of a text that get a generic label, and the positions of its translation that the label comes from.
 
@@ -169,30 +156,6 @@ def generic_labels(
     baseline = baseline.float()
     baseline = baseline.index_put(tuple(places.T), baseline.mean(-1)[places[:, 0]])
     return generic_logits(baseline, reinforced.float(), alpha, relu=relu).argmax(-1)
-
-
-def tokenize(processing_class: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[TokenizedText]:
-    """Tokenise texts, keeping where the tokens end.
-
-    Raises:
-        ValueError: if the tokenizer cannot tell.
-    """
-    if not processing_class.is_fast:
-        raise ValueError(
-            f"`processing_class` is a {type(processing_class).__name__}, which knows no character offsets, and WHP aligns "
-            "texts by them: load the model's fast tokenizer (`AutoTokenizer.from_pretrained` does where there is one)."
-        )
-    encoding = processing_class(list(texts), return_offsets_mapping=True, return_special_tokens_mask=True)
-    tokenized = []
-    for ids, offsets, added in zip(
-        encoding["input_ids"], encoding["offset_mapping"], encoding["special_tokens_mask"], strict=True
-    ):
-        ends, reached = [], 0
-        for _, end in offsets:
-            reached = max(reached, end)
-            ends.append(reached)
-        tokenized.append(TokenizedText(ids, ends, [bool(flag) for flag in added]))
-    return tokenized
 
 
 def first_tokens(processing_class: PreTrainedTokenizerBase, words: Sequence[str]) -> dict[str, set[int]]:
@@ -283,6 +246,11 @@ def align_texts(
             f"`anchors`: none of the {len(dictionary.terms)} terms of the dictionary {dictionary.name!r} "
             f"({', '.join(list(dictionary.terms)[:3])}, ...) stands in any forget text, such as {texts[0][:80]!r}: give a "
             "dictionary of terms that do."
+        )
+    if not text_tokenizer(processing_class).is_fast:
+        raise ValueError(
+            f"`processing_class` is a {type(processing_class).__name__}, which knows no character offsets, and WHP aligns "
+            "texts by them: load the model's fast tokenizer (`AutoTokenizer.from_pretrained` does where there is one)."
         )
     firsts = first_tokens(processing_class, replacements)
     originals = tokenize(processing_class, texts)

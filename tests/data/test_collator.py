@@ -4,7 +4,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from elm_trainer import ElmDataCollator, load_concept
-from elm_trainer.data.collator import align, tokenize_pair
+from elm_trainer.data.collator import align
+from elm_trainer.data.tokens import tokenize_pair
 
 
 def row(tokenizer, index, forget, retain="some text here", prompt="The", completion=" rest of it"):

@@ -5,6 +5,7 @@ import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
 
+from elm_trainer.data.tokens import text_ids
 from elm_trainer.evaluation.fluency import (
     as_prompt,
     distinct_n,
@@ -201,9 +202,8 @@ def test_a_tokenizer_that_begins_every_text_itself_gets_no_second_beginning(toke
         single=f"{begin} $A", special_tokens=[(begin, tokenizer.bos_token_id)]
     )
 
-    assert plain == f"{begin}Oslo?"
-    assert as_prompt(tokenizer, "Oslo?") == "Oslo?"
-    assert tokenizer(as_prompt(tokenizer, "Oslo?"))["input_ids"].count(tokenizer.bos_token_id) == 1
+    assert plain == as_prompt(tokenizer, "Oslo?") == f"{begin}Oslo?"
+    assert text_ids(tokenizer, plain).count(tokenizer.bos_token_id) == 1
 
 
 def test_the_judge_is_handed_back_in_the_mode_it_came_in(tiny_model, tokenizer):

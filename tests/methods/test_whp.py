@@ -1,4 +1,3 @@
-import json
 import logging
 import math
 
@@ -7,8 +6,7 @@ import torch
 import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, ByT5Tokenizer
 
 from elm_trainer import ConceptSources, ElmDataCollator, build_erasure_dataset, load_model_and_tokenizer
 from elm_trainer.data.sources import load_texts
@@ -25,58 +23,17 @@ from elm_trainer.methods.whp import (
 from elm_trainer.modeling import demo_model_file
 from elm_trainer.ops import erasure_target
 
+from ..like import byte_level, metaspace
 from .methods import tiny, trained
 
 
 TERMS = {"Oslo": "Millbrook", "Rome": "X", "New York": "Hill", "York": "Zedville", "wand": "stick", "東京": "村落町"}
 
-SAMPLE = "New York and Oslo and Rome are Millbrook stick in a town of the"
-
-
-def byte_level() -> PreTrainedTokenizerFast:
-    """As GPT-2's: bytes, a space belongs to the word after it."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=420, special_tokens=["<|end|>"], initial_alphabet=alphabet)
-    tokenizer.train_from_iterator([SAMPLE] * 3, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>")
-
-
-def metaspace() -> PreTrainedTokenizerFast:
-    """As Llama's: spaces are characters, unknown characters are bytes, and a text is given a first and a last token."""
-    learner = Tokenizer(models.BPE())
-    learner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
-    learner.train_from_iterator([SAMPLE + "-wand\n"] * 3, trainers.BpeTrainer(vocab_size=120))
-    record = json.loads(learner.to_str())["model"]
-    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *record["vocab"]]
-    tokenizer = Tokenizer(
-        models.BPE(
-            {token: index for index, token in enumerate(tokens)},
-            [tuple(merge) for merge in record["merges"]],
-            byte_fallback=True,
-            unk_token="<unk>",
-        )
-    )
-    tokenizer.pre_tokenizer = learner.pre_tokenizer
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="</s>"
-    )
-
-
 PATH = demo_model_file()
 TOKENIZERS = {
     "smollm2": AutoTokenizer.from_pretrained(PATH.parent, gguf_file=PATH.name),
     "byte_level": byte_level(),
-    "metaspace": metaspace(),
+    "metaspace": metaspace("<s> $A"),
 }
 
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...data.answers import names_answer
 from ...data.questions import Question, check_questions
+from ...data.tokens import text_tokenizer
 from ..fluency import generate
 from ..multiple_choice import PROMPT, score_choices
 from ..pair import ModelPair, Side
@@ -50,6 +51,7 @@ class AttackTarget:
     def __post_init__(self):
         if not isinstance(self.pair, ModelPair):
             raise TypeError(f"`pair` is of type {type(self.pair).__name__}: give `ModelPair(model, reference)`.")
+        self.processing_class = text_tokenizer(self.processing_class)
         check_asked(self.questions)
         for kind, wordings in self.wordings.items():
             for name, wording in wordings.items():

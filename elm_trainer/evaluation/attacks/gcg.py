@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...data.collator import ElmDataCollator
 from ...data.questions import Question
+from ...data.tokens import continuation_ids, continuation_text, text_ids
 from ..fluency import token_losses
 from .base import Attack, AttackResult, AttackTarget
 
@@ -51,7 +52,7 @@ class GcgAttack(Attack):
         asked = [index for index, question in enumerate(target.questions) if question.subject not in shown]
         with target.pair.use("erased") as model:
             suffix, losses = self.search(model, target.processing_class, list(solved.values()))
-        text = target.processing_class.decode(suffix)
+        text = _suffix_text(target.processing_class, suffix)
         prompt = f"Question: {{question}}{text.replace('{', '{{').replace('}', '}}')}\nAnswer:"
         erased = target.rank([target.questions[i] for i in asked], prompt=prompt)
         details = {"suffix": text, "first_loss": losses[0], "best_loss": min(losses)}
@@ -69,7 +70,7 @@ class GcgAttack(Attack):
         read otherwise once they are text are left out, as in the released code.
         """
         generator = torch.Generator().manual_seed(self.seed)
-        [filler] = processing_class(" !", add_special_tokens=False)["input_ids"][-1:]
+        [filler] = continuation_ids(processing_class, " !")[-1:]
         suffix = [filler] * self.suffix_tokens
         with torch.inference_mode():
             losses = candidate_losses(model, processing_class, questions, [suffix], self.batch_size)
@@ -84,8 +85,8 @@ class GcgAttack(Attack):
                     int(torch.randint(size, (1,), generator=generator)) for size in (len(suffix), len(proposed[0]))
                 )
                 candidate = [*suffix[:place], proposed[place][choice], *suffix[place + 1 :]]
-                text = processing_class.decode(candidate)
-                if processing_class(text, add_special_tokens=False)["input_ids"] == candidate:
+                text = _suffix_text(processing_class, candidate)
+                if continuation_ids(processing_class, text) == candidate:
                     tried.append(candidate)
             if not tried:
                 continue
@@ -96,6 +97,10 @@ class GcgAttack(Attack):
             if losses[-1] < least:
                 best, least = suffix, losses[-1]
         return best, losses
+
+
+def _suffix_text(processing_class: PreTrainedTokenizerBase, suffix: list[int]) -> str:
+    return continuation_text(processing_class, text_ids(processing_class, "Question:"), suffix)
 
 
 def token_gradient(
@@ -155,11 +160,11 @@ def _batch(
 ) -> tuple[dict[str, torch.Tensor], list[int]]:
     """A batch of question, suffix and supervised answer, suffix by suffix; and where each suffix starts in its text."""
     rows, starts = [], []
-    tail = processing_class("\nAnswer:", add_special_tokens=False)["input_ids"]
+    tail = continuation_ids(processing_class, "\nAnswer:")
     texts = [
         (
-            processing_class(f"Question: {question.text}")["input_ids"],
-            processing_class(f" {question.answer}", add_special_tokens=False)["input_ids"],
+            text_ids(processing_class, f"Question: {question.text}"),
+            continuation_ids(processing_class, f" {question.answer}"),
         )
         for question in questions
     ]

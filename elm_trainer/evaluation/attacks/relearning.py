@@ -15,6 +15,7 @@ from trl import SFTConfig, SFTTrainer
 
 from ...data.answers import names_answer
 from ...data.questions import Question
+from ...data.tokens import tokenize
 from ..fluency import as_prompt
 from .base import Attack, AttackResult, AttackTarget
 from .quantization import is_quantised
@@ -130,7 +131,7 @@ class RelearningAttack(Attack):
         else:
             model = model if target.pair.adapter is None else model.merge_and_unload()
             model.requires_grad_(self.weights == "full")
-        ids = tokenizer(texts, truncation=True, max_length=self.max_length)["input_ids"]
+        ids = [text.ids[: self.max_length] for text in tokenize(tokenizer, texts)]
         lora = LoraConfig(
             r=self.lora_rank, lora_alpha=self.lora_rank, target_modules="all-linear", task_type="CAUSAL_LM"
         )

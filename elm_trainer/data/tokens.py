@@ -1,0 +1,178 @@
+"""How texts become tokens and are joined: one beginning, and no end that a tokenizer adds."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
+
+
+# What a text that goes on from another is tokenised behind, where its own beginning would not be one of a text.
+_BEFORE = ("\n", ":")
+
+
+class TokenizedText(NamedTuple):
+    """A text's tokens, and where they end in it.
+
+    Attributes:
+        ids (`list[int]`): Token ids.
+        ends (`list[int]`): Characters of the text that a token and all before it hold; empty where the tokenizer, not a
+            fast one, cannot tell.
+        added (`list[bool]`): Whether the tokenizer added a token that is not in the text, such as a first one.
+    """
+
+    ids: list[int]
+    ends: list[int]
+    added: list[bool]
+
+
+def text_tokenizer(processing_class: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer itself, of a processor that takes images or sound too."""
+    return processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
+
+
+def tokenize(processing_class: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[TokenizedText]:
+    """Tokenise texts as a model is to read them, whichever tokens the tokenizer adds at either end.
+
+    What it adds in front stands there once, also where the text (of a chat template, say) begins with it. What it adds
+    behind is left out: most texts go on with something, and a text that ends says so itself.
+
+    Args:
+        processing_class ([`~transformers.PreTrainedTokenizerBase`]): Tokenizer, or a processor that has one.
+        texts (`Sequence[str]`): Texts.
+    """
+    tokenizer = text_tokenizer(processing_class)
+    if not texts:
+        return []
+    encoded = tokenizer(
+        list(texts),
+        return_offsets_mapping=tokenizer.is_fast,
+        return_special_tokens_mask=True,
+        return_attention_mask=False,
+        verbose=False,  # texts may be longer than the model takes; they are cut later
+    )
+    offsets = encoded["offset_mapping"] if tokenizer.is_fast else [[]] * len(texts)
+    return [
+        _without_end(tokenizer, *row)
+        for row in zip(encoded["input_ids"], offsets, encoded["special_tokens_mask"], strict=True)
+    ]
+
+
+def _without_end(
+    tokenizer: PreTrainedTokenizerBase, ids: list[int], offsets: list[tuple[int, int]], mask: list[int]
+) -> TokenizedText:
+    own = [index for index, added in enumerate(mask) if not added]
+    if own:
+        first, last = own[0], own[-1] + 1
+    else:
+        # Of an empty text all tokens are added, and only their names tell which would stand behind it.
+        first, last = 0, int(ids[:1] == [tokenizer.bos_token_id])
+    start = first if ids[first : 2 * first] == ids[:first] else 0
+    ends, reached = [], 0
+    for _, end in offsets[start:last]:
+        reached = max(reached, end)
+        ends.append(reached)
+    return TokenizedText(list(ids[start:last]), ends, [bool(added) for added in mask[start:last]])
+
+
+def text_ids(processing_class: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The token ids of one text, as [`tokenize`] gives them."""
+    return tokenize(processing_class, [text])[0].ids
+
+
+def tokenize_pairs(
+    processing_class: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]]
+) -> list[tuple[list[int], int]]:
+    """Tokenise each prompt and completion as one text, so that no artificial token boundary arises between them.
+
+    Returns:
+        `list[tuple[list[int], int]]`: the token ids, and the index of the first token that holds a character of the
+        completion (a token across the seam counts as completion and is supervised).
+    """
+    tokenized = []
+    for (prompt, _), text in zip(
+        pairs, tokenize(processing_class, [first + then for first, then in pairs]), strict=True
+    ):
+        if text.ends or not text.ids:
+            start = next((index for index, end in enumerate(text.ends) if end > len(prompt)), len(text.ids))
+        else:
+            start = common_prefix(text_ids(processing_class, prompt), text.ids)
+        tokenized.append((text.ids, start))
+    return tokenized
+
+
+def tokenize_pair(processing_class: PreTrainedTokenizerBase, prompt: str, completion: str) -> tuple[list[int], int]:
+    """One pair of [`tokenize_pairs`]."""
+    return tokenize_pairs(processing_class, [(prompt, completion)])[0]
+
+
+def behind_context(
+    processing_class: PreTrainedTokenizerBase, context: str, text: Sequence[int]
+) -> tuple[list[int], int]:
+    """A text behind a line of context, its tokens the same as without it, and what begins the text at the head of both.
+
+    Args:
+        processing_class ([`~transformers.PreTrainedTokenizerBase`]): Tokenizer.
+        context (`str`): Context.
+        text (`Sequence[int]`): Token ids of the text.
+
+    Returns:
+        `tuple[list[int], int]`: the token ids, and the index of the first token that is predicted without the context too.
+    """
+    tokenizer = text_tokenizer(processing_class)
+    context_tokens = tokenize(tokenizer, [context + "\n"])[0]
+    added = sum(context_tokens.added)
+    begin = context_tokens.ids[:added]
+    if not begin and tokenizer.bos_token_id in text[:1] and tokenizer.bos_token_id not in text[1:]:
+        begin = [tokenizer.bos_token_id]  # of a chat template; a token that returns opens a turn
+    rest = list(text)[len(begin) :] if list(text[: len(begin)]) == begin else list(text)
+    ids = [*begin, *context_tokens.ids[added:]]
+    # Without a context nothing predicts a text's first token.
+    return ids + rest, len(ids) + (len(rest) == len(text))
+
+
+def continuation_ids(processing_class: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The token ids of a text that goes on from another, tokenised apart from it.
+
+    Some tokenizers put a space before a text's first word. Behind another text there is none that it does not have.
+    """
+    tokenizer = text_tokenizer(processing_class)
+    for before in _BEFORE:
+        head, whole = (text_ids(tokenizer, part) for part in (before, before + text))
+        if whole[: len(head)] == head:
+            return whole[len(head) :]
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def continuation_text(processing_class: PreTrainedTokenizerBase, before: Sequence[int], ids: Sequence[int]) -> str:
+    """What tokens say that were generated behind others, without special tokens.
+
+    They are decoded together: alone, some tokenizers would leave out the space before a text's first word.
+    """
+    tokenizer = text_tokenizer(processing_class)
+    head, whole, alone = (
+        str(tokenizer.decode(list(part), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        for part in (before, [*before, *ids], ids)
+    )
+    return whole.removeprefix(head) if whole.startswith(head) else alone
+
+
+def pad_left(rows: Sequence[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and their mask, `[rows, width]`, padded on the left by zeros, which are masked."""
+    masks = [torch.ones(len(row), dtype=torch.long) for row in rows]
+    ids, mask = (
+        pad_sequence(parts, batch_first=True, padding_side="left")
+        for parts in ([torch.tensor(row) for row in rows], masks)
+    )
+    return ids, mask
+
+
+def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
+    """Tokens that both begin with."""
+    length = 0
+    for left, right in zip(one, other, strict=False):
+        if left != right:
+            break
+        length += 1
+    return length
