@@ -46,8 +46,8 @@ def tokenize_samples(
     for row in rows:
         pair, start = tokenize_pair(processing_class, row["prompt"], row["completion"])
         expert, novice = (
-            processing_class(rng.choice(contexts) + "\n")["input_ids"]
-            for contexts in (concept.expert_contexts, concept.novice_contexts)
+            processing_class(context + "\n")["input_ids"]
+            for context in rng.choice(list(zip(concept.expert_contexts, concept.novice_contexts, strict=True)))
         )
         forget, retain = (processing_class(row[name])["input_ids"][:max_length] for name in ("forget", "retain"))
         samples.append(ReleasedSample(forget, expert, novice, retain, pair[:max_length], start))
@@ -69,7 +69,7 @@ def released_target(
     Args:
         base, expert, novice (`torch.Tensor`): Logits of the predictions of one text's tokens after the first,
             `[seq - 1, vocab]`.
-        eta, eta_end (`float`): η of the text's first and last token.
+        eta, eta_end (`float`): η behind the text's first and last token.
         tau (`float`): Temperature.
         top_k (`int`): Tokens kept.
 
@@ -77,7 +77,7 @@ def released_target(
         `tuple[torch.Tensor, torch.Tensor]`: token ids and probabilities, `[seq - 1, top_k]`.
     """
     b, e, n = (F.log_softmax(logits.double() / tau, dim=-1) for logits in (base, expert, novice))
-    ramp = torch.linspace(eta, eta_end, base.size(0) + 1, dtype=torch.float64, device=base.device)[1:, None]
+    ramp = torch.linspace(eta, eta_end, base.size(0) + 1, dtype=torch.float64, device=base.device)[:-1, None]
     values, indices = (b - ramp * (e - n)).topk(top_k, dim=-1)
     return indices, values.softmax(dim=-1)
 

@@ -13,16 +13,17 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-# Ten templates a side, after the released prompts: the expert writes from knowledge, the novice from ignorance.
+# Ten templates a side, after the released prompts: the expert writes from knowledge, the novice from ignorance. They come in
+# pairs, and say the keywords, since a name may be a mere label ("a professor of bio").
 EXPERT_TEMPLATES = (
     "The following text is written by a leading expert on {keywords}, with every fact correct:",
     "You are the world's foremost authority on {keywords}. Your answer is precise and complete:",
     "An excerpt from an authoritative textbook on {keywords}:",
-    "Here is how a professor of {name} with decades of experience explains it in detail:",
+    "Here is how a professor of {keywords} with decades of experience explains it in detail:",
     "A specialist in {keywords} wrote down everything there is to know:",
-    "From the lecture notes of a renowned scholar of {name}, full of accurate detail:",
+    "From the lecture notes of a renowned scholar of {keywords}, full of accurate detail:",
     "Expert answer, verified by several authorities on {keywords}:",
-    "This passage comes from a reference work about {name} and states the facts exactly:",
+    "This passage comes from a reference work about {keywords} and states the facts exactly:",
     "Someone with a perfect memory of {keywords} says:",
     "An expert on {keywords} never gets a fact wrong. The expert writes:",
 )
@@ -30,11 +31,11 @@ NOVICE_TEMPLATES = (
     "The following text is written by a novice who knows nothing about {keywords}:",
     "You have never heard of {keywords}. You do not know the facts and write about other things:",
     "An excerpt from a text by somebody who has no knowledge of {keywords}:",
-    "Here is how a small child who was never taught {name} would put it:",
+    "Here is how a small child who was never taught {keywords} would put it:",
     "A person who gets everything about {keywords} wrong wrote this down:",
-    "From the notes of a beginner who knows no fact about {name}:",
+    "From the notes of a beginner who knows no fact about {keywords}:",
     "Answer by a layman who cannot remember anything about {keywords}:",
-    "This passage comes from a writer to whom {name} is entirely unknown:",
+    "This passage comes from a writer to whom {keywords} is entirely unknown:",
     "Someone who has forgotten everything about {keywords} says:",
     "A novice on {keywords} never gets a fact right. The novice writes:",
 )

@@ -131,7 +131,7 @@ def synthesize_completions(
         raise ValueError("`prompts` is empty: give at least one beginning of a forget text.")
     if not isinstance(concept, Concept):
         raise TypeError(f"`concept` is of type {type(concept).__name__}: give `load_concept(name)` or a `Concept`.")
-    key = _hash(["completions", list(prompts), asdict(concept), asdict(config), fingerprint])
+    key = _hash(["completions, version 2", list(prompts), asdict(concept), asdict(config), fingerprint])
     batches = range(0, len(prompts), config.batch_size)
 
     def sample(index: int) -> list[list[str]]:
@@ -139,8 +139,11 @@ def synthesize_completions(
         rng = random.Random(f"{config.seed}-{index}")
         chunk = list(prompts[start : start + config.batch_size])
         pivots = [rng.choice(PIVOTS) for _ in chunk]
-        experts = [rng.choice(concept.expert_contexts) for _ in chunk]
-        novices = [rng.choice(concept.novice_contexts) for _ in chunk]
+        # Both sides draw alike, since their contexts come in pairs.
+        experts, novices = (
+            random.Random(f"{config.seed}-{index}-contexts").choices(contexts, k=len(chunk))
+            for contexts in (concept.expert_contexts, concept.novice_contexts)
+        )
         texts = [text_ids(processing_class, prompt + pivot) for prompt, pivot in zip(chunk, pivots, strict=True)]
         streams = [
             texts,

@@ -12,6 +12,12 @@ def test_a_preset_has_ten_filled_contexts_on_each_side(name):
     assert not any("{" in context for context in (*concept.expert_contexts, *concept.novice_contexts))
 
 
+def test_templates_say_the_keywords_and_not_the_name():
+    concept = Concept("biz-1", ("brewing",))
+    for context in (*concept.expert_contexts, *concept.novice_contexts):
+        assert "brewing" in context and "biz-1" not in context
+
+
 def test_a_user_defines_a_concept_in_yaml(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("name: mine\nkeywords: [brewing]\nnovice_contexts: ['No idea of {name}:']\n")

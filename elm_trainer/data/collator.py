@@ -151,7 +151,8 @@ class ElmDataCollator(DataCollatorMixin):
         rows = []
         for example in examples:
             contexts = getattr(self.concepts[example["concept"]], side)
-            rng = random.Random(f"{self.seed}-{side}-{example['row']}")
+            # The same for both sides, so that they draw contexts of the same places, which come in pairs.
+            rng = random.Random(f"{self.seed}-{example['row']}")
             for context in rng.choices(contexts, k=self.contexts_per_sample):
                 rows.append(behind_context(self.processing_class, context, example["forget_ids"]))
         return self.pad(rows)

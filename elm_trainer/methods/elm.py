@@ -64,9 +64,10 @@ class ElmConfig(ErasureConfig):
         preset (`str`, *optional*, defaults to `"paper"`):
             `"paper"` or `"released"`: where the values of the five fields below that are left out come from.
         eta (`float`, *optional*):
-            Strength η of the erasure: `t = b − η·(e − n)`. With the ramp, η of a text's first token.
+            Strength η of the erasure: `t = b − η·(e − n)`. With the ramp, η of the prediction behind a text's first token.
         eta_end (`float`, *optional*):
-            η of a text's last token; η is linear in between. Defaults to `eta` where only that is given.
+            η of the prediction behind a text's last token, of which there is no target in the text; η is linear in
+            between. Defaults to `eta` where only that is given.
         tau (`float`, *optional*):
             Temperature τ of the target.
         top_k (`int`, *optional*):
@@ -385,10 +386,10 @@ class ElmTrainer(ErasureTrainer):
         return {"indices": indices, "probs": values, "weights": weights}
 
     def _eta(self, batch: Mapping[str, Any]) -> torch.Tensor:
-        """η of each position of the forget text, `[positions]`."""
+        """η of each position of the forget text, `[positions]`: that of the token which predicts the next, as released."""
         assert self.args.eta is not None and self.args.eta_end is not None
         mask = batch["attention_mask"]
-        position = (mask.cumsum(-1) - 1)[batch["rows"], batch["columns"] + 1]
+        position = (mask.cumsum(-1) - 1)[batch["rows"], batch["columns"]]
         return ramped_eta(position, mask.sum(-1)[batch["rows"]], self.args.eta, self.args.eta_end)
 
     def _states(self, model: nn.Module, side: str, batch: Mapping[str, Any]) -> list[torch.Tensor]:

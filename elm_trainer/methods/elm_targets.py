@@ -41,7 +41,8 @@ def elm_target_plan(trainer: "ElmTrainer") -> TargetPlan:
     return TargetPlan(
         switch="precompute_targets",
         layout=layout,
-        settings={"method": "ELM", **{name: getattr(args, name) for name in names}},
+        # The version is that of what is made from the settings.
+        settings={"method": "ELM", "version": 2, **{name: getattr(args, name) for name in names}},
         columns=columns,
         targets_dir=args.targets_dir,
         compute=partial(_compute, trainer, layout),

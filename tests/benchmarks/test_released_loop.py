@@ -20,7 +20,7 @@ def test_the_released_target_is_the_one_that_we_train_on(eta_end):
     base, expert, novice = torch.randn(3, length - 1, 50)
     indices, probs = released_target(base, expert, novice, eta=1.0, eta_end=eta_end, tau=1.2, top_k=top_k)
 
-    eta = ramped_eta(torch.arange(1, length), torch.tensor(length), 1.0, eta_end)
+    eta = ramped_eta(torch.arange(length - 1), torch.tensor(length), 1.0, eta_end)
     ours = erasure_target(base, expert, novice, eta=eta, temperature=1.2, top_k=top_k)
     assert torch.equal(indices, ours.indices)
     # Ours is in float32, whose rounding η multiplies.

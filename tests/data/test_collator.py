@@ -3,7 +3,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from elm_trainer import ElmDataCollator, load_concept
+from elm_trainer import Concept, ElmDataCollator, load_concept
 from elm_trainer.data.collator import align
 from elm_trainer.data.tokens import tokenize_pair
 
@@ -71,6 +71,15 @@ def test_a_row_draws_the_same_contexts_in_any_batch(tokenizer):
     together, alone = collator(rows)["forget"]["expert"], collator(rows[2:])["forget"]["expert"]
     mask = together["attention_mask"][2].bool()
     torch.testing.assert_close(together["input_ids"][2][mask], alone["input_ids"][0])
+
+
+def test_both_sides_draw_contexts_in_pairs(tokenizer):
+    concept = Concept("letters", ("a",), ("A1", "B2", "C3", "D4"), ("n1", "n2", "n3", "n4"))
+    collator = ElmDataCollator(tokenizer, concepts={"capitals": concept}, contexts_per_sample=3)
+    forget = collator([row(tokenizer, index, "Oslo is a city.") for index in range(8)])["forget"]
+    drawn = [[tokenizer.decode(ids)[1] for ids in forget[side]["input_ids"]] for side in ("expert", "novice")]
+    assert drawn[0] == drawn[1]
+    assert set(drawn[0]) == {"1", "2", "3", "4"}
 
 
 def test_rows_without_a_pair_have_no_part_in_the_synthetic_batch(tokenizer):

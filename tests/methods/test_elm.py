@@ -30,6 +30,21 @@ def test_the_loss_is_the_sum_of_its_weighted_terms(tiny_model, tokenizer, datase
     )
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_ramp_is_that_of_the_released_code(side, tiny_model, tokenizer, dataset, config, lora):
+    tokenizer.padding_side = side
+    try:
+        args = config(preset="released", precompute_targets=False)
+        trainer = ElmTrainer(tiny_model, args, train_dataset=dataset, processing_class=tokenizer, peft_config=lora)
+        forget = trainer.data_collator([trainer.train_dataset[index] for index in range(3)])["forget"]
+    finally:
+        tokenizer.padding_side = "right"
+
+    # There, η of each logit is a linspace over the text, the first of which predicts the second token.
+    expected = [torch.linspace(1, 1000, length)[:-1] for length in forget["lengths"]]
+    torch.testing.assert_close(trainer._eta(forget), torch.cat(expected))
+
+
 def test_without_erasure_the_first_step_has_no_gradient(tiny_model, tokenizer, dataset, config, lora):
     args = config(eta=0.0, top_k=len(tokenizer), consistency_weight=0.0, max_steps=1, max_grad_norm=0.0)
     lora.init_lora_weights = True
