@@ -77,12 +77,14 @@ def generate_answers(
 ) -> Generations:
     """Continue prompts that are already in their final form.
 
+    Of the model's own generation settings only the end tokens have a part, not its penalties, beams or lengths.
+
     Args:
         model ([`~transformers.PreTrainedModel`]): Model; put in evaluation mode for the call, then back.
         processing_class ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
         prompts (`Sequence[str]`): Prompts.
         max_new_tokens (`int`, *optional*, defaults to `32`): Longest continuation, in tokens.
-        temperature (`float`, *optional*, defaults to `0.0`): Of sampling; `0` is greedy.
+        temperature (`float`, *optional*, defaults to `0.0`): Of sampling among the 50 likeliest tokens; `0` is greedy.
         seed (`int`, *optional*): Of sampling, for the same continuations of the same prompts at the same batch size,
             whatever the number of processes: batch `i` is drawn with `seed + i`. torch's global random state is then
             left as it was. Without a seed, that state is drawn from.
@@ -105,6 +107,8 @@ def generate_answers(
         max_new_tokens=max_new_tokens,
         do_sample=temperature > 0,
         temperature=temperature or None,
+        # What transformers has where nothing is said: sampling among the 50 likeliest tokens.
+        top_k=50 if temperature else None,
         eos_token_id=ends,
         pad_token_id=pad,
         use_cache=True,  # a model that trains with gradient checkpointing has it switched off

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from ..data.tokens import common_prefix
 from .likelihood import suits_packing
@@ -36,9 +36,7 @@ def generation_inputs(
     """
     width = max(len(row) for row in rows)
     shared = _shared(rows)
-    # `generate` takes no cache beside a model's own choice of one, but forgets "hybrid", an old one.
-    own_cache = model.generation_config.cache_implementation not in (None, "hybrid")
-    if shared < _LEAST_SHARED or own_cache or not suits_packing(model, width + new_tokens):
+    if shared < _LEAST_SHARED or not suits_packing(model, width + new_tokens):
         shared = 0
     input_ids = torch.full((len(rows), width), pad_token_id)
     mask = torch.zeros_like(input_ids)
@@ -56,11 +54,19 @@ def generation_inputs(
 
 @contextmanager
 def generating(model: PreTrainedModel | PeftModel) -> Iterator[None]:
-    """While this holds, `generate` works under FSDP too, whose weights outside the layers only `forward` would gather, and
+    """While this holds, `generate` does what it is told and no more: whatever it is not told, it would take from the model's
+    own settings, which may hold penalties, beams, a minimum length or a cache.
+
+    It works under FSDP too, whose weights outside the layers only `forward` would gather, and
     what the head reads lies in one block: torch would multiply a slice of the states row by row with a head that needs no
     gradient, and copy its weights for every row.
     """
     head = model.get_output_embeddings()
+    # PEFT keeps the settings beside the base's, and hands them over.
+    parts = [model, model.get_base_model()] if isinstance(model, PeftModel) else [model]
+    owned = [(part, part.generation_config) for part in parts if "generation_config" in vars(part)]
+    for part, _ in owned:
+        part.generation_config = GenerationConfig()
     handle = head.register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
     sharded = isinstance(model, FSDPModule)
     if sharded:
@@ -68,6 +74,8 @@ def generating(model: PreTrainedModel | PeftModel) -> Iterator[None]:
     try:
         yield
     finally:
+        for part, settings in owned:
+            part.generation_config = settings
         handle.remove()
         if sharded:
             del model.generate  # the instance's; the method of the class is left

@@ -3,6 +3,7 @@ import warnings
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tokenizers.processors import TemplateProcessing
 
 from elm_trainer.data.tokens import text_ids
@@ -79,6 +80,37 @@ def test_generating_changes_neither_training_mode_nor_padding_side_and_warns_of_
 
     assert tiny_model.training
     assert tokenizer.padding_side == side
+
+
+SETTINGS = {
+    "repetition_penalty": 5.0,
+    "no_repeat_ngram_size": 1,
+    "num_beams": 3,
+    "min_new_tokens": 6,
+    "suppress_tokens": list(range(0, 40_000)),
+    "forced_eos_token_id": 7,
+    "top_k": 1,
+    "top_p": 0.1,
+    "min_p": 0.9,
+    "typical_p": 0.1,
+    "num_return_sequences": 2,
+    "return_dict_in_generate": True,
+    "cache_implementation": "static",
+}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("peft", [False, True])
+def test_a_models_own_generation_settings_change_no_answer(peft, temperature, sharp_model, tokenizer):
+    model = get_peft_model(sharp_model, LoraConfig(task_type="CAUSAL_LM")).eval() if peft else sharp_model
+    asked = {"max_new_tokens": 6, "temperature": temperature, "seed": 0}
+    plain = generate(model, tokenizer, PROMPTS, **asked)
+
+    for name, value in SETTINGS.items():
+        setattr(model.generation_config, name, value)
+        assert generate(model, tokenizer, PROMPTS, **asked) == plain, name
+        assert getattr(model.generation_config, name) == value
+        setattr(model.generation_config, name, None)
 
 
 def test_the_model_is_put_back_into_training_mode_when_generation_fails(tiny_model, tokenizer, monkeypatch):

@@ -94,13 +94,6 @@ def test_a_learned_prompt_stands_before_all_that_is_read(tiny_model, tokenizer):
     assert len(generate(model, tokenizer, PROMPTS, max_new_tokens=2)) == 3
 
 
-def test_a_model_with_a_cache_of_its_own_choice_keeps_it(tiny_model, tokenizer):
-    tiny_model.generation_config.cache_implementation = "static"
-
-    assert "past_key_values" not in generation_inputs(tiny_model, [[1, 2, 3, 4, 5], [1, 2, 3, 4, 5]], 0, 4)
-    assert len(generate(tiny_model, tokenizer, PROMPTS, max_new_tokens=2)) == 3
-
-
 def test_no_row_gets_a_copy_of_a_frozen_head(tokenizer):
     """A product of a slice of the states, row by row, with weights that need no gradient copies these for every row."""
     model = sharpened(tiny("llama", len(tokenizer))).requires_grad_(False)
