@@ -8,6 +8,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from elm_trainer.modeling import demo_model_file
 
+from .no_skips import pytest_make_collect_report, pytest_runtest_makereport  # noqa: F401
+
 
 # Where it is not told, DeepSpeed writes what it has found to the output of whatever imports it first.
 if not torch.accelerator.is_available():

