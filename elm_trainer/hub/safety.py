@@ -33,9 +33,11 @@ _PICKLES = frozenset(
     (".bin", ".ckpt", ".dill", ".joblib", ".npy", ".npz", ".pickle", ".pkl", ".pt", ".pth", ".h5", ".msgpack", ".tar")
 )
 _CODE = frozenset((".py", ".pyc", ".pyd", ".pyo", ".pyx", ".so", ".dll", ".dylib", ".sh", ".bat", ".exe"))
-# A Trainer leaves these beside the adapter it saves. Nothing reads them on loading.
+# A Trainer, DeepSpeed and FSDP leave these beside the adapter that is saved. Nothing reads them on loading.
 _LEFT_BY_TRAINING = re.compile(
-    r"training_args\.bin|optimizer\.(bin|pt)|scheduler\.pt|scaler\.pt|rng_state(_\d+)?\.pth"
+    r"training_args\.bin|optimizer(_\d+)?\.(bin|pt)|scheduler\.pt|scaler\.pt|rng_state(_\d+)?\.pth|zero_to_fp32\.py|"
+    r"pytorch_model_fsdp(_\d+)?\.bin|((bf16|fp16)_)?zero_pp_rank_\d+_mp_rank_\d+_(optim|model)_states\.pt|"
+    r"mp_rank_\d+_model_states\.pt"
 )
 # Nothing of these is a setting, and vocabularies are large.
 _PLAIN_DATA = ("tokenizer.json", "vocab.json")
@@ -49,8 +51,8 @@ def check_names(names: Iterable[str], where: str, *, left_by_training: bool = Fa
     Args:
         names (`Iterable[str]`): Paths in the repository or folder.
         where (`str`): Repository or folder, for the error.
-        left_by_training (`bool`, *optional*, defaults to `False`): Whether to overlook `training_args.bin` and the other
-            pickles that a Trainer leaves beside an adapter, which nothing here reads.
+        left_by_training (`bool`, *optional*, defaults to `False`): Whether to overlook `training_args.bin` and what else
+            training leaves beside an adapter, which nothing here reads.
 
     Raises:
         UnsafeAdapterError: naming the file and what is wrong with it.
@@ -88,7 +90,10 @@ def check_folder(folder: Path, *, left_by_training: bool = False) -> dict[str, A
     check_names(names, str(folder), left_by_training=left_by_training)
     for needed in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         if needed not in names:
-            raise UnsafeAdapterError(f"{folder} holds no {needed}: it is not the folder of an adapter.")
+            # PEFT saves an adapter that is not called "default" in a folder of its name.
+            deeper = sorted(name.removesuffix(f"/{needed}") for name in names if name.endswith(f"/{needed}"))
+            hint = f"name the one in it, {folder / deeper[0]}" if deeper else "it is not the folder of an adapter"
+            raise UnsafeAdapterError(f"{folder} holds no {needed}: {hint}.")
     for name in names:
         if name.lower().endswith(".json") and "/" not in name and name not in _PLAIN_DATA:
             if holds_key(read_json(folder / name), "auto_map"):

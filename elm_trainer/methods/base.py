@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from accelerate.utils import gather_object
 from datasets import Dataset
 from huggingface_hub import HfApi
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, TaskType
 from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -634,6 +634,10 @@ class ErasureTrainer(SFTTrainer):
         pass
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        unwrapped = self.accelerator.unwrap_model(self.model)
+        for config in unwrapped.peft_config.values() if isinstance(unwrapped, PeftModel) else ():
+            # Where it is not told, PEFT saves the name of a class to import, which `load_erased` does for nobody.
+            config.task_type = config.task_type or TaskType.CAUSAL_LM
         card = Path(output_dir or self.args.output_dir) / "README.md"
         written = card.read_bytes() if card.exists() else None
         if self.is_fsdp_enabled:

@@ -1,5 +1,6 @@
 """Throw-away adapters that stand for expert and novice where a context hardly changes a small model (DESIGN §5)."""
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -51,8 +52,16 @@ class Teacher:
             while own in model.peft_config:  # an adapter of the user's
                 own += "_"
             teacher = cls(model, own, model.active_adapter)
+            # Inside a module that the trained adapter saves whole, an adapter would change the names of what is saved.
+            whole = "|".join(map(re.escape, model.active_peft_config.modules_to_save or ()))
             model.add_adapter(
-                own, LoraConfig(r=args.teacher_rank, lora_alpha=args.teacher_rank, target_modules="all-linear")
+                own,
+                LoraConfig(
+                    r=args.teacher_rank,
+                    lora_alpha=args.teacher_rank,
+                    target_modules="all-linear",
+                    exclude_modules=rf"(.*\.)?({whole})(\..*)?" if whole else None,
+                ),
             )
             model.set_adapter(own)
             if args.gradient_checkpointing:
