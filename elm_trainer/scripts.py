@@ -39,8 +39,10 @@ def hush_libraries() -> None:
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
     import torch
 
-    # Where it is not told, DeepSpeed writes what it has found to the output.
     if not torch.accelerator.is_available():
+        # Its default asks for memory that only a device would read faster.
+        warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true but no accelerator is found")
+        # Where it is not told, DeepSpeed writes what it has found to the output.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
