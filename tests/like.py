@@ -33,7 +33,7 @@ def llama3(ends: str = "<|begin|> $A") -> PreTrainedTokenizerFast:
     """As Llama 3's: it begins every text, and so does its chat template."""
     tokenizer = byte_level(
         ends,
-        ("<|begin|>", "<|end|>", "<|turn|>", "<|/turn|>", "<|pad|>"),
+        ("<|pad|>", "<|begin|>", "<|end|>", "<|turn|>", "<|/turn|>"),
         bos_token="<|begin|>",
         eos_token="<|end|>",
         pad_token="<|pad|>",
