@@ -7,7 +7,7 @@ from typing import Any
 from huggingface_hub.utils import yaml_dump
 
 from ..evaluation.attacks.tables import HEADER as ATTACKS_HEADER
-from ..evaluation.attacks.tables import attack_rows
+from ..evaluation.attacks.tables import attack_rows, strongest
 from ..evaluation.tables import (
     CHECK_COLUMNS,
     COLUMNS,
@@ -154,14 +154,10 @@ def _asked(report: Mapping[str, Any]) -> str:
 def _attacks(attacks: Mapping[str, Any] | None) -> str:
     if attacks is None:
         return "None was run."
-    strongest = {best["name"] for family in attacks["families"].values() for best in family.values()}
-    figures = {
-        name: figure for name, figure in attacks["figures"].items() if name in strongest or figure["family"] == "none"
-    }
     return (
         "The strongest variant of each attack, by the share of questions answered rightly: ranked first (`pmi`) or named "
         "freely (`names_answer`). *Unattacked* is the erased model on the same questions, *reference* the unmodified model "
-        "under the same attack, and p is corrected for all variants.\n\n" + _attack_table(figures)
+        "under the same attack, and p is corrected for all variants.\n\n" + _attack_table(strongest(attacks))
     )
 
 

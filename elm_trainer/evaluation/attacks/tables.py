@@ -3,18 +3,38 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.table import Table
+from rich import box
+from rich.padding import Padding
+from rich.table import Column, Table
+from rich.text import Text
+
+from ..labels import attack_label
 
 
 HEADER = ("attack", "metric", "n", "reference", "unattacked", "attacked", "p", "brings back")
 
+_METRICS = {"pmi": "questions ranked rightly, by PMI", "names_answer": "free answers that name the truth"}
+
 
 def render_attacks(report: Mapping[str, Any]) -> Table:
-    """All figures as a table for the terminal, the strongest attack first."""
-    table = Table(*HEADER, title="What attacks bring back (95 % intervals)")
-    for row in attack_rows(report["figures"]):
-        table.add_row(*row)
+    """The strongest variant of each attack, the strongest first, as a table that fits a terminal of 80 columns."""
+    columns = (Column("attack"), *(Column(name, no_wrap=True) for name in ("unattacked", "attacked", "back")))
+    table = Table(*columns, title="What attacks bring back (95 % intervals)", box=box.SIMPLE_HEAD, pad_edge=False)
+    metric = None
+    for name, figure in sorted(strongest(report).items(), key=lambda item: _rank(item[1])):
+        if figure["metric"] != metric:
+            metric = figure["metric"]
+            table.add_row(Text(_METRICS.get(metric, metric), style="bold"))
+        sides = (_cell(figure[side]) for side in ("unattacked", "erased"))
+        label = Padding(Text(attack_label(name, metric)), (0, 0, 0, 2))
+        table.add_row(label, *sides, "yes" if figure["brings_back"] else "no")
     return table
+
+
+def strongest(report: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """The figures of the strongest variant of each attack, beside those without an attack."""
+    names = {best["name"] for family in report["families"].values() for best in family.values()}
+    return {name: figure for name, figure in report["figures"].items() if name in names or figure["family"] == "none"}
 
 
 def markdown_attacks(report: Mapping[str, Any]) -> str:
@@ -25,11 +45,9 @@ def markdown_attacks(report: Mapping[str, Any]) -> str:
             f"- Worst case by `{metric}`: **{_cell(worst['erased'])}** under `{worst['name']}`, "
             f"{_cell(worst['plain'])} on the same questions unattacked."
         )
-    strongest = {best["name"] for family in report["families"].values() for best in family.values()}
-    figures = report["figures"]
     lines += ["", "## The strongest variant of each attack", ""]
-    lines += _markdown({name: figures[name] for name in figures if name in strongest or name.startswith("none.")})
-    lines += ["", "## All variants", "", *_markdown(figures)]
+    lines += _markdown(strongest(report))
+    lines += ["", "## All variants", "", *_markdown(report["figures"])]
     if report["skipped"]:
         lines += ["", "## Skipped", ""]
         lines += [f"- `{entry['name']}` {entry['settings']}: {entry['reason']}." for entry in report["skipped"]]
@@ -43,7 +61,7 @@ def _markdown(figures: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 def attack_rows(figures: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
     """Figures of an attack report as text, in the order of `HEADER`, by metric and then by strength."""
-    ranked = sorted(figures.items(), key=lambda item: (item[1]["metric"], -item[1]["erased"]["value"]))
+    ranked = sorted(figures.items(), key=lambda item: _rank(item[1]))
     return [
         [
             name.removesuffix(f".{figure['metric']}"),
@@ -55,6 +73,11 @@ def attack_rows(figures: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
         ]
         for name, figure in ranked
     ]
+
+
+def _rank(figure: Mapping[str, Any]) -> tuple[str, float]:
+    """Place of a figure: by metric, and then by strength."""
+    return figure["metric"], -figure["erased"]["value"]
 
 
 def _cell(figure: Mapping[str, float] | None) -> str:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
 from ..attacks.tables import HEADER, attack_rows
@@ -24,18 +25,45 @@ _COLUMNS = {
     "retention.perplexity": "retain perplexity",
 }
 
+_SHORT = {
+    "multiple_choice.{concept}.pmi": "concept (PMI)",
+    "open_answers.{concept}": "named freely",
+    "fluency.greedy.r_ppl": "R-PPL",
+    "specificity.near": "near",
+    "specificity.far": "far",
+    "retention.perplexity": "retain",
+}
+
 
 def render_comparison(report: Mapping[str, Any]) -> list[Table]:
-    """Both tables, the costs and the claims, for the terminal."""
+    """Both tables in short, the costs and the claims, for a terminal of 80 columns."""
     rendered = []
-    parts = [(_title(report, budget), table_rows(report, budget)) for budget in TITLES]
-    parts += [("Costs", cost_rows(report)), ("What the paper says", claim_rows(report))]
+    parts = [(f"{_title(report, budget)} (intervals in the file)", short_rows(report, budget)) for budget in TITLES]
+    claims = [[f"{claim} ({table})", verdict] for claim, table, verdict, *_ in claim_rows(report)[1:]]
+    parts += [("Costs", cost_rows(report)), ("What the paper says", [["claim", "verdict"], *claims])]
     for title, (header, *rows) in parts:
-        table = Table(*header, title=title)
+        table = Table(*header, title=title, box=box.SIMPLE_HEAD, pad_edge=False)
         for row in rows:
             table.add_row(*row)
         rendered.append(table)
     return rendered
+
+
+def short_rows(report: Mapping[str, Any], budget: str) -> list[list[str]]:
+    """One of the two tables with the values of few figures as text, header first."""
+    names = {pattern.format(concept=report["concept"]): title for pattern, title in _SHORT.items()}
+    rows = [["method", *names.values(), "× bound"]]
+    for method, row in report["tables"][budget]["methods"].items():
+        label = f"{_label(report, method)} (failed)" if row["failed"] else _label(report, method)
+        if not row["figures"]:
+            rows.append([label, *["–"] * (len(names) + 1)])
+            continue
+        if len(rows) == 1 or rows[1][0] != "reference":
+            before = [f"{row['figures'][name]['reference']['value']:.3g}" for name in names]
+            rows.insert(1, ["reference", *before, "–"])
+        values = [f"{row['figures'][name]['erased']['value']:.3g}" for name in names]
+        rows.append([label, *values, f"{row['score']['worst']:.2f}"])
+    return rows
 
 
 def markdown_comparison(report: Mapping[str, Any]) -> str:

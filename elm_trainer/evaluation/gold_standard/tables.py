@@ -3,20 +3,30 @@
 from collections.abc import Mapping
 from typing import Any
 
-from rich.table import Table
+from rich import box
+from rich.table import Column, Table
 
 from .models import MODELS
 
 
 # The measures that a reader compares first; the report holds all of them.
-_SHOWN = ("accuracy.keepers", "accuracy.retained", "open_answers.concept", "open_answers.retained", "perplexity.prose")
+_SHOWN = {
+    "accuracy.keepers": "concept, ranked rightly",
+    "accuracy.retained": "retained, ranked rightly",
+    "open_answers.concept": "concept, named freely",
+    "open_answers.retained": "retained, named freely",
+    "perplexity.prose": "perplexity of prose",
+}
 
 
 def render_gold_standard(report: Mapping[str, Any]) -> Table:
     """The four models side by side: plain measures, then how fast each learns the concept."""
-    table = Table("measure", *MODELS, title="Beside a model that was never taught (95 % intervals)")
+    columns = (Column("measure"), *(Column(model, no_wrap=True) for model in MODELS))
+    table = Table(
+        *columns, title="Beside a model that was never taught (95 % intervals)", box=box.SIMPLE_HEAD, pad_edge=False
+    )
     for name in _SHOWN:
-        table.add_row(name, *(_cell(report["figures"][name][model]) for model in MODELS))
+        table.add_row(_SHOWN[name], *(_cell(report["figures"][name][model]) for model in MODELS))
     for split, found in report["relearning"].items():
         for measure, label in (("steps", "steps to relearn"), ("ratio", "times the never-taught's speed")):
             row = []
@@ -29,4 +39,5 @@ def render_gold_standard(report: Mapping[str, Any]) -> Table:
 
 
 def _cell(figure: Mapping[str, float]) -> str:
-    return f"{figure['value']:.3g} [{figure['low']:.3g}, {figure['high']:.3g}]"
+    # Below each other, so that four models stand side by side in 80 columns.
+    return f"{figure['value']:.2g}\n[{figure['low']:.2g}, {figure['high']:.2g}]"

@@ -1,3 +1,4 @@
+import io
 import json
 import subprocess
 import sys
@@ -6,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from elm_trainer.evaluation.attacks import (
     Attack,
@@ -117,7 +119,11 @@ def test_tables_and_pictures_are_made_of_the_report_alone(untouched, tmp_path):
     assert (tmp_path / "attacks.png").read_bytes().startswith(b"\x89PNG")
     plot_attacks(report | {"curves": {}}, tmp_path / "ladder.png")
     assert (tmp_path / "ladder.png").stat().st_size < (tmp_path / "attacks.png").stat().st_size
-    assert render_attacks(report).row_count == len(report["figures"])
+    console = Console(width=80, file=io.StringIO())
+    console.print(render_attacks(report))
+    printed = console.file.getvalue()
+    assert "questions ranked rightly, by PMI" in printed and "  recorded, a " in printed
+    assert "[1.00, 1.00]" in printed and max(map(len, printed.splitlines())) <= 80
     text = markdown_attacks(report)
     assert "Worst case by `pmi`: **1.00 [1.00, 1.00]** under `recorded.a.pmi`" in text
     assert text.count("| recorded.a | pmi | 18 | – |") == 2  # among the strongest, and among all

@@ -1,6 +1,8 @@
+import io
 import math
 
 import pytest
+from rich.console import Console
 
 from elm_trainer.evaluation.comparison.claims import paper_claims
 from elm_trainer.evaluation.comparison.figures import summarise
@@ -98,7 +100,12 @@ def test_tables_name_every_method_and_the_reference():
     header, *rows = table_rows(made, "seconds")
     assert [row[0] for row in rows] == ["reference", "ELM", "NPO"] and {len(row) for row in rows} == {len(header)}
     assert rows[1][-3:] == ["fails"] * 3 and rows[2][-3:] == ["holds"] * 3
-    assert len(render_comparison(made)) == 4
+    tables = render_comparison(made)
+    console = Console(width=80, file=io.StringIO())
+    console.print(*tables)
+    printed = console.file.getvalue()
+    assert len(tables) == 4 and max(map(len, printed.splitlines())) <= 80
+    assert {"reference", "ELM", "NPO", "seamlessness"} <= set(printed.split()) and "2.00" in printed
 
 
 def test_claims_that_are_not_measured_say_so():
