@@ -187,8 +187,8 @@ def built_in_suite(
             suite.banks[name] = _draw(bank, questions, rng)
             suite.roles[name] = "near" if name in near else "far"
             # A few that are answered freely show what is kept; they are drawn apart, so that no other draw changes.
-            if kept := _draw(bank, questions // 10, random.Random(seed)):
-                suite.open_questions[name] = [OpenQuestion(q.text, q.answer, q.aliases) for q in kept]
+            kept = _draw(bank, max(questions // 10, 1), random.Random(seed))
+            suite.open_questions[name] = [OpenQuestion(q.text, q.answer, q.aliases) for q in kept]
     suite.check()
     return suite
 

@@ -109,7 +109,7 @@ def test_a_role_that_does_not_exist_is_refused(roles, message):
 
 def test_only_what_a_suite_holds_something_for_is_measured(caplog):
     suite = built_in_suite(["brannock"], 6, banks={"brannock": []})
-    assert measurable(None, suite) == ["multiple-choice", "letter-choice", "specificity"]
+    assert measurable(None, suite) == ["multiple-choice", "letter-choice", "open-answers", "specificity"]
     assert "greedy-fluency is not measured: the suite has no concept_prompts" in caplog.text
     with pytest.raises(ValueError, match=r"`measures` is \['cloze'\], but the suite holds nothing"):
         measurable(["cloze"], suite)
