@@ -18,7 +18,7 @@ from .pair import SIDES, ModelPair, Side
 from .report import SCHEMA_VERSION, environment, pair_fingerprint, suite_info, write_json
 from .sharing import in_shards, place
 from .shortcuts import find_shortcuts
-from .suite import EvaluationSuite, built_in_suite
+from .suite import EvaluationSuite, Role, built_in_suite
 from .verdict import Criteria, judge, raise_flags
 
 
@@ -207,7 +207,8 @@ def _figures(items: Mapping[str, Mapping[str, Items]]) -> dict[str, dict[str, An
 def _samples(suite: EvaluationSuite, items: Mapping[str, Mapping[str, Items]]) -> list[dict[str, str]]:
     """Answers of both models to the same open questions: ten about each concept, then four about each that is kept."""
     samples = []
-    for role, count in (("erased", 10), ("near", 4), ("far", 4)):
+    counts: dict[Role, int] = {"erased": 10, "near": 4, "far": 4}
+    for role, count in counts.items():
         for name in suite.named(role):
             sides = items.get(f"open_answers.{name}", {})
             for index, question in enumerate(suite.open_questions.get(name, ())[:count] if sides else ()):

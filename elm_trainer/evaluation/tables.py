@@ -39,7 +39,7 @@ def verdict_lines(report: Mapping[str, Any]) -> list[tuple[str, str]]:
 def check_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """Every check of the verdict as text, in the order of `CHECK_COLUMNS`."""
     verdict = read_verdict(report)
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name in CRITERIA:
         for check in verdict[name]["checks"]:
             about, measured = figure_label(check["figure"], report["roles"])

@@ -21,7 +21,7 @@ def plot_gold_standard(report: Mapping[str, Any], path: str | Path) -> None:
     """Draw the relearning curves beside the never-taught model's, and the plain measures of each, into a PNG file."""
     figure = Figure(figsize=(12, 12), layout="constrained")
     FigureCanvasAgg(figure)
-    top, middle, bottom = figure.subfigures(3, 1)
+    top, middle, bottom = figure.subfigures(3, 1, squeeze=False)[:, 0]
     panels = dict(zip(_RELEARNING, top.subplots(1, 2), strict=True))
     accuracies, answers = middle.subplots(1, 2, width_ratios=(2, 1))
     perplexities, speeds = bottom.subplots(1, 2, width_ratios=(4, 3))
