@@ -48,13 +48,15 @@ def hush_libraries() -> None:
 
 def name_training_bar(trainer: "Trainer") -> None:
     """Let the bar of a training say what it counts, as all other bars do."""
+    from tqdm.auto import tqdm
     from transformers import ProgressCallback
 
     class NamedProgressCallback(ProgressCallback):
         def on_train_begin(self, args, state, control, **kwargs):
-            super().on_train_begin(args, state, control, **kwargs)
-            if self.training_bar is not None:
-                self.training_bar.set_description("Training")
+            # In place of the one without a name, which would be shown before it could be given one.
+            if state.is_world_process_zero:
+                self.training_bar = tqdm(total=state.max_steps, desc="Training", dynamic_ncols=True)
+            self.current_step = 0
 
     # There is none where bars are switched off.
     if trainer.pop_callback(ProgressCallback) is not None:

@@ -60,7 +60,7 @@ def main_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 def render_summary(report: Mapping[str, Any]) -> Table:
     """Before and after in few figures, as a table that fits a terminal of 80 columns."""
-    columns = (Column("measured by"), Column("before", no_wrap=True), Column("after", no_wrap=True))
+    columns = (Column("measured by", overflow="fold"), Column("before", no_wrap=True), Column("after", no_wrap=True))
     table = Table(*columns, title="Before and after (95 % intervals)", box=box.SIMPLE_HEAD, pad_edge=False)
     about = None
     for name in short_figures(report["figures"], report["roles"]):

@@ -18,7 +18,10 @@ _METRICS = {"pmi": "questions ranked rightly, by PMI", "names_answer": "free ans
 
 def render_attacks(report: Mapping[str, Any]) -> Table:
     """The strongest variant of each attack, the strongest first, as a table that fits a terminal of 80 columns."""
-    columns = (Column("attack"), *(Column(name, no_wrap=True) for name in ("unattacked", "attacked", "back")))
+    columns = (
+        Column("attack", overflow="fold"),
+        *(Column(name, no_wrap=True) for name in ("unattacked", "attacked", "back")),
+    )
     table = Table(*columns, title="What attacks bring back (95 % intervals)", box=box.SIMPLE_HEAD, pad_edge=False)
     metric = ""
     for name, figure in sorted(strongest(report).items(), key=lambda item: _rank(item[1])):
