@@ -13,7 +13,7 @@ from ..labels import attack_label
 
 HEADER = ("attack", "metric", "n", "reference", "unattacked", "attacked", "p", "brings back")
 
-_METRICS = {"pmi": "questions ranked rightly, by PMI", "names_answer": "free answers that name the truth"}
+_METRICS = {"pmi": "ranked rightly, by PMI", "names_answer": "named in a free answer"}
 
 
 def render_attacks(report: Mapping[str, Any]) -> Table:

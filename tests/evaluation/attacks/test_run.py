@@ -122,7 +122,7 @@ def test_tables_and_pictures_are_made_of_the_report_alone(untouched, tmp_path):
     console = Console(width=80, file=io.StringIO())
     console.print(render_attacks(report))
     printed = console.file.getvalue()
-    assert "questions ranked rightly, by PMI" in printed and "  recorded, a " in printed
+    assert "ranked rightly, by PMI" in printed and "  recorded, a " in printed
     assert "[1.00, 1.00]" in printed and max(map(len, printed.splitlines())) <= 80
     text = markdown_attacks(report)
     assert "Worst case by `pmi`: **1.00 [1.00, 1.00]** under `recorded.a.pmi`" in text
