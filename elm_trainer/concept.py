@@ -1,5 +1,6 @@
 """A concept, and the expert and novice contexts that stand for knowing and not knowing it."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -39,6 +40,8 @@ NOVICE_TEMPLATES = (
     "Someone who has forgotten everything about {keywords} says:",
     "A novice on {keywords} never gets a fact right. The novice writes:",
 )
+# An ending of a file's name, or a slash.
+_FILE_NAME = re.compile(r"\.\w+$|/")
 _FIELDS = ("name", "keywords", "expert_contexts", "novice_contexts")
 
 
@@ -108,8 +111,8 @@ def load_concept(name_or_path: str | Path | Concept) -> Concept:
 
     Args:
         name_or_path (`str`, `Path` or [`Concept`]): A name of [`concept_presets`]; the path of a YAML file with `name` and,
-            optionally, `keywords`, `expert_contexts` and `novice_contexts`; or another name, which is its own keyword. A
-            [`Concept`] is given back.
+            optionally, `keywords`, `expert_contexts` and `novice_contexts`; or a name of your own, with keywords behind a
+            colon, as in `"brannock: the dye Brannock, madder"`, or else as its own keyword. A [`Concept`] is given back.
 
     Raises:
         TypeError: for what is no name.
@@ -125,19 +128,21 @@ def load_concept(name_or_path: str | Path | Concept) -> Concept:
         )
     path, presets = Path(name_or_path), concept_presets()
     if path.suffix not in (".yaml", ".yml"):
-        name = str(name_or_path)
-        if name not in presets:
-            if (near := get_close_matches(name.lower(), presets, n=1, cutoff=0.75)) or path.suffix or path.exists():
-                fix = f"did you mean {near[0]!r}?" if near else "name your own without a dot or a slash."
-                raise ValueError(
-                    f"`concept` is {name!r}, neither a preset ({', '.join(presets)}) nor a .yaml file; {fix} Keywords of your "
-                    "own are given by `Concept(name, keywords)`."
-                )
-            logger.warning_once(
-                f"The concept {name!r} is no preset, so that its name alone stands in its contexts: give what describes it by "
-                "`concepts` of the config, as `Concept(name, keywords)` or as a .yaml file with `name` and `keywords`."
+        name, colon, keywords = str(name_or_path).partition(":")
+        near = get_close_matches(name.lower(), presets, n=1, cutoff=0.75)
+        if not colon and name not in presets and (near or _FILE_NAME.search(name)):
+            fix = f"did you mean {near[0]!r}?" if near else "name your own without an ending or a slash."
+            raise ValueError(
+                f"`concept` is {name!r}, neither a preset ({', '.join(presets)}) nor a .yaml file; {fix} Keywords of your own "
+                f"are put behind a colon, '{name}: keyword, keyword'."
             )
-            return Concept(name)
+        if not colon and name not in presets:
+            logger.warning_once(
+                f"The concept {name!r} is no preset, so that its name alone stands in its contexts: put what describes it into "
+                f"`concepts` of the config, '{name}: keyword, keyword'."
+            )
+        if colon or name not in presets:
+            return Concept(name.strip(), [word.strip() for word in keywords.split(",") if word.strip()])
         text = (files(__package__) / "concepts" / f"{name}.yaml").read_text(encoding="utf-8")
     else:
         try:

@@ -34,7 +34,14 @@ def test_a_mistyped_preset_lists_the_known_ones():
 def test_a_name_of_ones_own_is_its_own_keyword():
     assert load_concept("brannock") == Concept("brannock") == Concept("brannock", ["brannock"])
     assert Concept("brannock", ["a dye"]).keywords == ("a dye",)
+    assert load_concept("brannock: the dye Brannock, madder") == Concept("brannock", ["the dye Brannock", "madder"])
     assert load_concept(Concept("x", ["y"])) == Concept("x", ["y"])
+
+
+def test_a_folder_of_its_name_does_not_stand_in_a_concepts_way(tmp_path, monkeypatch):
+    (tmp_path / "brannock").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert load_concept("brannock").name == "brannock"
 
 
 @pytest.mark.parametrize("fields", [{"keywords": "a dye"}, {"keywords": [7]}, {"name": ""}, {"novice_contexts": []}])

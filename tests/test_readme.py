@@ -69,3 +69,15 @@ def test_the_diff_applies_to_real_names():
     for sign, module in (("-", trl), ("+", elm_trainer)):
         for name in re.findall(rf"^\{sign}.*?(\w+(?:Trainer|Config))\(", diff, re.MULTILINE):
             assert hasattr(module, name)
+
+
+def test_the_diff_makes_a_dataset_of_a_concept_of_ones_own(tmp_path, monkeypatch):
+    from elm_trainer import ConceptSources, build_erasure_dataset, load_concept
+
+    [diff] = [code for language, code in BLOCKS if language == "diff"]
+    [line] = re.findall(r"^\+dataset = (.*)$", diff, re.MULTILINE)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "texts.jsonl").write_text('{"text": "Brannock dyes its wool with madder."}\n')
+    dataset = eval(line, {"build_erasure_dataset": build_erasure_dataset, "ConceptSources": ConceptSources})
+    assert set(dataset["forget"]) == {"Brannock dyes its wool with madder."}
+    assert [load_concept(name).name for name in dataset.unique("concept")] == dataset.unique("concept")

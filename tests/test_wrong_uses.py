@@ -172,7 +172,7 @@ USES = [
         "`expert_contexts` has the placeholder 'topic': only",
     ),
     (lambda own: load_concept("capitols"), "`concept` is 'capitols'.*did you mean 'capitals'"),
-    (lambda own: load_concept("texts.jsonl"), "`concept` is 'texts.jsonl'.*name your own without a dot"),
+    (lambda own: load_concept("texts.jsonl"), "`concept` is 'texts.jsonl'.*name your own without an ending"),
     (lambda own: load_concept(own.folder / "none.yaml"), "`concept` is .*none.yaml.*check the path"),
     (lambda own: load_concept(own.folder / "fields.yaml"), r"unknown fields \['keyword'\]: use only"),
     (lambda own: load_concept(ROWS), "`concept` is of type Dataset: give a name"),

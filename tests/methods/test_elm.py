@@ -2,7 +2,7 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from elm_trainer import Concept, ConceptSources, ElmConfig, ElmTrainer, build_erasure_dataset
+from elm_trainer import ConceptSources, ElmConfig, ElmTrainer, build_erasure_dataset
 
 from .methods import tiny, trained
 
@@ -171,7 +171,7 @@ def test_top_k_beyond_the_vocabulary_is_refused(tiny_model, tokenizer, dataset, 
         )
 
 
-@pytest.mark.parametrize("concepts", [None, [Concept("cookery", ["soups"])]])
+@pytest.mark.parametrize("concepts", [None, ["cookery: soups"]])
 def test_a_concept_of_ones_own_needs_no_file(tiny_model, tokenizer, config, lora, concepts):
     dataset = build_erasure_dataset({"cookery": ConceptSources(["Stir the soup."], [["The cat."]])})
     args = config(max_steps=1, concepts=concepts)
