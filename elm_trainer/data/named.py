@@ -25,6 +25,11 @@ def is_file_name(text: str) -> bool:
     return text.lower().endswith(ENDINGS) and len(text.split()) == 1
 
 
+def is_hub_id(name: str) -> bool:
+    """Whether a name is asked of the Hub: it has the form `org/name`, and nothing of that name is here."""
+    return bool(_HUB_ID.fullmatch(name)) and not is_file_name(name) and not os.path.exists(name)
+
+
 def read_named(
     name: str | Path, what: str, *, split: str, column: str, known: Sequence[str]
 ) -> Iterator[tuple[str, Dataset | DatasetDict]]:
@@ -53,7 +58,7 @@ def read_named(
             yield f"{what}, {str(path)!r}", _read_file(path, what, column)
     elif os.path.exists(place):
         yield f"{what}, {str(name)!r}", _read_file(Path(place), what, column)
-    elif isinstance(name, str) and _HUB_ID.fullmatch(name) and not is_file_name(name):
+    elif isinstance(name, str) and is_hub_id(name):
         yield f"{what}, {name!r}", _read_hub(name, what, split)
     else:
         raise FileNotFoundError(_is_none(str(name), what, known))

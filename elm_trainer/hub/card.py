@@ -12,7 +12,7 @@ from huggingface_hub.repocard import RepoCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from huggingface_hub.utils import validate_repo_id
 
-from ..data.sources import BUILTIN_PAIRS, BUILTIN_SOURCES
+from ..data.named import is_hub_id
 from .card_text import PICTURES, body
 from .generated import CONCEPT_TAG, END, START, TAG, keep_written, record
 from .markdown import plain
@@ -31,7 +31,6 @@ REPLACED = (
     "model_name",
     "pipeline_tag",
 )
-_FILE_ENDINGS = (".jsonl", ".json", ".txt", ".csv", ".parquet")
 
 
 def make_card(
@@ -135,14 +134,4 @@ def _datasets(report: Mapping[str, Any]) -> list[str]:
     """The sources of the recipe that are data sets on the Hub, and not built in or files."""
     recipe = report.get("recipe", {})
     sources = [source for key in ("forget", "retain", "synthetic") for source in recipe.get(key) or ()]
-    return list(dict.fromkeys(source for source in sources if _is_on_the_hub(source)))
-
-
-def _is_on_the_hub(source: str) -> bool:
-    if source in (*BUILTIN_SOURCES, *BUILTIN_PAIRS, "none") or Path(source).suffix in _FILE_ENDINGS:
-        return False
-    try:
-        validate_repo_id(source)
-    except HFValidationError:
-        return False
-    return True
+    return list(dict.fromkeys(source for source in sources if is_hub_id(source)))

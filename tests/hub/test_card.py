@@ -345,12 +345,12 @@ def test_several_concepts_are_all_named(report):
 def test_datasets_of_the_hub_are_named_and_others_not(report):
     report = copy.deepcopy(report)
     report["recipe"] |= {
-        "forget": ["cais/wmdp-corpora", "capitals", "(local file)", "texts.jsonl"],
-        "retain": ["everyday", "wikitext", "/home/x/y", "data/own.csv"],
+        "forget": ["cais/wmdp-corpora", "capitals", "(local file)", "texts.jsonl", "own/texts.md"],
+        "retain": ["everyday", "Salesforce/wikitext", "/home/x/y", "data/own.csv", "data/*.md"],
         "synthetic": ["none", "capitals-fluent", "cais/wmdp-corpora"],
     }
     card = make_card(report, REPO)
-    assert card.data.datasets == ["cais/wmdp-corpora", "wikitext"]
+    assert card.data.datasets == ["cais/wmdp-corpora", "Salesforce/wikitext"]
     assert "Where it says `(local file)`" in card.text
 
 
