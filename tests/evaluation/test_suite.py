@@ -99,7 +99,7 @@ def test_a_concept_may_go_unasked_in_a_script_but_not_unnoticed(caplog):
     [
         ({"capitals": "erazed"}, "`roles` gives the bank 'capitals' the role 'erazed': use one of erased, unseen"),
         ({}, "`roles` gives the bank 'capitals' no role"),
-        ({"capitals": "erased", "capitols": "far"}, "`roles` names the bank 'capitols'; there are: capitals"),
+        ({"capitols": "erased"}, "`roles` gives the bank 'capitals' no role"),
     ],
 )
 def test_a_role_that_does_not_exist_is_refused(roles, message):
