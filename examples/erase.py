@@ -88,7 +88,7 @@ class ErasureArguments:
             task_type="CAUSAL_LM",
         )
 
-    def concepts(self, names: list[str] | None):
+    def load_concepts(self, names: list[str] | None):
         """The erased concepts by name, once there is for each what is given for each."""
         from elm_trainer import load_concept
         from elm_trainer.concept import concept_presets
@@ -146,7 +146,7 @@ def main() -> None:
 
     # Whatever can be wrong is found before the model is loaded.
     layer_range(arguments.lora_layers)
-    concepts = arguments.concepts(config.concepts)
+    concepts = arguments.load_concepts(config.concepts)
     if arguments.evaluate:
         suite = suite_from_files(list(concepts), arguments.bank, arguments.questions)
         measures = measurable(arguments.measures or list(MEASURES), suite)

@@ -1,5 +1,6 @@
 """Every option of `SFTConfig` works, is refused with a reason, or is said to have no effect."""
 
+import copy
 import logging
 
 import pytest
@@ -58,7 +59,7 @@ def make(settings, tokenizer, dataset, lora):
         chosen = METHODS[method]
         return chosen.trainer(
             tiny("llama", len(tokenizer)), settings(chosen.config, **{**chosen.fields, **fields}),
-            train_dataset=dataset, processing_class=tokenizer, peft_config=lora, **(arguments or {}),
+            train_dataset=dataset, processing_class=copy.deepcopy(tokenizer), peft_config=lora, **(arguments or {}),
         )  # fmt: skip
 
     return make

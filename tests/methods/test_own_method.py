@@ -12,7 +12,7 @@ from .methods import Method
 from .test_contract import *  # noqa: F403
 
 
-del test_one_and_two_processes_report_the_same_loss  # noqa: F821 (it runs the listed methods by name)
+del test_one_and_two_processes_report_the_same_terms  # noqa: F821 (it runs the listed methods by name)
 
 
 @pytest.fixture
