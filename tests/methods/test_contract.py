@@ -274,7 +274,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(l
 def test_one_and_two_processes_report_the_same_terms(tmp_path):
     """Every other row has a synthetic pair, so that the processes' shares have unlike parts in the terms."""
     logged = []
-    for processes, batch, steps in ((1, 8, 1), (1, 1, 8), (2, 4, 1), (2, 1, 4)):
+    for processes, batch, steps in ((1, 8, 1), (2, 2, 2)):
         output = tmp_path / f"{processes}-{batch}"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
         command += ["-m", "tests.methods.run_tiny", str(output), "--per-text", "--pairs", "--batch", str(batch)]
