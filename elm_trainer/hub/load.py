@@ -17,7 +17,7 @@ from .errors import BaseMismatchError, HubError, UnsafeAdapterError
 from .fetch import Access
 from .files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from .info import INFO_FILE
-from .tensors import check_tensors
+from .tensors import add_tokens, check_tensors
 from .verify import check_probes
 
 
@@ -176,7 +176,9 @@ def check_fit(
             if not allow_mismatch:
                 raise
             logger.warning(str(error))
-    check_tensors(adapter.folder / ADAPTER_WEIGHTS, adapter.config, base)
+    weights, rows = adapter.folder / ADAPTER_WEIGHTS, base.get_input_embeddings().weight.shape[0]
+    added = len(tokenizer) > rows and add_tokens(weights, adapter.config, base, len(tokenizer))
+    check_tensors(weights, adapter.config, base, embeddings=added)
     rows = base.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise UnsafeAdapterError(

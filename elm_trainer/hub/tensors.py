@@ -81,7 +81,50 @@ def read_header(path: Path) -> dict[str, Entry]:
     return entries
 
 
-def check_tensors(path: Path, config: Mapping[str, Any], base: PreTrainedModel) -> None:
+def add_tokens(path: Path, config: Mapping[str, Any], base: PreTrainedModel, tokens: int) -> bool:
+    """Give the base rows for tokens that were added to the tokenizer, where the adapter's file holds whole embeddings for them.
+
+    PEFT saves the embeddings along where they were resized. Of the tokens that the base has they must say nothing new.
+
+    Args:
+        path (`Path`): `adapter_model.safetensors`, whose header was checked.
+        config (`Mapping`): Checked contents of `adapter_config.json`.
+        base ([`~transformers.PreTrainedModel`]): Base model, whose embeddings are resized.
+        tokens (`int`): Tokens of the adapter's tokenizer.
+
+    Returns:
+        `bool`: whether the file holds such embeddings.
+
+    Raises:
+        UnsafeAdapterError: if they change what the base has.
+    """
+    given, head = base.get_input_embeddings(), base.get_output_embeddings()
+    rows, width = given.weight.shape
+    places = {f"base_model.model.{name}.": m for name, m in base.named_modules() if m is given or m is head}
+    whole = {
+        name: module
+        for name, entry in read_header(path).items()
+        for place, module in places.items()
+        if name.startswith(place) and len(entry.shape) == 2 and entry.shape[0] >= tokens and entry.shape[1] == width
+    }
+    if not whole:
+        return False
+    trained = tuple(f".{name}.weight" for name in config.get("modules_to_save") or ())
+    with safe_open(path, framework="pt") as file:
+        for name, module in whole.items():
+            if name.endswith((*trained, ".modules_to_save.weight")):
+                continue  # of the adapter's own, whatever it holds
+            same = file.get_tensor(name)[:rows].to(module.weight.dtype)
+            if not torch.equal(same, module.weight.detach().cpu()):
+                raise UnsafeAdapterError(
+                    f"{path}: tensor {name!r} changes rows of tokens that the base has: do not load it."
+                )
+        size = max(file.get_slice(name).get_shape()[0] for name in whole)
+    base.resize_token_embeddings(size, mean_resizing=False)
+    return True
+
+
+def check_tensors(path: Path, config: Mapping[str, Any], base: PreTrainedModel, *, embeddings: bool = False) -> None:
     """Check that the tensors of a file are those that an adapter of this configuration has on this base, all finite.
 
     What an adapter has is asked of PEFT itself, on a copy of the base that has shapes but no weights.
@@ -90,12 +133,13 @@ def check_tensors(path: Path, config: Mapping[str, Any], base: PreTrainedModel) 
         path (`Path`): `adapter_model.safetensors`, whose header was checked.
         config (`Mapping`): Checked contents of `adapter_config.json`.
         base ([`~transformers.PreTrainedModel`]): Base model.
+        embeddings (`bool`, *optional*, defaults to `False`): Whether its embeddings are saved along (see [`add_tokens`]).
 
     Raises:
         UnsafeAdapterError: naming the tensor, with the shape found and the one expected.
     """
     found = {name: entry.shape for name, entry in read_header(path).items()}
-    expected = _expected_shapes(path, config, base)
+    expected = _expected_shapes(path, config, base, embeddings)
     for name, shape in found.items():
         if name not in expected:
             raise UnsafeAdapterError(
@@ -121,7 +165,9 @@ def check_tensors(path: Path, config: Mapping[str, Any], base: PreTrainedModel) 
         raise UnsafeAdapterError(f"{path} cannot be read ({error}): the file is broken.") from error
 
 
-def _expected_shapes(path: Path, config: Mapping[str, Any], base: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+def _expected_shapes(
+    path: Path, config: Mapping[str, Any], base: PreTrainedModel, embeddings: bool
+) -> dict[str, tuple[int, ...]]:
     model_config = copy.deepcopy(base.config)
     if "quantization_config" in model_config.to_dict():
         del model_config.quantization_config
@@ -130,7 +176,7 @@ def _expected_shapes(path: Path, config: Mapping[str, Any], base: PreTrainedMode
             bare = type(base)(model_config)
             lora: Any = LoraConfig.from_peft_type(**{**config, "init_lora_weights": True})
             adapter = get_peft_model(bare, lora)
-        state = get_peft_model_state_dict(adapter, save_embedding_layers=False)
+        state = get_peft_model_state_dict(adapter, save_embedding_layers=embeddings)
     except (ValueError, TypeError, KeyError, RuntimeError, OverflowError) as error:
         raise UnsafeAdapterError(
             f"{path.parent}: PEFT makes no adapter of `adapter_config.json` on this base ({error}). Was it made for "

@@ -1,9 +1,11 @@
 """What a trainer saves, `load_erased`, PEFT and `merge_erased` load, with the logits of the trained model."""
 
+import copy
+
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from elm_trainer import (
     ConceptSources,
@@ -72,3 +74,59 @@ def test_an_adapter_with_a_name_of_its_own_is_found_a_folder_deeper(tiny_model, 
 
     with pytest.raises(UnsafeAdapterError, match=f"holds no adapter_config.json: name the one in it, {tmp_path}/mine"):
         load_erased(tmp_path)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    "adapter", [{}, {"modules_to_save": ["embed_tokens"]}, {"trainable_token_indices": [49152, 49153]}]
+)
+def test_tokens_that_were_added_are_saved_and_loaded(adapter, tied, tiny_model, tokenizer, tmp_path):
+    config = tiny_model.config
+    config.tie_word_embeddings = tied
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    tokenizer = copy.deepcopy(tokenizer)
+    assert len(tokenizer) == 49152
+    tokenizer.add_tokens(["<a>", "<b>"], special_tokens=True)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    base.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    dataset = build_erasure_dataset(
+        {"capitals": ConceptSources(["<a>Oslo is the capital.", "Rome is.<b>"], [["Bread needs flour.", "A cat."]])},
+        size=4,
+    )
+    trainer = GradDiffTrainer(
+        base,
+        GradDiffConfig(
+            str(tmp_path / "run"), max_steps=2, learning_rate=1e-2, bf16=False, gradient_checkpointing=False,
+            report_to="none", save_strategy="no", disable_tqdm=True,
+        ),
+        train_dataset=dataset,
+        processing_class=tokenizer,
+        peft_config=LoraConfig(r=4, target_modules=["q_proj"], **adapter),
+    )  # fmt: skip
+    trainer.train()
+    trainer.save_model(str(tmp_path / "adapter"))
+    ids = torch.tensor([tokenizer("<a>Oslo is<b>")["input_ids"]])
+    with torch.no_grad():
+        live = trainer.model.eval()(ids).logits
+
+        model, loaded = load_erased(tmp_path / "adapter")
+        torch.testing.assert_close(model(ids).logits, live)
+        assert loaded("<a>Oslo is<b>")["input_ids"] == ids[0].tolist()
+        merged = AutoModelForCausalLM.from_pretrained(merge_erased(model, loaded, tmp_path / "merged")).eval()
+        torch.testing.assert_close(merged(ids).logits, live, atol=1e-4, rtol=1e-4)
+
+
+def test_embeddings_that_change_what_the_base_has_are_refused(tiny_model, tokenizer, tmp_path):
+    tiny_model.save_pretrained(tmp_path / "base")
+    larger = copy.deepcopy(tokenizer)
+    larger.add_tokens(["<a>"], special_tokens=True)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    base.resize_token_embeddings(len(larger), mean_resizing=False)
+    base.get_input_embeddings().weight.data[7] += 1
+    get_peft_model(base, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")).save_pretrained(
+        tmp_path / "adapter"
+    )
+    larger.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(UnsafeAdapterError, match="embed_tokens.weight' changes rows of tokens that the base has"):
+        load_erased(tmp_path / "adapter")
