@@ -85,6 +85,10 @@ class ErasureConfig(SFTConfig):
         ):
             logger.warning("`bf16` is left out, and no accelerator here computes in bfloat16: training in float32.")
             self.bf16 = False
+        # TRL sets its default by the older name, of which transformers would warn.
+        for name in ("checkpointing", "checkpointing_kwargs"):
+            if getattr(self, f"activation_{name}") is None:
+                setattr(self, f"activation_{name}", getattr(self, f"gradient_{name}"))
         super().__post_init__()
 
 
@@ -193,7 +197,7 @@ class ErasureTrainer(SFTTrainer):
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
         if "forget_ids" in dataset.column_names:
             return dataset
-        limit = self._text_limit
+        limit, sides = self._text_limit, ("forget", "retain", "synthetic")
 
         def tokenize(example: Mapping[str, Any], row: int) -> dict[str, Any]:
             tokens: dict[str, Any] = {"row": row, "concept": example["concept"]}
@@ -211,7 +215,12 @@ class ErasureTrainer(SFTTrainer):
                 tokens |= {"synthetic_ids": pair, "completion_start": start}
             else:
                 tokens |= {"synthetic_ids": [], "completion_start": 0}
-            return tokens
+            starts = {"retain": tokens["retain_start"], "synthetic": tokens["completion_start"]}
+            kept = {f"{name}_ids": tokens[f"{name}_ids"][:limit] for name in (*sides, "novice")}
+            left = {name: len(kept[f"{name}_ids"]) - max(starts.get(name, 0), 1) for name in sides}
+            too_long = [len(kept[f"{name}_ids"]) < len(tokens[f"{name}_ids"]) for name in sides]
+            usable = min(left["forget"], left["retain"]) > 0 and (left["synthetic"] > 0 or not tokens["synthetic_ids"])
+            return tokens | kept | {"too_long": too_long, "usable": usable}
 
         # Names of the texts are kept apart from their tokens, which alone stay in the dataset.
         dataset = dataset.map(
@@ -222,22 +231,8 @@ class ErasureTrainer(SFTTrainer):
             desc=f"Tokenizing {dataset_name} dataset",
         )
 
-        sides = ("forget", "retain", "synthetic")
-
-        def cut(example: Mapping[str, Any]) -> dict[str, Any]:
-            starts = {"retain": example["retain_start"], "synthetic": example["completion_start"]}
-            kept = {f"{name}_ids": example[f"{name}_ids"][:limit] for name in (*sides, "novice")}
-            left = {name: len(kept[f"{name}_ids"]) - max(starts.get(name, 0), 1) for name in sides}
-            return kept | {
-                "too_long": [len(kept[f"{name}_ids"]) < len(example[f"{name}_ids"]) for name in sides],
-                "usable": left["forget"] > 0
-                and left["retain"] > 0
-                and (left["synthetic"] > 0 or not example["synthetic_ids"]),
-            }
-
-        dataset = dataset.map(cut)
         truncated = {name: sum(flags[index] for flags in dataset["too_long"]) for index, name in enumerate(sides)}
-        usable = dataset.filter(lambda example: example["usable"])
+        usable = dataset.select([row for row, usable in enumerate(dataset["usable"]) if usable])
         dropped = len(dataset) - len(usable)
         if any(truncated.values()) or dropped:
             logger.warning(
@@ -256,7 +251,7 @@ class ErasureTrainer(SFTTrainer):
             # What the sampler of transformers groups by.
             lengths = [sum(map(len, texts)) for texts in zip(*(dataset[f"{name}_ids"] for name in sides), strict=True)]
             dataset = dataset.add_column(args.length_column_name, lengths)
-        return dataset.map(lambda _, row: {"row": row}, with_indices=True)
+        return dataset.remove_columns("row").add_column("row", list(range(len(dataset))))
 
     def _set_signature_columns_if_needed(self):
         if self._signature_columns is None:
