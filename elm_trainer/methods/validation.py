@@ -124,7 +124,16 @@ def check_options(args: SFTConfig, arguments: Mapping[str, Any]) -> None:
 
 
 def named_datasets(train_dataset: Any, eval_dataset: Any) -> list[tuple[str, Any]]:
-    """Each dataset that a trainer is given, with the name to call it by in a message."""
+    """Each dataset that a trainer is given, with the name to call it by in a message.
+
+    Raises:
+        TypeError: if `train_dataset` is several.
+    """
+    if isinstance(train_dataset, dict):
+        raise TypeError(
+            f"`train_dataset` is a {type(train_dataset).__name__} with {list(train_dataset)}: give one of them, such as "
+            f"`train_dataset[{next(iter(train_dataset), 'train')!r}]`."
+        )
     found = []
     for name, given in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
         if isinstance(given, dict):

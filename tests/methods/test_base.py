@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import trl
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
@@ -58,6 +58,11 @@ def test_an_adapter_is_saved_without_the_card_of_a_library(tiny_model, tokenizer
 def test_a_bad_dataset_is_refused(dataset, message, tiny_model, tokenizer, config, lora):
     with pytest.raises(ValueError, match=message):
         make(tiny_model, config(), dataset, tokenizer, lora)
+
+
+def test_the_split_of_a_dataset_dict_is_asked_for(tiny_model, tokenizer, dataset, config, lora):
+    with pytest.raises(TypeError, match=r"`train_dataset` is a DatasetDict with \['all'\]: give one .*\['all'\]"):
+        make(tiny_model, config(), DatasetDict({"all": dataset}), tokenizer, lora)
 
 
 def test_texts_that_truncate_to_nothing_are_refused(tiny_model, tokenizer, dataset, config, lora):
