@@ -81,6 +81,7 @@ def main() -> None:
     )
     handle.remove()
     refused = None
+    suite.forget_texts = [f"Oslo is the capital of Norway {n}." for n in range(4)]
     try:
         evaluate_erasure(model, None, suite, tokenizer, measures=["inside"])
     except ValueError as error:
