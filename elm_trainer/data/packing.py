@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from ..modeling import evaluating
+
 
 class Packing(NamedTuple):
     """How the rows of padded sub-batches lie in packed rows.
@@ -119,20 +121,15 @@ def texts_interact(model: nn.Module, first: Sequence[int], second: Sequence[int]
     device = next(model.parameters()).device
     pair = torch.tensor([list(first), list(second)], device=device)
     positions = torch.arange(len(first), device=device)
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            alone, rows, packed = (
-                model(input_ids=tokens, use_cache=False, **places).logits[-1, -len(first) :].float()
-                for tokens, places in (
-                    (pair[1:], {}),
-                    (pair, {}),
-                    (pair.view(1, -1), {"position_ids": positions.repeat(2)[None]}),
-                )
+    with evaluating(model), torch.no_grad():
+        alone, rows, packed = (
+            model(input_ids=tokens, use_cache=False, **places).logits[-1, -len(first) :].float()
+            for tokens, places in (
+                (pair[1:], {}),
+                (pair, {}),
+                (pair.view(1, -1), {"position_ids": positions.repeat(2)[None]}),
             )
-    finally:
-        model.train(training)
+        )
     # Rounding differs with the shape of a batch too, by how much depends on the precision and the device.
     rounding = (rows - alone).abs().max()
     return bool((packed - alone).abs().max() > 8 * rounding + 2e-5 * alone.abs().max())

@@ -11,8 +11,8 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from ..data.collator import ElmDataCollator
 from ..data.tokens import continuation_ids, continuation_text, text_tokenizer, tokenize
+from ..modeling import evaluating
 from ..ops import KeepPositions
-from .pair import evaluating
 from .prefix import generating, generation_inputs
 from .sharing import run_batches
 

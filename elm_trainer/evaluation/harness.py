@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.questions import BANKS, load_bank, split_of
-from .pair import evaluating
+from ..modeling import evaluating
 
 
 TASKS = tuple(f"elm_{bank}" for bank in BANKS)

@@ -10,8 +10,8 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.tokens import common_prefix, tokenize_pairs
+from ..modeling import evaluating
 from ..ops import KeepPositions
-from .pair import evaluating
 from .sharing import run_batches
 
 

@@ -8,7 +8,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..modeling import adapter_disabled
+from ..modeling import adapter_disabled, evaluating
 
 
 Side: TypeAlias = Literal["reference", "erased"]
@@ -74,14 +74,3 @@ class ModelPair:
     def adapter(self) -> PeftModel | None:
         """The erased model where it carries an adapter, else `None`."""
         return self.erased if isinstance(self.erased, PeftModel) else None
-
-
-@contextmanager
-def evaluating(model: PreTrainedModel | PeftModel) -> Iterator[None]:
-    """Put a model in evaluation mode, and then back into the mode it was in."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)

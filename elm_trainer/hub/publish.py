@@ -19,10 +19,9 @@ from transformers.utils import logging
 
 from ..data.questions import BANKS, Question, load_bank
 from ..data.sources import load_texts
-from ..evaluation.pair import evaluating
 from ..evaluation.report import model_fingerprint, read_report
 from ..fingerprint import base_fingerprint
-from ..modeling import load_model_and_tokenizer
+from ..modeling import evaluating, load_model_and_tokenizer
 from .base_check import check_base
 from .card import make_card, validate_card
 from .commit import Publication, commit_folder, open_repository, read_text

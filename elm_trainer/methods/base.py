@@ -27,7 +27,7 @@ from ..data.collator import ElmDataCollator, align
 from ..data.packing import Packing, pack_batches, texts_interact
 from ..data.target_store import RowTargets
 from ..data.tokens import text_ids, tokenize_pair
-from ..modeling import adapter_disabled, is_partitioned
+from ..modeling import adapter_disabled, evaluating, is_partitioned
 from ..ops import STATES, FinalLogits, ReadHead, Reading, final_logits, kl_divergence, text_mean
 from ..ops.head import Plan
 from .frozen_layers import no_graph_below, reentrant
@@ -53,7 +53,6 @@ if TYPE_CHECKING:
     from ..hub.commit import Publication
 
 logger = logging.get_logger(__name__)
-
 RUN_FILE = "erasure_run.json"
 # A layer's matrices take some 24·hidden² operations a token, and attention 4·hidden for each token of its row, but does
 # them less well: they cost the same at rows of this many times `hidden` tokens.
@@ -391,13 +390,8 @@ class ErasureTrainer(SFTTrainer):
     def reference(self, model: nn.Module):
         """The frozen reference: the same weights with the adapter disabled, without dropout and gradients."""
         unwrapped = self.accelerator.unwrap_model(model)
-        training = unwrapped.training
-        unwrapped.eval()
-        try:
-            with torch.no_grad(), adapter_disabled(unwrapped):
-                yield
-        finally:
-            unwrapped.train(training)
+        with evaluating(unwrapped), torch.no_grad(), adapter_disabled(unwrapped):
+            yield
 
     def reference_positions(
         self,

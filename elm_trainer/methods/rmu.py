@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.pytorch_utils import Conv1D
 
-from ..modeling import layer_stack
+from ..modeling import evaluating, layer_stack
 from ..ops import KeepPositions, text_mean
 from .base import ErasureConfig, ErasureTrainer, weighted_batches
 from .frozen_layers import reentrant
@@ -343,16 +343,13 @@ class RmuTrainer(ErasureTrainer):
             with super().reference(model):
                 yield
             return
-        unwrapped = self.accelerator.unwrap_model(model)
-        training = unwrapped.training
-        unwrapped.eval()
-        self._exchange()
-        try:
-            with torch.no_grad():
-                yield
-        finally:
+        with evaluating(self.accelerator.unwrap_model(model)):
             self._exchange()
-            unwrapped.train(training)
+            try:
+                with torch.no_grad():
+                    yield
+            finally:
+                self._exchange()
 
     def _exchange(self) -> None:
         # Pointers change places; no weight is copied. No graph is alive at that time: a step's backward has ended

@@ -11,13 +11,12 @@ from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
-from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 from trl import SFTConfig
 from trl.trainer.utils import create_model_from_path
 
 from ..data.tokens import text_tokenizer
-from ..modeling import adapter_disabled
+from ..modeling import LINEAR, adapter_disabled, evaluating
 
 
 logger = logging.get_logger(__name__)
@@ -252,11 +251,7 @@ def check_adapter(model: PreTrainedModel | PeftModel, peft_config: PeftConfig | 
         unknown = [t for t in targets if t not in leaves and not any(n == t or n.endswith(f".{t}") for n in names)]
         if unknown:
             linear = sorted(
-                {
-                    name.rpartition(".")[2]
-                    for name, module in model.named_modules()
-                    if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-                }
+                {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, LINEAR)}
             )
             raise ValueError(f"`target_modules` {sorted(unknown)} match nothing in the model; it has: {linear}.")
 
@@ -285,13 +280,9 @@ def check_adapter_fits(model: PeftModel) -> None:
 
 def few_logits(model: nn.Module, tokens: Sequence[int]) -> torch.Tensor:
     """Logits of one short text in evaluation mode, `[seq, vocab]`, float32."""
-    training, device = model.training, next(model.parameters()).device
-    model.eval()
-    try:
-        with torch.no_grad():
-            return model(input_ids=torch.tensor([list(tokens)], device=device), use_cache=False).logits[0].float()
-    finally:
-        model.train(training)
+    device = next(model.parameters()).device
+    with evaluating(model), torch.no_grad():
+        return model(input_ids=torch.tensor([list(tokens)], device=device), use_cache=False).logits[0].float()
 
 
 def check_reference(model: PeftModel, tokens: Sequence[int], base: torch.Tensor | None) -> None:
@@ -321,9 +312,8 @@ def check_reference(model: PeftModel, tokens: Sequence[int], base: torch.Tensor 
     try:
         own = few_logits(model, tokens)
     except (AttributeError, RuntimeError, TypeError) as error:
-        kinds = (nn.Linear, Conv1D)
         layers = {name.rpartition(".")[2]: m for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
-        special = sorted(name for name, layer in layers.items() if type(layer.get_base_layer()) not in kinds)
+        special = sorted(name for name, layer in layers.items() if type(layer.get_base_layer()) not in LINEAR)
         raise ValueError(
             f"A forward through the adapter fails ({error}). `target_modules` adapts {special}, which are no plain linear "
             "modules: leave them out, by `exclude_modules` or by naming others."
