@@ -233,7 +233,7 @@ USES = [
     (lambda own: trainer(own, train_dataset=TEXTS), "`train_dataset` is a list: pass the `Dataset`"),
     (
         lambda own: trainer(own, train_dataset=DatasetDict(train=own.rows)),
-        "`train_dataset` must be a `Dataset`.*got `DatasetDict`",
+        r"`train_dataset` is a DatasetDict with \['train'\].*give one.*train_dataset\['train'\]",
     ),
     (lambda own: trainer(own, eval_dataset=ROWS), r"`eval_dataset` has the columns \['text'\].*build_erasure_dataset"),
     (
