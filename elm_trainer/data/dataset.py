@@ -11,6 +11,7 @@ from datasets import Dataset, interleave_datasets
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from ..concept import Concept
 from .given import Source
 from .sources import load_pairs, read_texts
 
@@ -39,7 +40,7 @@ class ConceptSources:
 
 
 def build_erasure_dataset(
-    concepts: Mapping[str, ConceptSources],
+    concepts: Mapping[str | Concept, ConceptSources],
     *,
     size: int | None = None,
     column: str | Mapping[str, str] = "text",
@@ -49,8 +50,9 @@ def build_erasure_dataset(
     """Bundle forget, retain and synthetic texts into one dataset.
 
     Args:
-        concepts (`Mapping[str, ConceptSources]`):
-            Sources by name of the concept. Several concepts interleave row by row.
+        concepts (`Mapping[str | Concept, ConceptSources]`):
+            Sources by name of the concept, or by the [`Concept`] itself, whose keywords then stand in the contexts of
+            [`ElmTrainer`]. Several concepts interleave row by row.
         size (`int`, *optional*):
             Rows per concept; sources cycle up to it or are cut to it. Defaults to the longest source of the concept.
         column (`str` or `Mapping[str, str]`, *optional*, defaults to `"text"`):
@@ -66,18 +68,22 @@ def build_erasure_dataset(
         sources with the columns `prompt` and `completion`; `novice` holds the forget text with permuted facts, or an
         empty string where the source has none; `novices`, a list, the same text with its subject replaced by others of
         its kind, for the counterfactual novice (see [`counterfactuals`]); `prompt` and `completion` are empty
-        where no synthetic pairs are given. Empty texts are dropped, counted and logged.
+        where no synthetic pairs are given. Where a [`Concept`] is given, there is also `keywords`, those of the row's
+        concept, joined by commas (empty for a mere name). Empty texts are dropped, counted and logged.
 
     Raises:
         TypeError: if `concepts` does not map names to [`ConceptSources`], or what is given is no source of texts.
-        ValueError: if there is no concept, a forget or retain set is empty, `size` is below 1, `column` names something
+        ValueError: if there is no concept, two have the same name, one has contexts of its own, a forget or retain set is empty, `size` is below 1, `column` names something
             else, and whatever [`load_texts`] refuses.
         OSError: if there is nothing of a source's name, or a file cannot be read.
     """
     columns = _columns(column)
     _check(concepts, size)
+    described = any(isinstance(concept, Concept) for concept in concepts)
     parts = []
-    for name, sources in concepts.items():
+    for concept, sources in concepts.items():
+        name = concept.name if isinstance(concept, Concept) else concept
+        keywords = ", ".join(concept.keywords) if isinstance(concept, Concept) else ""
         read = partial(read_texts, processing_class=processing_class, seed=seed)
         forget = read(sources.forget, f"The forget set of concept {name!r}", column=columns["forget"]).to_list()
         what = f"The retain set of concept {name!r}"
@@ -111,6 +117,7 @@ def build_erasure_dataset(
                         "retain_prompt": kept.get("prompt") or "",
                         "prompt": pairs[row % len(pairs)][0] if pairs else "",
                         "completion": pairs[row % len(pairs)][1] if pairs else "",
+                        **({"keywords": keywords} if described else {}),
                     }
                     for row, kept in enumerate(_in_turn(retains, rows))
                 ]
@@ -127,13 +134,27 @@ def _columns(column: str | Mapping[str, str]) -> Mapping[str, str]:
     return column
 
 
-def _check(concepts: Mapping[str, ConceptSources], size: int | None) -> None:
+def _check(concepts: Mapping[str | Concept, ConceptSources], size: int | None) -> None:
     fix = 'give {"name": ConceptSources(forget=…, retain=[…])}'
     if not isinstance(concepts, Mapping):
         raise TypeError(f"`concepts` is of type {type(concepts).__name__}: {fix}.")
     if not concepts:
         raise ValueError("`concepts` is empty: name at least one concept with its sources.")
-    for name, sources in concepts.items():
+    names = set()
+    for concept, sources in concepts.items():
+        name = concept
+        if isinstance(concept, Concept):
+            name = concept.name
+            contexts = (concept.expert_contexts, concept.novice_contexts)
+            plain = Concept(name, concept.keywords)
+            if contexts != (plain.expert_contexts, plain.novice_contexts):
+                raise ValueError(
+                    f"`concepts` holds {name!r} with contexts of its own, which a dataset does not keep: put the concept into "
+                    "a YAML file, name that in `concepts` of the config, and give the name here."
+                )
+        if name in names:
+            raise ValueError(f"`concepts` holds {name!r} twice: give all its sources in one `ConceptSources`.")
+        names.add(name)
         if not isinstance(sources, ConceptSources):
             raise TypeError(f"`concepts[{name!r}]` is of type {type(sources).__name__}: {fix}.")
     if size is not None and size < 1:

@@ -110,8 +110,8 @@ class ElmConfig(ErasureConfig):
         consistency_weight (`float`, *optional*, defaults to `1.0`):
             Weight of the consistency term; without synthetic pairs in the dataset there is none.
         concepts (`list[str]`, *optional*):
-            Presets or YAML files of the concepts, matched with the column `concept` by name. Defaults to the presets
-            the column names.
+            Presets or YAML files of the concepts, matched with the column `concept` by name. Defaults to what that column
+            names, with the keywords of the column `keywords` where there is one ([`Concept`] in [`build_erasure_dataset`]).
         contexts_per_sample (`int`, *optional*, defaults to `1`):
             Expert and novice contexts drawn per forget text; their log-probabilities are averaged.
         expert_steps (`int`, *optional*, defaults to `0`):
@@ -433,11 +433,17 @@ def _check_novices(name: str, dataset: Any) -> None:
 
 def _concepts(args: ElmConfig, train_dataset: Any, eval_dataset: Any) -> dict[str, Concept]:
     """The concept of each name that stands in a dataset."""
-    names: set[str] = set()
+    described: dict[str, str] = {}
     for name, dataset in named_datasets(train_dataset, eval_dataset):
         check_columns(name, dataset)
-        names |= set(dataset.unique("concept")) if "concept" in dataset.column_names else set()
-    concepts = {concept.name: concept for concept in map(load_concept, args.concepts or sorted(names))}
+        if "concept" in dataset.column_names:
+            described |= dict.fromkeys(set(dataset.unique("concept")) - set(described), "")
+        if "keywords" in dataset.column_names:
+            described |= {c: words for c, words in zip(dataset["concept"], dataset["keywords"], strict=True) if words}
+    names = set(described)
+    given: list[str | Concept] = [*(args.concepts or ())]
+    given = given or [Concept(name, [words]) if words else name for name, words in sorted(described.items())]
+    concepts = {concept.name: concept for concept in map(load_concept, given)}
     if missing := names - set(concepts):
         raise ValueError(f"`concepts` is {args.concepts}, but the dataset also names {sorted(missing)}: add them.")
     return concepts

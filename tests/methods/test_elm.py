@@ -2,7 +2,7 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from elm_trainer import ConceptSources, ElmConfig, ElmTrainer, build_erasure_dataset
+from elm_trainer import Concept, ConceptSources, ElmConfig, ElmTrainer, build_erasure_dataset, load_concept
 
 from .methods import tiny, trained
 
@@ -171,14 +171,24 @@ def test_top_k_beyond_the_vocabulary_is_refused(tiny_model, tokenizer, dataset, 
         )
 
 
-@pytest.mark.parametrize("concepts", [None, ["cookery: soups"]])
-def test_a_concept_of_ones_own_needs_no_file(tiny_model, tokenizer, config, lora, concepts):
-    dataset = build_erasure_dataset({"cookery": ConceptSources(["Stir the soup."], [["The cat."]])})
-    args = config(max_steps=1, concepts=concepts)
-    trainer = ElmTrainer(tiny_model, args, train_dataset=dataset, processing_class=tokenizer, peft_config=lora)
+@pytest.mark.parametrize(
+    ("concept", "concepts", "word"),
+    [
+        ("cookery", None, "expert on cookery,"),
+        ("cookery", ["cookery: soups"], "expert on soups,"),
+        (Concept("cookery", ["soups", "stews"]), None, "expert on soups, stews,"),
+        (Concept("cookery"), None, "expert on cookery,"),
+    ],
+)
+def test_a_concept_of_ones_own_needs_no_file(tiny_model, tokenizer, config, lora, concept, concepts, word):
+    rows = build_erasure_dataset(
+        {concept: ConceptSources(["Stir the soup."], [["The cat."]]), "capitals": ConceptSources(["Oslo."], [["A."]])}
+    )
+    args = config(max_steps=1, concepts=concepts and [*concepts, "capitals"])
+    trainer = ElmTrainer(tiny_model, args, train_dataset=rows, processing_class=tokenizer, peft_config=lora)
     trainer.train()
-    contexts = trainer.data_collator.concepts["cookery"].expert_contexts
-    assert any(("soups" if concepts else "cookery") in context for context in contexts)
+    assert any(word in context for context in trainer.data_collator.concepts["cookery"].expert_contexts)
+    assert trainer.data_collator.concepts["capitals"] == load_concept("capitals")
 
 
 def test_a_mistyped_preset_in_the_dataset_lists_the_presets(tiny_model, tokenizer, config, lora):
