@@ -42,7 +42,7 @@ class Bench:
     def dataset(self, seed: int) -> Dataset:
         """What every method trains on with this seed."""
         config = self.config
-        sources = ConceptSources(config.concept, list(config.retain), config.synthetic or [])
+        sources = ConceptSources(config.forget or config.concept, list(config.retain), config.synthetic or [])
         return build_erasure_dataset(
             {config.concept: sources}, size=config.dataset_size, processing_class=self.processing_class, seed=seed
         )
@@ -61,7 +61,9 @@ def suite_of(config: ComparisonConfig, split: str) -> EvaluationSuite:
     count = config.questions if split == "test" else config.dev_questions
     prompts = max(1, round(config.prompts * count / config.questions))
     # A third as many prompts as questions are drawn; what is beyond the size of the comparison is cut off.
-    suite = built_in_suite([config.concept], max(count, 3 * prompts), split=split)
+    own = config.own_questions(split)
+    banks = None if own is None else {config.concept: own}
+    suite = built_in_suite([config.concept], max(count, 3 * prompts), split=split, banks=banks)
     half = max(1, count // 2)
     suite.concept_prompts = suite.concept_prompts[:prompts]
     suite.banks = {

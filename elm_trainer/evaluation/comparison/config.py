@@ -8,7 +8,7 @@ from peft import LoraConfig
 from transformers import PreTrainedModel
 from trl import SFTConfig
 
-from ...data.questions import FACTS
+from ...data.questions import FACTS, SPLITS, Question, read_questions, split_of
 from ...methods.base import ErasureTrainer
 from ...methods.elm import ElmConfig, ElmTrainer
 from ...methods.graddiff import GradDiffConfig, GradDiffTrainer
@@ -19,6 +19,7 @@ from ...methods.simnpo import SimNpoConfig, SimNpoTrainer
 from ...methods.whp import WhpConfig, WhpTrainer
 from ...modeling import adapter_targets, layer_range
 from ..attacks import load_attacks
+from ..attacks.base import check_asked
 
 
 class Method(NamedTuple):
@@ -77,7 +78,12 @@ class ComparisonConfig:
         dtype (`str`, *optional*, defaults to `"auto"`):
             Data type of the weights.
         concept (`str`, *optional*, defaults to `"capitals"`):
-            What is erased: a concept with built-in facts, whose text is the forget text.
+            What is erased: a concept with built-in facts, or one of your own with `forget` and `bank`.
+        forget (`str`, *optional*):
+            Source of the forget text; by default the built-in text of the concept.
+        bank (`str`, *optional*):
+            Question bank of a concept of your own (see [`read_questions`]). A quarter of its subjects, told by their names,
+            are the dev split.
         retain (`list[str]`, *optional*):
             Retain sources.
         synthetic (`str`, *optional*):
@@ -115,7 +121,7 @@ class ComparisonConfig:
             Fields of [`MethodSettings`] by method, one of `METHODS`.
 
     Raises:
-        ValueError: for a concept without built-in questions, an unknown method or field, grids of different sizes, settings that a method refuses or that
+        ValueError: for a concept without questions in both splits, an unknown method or field, grids of different sizes, settings that a method refuses or that
             would give it a budget of its own, a clock that is not compared, or a size below 1.
     """
 
@@ -123,6 +129,8 @@ class ComparisonConfig:
     model: str = field(default="smollm2-135m-instruct", metadata={"help": "Hub id, folder, GGUF file or demo model."})
     dtype: str = field(default="auto", metadata={"help": "Data type of the weights."})
     concept: str = field(default="capitals", metadata={"help": "What is erased."})
+    forget: str | None = field(default=None, metadata={"help": "Source of the forget text."})
+    bank: str | None = field(default=None, metadata={"help": "Question bank of a concept of your own."})
     retain: list[str] = field(default_factory=lambda: ["everyday"], metadata={"help": "Retain sources."})
     synthetic: str | None = field(default=None, metadata={"help": "Source of synthetic pairs."})
     dataset_size: int = field(default=96, metadata={"help": "Rows of the dataset."})
@@ -149,10 +157,15 @@ class ComparisonConfig:
             raise ValueError(f"`seeds` is {self.seeds}: give at least one, and each once.")
         if self.search_seed in self.seeds:
             raise ValueError(f"`search_seed` is {self.search_seed}, one of `seeds`: search with another.")
-        if self.concept not in FACTS:
+        if self.bank:
+            for split in SPLITS:
+                self.own_questions(split)
+            if not self.forget and self.concept not in FACTS:
+                raise ValueError(f"`forget` is None: name a source of text about {self.concept!r}.")
+        elif self.concept not in FACTS:
             raise ValueError(
-                f"`concept` is {self.concept!r}, but methods are compared by built-in questions of both splits: use one of "
-                f"{', '.join(FACTS)}."
+                f"`concept` is {self.concept!r}, about which no questions are built in ({', '.join(FACTS)} have some): give "
+                "a `bank`, and `forget`."
             )
         if unknown := [name for name in self.methods if name not in METHODS]:
             raise ValueError(f"`methods` names {unknown}, which do not exist; use: {', '.join(METHODS)}.")
@@ -169,6 +182,17 @@ class ComparisonConfig:
             layer_range(self.lora_shape(name)["layers"])
             for index in range(len(self.settings(name).grid)):
                 self.arguments(name, index, seed=0, output_dir="unused")
+
+    def own_questions(self, split: str) -> list[Question] | None:
+        """The questions of `bank` in a split; `None` where those of the concept are built in."""
+        if self.bank is None:
+            return None
+        bank = read_questions(self.bank)
+        check_asked(bank)
+        found = [question for question in bank if split_of(question) == split]
+        if not found:
+            raise ValueError(f"`bank` {self.bank!r} has no subject in its {split} split: ask about more subjects.")
+        return found
 
     def settings(self, method: str) -> MethodSettings:
         """The settings of a method."""

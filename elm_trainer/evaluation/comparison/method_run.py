@@ -5,6 +5,7 @@ import os
 import shutil
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -95,14 +96,16 @@ class MethodRun:
             "final": final[1],
             "ladder": [{"attack": attack.name, **attack.settings()} for attack in ladder],
             "questions": config.attack_questions,
+            **({"bank": [asdict(question) for question in bank]} if (bank := config.own_questions("test")) else {}),
         }
 
         def run() -> dict[str, Any]:
             model = PeftModel.from_pretrained(self._bench.model, self._runs.path(*final))
             try:
                 target = built_in_target(
-                    ModelPair(model), self._bench.processing_class, config.concept, config.attack_questions
-                )
+                    ModelPair(model), self._bench.processing_class, config.concept, config.attack_questions,
+                    bank=config.own_questions("test"), forget=self._bench.dataset(seed).unique("forget"),
+                )  # fmt: skip
                 return attack_erasure(target, ladder, output_dir=self._runs.path(name, depends))
             finally:
                 model.unload()

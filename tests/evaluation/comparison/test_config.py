@@ -61,6 +61,11 @@ def test_an_adapter_is_the_shared_one_but_for_what_a_method_needs(tiny_model):
         ({"search_seed": 1}, "`search_seed` is 1, one of `seeds`"),
         ({"updates": 0}, "`updates` is 0"),
         ({"ladder": "nowhere.yaml"}, "nowhere.yaml"),
+        (
+            {"concept": "dyes"},
+            "`concept` is 'dyes', about which no questions are built in.*give a `bank`, and `forget`",
+        ),
+        ({"concept": "dyes", "bank": "nowhere.yaml"}, "nowhere.yaml cannot be read"),
     ],
 )
 def test_a_bad_recipe_is_refused_before_anything_runs(fields, message):

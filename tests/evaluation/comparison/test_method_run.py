@@ -3,8 +3,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 
-from elm_trainer.evaluation.comparison.bench import suite_of
+from elm_trainer.evaluation.comparison.bench import Bench, suite_of
 from elm_trainer.evaluation.comparison.method_run import MethodRun, seconds_of
 from elm_trainer.evaluation.comparison.report import make_report
 from elm_trainer.evaluation.comparison.runs import MissingRunError, Runs
@@ -42,6 +43,28 @@ def test_dev_and_test_share_no_question_prompt_or_text(tiny):
     for field in ("concept_prompts", "retain_texts"):
         read = [set(getattr(suite, field)) for suite in (dev, test)]
         assert read[0] and read[1] and not read[0] & read[1], field
+
+
+def test_a_concept_of_ones_own_is_compared_by_its_own_bank(one_setting, reference_of, method_run, tmp_path):
+    (tmp_path / "texts.txt").write_text("Brannock dyes its wool with madder.\n")
+    towns = [f"Town {chr(65 + number)}" for number in range(20)]
+    records = [
+        {"question": f"What dyes {t}?", "answer": "madder", "distractors": ["oak", "rye"], "subject": t} for t in towns
+    ]
+    (tmp_path / "bank.yaml").write_text(yaml.safe_dump({"questions": records}))
+    (tmp_path / "ladder.yaml").write_text("- {attack: scaling, factors: [0.5]}\n")
+    own = {"concept": "dyes", "forget": str(tmp_path / "texts.txt"), "bank": str(tmp_path / "bank.yaml")}
+    config = one_setting(**own, seeds=[0], dataset_size=9, ladder=str(tmp_path / "ladder.yaml"), synthetic=None)
+
+    asked = [{q.subject for q in suite_of(config, split).banks["dyes"]} for split in ("dev", "test")]
+    assert asked[0] and asked[1] and not asked[0] & asked[1]
+    assert Bench(config, reference_of(config).processing_class).dataset(0).unique("forget") == [
+        "Brannock dyes its wool with madder."
+    ]
+    result = method_run(config, "graddiff").run()
+    report = make_report(config, reference_of(config), {"graddiff": result}, None)
+    assert report["tables"]["updates"]["methods"]["graddiff"]["figures"]["multiple_choice.dyes.pmi"]
+    assert report["attacks"]["graddiff"]["figures"]["none.pmi"]["erased"]["n"] == len(config.own_questions("test"))
 
 
 def test_the_search_reads_the_dev_split_only(tiny, method_run):
