@@ -46,6 +46,7 @@ from .validation import (
     load_given,
     named_datasets,
     text_limit,
+    warn_of_loading,
 )
 
 
@@ -173,6 +174,7 @@ class ErasureTrainer(SFTTrainer):
             self.args.prediction_loss_only = True
         if isinstance(self.model, PeftModel):
             check_adapter_fits(self.model)
+            warn_of_loading(self.model)
             if runs:
                 check_reference(self.model, tokens, base)
 

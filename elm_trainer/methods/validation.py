@@ -1,8 +1,10 @@
 """What an erasure trainer is given, checked before anything is computed."""
 
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +18,8 @@ from trl import SFTConfig
 from trl.trainer.utils import create_model_from_path
 
 from ..data.tokens import text_tokenizer
+from ..hub.adapter_config import check_adapter_config
+from ..hub.errors import UnsafeAdapterError
 from ..modeling import LINEAR, adapter_disabled, evaluating
 
 
@@ -276,6 +280,24 @@ def check_adapter_fits(model: PeftModel) -> None:
             leaf = wanted.rpartition(".")[2]
             if not any(leaf in name.split(".") for name in names):
                 raise ValueError(f"`{field}` names {wanted!r}, which the model does not have: correct it.")
+
+
+def warn_of_loading(model: PeftModel) -> None:
+    """Warn where [`load_erased`] would refuse what is about to be trained, which PEFT itself may load.
+
+    Args:
+        model (`PeftModel`): Model with its adapter in place.
+    """
+    for config in model.peft_config.values():
+        # As it will stand in `adapter_config.json`.
+        record = json.loads(json.dumps(config.to_dict(), default=list))
+        record |= {"task_type": record["task_type"] or "CAUSAL_LM", "auto_mapping": None}
+        try:
+            check_adapter_config(record, Path("peft_config"))
+        except UnsafeAdapterError as error:
+            logger.warning(
+                f"`load_erased` and `publish_adapter` will refuse this adapter, which `PeftModel.from_pretrained` loads. {error}"
+            )
 
 
 def few_logits(model: nn.Module, tokens: Sequence[int]) -> torch.Tensor:

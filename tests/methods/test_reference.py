@@ -147,3 +147,24 @@ def test_measuring_the_reference_leaves_what_was_frozen_frozen(tiny_peft_model):
         pass
     assert not any(p.requires_grad for name, p in tiny_peft_model.named_parameters() if "lora_A" in name)
     assert all(p.requires_grad for name, p in tiny_peft_model.named_parameters() if "lora_B" in name)
+
+
+@pytest.mark.parametrize(
+    ("config", "refused"),
+    [
+        (KEEPS_IT["lora"], None),
+        (KEEPS_IT["dora"], None),
+        (KEEPS_IT["tokens"], None),
+        (KEEPS_IT["ia3"], "`peft_type` is 'IA3'"),
+        (LoraConfig(r=4, target_modules=LINEAR, use_qalora=True, qalora_group_size=8), "`use_qalora` is True"),
+    ],
+)
+def test_what_load_erased_would_refuse_is_said_before_training(config, refused, make, tokenizer, caplog):
+    with caplog.at_level("WARNING", logger="elm_trainer.methods.validation"):
+        make(tiny("llama", len(tokenizer)), config)
+    said = [
+        record.message
+        for record in caplog.records
+        if "`load_erased` and `publish_adapter` will refuse" in record.message
+    ]
+    assert len(said) == bool(refused) and all(refused in message for message in said)
