@@ -74,6 +74,9 @@ class ElmDataCollator(DataCollatorMixin):
             without `targets` the forget batch holds `counterfactual`: `index`, `[draws, positions]`, the places of the
             novices in the flattened forget batch followed by the flattened `extra` batch, which holds those novices
             that are no beginning of a forget text, if there are any.
+        past_end (`bool`, *optional*, defaults to `False`):
+            Whether the position behind a forget text's last token, which has no label, is supervised too, as in the
+            released code. Not with `counterfactual`.
         targets ([`RowTargets`], *optional*):
             What was stored for the rows.
     """
@@ -84,6 +87,7 @@ class ElmDataCollator(DataCollatorMixin):
     pad_to_multiple_of: int | None = None
     seed: int = 0
     counterfactual: bool = False
+    past_end: bool = False
     targets: RowTargets | None = None
     return_tensors: str = "pt"
 
@@ -94,6 +98,7 @@ class ElmDataCollator(DataCollatorMixin):
         forget = self.pad(
             [(row["forget_ids"], 0) for row in examples],
             [[place[0] + 1 for place in row["aligned"]] for row in examples] if self.counterfactual else None,
+            past_end=self.past_end,
         )
         retain = self.pad([(row["retain_ids"], row.get("retain_start", 0)) for row in examples])
         batch = {"forget": forget, "retain": retain}
@@ -155,7 +160,7 @@ class ElmDataCollator(DataCollatorMixin):
             rng = random.Random(f"{self.seed}-{example['row']}")
             for context in rng.choices(contexts, k=self.contexts_per_sample):
                 rows.append(behind_context(self.processing_class, context, example["forget_ids"]))
-        return self.pad(rows)
+        return self.pad(rows, past_end=self.past_end)
 
     def longest_context(self) -> int:
         """Tokens of the longest context of all concepts, 0 without any."""
@@ -169,10 +174,14 @@ class ElmDataCollator(DataCollatorMixin):
         )
 
     def pad(
-        self, rows: Sequence[tuple[list[int], int]], only: Sequence[Sequence[int]] | None = None
+        self,
+        rows: Sequence[tuple[list[int], int]],
+        only: Sequence[Sequence[int]] | None = None,
+        *,
+        past_end: bool = False,
     ) -> dict[str, Any]:
         """Pad rows of `(token ids, index of the first supervised token)` into one batch; of each row `only` these tokens
-        are supervised, if given.
+        are supervised, if given, and with `past_end` the last position too, though no label follows it.
         """
         width = max(len(ids) for ids, _ in rows)
         if self.pad_to_multiple_of:
@@ -194,7 +203,11 @@ class ElmDataCollator(DataCollatorMixin):
                 labels[index, start + chosen] = tokens[chosen]
             # The first token of a text has no prediction to supervise; with left padding that would be a pad's.
             labels[index, start] = IGNORE_INDEX
-        rows_index, columns = (labels[:, 1:] != IGNORE_INDEX).nonzero(as_tuple=True)
+        predicting = torch.nn.functional.pad(labels[:, 1:] != IGNORE_INDEX, (0, 1))
+        if past_end:
+            ends = [width - 1 if left else len(ids) - 1 for ids, _ in rows]
+            predicting[torch.arange(len(rows)), ends] = True
+        rows_index, columns = predicting.nonzero(as_tuple=True)
         return {
             "input_ids": input_ids,
             "attention_mask": attention_mask,

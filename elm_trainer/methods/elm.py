@@ -66,8 +66,7 @@ class ElmConfig(ErasureConfig):
         eta (`float`, *optional*):
             Strength η of the erasure: `t = b − η·(e − n)`. With the ramp, η of the prediction behind a text's first token.
         eta_end (`float`, *optional*):
-            η of the prediction behind a text's last token, of which there is no target in the text; η is linear in
-            between. Defaults to `eta` where only that is given.
+            η of the prediction behind a text's last token; η is linear in between. Defaults to `eta` where only that is given.
         tau (`float`, *optional*):
             Temperature τ of the target.
         top_k (`int`, *optional*):
@@ -219,7 +218,8 @@ class ElmTrainer(ErasureTrainer):
     """Trainer for Erasure of Language Memory (ELM).
 
     `Loss = λe·erase + λr·retain + λc·consistency`, each the mean over rows of the mean over their text's positions (0 for a
-    row without a synthetic pair):
+    row without a synthetic pair; those of the erase term include what follows the text's last token, but for a
+    counterfactual novice):
     soft cross-entropy with [`erasure_target`] on forget text (with `log_tokens`: [`log_space_divergence`] and
     [`log_space_loss`] to [`log_space_target`]); KL, argmax cross-entropy or [`log_space_divergence`] to the reference on
     retain text; negative log-likelihood of the completion of synthetic pairs.
@@ -269,6 +269,7 @@ class ElmTrainer(ErasureTrainer):
                 processing_class,
                 concepts=None if args.expert_steps or counterfactual else _concepts(args, train_dataset, eval_dataset),
                 counterfactual=counterfactual,
+                past_end=not counterfactual,
                 contexts_per_sample=args.contexts_per_sample,
                 pad_to_multiple_of=args.pad_to_multiple_of,
                 seed=args.seed,

@@ -42,7 +42,7 @@ def elm_target_plan(trainer: "ElmTrainer") -> TargetPlan:
         switch="precompute_targets",
         layout=layout,
         # The version is that of what is made from the settings.
-        settings={"method": "ELM", "version": 2, **{name: getattr(args, name) for name in names}},
+        settings={"method": "ELM", "version": 3, **{name: getattr(args, name) for name in names}},
         columns=columns,
         targets_dir=args.targets_dir,
         compute=partial(_compute, trainer, layout),

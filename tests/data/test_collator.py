@@ -25,12 +25,13 @@ def row(tokenizer, index, forget, retain="some text here", prompt="The", complet
     texts=st.lists(st.text(alphabet="abc .,é", min_size=2, max_size=20), min_size=1, max_size=4),
     side=st.sampled_from(["left", "right"]),
     multiple=st.sampled_from([None, 8]),
+    past_end=st.booleans(),
 )
-def test_padding_is_never_supervised_and_every_token_but_the_first_is(tokenizer, texts, side, multiple):
+def test_padding_is_never_supervised_and_every_token_but_the_first_is(tokenizer, texts, side, multiple, past_end):
     tokenizer.padding_side = side
     try:
         rows = [row(tokenizer, index, text + " x") for index, text in enumerate(texts)]
-        batch = ElmDataCollator(tokenizer, pad_to_multiple_of=multiple)(rows)["forget"]
+        batch = ElmDataCollator(tokenizer, pad_to_multiple_of=multiple, past_end=past_end)(rows)["forget"]
     finally:
         tokenizer.padding_side = "right"
     assert not multiple or batch["input_ids"].size(1) % multiple == 0
@@ -40,7 +41,11 @@ def test_padding_is_never_supervised_and_every_token_but_the_first_is(tokenizer,
         labels = batch["labels"][index]
         assert (labels[~mask] == -100).all()
         assert labels[labels != -100].tolist() == example["forget_ids"][1:]
-    chosen = batch["labels"][batch["rows"], batch["columns"] + 1]
+    read = batch["input_ids"][batch["rows"], batch["columns"]]
+    assert read.tolist() == [token for example in rows for token in example["forget_ids"][: None if past_end else -1]]
+    labeled = batch["columns"] + 1 < batch["labels"].size(1)
+    chosen = batch["labels"][batch["rows"][labeled], batch["columns"][labeled] + 1]
+    chosen = chosen[chosen != -100]
     assert chosen.tolist() == [token for example in rows for token in example["forget_ids"][1:]]
 
 

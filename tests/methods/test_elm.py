@@ -40,9 +40,12 @@ def test_the_ramp_is_that_of_the_released_code(side, tiny_model, tokenizer, data
     finally:
         tokenizer.padding_side = "right"
 
-    # There, η of each logit is a linspace over the text, the first of which predicts the second token.
-    expected = [torch.linspace(1, 1000, length)[:-1] for length in forget["lengths"]]
+    # There, η of each logit is a linspace over the text, the first of which predicts the second token; the last one, which
+    # predicts what no label says, has a target too.
+    expected = [torch.linspace(1, 1000, length) for length in forget["lengths"]]
     torch.testing.assert_close(trainer._eta(forget), torch.cat(expected))
+    target = trainer._target(trainer.model, "erase", trainer._prepare_inputs(forget))
+    assert len(target["weights"]) == sum(forget["lengths"])
 
 
 def test_without_erasure_the_first_step_has_no_gradient(tiny_model, tokenizer, dataset, config, lora):
