@@ -18,6 +18,7 @@ from transformers.utils import logging
 from .concept import Concept
 from .data.tokens import behind_context, continuation_text, pad_left, text_ids, text_tokenizer, tokenize
 from .evaluation.fluency import repetition
+from .methods.validation import check_numbers
 from .ops import plausible_tokens
 
 
@@ -74,14 +75,13 @@ class SynthesisConfig:
     max_repetition: float = field(default=0.3, metadata={"help": "Largest share of repeated 3-grams."})
 
     def __post_init__(self):
-        for name, lowest in (("gamma", 0), ("top_k", 1), ("max_new_tokens", 1), ("batch_size", 1), ("min_words", 1)):
-            if getattr(self, name) < lowest:
-                raise ValueError(f"`{name}` is {getattr(self, name)}: it must be at least {lowest}.")
-        if self.temperature <= 0:
-            raise ValueError(f"`temperature` is {self.temperature}: it must be above 0.")
-        for name in ("plausibility", "max_repetition"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"`{name}` is {getattr(self, name)}: it must be from 0 to 1.")
+        rules = (
+            ("at least 0", ("gamma", "seed")),
+            ("at least 1", ("top_k", "max_new_tokens", "batch_size", "min_words")),
+            ("above 0", ("temperature",)),
+            ("from 0 to 1", ("plausibility", "max_repetition")),
+        )
+        check_numbers(self, rules)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Wrong uses of every public function: each is answered at once, in one line that names field, value and fix."""
 
 import json
+import math
 import time
 from types import SimpleNamespace
 
@@ -151,6 +152,16 @@ USES = [
     # build_erasure_dataset
     (lambda own: build_erasure_dataset("capitals"), "`concepts` is of type str: give .*ConceptSources"),
     (lambda own: build_erasure_dataset({"a": TEXTS}), r"`concepts\['a'\]` is of type list: give .*ConceptSources"),
+    (
+        lambda own: build_erasure_dataset(
+            {"a": ConceptSources(TEXTS, [TEXTS]), Concept("a"): ConceptSources(TEXTS, [TEXTS])}
+        ),
+        "`concepts` holds 'a' twice: give all its sources in one",
+    ),
+    (
+        lambda own: build_erasure_dataset({Concept("a", novice_contexts=["Once"]): ConceptSources(TEXTS, [TEXTS])}),
+        "`concepts` holds 'a' with contexts of its own.*put the concept into a YAML file",
+    ),
     (lambda own: build_erasure_dataset({}), "`concepts` is empty: name at least one"),
     (lambda own: build(DatasetDict(train=ROWS)), "forget set of concept 'a' is of type DatasetDict.*give one"),
     (lambda own: build(retain=["Bread needs flour."]), "retain set of concept 'a' is 'Bread .*goes into a list"),
@@ -161,10 +172,14 @@ USES = [
         lambda own: build(synthetic=[("Oslo", None)]),
         "synthetic set of concept 'a', row 0: `completion` is None.*correct",
     ),
-    (lambda own: build(size=0), "`size` is 0: it must be at least 1"),
+    (lambda own: build(size=0), "`size` is 0: it must be a whole number of at least 1"),
+    (lambda own: build(size=-3), "`size` is -3: it must be a whole number of at least 1"),
+    (lambda own: build(size=2.5), "`size` is 2.5: it must be a whole number of at least 1"),
+    (lambda own: build(size=True), "`size` is True: it must be a whole number of at least 1"),
     (lambda own: build(column={"forget": "text"}), "`column` is {'forget': 'text'}: give one name, or"),
     # Concept, load_concept
     (lambda own: Concept(""), "`name` is '': give a non-empty string"),
+    (lambda own: Concept("dyes", ["madder", ""]), r"`keywords` is \['madder', ''\]: give a non-empty list"),
     (lambda own: Concept("dyes", "madder"), "`keywords` is 'madder': give a non-empty list"),
     (lambda own: Concept("dyes", [1]), r"`keywords` is \[1\]: give a non-empty list of strings"),
     (
@@ -190,7 +205,7 @@ USES = [
     (lambda own: built_in_suite(["bio"]), r"`concepts` names \['bio'\].*give your own, `banks="),
     (lambda own: built_in_suite("capitols"), r"`concepts` names \['capitols'\].*give your own"),
     (lambda own: built_in_suite(["capitals"], split="train"), "`split` is 'train': use one of dev, test"),
-    (lambda own: built_in_suite(["capitals"], 0), "`questions` is 0: ask at least 1"),
+    (lambda own: built_in_suite(["capitals"], 0), "`questions` is 0: give a whole number of at least 1"),
     (lambda own: built_in_suite(["capitals"], banks={"dyes": [QUESTION]}), r"`banks` names \['dyes'\].*`concepts`"),
     (lambda own: suite({"dyes": "erazed"}), "`roles` gives the bank 'dyes' the role 'erazed': use one of erased"),
     (lambda own: suite({}), "`roles` gives the bank 'dyes' no role: use one of"),
@@ -205,6 +220,19 @@ USES = [
     (lambda own: config(top_k=0), "`top_k` is 0: it must be at least 1"),
     (lambda own: config(tau=0), "`tau` is 0: it must be above 0"),
     (lambda own: config(plausibility=2), "`plausibility` is 2: it must be from 0 to 1"),
+    (lambda own: config(eta=math.inf), "`eta` is inf: give a finite number"),
+    (lambda own: config(learning_rate=math.nan), "`learning_rate` is nan: give a finite number"),
+    (lambda own: config(learning_rate=-1e-3), "`learning_rate` is -0.001: it must be at least 0"),
+    (lambda own: config(learning_rate="1e-3"), "`learning_rate` is '1e-3': give a number .*write 1.0e-3"),
+    (lambda own: config(top_k=2.5), "`top_k` is 2.5: give a whole number"),
+    (lambda own: config(contexts_per_sample=True), "`contexts_per_sample` is True: give a whole number"),
+    (lambda own: config(max_length=0), "`max_length` is 0: it must be at least 2"),
+    (lambda own: config(max_length=2.5), "`max_length` is 2.5: give a whole number"),
+    (lambda own: config(max_grad_norm=math.nan), "`max_grad_norm` is nan: give a finite number"),
+    (lambda own: config(per_device_train_batch_size=0), "`per_device_train_batch_size` is 0: it must be at least 1"),
+    (lambda own: config(GradDiffConfig, gradient_accumulation_steps=0), "`gradient_accumulation_steps` is 0: it must"),
+    (lambda own: config(RmuConfig, seed=-1), "`seed` is -1: it must be at least 0"),
+    (lambda own: config(NpoConfig, beta=math.inf), "`beta` is inf: give a finite number"),
     (lambda own: config(retain_loss="mse"), "`retain_loss` is 'mse': use one of"),
     (lambda own: config(novice="child"), "`novice` is 'child': use one of"),
     (lambda own: config(preset="article"), "`preset` is 'article': use one of"),
@@ -216,8 +244,10 @@ USES = [
     (lambda own: config(RepNoiseConfig, beta=-1), "`beta` is -1: it must be at least 0"),
     (lambda own: config(WhpConfig, alpha=-1), "`alpha` is -1: it must be"),
     (lambda own: SynthesisConfig(gamma=-1), "`gamma` is -1: it must be at least 0"),
+    (lambda own: SynthesisConfig(gamma=math.nan), "`gamma` is nan: give a finite number"),
+    (lambda own: SynthesisConfig(batch_size=2.5), "`batch_size` is 2.5: give a whole number"),
     (lambda own: SynthesisConfig(temperature=0), "`temperature` is 0: it must be above 0"),
-    (lambda own: compare(concept="bio"), "`concept` is 'bio'.*use one of capitals, elements"),
+    (lambda own: compare(concept="bio"), "`concept` is 'bio'.*give a `bank`, and `forget`"),
     (lambda own: compare(methods={"elmo": {}}), r"`methods` names \['elmo'\], which do not exist; use: "),
     (lambda own: compare(seeds=[0, 0]), r"`seeds` is \[0, 0\]: give at least one, and each once"),
     # trainers

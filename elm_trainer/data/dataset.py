@@ -157,8 +157,10 @@ def _check(concepts: Mapping[str | Concept, ConceptSources], size: int | None) -
         names.add(name)
         if not isinstance(sources, ConceptSources):
             raise TypeError(f"`concepts[{name!r}]` is of type {type(sources).__name__}: {fix}.")
-    if size is not None and size < 1:
-        raise ValueError(f"`size` is {size}: it must be at least 1, or None for as many rows as the longest source.")
+    if size is not None and (type(size) is not int or size < 1):
+        raise ValueError(
+            f"`size` is {size}: it must be a whole number of at least 1, or None for as many rows as the longest source."
+        )
 
 
 def _in_turn(sources: list[list[dict[str, Any]]], rows: int) -> list[dict[str, Any]]:

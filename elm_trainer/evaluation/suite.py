@@ -145,8 +145,8 @@ def built_in_suite(
             f"`banks={{{unknown[0]!r}: read_questions(path)}}` (`--bank` of the examples), or "
             f"`banks={{{unknown[0]!r}: []}}` for the measures that need none."
         )
-    if questions < 1:
-        raise ValueError(f"`questions` is {questions}: ask at least 1.")
+    if type(questions) is not int or questions < 1:
+        raise ValueError(f"`questions` is {questions}: give a whole number of at least 1.")
     rng = random.Random(seed)
     suite = EvaluationSuite({}, {}, {}, {}, [], load_texts("everyday-held-out")["text"][:])
     suite.revision = f"elm-trainer {version('elm-trainer')} {split}"
