@@ -1,6 +1,5 @@
 """What can be read in a file that is about to be published, by line, and whether the file is what its name says."""
 
-import html
 import json
 import pickletools
 import re
@@ -10,9 +9,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from io import BytesIO
 from pathlib import Path
+from typing import NamedTuple
 
 from .answers import without_accents
 from .errors import UnsafeAdapterError
+from .readings import ESCAPED_BREAK, readings
 from .tensors import read_header
 
 
@@ -28,11 +29,6 @@ _PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"eXIf")
 # Where a tokenizer's file starts on its vocabulary, and which comes last in it.
 _VOCABULARY = '\n  "model": {'
 _LINE_BREAK = re.compile(r"\r\n|\n|\r")
-_ESCAPE = re.compile(r"(?:\\u[0-9a-fA-F]{4})+|\\U[0-9a-fA-F]{8}|\\x[0-9a-fA-F]{2}|\\[\"'\\/bfnrt]")
-# Stands for a line break that was escaped, so that lines stay those of the file.
-_ESCAPED_BREAK = "\v"
-_SHORT_ESCAPES = {"b": " ", "f": " ", "n": _ESCAPED_BREAK, "r": " ", "t": " "}
-_MOST_READINGS = 4
 # Scripts that put no space between words count by the letter: Thai to Burmese, Khmer, kana, Chinese characters.
 _SPACELESS = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
 _WORD = re.compile(rf"[{_SPACELESS}]|[^\W_{_SPACELESS}]+")
@@ -42,8 +38,7 @@ class NotWhatItSaysError(ValueError):
     """The content of a file is not of the kind that its name says."""
 
 
-@dataclass(frozen=True)
-class Word:
+class Word(NamedTuple):
     """A word as it stands (less accents), in small letters, its line, and its row, which escaped line breaks count in."""
 
     plain: str
@@ -73,25 +68,15 @@ class Document:
 
     @cached_property
     def readings(self) -> list[str]:
-        """The text as it stands, and with escapes of JSON, YAML and HTML resolved once and more, line by line the same.
-
-        A string of JSON may hold JSON; and what looks like an escape in one reading may be a path of Windows in another.
-        """
-        readings = [self.text]
-        while len(readings) < _MOST_READINGS:
-            lines = readings[-1].split("\n")
-            plain = "\n".join(_unescaped(line) if "\\" in line or "&" in line else line for line in lines)
-            if plain == readings[-1]:
-                break
-            readings.append(plain)
-        return readings
+        """See [`readings`]; the last one is the plainest."""
+        return readings(self.text)
 
     @cached_property
     def words(self) -> list[Word]:
         """The words of the last reading."""
         words, row = [], 0
         for number, line in enumerate(self.readings[-1].split("\n"), 1):
-            for part in line.split(_ESCAPED_BREAK):
+            for part in line.split(ESCAPED_BREAK):
                 row += 1
                 words += [Word(word, word.casefold(), number, row) for word in _WORD.findall(without_accents(part))]
         return words
@@ -155,20 +140,6 @@ def pickle_kind(path: Path) -> str | None:
     headed = re.match(rb"\x80[\x02-\x05]", start) is not None
     ends = last >= 0 and not start[last + 1 :].strip()
     return "a pickle" if count > 2 and (ends or headed and (count > 3 or last >= 0)) else None
-
-
-def _unescaped(line: str) -> str:
-    return _LINE_BREAK.sub(_ESCAPED_BREAK, _ESCAPE.sub(_resolve, html.unescape(line)))
-
-
-def _resolve(match: re.Match[str]) -> str:
-    escape = match[0]
-    if escape[1] == "u":
-        return bytes.fromhex(escape.replace("\\u", "")).decode("utf-16-be", "replace")
-    if escape[1] in "Ux":
-        code = int(escape[2:], 16)
-        return chr(code) if code < 0x110000 else " "
-    return _SHORT_ESCAPES.get(escape[1], escape[1])
 
 
 def _safetensors_header(path: Path) -> str:

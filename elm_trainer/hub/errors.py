@@ -17,15 +17,19 @@ class Finding:
         file (`str`): Path in the folder, with `/`.
         line (`int` or `None`): Line, from 1; `None` where the whole file is at fault.
         what (`str`): What was found, without repeating the secret.
+        id (`str`, *optional*): By which `allow` names it. It stays the same while the file and what was found do, whatever
+            the line.
     """
 
     file: str
     line: int | None
     what: str
+    id: str = ""
 
     def __str__(self) -> str:
         place = PurePosixPath(self.file).as_posix()
-        return f"{place}:{self.line}: {self.what}" if self.line else f"{place}: {self.what}"
+        told = f"{place}:{self.line}: {self.what}" if self.line else f"{place}: {self.what}"
+        return f"{told} [{self.id}]" if self.id else told
 
 
 class ScanError(HubError):

@@ -27,6 +27,7 @@ class Passage:
     document: Document
     line: int
     words: int
+    text: str
 
 
 def find_passages(documents: Sequence[Document], forget: Iterable[str]) -> list[Passage]:
@@ -49,16 +50,16 @@ def find_passages(documents: Sequence[Document], forget: Iterable[str]) -> list[
     found: list[dict[int, int]] = []
     for words in smalls:
         long = {place: RUN for place, run in enumerate(_runs(words)) if run in leaked} if leaked else {}
-        found.append({place: len(phrase) for place, phrase in _phrases(words, short)} | long)
+        found.append({place: len(phrase) for place, phrase in _phrases(words, short)} | long if short else long)
     return [
-        Passage(document, document.words[start].line, end - start)
-        for document, runs in zip(documents, found, strict=True)
+        Passage(document, document.words[start].line, end - start, " ".join(words[start:end]))
+        for document, words, runs in zip(documents, smalls, found, strict=True)
         for start, end in _joined(runs)
     ]
 
 
-def find_answered(document: Document, questions: Sequence[Question]) -> Iterator[int]:
-    """Lines of questions that stand beside their right answer or an alias of it.
+def find_answered(document: Document, questions: Sequence[Question]) -> Iterator[tuple[int, str]]:
+    """Line and words of questions that stand beside their right answer or an alias of it.
 
     Beside means before the next question, and on the question's line or one of the three that follow.
     """
@@ -78,7 +79,7 @@ def find_answered(document: Document, questions: Sequence[Question]) -> Iterator
             answer_pattern(name) for question in asked[phrase] for name in (question.answer, *question.aliases)
         ]
         if any(pattern.search(" ".join(part)) for pattern in patterns for part in (before, after)):
-            yield words[start].line
+            yield words[start].line, " ".join(phrase)
 
 
 def without_template(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:

@@ -14,8 +14,8 @@ from .commit import Publication, commit_folder, open_repository, read_text
 from .dataset_card import make_dataset_card
 from .files import CARD
 from .info import BaseModel
+from .persons import machine_names, names_in
 from .scan import raise_findings, scan_folder
-from .secrets import machine_names, names_in
 
 
 PAIRS = "pairs.jsonl"
@@ -33,6 +33,7 @@ def publish_dataset(
     create_pr: bool = False,
     tag: str | None = None,
     commit_message: str = "Publish synthetic pairs",
+    allow: Mapping[str, str] | None = None,
     dry_run: bool = False,
     staging_dir: str | Path | None = None,
     api: HfApi | None = None,
@@ -48,6 +49,7 @@ def publish_dataset(
         config ([`SynthesisConfig`]): Settings that the pairs were made with.
         model ([`BaseModel`]): The model that wrote them; the data set inherits its licence.
         forget (`Sequence[str]`, *optional*): Forget texts, whose passages must not go up.
+        allow (`Mapping[str, str]`, *optional*): Reason why a finding of the scan may be published, by the finding's id.
         private, revision, create_pr, tag, commit_message, dry_run, staging_dir, api: As in [`publish_adapter`].
 
     Raises:
@@ -67,7 +69,7 @@ def publish_dataset(
         def write(current: str | None) -> None:
             make_dataset_card(results, config, model, repo_id, current=current).save(card)
             names = machine_names(public=names_in(repo_id, model.id))
-            raise_findings(scan_folder(folder, forget=forget, names=names, allowed={PAIRS, CARD}))
+            raise_findings(scan_folder(folder, forget=forget, names=names, allowed={PAIRS, CARD}), allow)
 
         with (folder / PAIRS).open("w", encoding="utf-8") as file:
             for concept, result in results.items():

@@ -1,15 +1,39 @@
 """Look for what must not be published in a folder that is about to go up."""
 
+import hashlib
 import os
-from collections.abc import Collection, Iterable, Sequence
+import re
+from bisect import bisect_right
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+
+from transformers.utils import logging
 
 from ..data.questions import Question
 from .documents import Document, NotWhatItSaysError, pickle_kind, read_documents
 from .errors import Finding, ScanError
 from .files import PUBLISHED_FILES
 from .passages import find_answered, find_passages
-from .secrets import find_names, find_paths, find_secrets, machine_names
+from .persons import find_names, find_persons, machine_names
+from .places import find_paths
+from .secrets import find_secrets
+from .tokens import Hit
+
+
+logger = logging.get_logger(__name__)
+_REVOKE = "take it out, and revoke it"
+_TAKE_OUT = "take it out"
+_FIXES = {
+    "an absolute path of a machine": "take it out or make it relative",
+    "an address of storage": _TAKE_OUT,
+    "a user or host name of this machine": _TAKE_OUT,
+    "an e-mail address": _TAKE_OUT,
+    "a telephone number": _TAKE_OUT,
+    "an IP address": _TAKE_OUT,
+    "a card number": _TAKE_OUT,
+    "a bank account": _TAKE_OUT,
+    "a number of a person": _TAKE_OUT,
+}
 
 
 def scan_folder(
@@ -53,35 +77,85 @@ def scan_folder(
     for path in _entries(folder):
         name = path.relative_to(folder).as_posix()
         if path.is_symlink():
-            findings.append(Finding(name, None, "a link, which may lead out of the folder: put a copy in its place"))
+            findings.append(_of_file(name, "a link, which may lead out of the folder: put a copy in its place"))
         elif path.is_file():
             if name not in allowed:
-                findings.append(Finding(name, None, "not among the files that are published: delete it"))
+                findings.append(_of_file(name, "not among the files that are published: delete it"))
             if kind := pickle_kind(path):
-                findings.append(Finding(name, None, f"{kind}, which can run code when it is loaded: delete it"))
+                findings.append(_of_file(name, f"{kind}, which can run code when it is loaded: delete it"))
             try:
                 documents += read_documents(path, name)
             except NotWhatItSaysError as error:
                 if name in allowed:
-                    findings.append(Finding(name, None, f"{error}: write it again"))
+                    findings.append(_of_file(name, f"{error}: write it again"))
         elif not path.is_dir():
-            findings.append(Finding(name, None, "neither a file nor a folder: delete it"))
+            findings.append(_of_file(name, "neither a file nor a folder: delete it"))
     people = machine_names() if names is None else frozenset(names)
     asked = list(questions)
     for document in documents:
         findings += _told(document, people, asked)
     findings += [
-        _finding(passage.document, passage.line, f"{passage.words} words in a row of a forget text: take them out")
+        _finding(
+            passage.document,
+            passage.line,
+            f"{passage.words} words in a row of a forget text: take them out",
+            passage.text,
+        )
         for passage in find_passages([document for document in documents if not document.vocabulary], forget)
     ]
     return sorted(set(findings), key=lambda finding: (finding.file, finding.line or 0, finding.what))
 
 
-def raise_findings(findings: Sequence[Finding]) -> None:
-    """Raise [`ScanError`] naming each finding with its fix, if there are any."""
-    if findings:
-        listed = "\n".join(f"- {finding}" for finding in findings)
-        raise ScanError(f"Nothing was published. What must not go up ({len(findings)}):\n{listed}", findings)
+def raise_findings(findings: Sequence[Finding], allow: Mapping[str, str] | None = None) -> None:
+    """Raise [`ScanError`] naming each finding with its fix, if there are any but those that are allowed.
+
+    Args:
+        findings (`Sequence[Finding]`): What [`scan_folder`] found.
+        allow (`Mapping[str, str]`, *optional*): Reason why a finding may be published, by its id. Each is logged.
+
+    Raises:
+        ScanError: for findings that are not allowed.
+        ValueError: for a reason that says nothing.
+    """
+    allow = allow or {}
+    check_allowed(allow)
+    for finding in findings:
+        if finding.id in allow:
+            logger.warning(f"Allowed: {finding}, because: {allow[finding.id]}")
+    for missing in sorted(set(allow) - {finding.id for finding in findings}):
+        logger.warning(f"`allow` names {missing}, which is no finding: leave it out.")
+    if left := [finding for finding in findings if finding.id not in allow]:
+        listed = "\n".join(f"- {finding}" for finding in left)
+        raise ScanError(
+            f"Nothing was published. What must not go up ({len(left)}):\n{listed}\nOne that may be public is let through "
+            "by `allow={id in brackets: reason}`.",
+            left,
+        )
+
+
+def check_allowed(allow: Mapping[str, str]) -> None:
+    """Raise `ValueError` unless each finding that is allowed has a reason."""
+    for name, reason in allow.items():
+        if not isinstance(reason, str) or not reason.strip():
+            raise ValueError(f"`allow[{name!r}]` is {reason!r}: say why that finding may be published.")
+
+
+def find_private(
+    text: str, names: Collection[str] = (), *, escaped: bool = False, vocabulary: bool = False
+) -> Iterator[Hit]:
+    """Everything in a text that gives away a secret, a person or a machine.
+
+    Args:
+        text (`str`): One reading of it.
+        names (`Collection[str]`, *optional*): Names of persons and machines.
+        escaped (`bool`, *optional*, defaults to `False`): Whether its backslashes begin escapes.
+        vocabulary (`bool`, *optional*, defaults to `False`): Whether it is a list of tokens, in which only secrets are found.
+    """
+    yield from find_secrets(text, vocabulary=vocabulary)
+    if not vocabulary:
+        yield from find_paths(text, escaped=escaped)
+        yield from find_persons(text)
+        yield from find_names(text, names)
 
 
 def _entries(folder: Path) -> list[Path]:
@@ -94,32 +168,60 @@ def _entries(folder: Path) -> list[Path]:
 
 
 def _told(document: Document, names: Collection[str], questions: Sequence[Question]) -> list[Finding]:
-    findings = []
-    for text in document.readings[:1] if document.vocabulary else document.readings:
-        findings += [
-            _finding(document, line, f"{kind}: take it out, and revoke it") for line, kind in find_secrets(text)
+    findings: dict[tuple[int | None, str], Finding] = {}
+    # In JSON a backslash begins an escape, so that the text as it stands holds no path of Windows.
+    escaped = document.where == "its header" or document.file.endswith((".json", ".jsonl"))
+    for numbers, text, original in _to_read(document):
+        breaks = [match.start() for match in re.finditer("\n", text)]
+        for hit in find_private(text, names, escaped=escaped and original, vocabulary=document.vocabulary):
+            line = numbers[bisect_right(breaks, hit.start)]
+            finding = _finding(
+                document, line, f"{hit.kind}: {_FIXES.get(hit.kind, _REVOKE)}", text[hit.start : hit.end]
+            )
+            findings.setdefault((finding.line, finding.id), finding)
+    told = list(findings.values())
+    if questions and not document.vocabulary:
+        told += [
+            _finding(document, line, "a question of the bank beside its right answer: take one of them out", asked)
+            for line, asked in find_answered(document, questions)
         ]
-        if not document.vocabulary:
-            findings += [
-                _finding(document, line, "an absolute path of a machine: take it out or make it relative")
-                for line in find_paths(text)
-            ]
-            findings += [
-                _finding(
-                    document, line, "a user or host name of this machine: take it out, or leave it out of `names`"
-                )
-                for line in find_names(text, names)
-            ]
-    if not document.vocabulary:
-        findings += [
-            _finding(document, line, "a question of the bank beside its right answer: take one of them out")
-            for line in find_answered(document, questions)
-        ]
-    return findings
+    return told
 
 
-def _finding(document: Document, line: int, what: str) -> Finding:
+def _to_read(document: Document) -> Iterator[tuple[Sequence[int], str, bool]]:
+    """Numbers of the lines, text, and whether it stands so in the file: of the first reading all, of others what changed."""
+    before: list[str] | None = None
+    for reading in document.readings[:1] if document.vocabulary else document.readings:
+        lines = reading.split("\n")
+        if before is None:
+            yield range(1, len(lines) + 1), reading, True
+        else:
+            # With a line on either side, for a name and its value may stand on two.
+            near = {
+                number + step
+                for number, (old, new) in enumerate(zip(before, lines, strict=True))
+                if old != new
+                for step in (-1, 0, 1)
+            }
+            kept = [number for number in sorted(near) if 0 <= number < len(lines)]
+            yield [number + 1 for number in kept], "\n".join(lines[number] for number in kept), False
+        before = lines
+
+
+def _of_file(name: str, what: str) -> Finding:
+    """A finding on a whole file."""
+    return Finding(name, None, what, _id(name, what))
+
+
+def _finding(document: Document, line: int, what: str, found: str) -> Finding:
     """A finding on a line of the document's text."""
+    # The same in any reading: quotes and backslashes around it come and go.
+    value = re.sub(r"[^\w@.+/:-]+", "", found)
+    name = _id(document.file, what, value)
     if document.where:
-        return Finding(document.file, None, f"{what} (in {document.where})")
-    return Finding(document.file, line + document.first_line - 1, what)
+        return Finding(document.file, None, f"{what} (in {document.where})", name)
+    return Finding(document.file, line + document.first_line - 1, what, name)
+
+
+def _id(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogatepass")).hexdigest()[:12]

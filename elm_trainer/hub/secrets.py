@@ -1,151 +1,237 @@
-"""What gives away a person or a machine in a text: secrets, paths and names."""
+"""Secrets in a text: tokens, values beside a secret's name, keys, and what is encoded."""
 
-import getpass
-import os
+import base64
+import binascii
 import re
-import socket
-import sys
-import tempfile
-from collections.abc import Collection, Iterable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import suppress
+from functools import lru_cache
 
-from detect_secrets.plugins.artifactory import ArtifactoryDetector
-from detect_secrets.plugins.aws import AWSKeyDetector
-from detect_secrets.plugins.azure_storage_key import AzureStorageKeyDetector
-from detect_secrets.plugins.base import BasePlugin
-from detect_secrets.plugins.basic_auth import BasicAuthDetector
-from detect_secrets.plugins.cloudant import CloudantDetector
-from detect_secrets.plugins.discord import DiscordBotTokenDetector
-from detect_secrets.plugins.github_token import GitHubTokenDetector
-from detect_secrets.plugins.gitlab_token import GitLabTokenDetector
-from detect_secrets.plugins.ibm_cloud_iam import IbmCloudIamDetector
-from detect_secrets.plugins.ibm_cos_hmac import IbmCosHmacDetector
-from detect_secrets.plugins.jwt import JwtTokenDetector
-from detect_secrets.plugins.mailchimp import MailchimpDetector
-from detect_secrets.plugins.npm import NpmDetector
-from detect_secrets.plugins.openai import OpenAIDetector
-from detect_secrets.plugins.private_key import PrivateKeyDetector
-from detect_secrets.plugins.pypi_token import PypiTokenDetector
-from detect_secrets.plugins.sendgrid import SendGridDetector
-from detect_secrets.plugins.slack import SlackDetector
-from detect_secrets.plugins.softlayer import SoftlayerDetector
-from detect_secrets.plugins.square_oauth import SquareOAuthDetector
-from detect_secrets.plugins.stripe import StripeDetector
-from detect_secrets.plugins.telegram_token import TelegramBotTokenDetector
-from detect_secrets.plugins.twilio import TwilioKeyDetector
+from .tokens import HEXADECIMAL, PIECE, UUID, Hit, find_split_tokens, find_tokens, in_words, is_random
 
 
-# Those by entropy or by keyword take every hash for a secret. `analyze_string` alone is used: `analyze_line` may ask
-# the provider whether a secret is valid.
-_DETECTORS: tuple[type[BasePlugin], ...] = (
-    ArtifactoryDetector, AWSKeyDetector, AzureStorageKeyDetector, BasicAuthDetector, CloudantDetector,
-    DiscordBotTokenDetector, GitHubTokenDetector, GitLabTokenDetector, IbmCloudIamDetector, IbmCosHmacDetector,
-    JwtTokenDetector, MailchimpDetector, NpmDetector, OpenAIDetector, PrivateKeyDetector, PypiTokenDetector,
-    SendGridDetector, SlackDetector, SoftlayerDetector, SquareOAuthDetector, StripeDetector, TelegramBotTokenDetector,
-    TwilioKeyDetector,
-)  # fmt: skip
-# What the library does not know.
-_PATTERNS = {
-    "Hugging Face token": r"\b(?:hf_(?:oauth_|jwt_)?[A-Za-z0-9]{20,}|api_org_[A-Za-z0-9]{20,})",
-    "Weights & Biases key": r"(?i:wandb[\w-]*key)[\"']?\s*[=:]\s*[\"']?[0-9a-f]{40}",
-    "AWS secret key": r"(?i:aws_?secret_?access_?key)[\"']?\s*[=:]\s*[\"']?[A-Za-z0-9/+]{40}",
-    "GitHub token": r"\bgithub_pat_[A-Za-z0-9_]{40,}",
-    "Google API key": r"\bAIza[A-Za-z0-9_-]{35}",
-    "Anthropic key": r"\bsk-ant-[A-Za-z0-9_-]{20,}",
-    "Private Key": r"BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY",
-    "value of an environment variable": r"\b[A-Z][A-Z0-9_]*(?:_KEY|_TOKEN|_SECRET|_PASSWORD)\s*=\s*[\"']?[\w./+=-]{16,}",
-}
-# Folders at the root of a file system in which people and jobs keep their files.
-_ROOTS = (
-    "home", "Users", "tmp", "var", "mnt", "media", "opt", "usr", "etc", "srv", "private", "Volumes", "Library",
-    "Applications", "workspace", "workspaces", "work", "scratch", "content", "kaggle", "gpfs", "lustre", "nfs", "run",
-)  # fmt: skip
-# Those of this machine are added, but for what each has and a text about any machine may name.
-_SAYS_NOTHING = ("bin", "sbin", "dev", "lib", "lib32", "lib64", "libx32", "proc", "sys", "boot", "root")
-# Names of machines and accounts that many share.
-_GENERIC_NAMES = frozenset(
-    "root user users admin administrator nobody guest default test demo app dev build runner worker node master server"
-    " host localhost localdomain local home ubuntu debian fedora centos alpine linux ec2-user azureuser opc pi vagrant"
-    " docker container jovyan vscode codespace gitpod jenkins ci github gitlab-runner colab kaggle sagemaker-user model"
-    " models base data train trainer python computer desktop laptop macbook workstation gpu cpu cuda none".split()
+_KEYS = re.compile(
+    r"PRIVATE KEY(?: BLOCK)?-|PuTTY-User-Key-File-\d|BEGIN (?:[A-Z0-9]{1,20} ){0,4}PRIVATE KEY"
+    r"|AGE-SECRET-KEY-1[A-Z0-9]{50}|\$(?:1|2[abxy]|5|6|7|y|argon2\w{0,2})\$[^\s:\"']{16,}"
 )
+_LOGIN = re.compile(r"://([^\s/:@\"'<>]{0,64}):([^\s/@\"'<>]{1,128})@([\w.-]{1,253})")
+# Names of secrets, in small letters: those of passwords, whose values are any, and the others, whose values are long.
+_PASSWORDS = (
+    "password", "passwd", "passphrase", "passcode", "pwd", "passwort", "kennwort", "contraseña", "contrasena",
+    "mot de passe", "mot_de_passe", "senha", "пароль", "密码", "密碼", "パスワード", "비밀번호", "identified by",
+)  # fmt: skip
+_OTHERS = (
+    "secret", "credential", "token", "key", "bearer", "auth", "authorization", "jwt", "sig", "signature", "sas", "cookie",
+    "session",
+)  # fmt: skip
+# These are parts of other words too, or mean something else on their own.
+_IN_QUERIES = ("sig", "signature", "sas")
+_WHOLE_WORDS = frozenset(
+    ("pwd", "senha", "bearer", "auth", "authorization", "jwt", "sig", "signature", "sas", "cookie", "session")
+)
+_KEY_OF = re.compile(
+    r"(?:(?:api|access|account|auth|signing|encryption|master|licen[cs]e|subscription|shared|storage|service|client|"
+    r"consumer|server|admin|deploy|ssh|private|app|bot|project|write|read|hub|bearer|secret|security)[ _-]?"
+    r"|(?<![a-z0-9])(?!(?:cache|sort|primary|foreign|public|group|dict|map|index|data|dataset|state|unique|partition|row|lookup)"
+    r"[_-])[a-z0-9]{1,16}[_-])$"
+)
+_VALUE_NAME = r"[\s,;\-]{0,30}[\"'\\]{0,3}(?:value|val|data|default|content|string|text)[\"'\\]{0,3}\s{0,4}[:=]"
+_SCHEME = r"(?:(?:bearer|basic|token|apikey|key|digest)\s{1,3})?"
+_VALUE = (
+    r"(?:[bfru]{1,2}(?=\\?[\"'`]))?(?P<quote>\\{0,3}[\"'`])?(?i:" + _SCHEME + r")"
+    r"(?P<value>(?(quote)[^\"'`\n\v\\]{4,400}|[^\s\"'`,;<>()|&\\=]{4,400}={0,2}))"
+)
+_SEPARATED = re.compile(
+    rf"(?P<rest>[\w-]{{0,24}})[\"'`\\\]]{{0,4}}[ \t]{{0,8}}"
+    rf"(?P<by>{_VALUE_NAME}|(?::\s{{0,2}}(?:str|string)\s{{0,2}})?=[>=]?|:=?|\||->|>|is\b|,)"
+    rf"(?:{_VALUE_NAME})?[ \t]{{0,8}}(?:[>|]-?)?(?:\n[ \t]{{1,16}}(?![\w.-]{{1,40}}[\"']?:\s))?{_VALUE}"
+)
+_OPTION = re.compile(rf"[\w-]{{0,24}}[ \t]{{1,4}}{_VALUE}")
+_BEFORE_ITS_NAME = re.compile(
+    r"value[\"'\\]{0,3}\s{0,4}[:=]\s{0,4}[\"'](?P<value>[^\"'\n]{8,400})[\"'][\s,]{0,20}[\"']"
+    r"(?i:name|key|id|field|variable|env)[\"']\s{0,4}[:=]\s{0,4}[\"'](?P<name>[\w.-]{1,60})"
+)
+_DASHES = re.compile(r"(?<!\S)-{1,2}[\w-]{0,24}$")
+_USER = re.compile(r"(?<!\S)(?:-u|--user)[ =]?[\"']?[A-Za-z][^\s:\"']{0,40}:([^\s\"']{4,80})")
+_SSHPASS = re.compile(r"\bsshpass\s{1,4}-p\s{0,4}[\"']?([^\s\"']{4,80})")
+_NETRC = re.compile(r"\blogin\s{1,4}\S{1,80}\s{1,4}password\s{1,4}(\S{4,80})")
+# What stands in a secret's place.
+_PLACEHOLDER = re.compile(
+    r"[$%{<\[(]|(?:none|null|true|false|str|string|optional|required|hidden|undefined)\b"
+    r"|(?:pass(?:word|wd)?|user(?:name)?|secret|token|pwd|postgres|admin|text|value|key|test)\d{0,3}$"
+)
+_PLACEHOLDERS = (
+    "...", "…", "***", "xxx", "${", "{{", "▇", "•", "your", "example", "placeholder", "redacted", "dummy", "sample",
+    "changeme", "change_me", "insert", "_here", "-here", "environ", "getenv", "getpass",
+)  # fmt: skip
+_LOOKUP = re.compile(r"[A-Za-z_]+(?:(?:\.|->|::)[A-Za-z_]+)+(?:[(\[].*)?|[A-Za-z_]\w*[(\[].*", re.DOTALL)
+_ENCODED = re.compile(r"(?<![A-Za-z0-9+/_-])[A-Za-z0-9+/_-]{22,}={0,6}")
+_BASE32 = re.compile(r"[A-Z2-7]{32,}=*")
+_MOST_LAYERS = 3
 
 
-def find_secrets(text: str) -> Iterator[tuple[int, str]]:
-    """Line and kind of each secret in a text."""
-    for detector in _DETECTORS:
-        plugin = detector()
-        # Nearly always there is none, and one look at the whole is quicker than one at each line.
-        if any(plugin.analyze_string(text)):
-            for number, line in enumerate(text.split("\n"), 1):
-                if any(plugin.analyze_string(line)):
-                    yield number, str(plugin.secret_type)
-    for kind, pattern in _PATTERNS.items():
-        yield from ((line, kind) for line in _lines(re.compile(pattern), text))
+def find_secrets(text: str, *, vocabulary: bool = False) -> Iterator[Hit]:
+    """Each secret in a text.
 
-
-def find_paths(text: str) -> Iterator[int]:
-    """Lines with absolute paths of some machine."""
-    for pattern in _path_patterns():
-        yield from _lines(pattern, text)
-
-
-def find_names(text: str, names: Collection[str]) -> Iterator[int]:
-    """Lines with one of the names as a word of its own, in any case."""
-    if names:
-        any_name = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
-        yield from _lines(re.compile(rf"(?<![^\W_])(?:{any_name})(?![^\W_])", re.IGNORECASE), text)
-
-
-def machine_names(public: Iterable[str] = ()) -> frozenset[str]:
-    """Names of this machine and of who works on it.
-
-    Left out are names that many share, such as `root`, `runner` or `localhost`, those of one or two characters, and
-    mere numbers: they give nobody away, and stand in many a text.
+    Found are tokens in the format of a vendor, tokens by their shape (a short prefix before random characters, or many
+    random characters on their own), values beside the name of a secret, private keys, passwords in addresses, and all of
+    these in base64, base32 or hexadecimal digits.
 
     Args:
-        public (`Iterable[str]`, *optional*): Names that may be published, such as the owner of the repository.
-
-    Returns:
-        `frozenset[str]`: in small letters.
+        text (`str`): The text; escapes, if any, resolved.
+        vocabulary (`bool`, *optional*, defaults to `False`): Whether this is a list of tokens of a tokenizer, in which a
+            name beside a value, or random characters, mean nothing.
     """
-    variables = ("USER", "LOGNAME", "USERNAME", "HOSTNAME", "COMPUTERNAME")
-    found = {os.environ.get(variable, "") for variable in variables} | {socket.gethostname(), Path.home().name}
-    try:
-        found.add(getpass.getuser())
-    except (OSError, KeyError):  # an account without a name
-        pass
-    found |= {name.partition(".")[0] for name in found}
-    names = {name.casefold() for name in found if len(name) > 2 and not name.isdigit()}
-    return frozenset(names - _GENERIC_NAMES - {name.casefold() for name in public})
+    yield from find_tokens(text, vocabulary)
+    if not vocabulary:
+        yield from _beside_names(text)
+        yield from _in_addresses(text)
+        yield from find_split_tokens(text)
+        yield from _encoded(text, _MOST_LAYERS)
+    for match in _KEYS.finditer(text):
+        yield Hit(match.start(), match.end(), "private key or password hash")
 
 
-def names_in(*repositories: str) -> set[str]:
-    """What the ids of repositories make public: owners, names, and the words in them."""
-    ids = "/".join(repositories)
-    return {*ids.split("/"), *re.findall(r"[^\W_]+", ids)}
+def _beside_names(text: str) -> Iterator[Hit]:
+    taken = -1
+    for start, end, password in _names_of_secrets(text):
+        if start < taken:
+            continue
+        found = _SEPARATED.match(text, end)
+        if found is None or not _is_value(found, not password):
+            found = _OPTION.match(text, end)
+            if found is None or not _is_secret(found["value"], not password, bool(found["quote"])):
+                continue
+            # Without a sign between them the value must be of a command, or can be nothing but random.
+            sure = _DASHES.search(text[max(0, start - 28) : start]) is not None
+            if not sure and not (len(found["value"]) >= 20 and is_random(found["value"])):
+                continue
+        taken = found.end()
+        yield Hit(*found.span("value"), "value of a secret")
+    if "value" in text:
+        for found in _BEFORE_ITS_NAME.finditer(text):
+            if any(
+                _is_secret(found["value"], not password, True) for *_, password in _names_of_secrets(found["name"])
+            ):
+                yield Hit(*found.span("value"), "value of a secret")
+    for sign, pattern in (("-u", _USER), ("login", _NETRC), ("sshpass", _SSHPASS)):
+        for found in pattern.finditer(text) if sign in text else ():
+            if not _is_placeholder(found[1]) and any(map(str.isdigit, found[1])):
+                yield Hit(*found.span(1), "password")
 
 
-def _path_patterns() -> list[re.Pattern[str]]:
-    here = {entry.name for entry in os.scandir("/") if entry.is_dir()} - set(_SAYS_NOTHING)
-    roots = "|".join(map(re.escape, sorted({*_ROOTS, *here}, key=len, reverse=True)))
-    # What stands before keeps URLs, relative paths, "and/or" and closing tags out; an option's letter, as in -v, does not.
-    start = r"(?:(?<![\w./\\~<>}\])*$%])|(?<=\s-[A-Za-z]))"
-    known = {str(Path.home()), str(Path.cwd()), sys.prefix, tempfile.gettempdir()}
-    literal = "|".join(re.escape(path) for path in sorted(known, key=len, reverse=True) if len(Path(path).parts) > 2)
-    patterns = [
-        rf"{start}/(?:{roots})/(?!bin/(?:env|bash|sh)\b)[\w.@+~%-]",
-        rf"{start}/root(?![\w-])",
-        r"\bfile:/+\w",
-        r"(?<![\w?])[A-Za-z]:\\+\w[\w .-]+\\+\w",
-        r"(?<![\w?])[A-Za-z]:/+Users/+\w",
-    ]
-    return [re.compile(pattern) for pattern in (*patterns, *([rf"{start}(?:{literal})(?![\w-])"] if literal else []))]
+def _names_of_secrets(text: str) -> list[tuple[int, int, bool]]:
+    """Start and end of each name of a secret, and whether it is that of a password."""
+    lower = text.lower()
+    if len(lower) != len(text):  # a letter that is two in small
+        lower = "".join(c.lower() if c.isascii() else c for c in text)
+    found = []
+    # A search for each is quicker than one for any of them.
+    for name in (*_PASSWORDS, *_OTHERS):
+        start = lower.find(name)
+        while start >= 0:
+            end = start + len(name)
+            if name in _IN_QUERIES and lower[end : end + 1] != "=":
+                start = lower.find(name, end)
+                continue
+            whole = name not in _WHOLE_WORDS or not (
+                lower[start - 1 : start].isalpha() or lower[end : end + 1].isalpha()
+            )
+            if whole and (name != "key" or _KEY_OF.search(lower[max(0, start - 20) : start])):
+                found.append((start, end, name in _PASSWORDS))
+            start = lower.find(name, end)
+    return sorted(found)
 
 
-def _lines(pattern: re.Pattern[str], text: str) -> Iterator[int]:
-    line, place = 1, 0
-    for match in pattern.finditer(text):
-        line += text.count("\n", place, match.start())
-        place = match.start()
-        yield line
+def _is_value(found: re.Match[str], strict: bool) -> bool:
+    value, rest = found["value"], found["rest"].lower()
+    if re.match(
+        r"i[zs]|s?_?(?:id|type|count|limit|length|len|num|size|class|file|path|name|dir|map|url|uri|policy)s?$", rest
+    ):
+        return False
+    if found["by"] == "is" or found["by"] == ",":
+        return _is_secret(value, True if found["by"] == "," else strict, False)
+    return _is_secret(value, strict, bool(found["quote"]))
+
+
+@lru_cache(maxsize=4096)
+def _is_secret(value: str, strict: bool, quoted: bool) -> bool:
+    """Whether the value beside a secret's name is one: not a placeholder, a look-up, or a word."""
+    value = value.strip().rstrip(".,:;!?" if not quoted else "")
+    if len(value) < 6 or value.isalpha() and value.islower() and (strict or not quoted):
+        return False
+    if _is_placeholder(value) or _LOOKUP.fullmatch(value) or any(map(str.isspace, value)):
+        return False
+    if value[0] in ".~@#\\=!" or value[0] in "/-_" and not (len(value) >= 24 and is_random(value)):
+        return False
+    digits, letters = any(map(str.isdigit, value)), any(map(str.isalpha, value))
+    if strict:
+        if len(value) < 12 or not letters or not re.fullmatch(r"[\w+/=.~:%@!#*^-]+", value, re.ASCII):
+            return False
+        if UUID.fullmatch(value) or HEXADECIMAL.fullmatch(value):
+            return digits
+        return (
+            is_random(value)
+            or len(value) >= 16
+            and digits
+            and value.isalnum()
+            and (
+                in_words(value) <= 0.5 or value in (value.lower(), value.upper()) and sum(map(str.isdigit, value)) > 1
+            )
+        )
+    symbols = re.search(r"[^\w\s.,:-]", value) is not None
+    if quoted:
+        return digits or symbols or value.isascii() and value.isalpha() and value.islower()
+    return (
+        letters
+        and (digits or symbols)
+        and not re.fullmatch(r"[a-z]+(?:[_-][a-z0-9]+)*", value)
+        or len(PIECE.findall(value)) > 3
+    )
+
+
+def _is_placeholder(value: str) -> bool:
+    low = value.lower()
+    if _PLACEHOLDER.match(low):
+        return True
+    # In many random characters three of them may well be `xxx`.
+    return any(part in low for part in _PLACEHOLDERS) and not (len(value) >= 24 and is_random(value))
+
+
+def _in_addresses(text: str) -> Iterator[Hit]:
+    for found in _LOGIN.finditer(text):
+        user, password, host = found.groups()
+        if not _is_placeholder(password) and password != user:
+            yield Hit(*found.span(2), "password in an address")
+
+
+def _encoded(text: str, layers: int) -> Iterator[Hit]:
+    for found in _ENCODED.finditer(text):
+        if (plain := _decoded(found[0])) and _holds_secret(plain, layers - 1):
+            yield Hit(found.start(), found.end(), "encoded secret")
+
+
+@lru_cache(maxsize=1024)
+def _holds_secret(plain: str, layers: int) -> bool:
+    finders = (find_tokens(plain, False), _beside_names(plain), _in_addresses(plain))
+    if any(True for finder in finders for _ in finder) or _KEYS.search(plain):
+        return True
+    return layers > 0 and any(True for _ in _encoded(plain, layers))
+
+
+def _decoded(run: str) -> str | None:
+    """What a run of base64, base32 or hexadecimal digits encodes, if that is text."""
+    plain = run.rstrip("=")
+    standard = plain.replace("-", "+").replace("_", "/")
+    candidates = []
+    for decode, code in (
+        (bytes.fromhex, plain if HEXADECIMAL.fullmatch(plain) else ""),
+        (base64.b32decode, plain + "=" * (-len(plain) % 8) if _BASE32.fullmatch(run) else ""),
+        (binascii.a2b_base64, standard + "=" * (-len(standard) % 4)),
+    ):
+        with suppress(ValueError):  # an odd number of digits, a length that no text encodes to
+            candidates.append(decode(code))
+    for candidate in candidates:
+        if candidate and candidate.isascii() and (text := candidate.decode("ascii")).replace("\n", "").isprintable():
+            return text
+    return None

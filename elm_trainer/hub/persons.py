@@ -1,0 +1,260 @@
+"""What leads to a person or a machine in a text: addresses, numbers and names."""
+
+import getpass
+import ipaddress
+import os
+import re
+import socket
+from collections.abc import Collection, Iterable, Iterator
+from functools import cache
+from pathlib import Path
+
+from .tokens import Hit
+
+
+_HOST = r"((?:[A-Za-z0-9-]{1,63}(?:\.|\s?[\[(]\s?dot\s?[\])]\s?)){1,6}[A-Za-z]{2,24})(?![\w-]|\.\w|:[\w./-])"
+# From the @ on, which is what makes the search quick.
+_MAIL = re.compile(rf"@{_HOST}|[\[(]\s?at\s?[\])]\s{{0,2}}{_HOST}")
+_MAILBOX = re.compile(r"(?<![\w.+%/-])[\w.+%-]{1,64}$")
+_OF_NOBODY = re.compile(
+    r"(?:git|hg|svn|ssh|no-?reply|donotreply|user(?:name)?|you|your[\w.-]*|name|email|e-mail|someone|somebody|me|foo|test|author)",
+    re.IGNORECASE,
+)
+_HOSTS_OF_NOBODY = re.compile(
+    r"(?:.*[.-])?(?:example|localhost|invalid|test|local|noreply|domain)(?:\.\w+)*|.*\.(?:png|jpe?g|gif|svg|webp|py|js|json|ts|css|so)",
+    re.IGNORECASE,
+)
+# Digits, apart by what stands between the groups of a number.
+_GROUPS = re.compile(r"\d(?:[ ().\-/\u2011\u00a0]{0,3}\d){6,24}(?![\w%]|[.,:]\d|-\w)")
+_FIGURE = re.compile(r"\d*\.\d+")
+_BEFORE_GROUPS = re.compile(r"(?<![\w.,:/+#=-])\+?\(?$")
+_CALL = re.compile(
+    r"(?:phone|mobile|\bcall|\bcell|\btel|\bt[ée]l|\bfax|fon\b|handy|whatsapp|signal|\bsms|\btext me|\breach|☎|📞)[\w ]{0,12}[.:]{0,2}[ (]{0,3}$",
+    re.IGNORECASE,
+)
+_ACCOUNT = re.compile(
+    r"(?:account|acct|konto|routing|sort[ -]code|compte|bank account)[\w ]{0,10}(?:number|no|nr|nummer|#)?[.:# =]{1,4}$",
+    re.IGNORECASE,
+)
+_AMERICAN = re.compile(r"(?:\+?1[ .-]?)?(?:\([2-9]\d{2}\) ?|[2-9]\d{2}[.-])[2-9]\d{2}[ .-]\d{4}")
+_NATIONAL = re.compile(
+    r"0[1-9]\d{1,4}[ /-]\d{3,8}(?:[ -]\d{2,5}){0,3}|0[1-9](?:[ .]\d\d){4}|\(0\d{2,4}\) ?\d[\d ]{5,9}"
+)
+_INTERNATIONAL = re.compile(r"(?:\+|00)[1-9][\d ().\-/\u2011\u00a0]+")
+_SOCIAL = re.compile(r"(?!000|666|9)\d{3}-(?!00)\d\d-(?!0000)\d{4}")
+_CARDS = re.compile(
+    r"(?:4\d{15}|5[1-5]\d{14}|2[2-7]\d{14}|3[47]\d{13}|3[068]\d{12}|6(?:011|5\d\d|4[4-9]\d)\d{12}|35\d{14}|62\d{14})"
+)
+_IBAN = re.compile(r"(?<![A-Za-z0-9])[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,4})?(?![A-Za-z0-9])")
+_IPV4 = re.compile(r"(\d{1,3})\.(\d{1,3})\.(\d{1,3})\.(\d{1,3})(?![\w-]|\.\w)")
+_VERSION = re.compile(
+    r"(?:version|release|driver|section|chapter|==|>=|<=|~=|[<>^=]|\bv|cuda|§|build)[ :]{0,2}$", re.IGNORECASE
+)
+_COLONS = re.compile(r":[0-9a-fA-F]{0,4}:[0-9a-fA-F]{0,4}:")
+_IPV6 = re.compile(r"(?<![\w:.])(?:[0-9a-fA-F]{1,4}:{1,2}){3,7}[0-9a-fA-F]{1,4}(?![\w:])")
+
+# Names of machines and accounts that many share.
+_GENERIC_NAMES = frozenset(
+    "root user users admin administrator nobody guest default test demo app dev build runner worker node master server"
+    " host localhost localdomain local home ubuntu debian fedora centos alpine linux ec2-user azureuser opc pi vagrant"
+    " docker container jovyan vscode codespace gitpod jenkins ci github gitlab-runner colab kaggle sagemaker-user model"
+    " models base data train trainer python computer desktop laptop macbook workstation gpu cpu cuda none".split()
+)
+# Given names of more than five letters that a text may well mention; shorter ones are known by their shape.
+_GIVEN_NAMES = frozenset(
+    "michael alexander charlotte jennifer william elizabeth benjamin christopher matthew daniel andrew joseph joshua"
+    " nicholas jonathan stephen patrick vincent victor martin thomas robert richard charles edward george samuel"
+    " anthony gabriel sebastian dominic gregory philip phillip francis leonard russell raymond douglas harold arthur"
+    " albert frederick theodore walter margaret katherine catherine victoria stephanie rebecca jessica melissa michelle"
+    " patricia barbara dorothy eleanor florence beatrice josephine augusta juliet isabel isabella sophia olivia amelia"
+    " violet autumn summer winter jasmine rosemary hannah rachel sandra sharon pamela claire juliette virginia carolina"
+    " madison austin dallas houston boston camden jackson lincoln franklin washington hunter carter cooper parker taylor"
+    " turner walker fisher gardner potter fletcher chandler spencer preston stanley stewart steward sterling".split()
+)
+_ONSET = (
+    r"(?:[bcdfghjklmnpqrstvwxyz]|[bcfgpst][lr]|[dt]r|tw|dw|s[cklmnpqtw]|ch|sh|th|ph|wh|kn|wr|gn|st?r|s[pc]r|kr|kl|vl)?"
+)
+_READABLE = re.compile(rf"{_ONSET}(?:[aeiouy]+[bcdfghjklmnpqrstvwxz]{{0,3}})+e?")
+_IDENTITY = r"(?:user(?:name)?|login|logname|author|owner|account|host(?:name)?|created[ _]by|run[ _]name|entity)[\"']?\s{0,3}[:=]\s{0,3}[\"']?"
+
+
+def find_persons(text: str) -> Iterator[Hit]:
+    """E-mail addresses, telephone numbers, IP addresses, and numbers of cards and accounts.
+
+    Addresses and numbers that are set aside for documentation, and those of no machine in particular, are none.
+    """
+    for match in _MAIL.finditer(text):
+        before = text[max(0, match.start() - 66) : match.start()].rstrip(" ")
+        box, host = _MAILBOX.search(before), match[1] or match[2]
+        if box and not (
+            _OF_NOBODY.fullmatch(box[0]) or _HOSTS_OF_NOBODY.fullmatch(host) or "noreply" in box[0] + host
+        ):
+            start = text.rindex(box[0], 0, match.start())
+            yield Hit(start, match.end(), "an e-mail address")
+    for match in _GROUPS.finditer(text):
+        if _FIGURE.fullmatch(match[0]):
+            continue
+        # What stands before is looked at afterwards: to start at a digit is what makes the search quick.
+        if sign := _BEFORE_GROUPS.search(text[max(0, match.start() - 3) : match.start()]):
+            start = match.start() - len(sign[0])
+            if kind := _kind_of_number(text[start : match.end()], text[max(0, start - 32) : start]):
+                yield Hit(start, match.end(), kind)
+    for match in _IBAN.finditer(text):
+        if _is_iban(match[0].replace(" ", "")):
+            yield Hit(match.start(), match.end(), "a bank account")
+    for match in _IPV4.finditer(text):
+        before = text[max(0, match.start() - 1) : match.start()]
+        if not re.match(r"[\w.+-]", before) and _is_machine(match[0]) and not _is_version(match, text):
+            yield Hit(match.start(), match.end(), "an IP address")
+    for match in _IPV6.finditer(text) if _COLONS.search(text) else ():
+        if _is_machine(match[0]):
+            yield Hit(match.start(), match.end(), "an IP address")
+
+
+def find_names(text: str, names: Collection[str]) -> Iterator[Hit]:
+    """Each of the names as a word of its own, in any case.
+
+    A name that is a word, such as `max` or `may`, counts only where it stands for an account: in the path of a home, before an
+    @, or after `user:` and the like.
+    """
+    words = {name for name in names if is_word(name)}
+    rare = set(names) - words
+    patterns = []
+    if rare:
+        patterns.append(rf"(?<![^\W_])(?:{_any(rare)})(?![^\W_])")
+    if words:
+        own = rf"(?:{_any(words)})(?![^\W_])"
+        patterns.append(
+            rf"(?:home|users)[/\\]{{1,2}}{own}|~{own}(?=/)|(?<![^\W_]){own}@[a-z][\w-]{{2,}}|{_IDENTITY}{own}"
+        )
+    for pattern in patterns:
+        for match in re.finditer(pattern, text, re.IGNORECASE):
+            yield Hit(match.start(), match.end(), "a user or host name of this machine")
+
+
+def machine_names(public: Iterable[str] = ()) -> frozenset[str]:
+    """Names of this machine and of who works on it.
+
+    Left out are names that many share, such as `root`, `runner` or `localhost`, those of one or two characters, and
+    mere numbers: they give nobody away, and stand in many a text.
+
+    Args:
+        public (`Iterable[str]`, *optional*): Names that may be published, such as the owner of the repository.
+
+    Returns:
+        `frozenset[str]`: in small letters.
+    """
+    variables = ("USER", "LOGNAME", "USERNAME", "HOSTNAME", "COMPUTERNAME")
+    found = {os.environ.get(variable, "") for variable in variables} | {socket.gethostname(), Path.home().name}
+    try:
+        found.add(getpass.getuser())
+    except (OSError, KeyError):  # an account without a name
+        pass
+    found |= {name.partition(".")[0] for name in found}
+    names = {name.casefold() for name in found if len(name) > 2 and not name.isdigit()}
+    return frozenset(names - _GENERIC_NAMES - {name.casefold() for name in public})
+
+
+def names_in(*repositories: str) -> set[str]:
+    """What the ids of repositories make public: owners, names, and the words in them."""
+    ids = "/".join(repositories)
+    return {*ids.split("/"), *re.findall(r"[^\W_]+", ids)}
+
+
+def is_word(name: str) -> bool:
+    """Whether a name is a word that may stand in any text: one of the package's own, a given name, or short and readable."""
+    name = name.casefold()
+    if name in _GIVEN_NAMES or name in _own_words():
+        return True
+    return len(name) <= 5 and name.isalpha() and _READABLE.fullmatch(name) is not None
+
+
+@cache
+def _own_words() -> frozenset[str]:
+    """Words of the texts, banks, templates and settings that come with the package."""
+    package = Path(__file__).parent.parent
+    found: set[str] = set()
+    for pattern in (
+        "data/texts/*",
+        "data/banks/*",
+        "hub/templates/*",
+        "concepts/*",
+        "methods/*.py",
+        "evaluation/*.py",
+    ):
+        for path in package.glob(pattern):
+            if path.is_file():
+                found.update(re.findall(r"[a-z]+", path.read_text(encoding="utf-8").lower()))
+    return frozenset(found)
+
+
+def _any(names: Iterable[str]) -> str:
+    return "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
+
+
+def _kind_of_number(found: str, before: str) -> str | None:
+    digits = re.sub(r"\D", "", found)
+    if (
+        13 <= len(digits) <= 16
+        and _CARDS.fullmatch(digits)
+        and _luhn(digits)
+        and re.fullmatch(r"\d+|\d{4}([ -])\d{4}\1\d{4}\1\d{2,4}|\d{4}([ -])\d{6}\2\d{4,5}", found)
+    ):
+        return "a card number"
+    if _SOCIAL.fullmatch(found):
+        return "a number of a person"
+    if (
+        re.search(r"isbn[\w -]{0,8}[: ]{0,3}$", before, re.IGNORECASE)
+        or re.match(r"97[89]", digits)
+        and len(digits) == 13
+    ):
+        return None
+    if 6 <= len(digits) <= 17 and _ACCOUNT.search(before):
+        return "a bank account"
+    if not 7 <= len(digits) <= 15 or re.fullmatch(
+        r"\+?\d*\.\d+|\d{4}[ .-]\d{4}|\d{4}[-./]\d\d?[-./]\d\d?.*|\d\d?[-./]\d\d?[-./]\d{4}.*", found
+    ):
+        return None
+    if _CALL.search(before) and len(digits) >= 7:
+        return "a telephone number"
+    if _INTERNATIONAL.fullmatch(found) and len(digits) >= 9 and (found.startswith("+") or " " in found):
+        # Ten and more digits without a gap, or groups of them: not a signed figure such as +12345678.
+        return "a telephone number" if len(digits) >= 10 or re.search(r"\d[ ().-]\d", found) else None
+    pairs = [int(pair) for pair in re.split(r"\D", found) if pair]
+    if pairs == list(range(pairs[0], pairs[0] + len(pairs))):  # numbers that were counted
+        return None
+    if _AMERICAN.fullmatch(found) or 9 <= len(digits) <= 12 and _NATIONAL.fullmatch(found):
+        return "a telephone number"
+    return None
+
+
+def _luhn(digits: str) -> bool:
+    values = [int(digit) for digit in reversed(digits)]
+    return sum(values[::2] + [sum(divmod(2 * value, 10)) for value in values[1::2]]) % 10 == 0 and len(set(digits)) > 1
+
+
+def _is_iban(number: str) -> bool:
+    return 15 <= len(number) <= 34 and int("".join(str(int(c, 36)) for c in number[4:] + number[:4])) % 97 == 1
+
+
+def _is_machine(address: str) -> bool:
+    try:
+        found = ipaddress.ip_address(address)
+    except ValueError:
+        return False
+    if isinstance(found, ipaddress.IPv6Address):
+        return found.is_global or found in ipaddress.ip_network("fc00::/7")
+    private = ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10")
+    return (
+        found.is_global
+        and not found.is_multicast
+        or any(found in ipaddress.ip_network(network) for network in private)
+    )
+
+
+def _is_version(match: re.Match[str], text: str) -> bool:
+    """Whether four numbers are a version or a section: said to be one, or all of them small."""
+    if _VERSION.search(text[max(0, match.start() - 12) : match.start()]):
+        return True
+    numbers = [int(number) for number in match.groups()]
+    return numbers[0] != 10 and all(number < 32 for number in numbers) or numbers[0] < 10 and max(numbers) < 100
