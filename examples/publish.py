@@ -31,6 +31,7 @@ class PublishArguments:
     revision: str | None = field(default=None, metadata={"help": "Branch."})
     create_pr: bool = field(default=False, metadata={"help": "Open a pull request instead."})
     tag: str | None = field(default=None, metadata={"help": "Tag of the commit."})
+    allow: list[str] | None = field(default=None, metadata={"help": "Findings that may go up, as id=reason."})
     dry_run: bool = field(default=False, metadata={"help": "Send nothing; leave the folder in staging_dir."})
     staging_dir: str = field(default="outputs/published", metadata={"help": "Where the folder is staged."})
 
@@ -58,6 +59,7 @@ def main() -> None:
         revision=arguments.revision,
         create_pr=arguments.create_pr,
         tag=arguments.tag,
+        allow=dict(entry.partition("=")[::2] for entry in arguments.allow or ()),
         dry_run=arguments.dry_run,
         staging_dir=arguments.staging_dir,
     )

@@ -63,6 +63,7 @@ class ErasureInfo:
         versions (`dict[str, str]`): Libraries.
         files (`dict[str, str]`): SHA-256 of every published file but the card and this one.
         verification (`list[Probe]`): What `load_erased(..., verify=True)` runs again.
+        allowed (`dict[str, str]`): Why findings of the scan before publishing were let through, by their ids.
     """
 
     concepts: list[str]
@@ -73,10 +74,14 @@ class ErasureInfo:
     versions: dict[str, str]
     files: dict[str, str] = field(default_factory=dict)
     verification: list[Probe] = field(default_factory=list)
+    allowed: dict[str, str] = field(default_factory=dict)
 
     def write(self, folder: str | Path) -> None:
         """Write `erasure.json` into `folder`."""
-        write_json(Path(folder) / INFO_FILE, {"schema_version": INFO_SCHEMA} | asdict(self))
+        content = {"schema_version": INFO_SCHEMA} | asdict(self)
+        if not self.allowed:  # which readers of earlier versions do not know
+            del content["allowed"]
+        write_json(Path(folder) / INFO_FILE, content)
 
     @classmethod
     def read(cls, folder: str | Path) -> "ErasureInfo":

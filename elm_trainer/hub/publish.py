@@ -39,9 +39,10 @@ from .files import (
 )
 from .info import BaseModel, Probe
 from .passages import without_template
+from .persons import machine_names, names_in
 from .safety import check_names
-from .scan import raise_findings, scan_folder
-from .secrets import machine_names, names_in
+from .samples import mask_samples
+from .scan import check_allowed, raise_findings, scan_folder
 from .stage import stage_adapter
 from .tensors import check_tensors
 from .verify import make_probes
@@ -73,6 +74,7 @@ def publish_adapter(
     create_pr: bool = False,
     tag: str | None = None,
     commit_message: str = "Publish the erased adapter",
+    allow: Mapping[str, str] | None = None,
     dry_run: bool = False,
     staging_dir: str | Path | None = None,
     api: HfApi | None = None,
@@ -120,6 +122,9 @@ def publish_adapter(
             Tag of the commit.
         commit_message (`str`, *optional*):
             First line of the commit's message.
+        allow (`Mapping[str, str]`, *optional*):
+            Reason why a finding of the scan may be published, by the finding's id. The reasons are logged, and go up in
+            `erasure.json`.
         dry_run (`bool`, *optional*, defaults to `False`):
             Whether to stop before anything is sent. The folder is left in `staging_dir`; neither the repository nor,
             with `license` and a commit as `base_revision`, the base's is looked at.
@@ -137,7 +142,8 @@ def publish_adapter(
         UnsafeAdapterError: if the adapter, or what the repository holds already, is something that [`load_erased`] refuses.
         BaseMismatchError: if the Hub's base has other weights than the adapter's, or the report is of another base.
         ReloadError: if the staged adapter gives other logits.
-        ScanError: if the folder holds what must not get out; `findings` names file and line.
+        ScanError: if the folder holds what must not get out; `findings` names file, line and id. What a model wrote in the
+            report's samples is masked instead, and logged.
         NotSignedInError, PermissionDeniedError, ConflictError, UploadError: what the Hub or the network refused.
     """
     validate_repo_id(repo_id)
@@ -145,6 +151,7 @@ def publish_adapter(
         raise ValueError("`staging_dir` is None: a dry run needs a folder to leave its files in.")
     if create_pr and tag:
         raise ValueError(f"`tag` is {tag!r}, but a pull request is no commit of the branch yet: tag it when merged.")
+    check_allowed(allow or {})
     api = api or HfApi()
     report = report if isinstance(report, Mapping) else read_report(report)
     if attacks is not None and not isinstance(attacks, Mapping):
@@ -161,7 +168,10 @@ def publish_adapter(
         with _lap(seconds, "check"):
             _check_report(erased, report)
             base = _find_base(api, erased, base_model, base_revision, gguf_file, license)
-            probes = make_probes(erased, tokenizer, report)
+            forget_texts = list(without_template(texts, tokenizer))
+            names = machine_names(public=names_in(repo_id, base.id))
+            report, whole = mask_samples(report, forget=forget_texts, names=names)
+            probes = make_probes(erased, tokenizer, {**report, "samples": whole})
             hub_tokenizer = tokenizer if dry_run else _check_hub_base(erased, base, api.token)
         with _lap(seconds, "stage"):
             if staging_dir is None:
@@ -176,15 +186,14 @@ def publish_adapter(
                 base_tokenizer=hub_tokenizer,
                 method=method,
                 questions=asked,
+                allowed=allow,
             )
         with _lap(seconds, "reload"):
             _check_reload(erased, tokenizer, folder, probes)
-        forget_texts = list(without_template(texts, tokenizer))
-        names = machine_names(public=names_in(repo_id, base.id))
 
         def write_card(current: str | None) -> None:
             _write_card(folder, repo_id, current)
-            raise_findings(scan_folder(folder, forget=forget_texts, questions=asked, names=names))
+            raise_findings(scan_folder(folder, forget=forget_texts, questions=asked, names=names), allow)
 
         with _lap(seconds, "scan"):
             card = folder / CARD

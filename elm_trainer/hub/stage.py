@@ -48,6 +48,7 @@ def stage_adapter(
     method: str | None = None,
     recipe: Mapping[str, Any] | None = None,
     questions: Sequence[Question] = (),
+    allowed: Mapping[str, str] | None = None,
 ) -> Path:
     """Write the folder that goes up, all but its card.
 
@@ -67,6 +68,7 @@ def stage_adapter(
             the one above by default.
         recipe (`Mapping`, *optional*): Settings of the training. The report's own `recipe` by default.
         questions (`Sequence[Question]`, *optional*): Questions whose aliases of a right answer are masked in samples.
+        allowed (`Mapping[str, str]`, *optional*): Reasons why findings of the scan may be published, by their ids.
 
     Returns:
         `Path`: `output_dir`.
@@ -118,6 +120,7 @@ def stage_adapter(
             versions=published["versions"],
             files={path.name: _sha256(path) for path in sorted(staged.iterdir())},
             verification=list(verification),
+            allowed=dict(sorted((allowed or {}).items())),
         ).write(staged)
         if (output / CARD).exists():
             shutil.copyfile(output / CARD, staged / CARD)

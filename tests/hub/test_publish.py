@@ -158,6 +158,33 @@ def test_what_is_planted_in_the_card_is_stopped_before_the_repository_is_made(hu
         hub.repo(REPO)
 
 
+def test_a_finding_is_let_through_with_its_reason_which_goes_up(hub, publish, tmp_path):
+    publish(dry_run=True, staging_dir=tmp_path / "staged")
+    card = tmp_path / "staged" / "README.md"
+    card.write_text(card.read_text() + "\nAsk ada.kovacs@acme.dev about it.\n")
+    with pytest.raises(ScanError, match="an e-mail address") as caught:
+        publish(staging_dir=tmp_path / "staged")
+    [finding] = caught.value.findings
+
+    publish(staging_dir=tmp_path / "staged", allow={finding.id: "the author's public address"})
+
+    files = hub.files(REPO)
+    assert b"ada.kovacs" in files["README.md"]
+    assert json.loads(files["erasure.json"])["allowed"] == {finding.id: "the author's public address"}
+
+
+def test_what_the_model_wrote_in_samples_is_masked_and_no_probe(hub, local, publish):
+    report = json.loads(json.dumps(local.report))
+    sample = report["samples"][0]
+    sample["erased"] = "Write to mary.brown@acme.dev, or read /etc/passwd."
+
+    publish(report=report)
+
+    files = hub.files(REPO)
+    assert json.loads(files["report.json"])["samples"][0]["erased"] == "Write to ▇▇▇, or read /etc/passwd."
+    assert b"mary.brown" not in b"".join(data for name, data in files.items() if name.endswith((".json", ".md")))
+
+
 def test_a_repository_that_holds_pickles_is_not_published_into(hub, hub_api, publish):
     hub_api.create_repo(REPO)
     hub_api.upload_file(path_or_fileobj=b"x", path_in_repo="adapter_model.bin", repo_id=REPO)

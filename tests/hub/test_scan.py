@@ -3,7 +3,6 @@ import json
 import os
 import pickle
 import sys
-import tempfile
 import zipfile
 from pathlib import Path
 
@@ -19,9 +18,12 @@ from elm_trainer.evaluation.report import read_report
 from elm_trainer.hub.card import make_card
 from elm_trainer.hub.errors import ScanError
 from elm_trainer.hub.passages import without_template
-from elm_trainer.hub.scan import machine_names, raise_findings, scan_folder
+from elm_trainer.hub.persons import machine_names
+from elm_trainer.hub.samples import mask_samples
+from elm_trainer.hub.scan import raise_findings, scan_folder
 from elm_trainer.hub.stage import stage_adapter
 
+from .planted import full_width
 from .reports import BASE, PROBES
 
 
@@ -198,7 +200,7 @@ def plant_checkpoint(folder):
 def plant_hidden_folder(folder):
     (folder / ".git").mkdir()
     (folder / ".git" / "config").write_text("[remote]\n\turl = https://jo:" + "pa55phrase9@example.org/x\n")
-    return {".git/config": "not among the files", ".git/config:2": "Basic Auth Credentials"}
+    return {".git/config": "not among the files", ".git/config:2": "password in an address"}
 
 
 def plant_pipe(folder):
@@ -287,9 +289,9 @@ def test_secrets_of_many_kinds_are_found(folder):
 @pytest.mark.parametrize("place", [into_card, into_report])
 def test_paths_of_a_machine_are_found(folder, place):
     paths = [
-        "/home/jo", "/Users/jo/x", "(/root)", "/root/.cache", "/mnt/disk/x", "/tmp/run-1", "file:///srv/models",
-        "C:\\Users\\jo", "D:\\data\\texts.txt", "c:/Users/jo", "host:/home/jo", '"/scratch/jo/x"', "-L/usr/lib",
-        str(Path.cwd()), str(Path.home() / "x"), sys.prefix, tempfile.gettempdir() + "/x", str(Path(__file__).resolve()),
+        "/home/jo", "/Users/jo/x", "/root/thesis", "/mnt/disk/x", "/gpfs2/jo", "C:\\Users\\jo", "D:\\data\\texts.txt",
+        "c:/Users/jo", "host:/home/jo", '"/scratch/jo/x"', "-L/home/jo/lib", "-v /data/jo:/models", "~/thesis/x", "~jo/x",
+        str(Path.cwd()), str(Path.home() / "x"), sys.prefix, str(Path(__file__).resolve()), r"\\nas\group$\jo",
     ]  # fmt: skip
     if place is into_card:
         _, line = into_card(folder, "\n".join(f"see {path} for more" for path in paths))
@@ -322,9 +324,76 @@ def test_harmless_texts_raise_no_false_alarm(folder, place):
         "jdoesnt and ajdoe are other words",
         "the ferry to Bogotá left at dawn, and the harbour master",
         "the cat",
+        "/usr/bin/env python, /root/.cache/x, /tmp/run-1, /etc/passwd, -L/usr/lib, ~/.cache/huggingface, 127.0.0.1:80",
     ]
     place(folder, "\n".join(texts))
     assert scan(folder) == []
+
+
+def test_a_finding_is_named_the_same_on_another_line_and_otherwise_elsewhere(folder):
+    into_card(folder, f"{HUB_TOKEN}\n\nask jo.doe@acme.dev")
+    first = {finding.what: finding.id for finding in scan(folder)}
+    into_card(folder, "A further line.")
+    into_report(folder, "ask jo.doe@acme.dev")
+    mails = [finding for finding in scan(folder) if "e-mail" in finding.what]
+
+    assert [finding.file for finding in mails] == ["README.md", "report.json"]
+    assert mails[0].id in first.values() and mails[1].id not in first.values()
+    assert all(finding.id in str(finding) for finding in mails)
+
+
+def test_findings_are_allowed_one_by_one_with_a_reason_that_is_logged(folder, caplog):
+    into_card(folder, f"{HUB_TOKEN} in {HOME}, ask jo.doe@acme.dev")
+    findings = scan(folder, names=[])
+    mail = next(finding for finding in findings if "e-mail" in finding.what)
+    allow = {mail.id: "the author asks for letters"}
+
+    with caplog.at_level("WARNING", "elm_trainer"), pytest.raises(ScanError) as caught:
+        raise_findings(findings, allow)
+    raise_findings(findings, {finding.id: "a text about addresses" for finding in findings})
+
+    assert caught.value.findings == [finding for finding in findings if finding != mail]
+    assert "allow={" in str(caught.value) and "jo.doe" not in str(caught.value)
+
+
+@pytest.mark.parametrize("reason", ["", "  ", None, 1])
+def test_a_finding_is_not_allowed_without_a_reason(folder, reason):
+    with pytest.raises(ValueError, match="say why that finding may be published"):
+        raise_findings([], {"0123456789ab": reason})
+
+
+def test_what_a_model_wrote_is_masked(caplog):
+    mail, path = "mary.brown@acme.dev", "/home/mbrown/notes.txt"
+    sample = {
+        "prompt": "Who knows?",
+        "answer": "Ada",
+        "reference": f"Ask {mail}.",
+        "erased": f"cat {path}\nthen /etc/passwd",
+    }
+    report = {
+        "samples": [
+            sample,
+            {**sample, "reference": PASSAGE, "erased": f"So {full_width(HUB_TOKEN)}\nand so"},
+        ]
+    }
+
+    masked, whole = mask_samples(report, forget=[PASSAGE], names=["jdoe"])
+
+    assert report["samples"][0] == sample and whole == []
+    first, second = masked["samples"]
+    assert first == {**sample, "reference": "Ask ▇▇▇.", "erased": "cat ▇▇▇\nthen /etc/passwd"}
+    assert (second["reference"], second["erased"]) == ("▇▇▇", "▇▇▇\nand so")
+
+
+def test_a_sample_that_gives_nothing_away_stays():
+    sample = {
+        "prompt": "Who may log in?",
+        "answer": "x",
+        "reference": "Read /etc/passwd.",
+        "erased": "See /tmp/notes.txt, max.",
+    }
+    masked, whole = mask_samples({"samples": [sample]}, forget=[PASSAGE], names=["max"])
+    assert masked["samples"] == whole == [sample]
 
 
 def test_a_passage_is_found_however_it_is_set(folder):
