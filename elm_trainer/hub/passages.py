@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from transformers import PreTrainedTokenizerBase
 
@@ -36,12 +37,15 @@ def find_passages(documents: Sequence[Document], forget: Iterable[str]) -> list[
     Case, accents, line breaks and what stands between words do not matter. The memory needed grows with the documents,
     not with the forget texts.
     """
+    texts = iter(forget)
+    if (first := next(texts, None)) is None:
+        return []
     smalls = [[word.small for word in document.words] for document in documents]
     # Hashes of Python, whose 64 bits make a chance hit as good as impossible.
     published = {run for words in smalls for run in _runs(words)}
     leaked: set[int] = set()
     short: set[tuple[str, ...]] = set()
-    for text in forget:
+    for text in chain([first], texts):
         passage = words_of(text)
         if SHORTEST <= len(passage) < RUN:
             short.add(passage)

@@ -114,7 +114,7 @@ def test_the_time_of_the_scan_grows_with_the_length(text):
     assert long < 8 * short + 0.02
 
 
-def test_a_megabyte_of_a_report_takes_half_a_second(tmp_path):
+def test_a_megabyte_of_a_report_takes_about_half_a_second(tmp_path):
     rng = random.Random(0)
     words = [("".join(rng.choices("abcdefghijklmnop", k=rng.randint(2, 9)))) for _ in range(2000)]
     rows = [
@@ -127,8 +127,8 @@ def test_a_megabyte_of_a_report_takes_half_a_second(tmp_path):
 
     assert scan_folder(tmp_path, names=["jdoe"]) == []
 
-    # What the test machine's load adds is allowed for.
-    assert time.process_time() - started < 1.5
+    # Twice that, for the load of the machine that tests.
+    assert time.process_time() - started < 1.0
 
 
 def test_an_encoded_text_without_a_secret_is_none():
