@@ -25,7 +25,7 @@ bench: $(STAMP)  ## measure speed and memory against their baselines; the sectio
 # Short tests side by side, one thread each; what trains the real model or launches processes has the machine to itself.
 test: $(STAMP)
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m "not slow and not distributed" -n auto --dist loadfile
-	.venv/bin/python -m pytest -m "slow or distributed"
+	.venv/bin/python -m pytest -m "slow or distributed" --durations 15
 
 lint: $(STAMP)
 	.venv/bin/ruff check .
