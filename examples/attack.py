@@ -60,6 +60,7 @@ def main() -> None:
     from elm_trainer.evaluation.gold_standard import gold_standard, render_gold_standard
     from elm_trainer.evaluation.pair import ModelPair
     from elm_trainer.evaluation.plots import plot_attacks, plot_gold_standard
+    from elm_trainer.files import write_text
 
     attacks = load_attacks(arguments.ladder) if arguments.ladder else default_attacks(arguments.attacks)
     output = Path(arguments.output_dir)
@@ -83,7 +84,7 @@ def main() -> None:
     report = attack_erasure(target, attacks, output_dir=output)
 
     plot_attacks(report, output / "attacks.png")
-    (output / "attacks.md").write_text(markdown_attacks(report), encoding="utf-8")
+    write_text(output / "attacks.md", markdown_attacks(report))
     console = Console()
     console.print(render_attacks(report))
     for entry in report["skipped"]:

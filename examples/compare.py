@@ -22,11 +22,12 @@ def main() -> None:
         render_comparison,
     )
     from elm_trainer.evaluation.plots import plot_comparison
+    from elm_trainer.files import write_text
 
     [config] = TrlParser((ComparisonConfig,)).parse_args_and_config()
     report = compare_methods(config)
     output = Path(config.output_dir)
-    (output / "report.md").write_text(markdown_comparison(report), encoding="utf-8")
+    write_text(output / "report.md", markdown_comparison(report))
     plot_comparison(report, output / "pareto.png")
     console = Console()
     for table in render_comparison(report):

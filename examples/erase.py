@@ -134,6 +134,7 @@ def main() -> None:
     from elm_trainer.evaluation.report import dataset_info, model_fingerprint
     from elm_trainer.evaluation.suite import suite_from_files
     from elm_trainer.modeling import layer_range, load_model, load_tokenizer
+    from elm_trainer.run_lock import only_run_in
     from elm_trainer.synthesis import SynthesisConfig, synthesize_completions
 
     arguments, config = TrlParser((ErasureArguments, ElmConfig)).parse_args_and_config()
@@ -162,10 +163,11 @@ def main() -> None:
     dataset = build()
     lap("data")
 
-    # Of several processes one removes, and the others wait for it.
-    with config.main_process_first():
-        if arguments.overwrite and not config.resume_from_checkpoint and config.local_process_index == 0:
-            shutil.rmtree(output, ignore_errors=True)
+    if arguments.overwrite and not config.resume_from_checkpoint:
+        # Of several processes one removes, and the others wait for it; nobody removes what another run is writing.
+        with only_run_in(output), config.main_process_first():
+            if config.local_process_index == 0:
+                shutil.rmtree(output, ignore_errors=True)
     model = load_model(
         arguments.model,
         dtype=arguments.dtype,

@@ -35,6 +35,7 @@ def main() -> None:
         synthesize_completions,
     )
     from elm_trainer.evaluation.report import model_fingerprint
+    from elm_trainer.files import write_text
 
     arguments, config = TrlParser((SynthesizeArguments, SynthesisConfig)).parse_args_and_config()
     concept = load_concept(arguments.concept)
@@ -52,9 +53,8 @@ def main() -> None:
         cache_dir=output.parent / "synthesis",
         fingerprint=model_fingerprint(model),
     )
-    with output.open("w", encoding="utf-8") as file:
-        for prompt, completion in result.pairs:
-            file.write(json.dumps({"prompt": prompt, "completion": completion}, ensure_ascii=False) + "\n")
+    rows = ({"prompt": prompt, "completion": completion} for prompt, completion in result.pairs)
+    write_text(output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 if __name__ == "__main__":

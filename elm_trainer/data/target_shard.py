@@ -1,7 +1,5 @@
 """One file of a target store: the targets of some rows, written whole or not at all, read row by row."""
 
-import os
-import tempfile
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +8,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from ..files import UNFINISHED, discard, replacing
 from .target_layout import TargetLayout
 
 
@@ -33,19 +32,12 @@ def write_shard(path: Path, rows: Sequence[Mapping[str, torch.Tensor]], layout: 
         counts = torch.tensor([0] + [row[name].size(0) for row in rows])
         tensors[name] = layout.encode(name, torch.cat([row[name] for row in rows])).contiguous()
         tensors[name + _OFFSETS] = counts.cumsum(0).to(torch.int32)
-    # What a killed run left of this file; whoever writes it holds its lock.
-    for leftover in path.parent.glob(f"{path.stem}.*.tmp"):
-        leftover.unlink(missing_ok=True)
-    handle, unfinished = tempfile.mkstemp(prefix=f"{path.stem}.", suffix=".tmp", dir=path.parent)
-    os.close(handle)
-    try:
+    # What a killed run left of this file, also one of an earlier version; whoever writes it holds its lock.
+    for pattern in (f"{UNFINISHED}{path.stem}-*", f"{path.stem}.*.tmp"):
+        for leftover in path.parent.glob(pattern):
+            discard(leftover)
+    with replacing(path) as unfinished:
         save_file(tensors, unfinished, metadata={_CHECKSUM: _checksum(tensors)})
-        os.replace(unfinished, path)
-    except SafetensorError as error:
-        # Its own name for what the operating system said.
-        raise OSError(str(error)) from error
-    finally:
-        Path(unfinished).unlink(missing_ok=True)
 
 
 def is_whole(path: Path, rows: int, layout: TargetLayout) -> bool:
@@ -80,7 +72,7 @@ class Shard:
             self._file = safe_open(path, "pt")
             self._offsets = {name: self._file.get_tensor(name + _OFFSETS).tolist() for name in layout.fields}
             self._slices = {name: self._file.get_slice(name) for name in layout.fields}
-        except SafetensorError as error:
+        except (OSError, SafetensorError) as error:
             raise OSError(
                 f"The stored targets {path} are damaged ({error}): delete the file and start again."
             ) from error

@@ -1,8 +1,5 @@
 """`TargetStore`: the targets of a whole dataset in a folder, as the collator reads them."""
 
-import json
-import os
-import tempfile
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -11,6 +8,7 @@ from typing import Any, overload
 import numpy as np
 import torch
 
+from ..files import write_json
 from .target_key import row_key
 from .target_layout import TargetLayout
 from .target_shard import Shard, is_whole
@@ -66,18 +64,13 @@ class TargetStore(Sequence[Mapping[str, torch.Tensor]]):
 
     def describe(self, ingredients: Mapping[str, Any]) -> None:
         """Make the folder, and write down for people what is in it: `targets.json` with layout, counts and key."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         description = {
             "rows": self._rows,
             "shard_rows": SHARD_ROWS,
             "layout": self.layout.to_json(),
             "key": ingredients,
         }
-        path = self.folder / DESCRIPTION_FILE
-        with tempfile.TemporaryDirectory(dir=self.folder, prefix="describing-") as own:
-            unfinished = Path(own) / DESCRIPTION_FILE
-            unfinished.write_text(json.dumps(description, indent=2), encoding="utf-8")
-            os.replace(unfinished, path)
+        write_json(self.folder / DESCRIPTION_FILE, description)
 
     @overload
     def __getitem__(self, row: int) -> dict[str, torch.Tensor]: ...

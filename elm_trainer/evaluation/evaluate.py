@@ -12,11 +12,14 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.questions import PLAIN
+from ..files import write_json
+from ..launch import place
+from ..run_lock import only_run_in
 from .journal import Journal
 from .measures import INSIDE, MEASURES, Items, Setting, against_chance, change, correct_p, measurable, with_families
 from .pair import SIDES, ModelPair, Side
-from .report import SCHEMA_VERSION, environment, pair_fingerprint, suite_info, write_json
-from .sharing import in_shards, place
+from .report import SCHEMA_VERSION, environment, pair_fingerprint, suite_info
+from .sharing import in_shards
 from .shortcuts import find_shortcuts
 from .suite import EvaluationSuite, Role, built_in_suite
 from .verdict import Criteria, judge, raise_flags
@@ -83,6 +86,7 @@ def evaluate_erasure(
         what was erased.
 
     Raises:
+        FolderInUseError: if another run writes to `output_dir`.
         TypeError: if there is no tokenizer.
         ValueError: for an unknown measure, a bank that can measure nothing, a reference of another vocabulary, or a look
             inside a model whose weights lie in shards.
@@ -99,19 +103,35 @@ def evaluate_erasure(
             "looked into by itself: leave it out, or measure the saved adapter without shards (examples/evaluate.py)."
         )
     setting = Setting(pair, processing_class, suite, judges or {}, temperature, batch_size, seed, over_ranks=True)
-    started = time.perf_counter()
+    with only_run_in(output_dir):
+        return _evaluate(setting, measures, criteria, output_dir, reference_dir, details or {})
 
+
+def _evaluate(
+    setting: Setting,
+    measures: Sequence[str],
+    criteria: Criteria | None,
+    output_dir: str | Path | None,
+    reference_dir: str | Path | None,
+    details: Mapping[str, Any],
+) -> dict[str, Any]:
+    pair, suite = setting.pair, setting.suite
+    started = time.perf_counter()
     identity = {**pair_fingerprint(pair), "datasets": suite_info(suite)}
     path = None if output_dir is None else Path(output_dir) / "report.partial.jsonl"
     journal = Journal(path, identity, over_ranks=True)
     kept = journal
     if reference_dir is not None:
         same: dict[str, Any] = {key: value for key, value in identity.items() if key != "erased_sha256"}
-        same |= {"versions": environment({})["versions"], "batch_size": batch_size, "arithmetic": _arithmetic(pair)}
+        same |= {
+            "versions": environment({})["versions"],
+            "batch_size": setting.batch_size,
+            "arithmetic": _arithmetic(pair),
+        }
         kept = Journal(Path(reference_dir) / "reference.jsonl", same, over_ranks=True)
     settings = {
-        "temperature": temperature,
-        "seed": seed,
+        "temperature": setting.temperature,
+        "seed": setting.seed,
         "judges": sorted(setting.judges),
         "tokens": [suite.max_new_tokens, suite.answer_tokens],
     }
@@ -138,8 +158,8 @@ def evaluate_erasure(
             INSIDE,
             settings,
             lambda: look_inside(
-                pair, processing_class, questions, suite.forget_texts, suite.retain_texts,
-                batch_size=batch_size, seed=seed,
+                pair, setting.processing_class, questions, suite.forget_texts, suite.retain_texts,
+                batch_size=setting.batch_size, seed=setting.seed,
             ),
         )  # fmt: skip
         inside, seconds[INSIDE] = row["result"], row["seconds"]
@@ -171,7 +191,7 @@ def evaluate_erasure(
         **identity,
         **environment(seconds | {"evaluation": time.perf_counter() - started}),
     }
-    for key, value in (details or {}).items():
+    for key, value in details.items():
         report[key] = report[key] | value if key in ("datasets", "seconds") else value
     if output_dir is not None and place()[1] == 0:
         write_json(Path(output_dir) / "report.json", report)

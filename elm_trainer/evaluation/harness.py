@@ -9,6 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.questions import BANKS, load_bank, split_of
+from ..files import write_text
 from ..modeling import evaluating
 
 
@@ -82,4 +83,4 @@ def export_banks(folder: str | Path) -> None:
             for question in load_bank(bank)
         ]
         lines = [json.dumps(row, ensure_ascii=False) for row in rows]
-        (Path(folder) / f"{bank}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        write_text(Path(folder) / f"{bank}.jsonl", "\n".join(lines) + "\n")

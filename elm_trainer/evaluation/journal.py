@@ -1,17 +1,25 @@
 """What is measured streams to disk, so that an interrupted run measures nothing twice."""
 
 import json
-import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from .sharing import from_first, place
+from transformers.utils import logging
+
+from ..checksums import parse_object, sealed, unsealed
+from ..files import append_line
+from ..launch import from_first, on_first, place
+
+
+logger = logging.get_logger(__name__)
 
 
 class Journal:
     """Rows of finished work in a JSON-lines file, kept until the report is written.
+
+    Each row has its checksum. What a killed run or a faulty drive has left of others is passed over, and done again.
 
     Args:
         path (`str` or `Path`, *optional*):
@@ -22,19 +30,24 @@ class Journal:
         over_ranks (`bool`, *optional*, defaults to `False`):
             Whether the processes of a launch keep it together: the first one reads and writes the file, and its rows
             are those of all.
+
+    Raises:
+        OSError: if the file can't be read.
     """
 
     def __init__(self, path: str | Path | None, identity: Mapping[str, Any], *, over_ranks: bool = False):
         self._over_ranks = over_ranks
         self._path = None if path is None or (over_ranks and place()[1] > 0) else Path(path)
         self._identity = json.loads(json.dumps(dict(identity)))
-        rows = [row for row in self._read() if row.get("identity") == self._identity]
-        self._rows = from_first(rows) if over_ranks else rows
+        self._rows: list[dict[str, Any]] = on_first(self._read) if over_ranks else self._read()
 
     def once(self, name: str, settings: Mapping[str, Any], run: Callable[[], Any]) -> dict[str, Any]:
         """The row `{"name", "settings", "result", "seconds"}`: from the file, or from calling `run` now.
 
         `run` returns something that JSON can hold; it comes back as JSON holds it (tuples as lists).
+
+        Raises:
+            OSError: if the row can't be written.
         """
         settings = json.loads(json.dumps(dict(settings)))
         for row in self._rows:
@@ -46,12 +59,7 @@ class Journal:
         row = from_first(row) if self._over_ranks else row
         self._rows.append(row)
         if self._path is not None:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._path.open("a", encoding="utf-8") as file:
-                # A line of its own, behind whatever half line a killed run has left.
-                file.write("\n" + json.dumps(row) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
+            append_line(self._path, json.dumps(sealed(row)))
         return row
 
     def close(self) -> None:
@@ -62,10 +70,23 @@ class Journal:
     def _read(self) -> list[dict[str, Any]]:
         if self._path is None or not self._path.exists():
             return []
-        rows = []
-        for line in self._path.read_text(encoding="utf-8").splitlines():
+        try:
+            content = self._path.read_bytes()
+        except OSError as error:
+            raise OSError(
+                error.errno, f"The journal {self._path} cannot be read ({error.strerror}): move away what is there"
+            ) from error
+        rows = list(self._whole_rows(content))
+        return [row for row in rows if row.get("identity") == self._identity]
+
+    def _whole_rows(self, content: bytes) -> Iterator[dict[str, Any]]:
+        # Not `splitlines`: text in a row may hold what that takes for the end of a line.
+        for number, line in enumerate(content.split(b"\n"), 1):
             try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:  # an empty line, or the half line that a killed run may leave
-                continue
-        return rows
+                row = unsealed(parse_object(line)) if line else None
+            except ValueError:
+                row = None
+            if row is not None:
+                yield row
+            elif line:
+                logger.warning(f"{self._path}, line {number} is damaged or of an earlier version, and is done again.")

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import resource
 import sys
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,7 @@ from peft.utils.integrations import gather_params_ctx
 from torch.distributed.tensor import DTensor
 
 from ..data.questions import Question
+from ..files import write_json as write_json
 from .pair import ModelPair
 from .suite import EvaluationSuite
 
@@ -24,15 +24,6 @@ from .suite import EvaluationSuite
 SCHEMA_VERSION = 2
 KINDS = ("evaluation", "attacks", "comparison", "gold-standard")
 PACKAGES = ("elm-trainer", "torch", "transformers", "trl", "peft", "datasets", "accelerate")
-
-
-def write_json(path: str | Path, report: Mapping[str, Any]) -> None:
-    """Write a report through a temporary file, so that a full disk leaves an earlier one whole."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".partial")
-    temporary.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def read_report(path: str | Path, kind: str = "evaluation") -> dict[str, Any]:
@@ -50,7 +41,7 @@ def read_report(path: str | Path, kind: str = "evaluation") -> dict[str, Any]:
         report = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise OSError(f"Report {path} cannot be read ({error}): check the path.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"Report {path} is no JSON ({error}): name another file, or measure again.") from error
     if not isinstance(report, dict):
         raise ValueError(f"Report {path} holds a {type(report).__name__}, which is no report: name another file.")

@@ -7,6 +7,8 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 from tqdm.auto import tqdm
 
+from ..launch import from_first as from_first
+from ..launch import place as place
 from ..modeling import is_partitioned
 
 
@@ -49,22 +51,6 @@ def run_batches(
         torch.distributed.all_gather_object(parts, found)
         found = sorted((pair for part in parts for pair in part), key=lambda pair: pair[0])
     return [result for _, result in found]
-
-
-def place() -> tuple[int, int]:
-    """Number of processes of the launch, and which of them this is; 1 and 0 without a launch."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return 1, 0
-    return torch.distributed.get_world_size(), torch.distributed.get_rank()
-
-
-def from_first(value: Result) -> Result:
-    """The value that the first process gave. All processes must call this; without a launch it is the value itself."""
-    if place()[0] == 1:
-        return value
-    values = [value]
-    torch.distributed.broadcast_object_list(values)
-    return values[0]
 
 
 def in_shards(model: torch.nn.Module) -> bool:

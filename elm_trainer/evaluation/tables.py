@@ -9,6 +9,7 @@ from rich.padding import Padding
 from rich.table import Column, Table
 from rich.text import Text
 
+from ..files import write_text
 from .labels import figure_label, main_figures, short_figures, split_name
 from .verdict import CRITERIA, FAILS, HOLDS, RANKING_RULES, UNCERTAIN, counted, read_verdict
 
@@ -96,7 +97,7 @@ def write_markdown(path: str | Path, report: Mapping[str, Any]) -> None:
         for name, info in report["datasets"].items()
     ]
     lines += _table(("what", "revision", "size", "SHA-256"), asked)
-    Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_text(path, "\n".join(lines) + "\n")
 
 
 def left_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
@@ -123,7 +124,7 @@ def write_samples(path: str | Path, report: Mapping[str, Any]) -> None:
             lines += [f"**{sample['prompt']}** (true answer: {sample['answer']})\n"]
             lines += [f"- {side}: {' '.join(sample[side].split()) or '(empty)'}" for side in ("reference", "erased")]
             lines.append("")
-    Path(path).write_text("\n".join(lines), encoding="utf-8")
+    write_text(path, "\n".join(lines))
 
 
 def split_samples(report: Mapping[str, Any]) -> tuple[list[dict[str, str]], list[dict[str, str]]]:

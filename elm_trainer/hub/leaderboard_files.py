@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 
+from ..files import write_text
 from .leaderboard import Entry, Group, Skipped
 from .markdown import code, inline, table
 
@@ -33,8 +34,7 @@ def write_leaderboard(path: str | Path, groups: Sequence[Group], skipped: Sequen
     if path.suffix not in FORMATS:
         raise ValueError(f"The leaderboard's file is {str(path)!r}: let it end in one of {', '.join(FORMATS)}.")
     write = {".md": _markdown, ".json": _json, ".csv": _csv}[path.suffix]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(write(groups, skipped), encoding="utf-8", newline="")
+    write_text(path, write(groups, skipped))
 
 
 def cells(entry: Entry) -> list[str]:

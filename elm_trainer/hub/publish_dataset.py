@@ -9,6 +9,7 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from huggingface_hub.utils import validate_repo_id
 
+from ..files import write_text
 from ..synthesis import SynthesisConfig, SynthesisResult
 from .commit import Publication, commit_folder, open_repository, read_text
 from .dataset_card import make_dataset_card
@@ -71,11 +72,12 @@ def publish_dataset(
             names = machine_names(public=names_in(repo_id, model.id))
             raise_findings(scan_folder(folder, forget=forget, names=names, allowed={PAIRS, CARD}), allow)
 
-        with (folder / PAIRS).open("w", encoding="utf-8") as file:
-            for concept, result in results.items():
-                for prompt, completion in result.pairs:
-                    row = {"concept": concept, "prompt": prompt, "completion": completion}
-                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        rows = (
+            {"concept": concept, "prompt": prompt, "completion": completion}
+            for concept, result in results.items()
+            for prompt, completion in result.pairs
+        )
+        write_text(folder / PAIRS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         write(card.read_text(encoding="utf-8") if card.exists() else None)
         if dry_run:
             return Publication(repo_id, None, f"{api.endpoint}/datasets/{repo_id}", changed=False)

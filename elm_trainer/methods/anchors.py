@@ -15,6 +15,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from ..files import write_text
 from ..synthesis import SynthesisConfig, sample_texts
 
 
@@ -150,7 +151,7 @@ class AnchorDictionary:
     def save(self, path: str | Path) -> None:
         """Write the dictionary to a YAML file, for a human to look over and for [`load_anchors`] to read."""
         record = {"name": self.name, "anchors": dict(self.terms)}
-        Path(path).write_text(yaml.safe_dump(record, allow_unicode=True, sort_keys=False), encoding="utf-8")
+        write_text(path, yaml.safe_dump(record, allow_unicode=True, sort_keys=False))
 
 
 def counterfactuals(texts: Sequence[str], dictionaries: Sequence[AnchorDictionary]) -> Dataset:

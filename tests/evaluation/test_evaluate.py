@@ -1,6 +1,8 @@
 import copy
 import json
+import os
 import random
+import signal
 
 import pytest
 import torch
@@ -13,6 +15,9 @@ from elm_trainer.evaluation.fluency import as_prompt
 from elm_trainer.evaluation.letter_choice import letter_prompt
 from elm_trainer.evaluation.pair import ModelPair
 from elm_trainer.evaluation.suite import OpenQuestion
+from elm_trainer.files import append_line
+from elm_trainer.run_lock import FolderInUseError
+from tests.test_run_lock import start
 
 
 CONTENT = ("multiple-choice", "letter-choice", "open-answers", "cloze", "greedy-fluency", "specificity")
@@ -257,3 +262,55 @@ def test_an_adapter_that_only_shuffles_the_letters_is_flagged(knowing):
     assert figures["multiple_choice.capitals.pmi"]["erased"]["value"] > 0.9
     assert "letter-choice-only" in {flag["flag"] for flag in report["flags"]}
     assert report["verdict"]["innocence"]["state"] == "fails"
+
+
+def test_an_evaluation_that_is_killed_goes_on_to_the_same_figures(
+    adapted_model, tokenizer, suite, tmp_path, monkeypatch
+):
+    measures = ["multiple-choice", "cloze", "specificity"]
+    whole = evaluate_erasure(adapted_model, None, suite, tokenizer, measures=measures, output_dir=tmp_path / "whole")
+    child = os.fork()
+    if child == 0:
+        rows = []
+
+        def kill_at_the_third(path, line):
+            rows.append(line)
+            if len(rows) == 3:
+                with path.open("a") as file:
+                    file.write(line[: len(line) // 2])
+                os.kill(os.getpid(), signal.SIGKILL)
+            append_line(path, line)
+
+        monkeypatch.setattr("elm_trainer.evaluation.journal.append_line", kill_at_the_third)
+        try:
+            evaluate_erasure(adapted_model, None, suite, tokenizer, measures=measures, output_dir=tmp_path / "killed")
+        finally:
+            os._exit(1)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    assert len((tmp_path / "killed" / "report.partial.jsonl").read_text().splitlines()) == 3
+
+    again = evaluate_erasure(adapted_model, None, suite, tokenizer, measures=measures, output_dir=tmp_path / "killed")
+    assert again["figures"] == whole["figures"]
+    assert [path.name for path in (tmp_path / "killed").iterdir()] == ["report.json"]
+
+
+def test_a_second_evaluation_in_the_folder_is_refused(adapted_model, tokenizer, suite, tmp_path):
+    process, pid = start(tmp_path)
+    try:
+        with pytest.raises(FolderInUseError, match=f"another run is writing .process {pid} on"):
+            evaluate_erasure(adapted_model, None, suite, tokenizer, measures=["cloze"], output_dir=tmp_path)
+    finally:
+        process.kill()
+        process.join()
+
+
+def test_a_report_that_cannot_be_written_is_named_and_nothing_measured_is_lost(
+    adapted_model, tokenizer, suite, tmp_path, monkeypatch
+):
+    (tmp_path / "report.json").mkdir()
+    with pytest.raises(OSError, match="report.json could not be written"):
+        evaluate_erasure(adapted_model, None, suite, tokenizer, measures=["cloze"], output_dir=tmp_path)
+    (tmp_path / "report.json").rmdir()
+    monkeypatch.setattr("elm_trainer.evaluation.evaluate._measure", pytest.fail)
+    evaluate_erasure(adapted_model, None, suite, tokenizer, measures=["cloze"], output_dir=tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]

@@ -17,10 +17,12 @@ from transformers import PreTrainedTokenizerBase
 
 from ...data.questions import CHANCE, FACTS, Question, facts_of, held_out_subjects, load_bank
 from ...data.sources import load_texts
+from ...files import write_json
+from ...run_lock import only_run_in
 from ..fluency import as_prompt
 from ..journal import Journal
 from ..pair import SIDES, ModelPair
-from ..report import SCHEMA_VERSION, bank_info, dataset_info, environment, pair_fingerprint, write_json
+from ..report import SCHEMA_VERSION, bank_info, dataset_info, environment, pair_fingerprint
 from ..statistics import bootstrap_mean, holm, mcnemar
 from ..suite import draw_questions
 from .base import Attack, AttackResult, AttackTarget
@@ -112,6 +114,7 @@ def attack_erasure(
         `skipped`: attacks that have no meaning for this target, and why.
 
     Raises:
+        FolderInUseError: if another run writes to `output_dir`.
         TypeError: if `target` is no [`AttackTarget`], or `attacks` holds something else than attacks.
         ValueError: if `attacks` is empty.
     """
@@ -125,6 +128,11 @@ def attack_erasure(
         raise ValueError("`attacks` is empty: give at least one, or leave it out for the default ladder.")
     if named := [attack for attack in attacks if not isinstance(attack, Attack)]:
         raise TypeError(f"`attacks` holds {named[0]!r}, which is no `Attack`: give `default_attacks([name])`.")
+    with only_run_in(output_dir):
+        return _attack(target, attacks, output_dir)
+
+
+def _attack(target: AttackTarget, attacks: Sequence[Attack], output_dir: str | Path | None) -> dict[str, Any]:
     started = time.perf_counter()
     identity = _identity(target)
     journal = Journal(None if output_dir is None else Path(output_dir) / "attacks.partial.jsonl", identity)

@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 
 from tqdm.auto import tqdm
 
-from ..report import write_json
+from ...files import discard_unfinished, write_json
+from ...run_lock import only_run_in
 from .config import ComparisonConfig
 from .method_run import MethodRun, seconds_of
 from .reference import measure_reference
@@ -31,27 +32,32 @@ def compare_methods(config: ComparisonConfig) -> dict[str, Any]:
     Args:
         config ([`ComparisonConfig`]): Settings.
 
+    Raises:
+        FolderInUseError: if another run writes to `output_dir`.
+
     Returns:
         `dict`: the report, which is also written to `output_dir/report.json`. `tables` holds, for the budgets
         `"updates"` and `"seconds"`, each method's `figures`, `verdict` and `score`; `methods` its settings, search and
         costs; `claims` what the seed paper says of them; `beaten` where a rival is better than ELM; `attacks` what comes
         back under attack.
     """
-    folder = Path(config.output_dir) / "runs"
-    reference = _apart(measure_reference, config, Runs(folder))
-    results: dict[str, dict[str, Any]] = {}
-    seconds = None
-    # The one that sets the time goes first.
-    for method in tqdm([config.clock, *(name for name in config.methods if name != config.clock)], desc="Methods"):
-        try:
-            results[method] = MethodRun(config, method, Runs(folder, only_read=True), reference, seconds).run()
-        except MissingRunError:
-            results[method] = _apart(MethodRun(config, method, Runs(folder), reference, seconds).run)
-        if method == config.clock:
-            seconds = seconds_of(results[method])
-    report = make_report(config, reference, {name: results[name] for name in config.methods}, seconds)
-    write_json(Path(config.output_dir) / "report.json", report)
-    return report
+    with only_run_in(config.output_dir):
+        folder = Path(config.output_dir) / "runs"
+        discard_unfinished(folder)
+        reference = _apart(measure_reference, config, Runs(folder))
+        results: dict[str, dict[str, Any]] = {}
+        seconds = None
+        # The one that sets the time goes first.
+        for method in tqdm([config.clock, *(name for name in config.methods if name != config.clock)], desc="Methods"):
+            try:
+                results[method] = MethodRun(config, method, Runs(folder, only_read=True), reference, seconds).run()
+            except MissingRunError:
+                results[method] = _apart(MethodRun(config, method, Runs(folder), reference, seconds).run)
+            if method == config.clock:
+                seconds = seconds_of(results[method])
+        report = make_report(config, reference, {name: results[name] for name in config.methods}, seconds)
+        write_json(Path(config.output_dir) / "report.json", report)
+        return report
 
 
 def _apart(function: Callable[..., Result], *args: Any) -> Result:

@@ -1,6 +1,5 @@
 """The gold standard: an erased model beside one of the same making that was never taught the concept."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -9,20 +8,24 @@ from typing import Any
 import numpy as np
 from scipy.stats import ks_2samp
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from ...data.answers import names_answer
 from ...data.invented import CONCEPT, RETAINED
 from ...data.questions import CHANCE, Question
+from ...files import discard_unfinished, write_json
+from ...run_lock import only_run_in
 from ..fluency import as_prompt, generate, reverse_perplexity
 from ..journal import Journal
 from ..multiple_choice import score_choices
-from ..report import SCHEMA_VERSION, environment, write_json
+from ..report import SCHEMA_VERSION, environment, read_report
 from ..statistics import Figure, bootstrap_mean, bootstrap_perplexity
 from .config import GoldStandardConfig
 from .models import MODELS, GoldModels
 from .relearning import SPLITS, compare_relearning, mean_by_subject, relearn
 
 
+logger = logging.get_logger(__name__)
 REPORT_FILE = "gold_standard.json"
 _MAX_NEW_TOKENS = 8
 
@@ -41,17 +44,31 @@ def gold_standard(config: GoldStandardConfig | None = None, *, output_dir: str |
             `gold_standard.partial.jsonl`, so that an interrupted run goes on where it was and a repeated one only
             reads.
 
+    Raises:
+        FolderInUseError: if another run writes to `output_dir`.
+
     Returns:
         `dict`: `figures` by name and model; `curves` by split and model, rows of step, accuracy, low and high;
         `relearning` by split, as [`compare_relearning`] gives it; `ordering`, the model that relearns slowest first;
         `samples`, what each model answers when asked for the concept.
     """
-    output_dir = Path(output_dir)
-    models = GoldModels(config or GoldStandardConfig(), output_dir / "models")
+    with only_run_in(output_dir):
+        return _gold_standard(config or GoldStandardConfig(), Path(output_dir))
+
+
+def _gold_standard(config: GoldStandardConfig, output_dir: Path) -> dict[str, Any]:
+    discard_unfinished(output_dir / "models")
+    models = GoldModels(config, output_dir / "models")
     identity = models.identity() | {"schema_version": SCHEMA_VERSION}
     path = output_dir / REPORT_FILE
-    if path.exists() and (report := json.loads(path.read_text(encoding="utf-8"))).get("identity") == identity:
-        return report
+    if path.exists():
+        try:
+            report = read_report(path, "gold-standard")
+        except ValueError as error:
+            logger.warning(f"{error} It is made anew.")
+        else:
+            if report.get("identity") == identity:
+                return report
     journal = Journal(output_dir / "gold_standard.partial.jsonl", identity)
     seconds = {"training": 0.0, "measuring": 0.0, "relearning": 0.0}
 

@@ -7,6 +7,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from ...files import replacing
 from ..labels import attack_label
 
 
@@ -40,7 +41,8 @@ def plot_attacks(report: Mapping[str, Any], path: str | Path) -> None:
     if below:
         below[0].suptitle("While relearning (grey: the reference, dotted: chance)")
         _draw_curves(below[0].subplots(rows, COLUMNS, sharey=True, squeeze=False).flat, report)
-    figure.savefig(path, dpi=100)
+    with replacing(path) as unfinished:
+        figure.savefig(unfinished, dpi=100)
 
 
 def _rungs(report: Mapping[str, Any], metric: str) -> list[tuple[str, Mapping[str, Any]]]:

@@ -9,6 +9,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
+from ...files import replacing
+
 
 TITLES = {"updates": "the same number of updates", "seconds": "the same time"}
 
@@ -53,7 +55,8 @@ def plot_comparison(report: Mapping[str, Any], path: str | Path) -> None:
     marks = [Line2D([], [], color=f"C{index}", marker="o", linestyle="") for index in range(len(report["methods"]))]
     # Beside the points names would lie upon each other.
     figure.legend(marks, [found["label"] for found in report["methods"].values()], loc="outside lower center", ncols=8)
-    figure.savefig(path, dpi=100)
+    with replacing(path) as unfinished:
+        figure.savefig(unfinished, dpi=100)
 
 
 def _point(axes: Any, across: Mapping[str, float], up: Mapping[str, float], marker: str, colour: str) -> None:

@@ -7,6 +7,8 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from ...files import replacing
+
 
 COLOURS = {
     "taught": "tab:grey",
@@ -51,7 +53,8 @@ def plot_gold_standard(report: Mapping[str, Any], path: str | Path) -> None:
     speeds.set_yticks(range(len(ratios)), list(reversed(report["ordering"])), fontsize=8)
     speeds.axvline(1, color=COLOURS["never-taught"], linewidth=1)
     speeds.set(title="Speed of relearning (never taught = 1)", xscale="log")
-    figure.savefig(path, dpi=100)
+    with replacing(path) as unfinished:
+        figure.savefig(unfinished, dpi=100)
 
 
 def _bars(axes: Any, figures: Mapping[str, Any], keys: list[str]) -> None:

@@ -7,6 +7,8 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from ...files import replacing
+
 
 COLOURS = {"reference": "tab:grey", "erased": "tab:orange"}
 
@@ -48,7 +50,8 @@ def plot_inside(inside: Mapping[str, Any], path: str | Path) -> None:
         axes.set(xlabel="layer (0: embeddings)", xlim=(0, len(hidden["effective_rank"]) - 1))
         axes.grid(alpha=0.2)
         axes.legend(fontsize=8)
-    figure.savefig(path, dpi=100)
+    with replacing(path) as unfinished:
+        figure.savefig(unfinished, dpi=100)
 
 
 def _curve(axes: Any, points: Sequence[Mapping[str, float]], colour: str, label: str) -> None:

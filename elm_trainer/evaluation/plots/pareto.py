@@ -7,6 +7,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from ...files import replacing
 from ..verdict import counts
 
 
@@ -41,7 +42,8 @@ def plot_pareto(reports: Mapping[str, Mapping[str, Any]], path: str | Path) -> N
     fluent.set(xlabel="R-PPL, as a multiple of the reference's", title="Innocence and seamlessness")
     # Beside the points names would lie upon each other.
     figure.legend(loc="outside lower center", ncols=4, fontsize=8)
-    figure.savefig(path, dpi=100)
+    with replacing(path) as unfinished:
+        figure.savefig(unfinished, dpi=100)
 
 
 def _accuracy(report: Mapping[str, Any], side: str) -> float:

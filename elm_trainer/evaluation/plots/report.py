@@ -7,6 +7,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from ...files import replacing
 from ..labels import figure_label, split_name
 from ..tables import NOT_MEASURED
 from ..verdict import CRITERIA, counts, read_verdict
@@ -50,7 +51,8 @@ def plot_report(report: Mapping[str, Any], path: str | Path) -> None:
     losses.set(title="Loss terms", xlabel="step", yscale="log")
     if losses.lines:
         losses.legend(fontsize=8)
-    figure.savefig(path, dpi=100)
+    with replacing(path) as unfinished:
+        figure.savefig(unfinished, dpi=100)
 
 
 def _lines(report: Mapping[str, Any], criterion: str) -> dict[str, str]:

@@ -1,0 +1,124 @@
+"""Files that have their name only once they are whole and on the disk, also after a crash or on a full drive."""
+
+import errno
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+
+# What is not whole yet; a process that is killed while it writes leaves one.
+UNFINISHED = ".elm-tmp-"
+_NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Gives a new path beside `path`; what the block writes there takes the place of `path` once the block has ended.
+
+    A link at `path` is replaced, not followed. What fails leaves an earlier file as it was, and nothing beside it.
+
+    Args:
+        path (`str` or `Path`): A file, or a folder that does not exist yet. The folder around it is made.
+
+    Raises:
+        OSError: naming `path`, if it could not be written; `errno` is that of the operating system.
+    """
+    path = Path(path)
+    # No name that another process could foresee or take; the ending, since some writers choose a format by it.
+    unfinished = path.parent / f"{UNFINISHED}{path.stem[:60]}-{secrets.token_hex(8)}{path.suffix}"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield unfinished
+        if path.is_file() and not path.is_symlink():
+            shutil.copymode(path, unfinished)
+        for written in [unfinished, *unfinished.rglob("*")]:
+            sync(written)
+        os.replace(unfinished, path)
+        sync(path.parent)
+    except (OSError, SafetensorError) as error:
+        raise OSError(
+            getattr(error, "errno", None) or errno.EIO,
+            f"{path} could not be written ({getattr(error, 'strerror', None) or error}): free some space, or name a folder "
+            "that can be written to. An earlier file is as it was",
+        ) from error
+    finally:
+        discard(unfinished)
+
+
+def discard(path: Path) -> None:
+    """Delete a file or folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
+def discard_unfinished(folder: Path) -> None:
+    """Delete what writers that were killed have left in a folder in which nobody else writes."""
+    for path in folder.glob(f"{UNFINISHED}*"):
+        discard(path)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's content, or a folder's names, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        # Some network drives cannot be asked to.
+        if error.errno not in _NO_SYNC:
+            raise
+    finally:
+        os.close(handle)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file in UTF-8, as [`replacing`] does."""
+    with replacing(path) as unfinished:
+        # "x": fails rather than follow a link.
+        with unfinished.open("xb") as file:
+            file.write(text.encode())
+
+
+def write_json(path: str | Path, value: Mapping[str, Any]) -> None:
+    """Write a report or the like as JSON, as [`replacing`] does."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def append_line(path: str | Path, line: str) -> None:
+    """Add a line to a file, and wait until it is on the disk.
+
+    It stands on a line of its own, behind whatever half line a killed process has left, and is added in one piece, so that
+    several processes may add to one file.
+
+    Raises:
+        OSError: naming `path`, if it could not be written.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        existed = path.exists()
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666)
+        with open(handle, "r+b", buffering=0) as file:
+            size = os.fstat(handle).st_size
+            begun = size > 0 and os.pread(handle, 1, size - 1) != b"\n"
+            content = ("\n" * begun + line + "\n").encode()
+            while content:
+                content = content[file.write(content) :]
+        sync(path)
+        if not existed:
+            sync(path.parent)
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"{path} could not be written ({error.strerror}): free some space, or name a folder that can be written to. "
+            "What is in it stays, and the next run goes on from there",
+        ) from error
