@@ -14,6 +14,7 @@ from elm_trainer.evaluation.gold_standard.relearning import SPLITS, compare_rele
 from elm_trainer.evaluation.gold_standard.training import GradientAscentTrainer
 from elm_trainer.evaluation.plots import plot_gold_standard
 from elm_trainer.evaluation.report import read_report
+from elm_trainer.files import UNFINISHED
 
 
 TINY = GoldStandardConfig(
@@ -100,6 +101,18 @@ def test_other_settings_of_a_method_train_its_model_only(tiny_run, made):
     assert made == ["gradient-ascent"]
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", None])
+def test_a_damaged_model_is_made_again(name, tiny_run, made):
+    [sums] = (tiny_run[0] / "models").glob("never-taught-*.sha256.json")
+    path = sums if name is None else sums.parent / sums.name.removesuffix(".sha256.json") / name
+    content = bytearray(path.read_bytes())
+    content[-20] ^= 1
+    path.write_bytes(content)
+    GoldModels(TINY, tiny_run[0] / "models").load("never-taught")
+    GoldModels(TINY, tiny_run[0] / "models").load("never-taught")
+    assert made == ["never-taught"]
+
+
 def test_a_killed_run_leaves_no_half_model_and_goes_on(tmp_path, made, monkeypatch):
     class Killed(BaseException):
         pass
@@ -115,11 +128,11 @@ def test_a_killed_run_leaves_no_half_model_and_goes_on(tmp_path, made, monkeypat
         patched.setattr(gold_models.LlamaForCausalLM, "save_pretrained", die_half_way)
         with pytest.raises(Killed):
             gold_standard(TINY, output_dir=tmp_path)
-    assert not [path for path in (tmp_path / "models").glob("taught-*") if path.suffix != ".partial"]
+    assert not list((tmp_path / "models").glob("taught-*"))
     report = gold_standard(TINY, output_dir=tmp_path)
     assert made == ["taught", *MODELS]
     assert sorted(report["ordering"]) == sorted(MODELS)
-    assert not list((tmp_path / "models").glob("*.partial")) and not list(tmp_path.glob("*.jsonl"))
+    assert not list((tmp_path / "models").glob(f"{UNFINISHED}*")) and not list(tmp_path.glob("*.jsonl"))
 
 
 def test_both_models_start_alike_and_read_in_the_same_order(tmp_path, monkeypatch):

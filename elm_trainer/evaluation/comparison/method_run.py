@@ -1,8 +1,6 @@
 """Everything that is run for one method: the search, the final runs of all seeds, and the attacks on the first."""
 
 import math
-import os
-import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -12,6 +10,7 @@ from typing import Any
 
 from peft import PeftModel
 
+from ...files import discard, replacing
 from ..attacks import attack_erasure, built_in_target, load_attacks
 from ..measures import with_families
 from ..pair import ModelPair
@@ -181,8 +180,6 @@ def seconds_of(result: Mapping[str, Any]) -> float | None:
 
 def _save(model: PeftModel, folder: Path) -> None:
     """Save the adapter; the folder has its name only once it is whole."""
-    unfinished = folder.with_suffix(".partial")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    model.save_pretrained(str(unfinished), save_embedding_layers=False)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(unfinished, folder)
+    discard(folder)
+    with replacing(folder) as unfinished:
+        model.save_pretrained(str(unfinished), save_embedding_layers=False)

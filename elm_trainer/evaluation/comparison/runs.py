@@ -6,7 +6,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..report import write_json
+from transformers.utils import logging
+
+from ...checksums import read_object, sealed, unsealed
+from ...files import write_json
+
+
+logger = logging.get_logger(__name__)
 
 
 class MissingRunError(LookupError):
@@ -34,15 +40,31 @@ class Runs:
             run (`Callable`): Returns something that JSON can hold; it comes back as JSON holds it.
         """
         path = self.path(name, depends).with_suffix(".json")
-        if not path.exists():
+        found = self._read(path)
+        if found is None:
             if self._only_read:
-                raise MissingRunError(f"{path} does not exist.")
-            write_json(path, {"depends": depends, "result": run()})
-        return json.loads(path.read_text(encoding="utf-8"))["result"]
+                raise MissingRunError(f"{path} does not exist, or is damaged.")
+            found = sealed({"depends": depends, "result": run()})
+            write_json(path, found)
+        return found["result"]
 
     def path(self, name: str, depends: Mapping[str, Any]) -> Path:
         """Where files of a run go, without an ending."""
         return self._folder / f"{name}-{fingerprint(depends)}"
+
+    def _read(self, path: Path) -> dict[str, Any] | None:
+        """What is in the file of a run; `None` if it is not there or is damaged."""
+        if not path.exists():
+            return None
+        try:
+            stored = read_object(path)
+            # Earlier versions wrote no checksum.
+            found = stored if stored.keys() == {"depends", "result"} else unsealed(stored)
+        except (OSError, ValueError):
+            found = None
+        if found is None:
+            logger.warning(f"{path} is damaged: it is run again.")
+        return found
 
 
 def fingerprint(value: Any) -> str:

@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import os
-import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -22,12 +20,15 @@ from transformers import (
     PrinterCallback,
 )
 from transformers.trainer_utils import set_seed
+from transformers.utils import logging
 from trl import SFTConfig
 
+from ...checksums import first_damage, folder_checksums, read_object, sealed, unsealed
 from ...data.collator import ElmDataCollator
 from ...data.dataset import ConceptSources, build_erasure_dataset
 from ...data.given import Source
 from ...data.invented import CONCEPT, InventedWorld, invented_world
+from ...files import discard, replacing, write_json
 from ...methods.base import ErasureTrainer
 from ...methods.elm import ElmConfig, ElmTrainer
 from ..report import PACKAGES, dataset_info
@@ -35,6 +36,7 @@ from .config import GoldStandardConfig
 from .training import GradientAscentTrainer, fine_tune, train_tokenizer
 
 
+logger = logging.get_logger(__name__)
 MODELS = ("taught", "never-taught", "erased", "gradient-ascent")
 # Longer than any text of the invented world, in tokens.
 _MAX_LENGTH = 64
@@ -52,6 +54,8 @@ class GoldModels:
         self.config = config
         self.world: InventedWorld = invented_world(config.facts, config.prose, seed=config.seed)
         self._cache_dir = Path(cache_dir)
+        # Folders whose bytes were read once.
+        self._whole: set[Path] = set()
         # Both worlds' texts, so that both models read with one tokenizer.
         everything = self.world.texts(taught=True) + self.world.instead
         self._texts = dataset_info([*everything, *self.world.forget["novice"], *self.world.held_out_prose])
@@ -163,10 +167,26 @@ class GoldModels:
         """The folder of what `write` has written, now or earlier, for these settings."""
         depends = json.dumps(self._shared() | dict(settings), sort_keys=True)
         folder = self._cache_dir / f"{name}-{hashlib.sha256(depends.encode()).hexdigest()[:16]}"
+        if folder in self._whole:
+            return folder
+        sums = self._cache_dir / f"{folder.name}.sha256.json"
+        if folder.exists() and (reason := _damage(folder, sums)) is not None:
+            logger.warning(f"{folder} is damaged, and is made again: {reason}.")
+            discard(folder)
         if not folder.exists():
-            # A folder has its name only once it is whole, whenever the run is killed.
-            unfinished = folder.with_suffix(".partial")
-            shutil.rmtree(unfinished, ignore_errors=True)
-            write(unfinished)
-            os.replace(unfinished, folder)
+            with replacing(folder) as unfinished:
+                write(unfinished)
+            write_json(sums, sealed({"files": folder_checksums(folder)}))
+        self._whole.add(folder)
         return folder
+
+
+def _damage(folder: Path, sums: Path) -> str | None:
+    """Which file of a kept folder is not as it was written; `None` if all are, or an earlier version kept no checksums."""
+    if not sums.exists():
+        return None
+    try:
+        kept = unsealed(read_object(sums))
+    except (OSError, ValueError):
+        kept = None
+    return f"{sums.name} is damaged" if kept is None else first_damage(folder, kept["files"])
