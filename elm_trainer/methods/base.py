@@ -3,6 +3,8 @@
 import hashlib
 import json
 import math
+import os
+import secrets
 import shutil
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -16,23 +18,37 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from huggingface_hub import HfApi
 from peft import PeftConfig, PeftModel, TaskType
-from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.trainer_utils import HubStrategy, rotate_checkpoints
+from transformers.trainer_utils import HubStrategy
 from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available, logging
 from trl import SFTConfig, SFTTrainer
 
+from ..checksums import read_object
 from ..data.collator import ElmDataCollator, align
 from ..data.packing import Packing, pack_batches, texts_interact
 from ..data.target_store import RowTargets
 from ..data.tokens import text_ids, tokenize_pair
+from ..files import UNFINISHED, discard, sync, write_json
+from ..launch import on_first
 from ..modeling import adapter_disabled, evaluating, is_partitioned
 from ..ops import STATES, FinalLogits, ReadHead, Reading, final_logits, kl_divergence, text_mean
 from ..ops.head import Plan
+from ..run_lock import only_run_in
 from .frozen_layers import no_graph_below, reentrant
 from .quantized import keep_differentiable
-from .resuming import Launch, check_launch, checkpoints, last_finished, mark_finished, unmark
+from .resuming import (
+    Launch,
+    check_launch,
+    check_whole,
+    checkpoints,
+    last_finished,
+    last_whole,
+    mark_finished,
+    rotate,
+    set_aside,
+    settle,
+)
 from .sharding import align_checkpointing, check_saving, trained_weights
 from .targets import TargetPlan, precompute_targets
 from .validation import (
@@ -510,43 +526,54 @@ class ErasureTrainer(SFTTrainer):
         return means
 
     def train(self, resume_from_checkpoint=None, **kwargs):
+        check_saving(self)
+        align_checkpointing(self)
+        if self.accelerator.num_processes > 1:
+            # Those that computed no targets have not measured the model yet, and all must do so in the same forward.
+            self._final_logits = self._texts_interact = None
+        with only_run_in(self.args.output_dir):
+            checkpoint = on_first(lambda: self._begin_run(resume_from_checkpoint))
+            with nullcontext() if reentrant(self.args) else no_graph_below(self.model):
+                return super().train(resume_from_checkpoint=checkpoint, **kwargs)
+
+    def _begin_run(self, resume_from_checkpoint: str | Path | bool | None) -> str | None:
+        """The checkpoint to go on from, after all that a run in this folder must keep to was checked."""
         output_dir = Path(self.args.output_dir)
+        settle(output_dir)
         found = checkpoints(output_dir)
         if found and not resume_from_checkpoint:
             raise ValueError(
                 f"`output_dir` is {str(output_dir)!r}, which holds the checkpoints of another run ({found[-1]}): resume "
                 "it with `resume_from_checkpoint=True`, or name another folder."
             )
+        checkpoint = None
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_finished(found)
-            if resume_from_checkpoint is None:
+            checkpoint = last_whole(found)
+            if checkpoint is None:
                 logger.warning(
                     f"`resume_from_checkpoint` is True, but {output_dir} holds no finished checkpoint: starting afresh."
                 )
-        check_saving(self)
-        align_checkpointing(self)
-        if self.accelerator.num_processes > 1:
-            # Those that computed no targets have not measured the model yet, and all must do so in the same forward.
-            self._final_logits = self._texts_interact = None
-        run_file = output_dir / RUN_FILE
-        fingerprint = self._run_fingerprint()
-        if resume_from_checkpoint and run_file.exists():
-            saved = json.loads(run_file.read_text(encoding="utf-8"))
+        elif resume_from_checkpoint:
+            checkpoint = Path(resume_from_checkpoint)
+            check_whole(checkpoint)
+        run_file, fingerprint = output_dir / RUN_FILE, self._run_fingerprint()
+        if checkpoint is not None and run_file.exists():
+            try:
+                saved = read_object(run_file)
+            except (OSError, ValueError) as error:
+                raise ValueError(
+                    f"{run_file}, which holds the settings of the run to be resumed, cannot be read ({error}): delete it to "
+                    "resume without comparing them with those of this run."
+                ) from error
             if changed := sorted(key for key in fingerprint if saved.get(key, fingerprint[key]) != fingerprint[key]):
                 raise ValueError(
                     f"`output_dir` {str(output_dir)!r} holds a run with other settings ({', '.join(changed)} changed): "
                     "restore them to resume, or name another folder."
                 )
-        if resume_from_checkpoint:
-            resume_from_checkpoint = str(resume_from_checkpoint)
-            check_launch(resume_from_checkpoint, Launch.of(self))
-        # No process looks for the file any more.
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            output_dir.mkdir(parents=True, exist_ok=True)
-            run_file.write_text(json.dumps(fingerprint, indent=2), encoding="utf-8")
-        with nullcontext() if reentrant(self.args) else no_graph_below(self.model):
-            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        if checkpoint is not None:
+            check_launch(checkpoint, Launch.of(self))
+        write_json(run_file, fingerprint)
+        return None if checkpoint is None else str(checkpoint)
 
     def _run_fingerprint(self) -> dict[str, str]:
         """What must not change between a run and its resumption: the data, the settings of the method, and those that the
@@ -625,41 +652,67 @@ class ErasureTrainer(SFTTrainer):
         pass
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        if _internal_call or not self.args.should_save:
+            self._write_model(folder)
+            return
+        # What is there already stays as it was until all of the new files are whole.
+        staged = folder / f"{UNFINISHED}{secrets.token_hex(8)}"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._write_model(staged)
+            files = [path for path in staged.rglob("*") if path.is_file()]
+            for path in files:
+                sync(path)
+            for path in files:
+                place = folder / path.relative_to(staged)
+                place.parent.mkdir(exist_ok=True)
+                os.replace(path, place)
+            sync(folder)
+        except Exception as error:
+            raise OSError(
+                f"The model could not be saved to {str(folder)!r} ({error}): free some space, or name a folder that can be "
+                "written to. Earlier files are as they were."
+            ) from error
+        finally:
+            discard(staged)
+
+    def _write_model(self, folder: Path) -> None:
+        """Write the adapter, or the weights where they are trained themselves, into a folder."""
         unwrapped = self.accelerator.unwrap_model(self.model)
         for config in unwrapped.peft_config.values() if isinstance(unwrapped, PeftModel) else ():
             # Where it is not told, PEFT saves the name of a class to import, which `load_erased` does for nobody.
             config.task_type = config.task_type or TaskType.CAUSAL_LM
-        card = Path(output_dir or self.args.output_dir) / "README.md"
-        written = card.read_bytes() if card.exists() else None
         if self.is_fsdp_enabled:
             # Trainer would gather the whole model. `_save` is private to it; tests/distributed fails when it moves.
-            self._save(output_dir or self.args.output_dir, state_dict=trained_weights(self.model))
+            self._save(str(folder), state_dict=trained_weights(self.model))
         else:
             # With `push_to_hub`, Trainer would push here, before there is any evidence.
-            super().save_model(output_dir, _internal_call=True)
+            super().save_model(str(folder), _internal_call=True)
         # PEFT writes a card of gaps to be filled in and the base's path on this machine; `publish_adapter` makes a true one.
         if self.args.should_save:
-            card.unlink(missing_ok=True)
-            if written is not None:
-                card.write_bytes(written)
+            (folder / "README.md").unlink(missing_ok=True)
 
     def _save_checkpoint(self, model, trial):
         # Nothing is saved after a loss that was not finite, even between two logs.
         self._mean_terms("train")
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        existed, limit = folder.exists(), self.args.save_total_limit
+        limit = self.args.save_total_limit
         try:
             if self.args.should_save:
-                unmark(folder)
+                set_aside(folder)
+            self.accelerator.wait_for_everyone()
             # Older checkpoints go only when this one is finished, which is when every process has written its part.
             self.args.save_total_limit = None
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 mark_finished(folder, Launch.of(self))
-        except (OSError, SafetensorError, RuntimeError) as error:
-            if not existed:
+        # Also what the libraries call a full disk: `RuntimeError`, `SafetensorError`, and tokenizers `Exception`.
+        except Exception as error:
+            if self.args.should_save:
                 shutil.rmtree(folder, ignore_errors=True)
+                settle(folder.parent)
             kept = last_finished(checkpoints(self.args.output_dir))
             raise OSError(
                 f"`output_dir` {self.args.output_dir!r}: checkpoint {folder.name} could not be written ({error}): free "
@@ -669,9 +722,8 @@ class ErasureTrainer(SFTTrainer):
         finally:
             self.args.save_total_limit = limit
         if self.args.should_save:
-            rotate_checkpoints(
-                self.args.output_dir, limit, best_model_checkpoint=self.state.best_model_checkpoint, use_mtime=True
-            )
+            settle(folder.parent)
+            rotate(folder, limit, self.state.best_model_checkpoint)
 
 
 def plain_tokens(processing_class: PreTrainedTokenizerBase, vocabulary: int, count: int = 64) -> list[int]:

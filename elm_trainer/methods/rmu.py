@@ -357,10 +357,10 @@ class RmuTrainer(ErasureTrainer):
         for parameter, kept in self._kept:
             parameter.data, kept.data = kept.data.to(parameter.device), parameter.data
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        super().save_model(output_dir, _internal_call)
+    def _write_model(self, folder):
+        super()._write_model(folder)
         if self.args.should_save:
-            save_file(self.control_vectors, Path(output_dir or self.args.output_dir) / CONTROL_VECTORS_FILE)
+            save_file(self.control_vectors, folder / CONTROL_VECTORS_FILE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         super()._load_from_checkpoint(resume_from_checkpoint, model)

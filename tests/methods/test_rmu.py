@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from elm_trainer import ConceptSources, build_erasure_dataset
+from elm_trainer.methods.resuming import Launch, mark_finished
 from elm_trainer.methods.rmu import (
     CONTROL_VECTORS_FILE,
     RmuConfig,
@@ -371,6 +372,7 @@ def test_vectors_are_saved_and_those_of_the_checkpoint_restored(deep, make, tmp_
 
     other = {"capitals": -saved["capitals"]}
     save_file(other, tmp_path / "cut" / "checkpoint-2" / CONTROL_VECTORS_FILE)
+    mark_finished(tmp_path / "cut" / "checkpoint-2", Launch.of(whole))
     resumed = make(copy.deepcopy(deep), output_dir=str(tmp_path / "cut"), **steps)
     assert torch.equal(resumed.control_vectors["capitals"], saved["capitals"])
     resumed.train(resume_from_checkpoint=True)
@@ -400,7 +402,9 @@ def test_a_checkpoint_without_the_vectors_is_refused(change, error, message, dee
     steps = dict(max_steps=2, save_strategy="steps", save_steps=1, save_total_limit=None)
     trainer = make(deep, **(steps | dict(max_steps=1)))
     trainer.train()
-    change(Path(trainer.args.output_dir) / "checkpoint-1" / CONTROL_VECTORS_FILE)
+    checkpoint = Path(trainer.args.output_dir) / "checkpoint-1"
+    change(checkpoint / CONTROL_VECTORS_FILE)
+    mark_finished(checkpoint, Launch.of(trainer))
     with pytest.raises(error, match=message):
         make(copy.deepcopy(deep), **steps).train(resume_from_checkpoint=True)
 
