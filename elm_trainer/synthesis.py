@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import random
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -15,14 +14,19 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from .checksums import sealed, unsealed
 from .concept import Concept
 from .data.tokens import behind_context, continuation_text, pad_left, text_ids, text_tokenizer, tokenize
 from .evaluation.fluency import repetition
+from .files import append_line, write_text
 from .methods.validation import check_numbers
 from .ops import plausible_tokens
+from .run_lock import turn
 
 
 logger = logging.get_logger(__name__)
+# Of prompt and completion.
+Rows = list[list[str]]
 # Sentences that turn away from the subject; the completion goes on from there.
 PIVOTS = (
     " By the way, let us talk about something else.",
@@ -114,7 +118,8 @@ def synthesize_completions(
         concept ([`Concept`]): For its contexts, and its keywords, which a completion must not name.
         config ([`SynthesisConfig`], *optional*): Settings.
         cache_dir (`str` or `Path`, *optional*): Where finished batches are kept. A second call with the same prompts,
-            concept, settings and `fingerprint` samples nothing; an interrupted one goes on with the next batch.
+            concept, settings and `fingerprint` samples nothing; an interrupted one goes on with the next batch. Runs at the
+            same time take turns.
         fingerprint (`str`, *optional*): What identifies the model, e.g. [`model_fingerprint`].
 
     Returns:
@@ -122,7 +127,8 @@ def synthesize_completions(
 
     Raises:
         TypeError: if `prompts` is no list of texts, or `concept` no [`Concept`].
-        ValueError: if there are no prompts, or a cached line cannot be read.
+        ValueError: if there are no prompts, or all completions were dropped.
+        OSError: if the cache can't be read or written to.
     """
     config = config or SynthesisConfig()
     if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
@@ -155,7 +161,11 @@ def synthesize_completions(
         completions = guided_sample(model, processing_class, streams, config, seed=config.seed * 100_003 + index)
         return [[p, pivot + c] for p, pivot, c in zip(chunk, pivots, completions, strict=True)]
 
-    rows = _resumable(len(batches), sample, cache_dir, key, "Synthesizing")
+    def fits(index: int, rows: Rows) -> bool:
+        chunk = prompts[batches[index] : batches[index] + config.batch_size]
+        return [row[0] for row in rows] == list(chunk) and all(row[1].startswith(PIVOTS) for row in rows)
+
+    rows = _resumable(len(batches), sample, cache_dir, key, "Synthesizing", fits)
     pairs: list[tuple[str, str]] = []
     dropped = {"empty": 0, "repetition": 0, "on_topic": 0}
     subjects = re.compile("|".join(rf"\b{re.escape(k)}\b" for k in concept.keywords), re.IGNORECASE)
@@ -269,7 +279,10 @@ def sample_texts(
         texts = guided_sample(model, processing_class, [rows], config, seed=config.seed * 100_003 + index)
         return [[prompt, text] for prompt, text in zip(chunk, texts, strict=True)]
 
-    return [prompt + text for prompt, text in _resumable(len(batches), sample, cache_dir, key, "Sampling")]
+    def fits(index: int, rows: Rows) -> bool:
+        return [row[0] for row in rows] == list(prompts[batches[index] : batches[index] + config.batch_size])
+
+    return [prompt + text for prompt, text in _resumable(len(batches), sample, cache_dir, key, "Sampling", fits)]
 
 
 def _hash(parts: list[Any]) -> str:
@@ -277,37 +290,74 @@ def _hash(parts: list[Any]) -> str:
 
 
 def _resumable(
-    batches: int, sample: Callable[[int], list[list[str]]], cache_dir: str | Path | None, key: str, what: str
-) -> list[list[str]]:
-    """Rows of all batches; each batch is one line of a cache file, written as soon as it is sampled."""
+    batches: int,
+    sample: Callable[[int], Rows],
+    cache_dir: str | Path | None,
+    key: str,
+    what: str,
+    fits: Callable[[int, Rows], bool] = lambda index, rows: True,
+) -> Rows:
+    """Rows of all batches; each batch is one line of a cache file, written as soon as it is sampled.
+
+    Runs that want the same batches take turns, so that each is sampled once. A line that is damaged, or does not fit its
+    batch, is sampled again.
+
+    Args:
+        batches (`int`): Number of batches.
+        sample (`Callable`): Gives the rows of a batch.
+        cache_dir (`str` or `Path`, *optional*): Folder of the files; without it nothing is kept.
+        key (`str`): What the rows depend on.
+        what (`str`): Label of the progress bar.
+        fits (`Callable`, *optional*): Whether rows can be those of a batch.
+    """
     if cache_dir is None:
         return [row for index in tqdm(range(batches), desc=what) for row in sample(index)]
-    complete = Path(cache_dir) / f"{key}.jsonl"
-    partial = Path(cache_dir) / f"{key}.partial.jsonl"
-    if complete.exists():
-        return [row for batch in _read(complete) for row in batch]
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    done = list(_read(partial)) if partial.exists() else []
-    # Without the half line that a killed run may have left.
-    partial.write_text("".join(json.dumps(batch) + "\n" for batch in done), encoding="utf-8")
-    with partial.open("a", encoding="utf-8") as file:
-        for index in tqdm(range(len(done), batches), desc=what, initial=len(done), total=batches):
-            done.append(sample(index))
-            file.write(json.dumps(done[-1]) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-    os.replace(partial, complete)
-    return [row for batch in done for row in batch]
+    complete, partial, lock = (Path(cache_dir) / f"{key}{end}" for end in (".jsonl", ".partial.jsonl", ".lock"))
+
+    def read(path: Path) -> dict[int, Rows]:
+        return {index: rows for index, rows in _read(path) if index in range(batches) and fits(index, rows)}
+
+    done = read(complete)
+    if len(done) < batches:
+        with turn(lock):
+            # Others may have sampled some meanwhile.
+            done = read(complete) | read(partial)
+            missing = [index for index in range(batches) if index not in done]
+            for index in tqdm(missing, desc=what, initial=len(done), total=batches, disable=not missing):
+                done[index] = sample(index)
+                append_line(partial, _line(index, done[index]))
+            write_text(complete, "".join(_line(index, done[index]) + "\n" for index in range(batches)))
+            partial.unlink(missing_ok=True)
+    return [row for index in range(batches) for row in done[index]]
 
 
-def _read(path: Path) -> Iterator[list[list[str]]]:
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    for number, line in enumerate(lines, 1):
+def _line(index: int, rows: Rows) -> str:
+    return json.dumps(sealed({"batch": index, "rows": rows}))
+
+
+def _read(path: Path) -> Iterator[tuple[int, Rows]]:
+    """The whole batches in a file, by number."""
+    if not path.exists():
+        return
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise OSError(
+            error.errno, f"The cache {path} cannot be read ({error.strerror}): move away what is there"
+        ) from error
+    for number, line in enumerate(lines):
+        if not line:
+            continue
         try:
-            yield json.loads(line)
-        except json.JSONDecodeError as error:
-            if number == len(lines) and not line.endswith("\n"):
-                return
-            raise ValueError(
-                f"{path}, line {number} is no valid JSON ({error}): delete the file to sample anew."
-            ) from error
+            value = json.loads(line)
+        except (ValueError, RecursionError):
+            value = None
+        if isinstance(value, list) and all(
+            isinstance(row, list) and len(row) == 2 and all(isinstance(text, str) for text in row) for row in value
+        ):
+            # Earlier versions wrote a batch to a line, without a checksum.
+            yield number, value
+        elif (batch := unsealed(value)) is not None:
+            yield batch["batch"], batch["rows"]
+        else:
+            logger.warning(f"{path}, line {number + 1} is damaged: its batch is sampled again.")
