@@ -1,17 +1,33 @@
 """One folder, one commit: what a repository holds afterwards is the old or the new, never half."""
 
-from collections.abc import Collection, Mapping
+import itertools
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx2
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, GitCommitInfo, GitRefs, HfApi
 from huggingface_hub.errors import HfHubHTTPError, RemoteEntryNotFoundError, RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import sha
 
-from .errors import ConflictError, UploadError
-from .failures import ATTEMPTS, named_errors, passing, patience, retried, wait_before
+from .errors import ConflictError, HubError, UploadError
+from .failures import (
+    ATTEMPTS,
+    UNREADABLE,
+    first_line,
+    named_errors,
+    passing,
+    patience,
+    retried,
+    unreadable,
+    wait_before,
+)
+
+
+# The Hub keeps a list of large files there.
+_ATTRIBUTES = ".gitattributes"
 
 
 @dataclass(frozen=True)
@@ -73,7 +89,7 @@ def open_repository(
         NotSignedInError: without a token that the Hub knows.
         PermissionDeniedError: if the token may not write there.
         ValueError: if the repository is public and `private` is `True`, or private and it is `False`.
-        UploadError: if the Hub can't be reached.
+        UploadError: if the Hub can't be reached, or what it answers cannot be read.
     """
     branch = revision or "main"
     with patience(), named_errors(repo_id, f"Opening {repo_id}"):
@@ -101,7 +117,7 @@ def open_repository(
             branch,
             head,
             _tree(api, repo_id, repo_type, head),
-            {ref.name: ref.target_commit for ref in refs.tags},
+            _tags(refs),
         )
 
 
@@ -110,10 +126,23 @@ def read_text(api: HfApi, target: Target, path: str) -> str | None:
     if path not in target.files:
         return None
     with patience(), named_errors(target.repo_id, f"Reading {path} of {target.repo_id}"):
-        found = retried(
-            lambda: api.hf_hub_download(target.repo_id, path, repo_type=target.repo_type, revision=target.head)
-        )
-        return Path(found).read_text(encoding="utf-8")
+        try:
+            found = retried(
+                lambda: api.hf_hub_download(target.repo_id, path, repo_type=target.repo_type, revision=target.head)
+            )
+            return Path(found).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{path} of {target.repo_id} is not text in UTF-8 ({error}): correct or delete it, and publish again."
+            ) from error
+        except HfHubHTTPError:
+            raise
+        except OSError as error:  # a file that came incomplete, or could not be written
+            if isinstance(error.__cause__, (HfHubHTTPError, httpx2.TransportError)):
+                raise error.__cause__ from error
+            raise UploadError(
+                f"{path} of {target.repo_id} could not be read whole ({first_line(error)}): publish again."
+            ) from error
 
 
 def commit_folder(
@@ -128,8 +157,8 @@ def commit_folder(
 ) -> Publication:
     """Commit the files of a folder on top of `target.head`.
 
-    A commit whose answer was lost is looked for before it is tried again, so that it is never made twice. Nothing is
-    committed where the repository holds the same already.
+    A commit whose answer was lost is looked for, by its content, before it is tried again, so that it is never made
+    twice, and never taken for somebody else's. Nothing is committed where the repository holds the same already.
 
     Args:
         api (`HfApi`): Client.
@@ -143,30 +172,26 @@ def commit_folder(
     Raises:
         ConflictError: if somebody else committed meanwhile.
         PermissionDeniedError: if the token may not write there.
-        UploadError: if the Hub could not be reached, or kept failing.
-        ValueError: if the tag exists on another commit, or goes with a pull request.
+        UploadError: if the Hub could not be reached, or kept failing. After the commit these errors name it, and how to
+            set the tag.
+        ValueError: if the tag exists on another commit, or goes with a pull request, or if the repository's
+            `.gitignore` leaves out a file of the folder.
     """
     folder = Path(folder)
     local = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     stale = sorted(set(owned) & set(target.files) - set(local))
     unchanged = not stale and all(_same(path, target.files.get(name)) for name, path in local.items())
     check_tag(target, tag, create_pr, unchanged)
-    what = f"Committing to {target.repo_id}"
-    with patience(), named_errors(target.repo_id, what):
-        if unchanged:
-            publication = Publication(target.repo_id, target.head, _url(api, target), changed=False)
-        else:
+    if unchanged:
+        publication = Publication(target.repo_id, target.head, _url(api, target), changed=False)
+    else:
+        with patience(), named_errors(target.repo_id, f"Committing to {target.repo_id}"):
             publication = _commit(api, target, local, stale, message, create_pr)
-            _check_landed(api, target, local, publication)
+        _check_landed(api, target, local, publication)
     commit = publication.commit
     assert commit is not None
     if tag and target.tags.get(tag) != commit:
-        with patience(), named_errors(target.repo_id, f"{commit[:8]} is published, but tagging it {tag!r}"):
-            retried(
-                lambda: api.create_tag(
-                    target.repo_id, tag=tag, revision=commit, repo_type=target.repo_type, exist_ok=True
-                )
-            )
+        _set_tag(api, target, tag, commit)
     return publication
 
 
@@ -189,10 +214,16 @@ def _commit(
     pulls = _pulls(api, target) if create_pr else set()
     additions = [CommitOperationAdd(name, path) for name, path in local.items()]
     _send_large_files(api, target, additions, create_pr)
+    if ignored := [addition.path_in_repo for addition in additions if addition._should_ignore]:
+        raise ValueError(
+            f"The `.gitignore` of {target.repo_id} leaves out {', '.join(ignored)}: remove those lines there, and "
+            "publish again."
+        )
     operations = [*additions, *(CommitOperationDelete(name) for name in stale)]
     for attempt in range(ATTEMPTS):
+        failure: Exception
         try:
-            info: CommitInfo = api.create_commit(
+            info = api.create_commit(
                 target.repo_id,
                 operations,
                 commit_message=message,
@@ -201,23 +232,42 @@ def _commit(
                 parent_commit=target.head,
                 create_pr=create_pr,
             )
-            return Publication(
-                target.repo_id,
-                info.oid,
-                info.pr_url or _url(api, target),
-                True,
-                info.pr_revision if create_pr else None,
-            )
-        except (HfHubHTTPError, httpx2.TransportError) as error:
-            if not passing(error):
-                raise
-            # The answer may be lost, and the commit made all the same.
-            if landed := _landed(api, target, local, stale, pulls if create_pr else None):
-                return landed
-            if attempt == ATTEMPTS - 1:
-                raise
-            wait_before(attempt, error)
+            if not additions or additions[0]._is_committed:
+                where, pull = info.pr_url or _url(api, target), info.pr_revision if create_pr else None
+                return Publication(target.repo_id, info.oid, where, True, pull)
+            # Where the branch holds the same by now, the client sends nothing and returns the newest commit.
+            failure = ConflictError(f"Somebody committed the same to {target.repo_id} meanwhile: publish again.")
+        except (HfHubHTTPError, httpx2.TransportError, *UNREADABLE) as error:
+            failure = error
+        if _refused(failure):
+            raise failure
+        # The answer may be lost, and the commit made all the same: by this attempt, or by one before it.
+        try:
+            landed = _landed(api, target, local, stale, message, pulls if create_pr else None)
+        except (HfHubHTTPError, httpx2.TransportError, UploadError) as error:
+            raise UploadError(
+                f"The commit was sent to {target.repo_id}, but not whether it was made ({first_line(failure)}), and the "
+                f"Hub cannot be asked ({first_line(error)}): publish again, which looks for it first."
+            ) from error
+        if landed is not None:
+            return landed
+        if isinstance(failure, ConflictError) or _status(failure) in (409, 412):
+            raise failure
+        if attempt == ATTEMPTS - 1:
+            if isinstance(failure, UNREADABLE):
+                raise unreadable(failure) from failure
+            raise failure
+        wait_before(attempt, failure)
     raise AssertionError("unreachable")
+
+
+def _status(failure: Exception) -> int | None:
+    return failure.response.status_code if isinstance(failure, HfHubHTTPError) else None
+
+
+def _refused(failure: Exception) -> bool:
+    """Whether the Hub said that it made no commit."""
+    return isinstance(failure, HfHubHTTPError) and not passing(failure) and _status(failure) not in (409, 412)
 
 
 def _send_large_files(api: HfApi, target: Target, additions: list[CommitOperationAdd], create_pr: bool) -> None:
@@ -235,40 +285,102 @@ def _send_large_files(api: HfApi, target: Target, additions: list[CommitOperatio
         cause = error.__cause__ or error
         if isinstance(cause, HfHubHTTPError) and cause.response.status_code in (401, 403):
             raise cause from error
-        raise UploadError(
-            f"Sending large files to {target.repo_id}: {cause}. What it held before is unchanged: publish again."
-        ) from error
+        raise _not_sent(target, cause) from error
+    except (ValueError, *UNREADABLE) as error:  # an answer in another form than the Hub's
+        raise _not_sent(target, error) from error
+
+
+def _not_sent(target: Target, cause: BaseException) -> UploadError:
+    return UploadError(
+        f"Sending large files to {target.repo_id}: {first_line(cause)}. What it held before is unchanged: publish again."
+    )
 
 
 def _landed(
-    api: HfApi, target: Target, local: dict[str, Path], stale: list[str], pulls: set[str] | None
+    api: HfApi, target: Target, local: dict[str, Path], stale: list[str], message: str, pulls: set[str] | None
 ) -> Publication | None:
     """The commit whose answer was lost, if it was made."""
     references = {target.revision} if pulls is None else _pulls(api, target) - pulls
     for reference in sorted(references):
-        head = _head(api, target.repo_id, target.repo_type, reference)
-        if head == target.head:
-            continue
-        files = _tree(api, target.repo_id, target.repo_type, head)
-        if all(_same(path, files.get(name)) for name, path in local.items()) and not set(stale) & set(files):
-            pull = None if pulls is None else reference
-            return Publication(target.repo_id, head, _url(api, target), changed=True, pull_request=pull)
-        if pulls is None:
+        made = _since(api, target, reference)
+        for commit in made:
+            if _title(commit.title) == _title(message) and _holds(api, target, local, stale, commit.commit_id):
+                pull = None if pulls is None else reference
+                return Publication(target.repo_id, commit.commit_id, _url(api, target), True, pull)
+        if made and pulls is None:
             raise ConflictError(
-                f"Somebody committed {head[:8]} to {target.repo_id} meanwhile. Nothing of yours was committed: "
-                "publish again to build on what is there now, or use `create_pr=True`."
+                f"Somebody committed {made[-1].commit_id[:8]} to {target.repo_id} meanwhile. Nothing of yours was "
+                "committed: publish again to build on what is there now, or use `create_pr=True`."
             )
     return None
 
 
+def _title(message: str) -> str:
+    return message.strip().partition("\n")[0].strip()
+
+
+def _since(api: HfApi, target: Target, reference: str) -> list[GitCommitInfo]:
+    """Commits on top of `target.head`, the oldest first."""
+    found = retried(lambda: api.list_repo_commits(target.repo_id, repo_type=target.repo_type, revision=reference))
+    newer = itertools.takewhile(lambda commit: commit.commit_id != target.head, found)
+    return list(newer)[::-1]
+
+
+def _holds(api: HfApi, target: Target, local: dict[str, Path], stale: list[str], commit: str) -> bool:
+    """Whether a commit holds the folder, nothing stale, and of `target` all the rest."""
+    files = _tree(api, target.repo_id, target.repo_type, commit)
+    expected = (set(target.files) | set(local)) - set(stale) - {_ATTRIBUTES}
+    if set(files) - {_ATTRIBUTES} != expected:
+        return False
+    return all(
+        _same(local[name], files[name]) if name in local else files[name].blob_id == target.files[name].blob_id
+        for name in expected
+    )
+
+
 def _check_landed(api: HfApi, target: Target, local: dict[str, Path], publication: Publication) -> None:
-    assert publication.commit is not None
-    files = _tree(api, target.repo_id, target.repo_type, publication.commit)
+    commit = publication.commit
+    assert commit is not None
+    with _after(target, commit, "it could not be compared with what was sent", "publish again, which compares them"):
+        files = _tree(api, target.repo_id, target.repo_type, commit)
     if wrong := [name for name, path in local.items() if not _same(path, files.get(name))]:
         raise UploadError(
-            f"{target.repo_id} at {publication.commit[:8]} holds other content than was sent for {', '.join(wrong)}: "
+            f"{target.repo_id} at {commit[:8]} holds other content than was sent for {', '.join(wrong)}: "
             "publish again, and tell the Hub."
         )
+
+
+def _set_tag(api: HfApi, target: Target, tag: str, commit: str) -> None:
+    kind = "" if target.repo_type == "model" else f", repo_type={target.repo_type!r}"
+    how = f"`HfApi().create_tag({target.repo_id!r}, tag={tag!r}, revision={commit!r}{kind})`"
+    with _after(target, commit, f"the tag {tag!r} was not set", f"set it with {how}, or publish again with `tag`"):
+        retried(
+            lambda: api.create_tag(target.repo_id, tag=tag, revision=commit, repo_type=target.repo_type, exist_ok=True)
+        )
+        found = _tags(retried(lambda: api.list_repo_refs(target.repo_id, repo_type=target.repo_type))).get(tag)
+    # Somebody else may have set it in the same moment, which `exist_ok` is silent about.
+    if found != commit:
+        raise ConflictError(
+            f"{target.repo_id} holds what was sent as commit {commit}, but the tag {tag!r} is on {str(found)[:8]} by now: "
+            "choose another, and set it with " + how.replace(repr(tag), "..."),
+        )
+
+
+@contextmanager
+def _after(target: Target, commit: str, what: str, fix: str) -> Iterator[None]:
+    """Let a failure after the commit say that the commit was made."""
+    try:
+        with patience(), named_errors(target.repo_id, what):
+            yield
+    except HubError as error:
+        raise type(error)(
+            f"{target.repo_id} holds what was sent as commit {commit}, but {what} "
+            f"({first_line(error.__cause__ or error)}): {fix}."
+        ) from error
+
+
+def _tags(refs: GitRefs) -> dict[str, str]:
+    return {ref.name: ref.target_commit for ref in refs.tags}
 
 
 def _head(api: HfApi, repo_id: str, repo_type: str, reference: str) -> str:

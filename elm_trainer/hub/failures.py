@@ -1,5 +1,7 @@
 """Network failures, turned into errors that say what to do."""
 
+import json
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,20 +19,30 @@ logger = logging.get_logger(__name__)
 ATTEMPTS = 4
 # Commits of large repositories take the Hub a while; a connection that is silent for longer is given up.
 SILENCE_SECONDS = 120.0
-_PASSING = (408, 429, 500, 502, 503, 504)
+# The Hub counts requests over five minutes; whoever is to wait for longer is better told to come back.
+LONGEST_WAIT = 300
+# 501, 505 and 507 say of the request itself that it will not be served; other server errors may be over soon.
+_LASTING = (501, 505, 507)
+# What the client makes of an answer that was cut, or comes from something between it and the Hub.
+UNREADABLE = (json.JSONDecodeError, UnicodeDecodeError, LookupError, TypeError, AttributeError)
+# Whoever has the signed URL of a storage may read or write there for a while.
+_SIGNED = re.compile(r"(https?://[^\s?'\"]*)\?[^\s'\"]*")
 Result = TypeVar("Result")
 
 
 @contextmanager
 def patience() -> Iterator[None]:
-    """Give up connections that stay silent for `SILENCE_SECONDS`; the client alone would wait for ever."""
+    """Give up connections that stay silent for `SILENCE_SECONDS`, and wait at most `LONGEST_WAIT` where the Hub asks for
+    more; the client alone would wait for ever.
+    """
     client = get_session()
-    before = client.timeout
+    before, hooks = client.timeout, client.event_hooks
     client.timeout = httpx2.Timeout(SILENCE_SECONDS)
+    client.event_hooks = hooks | {"response": [*hooks["response"], _cap_waits]}
     try:
         yield
     finally:
-        client.timeout = before
+        client.timeout, client.event_hooks = before, hooks
 
 
 @contextmanager
@@ -52,32 +64,62 @@ def named_errors(repo_id: str, doing: str) -> Iterator[None]:
 def passing(error: Exception) -> bool:
     """Whether a failure may be over by the next attempt: no connection, no answer, too many requests, server errors."""
     if isinstance(error, HfHubHTTPError):
-        return error.response is not None and error.response.status_code in _PASSING
+        status = error.response.status_code if error.response is not None else 0
+        return status in (408, 429) or (status >= 500 and status not in _LASTING)
     return isinstance(error, httpx2.TransportError)
 
 
 def wait_before(attempt: int, error: Exception) -> None:
-    """Wait as long as the Hub asks for (`Retry-After`), else ½, 1, 2 … seconds."""
+    """Wait as long as the Hub asks for (`Retry-After`, at most `LONGEST_WAIT`), else ½, 1, 2 … seconds."""
     asked = error.response.headers.get("Retry-After", "") if isinstance(error, HfHubHTTPError) else ""
-    seconds = float(asked) if asked.isdigit() else 2.0 ** (attempt - 1)
-    logger.warning(f"{_first_line(error)}: trying again in {seconds:g} s.")
+    seconds = min(float(asked), LONGEST_WAIT) if re.fullmatch(r"[0-9]+(\.[0-9]+)?", asked) else 2.0 ** (attempt - 1)
+    logger.warning(f"{first_line(error)}: trying again in {seconds:g} s.")
     time.sleep(seconds)
 
 
 def retried(call: Callable[[], Result]) -> Result:
-    """Call again after failures that pass. Only for calls that may be made twice."""
-    for attempt in range(ATTEMPTS - 1):
+    """Call again after failures that pass, and after answers that cannot be read. Only for calls that may be made twice.
+
+    Raises:
+        UploadError: if the answer still cannot be read.
+    """
+    for attempt in range(ATTEMPTS):
         try:
             return call()
         except (HfHubHTTPError, httpx2.TransportError) as error:
-            if not passing(error):
+            if attempt == ATTEMPTS - 1 or not passing(error):
                 raise
-            wait_before(attempt, error)
-    return call()
+            failure: Exception = error
+        except UNREADABLE as error:
+            if attempt == ATTEMPTS - 1:
+                raise unreadable(error) from error
+            failure = error
+        wait_before(attempt, failure)
+    raise AssertionError("unreachable")
+
+
+def unreadable(error: Exception) -> UploadError:
+    """The error for an answer of `UNREADABLE` form."""
+    return UploadError(
+        f"The Hub's answer was cut, or is none of its own ({first_line(error)}): try again, or publish again later."
+    )
+
+
+def _cap_waits(response: httpx2.Response) -> None:
+    """Lower what the Hub asks to wait to `LONGEST_WAIT`: not only `wait_before` obeys it, the client does by itself."""
+    headers = response.headers
+    for name, pattern in (("Retry-After", r"()([0-9]+)"), ("RateLimit", r"(.*;t=)([0-9]+)")):
+        if name not in headers:
+            continue
+        if (asked := re.fullmatch(pattern, headers[name].strip())) is None:
+            del headers[name]  # a date, which the client ignores, or what it stumbles over
+        elif int(asked[2]) > LONGEST_WAIT:
+            logger.warning(f"The Hub asks to wait {asked[2]} s: waiting {LONGEST_WAIT} s.")
+            headers[name] = f"{asked[1]}{LONGEST_WAIT}"
 
 
 def _named(error: HfHubHTTPError | httpx2.TransportError, repo_id: str, doing: str) -> HubError:
-    said = _first_line(error)
+    said = first_line(error)
     status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else None
     if status == 401 and not isinstance(error, RepositoryNotFoundError):
         return NotSignedInError(f"{doing}: the Hub does not know the token ({said}): run `hf auth login`.")
@@ -103,6 +145,7 @@ def _named(error: HfHubHTTPError | httpx2.TransportError, repo_id: str, doing: s
     return HubError(f"{doing}: {said}")
 
 
-def _first_line(error: Exception) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
+def first_line(error: Exception) -> str:
+    """Type and first line of an error, less what signs the URLs in it."""
+    lines = [_SIGNED.sub(r"\1?…", line) for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0].strip()}" if lines else type(error).__name__
