@@ -1,14 +1,16 @@
 """`adapter_config.json` of somebody else: plain LoRA passes, whatever makes PEFT import, load or decompose does not."""
 
 import dataclasses
-import math
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig
 
 from .errors import UnsafeAdapterError
+from .module_pattern import is_plain_name, matching_steps
+from .untrusted_json import short
 
 
 # What a LoRA adapter is made of. PEFT gives everything else to importers, initialisers that rewrite the base, or
@@ -57,6 +59,12 @@ _WHY = {
 # The other values of `init_lora_weights` decompose the base, or rewrite it, when the adapter is loaded.
 _HARMLESS_STARTS = (True, False, "gaussian", "orthogonal")
 _LARGEST_RANK = 1 << 16
+_LARGEST_NUMBER = 1e9
+_MOST_ENTRIES = 10_000
+# PEFT compares each name of the base with each pattern: a millisecond for a name at the worst, a microsecond mostly.
+_MOST_STEPS = 500_000
+# Of more patterns Python keeps none, but compiles them anew for every name.
+_MOST_PATTERNS = 500
 
 
 def check_adapter_config(config: Any, path: Path) -> None:
@@ -75,15 +83,15 @@ def check_adapter_config(config: Any, path: Path) -> None:
         raise UnsafeAdapterError(f"{path} holds a {type(config).__name__}, not the settings of an adapter.")
     if config.get("peft_type") != "LORA":
         raise UnsafeAdapterError(
-            f"{path}: `peft_type` is {config.get('peft_type')!r}. Only LORA can be checked before it is loaded: load "
+            f"{path}: `peft_type` is {short(config.get('peft_type'))}. Only LORA can be checked before it is loaded: load "
             "it with `PeftModel.from_pretrained` if you trust it."
         )
     if config.get("task_type") not in (None, "CAUSAL_LM"):
-        raise UnsafeAdapterError(f"{path}: `task_type` is {config['task_type']!r}, but CAUSAL_LM is expected.")
+        raise UnsafeAdapterError(f"{path}: `task_type` is {short(config['task_type'])}, but CAUSAL_LM is expected.")
     start = config.get("init_lora_weights", True)
     if not any(start is allowed or start == allowed and isinstance(start, str) for allowed in _HARMLESS_STARTS):
         raise UnsafeAdapterError(
-            f"{path}: `init_lora_weights` is {start!r}, which reads or rewrites the base when the adapter is loaded: "
+            f"{path}: `init_lora_weights` is {short(start)}, which reads or rewrites the base when the adapter is loaded: "
             "save it as plain LoRA, with `path_initial_model_for_weight_conversion` of `save_pretrained`."
         )
     # Those that the installed PEFT knows, and those of other versions that are known to be no plain LoRA.
@@ -94,15 +102,57 @@ def check_adapter_config(config: Any, path: Path) -> None:
         if name in _PLAIN or not value or value == default:
             continue
         why = _WHY.get(name, "is not part of plain LoRA")
-        raise UnsafeAdapterError(f"{path}: `{name}` is {_short(value)}. It {why}: it is not loaded.")
+        raise UnsafeAdapterError(f"{path}: `{name}` is {short(value)}. It {why}: it is not loaded.")
     for name, fits in _TYPES.items():
         if config.get(name) is not None and not fits(config[name]):
-            raise UnsafeAdapterError(f"{path}: `{name}` is {_short(config[name])}, which PEFT does not take.")
+            raise UnsafeAdapterError(f"{path}: `{name}` is {short(config[name])}, which PEFT does not take.")
+    for name in ("target_modules", "exclude_modules", "layers_to_transform", "modules_to_save", "target_parameters"):
+        if isinstance(config.get(name), list) and len(config[name]) > _MOST_ENTRIES:
+            raise UnsafeAdapterError(
+                f"{path}: `{name}` has {len(config[name])} entries, more than {_MOST_ENTRIES}: do not load it."
+            )
+    _check_patterns(config, path)
 
 
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+def _check_patterns(config: Mapping[str, Any], path: Path) -> None:
+    """Check what PEFT compiles as regular expressions."""
+    for name in ("modules_to_save", "layers_pattern"):
+        values = [config[name]] if isinstance(config.get(name), str) else config.get(name) or ()
+        for value in filter(None, values):
+            if not is_plain_name(value):
+                raise UnsafeAdapterError(
+                    f"{path}: `{name}` is {short(value)}, but only plain names of modules are taken from others."
+                )
+    steps = patterns = 0
+    for name, pattern, before in _patterns(config):
+        try:
+            steps += matching_steps(pattern, before)
+        except ValueError as error:
+            raise UnsafeAdapterError(
+                f"{path}: `{name}` is {short(pattern)}, a pattern that might take for ever to match, as {error}. Name "
+                "the modules in a list, or use a simpler one, such as '.*\\.(q_proj|v_proj)'."
+            ) from error
+        patterns += before
+        if steps > _MOST_STEPS:
+            raise UnsafeAdapterError(
+                f"{path}: `{name}` is {short(pattern)}, a pattern that might take for ever to match, with too many parts "
+                "that take any text. Name the modules in a list, or use a simpler one, such as '.*\\.(q_proj|v_proj)'."
+            )
+    if patterns > _MOST_PATTERNS:
+        raise UnsafeAdapterError(
+            f"{path}: `rank_pattern` and `alpha_pattern` have {patterns} entries, more than {_MOST_PATTERNS}: do not load "
+            "it."
+        )
+
+
+def _patterns(config: Mapping[str, Any]) -> Iterator[tuple[str, str, int]]:
+    """Field, pattern, and how many `.*` PEFT puts in front of it."""
+    for name in ("target_modules", "exclude_modules"):
+        if isinstance(config.get(name), str):
+            yield name, config[name], 0
+    for name in ("rank_pattern", "alpha_pattern"):
+        for pattern in config.get(name) or ():
+            yield name, pattern, 1
 
 
 def _is_rank(value: Any) -> bool:
@@ -110,7 +160,7 @@ def _is_rank(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    return type(value) in (int, float) and -_LARGEST_NUMBER < value < _LARGEST_NUMBER
 
 
 def _is_name(value: Any) -> bool:
@@ -118,7 +168,12 @@ def _is_name(value: Any) -> bool:
 
 
 def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value
+    return type(value) is int and 0 <= value < 1 << 31
+
+
+def is_revision(value: Any) -> bool:
+    """Whether a value may be a commit, tag or branch: a path in the cache is made of it."""
+    return isinstance(value, str) and re.fullmatch(r"(?!/)(?!.*\.\.)[\w./+-]{0,200}", value) is not None
 
 
 def _one_or_list(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
@@ -151,7 +206,7 @@ _TYPES: Mapping[str, Callable[[Any], bool]] = {
     "modules_to_save": _list_of(_is_name),
     "r": _is_rank,
     "rank_pattern": _pattern(_is_rank),
-    "revision": _is_name,
+    "revision": is_revision,
     "target_modules": _one_or_list(_is_name),
     "target_parameters": _list_of(_is_name),
     "trainable_token_indices": lambda value: (

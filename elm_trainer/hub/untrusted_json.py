@@ -1,13 +1,14 @@
 """Reading JSON that a stranger wrote."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from .errors import UnsafeAdapterError
 
 
-_MOST_BYTES = 10_000_000
+MOST_BYTES = 10_000_000
 _MOST_DEPTH = 20
 
 
@@ -17,28 +18,39 @@ def read_json(path: Path) -> Any:
     Raises:
         UnsafeAdapterError: if it is too large, nested too deeply, holds a key twice or is no JSON.
     """
-    if path.stat().st_size > _MOST_BYTES:
-        raise UnsafeAdapterError(f"{path} has {path.stat().st_size} bytes, more than {_MOST_BYTES}: do not load it.")
+    if path.stat().st_size > MOST_BYTES:
+        raise UnsafeAdapterError(f"{path} has {path.stat().st_size} bytes, more than {MOST_BYTES}: do not load it.")
     try:
         return parse_json(path.read_bytes())
     except ValueError as error:
-        raise UnsafeAdapterError(f"{path} is not JSON that can be read safely: {error}.") from error
+        raise UnsafeAdapterError(
+            f"{path} is not JSON that can be read safely: {error}. Delete {path.resolve()}, and load it again; if that does "
+            "not help, do not load it."
+        ) from error
 
 
 def parse_json(raw: bytes) -> Any:
     """Parse JSON.
 
     Raises:
-        ValueError: if it is nested too deeply, holds a key twice or is no JSON.
+        ValueError: if it is nested too deeply, holds a key twice or half a character, or is no JSON.
     """
     try:
         content = json.loads(raw.decode("utf-8"), object_pairs_hook=_without_duplicates)
         depth = _depth(content)
+        if re.search(rb"\\u[dD][89a-fA-F]", raw):  # what is written in two halves, both of which must be there
+            json.dumps(content, ensure_ascii=False).encode("utf-8")
     except RecursionError as error:
         raise ValueError(f"it is nested more than {_MOST_DEPTH} levels deep") from error
     if depth > _MOST_DEPTH:
         raise ValueError(f"it is nested {depth} levels deep, more than {_MOST_DEPTH}")
     return content
+
+
+def short(value: Any) -> str:
+    """A value of somebody else as an error shows it."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def holds_key(content: Any, key: str) -> bool:
@@ -54,7 +66,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(content) < len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"the key {twice!r} stands twice")
+        raise ValueError(f"the key {twice[:100]!r} stands twice")
     return content
 
 
