@@ -24,18 +24,24 @@ def check_base(model: PreTrainedModel | PeftModel, expected: Mapping[str, str], 
         base_id (`str`): Hub id of that base, for the error.
 
     Raises:
-        BaseMismatchError: if the weights are others.
+        BaseMismatchError: if the weights are others, or those of a base that is not quantised cannot all be compared.
         ValueError: if weights were offloaded, and are not there to be read.
     """
     try:
         found = base_fingerprint(model)
     except ValueError as error:
         raise ValueError(f"{error} `allow_mismatch=True` goes on without the comparison.") from error
-    compared = "weights" if {"weights"} <= found.keys() & expected.keys() else "unquantized"
+    compared = "weights" if "weights" in found and "weights" in expected else "unquantized"
     if compared == "unquantized":
         logger.warning(
             f"The base or the one the adapter was trained on is quantised: only its embeddings, norms and biases were "
             f"compared with {base_id}."
+        )
+    if "weights" in found and "weights" not in expected and found["unquantized"] == expected.get("unquantized"):
+        raise BaseMismatchError(
+            f"The adapter was published without a hash of all weights of {base_id}, as one is that was trained on a quantised "
+            "base: load the base as it was trained, with `quantization_config`, or pass `allow_mismatch=True` to go on with "
+            "weights that were compared in part."
         )
     wanted = expected.get(compared)
     if found[compared] == wanted:

@@ -1,23 +1,28 @@
 """`load_erased`: an adapter from the Hub or a folder on its base, once both are what they say."""
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import constants
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import find_adapter_config_file, logging
+from transformers.utils import logging
 
 from ..modeling import PACKAGED_MODELS, load_model, load_tokenizer
 from .adapter import FoundAdapter, find_adapter
 from .base_check import check_base
-from .errors import BaseMismatchError, HubError, UnsafeAdapterError
+from .base_config import check_base_config
+from .errors import BaseMismatchError, HubError, UnsafeAdapterError, UploadError
+from .failures import first_line, named_errors, patience
 from .fetch import Access
 from .files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from .info import INFO_FILE
 from .tensors import add_tokens, check_tensors
+from .untrusted_tokenizer import check_tokenizer
 from .verify import check_probes
 
 
@@ -42,7 +47,7 @@ def load_erased(
 
     Nothing is loaded before the checks of [`check_folder`] have passed, no custom code is ever run, and the files must
     be those that `erasure.json` vouches for. Then the base's fingerprint is compared, and each tensor of the adapter
-    with what fits the base.
+    with what fits the base. Whatever libraries make of a stranger's files ends as one of the errors below.
 
     Args:
         repo_or_path (`str` or `Path`):
@@ -73,10 +78,11 @@ def load_erased(
         `tuple`: the model in evaluation mode, and its tokenizer: the adapter's own if it ships one, else the base's.
 
     Raises:
-        UnsafeAdapterError: if the adapter could run code or harm the base, or is not what `erasure.json` says.
+        UnsafeAdapterError: if adapter or base could run code, harm the base or never come to an end, or the adapter is not
+            what `erasure.json` says.
         BaseMismatchError: if the base is another one.
         VerificationError: if the model answers otherwise than was published.
-        HubError: if the adapter or its base can't be found or reached.
+        HubError: if the adapter or its base can't be found, reached or read, or a folder here has the name of the base.
         ValueError: if `verify` is asked of an adapter without `erasure.json`.
     """
     access = Access(token, cache_dir, local_files_only)
@@ -94,10 +100,12 @@ def load_erased(
         quantization_config=quantization_config,
     )
     check_fit(adapter, base, tokenizer, allow_mismatch=allow_mismatch)
-    model = PeftModel.from_pretrained(base, adapter.folder, torch_device="cpu").eval()
+    with strangers_files(f"{adapter.name} could not be put on its base"):
+        model = PeftModel.from_pretrained(base, adapter.folder, torch_device="cpu").eval()
     if verify and adapter.info is not None:
         try:
-            check_probes(model, tokenizer, adapter.info.verification)
+            with strangers_files(f"The questions stored in {INFO_FILE} of {adapter.name} could not be asked"):
+                check_probes(model, tokenizer, adapter.info.verification)
         except BaseException:
             # A model that was handed in goes back as it came.
             model.unload()
@@ -126,11 +134,19 @@ def load_base(
         revision, gguf_file = adapter.info.base_model.revision, adapter.info.base_model.gguf_file
     elif base_model is None:
         revision = adapter.config.get("revision")
-    try:
+    options: dict[str, Any] = dict(
+        revision=revision,
+        gguf_file=gguf_file,
+        token=access.token,
+        cache_dir=access.cache_dir,
+        local_files_only=access.local_files_only,
+    )
+    at = f" at {revision}" if revision else ""
+    with patience(), strangers_files(f"The base model {name}{at} of {adapter.name} could not be loaded", name):
         if isinstance(base_model, PreTrainedModel):
             base = base_model
         else:
-            _refuse_adapter(name, revision, access)
+            check_base_config(name, revision, access)
             base = load_model(
                 name,
                 dtype=dtype,
@@ -138,30 +154,13 @@ def load_base(
                 quantization_config=quantization_config,
                 # Weights that a stranger named are read in no format that could run code.
                 use_safetensors=True if base_model is None else None,
-                revision=revision,
-                gguf_file=gguf_file,
-                token=access.token,
-                cache_dir=access.cache_dir,
-                local_files_only=access.local_files_only,
+                **options,
             )
-        if (adapter.folder / "tokenizer_config.json").exists():
-            tokenizer = load_tokenizer(str(adapter.folder))
-        else:
-            tokenizer = load_tokenizer(
-                name,
-                revision=revision,
-                gguf_file=gguf_file,
-                token=access.token,
-                cache_dir=access.cache_dir,
-                local_files_only=access.local_files_only,
-            )
-    except OSError as error:
-        at = f" at {revision}" if revision else ""
-        raise HubError(
-            f"The base model {name}{at} of {adapter.name} could not be loaded ({_first_line(error)}). Check the network; "
-            "for a gated or private model run `hf auth login`; offline, load it once before; or name a copy with "
-            "`base_model`."
-        ) from error
+    own = (adapter.folder / "tokenizer_config.json").exists()
+    whose = adapter.name if own else f"the base model {name}{at} of {adapter.name}"
+    with patience(), strangers_files(f"The tokenizer of {whose} could not be loaded", name):
+        tokenizer = load_tokenizer(str(adapter.folder)) if own else load_tokenizer(name, **options)
+        check_tokenizer(tokenizer, whose)
     return base, tokenizer
 
 
@@ -176,10 +175,12 @@ def check_fit(
             if not allow_mismatch:
                 raise
             logger.warning(str(error))
-    weights, rows = adapter.folder / ADAPTER_WEIGHTS, base.get_input_embeddings().weight.shape[0]
-    added = len(tokenizer) > rows and add_tokens(weights, adapter.config, base, len(tokenizer))
-    check_tensors(weights, adapter.config, base, embeddings=added)
-    rows = base.get_input_embeddings().weight.shape[0]
+    weights = adapter.folder / ADAPTER_WEIGHTS
+    with strangers_files(f"{adapter.name} could not be compared with its base"):
+        rows = base.get_input_embeddings().weight.shape[0]
+        added = len(tokenizer) > rows and add_tokens(weights, adapter.config, base, len(tokenizer))
+        check_tensors(weights, adapter.config, base, embeddings=added)
+        rows = base.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise UnsafeAdapterError(
             f"{adapter.name}: the tokenizer knows {len(tokenizer)} tokens, but the base has {rows} embeddings: they do "
@@ -193,31 +194,48 @@ def _named_base(adapter: FoundAdapter) -> str:
     if not name:
         raise HubError(f"{adapter.name} names no base in {ADAPTER_CONFIG}: pass `base_model`.")
     # An adapter that was trained here may name a folder of this machine. One from elsewhere has no business with them.
-    if Path(adapter.name).is_dir() and Path(name).is_dir():
-        return name
+    here = os.path.isdir(adapter.name)
     try:
         validate_repo_id(name)
     except HFValidationError as error:
+        if here and os.path.isdir(name):
+            return name
         raise HubError(
-            f"{adapter.name} was trained on {name}, which is no id on the Hub and no folder here: pass `base_model`."
+            f"{adapter.name} was trained on {name[:200]}, which is no id on the Hub and no folder here: pass `base_model`."
         ) from error
+    if os.path.exists(name):
+        if adapter.info is not None or not here:
+            raise HubError(
+                f"{adapter.name} was trained on {name} of the Hub, but there is a folder or file {name} here, which would be "
+                f"taken for it: load it from another place, or pass `base_model`, e.g. './{name}' for the folder."
+            )
+        logger.warning(
+            f"{adapter.name} was trained on {name}: taking the folder of that name, not the Hub's repository."
+        )
     return name
 
 
-def _refuse_adapter(name: str, revision: str | None, access: Access) -> None:
-    """transformers would load an adapter that is named as a base on a further base, and check none of it."""
-    if name in PACKAGED_MODELS or name.endswith(".gguf"):
-        return
-    found = find_adapter_config_file(
-        name,
-        revision=revision,
-        token=access.token,
-        cache_dir=access.cache_dir,
-        local_files_only=access.local_files_only or constants.HF_HUB_OFFLINE,
-    )
-    if found is not None:
-        raise UnsafeAdapterError(f"The base model {name} is itself an adapter: name the model that it belongs to.")
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+@contextmanager
+def strangers_files(what: str, name: str = "") -> Iterator[None]:
+    """Whatever libraries make of files that somebody else wrote becomes a `HubError` that says what was tried."""
+    try:
+        with named_errors(name, what):
+            yield
+    except (UploadError, OSError) as error:
+        cause = error.__cause__ if isinstance(error, UploadError) else error
+        raise HubError(
+            f"{what} ({first_line(cause or error)}). Check the network; for a gated or private model run `hf auth login`; "
+            "offline, load it once before; or name a copy with `base_model`."
+        ) from error
+    except HubError:
+        raise
+    except BaseException as error:
+        # tokenizers panics on some files; what Rust makes of that is no `Exception`.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        if isinstance(error, ImportError) and name in PACKAGED_MODELS:
+            raise
+        raise HubError(
+            f"{what} ({first_line(error)}). Its files may be broken, or not for the installed transformers and PEFT: name "
+            "another copy, or ask its author."
+        ) from error

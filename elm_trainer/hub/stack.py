@@ -16,7 +16,7 @@ from transformers.utils import logging
 from .adapter import FoundAdapter, find_adapter
 from .errors import BaseMismatchError
 from .fetch import Access
-from .load import check_fit, load_base
+from .load import check_fit, load_base, strangers_files
 
 
 logger = logging.get_logger(__name__)
@@ -103,10 +103,11 @@ def stack_erasures(
         check_fit(adapter, base, tokenizer, allow_mismatch=allow_mismatch)
     model: PeftModel | None = None
     for name, adapter in found.items():
-        if model is None:
-            model = PeftModel.from_pretrained(base, adapter.folder, adapter_name=name, torch_device="cpu")
-        else:
-            model.load_adapter(adapter.folder, name, torch_device="cpu")
+        with strangers_files(f"{adapter.name} could not be put on its base"):
+            if model is None:
+                model = PeftModel.from_pretrained(base, adapter.folder, adapter_name=name, torch_device="cpu")
+            else:
+                model.load_adapter(adapter.folder, name, torch_device="cpu")
     assert model is not None
     _combine(model, strengths, combination, density, svd_rank)
     model.set_adapter(STACK)
@@ -193,7 +194,9 @@ def _check_combination(found: Mapping[str, FoundAdapter], combination: str) -> N
                 )
     if combination != "cat" and not combination.endswith("svd"):
         ranks = {
-            name: max(adapter.config["r"], *(adapter.config.get("rank_pattern") or {"": 0}).values())
+            name: max(
+                adapter.config.get("r") or LoraConfig.r, *(adapter.config.get("rank_pattern") or {"": 0}).values()
+            )
             for name, adapter in found.items()
         }
         if len(set(ranks.values())) > 1:

@@ -13,10 +13,14 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
 from .errors import UnsafeAdapterError
+from .failures import first_line
 from .untrusted_json import parse_json
 
 
 _MOST_HEADER_BYTES = 10_000_000
+_MOST_DIMENSIONS = 8
+_LONGEST_NAME = 1_000
+_LARGEST_NUMBER = 1 << 63
 _SIZES = {"F32": 4, "F16": 2, "BF16": 2}
 
 
@@ -58,6 +62,8 @@ def read_header(path: Path) -> dict[str, Entry]:
         entries = {name: _entry(value) for name, value in content.items()}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UnsafeAdapterError(f"{path}: the header cannot be read ({error}): the file is broken.") from error
+    if long := next((name for name in entries if len(name) > _LONGEST_NAME), None):
+        raise UnsafeAdapterError(f"{path}: a tensor has a name of {len(long)} characters: do not load it.")
     place = 0
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)):
         if entry.dtype not in _SIZES:
@@ -177,10 +183,10 @@ def _expected_shapes(
             lora: Any = LoraConfig.from_peft_type(**{**config, "init_lora_weights": True})
             adapter = get_peft_model(bare, lora)
         state = get_peft_model_state_dict(adapter, save_embedding_layers=embeddings)
-    except (ValueError, TypeError, KeyError, RuntimeError, OverflowError) as error:
+    except Exception as error:  # whatever PEFT, or the base that it works on, makes of a stranger's settings
         raise UnsafeAdapterError(
-            f"{path.parent}: PEFT makes no adapter of `adapter_config.json` on this base ({error}). Was it made for "
-            "another model?"
+            f"{path.parent}: PEFT makes no adapter of `adapter_config.json` on this base ({first_line(error)}). Was it "
+            "made for another model?"
         ) from error
     return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
@@ -189,6 +195,11 @@ def _entry(value: Any) -> Entry:
     start, end = value["data_offsets"]
     shape = tuple(value["shape"])
     numbers = (start, end, *shape)
-    if not all(type(number) is int and number >= 0 for number in numbers) or start > end:
-        raise ValueError(f"{value} is no tensor")
+    if (
+        len(shape) > _MOST_DIMENSIONS
+        or not all(type(number) is int and 0 <= number < _LARGEST_NUMBER for number in numbers)
+        or start > end
+        or not isinstance(value["dtype"], str)
+    ):
+        raise ValueError(f"{str(value)[:200]} is no tensor")
     return Entry(value["dtype"], shape, start, end)

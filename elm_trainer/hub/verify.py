@@ -1,6 +1,7 @@
 """Questions of the report, asked again: a loaded model must give the published answers their published likelihood."""
 
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 from peft import PeftModel
@@ -20,6 +21,11 @@ from .info import Probe
 # others, so quantised models are judged by the mean of all answers.
 TOLERANCE = 0.05
 QUANTISED_TOLERANCE = 0.5
+# Characters of a prompt with its answer, and tokens, whose square is what attention over them takes: a question with a
+# long system prompt has some 2,000 characters and 500 tokens.
+LONGEST_PROBE = 16_000
+MOST_TOKENS = 4_096
+MOST_PROBES = 1_000
 
 
 def make_probes(
@@ -48,7 +54,7 @@ def make_probes(
             )
         if sample["erased"].strip() and not names_answer(sample["erased"], sample["answer"]):
             pairs.append((as_prompt(processing_class, sample["prompt"]), sample["erased"]))
-    pairs = pairs[:count]
+    pairs = list(islice((pair for pair in pairs if _askable(processing_class, *pair)), count))
     likelihoods = log_likelihoods(model, processing_class, pairs, description="Probes")
     lengths = _lengths(processing_class, pairs)
     return [
@@ -80,6 +86,12 @@ def check_probes(
         VerificationError: naming the prompts and their differences.
     """
     pairs = [(probe.prompt, probe.answer) for probe in probes]
+    for probe, pair in zip(probes, pairs, strict=True):
+        if not _askable(processing_class, *pair):
+            raise VerificationError(
+                f"{_short(probe.prompt)} cannot be asked: with its answer it has more than {LONGEST_PROBE} characters or "
+                f"{MOST_TOKENS} tokens, or either is empty."
+            )
     for probe, tokens in zip(probes, _lengths(processing_class, pairs), strict=True):
         if tokens != probe.tokens:
             raise VerificationError(
@@ -109,6 +121,13 @@ def check_probes(
             "base in the published revision, and the adapter active?"
         )
     return differences
+
+
+def _askable(processing_class: PreTrainedTokenizerBase, prompt: str, answer: str) -> bool:
+    if len(prompt) + len(answer) > LONGEST_PROBE:
+        return False
+    [(ids, first)] = tokenize_pairs(processing_class, [(prompt, answer)])
+    return 0 < first < len(ids) <= MOST_TOKENS
 
 
 def _lengths(processing_class: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]]) -> list[int]:
