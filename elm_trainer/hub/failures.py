@@ -38,7 +38,10 @@ def patience() -> Iterator[None]:
     client = get_session()
     before, hooks = client.timeout, client.event_hooks
     client.timeout = httpx2.Timeout(SILENCE_SECONDS)
-    client.event_hooks = hooks | {"response": [*hooks["response"], _cap_waits]}
+    client.event_hooks = hooks | {
+        "request": [*hooks["request"], _limit_silence],
+        "response": [*hooks["response"], _cap_waits],
+    }
     try:
         yield
     finally:
@@ -105,6 +108,15 @@ def unreadable(error: Exception) -> UploadError:
     )
 
 
+def _limit_silence(request: httpx2.Request) -> None:
+    """Give a request a limit where the client took it off: it asks for what a repository holds without one."""
+    given = request.extensions.get("timeout") or {}
+    request.extensions["timeout"] = {
+        kind: SILENCE_SECONDS if given.get(kind) is None else given[kind]
+        for kind in ("connect", "read", "write", "pool")
+    }
+
+
 def _cap_waits(response: httpx2.Response) -> None:
     """Lower what the Hub asks to wait to `LONGEST_WAIT`: not only `wait_before` obeys it, the client does by itself."""
     headers = response.headers
@@ -145,7 +157,7 @@ def _named(error: HfHubHTTPError | httpx2.TransportError, repo_id: str, doing: s
     return HubError(f"{doing}: {said}")
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """Type and first line of an error, less what signs the URLs in it."""
     lines = [_SIGNED.sub(r"\1?…", line) for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0].strip()}" if lines else type(error).__name__

@@ -40,7 +40,8 @@ _LEFT_BY_TRAINING = re.compile(
     r"mp_rank_\d+_model_states\.pt"
 )
 # Nothing of these is a setting, and vocabularies are large.
-_PLAIN_DATA = ("tokenizer.json", "vocab.json")
+PLAIN_DATA = ("tokenizer.json", "vocab.json", "merges.txt", "spiece.model", "tokenizer.model", "vocab.txt")
+_LONGEST_NAME = 255  # of a file, on most systems
 
 
 def check_names(names: Iterable[str], where: str, *, left_by_training: bool = False) -> None:
@@ -61,7 +62,7 @@ def check_names(names: Iterable[str], where: str, *, left_by_training: bool = Fa
         path = PurePosixPath(name)
         suffix = path.suffix.lower()
         if reason := _leads_out(name):
-            raise UnsafeAdapterError(f"{where} holds a file named {name!r}, which {reason}: do not load it.")
+            raise UnsafeAdapterError(f"{where} holds a file named {name[:300]!r}, which {reason}: do not load it.")
         if left_by_training and _LEFT_BY_TRAINING.fullmatch(path.name):
             continue
         if suffix in _PICKLES:
@@ -95,7 +96,7 @@ def check_folder(folder: Path, *, left_by_training: bool = False) -> dict[str, A
             hint = f"name the one in it, {folder / deeper[0]}" if deeper else "it is not the folder of an adapter"
             raise UnsafeAdapterError(f"{folder} holds no {needed}: {hint}.")
     for name in names:
-        if name.lower().endswith(".json") and "/" not in name and name not in _PLAIN_DATA:
+        if name.lower().endswith(".json") and "/" not in name and name not in PLAIN_DATA:
             if holds_key(read_json(folder / name), "auto_map"):
                 raise UnsafeAdapterError(f"{folder / name} holds `auto_map`, which names code to run: do not load it.")
     config = read_json(folder / ADAPTER_CONFIG)
@@ -113,6 +114,8 @@ def _leads_out(name: str) -> str | None:
         return "is an absolute path"
     if {"", ".", ".."} & set(name.split("/")):
         return "leads out of its folder"
+    if max(map(len, name.encode("utf-8", "surrogatepass").split(b"/"))) > _LONGEST_NAME:
+        return f"is longer than {_LONGEST_NAME} bytes"
     return None
 
 
