@@ -11,6 +11,8 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.repocard import RepoCard
 
+from .untrusted_yaml import read_metadata
+
 
 CardT = TypeVar("CardT", bound=RepoCard)
 START = "<!-- elm-trainer: generated, do not edit -->"
@@ -55,6 +57,7 @@ def keep_written(card: CardT, current: str | None, replaced: Collection[str]) ->
         return card
     current = re.sub(r"\r\n?", "\n", current.removeprefix("\ufeff"))
     try:
+        read_metadata(current)  # whoever may write to the repository may have written them
         written = type(card)(current)
         before, old, after = _parts(written.text)
         ours = _recorded(old)

@@ -7,16 +7,26 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard
+from huggingface_hub import EvalResult
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.repocard_data import model_index_to_eval_results
+from huggingface_hub.utils import validate_repo_id
 
-from ..evaluation.verdict import CONTENT_RULES
+from ..evaluation.tables import NOT_MEASURED
+from ..evaluation.verdict import CONTENT_RULES, CRITERIA, FAILS, HOLDS, UNCERTAIN
 from .generated import CONCEPT_TAG, RESULTS
+from .markdown import plain
 from .results import ATTACKS_CONFIG, VERDICT_CONFIG
+from .untrusted_yaml import read_metadata
 
 
 SORTS = ("innocence", "r_ppl", "fall", "perplexity", "worst_pmi", "worst_names_answer")
 NOT_STATED = "not stated"
 _KEPT = ("near", "far")
+_STATES = (HOLDS, UNCERTAIN, FAILS, NOT_MEASURED)
+_SHARE, _CHANGE, _MULTIPLE, _COUNT = (0, 1), (-1, 1), (0, math.inf), (1, 10**9)
+_MOST_CONCEPTS = 100
+_LONGEST_NAME = 200
 
 
 @dataclass(frozen=True)
@@ -62,10 +72,13 @@ class Entry:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A repository or folder that has no place in the table, and why."""
+    """A repository or folder that has no place in the table, and why (in one line, however long the card's own words)."""
 
     repo: str
     reason: str
+
+    def __post_init__(self):
+        object.__setattr__(self, "reason", _short(plain(self.reason), 300))
 
 
 @dataclass(frozen=True)
@@ -89,9 +102,12 @@ def read_entries(cards: Iterable[tuple[str, str]]) -> tuple[list[Entry], list[Sk
     for repo, text in cards:
         try:
             entries.append(read_entry(repo, text))
+        except ValueError as error:
+            skipped.append(Skipped(repo, str(error)))
         # A stranger's card can make the parsers raise anything; it must not take the others along.
         except Exception as error:
-            skipped.append(Skipped(repo, " ".join(f"{error}".split()) or type(error).__name__))
+            told = f"{type(error).__name__}: {error}"
+            skipped.append(Skipped(repo, f"its results are not in the form of a card of elm-trainer ({told})"))
     return entries, skipped
 
 
@@ -99,20 +115,23 @@ def read_entry(repo: str, text: str) -> Entry:
     """Read one card.
 
     Raises:
-        ValueError: if the card has no results of this package, or one of them is no number.
+        ValueError: if the card has no results of this package, or one of them is no number or none that it can be; also
+            for metadata that are too large, or no YAML (see [`read_metadata`]).
     """
-    data = ModelCard(text).data
-    results: Sequence[EvalResult] = [r for r in data.get("eval_results") or () if r.dataset_type == RESULTS]
+    data = read_metadata(text)
+    found = model_index_to_eval_results(data["model-index"])[1] if data.get("model-index") else ()
+    results: Sequence[EvalResult] = [result for result in found if result.dataset_type == RESULTS]
     if not results:
         raise ValueError("no results of elm-trainer in its metadata")
-    verdicts = {r.metric_type: str(r.metric_value) for r in results if r.dataset_config == VERDICT_CONFIG}
+    verdicts = {r.metric_type: _state(r) for r in results if r.dataset_config == VERDICT_CONFIG}
     attacks = [r for r in results if r.dataset_config == ATTACKS_CONFIG]
     figures = [r for r in results if r.dataset_config not in (VERDICT_CONFIG, ATTACKS_CONFIG)]
     # What a neighbour of the concept lost, as a positive number.
-    falls = [-_number(_args(r)["change"], r) for r in figures if _role(r) in _KEPT and _name(r).endswith(".pmi")]
-    r_ppls = [_number(_args(r)["change"], r) for r in figures if ".r_ppl" in _name(r)]
-    perplexities = [_number(_args(r)["change"], r) for r in figures if _name(r) == "retention.perplexity"]
-    tags = [str(tag) for tag in data.get("tags") or ()]
+    falls = [
+        -_number(_args(r)["change"], r, _CHANGE) for r in figures if _role(r) in _KEPT and _name(r).endswith(".pmi")
+    ]
+    r_ppls = [_number(_args(r)["change"], r, _MULTIPLE) for r in figures if ".r_ppl" in _name(r)]
+    perplexities = [_number(_args(r)["change"], r, _MULTIPLE) for r in figures if _name(r) == "retention.perplexity"]
     concept = max((r for r in figures if _asks_for_the_concept(r)), key=_value, default=None)
     tried = {
         metric: max(found, key=_value)
@@ -121,19 +140,19 @@ def read_entry(repo: str, text: str) -> Entry:
     }
     return Entry(
         repo=repo,
-        base=str(data.get("base_model", "")),
-        concepts=tuple(tag.removeprefix(CONCEPT_TAG) for tag in tags if tag.startswith(CONCEPT_TAG)),
+        base=_base(data.get("base_model")),
+        concepts=_concepts(data.get("tags") or []),
         asked=_hash(figures),
         attacked=_hash(attacks) if attacks else "",
         innocence=None if concept is None else _value(concept),
-        innocence_n=None if concept is None else int(_args(concept)["n"]),
-        before=None if concept is None else _number(_args(concept)["reference"], concept),
+        innocence_n=None if concept is None else int(_number(_args(concept)["n"], concept, _COUNT)),
+        before=None if concept is None else _number(_args(concept)["reference"], concept, _SHARE),
         r_ppl=max(r_ppls, default=None),
         fall=max(falls, default=None),
         perplexity=max(perplexities, default=None),
         worst_pmi=_value(tried["pmi"]) if "pmi" in tried else None,
         worst_names_answer=_value(tried["names_answer"]) if "names_answer" in tried else None,
-        worst_attack=next((_name(found) for found in tried.values()), ""),
+        worst_attack=next((_short(plain(_name(found)), _LONGEST_NAME) for found in tried.values()), ""),
         innocent=verdicts.get("innocence", NOT_STATED),
         seamless=verdicts.get("seamlessness", NOT_STATED),
         specific=verdicts.get("specificity", NOT_STATED),
@@ -162,8 +181,7 @@ def rank(entries: Iterable[Entry], sort: str = "innocence") -> list[Group]:
 
     def place(entry: Entry) -> tuple[bool, float, str]:
         value = getattr(entry, sort)
-        missing = value is None or math.isnan(value)
-        return missing, 0.0 if missing else value, entry.repo
+        return value is None, 0.0 if value is None else value, entry.repo
 
     ranked = [Group(key, tuple(sorted(found, key=place))) for key, found in groups.items()]
     return sorted(ranked, key=lambda group: (-len(group.entries), group.measured))
@@ -187,6 +205,36 @@ def _hash(results: Iterable[EvalResult]) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:8]
 
 
+def _base(name: Any) -> str:
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise ValueError(f"its base model is {_short(repr(name))}, which is no id of the Hub") from error
+    if name is None:
+        raise ValueError("its metadata name no base model")
+    return str(name)
+
+
+def _concepts(tags: Any) -> tuple[str, ...]:
+    if not isinstance(tags, list) or not all(isinstance(tag, (str, int, float)) for tag in tags):
+        raise ValueError(f"its tags are {_short(repr(tags))}, not a list of texts")
+    concepts = [plain(str(tag).removeprefix(CONCEPT_TAG)) for tag in tags if str(tag).startswith(CONCEPT_TAG)]
+    if len(concepts) > _MOST_CONCEPTS or any(len(concept) > _LONGEST_NAME for concept in concepts):
+        raise ValueError(
+            f"its tags name {len(concepts)} concepts, the longest of {max(map(len, concepts))} characters, where "
+            f"{_MOST_CONCEPTS} of {_LONGEST_NAME} are shown"
+        )
+    return tuple(concepts)
+
+
+def _state(result: EvalResult) -> str:
+    if result.metric_type in CRITERIA and result.metric_value not in _STATES:
+        raise ValueError(
+            f"its verdict on {result.metric_type} is {_short(repr(result.metric_value))}, none of {', '.join(_STATES)}"
+        )
+    return str(result.metric_value)
+
+
 def _name(result: EvalResult) -> str:
     return str(result.metric_name)
 
@@ -197,16 +245,27 @@ def _role(result: EvalResult) -> str | None:
 
 def _args(result: EvalResult) -> Mapping[str, Any]:
     if not isinstance(result.metric_args, Mapping) or "n" not in result.metric_args:
-        raise ValueError(f"its result {_name(result)!r} does not say how many items stand behind it")
+        raise ValueError(f"its result {_short(repr(_name(result)))} does not say how many items stand behind it")
     return result.metric_args
 
 
 def _value(result: EvalResult) -> float:
-    return _number(result.metric_value, result)
+    return _number(result.metric_value, result, _SHARE)
 
 
-def _number(value: Any, result: EvalResult) -> float:
+def _number(value: Any, result: EvalResult, bounds: tuple[float, float]) -> float:
+    """A number between two bounds; infinite where these are, as cards state a perplexity beyond all numbers."""
+    which, shown = _short(repr(_name(result))), _short(repr(value))
     try:
-        return float(value)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"its result {_name(result)!r} holds {value!r} in place of a number") from error
+        number = float(value)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"its result {which} holds {shown} in place of a number") from error
+    if isinstance(value, bool) or math.isnan(number):
+        raise ValueError(f"its result {which} holds {shown} in place of a number")
+    if not bounds[0] <= number <= bounds[1]:
+        raise ValueError(f"its result {which} holds {shown}, which is not between {bounds[0]} and {bounds[1]}")
+    return number
+
+
+def _short(text: str, most: int = 80) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"

@@ -4,13 +4,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import httpx2
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, hf_hub_url
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-from .failures import named_errors
+from .failures import named_errors, patience, retried
 from .files import CARD
 from .generated import TAG
 from .leaderboard import Skipped
+from .untrusted_yaml import MOST_BYTES
 
 
 def find_cards(
@@ -19,7 +20,7 @@ def find_cards(
     """Read the cards of repositories and folders.
 
     The Hub's listing leaves the model-index out of what it says of a repository, and one card that the client cannot parse
-    would end it. So only names are listed, and every card is downloaded (and kept in the cache).
+    would end it. So only names are listed, and every card is downloaded (and kept in the cache), unless it is too large.
 
     Args:
         repos (`Sequence[str]`, *optional*): Repositories or local folders. Defaults to every repository with the tag.
@@ -33,18 +34,35 @@ def find_cards(
         HubError: if the Hub cannot list the repositories with the tag.
     """
     api = api or HfApi()
-    if not repos:
-        with named_errors(tag, f"Listing the repositories with the tag {tag}"):
-            repos = [model.id for model in api.list_models(filter=tag)]
     cards, skipped = [], []
-    for repo in repos:
-        try:
-            cards.append((repo, _read(repo, api)))
-        except (HfHubHTTPError, LocalEntryNotFoundError, httpx2.TransportError, OSError, ValueError) as error:
-            skipped.append(Skipped(repo, " ".join(str(error).split()) or type(error).__name__))
+    with patience():
+        # A folder here that is called like a repository of the listing is not meant.
+        folders = {repo for repo in repos if Path(repo).is_dir()}
+        if not repos:
+            with named_errors(tag, f"Listing the repositories with the tag {tag}"):
+                repos = retried(lambda: [model.id for model in api.list_models(filter=tag)])
+        for repo in repos:
+            try:
+                path = Path(repo) / CARD if repo in folders else _download(repo, api)
+                cards.append((repo, _read(path)))
+            except (HfHubHTTPError, LocalEntryNotFoundError, httpx2.TransportError, OSError, ValueError) as error:
+                skipped.append(Skipped(repo, str(error) or type(error).__name__))
     return cards, skipped
 
 
-def _read(repo: str, api: HfApi) -> str:
-    path = Path(repo) / CARD if Path(repo).is_dir() else Path(api.hf_hub_download(repo, CARD))
+def _download(repo: str, api: HfApi) -> Path:
+    found = api.get_hf_file_metadata(url=hf_hub_url(repo, CARD, endpoint=api.endpoint))
+    _check_size(found.size or 0)
+    return Path(api.hf_hub_download(repo, CARD, revision=found.commit_hash))
+
+
+def _read(path: Path) -> str:
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is no plain file")
+    _check_size(path.stat().st_size)
     return path.read_text(encoding="utf-8-sig")
+
+
+def _check_size(size: int) -> None:
+    if size > MOST_BYTES:
+        raise ValueError(f"its card has {size:,} bytes, more than {MOST_BYTES:,}")

@@ -3,13 +3,16 @@
 import csv
 import io
 import json
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 from ..files import write_text
 from .leaderboard import Entry, Group, Skipped
 from .markdown import code, inline, table
+from .results import finite
 
 
 HEADER = (
@@ -67,20 +70,35 @@ def title(group: Group) -> str:
 def _markdown(groups: Sequence[Group], skipped: Sequence[Skipped]) -> str:
     parts = ["# Leaderboard of erasures", NOTE]
     for group in groups:
-        rows = [[inline(cell) for cell in cells(entry)] for entry in group.entries]
+        # As code what strangers named: nowhere are links and mentions made of it.
+        rows = [[*map(code, named), *map(inline, rest)] for named, rest in map(_apart, group.entries)]
         parts += [f"## {title(group)}", table(HEADER, rows)]
     if skipped:
         parts += ["## Skipped", "\n".join(f"- {code(entry.repo)}: {inline(entry.reason)}" for entry in skipped)]
     return "\n\n".join(parts) + "\n"
 
 
+def _apart(entry: Entry) -> tuple[list[str], list[str]]:
+    """The cells of an entry that hold names, and the others."""
+    found = cells(entry)
+    return [cell or "–" for cell in found[:3]], found[3:]
+
+
 def _json(groups: Sequence[Group], skipped: Sequence[Skipped]) -> str:
     board = {
         "note": NOTE,
-        "groups": [asdict(group) for group in groups],
+        "groups": [
+            {"measured": group.measured, "entries": [_finite(asdict(entry)) for entry in group.entries]}
+            for group in groups
+        ],
         "skipped": [asdict(entry) for entry in skipped],
     }
-    return json.dumps(board, indent=2, ensure_ascii=False) + "\n"
+    return json.dumps(board, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _finite(entry: dict[str, Any]) -> dict[str, Any]:
+    """JSON knows no infinity, which is written as in cards."""
+    return {name: finite(value) if isinstance(value, float) else value for name, value in entry.items()}
 
 
 def _csv(groups: Sequence[Group], skipped: Sequence[Skipped]) -> str:
@@ -90,6 +108,17 @@ def _csv(groups: Sequence[Group], skipped: Sequence[Skipped]) -> str:
     writer.writeheader()
     for group in groups:
         for entry in group.entries:
-            writer.writerow(asdict(entry) | {"group": group.measured, "concepts": ", ".join(entry.concepts)})
-    writer.writerows({"repo": left_out.repo, "skipped": left_out.reason} for left_out in skipped)
+            row = asdict(entry) | {"group": group.measured, "concepts": ", ".join(entry.concepts)}
+            writer.writerow({name: _no_formula(value) for name, value in row.items()})
+    for left_out in skipped:
+        writer.writerow({"repo": _no_formula(left_out.repo), "skipped": _no_formula(left_out.reason)})
     return file.getvalue()
+
+
+def _no_formula(value: Any) -> Any:
+    """A text behind an apostrophe where a spreadsheet would compute it; numbers as they are."""
+    if not isinstance(value, str):
+        return value
+    # Some take the full-width forms, and what follows blanks, for the same.
+    start = unicodedata.normalize("NFKC", value).lstrip()[:1]
+    return f"'{value}" if start in tuple("=+-@|%") or value[:1] in ("\t", "\r", "\n") else value

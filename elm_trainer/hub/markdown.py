@@ -18,6 +18,11 @@ _ESCAPES = str.maketrans(
         **{character: f"\\{character}" for character in "*_[]~"},
     }
 )
+# What renderers make links or mentions of although nothing marks it: addresses, names, numbers of issues.
+_LIVE = re.compile(
+    r"(?P<scheme>(?<=\w):(?=//|\w+@))|(?P<www>(?<=\bwww)\.)|(?P<name>@(?=\w))|(?P<number>#(?=\w))", re.I
+)
+_DEAD = {"scheme": "&colon;", "www": "&period;", "name": "&commat;&NoBreak;", "number": "&num;"}
 # They turn the order of what is written around.
 _DIRECTIONS = dict.fromkeys([*range(0x202A, 0x202F), *range(0x2066, 0x206A)])
 
@@ -30,15 +35,19 @@ def plain(text: str) -> str:
 
 
 def inline(text: str) -> str:
-    """Text that shows as it is inside a paragraph or a cell: no mark-up and no HTML."""
-    return plain(text).translate(_ESCAPES)
+    """Text that shows as it is inside a paragraph or a cell: no mark-up, no HTML, no links and no mentions.
+
+    An `@` before a name is followed by a character that does not show, since mentions are looked for in what is shown.
+    """
+    return _LIVE.sub(lambda found: _DEAD[str(found.lastgroup)], plain(text).translate(_ESCAPES))
 
 
 def code(text: str) -> str:
     """Text as a code span."""
     # Between backticks nothing can be escaped, and a `|` still ends the cell.
     text = plain(text)
-    return f"`{text}`" if text and not set(text) & set("`|\\<>&") else f"<code>{inline(text)}</code>"
+    bare = text and not set(text) & set("`|\\<>&") and not _LIVE.search(text)
+    return f"`{text}`" if bare else f"<code>{inline(text)}</code>"
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
