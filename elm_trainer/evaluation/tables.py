@@ -129,8 +129,10 @@ def write_samples(path: str | Path, report: Mapping[str, Any]) -> None:
 
 def split_samples(report: Mapping[str, Any]) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
     """The samples about what was erased, all of them in reports of an earlier version, and those about what is kept."""
-    erased = [sample for sample in report["samples"] if sample.get("role", "erased") == "erased"]
-    return erased, [sample for sample in report["samples"] if sample not in erased]
+    erased, kept = [], []
+    for sample in report["samples"]:
+        (erased if sample.get("role", "erased") == "erased" else kept).append(sample)
+    return erased, kept
 
 
 def figure_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:

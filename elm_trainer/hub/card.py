@@ -56,6 +56,9 @@ def make_card(
     """
     if unknown := [name for name in pictures if name not in PICTURES]:
         raise ValueError(f"`pictures` names {unknown}: a card shows {', '.join(PICTURES)}.")
+    # The items, the bulk of a report, are not in a card. Halves of characters, which files in UTF-8 cannot hold, become "?".
+    shown = json.dumps({key: part for key, part in report.items() if key != "items"}, ensure_ascii=False)
+    report = json.loads(shown.encode("utf-8", "replace"))
     base = report["base_model"]
     check_id("repo_id", repo_id)
     check_id('report["base_model"]["id"]', base["id"])

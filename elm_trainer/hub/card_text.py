@@ -25,7 +25,7 @@ from .answers import MASK
 from .files import ATTACKS_PLOT, INSIDE_PLOT, REPORT_PLOT
 from .limits import limits, variant
 from .markdown import code, fenced, inline, table
-from .published_report import LOCAL_FILE
+from .published_recipe import LOCAL_FILE
 
 
 HUB = "https://huggingface.co"
@@ -34,6 +34,8 @@ PICTURES = {
     ATTACKS_PLOT: "What each attack brings back",
     INSIDE_PLOT: "What probes and the logit lens find in the hidden states, layer by layer",
 }
+# The Hub shows a card up to a few hundred kB, and nobody reads more of them.
+_MOST_SAMPLES = 100
 _METRICS = {
     "pmi": "the share of questions ranked rightly",
     "names_answer": "the share of free answers that name the truth",
@@ -167,8 +169,13 @@ def _attack_table(figures: Mapping[str, Any]) -> str:
 
 
 def _samples(samples: Sequence[Mapping[str, str]]) -> str:
-    rows = ([inline(sample[key]) or "*(empty)*" for key in ("prompt", "reference", "erased")] for sample in samples)
-    return table(("asked", "unmodified model", "erased model"), rows)
+    rows = (
+        [inline(sample[key]) or "*(empty)*" for key in ("prompt", "reference", "erased")]
+        for sample in samples[:_MOST_SAMPLES]
+    )
+    shown = table(("asked", "unmodified model", "erased model"), rows)
+    more = len(samples) - _MOST_SAMPLES
+    return f"{shown}\n\n{more} more stand in `report.json`." if more > 0 else shown
 
 
 def _load_erased(repo_id: str, report: Mapping[str, Any]) -> str:

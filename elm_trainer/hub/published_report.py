@@ -2,19 +2,15 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, Field, asdict, fields
-from enum import Enum
+from dataclasses import asdict
 from typing import Any
-
-from trl import SFTConfig
 
 from ..data.questions import Question
 from ..evaluation.report import check_report
 from .answers import mask_answers
 from .info import BaseModel
+from .published_recipe import LOCAL_FILE, published_recipe
 
-
-LOCAL_FILE = "(local file)"
 
 _SHARED = (
     "schema_version", "kind", "figures", "reference_sha256", "erased_sha256", "datasets", "versions", "seconds",
@@ -25,14 +21,6 @@ _EVALUATION = (
 )  # fmt: skip
 _ATTACKS = (*_SHARED, "chance", "worst_case", "families", "curves", "attacks", "skipped")
 
-# Settings of this machine, its trackers and its Hub account: they do not change what is learned.
-_OF_THE_MACHINE = re.compile(
-    r"(hub_|push_to_hub|logging_|log_level|log_on_|save_|trackio_|ddp_|fsdp|deepspeed|accelerator_config|parallelism_config).*"
-    r"|report_to|run_name|project|disable_tqdm|local_rank|resume_from_checkpoint|overwrite.*|adapter|reference|debug"
-    r"|(.*_)?(token|secret|password|key)"
-)
-# The seed, and fields of TRL's config whose default some method changes.
-ALWAYS = ("seed", "learning_rate", "lr_scheduler_type", "max_grad_norm", "max_steps", "per_device_train_batch_size")
 _PATH = re.compile(
     r"(\.{1,2})?/|~|\\\\|file:|[A-Za-z]:[/\\]"
     r"|.*\.(jsonl?|txt|csv|tsv|parquet|ya?ml|gguf|bin|pt|pth|safetensors|jinja|py)$",
@@ -51,10 +39,9 @@ def published_report(
 ) -> dict[str, Any]:
     """Turn the local reports into the one that is published.
 
-    Only known keys go up. Of the recipe, what has no influence on the adapter is left out, and so are fields at TRL's
-    default; all that a method adds or changes stays, whatever the method. A source that is a file here reads
-    `(local file)`: the SHA-256 of its texts stands in `datasets`. Samples lose the right
-    answer, and where a model gives it about what was erased, it is masked with `▇▇▇`.
+    Only known keys go up, and of the recipe only known settings, each of its own type (see [`published_recipe`]). A source
+    that is a file here reads `(local file)`: the SHA-256 of its texts stands in `datasets`. Samples lose the right answer,
+    and where a model gives it about what was erased, it is masked with `▇▇▇`.
 
     Args:
         report (`Mapping`): The evaluation report.
@@ -103,13 +90,14 @@ def published_report(
     }
     aliases = {question.answer: question.aliases for question in questions}
     published["samples"] = [_masked(sample, aliases.get(sample["answer"], ())) for sample in report["samples"]]
+    published["training_log"] = [_numbers(row) for row in report.get("training_log") or []]
     for key in ("settings", "datasets"):
         published[key] = _without_paths(published[key])
     return published | {
         "concepts": concepts,
         "method": method,
         "base_model": asdict(base_model),
-        "recipe": _public_recipe(recipe, base_model, concepts),
+        "recipe": published_recipe(recipe, base_model, concepts),
         "attacks": None if attacks is None else _public_attacks(attacks),
     }
 
@@ -119,28 +107,6 @@ def _masked(sample: Mapping[str, str], aliases: Sequence[str]) -> dict[str, str]
     answers = [sample["answer"], *aliases] if sample.get("role", "erased") == "erased" else []
     said = {side: mask_answers(sample[side], answers) for side in ("reference", "erased")}
     return {key: sample[key] for key in ("role", "prompt") if key in sample} | said
-
-
-def _public_recipe(recipe: Mapping[str, Any], base_model: BaseModel, concepts: Sequence[str]) -> dict[str, Any]:
-    defaults = {field.name: _default(field) for field in fields(SFTConfig) if field.name not in ALWAYS}
-    public: dict[str, Any] = {}
-    for name, value in recipe.items():
-        kept = name not in defaults or value != defaults[name]
-        if kept and value is not None and not _OF_THE_MACHINE.fullmatch(name):
-            public[name] = _without_paths(value)
-    public |= {"model": base_model.id, "model_revision": base_model.revision}
-    if base_model.gguf_file is not None:
-        public["gguf_file"] = base_model.gguf_file
-    return public | {"output_dir": "outputs/" + "-".join(map(_file_name, concepts))}
-
-
-def _default(field: Field[Any]) -> Any:
-    default = field.default_factory() if field.default_factory is not MISSING else field.default
-    return default.value if isinstance(default, Enum) else default
-
-
-def _file_name(concept: str) -> str:
-    return re.sub(r"[^\w-]+", "-", concept).strip("-")
 
 
 def _public_attacks(attacks: Mapping[str, Any]) -> dict[str, Any]:

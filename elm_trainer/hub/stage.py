@@ -1,5 +1,6 @@
 """The folder that goes up, all but its card."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -10,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from ..data.questions import Question
 from ..evaluation.plots import plot_attacks, plot_inside, plot_report
@@ -34,6 +37,10 @@ from .files import (
 )
 from .info import INFO_FILE, BaseModel, ErasureInfo, Probe
 from .published_report import published_report
+from .safety import check_folder
+
+
+logger = logging.get_logger(__name__)
 
 
 def stage_adapter(
@@ -76,8 +83,8 @@ def stage_adapter(
     Raises:
         ValueError: if the report is on another adapter or is none (see [`published_report`]), if the folder holds no
             single adapter, or where something that is needed is missing.
-        UnsafeAdapterError: for weights in a pickle, a weights file that cannot be read, or an adapter that is no plain
-            LoRA, which [`load_erased`] would refuse.
+        UnsafeAdapterError: for weights in a pickle, a weights file that cannot be read, or what [`load_erased`] would
+            refuse, such as an adapter that is no plain LoRA or a report that is too large.
         FileExistsError: if `output_dir` holds something else than an earlier staged folder.
     """
     check_report(report)
@@ -122,6 +129,7 @@ def stage_adapter(
             verification=list(verification),
             allowed=dict(sorted((allowed or {}).items())),
         ).write(staged)
+        _check_loadable(staged)
         if (output / CARD).exists():
             shutil.copyfile(output / CARD, staged / CARD)
         _move_into_place(staged, output, Path(scratch) / "replaced")
@@ -203,13 +211,19 @@ def _published_config(config: Mapping[str, Any], base_model: BaseModel) -> dict[
         "task_type": config.get("task_type") or "CAUSAL_LM",
         "auto_mapping": None,
     }
+    known = {field.name for field in dataclasses.fields(LoraConfig)}
+    # What PEFT does not know it does not read either.
+    if unknown := sorted(config.keys() - known):
+        logger.warning(
+            f"Fields of {ADAPTER_CONFIG} that are not published, as PEFT knows none of the name: {', '.join(unknown)}."
+        )
     # PEFT keeps names of modules as sets, and writes them in an order that changes from run to run.
     names = {
         key: sorted(config[key])
         for key in ("target_modules", "exclude_modules", "modules_to_save", "target_parameters")
         if isinstance(config.get(key), list)
     }
-    return dict(sorted({**config, **names, **own}.items()))
+    return dict(sorted(({key: config[key] for key in config.keys() & known} | names | own).items()))
 
 
 def _changed_tokenizer(adapter: Path, base: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase | None:
@@ -222,6 +236,16 @@ def _changed_tokenizer(adapter: Path, base: PreTrainedTokenizerBase | None) -> P
         )
     tokenizer = AutoTokenizer.from_pretrained(adapter)
     return tokenizer if tokenizer_changed(tokenizer, base) else None
+
+
+def _check_loadable(staged: Path) -> None:
+    try:
+        check_folder(staged)
+    except UnsafeAdapterError as error:
+        raise UnsafeAdapterError(
+            f"`load_erased` would refuse what is to be published ({error}). A report has a line for each question and "
+            "figure: where it is too large, measure fewer of them."
+        ) from error
 
 
 def _sha256(path: Path) -> str:

@@ -1,8 +1,12 @@
 import copy
 import dataclasses
 import json
+import time
+import tracemalloc
+from typing import get_args
 
 import pytest
+import transformers
 from trl import SFTConfig
 
 from elm_trainer import compare_reports, read_report
@@ -10,7 +14,9 @@ from elm_trainer.data.questions import Question
 from elm_trainer.evaluation.plots import plot_attacks, plot_report
 from elm_trainer.evaluation.report import write_json
 from elm_trainer.evaluation.tables import write_markdown
-from elm_trainer.hub.published_report import ALWAYS, published_report
+from elm_trainer.hub.card import make_card
+from elm_trainer.hub.published_recipe import ALWAYS
+from elm_trainer.hub.published_report import published_report
 
 from ..methods.methods import METHODS
 from .reports import BASE, RECIPE
@@ -69,16 +75,134 @@ def test_the_recipe_repeats_the_run_and_names_nothing_of_the_machine(report):
     }
 
 
+def _other(field):
+    """A value of a field's kind that is not its default."""
+    if field.metadata.get("choices"):
+        return next(choice for choice in field.metadata["choices"] if choice != field.default)
+    kinds = set(get_args(field.type)) or {field.type}
+    for kind, value in ((bool, not field.default), (int, 7), (float, 0.37)):
+        if kind in kinds:
+            return value
+    texts = {
+        "concepts": ["capitals"], "layers": [3, 5], "target_module": "mlp.down_proj", "anchors": ["capitals"],
+        "retain_loss": "kl", "preset": "released",
+    }  # fmt: skip
+    return texts[field.name]
+
+
 @pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("changed", [False, True])
-def test_a_published_recipe_gives_back_every_setting_of_any_method(report, name, changed):
-    config_class = METHODS[name].config
-    own = {f.name: f.default for f in dataclasses.fields(config_class) if f.name not in SFTConfig.__dataclass_fields__}
-    own = {field: value for field, value in own.items() if isinstance(value, (int, float))}
-    settings = {field: value + 1 if changed and type(value) is not bool else value for field, value in own.items()}
-    settings |= {"learning_rate": config_class.__dataclass_fields__["learning_rate"].default}
-    recipe = publish(report, recipe={"seed": 0, "forget": ["capitals"], **settings})["recipe"]
-    assert {field: recipe.get(field) for field in settings} == settings
+def test_a_published_recipe_gives_back_every_setting_of_any_method(report, name):
+    own = [f for f in dataclasses.fields(METHODS[name].config) if f.name not in SFTConfig.__dataclass_fields__]
+    own += [METHODS[name].config.__dataclass_fields__[field] for field in ALWAYS]
+    defaults = {field.name: getattr(field.default, "value", field.default) for field in own}
+    defaults = {field: value for field, value in defaults.items() if value not in (None, dataclasses.MISSING)}
+    others = {field.name: _other(field) for field in own if field.name not in ("targets_dir", "lr_scheduler_type")}
+    for settings in (defaults, others):
+        recipe = publish(report, recipe={"seed": 0, "forget": ["capitals"], **settings})["recipe"]
+        assert {field: recipe.get(field) for field in settings} == settings
+
+
+def test_the_settings_of_the_example_script_are_all_published(report):
+    settings = {
+        "dtype": "bfloat16", "attn_implementation": "sdpa", "matmul_precision": "medium", "forget": ["elements"],
+        "retain": ["everyday", "org/texts"], "synthetic": ["capitals-fluent", "none"], "synthetic_size": 5, "dataset_size": 9,
+        "lora_rank": 8, "lora_alpha": 4, "lora_dropout": 0.1, "lora_layers": "4-7", "lora_targets": "q_proj,mlp.down_proj",
+        "evaluate": False, "bank": ["none"], "questions": 30, "measures": ["cloze", "inside"], "dev_every": 3, "dev_stop": 0.3,
+        "optim": "adamw_torch", "lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"num_cycles": 0.5},
+        "model_init_kwargs": {"dtype": "float32"}, "max_length": 77, "warmup_steps": 3, "seed": 3, "bf16": False,
+    }  # fmt: skip
+    recipe = publish(report, recipe=settings)["recipe"]
+    assert {name: recipe.get(name) for name in settings} == settings
+
+
+PLANTED = {
+    "output_dir": "/srv/SENT", "logging_dir": "SENT-logs", "run_name": "SENT-run", "report_to": ["SENT"], "project": "SENT",
+    "hub_model_id": "bob/SENT", "hub_token": "SENT", "trackio_space_id": "SENT/x", "api_key": "SENT", "password": "SENT",
+    "wandb_entity": "SENT-corp", "wandb_project": "SENT", "note": "ask SENT", "credentials": "SENT", "auth": "Bearer SENT",
+    "dataset_kwargs": {"storage_options": {"key": "SENT", "secret": "SENT"}, "SENT": True},
+    "model_init_kwargs": {"token": "SENT", "cache_dir": "SENT", "dtype": "SENT", "attn_implementation": "SENT/kernel"},
+    "chat_template_path": "C:\\Users\\bob\\SENT.jinja", "data_root": "//server/share/SENT", "cloud": "s3://SENT/x",
+    "forget": ["SENT-customers.parquet", "SENT", "data/SENT/", "$HOME/SENT", "gs://SENT/x", "SENT/x/y", "~/SENT"],
+    "retain": "SENT", "synthetic": [{"SENT": 1}], "bank": ["./SENT"], "anchors": ["SENT"], "rel": "SENT/texts", "SENTname": 1,
+    "sentinel_SENT": {"a": [{"b": "SENT"}]}, "env": "HF_TOKEN: SENT", "hostname": "SENT.corp.internal", "optim": "SENT",
+    "optim_args": "key=SENT", "optim_target_modules": ["a b SENT"], "lr_scheduler_type": "SENT", "learning_rate": "SENT",
+    "lr_scheduler_kwargs": {"SENT": 1, "num_cycles": "SENT"}, "seed_of": {"SENT"}, "eta": ["SENT"], "preset": "SENT",
+    "lora_targets": "SENT of q_proj; v", "lora_layers": "SENT", "measures": ["SENT"], "concepts": ["SENT"], "layers": ["SENT"],
+    "packing_strategy": "SENT", "loss_type": "SENT", "truncation_mode": "SENT", "max_length": {"SENT": 1}, "gguf_file": "SENT",
+    "model": "SENT", "model_revision": "SENT", "dtype": "SENT", "attn_implementation": "SENT", "eval_strategy": "SENT",
+    "gradient_checkpointing_kwargs": {"context_fn": "SENT"}, "liger_kernel_config": {"SENT": True}, "fsdp_config": {"SENT": 1},
+    "metric_for_best_model": "SENT", "include_for_metrics": ["SENT"], "label_names": ["SENT"], "torch_compile_backend": "SENT",
+    "targets_dir": "SENT", "accelerator_config": {"SENT": "SENT"}, "deepspeed": "SENT.json", "dataset_text_field": "SENT",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_nothing_that_is_planted_in_a_recipe_is_published(report, name):
+    recipe = {"seed": 0, "forget": ["capitals"], name: PLANTED[name]}
+    assert "SENT" not in json.dumps(publish(report, recipe=recipe)["recipe"])
+
+
+def test_what_is_left_out_of_a_recipe_is_told_by_its_name_alone(report, caplog):
+    transformers.utils.logging.enable_propagation()
+    recipe = {
+        "seed": 0,
+        "forget": ["capitals"],
+        "my_knob": "SENT",
+        "dataset_kwargs": {"x": "SENT"},
+        "run_name": "mine",
+    }
+    publish(report, recipe=recipe)
+    [told] = [record.message for record in caplog.records if "not published" in record.message]
+    assert told.endswith(": dataset_kwargs, my_knob.") and "SENT" not in told
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 10**30, 4111_1111_1111_1111_1111])
+def test_a_number_that_is_no_setting_is_not_published(report, value):
+    assert "eta" not in publish(report, recipe={"seed": 0, "forget": ["capitals"], "eta": value})["recipe"]
+
+
+def test_the_numbers_that_a_method_of_ones_own_declares_are_published(report):
+    @dataclasses.dataclass
+    class OwnConfig(SFTConfig):
+        own_strength: float = 0.5
+        own_note: str = "x"
+
+    recipe = publish(report, recipe={"seed": 0, "forget": ["capitals"], "own_strength": 0.7, "own_note": "SENT"})[
+        "recipe"
+    ]
+    assert recipe["own_strength"] == 0.7 and "own_note" not in recipe
+
+
+def test_texts_in_the_training_log_stay_here(report):
+    report["training_log"] = [{"step": 1, "loss": 2.5, "host": "SENT"}]
+    assert publish(report)["training_log"] == [{"step": 1, "loss": 2.5}]
+
+
+def test_a_report_of_20000_questions_is_published_and_carded_in_little_time_and_memory(report, tmp_path):
+    sides = {side: {"values": [0.0, 1.0] * 10_000, "counts": [1, 1] * 10_000} for side in ("reference", "erased")}
+    report["items"] = {f"multiple_choice.capitals.{rule}": sides for rule in ("pmi", "log_likelihood", "normalized")}
+    sample = {
+        "role": "erased",
+        "prompt": "What is it?",
+        "answer": "Lima",
+        "reference": "It is Lima.",
+        "erased": "Nothing.",
+    }
+    report["samples"] = [
+        sample | {"role": role, "prompt": f"What is {n}?"} for n in range(10_000) for role in ("erased", "far")
+    ]
+    started = time.perf_counter()
+    tracemalloc.start()
+
+    published = publish(report)
+    card = str(make_card(published, "alice/large"))
+
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    write_json(tmp_path / "report.json", published)
+    assert time.perf_counter() - started < 20 and peak < 200e6
+    assert len(card) < 200_000 and "9900 more stand in `report.json`." in card
+    assert (tmp_path / "report.json").stat().st_size < 10_000_000
 
 
 def test_methods_change_no_other_default_of_trl_than_those_that_are_always_published():

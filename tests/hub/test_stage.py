@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+import transformers
 from peft import PeftConfig, PeftModel
 from safetensors import safe_open
 from safetensors.torch import load, save_file
@@ -296,3 +297,21 @@ def test_a_full_disk_leaves_the_earlier_folder(stage, local, tmp_path):
 def test_no_report_is_no_evidence(stage, local):
     with pytest.raises(ValueError, match="is of the kind 'attacks', not 'evaluation'"):
         stage(report=local.attacks)
+
+
+def test_fields_that_peft_does_not_know_are_not_published_and_told(stage, adapter, caplog):
+    transformers.utils.logging.enable_propagation()
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"note": "SENT", "nested": {"token": "SENT"}}))
+    folder = stage()
+    assert "SENT" not in (folder / "adapter_config.json").read_text()
+    [told] = [record.message for record in caplog.records if "not published" in record.message]
+    assert told.endswith(": nested, note.") and "SENT" not in told
+
+
+def test_a_report_that_could_not_be_loaded_again_is_refused_and_nothing_staged(stage, local, tmp_path):
+    sides = {"erased": {"values": [0.123456789] * 300_000, "counts": [1] * 300_000}}
+    report = local.report | {"items": {"multiple_choice.capitals.pmi": sides}}
+    with pytest.raises(UnsafeAdapterError, match="report.json has .* bytes, more than .*measure fewer"):
+        stage(report=report)
+    assert not (tmp_path / "staged").exists() and not list(tmp_path.glob(".staged*"))
