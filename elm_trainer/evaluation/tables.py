@@ -129,7 +129,8 @@ def write_samples(path: str | Path, report: Mapping[str, Any]) -> None:
 
 def split_samples(report: Mapping[str, Any]) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
     """The samples about what was erased, all of them in reports of an earlier version, and those about what is kept."""
-    erased, kept = [], []
+    erased: list[dict[str, str]] = []
+    kept: list[dict[str, str]] = []
     for sample in report["samples"]:
         (erased if sample.get("role", "erased") == "erased" else kept).append(sample)
     return erased, kept

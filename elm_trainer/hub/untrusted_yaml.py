@@ -54,7 +54,7 @@ def _check_events(block: str) -> None:
     depth = nodes = 0
     for event in yaml.parse(block, Loader=_LOADER):
         if isinstance(event, yaml.AliasEvent):
-            raise ValueError(f"its metadata use the alias *{event.anchor[:20]}: write out what it stands for")
+            raise ValueError(f"its metadata use the alias *{str(event.anchor)[:20]}: write out what it stands for")
         if isinstance(event, yaml.CollectionStartEvent):
             depth += 1
         elif isinstance(event, yaml.CollectionEndEvent):
