@@ -65,9 +65,15 @@ def test_the_split_of_a_dataset_dict_is_asked_for(tiny_model, tokenizer, dataset
         make(tiny_model, config(), DatasetDict({"all": dataset}), tokenizer, lora)
 
 
-def test_texts_that_truncate_to_nothing_are_refused(tiny_model, tokenizer, dataset, config, lora):
-    with pytest.raises(ValueError, match="`max_length` is 1.*truncates to nothing: raise it"):
-        make(tiny_model, config(max_length=1), dataset, tokenizer, lora)
+def test_texts_that_truncate_to_nothing_are_refused(tokenizer, dataset, config, lora):
+    with pytest.raises(ValueError, match="`max_length` is 1: it must be at least 2"):
+        config(max_length=1)
+    contexts = load_concept("capitals")
+    longest = max(len(tokenizer(text)["input_ids"]) for text in contexts.expert_contexts + contexts.novice_contexts)
+    model = tiny("llama", len(tokenizer))
+    model.config.max_position_embeddings = longest
+    with pytest.raises(ValueError, match="`max_length` is .* truncates to nothing: raise it, or use shorter contexts"):
+        make(model, config(), dataset, tokenizer, lora)
 
 
 def test_truncation_is_counted(tiny_model, tokenizer, dataset, config, lora, caplog):

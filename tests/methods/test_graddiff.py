@@ -93,7 +93,7 @@ def test_without_retain_weight_training_is_gradient_ascent_on_the_forget_text(ma
     ("fields", "message"),
     [
         ({"erase_weight": -1.0}, "`erase_weight` is -1.0: it must be at least 0"),
-        ({"retain_weight": float("nan")}, "`retain_weight` is nan: it must be at least 0"),
+        ({"retain_weight": float("nan")}, "`retain_weight` is nan: give a finite number"),
         ({"erase_weight": 0.0, "retain_weight": 0.0}, "All of `erase_weight`, `retain_weight` are 0: raise one"),
         ({"retain_loss": "mse"}, "`retain_loss` is 'mse': use one of nll, kl"),
     ],
