@@ -37,6 +37,8 @@ def hush_libraries() -> None:
     logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "gemm_4bit_forward" not in record.msg)
     # PEFT asks for it by its older name.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+    # A model of a package has no config file beside it, and PEFT need not look whether its vocabulary has grown.
+    warnings.filterwarnings("ignore", message="Could not find a config file in", category=UserWarning)
     import torch
 
     if not torch.accelerator.is_available():
