@@ -1,6 +1,5 @@
 """An adapter that was fetched and looked through, before any model is loaded."""
 
-import hashlib
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -10,6 +9,7 @@ from typing import Any
 
 from transformers.utils import logging
 
+from ..checksums import file_sha256
 from .adapter_config import is_revision
 from .errors import UnsafeAdapterError
 from .fetch import Access, fetch_adapter
@@ -98,8 +98,7 @@ def _check_info(folder: Path, info: ErasureInfo) -> None:
             if name in LOADED_FILES:
                 raise UnsafeAdapterError(f"{path} names {name}, which is missing: download or publish it again.")
             continue
-        with (folder / name).open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+        found = file_sha256(folder / name)
         if found != expected:
             raise UnsafeAdapterError(
                 f"{folder / name} is not the file that was published: its SHA-256 is {found[:12]}…, but {INFO_FILE} says "

@@ -1,7 +1,6 @@
 """The folder that goes up, all but its card."""
 
 import dataclasses
-import hashlib
 import json
 import os
 import shutil
@@ -18,6 +17,7 @@ from safetensors.torch import load, save
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from ..checksums import file_sha256
 from ..data.questions import Question
 from ..evaluation.plots import plot_attacks, plot_inside, plot_report
 from ..evaluation.report import adapter_fingerprint, check_report, write_json
@@ -125,7 +125,7 @@ def stage_adapter(
             recipe=published["recipe"],
             seed=published["recipe"]["seed"],
             versions=published["versions"],
-            files={path.name: _sha256(path) for path in sorted(staged.iterdir())},
+            files={path.name: file_sha256(path) for path in sorted(staged.iterdir())},
             verification=list(verification),
             allowed=dict(sorted((allowed or {}).items())),
         ).write(staged)
@@ -246,11 +246,6 @@ def _check_loadable(staged: Path) -> None:
             f"`load_erased` would refuse what is to be published ({error}). A report has a line for each question and "
             "figure: where it is too large, measure fewer of them."
         ) from error
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _move_into_place(staged: Path, output: Path, replaced: Path) -> None:
