@@ -89,13 +89,13 @@ class MethodRun:
         """Attack the model of the budget in updates that [`final`] has left."""
         config = self.config
         assert config.ladder is not None
-        ladder = load_attacks(config.ladder)
+        ladder, bank = load_attacks(config.ladder), config.own_questions("test")
         final, name = self._final(index, seed), f"attacks-{self.method}"
         depends = {
             "final": final[1],
             "ladder": [{"attack": attack.name, **attack.settings()} for attack in ladder],
             "questions": config.attack_questions,
-            **({"bank": [asdict(question) for question in bank]} if (bank := config.own_questions("test")) else {}),
+            **({"bank": [asdict(question) for question in bank]} if bank else {}),
         }
 
         def run() -> dict[str, Any]:
@@ -103,7 +103,7 @@ class MethodRun:
             try:
                 target = built_in_target(
                     ModelPair(model), self._bench.processing_class, config.concept, config.attack_questions,
-                    bank=config.own_questions("test"), forget=self._bench.dataset(seed).unique("forget"),
+                    bank=bank, forget=self._bench.dataset(seed).unique("forget") if bank else (),
                 )  # fmt: skip
                 return attack_erasure(target, ladder, output_dir=self._runs.path(name, depends))
             finally:
