@@ -19,17 +19,6 @@ REPO = "alice/erased"
 COMMIT = "/commit/"
 
 
-@pytest.fixture
-def folder(tmp_path):
-    """A folder with a small text, a picture and weights."""
-    folder = tmp_path / "staged"
-    folder.mkdir()
-    (folder / "README.md").write_text("---\nlicense: mit\n---\n# One\n")
-    (folder / "report.json").write_text('{"figure": 1}')
-    (folder / "adapter_model.safetensors").write_bytes(b"weights" * 1000)
-    return folder
-
-
 def local(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 

@@ -33,16 +33,6 @@ class CutAfter(Behaviour):
 
 
 @pytest.fixture
-def folder(tmp_path):
-    folder = tmp_path / "staged"
-    folder.mkdir()
-    (folder / "README.md").write_text("---\nlicense: mit\n---\n# One\n")
-    (folder / "report.json").write_text('{"figure": 1}')
-    (folder / "adapter_model.safetensors").write_bytes(b"weights" * 1000)
-    return folder
-
-
-@pytest.fixture
 def waits(monkeypatch, client_waits):
     """Seconds that this package would have waited; neither it nor the client waits."""
     waits = []
