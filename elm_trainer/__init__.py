@@ -53,24 +53,22 @@ _EXPORTS = {
 __all__ = ["__version__", *sorted(_EXPORTS)]
 
 if TYPE_CHECKING:
+    from .attacks import attack_erasure
     from .concept import Concept, load_concept
     from .data.collator import ElmDataCollator
     from .data.dataset import ConceptSources, build_erasure_dataset
     from .data.questions import load_bank, read_questions
     from .data.sources import load_texts
-    from .evaluation.attacks import attack_erasure
     from .evaluation.callback import ErasureEvaluationCallback
-    from .evaluation.compare import compare_reports
     from .evaluation.evaluate import evaluate_erasure
     from .evaluation.pair import ModelPair
-    from .evaluation.report import read_report
+    from .evaluation.report import compare_reports, read_report
     from .evaluation.suite import EvaluationSuite, built_in_suite
+    from .hub.combine import merge_erased, stack_erasures
     from .hub.info import BaseModel
     from .hub.load import load_erased
-    from .hub.merge import merge_erased
     from .hub.publish import publish_adapter
     from .hub.publish_dataset import publish_dataset
-    from .hub.stack import stack_erasures
     from .methods.anchors import counterfactuals
     from .methods.base import ErasureTrainer, NonFiniteLossError
     from .methods.elm import ElmConfig, ElmTrainer

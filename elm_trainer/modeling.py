@@ -1,4 +1,4 @@
-"""Loading a model and its tokenizer, from the Hub, a folder, a GGUF file or a package that ships one."""
+"""Load a model and its tokenizer (Hub, folder, GGUF file, package), find its layers, keep the frozen ones out of the graph."""
 
 import os
 from collections.abc import Iterator
@@ -13,8 +13,15 @@ import gguf
 import numpy as np
 from peft import PeftModel
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+)
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import is_bitsandbytes_available
 
 
 # Modules that an adapter takes for linear ones; GPT-2 has a kind of its own.
@@ -330,3 +337,61 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(training)
+
+
+@contextmanager
+def no_graph_below(model: nn.Module) -> Iterator[None]:
+    """While this holds, what enters the layers requires no gradient, so that the graph begins at the first trained layer.
+
+    With gradient checkpointing, transformers and TRL let the embeddings' output require a gradient, as its reentrant kind
+    needs. The other kind does not, and the backward would run all layers below again to no end. Without checkpointing, or
+    with a trained weight outside the layers (as in the embeddings), this changes nothing.
+
+    Args:
+        model (`nn.Module`): Causal language model, with or without an adapter.
+    """
+    stack = decoder_layers(model)
+    inside = {id(parameter) for parameter in stack.parameters()}
+    if any(parameter.requires_grad and id(parameter) not in inside for parameter in model.parameters()):
+        yield
+        return
+
+    def detach(_, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if args:
+            return (args[0].detach(), *args[1:]), kwargs
+        return args, kwargs | {"hidden_states": kwargs["hidden_states"].detach()}
+
+    handle = stack[0].register_forward_pre_hook(detach, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def reentrant(args: TrainingArguments) -> bool:
+    """Whether gradient checkpointing is of the reentrant kind, which starts from an input that requires a gradient."""
+    return bool(args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"))
+
+
+def keep_differentiable(model: nn.Module) -> None:
+    """Let gradients pass the four-bit layers of bitsandbytes after the model was evaluated, as its reference is.
+
+    On CPUs with AVX512-BF16, a forward in evaluation mode packs a layer's weights for a kernel that has no backward: from
+    then on training would go on without the gradients that pass the layer.
+
+    Raises:
+        ValueError: if a layer is packed already.
+    """
+    if not is_bitsandbytes_available():
+        return
+    from bitsandbytes.nn import Linear4bit
+
+    for name, module in model.named_modules():
+        if isinstance(module, Linear4bit):
+            # Internal to bitsandbytes, which has no setting for it; tests/methods/test_precision.py fails when it moves.
+            module.support_avx512bf16_for_cpu = False
+            if getattr(module.weight.quant_state, "packing_format_for_cpu", False):
+                raise ValueError(
+                    f"`model` was evaluated on the CPU, which packed the four-bit weights of {name!r} so that no gradient "
+                    "passes: load it anew, and evaluate it after the trainer is made."
+                )

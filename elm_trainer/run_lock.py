@@ -11,9 +11,8 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from transformers.utils import logging
 
-from .checksums import read_object
-from .files import discard, discard_unfinished, write_json
-from .launch import on_first
+from .distributed import on_first
+from .files import discard, discard_unfinished, read_object, write_json
 
 
 logger = logging.get_logger(__name__)

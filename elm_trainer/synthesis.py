@@ -14,11 +14,10 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from .checksums import sealed, unsealed
 from .concept import Concept
 from .data.tokens import behind_context, continuation_text, pad_left, text_ids, text_tokenizer, tokenize
 from .evaluation.fluency import repetition
-from .files import append_line, write_text
+from .files import append_line, sealed, unsealed, write_text
 from .methods.validation import check_numbers
 from .ops import plausible_tokens
 from .run_lock import turn

@@ -47,8 +47,7 @@ def main() -> None:
     from peft import PeftModel
 
     from elm_trainer import load_model_and_tokenizer, load_texts, read_questions
-    from elm_trainer.data.questions import FACTS
-    from elm_trainer.evaluation.attacks import (
+    from elm_trainer.attacks import (
         attack_erasure,
         built_in_target,
         default_attacks,
@@ -56,11 +55,13 @@ def main() -> None:
         markdown_attacks,
         render_attacks,
     )
-    from elm_trainer.evaluation.attacks.base import check_asked
-    from elm_trainer.evaluation.gold_standard import gold_standard, render_gold_standard
+    from elm_trainer.attacks.base import check_asked
+    from elm_trainer.attacks.report import plot_attacks
+    from elm_trainer.data.questions import FACTS
     from elm_trainer.evaluation.pair import ModelPair
-    from elm_trainer.evaluation.plots import plot_attacks, plot_gold_standard
     from elm_trainer.files import write_text
+    from elm_trainer.gold_standard import gold_standard, render_gold_standard
+    from elm_trainer.gold_standard.report import plot_gold_standard
 
     attacks = load_attacks(arguments.ladder) if arguments.ladder else default_attacks(arguments.attacks)
     output = Path(arguments.output_dir)

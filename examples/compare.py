@@ -11,17 +11,12 @@ from elm_trainer.scripts import help_at_once, hush_libraries
 
 
 def main() -> None:
-    help_at_once(None, "elm_trainer.evaluation.comparison.ComparisonConfig")
+    help_at_once(None, "elm_trainer.comparison.ComparisonConfig")
     hush_libraries()
     from trl import TrlParser
 
-    from elm_trainer.evaluation.comparison import (
-        ComparisonConfig,
-        compare_methods,
-        markdown_comparison,
-        render_comparison,
-    )
-    from elm_trainer.evaluation.plots import plot_comparison
+    from elm_trainer.comparison import ComparisonConfig, compare_methods, markdown_comparison, render_comparison
+    from elm_trainer.comparison.tables import plot_comparison
     from elm_trainer.files import write_text
 
     [config] = TrlParser((ComparisonConfig,)).parse_args_and_config()

@@ -129,8 +129,8 @@ def main() -> None:
         evaluate_erasure,
         load_texts,
     )
+    from elm_trainer.evaluation.evaluate import write_evaluation
     from elm_trainer.evaluation.measures import MEASURES, measurable
-    from elm_trainer.evaluation.output import write_evaluation
     from elm_trainer.evaluation.report import dataset_info, model_fingerprint
     from elm_trainer.evaluation.suite import suite_from_files
     from elm_trainer.modeling import layer_range, load_model, load_tokenizer

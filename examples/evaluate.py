@@ -38,8 +38,8 @@ def main() -> None:
     from peft import PeftModel
 
     from elm_trainer import evaluate_erasure, load_model_and_tokenizer, stack_erasures
+    from elm_trainer.evaluation.evaluate import write_evaluation
     from elm_trainer.evaluation.measures import measurable
-    from elm_trainer.evaluation.output import write_evaluation
     from elm_trainer.evaluation.suite import suite_from_files
 
     # Whatever can be wrong is found before a model is loaded.

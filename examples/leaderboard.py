@@ -27,7 +27,7 @@ def main() -> None:
     [arguments] = HfArgumentParser(LeaderboardArguments).parse_args_into_dataclasses()
     hush_libraries()
     # After the options are read, so that --help need not wait for torch.
-    from elm_trainer.hub.leaderboard_cards import find_cards
+    from elm_trainer.hub.leaderboard import find_cards
 
     cards, unread = find_cards(arguments.repos, tag=arguments.tag)
     entries, unclear = read_entries(cards)

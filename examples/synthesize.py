@@ -27,13 +27,7 @@ def main() -> None:
     hush_libraries()
     from trl import TrlParser
 
-    from elm_trainer import (
-        SynthesisConfig,
-        load_concept,
-        load_model_and_tokenizer,
-        load_texts,
-        synthesize_completions,
-    )
+    from elm_trainer import SynthesisConfig, load_concept, load_model_and_tokenizer, load_texts, synthesize_completions
     from elm_trainer.evaluation.report import model_fingerprint
     from elm_trainer.files import write_text
 

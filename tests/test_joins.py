@@ -19,15 +19,13 @@ from elm_trainer import (
     load_bank,
     synthesize_completions,
 )
+from elm_trainer.attacks import AttackTarget, GcgAttack, PrefillingAttack, RelearningAttack
 from elm_trainer.data.questions import Question
-from elm_trainer.evaluation.activations import hidden_states
-from elm_trainer.evaluation.attacks import AttackTarget, GcgAttack, PrefillingAttack, RelearningAttack
-from elm_trainer.evaluation.fluency import generate, judge_answers
+from elm_trainer.evaluation.fluency import generate, judge_answers, retention
+from elm_trainer.evaluation.hidden_states import hidden_states, logit_lens
 from elm_trainer.evaluation.likelihood import log_likelihoods
-from elm_trainer.evaluation.logit_lens import logit_lens
 from elm_trainer.evaluation.multiple_choice import score_choices
 from elm_trainer.evaluation.pair import ModelPair
-from elm_trainer.evaluation.retention import retention
 from elm_trainer.methods.anchors import AnchorDictionary
 
 from .like import LIKE, llama2, llama3

@@ -15,8 +15,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from elm_trainer.data.collator import ElmDataCollator
-from elm_trainer.data.packing import pack_batches
+from elm_trainer.data.collator import ElmDataCollator, pack_batches
 from elm_trainer.modeling import adapter_targets, decoder_layers, load_model, load_model_and_tokenizer
 from elm_trainer.ops import ReadHead, final_logits
 from elm_trainer.ops.head import Plan

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elm_trainer.checksums import sealed
 from elm_trainer.concept import Concept
+from elm_trainer.files import sealed
 from elm_trainer.synthesis import PIVOTS, SynthesisConfig, _resumable, synthesize_completions
 
 

@@ -48,10 +48,10 @@ from elm_trainer import (
     stack_erasures,
     synthesize_completions,
 )
+from elm_trainer.attacks import AttackTarget, built_in_target, default_attacks, load_attacks
+from elm_trainer.comparison import ComparisonConfig
 from elm_trainer.data.questions import Question
 from elm_trainer.data.sources import load_pairs
-from elm_trainer.evaluation.attacks import AttackTarget, built_in_target, default_attacks, load_attacks
-from elm_trainer.evaluation.comparison import ComparisonConfig
 from elm_trainer.hub.errors import HubError
 
 

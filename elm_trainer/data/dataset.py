@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..concept import Concept
-from .given import Source
 from .sources import load_pairs, read_texts
+from .user_sources import Source
 
 
 logger = logging.get_logger(__name__)

@@ -15,10 +15,9 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .facts import Fact
-from .given import Messages, Source, check_type, joined, rows_of, shown, text_rows
-from .named import is_file_name, read_named
 from .questions import facts_of, held_out_subjects
 from .tokens import text_tokenizer
+from .user_sources import Messages, Source, check_type, is_file_name, joined, read_named, rows_of, shown, text_rows
 
 
 logger = logging.get_logger(__name__)

@@ -1,4 +1,4 @@
-"""`evaluate_erasure`: measure the erased model beside its reference, and judge it."""
+"""`evaluate_erasure`: measure the erased model beside its reference, judge it, and write the report."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -9,20 +9,70 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from rich.console import Console
+from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data.questions import PLAIN
+from ..data.questions import PLAIN, Question, overlap_verdicts
+from ..distributed import place
 from ..files import write_json
-from ..launch import place
 from ..run_lock import only_run_in
 from .journal import Journal
 from .measures import INSIDE, MEASURES, Items, Setting, against_chance, change, correct_p, measurable, with_families
-from .pair import SIDES, ModelPair, Side
+from .pair import SIDES, ModelPair, Side, in_shards
+from .plots import plot_inside, plot_report
 from .report import SCHEMA_VERSION, environment, pair_fingerprint, suite_info
-from .sharing import in_shards
-from .shortcuts import find_shortcuts
+from .statistics import bootstrap_mean
 from .suite import EvaluationSuite, Role, built_in_suite
+from .tables import render_summary, verdict_lines, write_markdown, write_samples
 from .verdict import Criteria, judge, raise_flags
+
+
+def write_evaluation(output_dir: str | Path, report: Mapping[str, Any]) -> None:
+    """Write `report.md`, `report.png`, `samples.md` and, where it was measured, `inside.png`; print a summary."""
+    output = Path(output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    write_markdown(output / "report.md", report)
+    write_samples(output / "samples.md", report)
+    plot_report(report, output / "report.png")
+    if report["inside"] is not None:
+        plot_inside(report["inside"], output / "inside.png")
+    # Only the states are styled: a report's own words are no markup.
+    console = Console(highlight=False, markup=False)
+    for state, why in verdict_lines(report):
+        console.print(Text.assemble((state, "bold"), f" {why}"))
+    for flag in report["flags"]:
+        console.print(Text.assemble((f"{flag['flag']}:", "bold"), f" {flag['why']}"))
+    console.print(render_summary(report))
+
+
+def find_shortcuts(banks: Mapping[str, Sequence[Question]], removed: Mapping[str, Items]) -> dict[str, dict[str, Any]]:
+    """Hold two ways of guessing against chance.
+
+    Args:
+        banks (`Mapping[str, Sequence[Question]]`): Questions by name of the bank.
+        removed (`Mapping[str, Items]`): Which of them the reference answers with the question removed.
+
+    Returns:
+        `dict`: for each bank in `removed`, `question_removed` and `letters` (picking the option that looks most like
+        the question's subject), each a figure over different sets of options; `chance`; and `flagged`: whether the
+        interval of one of them lies above chance.
+    """
+    found = {}
+    for name, items in removed.items():
+        questions = banks[name]
+        # Phrasings of one fact share their options, and count once.
+        facts = {(q.answer, frozenset(q.options)): index for index, q in enumerate(questions)}
+        once = list(facts.values())
+        kept = [questions[index] for index in once]
+        chance = sum(1 / len(question.options) for question in kept) / len(kept)
+        guesses = {
+            "question_removed": bootstrap_mean([items.values[index] for index in once]).to_dict(),
+            "letters": bootstrap_mean(overlap_verdicts(kept)).to_dict(),
+        }
+        flagged = any(guess["low"] > chance for guess in guesses.values())
+        found[name] = {**guesses, "chance": chance, "flagged": flagged}
+    return found
 
 
 def evaluate_erasure(
@@ -150,7 +200,7 @@ def _evaluate(
                 items.setdefault(key, {})[side] = Items(**value)
     inside = None
     if INSIDE in measures:
-        from .inside import look_inside  # scikit-learn comes with the extra `eval`
+        from .inside import look_inside
 
         erased = [q for name in suite.named("erased") for q in suite.banks[name]]
         questions = [q for q in erased if q.family == PLAIN]

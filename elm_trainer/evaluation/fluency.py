@@ -1,4 +1,4 @@
-"""Seamlessness: greedy and sampled answers, their perplexity under a judge (R-PPL), repetition and truncation."""
+"""Seamlessness and retention: answers, their perplexity under a judge (R-PPL), repetition, language; perplexity on retain text."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -7,14 +7,60 @@ from itertools import chain
 
 import torch
 from accelerate.utils import send_to_device
+from py3langid.langid import MODEL_FILE, LanguageIdentifier
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.collator import ElmDataCollator
 from ..data.tokens import continuation_ids, continuation_text, text_tokenizer, tokenize
 from ..modeling import evaluating
 from ..ops import KeepPositions
-from .prefix import generating, generation_inputs
-from .sharing import run_batches
+from .likelihood import generating, generation_inputs
+from .pair import SIDES, ModelPair, run_batches
+
+
+# Odds of the likeliest language over the second below which a text is undecided.
+_LEAST_ODDS = 4.0
+# A name or two, which belong to no language.
+_LEAST_LETTERS = 12
+
+
+class LanguageDetector:
+    """Tells languages by byte n-grams (langid.py's model, which comes with the package `py3langid`)."""
+
+    def __init__(self):
+        self._identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
+
+    def detect(self, text: str) -> str | None:
+        """ISO 639 code of a text's language, or `None` for a text too short or too ambiguous to tell.
+
+        Babble may come out as some language, as undecided, or as `"zxx"`, which means no language.
+        """
+        # In other scripts a few letters say as much as a word here, and the script itself tells.
+        if text.isascii() and sum(character.isalpha() for character in text) < _LEAST_LETTERS:
+            return None
+        (language, first), (_, second), *_ = self._identifier.rank(text)
+        return language if first >= _LEAST_ODDS * second else None
+
+    def kept(self, prompts: Sequence[str], answers: Sequence[str]) -> list[bool | None]:
+        """Whether each answer is in the language of its prompt; `None` where either's language is undecided.
+
+        Empty answers, names and single words are undecided: count them apart, neither as kept nor as lost.
+
+        Args:
+            prompts (`Sequence[str]`): Prompts as a user would write them, without a chat template.
+            answers (`Sequence[str]`): An answer to each.
+        """
+        asked = {prompt: self.detect(prompt) for prompt in set(prompts)}
+        verdicts: list[bool | None] = []
+        for prompt, answer in zip(prompts, answers, strict=True):
+            expected, found = asked[prompt], self.detect(answer)
+            verdicts.append(None if expected is None or found is None else found == expected)
+        return verdicts
+
+
+def language_kept(prompts: Sequence[str], answers: Sequence[str]) -> list[bool | None]:
+    """[`LanguageDetector.kept`] without a detector at hand; loading one takes about a second."""
+    return LanguageDetector().kept(prompts, answers)
 
 
 @dataclass(frozen=True)
@@ -251,3 +297,63 @@ def distinct_n(texts: Sequence[str], n: int = 2) -> float:
     """Share of distinct word n-grams over all texts."""
     grams = [gram for text in texts for gram in zip(*(text.split()[offset:] for offset in range(n)), strict=False)]
     return len(set(grams)) / len(grams) if grams else 0.0
+
+
+@dataclass(frozen=True)
+class Retention:
+    """Sums over each text's tokens, in nats: negative log-likelihoods of both models and `KL(reference ‖ adapted)`."""
+
+    reference_nll: list[float]
+    adapted_nll: list[float]
+    kl: list[float]
+    tokens: list[int]
+
+
+@torch.no_grad()
+def retention(
+    pair: ModelPair,
+    processing_class: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    *,
+    max_length: int = 64,
+    batch_size: int = 8,
+    over_ranks: bool = False,
+) -> Retention:
+    """Compare the erased model with its reference, token by token, on retain text.
+
+    Args:
+        pair ([`ModelPair`]): Both models.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`]): Their tokenizer.
+        texts (`Sequence[str]`): Retain texts that training did not see.
+        max_length (`int`, *optional*, defaults to `64`): Tokens of a text that are read.
+        batch_size (`int`, *optional*, defaults to `8`): Texts per batch.
+        over_ranks (`bool`, *optional*, defaults to `False`): Whether the processes of a launch share the work; then all
+            of them must call this.
+    """
+    collator = ElmDataCollator(processing_class)
+
+    def run(batch: Sequence[str]) -> list[list[float]]:
+        rows = [(text.ids[:max_length], 0) for text in tokenize(processing_class, batch)]
+        padded = collator.pad(rows)
+        labels = padded["labels"][padded["rows"], padded["columns"] + 1]
+        log_probs = {}
+        for side in SIDES:
+            with pair.use(side) as model:
+                logits = position_logits(model, send_to_device(padded, model.device))
+            log_probs[side] = logits.float().log_softmax(-1)
+        reference = log_probs["reference"]
+        adapted = log_probs["erased"].to(reference.device)  # two full models may lie on two devices
+        chosen = labels.to(reference.device)[:, None]
+        values = (
+            -reference.gather(-1, chosen)[:, 0],
+            -adapted.gather(-1, chosen)[:, 0],
+            (reference.exp() * (reference - adapted)).sum(-1),
+        )
+        place = padded["rows"].to(reference.device)
+        sums = [value.new_zeros(len(rows)).index_add(0, place, value).tolist() for value in values]
+        return [*sums, torch.bincount(padded["rows"], minlength=len(rows)).tolist()]
+
+    batches = [texts[start : start + batch_size] for start in range(0, len(texts), batch_size)]
+    found = run_batches(run, batches, *pair.models, over_ranks=over_ranks)
+    columns = [list(chain(*column)) for column in zip(*found, strict=True)] or [[], [], [], []]
+    return Retention(columns[0], columns[1], columns[2], [int(count) for count in columns[3]])

@@ -11,22 +11,21 @@ import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ..data.answers import given_answer, names_answer
-from ..data.questions import PLAIN
+from ..data.questions import PLAIN, given_answer, names_answer
 from .fluency import (
+    LanguageDetector,
+    Retention,
     as_prompt,
     distinct_n,
     generate,
     generate_answers,
     judge_answers,
     repetition,
+    retention,
     reverse_perplexity,
 )
-from .language import LanguageDetector
-from .letter_choice import score_letters
-from .multiple_choice import score_choices
+from .multiple_choice import score_choices, score_letters
 from .pair import ModelPair, Side
-from .retention import Retention, retention
 from .statistics import (
     Figure,
     bootstrap_mean,

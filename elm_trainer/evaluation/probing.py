@@ -11,7 +11,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.questions import Question
-from .activations import hidden_states
+from .hidden_states import hidden_states
 from .statistics import Figure, bootstrap_ratio
 
 

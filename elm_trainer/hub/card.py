@@ -12,11 +12,10 @@ from huggingface_hub.repocard import RepoCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from huggingface_hub.utils import validate_repo_id
 
-from ..data.named import is_hub_id
+from ..data.user_sources import is_hub_id
+from .card_data import CONCEPT_TAG, END, START, TAG, TASK, keep_written, record, report_results
 from .card_text import PICTURES, body
-from .generated import CONCEPT_TAG, END, START, TAG, keep_written, record
-from .markdown import plain
-from .results import TASK, report_results
+from .untrusted import plain
 
 
 TEMPLATE = Path(__file__).with_name("templates") / "model_card.md"

@@ -12,10 +12,12 @@ from huggingface_hub.errors import HfHubHTTPError, RemoteEntryNotFoundError, Rep
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import sha
 
-from .errors import ConflictError, HubError, UploadError
-from .failures import (
+from .errors import (
     ATTEMPTS,
     UNREADABLE,
+    ConflictError,
+    HubError,
+    UploadError,
     first_line,
     named_errors,
     passing,

@@ -1,4 +1,4 @@
-"""`erasure.json`: what an adapter erases from which weights, and how it was made."""
+"""`erasure.json`: what an adapter erases from which weights and how it was made, and the check of those weights."""
 
 import json
 from collections.abc import Mapping
@@ -6,8 +6,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
 from ..evaluation.report import write_json
-from .errors import UnsafeAdapterError
+from ..fingerprint import base_fingerprint
+from .errors import BaseMismatchError, UnsafeAdapterError
 
 
 INFO_FILE = "erasure.json"
@@ -104,3 +109,73 @@ class ErasureInfo:
                 f"{path} is not an {INFO_FILE} of elm-trainer ({error}): publish the adapter again, or load it with "
                 "`PeftModel.from_pretrained`."
             ) from error
+
+
+CARD = "README.md"
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+REPORT = "report.json"
+REPORT_PLOT = "report.png"
+ATTACKS_PLOT = "attacks.png"
+INSIDE_PLOT = "inside.png"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+
+PUBLISHED_FILES = frozenset(
+    {
+        CARD,
+        ADAPTER_CONFIG,
+        ADAPTER_WEIGHTS,
+        INFO_FILE,
+        REPORT,
+        REPORT_PLOT,
+        ATTACKS_PLOT,
+        INSIDE_PLOT,
+        *TOKENIZER_FILES,
+    }
+)
+
+
+logger = logging.get_logger(__name__)
+
+
+def check_base(model: PreTrainedModel | PeftModel, expected: Mapping[str, str], base_id: str) -> None:
+    """Check that a model has the weights that a fingerprint was taken of.
+
+    A quantised model is compared by the tensors that quantisation leaves alone, and the log says so.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or `PeftModel`): Model at hand.
+        expected (`Mapping[str, str]`): What [`base_fingerprint`] said of the base.
+        base_id (`str`): Hub id of that base, for the error.
+
+    Raises:
+        BaseMismatchError: if the weights are others, or those of a base that is not quantised cannot all be compared.
+        ValueError: if weights were offloaded, and are not there to be read.
+    """
+    try:
+        found = base_fingerprint(model)
+    except ValueError as error:
+        raise ValueError(f"{error} `allow_mismatch=True` goes on without the comparison.") from error
+    compared = "weights" if "weights" in found and "weights" in expected else "unquantized"
+    if compared == "unquantized":
+        logger.warning(
+            f"The base or the one the adapter was trained on is quantised: only its embeddings, norms and biases were "
+            f"compared with {base_id}."
+        )
+    if "weights" in found and "weights" not in expected and found["unquantized"] == expected.get("unquantized"):
+        raise BaseMismatchError(
+            f"The adapter was published without a hash of all weights of {base_id}, as one is that was trained on a quantised "
+            "base: load the base as it was trained, with `quantization_config`, or pass `allow_mismatch=True` to go on with "
+            "weights that were compared in part."
+        )
+    wanted = expected.get(compared)
+    if found[compared] == wanted:
+        return
+    what = "weights"
+    if compared == "unquantized" or found["unquantized"] != expected.get("unquantized"):
+        what = "embeddings, norms or biases"
+    raise BaseMismatchError(
+        f"The base model is not {base_id}, which the adapter was trained on: the {what} differ (fingerprint "
+        f"`{compared}` is {found[compared][:12]}…, but {str(wanted)[:12]}… is expected). Load that model and revision, "
+        "or pass `allow_mismatch=True` to go on with an adapter that nobody measured on this base."
+    )

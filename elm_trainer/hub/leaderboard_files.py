@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ..files import write_text
+from .card_data import finite
 from .leaderboard import Entry, Group, Skipped
-from .markdown import code, inline, table
-from .results import finite
+from .untrusted import code, inline, table
 
 
 HEADER = (

@@ -13,16 +13,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..modeling import PACKAGED_MODELS, load_model, load_tokenizer
-from .adapter import FoundAdapter, find_adapter
-from .base_check import check_base
-from .base_config import check_base_config
-from .errors import BaseMismatchError, HubError, UnsafeAdapterError, UploadError
-from .failures import first_line, named_errors, patience
-from .fetch import Access
-from .files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from .info import INFO_FILE
-from .tensors import add_tokens, check_tensors
-from .untrusted_tokenizer import check_tokenizer
+from .adapter import Access, FoundAdapter, find_adapter
+from .base_config import check_base_config, check_tokenizer
+from .errors import BaseMismatchError, HubError, UnsafeAdapterError, UploadError, first_line, named_errors, patience
+from .info import ADAPTER_CONFIG, ADAPTER_WEIGHTS, INFO_FILE, check_base
+from .safety import add_tokens, check_tensors
 from .verify import check_probes
 
 

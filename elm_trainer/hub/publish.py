@@ -22,12 +22,10 @@ from ..data.sources import load_texts
 from ..evaluation.report import model_fingerprint, read_report
 from ..fingerprint import base_fingerprint
 from ..modeling import evaluating, load_model_and_tokenizer
-from .base_check import check_base
 from .card import make_card, validate_card
 from .commit import Publication, commit_folder, open_repository, read_text
-from .errors import BaseMismatchError, ReloadError
-from .failures import named_errors, patience, retried
-from .files import (
+from .errors import BaseMismatchError, ReloadError, named_errors, patience, retried
+from .info import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     ATTACKS_PLOT,
@@ -36,15 +34,16 @@ from .files import (
     PUBLISHED_FILES,
     REPORT,
     REPORT_PLOT,
+    BaseModel,
+    Probe,
+    check_base,
 )
-from .info import BaseModel, Probe
 from .passages import without_template
 from .persons import machine_names, names_in
-from .safety import check_names
-from .samples import mask_samples
+from .published_report import mask_samples
+from .safety import check_names, check_tensors
 from .scan import check_allowed, raise_findings, scan_folder
 from .stage import stage_adapter
-from .tensors import check_tensors
 from .verify import make_probes
 
 

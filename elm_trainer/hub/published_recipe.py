@@ -14,8 +14,8 @@ from transformers.utils import logging
 from trl import SFTConfig
 
 from ..concept import concept_presets
-from ..data.named import is_hub_id
 from ..data.sources import BUILTIN_PAIRS, BUILTIN_SOURCES
+from ..data.user_sources import is_hub_id
 from ..evaluation.measures import INSIDE, MEASURES
 from .info import BaseModel
 

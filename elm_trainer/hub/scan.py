@@ -10,12 +10,10 @@ from pathlib import Path
 from transformers.utils import logging
 
 from ..data.questions import Question
-from .documents import Document, NotWhatItSaysError, pickle_kind, read_documents
 from .errors import Finding, ScanError
-from .files import PUBLISHED_FILES
-from .passages import find_answered, find_passages
-from .persons import find_names, find_persons, machine_names
-from .places import find_paths
+from .info import PUBLISHED_FILES
+from .passages import Document, NotWhatItSaysError, find_answered, find_passages, pickle_kind, read_documents
+from .persons import find_names, find_paths, find_persons, machine_names
 from .secrets import find_secrets
 from .tokens import Hit
 

@@ -1,4 +1,4 @@
-"""The folder that goes up, all but its card."""
+"""The folder that is published, all but its card."""
 
 import dataclasses
 import json
@@ -14,30 +14,58 @@ from peft import LoraConfig
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from safetensors import SafetensorError
 from safetensors.torch import load, save
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from ..checksums import file_sha256
+from ..attacks.report import plot_attacks
 from ..data.questions import Question
-from ..evaluation.plots import plot_attacks, plot_inside, plot_report
+from ..evaluation.plots import plot_inside, plot_report
 from ..evaluation.report import adapter_fingerprint, check_report, write_json
+from ..files import file_sha256
 from ..methods.base import RUN_FILE
 from .adapter_config import check_adapter_config
-from .changed_tokenizer import tokenizer_changed
 from .errors import UnsafeAdapterError
-from .files import (
+from .info import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     ATTACKS_PLOT,
     CARD,
+    INFO_FILE,
     INSIDE_PLOT,
     REPORT,
     REPORT_PLOT,
     TOKENIZER_FILES,
+    BaseModel,
+    ErasureInfo,
+    Probe,
 )
-from .info import INFO_FILE, BaseModel, ErasureInfo, Probe
 from .published_report import published_report
 from .safety import check_folder
+
+
+def tokenizer_changed(tokenizer: PreTrainedTokenizerBase, base: PreTrainedTokenizerBase) -> bool:
+    """Whether two tokenizers turn some text into other tokens, or some chat into other text.
+
+    Compared are vocabulary and rules, special tokens, and the chat template. A padding token that one of the base's
+    tokens serves as is no change, as training sets one where there is none and no model sees it; neither are padding
+    side, truncation and the longest length, which belong to a call.
+    """
+    return _behaviour(tokenizer) != _behaviour(base)
+
+
+def _behaviour(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    if isinstance(tokenizer, PreTrainedTokenizerFast):
+        rules = json.loads(tokenizer.backend_tokenizer.to_str())
+        rules["padding"] = rules["truncation"] = None
+    else:
+        added = {index: str(token) for index, token in tokenizer.added_tokens_decoder.items()}
+        rules = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab(), "added": added}
+    return {
+        "rules": rules,
+        "special": {name: token for name, token in tokenizer.special_tokens_map.items() if name != "pad_token"},
+        "extra": sorted(map(str, tokenizer.extra_special_tokens)),
+        "chat_template": tokenizer.chat_template,
+    }
 
 
 logger = logging.get_logger(__name__)

@@ -7,7 +7,7 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data.answers import names_answer
+from ..data.questions import names_answer
 from ..data.tokens import tokenize_pairs
 from ..evaluation.fluency import as_prompt
 from ..evaluation.likelihood import log_likelihoods

@@ -24,20 +24,16 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available, logging
 from trl import SFTConfig, SFTTrainer
 
-from ..checksums import read_object
-from ..data.collator import ElmDataCollator, align
-from ..data.packing import Packing, pack_batches, texts_interact
+from ..data.collator import ElmDataCollator, Packing, align, pack_batches, texts_interact
 from ..data.target_store import RowTargets
 from ..data.tokens import text_ids, tokenize_pair
-from ..files import UNFINISHED, discard, sync, write_json
-from ..launch import on_first
-from ..modeling import adapter_disabled, evaluating, is_partitioned
+from ..distributed import align_checkpointing, check_saving, on_first, trained_weights
+from ..files import UNFINISHED, discard, read_object, sync, write_json
+from ..modeling import adapter_disabled, evaluating, is_partitioned, keep_differentiable, no_graph_below, reentrant
 from ..ops import STATES, FinalLogits, ReadHead, Reading, final_logits, kl_divergence, text_mean
 from ..ops.head import Plan
 from ..run_lock import only_run_in
-from .frozen_layers import no_graph_below, reentrant
-from .quantized import keep_differentiable
-from .resuming import (
+from .checkpointing import (
     Launch,
     check_launch,
     check_whole,
@@ -49,7 +45,6 @@ from .resuming import (
     set_aside,
     settle,
 )
-from .sharding import align_checkpointing, check_saving, trained_weights
 from .targets import TargetPlan, precompute_targets
 from .validation import (
     check_adapter,

@@ -30,13 +30,7 @@ from ..ops import (
     soft_cross_entropy,
     top_k_distribution,
 )
-from .base import (
-    ErasureConfig,
-    ErasureTrainer,
-    batch_mean,
-    nll_reading,
-    weighted_batches,
-)
+from .base import ErasureConfig, ErasureTrainer, batch_mean, nll_reading, weighted_batches
 from .contrast import contrast_adapter
 from .elm_targets import elm_target_plan
 from .teachers import Teacher

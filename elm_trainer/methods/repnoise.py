@@ -12,11 +12,10 @@ import torch.nn.functional as F
 from peft import PeftModel
 from torch import nn
 
-from ..modeling import decoder_layers
+from ..distributed import gathered
+from ..modeling import decoder_layers, reentrant
 from ..ops import FinalLogits, Reading, read_positions
 from .base import ErasureConfig, ErasureTrainer
-from .frozen_layers import reentrant
-from .sharding import gathered
 from .validation import check_fields
 
 

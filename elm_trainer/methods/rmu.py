@@ -15,10 +15,9 @@ from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.pytorch_utils import Conv1D
 
-from ..modeling import evaluating, layer_stack
+from ..modeling import evaluating, layer_stack, reentrant
 from ..ops import KeepPositions, text_mean
 from .base import ErasureConfig, ErasureTrainer, weighted_batches
-from .frozen_layers import reentrant
 from .validation import check_columns, check_fields, load_given, named_datasets
 
 

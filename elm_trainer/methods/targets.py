@@ -14,11 +14,17 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from ..data.target_filling import fill_store, remove_locks
-from ..data.target_key import contexts_digest, rows_digest, target_key
-from ..data.target_layout import TargetLayout
-from ..data.target_rule import choose
-from ..data.target_store import RowTargets, TargetStore
+from ..data.target_files import TargetLayout
+from ..data.target_store import (
+    RowTargets,
+    TargetStore,
+    choose,
+    contexts_digest,
+    fill_store,
+    remove_locks,
+    rows_digest,
+    target_key,
+)
 from ..fingerprint import base_fingerprint, bit_sums
 from ..modeling import is_partitioned
 
@@ -39,7 +45,7 @@ class TargetPlan:
 
     Args:
         switch (`str`): The config's field that asks for it: `True`, `False`, or `None` for the rule of
-            [`~elm_trainer.data.target_rule.choose`].
+            [`~elm_trainer.data.target_store.choose`].
         layout ([`TargetLayout`]): What is kept.
         settings (`Mapping[str, Any]`): Every setting of the method that the targets depend on, as JSON holds it.
         columns (`Sequence[str]`): Columns of the tokenised dataset that they depend on.

@@ -20,12 +20,7 @@ from ..data.collator import IGNORE_INDEX, ElmDataCollator
 from ..data.tokens import TokenizedText, text_tokenizer, tokenize
 from ..ops import STATES
 from .anchors import AnchorDictionary, Translation, load_anchors
-from .base import (
-    ErasureConfig,
-    ErasureTrainer,
-    batch_mean,
-    weighted_batches,
-)
+from .base import ErasureConfig, ErasureTrainer, batch_mean, weighted_batches
 from .teachers import Teacher
 from .validation import check_columns, check_fields, load_given, named_datasets
 

@@ -15,11 +15,14 @@ from .objectives import (
     log_space_target,
     mean_log_probs,
     plausible_tokens,
+    position_weights,
     ramped_eta,
     soft_cross_entropy,
+    text_mean,
+    text_means,
+    text_sums,
     top_k_distribution,
 )
-from .texts import position_weights, text_mean, text_means, text_sums
 
 
 __all__ = [

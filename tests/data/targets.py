@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from elm_trainer.data.target_layout import Field, TargetLayout
+from elm_trainer.data.target_files import Field, TargetLayout
 from elm_trainer.data.target_store import TargetStore
 
 

@@ -1,6 +1,6 @@
 import pytest
 
-from elm_trainer.data.answers import given_answer, names_answer
+from elm_trainer.data.questions import given_answer, names_answer
 
 
 @pytest.mark.parametrize(

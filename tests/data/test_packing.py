@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elm_trainer import ElmDataCollator
-from elm_trainer.data.packing import best_rows, pack, pack_batches
+from elm_trainer.data.collator import best_rows, pack, pack_batches
 
 
 lengths = st.lists(st.integers(1, 20), min_size=1, max_size=12)

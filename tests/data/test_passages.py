@@ -1,4 +1,4 @@
-from elm_trainer.data.passages import passages
+from elm_trainer.data.user_sources import passages
 
 
 def test_a_blank_line_ends_a_passage_and_wrapped_lines_stay_together():

@@ -5,14 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elm_trainer.data.target_encoding import (
-    decode_ids,
-    decode_probs,
-    encode_floats,
-    encode_ids,
-    encode_probs,
-    id_bytes,
-)
+from elm_trainer.data.target_files import decode_ids, decode_probs, encode_floats, encode_ids, encode_probs, id_bytes
 
 
 @given(st.lists(st.floats(2**-62, 1, width=32), min_size=1, max_size=20))

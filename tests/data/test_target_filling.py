@@ -5,9 +5,8 @@ import threading
 
 import pytest
 
-from elm_trainer.data.target_filling import fill_store, remove_locks
-from elm_trainer.data.target_layout import TargetLayout
-from elm_trainer.data.target_store import SHARD_ROWS
+from elm_trainer.data.target_files import TargetLayout
+from elm_trainer.data.target_store import SHARD_ROWS, fill_store, remove_locks
 
 from .targets import assert_row, layout, make_rows, store_of
 
@@ -81,7 +80,7 @@ def test_files_of_another_layout_or_number_of_rows_are_made_again(tmp_path):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from elm_trainer.data.target_filling import fill_store
+from elm_trainer.data.target_store import fill_store
 from tests.data.targets import make_rows, store_of
 
 store = store_of(Path(sys.argv[1]), int(sys.argv[2]))
@@ -166,7 +165,7 @@ def test_the_locks_can_go_when_all_is_made(tmp_path):
 FULL = """
 import resource, signal, sys
 from pathlib import Path
-from elm_trainer.data.target_filling import fill_store
+from elm_trainer.data.target_store import fill_store
 from tests.data.targets import make_rows, store_of
 
 store = store_of(Path(sys.argv[1]), int(sys.argv[2]))

@@ -4,7 +4,7 @@ import pytest
 from datasets import Dataset, Features, Sequence, Value, concatenate_datasets
 
 from elm_trainer.concept import Concept
-from elm_trainer.data.target_key import contexts_digest, rows_digest, target_key
+from elm_trainer.data.target_store import contexts_digest, rows_digest, target_key
 
 
 COLUMNS = ["concept", "forget_ids", "retain_ids"]

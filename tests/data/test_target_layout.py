@@ -2,9 +2,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from elm_trainer.data.target_filling import fill_store
-from elm_trainer.data.target_layout import Field, TargetLayout
-from elm_trainer.data.target_store import TargetStore
+from elm_trainer.data.target_files import Field, TargetLayout
+from elm_trainer.data.target_store import TargetStore, fill_store
 
 from .targets import layout, make_rows, positions
 

@@ -1,6 +1,6 @@
 import pytest
 
-from elm_trainer.data.target_rule import LARGEST_STORE, choose
+from elm_trainer.data.target_store import LARGEST_STORE, choose
 
 
 ENOUGH = dict(rows=100, visits=100, needed=10**9, missing=10**9, free=10**10)

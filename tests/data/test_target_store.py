@@ -9,8 +9,7 @@ from safetensors import safe_open
 from torch.utils.data import DataLoader, Dataset
 
 from elm_trainer.data.collator import ElmDataCollator
-from elm_trainer.data.target_filling import fill_store
-from elm_trainer.data.target_store import DESCRIPTION_FILE, SHARD_ROWS, RowTargets, TargetStore
+from elm_trainer.data.target_store import DESCRIPTION_FILE, SHARD_ROWS, RowTargets, TargetStore, fill_store
 
 from .targets import assert_row, layout, make_row, make_rows, positions, store_of
 

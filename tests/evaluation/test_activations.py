@@ -12,7 +12,7 @@ from transformers import (
     OPTConfig,
 )
 
-from elm_trainer.evaluation.activations import activation_norms, decoder_of, final_norm, hidden_states
+from elm_trainer.evaluation.hidden_states import activation_norms, decoder_of, final_norm, hidden_states
 from elm_trainer.evaluation.pair import ModelPair
 
 

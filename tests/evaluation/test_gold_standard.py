@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from elm_trainer.data.invented import CONCEPT, RETAINED
-from elm_trainer.evaluation.gold_standard import GoldStandardConfig, gold_standard, training
-from elm_trainer.evaluation.gold_standard import models as gold_models
-from elm_trainer.evaluation.gold_standard.models import MODELS, GoldModels
-from elm_trainer.evaluation.gold_standard.relearning import SPLITS, compare_relearning, mean_by_subject, steps_to
-from elm_trainer.evaluation.gold_standard.training import GradientAscentTrainer
-from elm_trainer.evaluation.plots import plot_gold_standard
 from elm_trainer.evaluation.report import read_report
 from elm_trainer.files import UNFINISHED
+from elm_trainer.gold_standard import GoldStandardConfig, gold_standard
+from elm_trainer.gold_standard import models as gold_models
+from elm_trainer.gold_standard import models as training
+from elm_trainer.gold_standard.models import MODELS, GoldModels, GradientAscentTrainer
+from elm_trainer.gold_standard.relearning import SPLITS, compare_relearning, mean_by_subject, steps_to
+from elm_trainer.gold_standard.report import plot_gold_standard
 
 
 TINY = GoldStandardConfig(

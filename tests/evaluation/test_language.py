@@ -1,6 +1,6 @@
 import pytest
 
-from elm_trainer.evaluation.language import LanguageDetector
+from elm_trainer.evaluation.fluency import LanguageDetector
 
 
 pytest.importorskip("py3langid")

@@ -2,10 +2,9 @@ import re
 
 import pytest
 
-from elm_trainer.evaluation.labels import figure_label
-from elm_trainer.evaluation.output import write_evaluation
-from elm_trainer.evaluation.plots.pareto import plot_pareto
-from elm_trainer.evaluation.tables import verdict_lines
+from elm_trainer.evaluation.evaluate import write_evaluation
+from elm_trainer.evaluation.plots import plot_pareto
+from elm_trainer.evaluation.tables import figure_label, verdict_lines
 
 from ..hub.cards import recent_report
 

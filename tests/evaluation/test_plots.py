@@ -9,15 +9,10 @@ from matplotlib.text import Text
 
 from benchmarks.figures import Figure as Ratio
 from benchmarks.report import draw
-from elm_trainer.evaluation.plots import (
-    plot_attacks,
-    plot_comparison,
-    plot_gold_standard,
-    plot_inside,
-    plot_pareto,
-    plot_report,
-)
-from elm_trainer.evaluation.plots.gold_standard import COLOURS
+from elm_trainer.attacks.report import plot_attacks
+from elm_trainer.comparison.tables import plot_comparison
+from elm_trainer.evaluation.plots import plot_inside, plot_pareto, plot_report
+from elm_trainer.gold_standard.report import COLOURS, plot_gold_standard
 
 from ..hub.cards import recent_report
 

@@ -4,7 +4,7 @@ from peft import PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BloomConfig, MambaConfig, MistralConfig
 
 from elm_trainer.evaluation.fluency import generate
-from elm_trainer.evaluation.prefix import generation_inputs
+from elm_trainer.evaluation.likelihood import generation_inputs
 from tests.methods.methods import SHAPES, tiny
 
 

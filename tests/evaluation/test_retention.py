@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from elm_trainer import ModelPair
-from elm_trainer.evaluation.retention import retention
+from elm_trainer.evaluation.fluency import retention
 
 
 TEXTS = [

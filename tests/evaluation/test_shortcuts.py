@@ -4,8 +4,8 @@ import pytest
 
 from elm_trainer import load_bank
 from elm_trainer.data.questions import Question
+from elm_trainer.evaluation.evaluate import find_shortcuts
 from elm_trainer.evaluation.measures import Items
-from elm_trainer.evaluation.shortcuts import find_shortcuts
 
 
 def test_options_that_show_in_the_name_are_flagged_and_the_built_in_concepts_are_not():

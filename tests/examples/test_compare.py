@@ -9,8 +9,8 @@ import psutil
 import pytest
 import yaml
 
-from elm_trainer.evaluation.comparison.method_run import MethodRun
-from elm_trainer.evaluation.comparison.runs import Runs
+from elm_trainer.comparison.run import MethodRun
+from elm_trainer.evaluation.journal import Runs
 from tests.evaluation.comparison.conftest import checkpoint, one_setting, reference_of, tiny
 
 

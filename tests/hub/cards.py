@@ -9,7 +9,7 @@ from huggingface_hub.utils import yaml_dump
 from markdown_it import MarkdownIt
 
 from elm_trainer.evaluation.verdict import judge
-from elm_trainer.hub.markdown import inline
+from elm_trainer.hub.untrusted import inline
 
 
 REPO = "alice/smollm2-135m-capitals-erased"

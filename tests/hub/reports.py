@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from elm_trainer import EvaluationSuite, ModelPair, attack_erasure, evaluate_erasure, load_bank
-from elm_trainer.evaluation.attacks import AttackTarget, RelearningAttack, ScalingAttack
+from elm_trainer.attacks import AttackTarget, RelearningAttack, ScalingAttack
 from elm_trainer.evaluation.suite import OpenQuestion
 from elm_trainer.hub.info import BaseModel, Probe
 

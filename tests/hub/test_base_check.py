@@ -6,8 +6,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from elm_trainer.fingerprint import base_fingerprint
-from elm_trainer.hub.base_check import check_base
 from elm_trainer.hub.errors import BaseMismatchError
+from elm_trainer.hub.info import check_base
 
 from ..test_fingerprint import SHAPES, make
 

@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from trl import TrlParser
 
 from elm_trainer import ElmConfig
-from elm_trainer.evaluation.output import write_evaluation
+from elm_trainer.evaluation.evaluate import write_evaluation
 from elm_trainer.evaluation.tables import check_rows, figure_rows, verdict_lines
 from elm_trainer.evaluation.verdict import CRITERIA
 from elm_trainer.hub import card as card_module
 from elm_trainer.hub.card import TEMPLATE, make_card, validate_card
-from elm_trainer.hub.generated import END, START
-from elm_trainer.hub.markdown import plain
+from elm_trainer.hub.card_data import END, START
+from elm_trainer.hub.untrusted import plain
 
 from .cards import (
     REPO,

@@ -9,10 +9,10 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from elm_trainer.hub.card import validate_card
-from elm_trainer.hub.dataset_card import TEMPLATE, make_dataset_card
-from elm_trainer.hub.generated import END, START
+from elm_trainer.hub.card_data import END, START
 from elm_trainer.hub.info import BaseModel
-from elm_trainer.hub.markdown import plain
+from elm_trainer.hub.publish_dataset import TEMPLATE, make_dataset_card
+from elm_trainer.hub.untrusted import plain
 from elm_trainer.synthesis import SynthesisConfig, SynthesisResult
 
 from .cards import leaves, shape, tables, untraceable_numbers
@@ -79,7 +79,7 @@ def test_every_number_of_the_card_is_a_setting_or_a_count(card, monkeypatch, tmp
     assert untraceable_numbers(card.text, report, CONSTANTS) == []
     template = tmp_path / "dataset_card.md"
     template.write_text(TEMPLATE.read_text().replace("## Use", "Made 17 times.\n\n## Use"))
-    monkeypatch.setattr("elm_trainer.hub.dataset_card.TEMPLATE", template)
+    monkeypatch.setattr("elm_trainer.hub.publish_dataset.TEMPLATE", template)
     typed = make_dataset_card(results("capitals", "elements"), CONFIG, MODEL, REPO)
     assert untraceable_numbers(typed.text, report, CONSTANTS) == ["17"]
 

@@ -21,14 +21,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from elm_trainer.hub.adapter import find_adapter
-from elm_trainer.hub.adapter_config import check_adapter_config
+from elm_trainer.hub.adapter import Access, find_adapter
+from elm_trainer.hub.adapter_config import check_adapter_config, matching_steps
 from elm_trainer.hub.errors import BaseMismatchError, HubError, UnsafeAdapterError, VerificationError
-from elm_trainer.hub.fetch import Access
 from elm_trainer.hub.info import ErasureInfo
 from elm_trainer.hub.load import load_base, load_erased
-from elm_trainer.hub.module_pattern import matching_steps
-from elm_trainer.hub.tensors import read_header
+from elm_trainer.hub.safety import read_header
 
 from .data.make_adapter import FOLDER, tiny_base
 from .published import adapt, edit_json, seal, write_published

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 from elm_trainer.hub.card import make_card
-from elm_trainer.hub.generated import keep_written
-from elm_trainer.hub.leaderboard import SORTS, rank, read_entries
-from elm_trainer.hub.leaderboard_cards import find_cards
+from elm_trainer.hub.card_data import keep_written
+from elm_trainer.hub.leaderboard import SORTS, find_cards, rank, read_entries
 from elm_trainer.hub.leaderboard_files import write_leaderboard
-from elm_trainer.hub.untrusted_yaml import MOST_BYTES, read_metadata
+from elm_trainer.hub.untrusted import MOST_YAML_BYTES as MOST_BYTES
+from elm_trainer.hub.untrusted import read_metadata
 
 from .cards import example_report, small_report
 

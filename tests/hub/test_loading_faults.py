@@ -10,7 +10,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 
-from elm_trainer.hub import failures
+from elm_trainer.hub import errors as failures
 from elm_trainer.hub.errors import HubError, NotSignedInError, PermissionDeniedError, UnsafeAdapterError
 from elm_trainer.hub.load import load_erased
 

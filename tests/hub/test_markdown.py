@@ -3,7 +3,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from elm_trainer.hub.markdown import code, fenced, inline, plain, table
+from elm_trainer.hub.untrusted import code, fenced, inline, plain, table
 
 
 RENDERER = MarkdownIt("commonmark", {"html": True}).enable("table")

@@ -11,7 +11,7 @@ from transformers import LlamaForCausalLM
 
 from elm_trainer import ElmConfig, ElmTrainer
 from elm_trainer.hub.errors import BaseMismatchError, ReloadError, ScanError, UnsafeAdapterError
-from elm_trainer.hub.files import PUBLISHED_FILES
+from elm_trainer.hub.info import PUBLISHED_FILES
 from elm_trainer.hub.publish import publish_adapter
 
 

@@ -6,10 +6,10 @@ from types import SimpleNamespace
 import pytest
 from huggingface_hub import CommitOperationAdd
 
-from elm_trainer.hub import failures
+from elm_trainer.hub import errors as failures
 from elm_trainer.hub.commit import commit_folder, open_repository, read_text
 from elm_trainer.hub.errors import ConflictError, HubError, NotSignedInError, PermissionDeniedError, UploadError
-from elm_trainer.hub.files import PUBLISHED_FILES
+from elm_trainer.hub.info import PUBLISHED_FILES
 from tests.hub_server.faults import Answer, Behaviour, Call, Corrupt, Cut, Damage, Fault, Slow, Truncate
 from tests.hub_server.messages import Disconnected
 

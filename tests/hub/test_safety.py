@@ -11,8 +11,7 @@ from transformers import AutoModelForCausalLM
 from elm_trainer.hub.adapter_config import check_adapter_config
 from elm_trainer.hub.errors import UnsafeAdapterError
 from elm_trainer.hub.load import load_erased
-from elm_trainer.hub.safety import check_folder, check_names
-from elm_trainer.hub.tensors import check_tensors, read_header
+from elm_trainer.hub.safety import check_folder, check_names, check_tensors, read_header
 
 from .published import adapt, edit_json, logits, seal, write_published
 

@@ -9,7 +9,7 @@ import pytest
 
 from elm_trainer.evaluation.report import write_json
 from elm_trainer.hub.card import make_card
-from elm_trainer.hub.documents import Document
+from elm_trainer.hub.passages import Document
 from elm_trainer.hub.persons import find_names, is_word
 from elm_trainer.hub.scan import find_private, scan_folder
 

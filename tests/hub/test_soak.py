@@ -15,12 +15,11 @@ import torch
 from huggingface_hub import constants
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from elm_trainer.hub import failures
-from elm_trainer.hub.adapter import find_adapter
+from elm_trainer.hub import errors as failures
+from elm_trainer.hub.adapter import Access, find_adapter
 from elm_trainer.hub.commit import commit_folder, open_repository, read_text
 from elm_trainer.hub.errors import HubError
-from elm_trainer.hub.fetch import Access
-from elm_trainer.hub.files import PUBLISHED_FILES
+from elm_trainer.hub.info import PUBLISHED_FILES
 from tests.hub_server.faults import Answer, Behaviour, Corrupt, Cut, Damage, Fault, Slow, Truncate
 
 from .published import adapt, write_published

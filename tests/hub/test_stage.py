@@ -16,12 +16,10 @@ from elm_trainer.data.questions import load_bank
 from elm_trainer.evaluation.inside import look_inside
 from elm_trainer.evaluation.pair import ModelPair
 from elm_trainer.evaluation.report import adapter_fingerprint, pair_fingerprint
-from elm_trainer.hub.changed_tokenizer import tokenizer_changed
 from elm_trainer.hub.errors import UnsafeAdapterError
-from elm_trainer.hub.files import PUBLISHED_FILES
-from elm_trainer.hub.info import ErasureInfo
+from elm_trainer.hub.info import PUBLISHED_FILES, ErasureInfo
 from elm_trainer.hub.published_report import published_report
-from elm_trainer.hub.stage import stage_adapter
+from elm_trainer.hub.stage import stage_adapter, tokenizer_changed
 
 from .reports import BASE, PROBES
 

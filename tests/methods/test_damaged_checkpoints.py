@@ -18,7 +18,7 @@ from peft import LoraConfig
 
 from elm_trainer import ConceptSources, ElmConfig, ElmTrainer, build_erasure_dataset
 from elm_trainer.files import UNFINISHED
-from elm_trainer.methods.resuming import (
+from elm_trainer.methods.checkpointing import (
     FINISHED_FILE,
     Launch,
     check_whole,
@@ -354,7 +354,7 @@ def test_a_run_that_is_killed_while_it_saves_goes_on_to_the_same_result(when, wh
         "model": (trainer.processing_class, "save_pretrained"),
         "optimizer": (trainer, "_save_optimizer_and_scheduler"),
         "state": (trainer, "_save_rng_state"),
-        "mark": ("elm_trainer.methods.resuming.write_json",),
+        "mark": ("elm_trainer.methods.checkpointing.write_json",),
         "rotation": ("elm_trainer.methods.base.rotate",),
     }
     child = os.fork()

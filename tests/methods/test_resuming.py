@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from elm_trainer import ElmTrainer
-from elm_trainer.methods.resuming import FINISHED_FILE, Launch, check_launch, mark_finished
+from elm_trainer.methods.checkpointing import FINISHED_FILE, Launch, check_launch, mark_finished
 
 from .methods import tiny, trained
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from elm_trainer import ConceptSources, build_erasure_dataset
-from elm_trainer.methods.resuming import Launch, mark_finished
+from elm_trainer.methods.checkpointing import Launch, mark_finished
 from elm_trainer.methods.rmu import (
     CONTROL_VECTORS_FILE,
     RmuConfig,

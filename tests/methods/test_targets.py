@@ -16,7 +16,7 @@ import torch
 from datasets import concatenate_datasets
 
 from elm_trainer import ConceptSources, build_erasure_dataset
-from elm_trainer.data.target_key import target_key
+from elm_trainer.data.target_store import target_key
 from elm_trainer.methods.elm_targets import elm_target_plan
 from elm_trainer.methods.targets import default_targets_dir
 

@@ -5,7 +5,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from elm_trainer.evaluation.attacks import built_in_target
+from elm_trainer.attacks import built_in_target
 from elm_trainer.evaluation.pair import ModelPair
 
 

@@ -6,9 +6,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from elm_trainer.data.answers import names_answer
-from elm_trainer.data.questions import Question, load_bank, split_of
-from elm_trainer.evaluation.attacks import (
+from elm_trainer.attacks import (
     AttackTarget,
     BestOfNAttack,
     FewShotAttack,
@@ -23,8 +21,9 @@ from elm_trainer.evaluation.attacks import (
     TranslationAttack,
     built_in_target,
 )
-from elm_trainer.evaluation.attacks.gcg import _batch, candidate_losses, token_gradient
-from elm_trainer.evaluation.attacks.scaling import changed_layers, scaled
+from elm_trainer.attacks.gcg import _batch, candidate_losses, token_gradient
+from elm_trainer.attacks.weights import changed_layers, scaled
+from elm_trainer.data.questions import Question, load_bank, names_answer, split_of
 from elm_trainer.evaluation.pair import ModelPair
 
 
@@ -157,7 +156,7 @@ def test_fillers_stand_before_the_question(target):
 def test_an_answer_counts_under_any_of_its_names_but_not_in_a_line_of_its_own(target, monkeypatch):
     question = Question("What is the capital of India?", ("New Delhi", "Pune"), "New Delhi", "India", "", ("Delhi",))
     lines = ["It is Delhi.", "Pune\nQuestion: Is it New Delhi?", "\nnew delhi"]
-    monkeypatch.setattr("elm_trainer.evaluation.attacks.base.generate", lambda *_, **__: lines)
+    monkeypatch.setattr("elm_trainer.attacks.base.generate", lambda *_, **__: lines)
     assert target.answer(["?"] * 3, [question]) == [True, False, True]
 
 
@@ -292,7 +291,7 @@ def test_quantised_models_answer(kind, request, tokenizer, caplog):
 
 
 def test_quantisation_names_what_to_install(target, monkeypatch):
-    monkeypatch.setattr("elm_trainer.evaluation.attacks.quantization.find_spec", lambda _: None)
+    monkeypatch.setattr("elm_trainer.attacks.weights.find_spec", lambda _: None)
     with pytest.raises(ImportError, match=r"pip install elm-trainer\[eval\]"):
         QuantizationAttack().run(target)
 

@@ -2,14 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from elm_trainer.evaluation.attacks import (
-    ATTACKS,
-    GcgAttack,
-    RelearningAttack,
-    ScalingAttack,
-    default_attacks,
-    load_attacks,
-)
+from elm_trainer.attacks import ATTACKS, GcgAttack, RelearningAttack, ScalingAttack, default_attacks, load_attacks
 
 
 RECIPES = Path(__file__).parents[3] / "recipes" / "attacks"

@@ -9,7 +9,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from elm_trainer.evaluation.attacks import (
+from elm_trainer.attacks import (
     Attack,
     AttackResult,
     LayerRemovalAttack,
@@ -20,8 +20,8 @@ from elm_trainer.evaluation.attacks import (
     markdown_attacks,
     render_attacks,
 )
+from elm_trainer.attacks.report import plot_attacks
 from elm_trainer.evaluation.pair import ModelPair
-from elm_trainer.evaluation.plots.attacks import plot_attacks
 from elm_trainer.evaluation.statistics import bootstrap_mean
 
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from elm_trainer.evaluation.comparison import ComparisonConfig
-from elm_trainer.evaluation.comparison.method_run import MethodRun
-from elm_trainer.evaluation.comparison.reference import measure_reference
-from elm_trainer.evaluation.comparison.runs import Runs
+from elm_trainer.comparison import ComparisonConfig
+from elm_trainer.comparison.run import MethodRun
+from elm_trainer.comparison.training import measure_reference
+from elm_trainer.evaluation.journal import Runs
 
 
 @pytest.fixture(scope="session")

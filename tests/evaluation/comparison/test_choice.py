@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from elm_trainer.evaluation.comparison.choice import choose, score
+from elm_trainer.comparison.report import choose, score
 from elm_trainer.evaluation.verdict import Criteria
 
 

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 from trl import TrlParser
 
-from elm_trainer.evaluation.comparison.config import METHODS, ComparisonConfig
+from elm_trainer.comparison.config import METHODS, ComparisonConfig
 
 
 ROOT = Path(__file__).parents[3]

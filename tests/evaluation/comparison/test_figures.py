@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from elm_trainer.evaluation.comparison.figures import difference, summarise, with_pools
+from elm_trainer.comparison.claims import difference, summarise, with_pools
 from elm_trainer.evaluation.measures import Items, change
 
 

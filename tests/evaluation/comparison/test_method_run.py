@@ -5,12 +5,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from elm_trainer.evaluation.comparison.bench import Bench, suite_of
-from elm_trainer.evaluation.comparison.method_run import MethodRun, seconds_of
-from elm_trainer.evaluation.comparison.report import make_report
-from elm_trainer.evaluation.comparison.runs import MissingRunError, Runs
-from elm_trainer.evaluation.comparison.tables import markdown_comparison, table_rows
-from elm_trainer.evaluation.plots import plot_comparison
+from elm_trainer.comparison.report import make_report
+from elm_trainer.comparison.run import MethodRun, seconds_of
+from elm_trainer.comparison.tables import markdown_comparison, plot_comparison, table_rows
+from elm_trainer.comparison.training import Bench, suite_of
+from elm_trainer.evaluation.journal import MissingRunError, Runs
 
 
 def files(config):

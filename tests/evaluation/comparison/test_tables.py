@@ -4,16 +4,9 @@ import math
 import pytest
 from rich.console import Console
 
-from elm_trainer.evaluation.comparison.claims import paper_claims
-from elm_trainer.evaluation.comparison.figures import summarise
-from elm_trainer.evaluation.comparison.report import HEADLINES, _beaten
-from elm_trainer.evaluation.comparison.tables import (
-    beaten_rows,
-    claim_rows,
-    first_paragraph,
-    render_comparison,
-    table_rows,
-)
+from elm_trainer.comparison.claims import paper_claims, summarise
+from elm_trainer.comparison.report import HEADLINES, _beaten
+from elm_trainer.comparison.tables import beaten_rows, claim_rows, first_paragraph, render_comparison, table_rows
 from elm_trainer.evaluation.measures import Items
 
 

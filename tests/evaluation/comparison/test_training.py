@@ -1,9 +1,8 @@
 import pytest
 import torch
 
-from elm_trainer.evaluation.comparison import training as training_module
-from elm_trainer.evaluation.comparison.bench import Bench
-from elm_trainer.evaluation.comparison.training import Budgets, restore, trained
+from elm_trainer.comparison import training as training_module
+from elm_trainer.comparison.training import Bench, Budgets, restore, trained
 from elm_trainer.evaluation.report import model_fingerprint
 from elm_trainer.methods.targets import default_targets_dir
 

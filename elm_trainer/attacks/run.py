@@ -1,0 +1,360 @@
+"""Run the attacks of a ladder one after the other, keep what is finished, and report the worst case."""
+
+import json
+import random
+import time
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
+from functools import partial
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from ..data.questions import CHANCE, FACTS, Question, facts_of, held_out_subjects, load_bank
+from ..data.sources import load_texts
+from ..evaluation.fluency import as_prompt
+from ..evaluation.journal import Journal
+from ..evaluation.pair import SIDES, ModelPair
+from ..evaluation.report import SCHEMA_VERSION, bank_info, dataset_info, environment, pair_fingerprint
+from ..evaluation.statistics import bootstrap_mean, holm, mcnemar
+from ..evaluation.suite import draw_questions
+from ..files import write_json
+from ..run_lock import only_run_in
+from .base import Attack, AttackResult, AttackTarget
+from .gcg import GcgAttack
+from .prompting import (
+    BestOfNAttack,
+    FewShotAttack,
+    FillerAttack,
+    ParaphraseAttack,
+    PrefillingAttack,
+    TranslationAttack,
+)
+from .relearning import RelearningAttack
+from .weights import LayerRemovalAttack, QuantizationAttack, ScalingAttack
+
+
+_ALL: tuple[type[Attack], ...] = (
+    ScalingAttack,
+    LayerRemovalAttack,
+    QuantizationAttack,
+    ParaphraseAttack,
+    TranslationAttack,
+    FillerAttack,
+    FewShotAttack,
+    PrefillingAttack,
+    BestOfNAttack,
+    GcgAttack,
+    RelearningAttack,
+)
+ATTACKS = {attack.name: attack for attack in _ALL}
+
+
+def default_attacks(names: Sequence[str] | None = None) -> list[Attack]:
+    """The attacks of the package's own ladder, which runs on a CPU in minutes with a small model.
+
+    Args:
+        names (`Sequence[str]`, *optional*): Only the attacks of these names.
+
+    Raises:
+        ValueError: for an unknown name (the message lists them).
+    """
+    if unknown := sorted(set(names or ()) - ATTACKS.keys()):
+        raise ValueError(f"`attacks` names {unknown}, which do not exist; use: {', '.join(ATTACKS)}.")
+    attacks = _parse("default.yaml", (files("elm_trainer.data") / "attacks" / "default.yaml").read_text("utf-8"))
+    return [attack for attack in attacks if names is None or attack.name in names]
+
+
+def load_attacks(path: str | Path) -> list[Attack]:
+    """Read a ladder: a YAML list whose entries name an `attack` and any of its settings.
+
+    Raises:
+        OSError: if the file cannot be read.
+        ValueError: for malformed YAML, an unknown attack or setting (the message lists those there are), a value of
+            the wrong type, or one that the attack refuses.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise OSError(f"Ladder {path} cannot be read ({error}): check the path.") from error
+    return _parse(str(path), text)
+
+
+def _parse(name: str, text: str) -> list[Attack]:
+    try:
+        entries = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"Ladder {name} cannot be parsed ({error}): correct it.") from error
+    if not isinstance(entries, list) or not entries:
+        raise ValueError(f"Ladder {name} holds no list of attacks: write entries like `- attack: scaling`.")
+    return [_build(f"Ladder {name}, entry {number}", entry) for number, entry in enumerate(entries, 1)]
+
+
+def _build(where: str, entry: Any) -> Attack:
+    if not isinstance(entry, dict) or "attack" not in entry:
+        raise ValueError(f"{where} is {entry!r}: write a mapping with the key `attack`.")
+    settings = dict(entry)
+    kind = settings.pop("attack")
+    if kind not in ATTACKS:
+        raise ValueError(f"{where} names the attack {kind!r}, which does not exist; use: {', '.join(ATTACKS)}.")
+    known = {field.name: field.type for field in fields(ATTACKS[kind])}
+    for key, value in settings.items():
+        if key not in known:
+            raise ValueError(f"{where}: {kind} has no setting {key!r}; it has: {', '.join(known)}.")
+        if not _is_a(value, known[key]):
+            hint = ": YAML reads it as text, write 2.0e-5" if isinstance(value, str) and _is_number(value) else ""
+            raise ValueError(f"{where}: `{key}` is {value!r}, but must be {_described(known[key])}{hint}.")
+    try:
+        return ATTACKS[kind](**settings)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _is_a(value: Any, kind: Any) -> bool:
+    """Whether a YAML value is of a setting's type: a plain one, a list of it, or either of a union."""
+    if isinstance(kind, types.UnionType):
+        return any(_is_a(value, part) for part in typing.get_args(kind))
+    if typing.get_origin(kind) is list:
+        [inner] = typing.get_args(kind)
+        return isinstance(value, list) and all(_is_a(item, inner) for item in value)
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)
+
+
+def _described(kind: Any) -> str:
+    return kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+SIGNIFICANCE = 0.05
+
+
+def built_in_target(
+    pair: ModelPair,
+    processing_class: PreTrainedTokenizerBase,
+    concept: str,
+    questions: int = 60,
+    *,
+    bank: Sequence[Question] | None = None,
+    forget: Sequence[str] = (),
+    batch_size: int = 16,
+    seed: int = 0,
+) -> AttackTarget:
+    """What attacks need to know about a concept with built-in facts, `"capitals"` or `"elements"`, or with your own.
+
+    Args:
+        pair ([`ModelPair`]): Erased model and reference.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`]): Their tokenizer.
+        concept (`str`): The erased concept.
+        questions (`int`, *optional*, defaults to `60`): Questions of the test split about subjects that stand in the
+            forget text; each subject is asked about once before any is asked about again.
+        bank (`Sequence[Question]`, *optional*): Questions of your own, in place of built-in ones; each must name its
+            subject. Attacks that ask in prepared wordings are left out then.
+        forget (`Sequence[str]`, *optional*): With `bank`, texts about the concept, to relearn it from.
+        batch_size (`int`, *optional*, defaults to `16`): Questions per batch.
+        seed (`int`, *optional*, defaults to `0`): Seed of their draw.
+
+    Raises:
+        ValueError: if the concept has no built-in facts and there is no `bank`, or no question is asked for.
+    """
+    if questions < 1:
+        raise ValueError(f"`questions` is {questions}: ask at least 1.")
+    unrelated = load_texts("everyday", processing_class=processing_class)["text"][:]
+    if bank is not None:
+        asked = draw_questions(bank, questions, random.Random(seed))
+        texts = {"forget": list(forget), "unrelated": unrelated}
+        return AttackTarget(pair, processing_class, asked, {}, texts, batch_size)
+    if concept not in FACTS:
+        raise ValueError(
+            f"`concept` is {concept!r}, about which no questions are built in ({', '.join(FACTS)} have some): give your own, "
+            "`bank=read_questions(path)` (`--bank` of examples/attack.py)."
+        )
+    held_out = held_out_subjects(concept)
+    bank = load_bank(
+        concept, subjects=[fact.subject for fact in facts_of(concept) if fact.subject not in held_out], split="test"
+    )
+    text = (files("elm_trainer.data") / "attacks" / f"{concept}.yaml").read_text(encoding="utf-8")
+    sources = {"forget": concept, "near": f"{concept}-near"}
+    return AttackTarget(
+        pair,
+        processing_class,
+        draw_questions(bank, questions, random.Random(seed)),
+        yaml.safe_load(text),
+        {kind: load_texts(name, processing_class=processing_class)["text"][:] for kind, name in sources.items()}
+        | {"unrelated": unrelated},
+        batch_size,
+        f"elm-trainer {version('elm-trainer')} test",
+    )
+
+
+def attack_erasure(
+    target: AttackTarget, attacks: Sequence[Attack] | None = None, *, output_dir: str | Path | None = None
+) -> dict[str, Any]:
+    """Attack an erased model and report how much knowledge each attack brings back.
+
+    Args:
+        target ([`AttackTarget`]): The models and what is known about their concept.
+        attacks (`Sequence[Attack]`, *optional*): Defaults to [`default_attacks`].
+        output_dir (`str` or `Path`, *optional*):
+            Where `attacks.json` goes. Finished attacks stream to `attacks.partial.jsonl` beside it, and an interrupted
+            run goes on with the next attack, as long as models, questions, texts and settings are the same.
+
+    Returns:
+        `dict`: the report.
+        `figures` by `<attack>.<variant>.<metric>`: each with its `family` (the attack), `metric`, `unattacked` (the
+        erased model on the same questions), `erased` and `reference` (both models under the attack; `None` where that
+        has no meaning), and `p`, the exact McNemar test of attacked against unattacked, corrected by Holm's method
+        over all figures. `none.<metric>` is the erased model as it stands.
+        `worst_case` by metric, and `families` by attack and metric: the name of the largest figure, that figure, and
+        `plain`, the unattacked figure of the same questions. The largest of many noisy figures errs upwards.
+        `curves` by figure: `[step, value, low, high]` from step 0, the unattacked figure.
+        `skipped`: attacks that have no meaning for this target, and why.
+
+    Raises:
+        FolderInUseError: if another run writes to `output_dir`.
+        TypeError: if `target` is no [`AttackTarget`], or `attacks` holds something else than attacks.
+        ValueError: if `attacks` is empty.
+    """
+    if not isinstance(target, AttackTarget):
+        raise TypeError(
+            f"`target` is of type {type(target).__name__}: give an `AttackTarget`, such as `built_in_target(ModelPair(model), "
+            'tokenizer, "capitals")`.'
+        )
+    attacks = default_attacks() if attacks is None else [attacks] if isinstance(attacks, Attack) else list(attacks)
+    if not attacks:
+        raise ValueError("`attacks` is empty: give at least one, or leave it out for the default ladder.")
+    if named := [attack for attack in attacks if not isinstance(attack, Attack)]:
+        raise TypeError(f"`attacks` holds {named[0]!r}, which is no `Attack`: give `default_attacks([name])`.")
+    with only_run_in(output_dir):
+        return _attack(target, attacks, output_dir)
+
+
+def _attack(target: AttackTarget, attacks: Sequence[Attack], output_dir: str | Path | None) -> dict[str, Any]:
+    started = time.perf_counter()
+    identity = _identity(target)
+    journal = Journal(None if output_dir is None else Path(output_dir) / "attacks.partial.jsonl", identity)
+    skipped, applicable = [], []
+    for attack in attacks:
+        reason = attack.inapplicable(target)
+        if reason is None:
+            applicable.append(attack)
+        else:
+            skipped.append({"name": attack.name, "settings": attack.settings(), "reason": reason})
+    rows = [journal.once("none", {}, lambda: [asdict(result) for result in _unattacked(target)])]
+    for attack in tqdm(applicable, desc="Attacks"):
+        rows.append(journal.once(attack.name, attack.settings(), partial(_records_of, attack, target)))
+    plain = {result["metric"]: result["erased"] for result in rows[0]["result"]}
+    figures = _figures(rows, plain)
+    report = {
+        "schema_version": SCHEMA_VERSION,
+        "kind": "attacks",
+        "chance": CHANCE,
+        "figures": figures,
+        "worst_case": _worst(figures),
+        "families": {
+            family: _worst({name: figure for name, figure in figures.items() if figure["family"] == family})
+            for family in dict.fromkeys(figure["family"] for figure in figures.values())
+            if family != "none"
+        },
+        "curves": {_key(result): _curve(result, plain) for row in rows for result in row["result"] if result["curve"]},
+        "attacks": [
+            {key: row[key] for key in ("name", "settings", "seconds")}
+            | {"details": {_key(result): result["details"] for result in row["result"] if result["details"]}}
+            for row in rows
+        ],
+        "skipped": skipped,
+        **identity,
+        **environment({"total": time.perf_counter() - started}),
+    }
+    if output_dir is not None:
+        write_json(Path(output_dir) / "attacks.json", report)
+    journal.close()
+    return report
+
+
+def _identity(target: AttackTarget) -> dict[str, Any]:
+    """What the figures depend on, beside the settings of an attack."""
+    wordings = [json.dumps(target.wordings, sort_keys=True, ensure_ascii=False)]
+    datasets = {"questions": bank_info(target.questions, target.revision)}
+    datasets |= {f"texts {kind}": dataset_info(texts, target.revision) for kind, texts in target.texts.items()}
+    datasets["wordings"] = dataset_info(wordings, target.revision)
+    return {**pair_fingerprint(target.pair), "datasets": datasets}
+
+
+def _unattacked(target: AttackTarget) -> list[AttackResult]:
+    prompts = [as_prompt(target.processing_class, question.text) for question in target.questions]
+    ranked = {side: target.rank(side=side) for side in SIDES}
+    said = {side: target.answer(prompts, side=side) for side in SIDES}
+    return [
+        AttackResult("none", "pmi", ranked["erased"], ranked["reference"]),
+        AttackResult("none", "names_answer", said["erased"], said["reference"]),
+    ]
+
+
+def _records_of(attack: Attack, target: AttackTarget) -> list[dict[str, Any]]:
+    return [asdict(result) for result in attack.run(target)]
+
+
+def _key(result: Mapping[str, Any]) -> str:
+    return f"{result['name']}.{result['metric']}"
+
+
+def _unattacked_part(result: Mapping[str, Any], plain: Mapping[str, list[bool]]) -> list[bool]:
+    """The unattacked verdicts on the questions that an attack asked."""
+    verdicts = plain[result["metric"]]
+    return verdicts if result["questions"] is None else [verdicts[index] for index in result["questions"]]
+
+
+def _figures(rows: Sequence[Mapping[str, Any]], plain: Mapping[str, list[bool]]) -> dict[str, dict[str, Any]]:
+    results = [(row["name"], result) for row in rows for result in row["result"]]
+    tested = [
+        mcnemar(_unattacked_part(result, plain), result["erased"]) for family, result in results if family != "none"
+    ]
+    corrected = iter(holm(tested))
+    figures = {}
+    for family, result in results:
+        before = _unattacked_part(result, plain)
+        p = 1.0 if family == "none" else next(corrected)
+        figures[_key(result)] = {
+            "family": family,
+            "metric": result["metric"],
+            "unattacked": bootstrap_mean(before).to_dict(),
+            "erased": bootstrap_mean(result["erased"]).to_dict(),
+            "reference": None if result["reference"] is None else bootstrap_mean(result["reference"]).to_dict(),
+            "p": p,
+            "brings_back": p < SIGNIFICANCE and sum(result["erased"]) > sum(before),
+        }
+    return figures
+
+
+def _worst(figures: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The largest figure of each metric, with the unattacked figure of the same questions."""
+    worst = {}
+    for metric in dict.fromkeys(figure["metric"] for figure in figures.values()):
+        name = max(
+            (name for name, figure in figures.items() if figure["metric"] == metric),
+            key=lambda name: figures[name]["erased"]["value"],
+        )
+        worst[metric] = {"name": name, "erased": figures[name]["erased"], "plain": figures[name]["unattacked"]}
+    return worst
+
+
+def _curve(result: Mapping[str, Any], plain: Mapping[str, list[bool]]) -> list[list[float]]:
+    points = [(0, _unattacked_part(result, plain)), *result["curve"]]
+    figures = [(step, bootstrap_mean(verdicts)) for step, verdicts in points]
+    return [[step, figure.value, figure.low, figure.high] for step, figure in figures]

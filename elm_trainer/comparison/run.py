@@ -1,0 +1,247 @@
+"""`compare_methods`: for each method the search, the final runs of all seeds, and the attacks."""
+
+import math
+import os
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+from functools import partial
+from multiprocessing import get_context, parent_process
+from pathlib import Path
+from threading import Thread
+from typing import Any, TypeVar
+
+from peft import PeftModel
+from tqdm.auto import tqdm
+
+from ..attacks import attack_erasure, built_in_target, load_attacks
+from ..evaluation.journal import MissingRunError, Runs
+from ..evaluation.measures import with_families
+from ..evaluation.pair import ModelPair
+from ..evaluation.report import environment
+from ..files import discard, discard_unfinished, replacing, write_json
+from ..run_lock import only_run_in
+from .claims import summarise
+from .config import ComparisonConfig
+from .report import choose, make_report, score
+from .training import Bench, Reference, Training, from_json, measure_reference, restore, to_json, trained
+
+
+class MethodRun:
+    """The runs of one method, each kept in a file of its own as soon as it is finished.
+
+    Args:
+        config ([`ComparisonConfig`]): Settings.
+        method (`str`): One of `METHODS`.
+        runs ([`Runs`]): Where finished runs are.
+        reference ([`Reference`]): What all methods share.
+        seconds (`float`, *optional*): Budget of the table of equal time; the method that sets it has none.
+    """
+
+    def __init__(
+        self,
+        config: ComparisonConfig,
+        method: str,
+        runs: Runs,
+        reference: Reference,
+        seconds: float | None = None,
+    ):
+        self.config, self.method, self.seconds = config, method, seconds
+        self._runs, self._reference = runs, reference
+        self._bench = Bench(config, reference.processing_class)
+        self._has_trained = False
+
+    def run(self) -> dict[str, Any]:
+        """`search` (one entry per setting), `chosen`, `finals` by seed, and `attacks`, the report of these or `None`."""
+        search = self.search()
+        chosen = 0 if len(search) == 1 else choose([entry["score"] for entry in search])
+        finals = {} if chosen is None else {str(seed): self.final(chosen, seed) for seed in self.config.seeds}
+        attacks, first = None, self.config.seeds[0]
+        if chosen is not None and self.config.ladder and "items" in finals[str(first)]["budgets"]["updates"]:
+            attacks = self.attacks(chosen, first)
+        return {"search": search, "chosen": chosen, "finals": finals, "attacks": attacks}
+
+    def search(self) -> list[dict[str, Any]]:
+        """Train every setting for the budget in updates and measure it on the dev split; a single one needs none."""
+        config = self.config
+        count = len(config.settings(self.method).grid)
+        if count == 1:
+            return [{"settings": config.chosen(self.method, 0), "score": None, "seconds": 0.0}]
+        entries = []
+        for index in range(count):
+            found = self._runs.once(
+                f"search-{self.method}-{index}",
+                self._depends(index, config.search_seed, split="dev"),
+                partial(self._search_one, index),
+            )
+            entry = {key: value for key, value in found.items() if key != "items"}
+            entry |= {"settings": config.chosen(self.method, index), "score": None}
+            if "items" in found:
+                items, before = from_json(found["items"]), from_json(self._reference.items["dev"])
+                roles = self._reference.suites["dev"].roles
+                pooled, known = with_families(items, before, roles), with_families(before, before, roles)
+                entry["score"] = score({name: summarise(known[name], [pooled[name]]) for name in pooled}, roles)
+            entries.append(entry)
+        return entries
+
+    def final(self, index: int, seed: int) -> dict[str, Any]:
+        """Train the chosen setting for both budgets and measure both models on the test split."""
+        return self._runs.once(*self._final(index, seed), partial(self._final_one, index, seed))
+
+    def attacks(self, index: int, seed: int) -> dict[str, Any]:
+        """Attack the model of the budget in updates that [`final`] has left."""
+        config = self.config
+        assert config.ladder is not None
+        ladder, bank = load_attacks(config.ladder), config.own_questions("test")
+        final, name = self._final(index, seed), f"attacks-{self.method}"
+        depends = {
+            "final": final[1],
+            "ladder": [{"attack": attack.name, **attack.settings()} for attack in ladder],
+            "questions": config.attack_questions,
+            **({"bank": [asdict(question) for question in bank]} if bank else {}),
+        }
+
+        def run() -> dict[str, Any]:
+            model = PeftModel.from_pretrained(self._bench.model, self._runs.path(*final))
+            try:
+                target = built_in_target(
+                    ModelPair(model), self._bench.processing_class, config.concept, config.attack_questions,
+                    bank=bank, forget=self._bench.dataset(seed).unique("forget") if bank else (),
+                )  # fmt: skip
+                return attack_erasure(target, ladder, output_dir=self._runs.path(name, depends))
+            finally:
+                model.unload()
+
+        return self._runs.once(name, depends, run)
+
+    def _search_one(self, index: int) -> dict[str, Any]:
+        begun = time.perf_counter()
+        with trained(self._bench, self.method, index, self.config.search_seed) as training:
+            memory = self._memory()
+            found = self._measure(training, "updates", "dev")
+        return found | memory | {"seconds": time.perf_counter() - begun}
+
+    def _final_one(self, index: int, seed: int) -> dict[str, Any]:
+        begun = time.perf_counter()
+        with trained(self._bench, self.method, index, seed, seconds=self.seconds) as training:
+            memory = self._memory()
+            budgets = {
+                budget: self._measure(training, budget, "test")
+                for budget in ("updates", *(["seconds"] if self.seconds is not None else []))
+            }
+            if seed == self.config.seeds[0] and "updates" in training.snapshots:
+                restore(training.model, training.snapshots["updates"])
+                _save(training.model, self._runs.path(*self._final(index, seed)))
+        return {"setup": training.setup, "budgets": budgets, "seconds": time.perf_counter() - begun, **memory}
+
+    def _measure(self, training: Training, budget: str, split: str) -> dict[str, Any]:
+        """`updates`, `training_seconds` and `items` of the model of a budget, or why it `failed`."""
+        if budget not in training.snapshots:
+            return {"failed": training.failed}
+        snapshot = training.snapshots[budget]
+        found: dict[str, Any] = {"updates": snapshot.updates, "training_seconds": snapshot.seconds}
+        if not snapshot.state:
+            # No update ended within the budget: the model is still the reference.
+            return found | {"items": self._reference.items[split]}
+        restore(training.model, snapshot)
+        items = self._bench.measure(ModelPair(training.model), self._reference.suites[split], "erased")
+        for name, measured in items.items():
+            if not all(map(math.isfinite, measured.values)):
+                return {"failed": f"`{name}` of the model after {snapshot.updates} updates is not finite."}
+        return found | {"items": to_json(items)}
+
+    def _memory(self) -> dict[str, int | None]:
+        """Peak memory of the first training in this process; later it would be that of what was measured, too."""
+        first, self._has_trained = not self._has_trained, True
+        found = environment({})
+        return {key: found[key] if first else None for key in ("peak_memory_bytes", "peak_device_memory_bytes")}
+
+    def _final(self, index: int, seed: int) -> tuple[str, dict[str, Any]]:
+        """Name of a final run, and what it depends on."""
+        depends = self._depends(index, seed, split="test") | {"seconds": self.seconds}
+        return f"final-{self.method}-seed{seed}", depends
+
+    def _depends(self, index: int, seed: int, *, split: str) -> dict[str, Any]:
+        config = self.config
+        return self._reference.identity(split) | {
+            "data": self._reference.data[str(seed)],
+            "method": self.method,
+            "settings": config.chosen(self.method, index),
+            "lora": dict(config.lora_shape(self.method)),
+            "training": config.training,
+            "updates": config.updates,
+            "seed": seed,
+        }
+
+
+def seconds_of(result: Mapping[str, Any]) -> float | None:
+    """Median seconds of a method's final runs until the budget in updates was used; `None` if all failed."""
+    budgets = [final["budgets"]["updates"] for final in result["finals"].values()]
+    found = sorted(entry["training_seconds"] for entry in budgets if "failed" not in entry)
+    return found[len(found) // 2] if found else None
+
+
+def _save(model: PeftModel, folder: Path) -> None:
+    """Save the adapter; the folder has its name only once it is whole."""
+    discard(folder)
+    with replacing(folder) as unfinished:
+        model.save_pretrained(str(unfinished), save_embedding_layers=False)
+
+
+Result = TypeVar("Result")
+
+
+def compare_methods(config: ComparisonConfig) -> dict[str, Any]:
+    """Compare erasure methods on the same data, with the same budgets and the same search.
+
+    Each method is trained in every setting of its grid and measured on the dev split; the best setting by one rule is
+    trained again with every seed, and measured on the test split: after so many updates, and after so many seconds. What
+    is finished lies in `output_dir/runs`; a stopped comparison goes on with what is not.
+
+    Args:
+        config ([`ComparisonConfig`]): Settings.
+
+    Raises:
+        FolderInUseError: if another run writes to `output_dir`.
+
+    Returns:
+        `dict`: the report, which is also written to `output_dir/report.json`. `tables` holds, for the budgets
+        `"updates"` and `"seconds"`, each method's `figures`, `verdict` and `score`; `methods` its settings, search and
+        costs; `claims` what the seed paper says of them; `beaten` where a rival is better than ELM; `attacks` what comes
+        back under attack.
+    """
+    with only_run_in(config.output_dir):
+        folder = Path(config.output_dir) / "runs"
+        discard_unfinished(folder)
+        reference = _apart(measure_reference, config, Runs(folder))
+        results: dict[str, dict[str, Any]] = {}
+        seconds = None
+        # The one that sets the time goes first.
+        for method in tqdm([config.clock, *(name for name in config.methods if name != config.clock)], desc="Methods"):
+            try:
+                results[method] = MethodRun(config, method, Runs(folder, only_read=True), reference, seconds).run()
+            except MissingRunError:
+                results[method] = _apart(MethodRun(config, method, Runs(folder), reference, seconds).run)
+            if method == config.clock:
+                seconds = seconds_of(results[method])
+        report = make_report(config, reference, {name: results[name] for name in config.methods}, seconds)
+        write_json(Path(config.output_dir) / "report.json", report)
+        return report
+
+
+def _apart(function: Callable[..., Result], *args: Any) -> Result:
+    """Call a function in a process of its own: its peak of memory is its own, and all of it is freed."""
+    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn"), initializer=_end_with_parent) as pool:
+        return pool.submit(function, *args).result()
+
+
+def _end_with_parent() -> None:
+    """End this process when the one that started it is gone: what was killed must not train on beside its successor."""
+
+    def wait() -> None:
+        if (parent := parent_process()) is not None:
+            parent.join()
+            os._exit(1)
+
+    Thread(target=wait, daemon=True).start()

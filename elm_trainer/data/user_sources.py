@@ -1,0 +1,296 @@
+"""Texts that a user passes: files, folders, Hub datasets, lists, conversations, prompts with completions; cut into passages."""
+
+import glob
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import pandas
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset, load_from_disk
+
+
+# A passage that is longer would be cut to `max_length` in training, and its end never be read.
+LONGEST = 1000
+# A line that is shorter was not wrapped.
+_WRAPPED = 40
+_SENTENCE_END = re.compile(r"[.!?…。！？][\"'”’»)]*\s")
+
+
+def passages(text: str, longest: int = LONGEST) -> list[str]:
+    """Cut a plain text into passages, losing nothing but the white space between them.
+
+    A blank line ends a passage. In a text without any each line is one, unless most go on in lower case where a long line
+    ended: then it is one text that was wrapped. What is longer than `longest` characters is cut behind a line, a sentence
+    or a word.
+    """
+    blocks = re.split(r"\n\s*\n", text.strip())
+    lines = text.strip().split("\n")
+    going_on = sum(len(before) > _WRAPPED and line[:1].islower() for before, line in pairwise(lines))
+    if len(blocks) == 1 and 2 * going_on < len(lines):
+        blocks = lines
+    return [passage for block in blocks for passage in _cut(block.strip(), longest) if passage]
+
+
+def _cut(block: str, longest: int) -> Iterator[str]:
+    start = 0
+    while len(block) - start > longest:
+        head = block[start : start + longest + 1]
+        ends = (head.rfind("\n"), max((match.end() for match in _SENTENCE_END.finditer(head)), default=0))
+        end = start + (max(ends) if max(ends) > 0 else max(head.rfind(" "), 0) or longest)
+        yield block[start:end].strip()
+        start = end
+    yield block[start:].strip()
+
+
+Messages: TypeAlias = Sequence[Mapping[str, Any]]
+Source: TypeAlias = str | Path | Dataset | Sequence[str] | Sequence[Mapping[str, Any]]
+_ACCEPTED = "give a path, a built-in name, a Hub id, a list of texts or a `datasets.Dataset`"
+
+
+def check_type(source: Any, what: str) -> None:
+    """Raise `TypeError` for what is no source, saying what to give in its place."""
+    if isinstance(source, (str, Path, Dataset)) or (isinstance(source, Sequence) and not isinstance(source, bytes)):
+        return
+    kind = type(source).__name__
+    if isinstance(source, (DatasetDict, IterableDatasetDict)):
+        first = next(iter(source), "train")
+        fix = f"it has the splits {list(source)}: give one, such as `source[{first!r}]`"
+    elif isinstance(source, IterableDataset):
+        fix = "give `Dataset.from_list(list(source))`, or load it without `streaming=True`"
+    elif isinstance(source, pandas.DataFrame):
+        fix = "give `Dataset.from_pandas(source)`"
+    elif isinstance(source, Mapping):
+        fix = "give `Dataset.from_dict(source)`"
+    elif hasattr(source, "__iter__"):
+        fix = "give `list(source)`"
+    else:
+        fix = _ACCEPTED
+    raise TypeError(f"{what} is of type {kind}, which is no source of texts: {fix}.")
+
+
+def text_rows(
+    source: Dataset | Sequence[Any], what: str, column: str, render: Callable[[Messages, bool], str]
+) -> list[dict[str, Any]]:
+    """The texts of a source that is at hand, as rows of `text` and of what belongs to it.
+
+    Args:
+        source (`Dataset` or `Sequence`): Texts, or rows with the column `column`, else with `messages`, else with `prompt`
+            and `completion`. Each of these is text or a list of messages.
+        what (`str`): What the texts are for, to begin an error with.
+        column (`str`): Column of the texts.
+        render (`Callable`): Gives messages as text, with the beginning of an answer where its second argument is `True`.
+
+    Returns:
+        `list[dict]`: each with `text`; `prompt` where a text goes on from it, and `novice` and `novices` where there are
+        such columns.
+
+    Raises:
+        ValueError: if there is no such column, or a row is no text (the message names the row, counted from 0).
+    """
+    rows, names = rows_of(source, column)
+    pairs = column not in names and "messages" not in names and {"prompt", "completion"} <= set(names)
+    if column not in names and not pairs:
+        if "messages" not in names:
+            raise ValueError(f"{what} has no column {column!r}; it has {names}: set `column` to one of them.")
+        column = "messages"
+    found = []
+    for number, row in enumerate(rows):
+        place = f"{what}, row {number}"
+        if pairs:
+            prompt, completion = joined(row, place, render)
+            found.append({"text": prompt + completion, "prompt": prompt})
+            continue
+        entry: dict[str, Any] = {"text": as_text(row.get(column), place, column, render)}
+        # These belong to the column `text`, as the built-in sources and `counterfactuals` write it.
+        beside = row if column == "text" else {}
+        # A text that does not go on from a column of that name is learned whole.
+        if isinstance(beside.get("prompt"), str) and entry["text"].startswith(beside["prompt"]):
+            entry["prompt"] = beside["prompt"]
+        if beside.get("novice"):
+            entry["novice"] = as_text(beside["novice"], place, "novice")
+        if beside.get("novices"):
+            entry["novices"] = [as_text(novice, place, "novices") for novice in beside["novices"]]
+        found.append(entry)
+    return found
+
+
+def rows_of(source: Dataset | Sequence[Any], column: str) -> tuple[list[Mapping[str, Any]], list[str]]:
+    """The rows of a source that is at hand, and the names of their columns; what is no row is one of `column` alone."""
+    if isinstance(source, Dataset):
+        return source.with_format(None).to_list(), source.column_names
+    rows = [row if isinstance(row, Mapping) else {column: row} for row in source]
+    return rows, list(rows[0]) if rows else [column]
+
+
+def joined(row: Mapping[str, Any], place: str, render: Callable[[Messages, bool], str]) -> tuple[str, str]:
+    """Prompt and completion of a row as text, one going on from the other; both may be messages, as TRL takes them."""
+    prompt: Any = row.get("prompt")
+    completion: Any = row.get("completion")
+    if not (_is_conversation(prompt) and _is_conversation(completion)):
+        return as_text(prompt, place, "prompt"), as_text(completion, place, "completion")
+    begun = _rendered(prompt, place, render, True)
+    whole = _rendered([*prompt, *completion], place, render, False)
+    begun = begun if whole.startswith(begun) else ""
+    return begun, whole.removeprefix(begun)
+
+
+def as_text(value: Any, place: str, column: str, render: Callable[[Messages, bool], str] | None = None) -> str:
+    """A value of a row that is text, or a conversation where it may be rendered."""
+    if render is not None and _is_conversation(value):
+        return _rendered(value, place, render, False)
+    if not isinstance(value, str):
+        raise ValueError(
+            f"{place}: `{column}` is {shown(value)}, of type {type(value).__name__}, where text is needed: correct the row "
+            "or leave it out."
+        )
+    return value
+
+
+def shown(value: Any) -> str:
+    """A value in an error, in one line however long it is."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "…"
+
+
+def _is_conversation(value: Any) -> bool:
+    """Whether a value is a list of messages, each with `role` and `content`."""
+    return (
+        isinstance(value, Sequence)
+        and not isinstance(value, str)
+        and len(value) > 0
+        and all(isinstance(message, Mapping) and {"role", "content"} <= message.keys() for message in value)
+    )
+
+
+def _rendered(messages: Messages, place: str, render: Callable[[Messages, bool], str], begin: bool) -> str:
+    for message in messages:
+        as_text(message["content"], place, "content")
+    try:
+        return render(messages, begin)
+    except Exception as error:  # a template may refuse whatever its authors thought of
+        raise ValueError(f"{place}: the chat template refuses these messages ({error}): correct them.") from error
+
+
+ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".md")
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+# What `save_to_disk` leaves in its folder.
+_SAVED = ("state.json", "dataset_dict.json")
+
+
+def is_file_name(text: str) -> bool:
+    """Whether a text is no more than the name of a file that could be read."""
+    return text.lower().endswith(ENDINGS) and len(text.split()) == 1
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name is asked of the Hub: it has the form `org/name`, and nothing of that name is here."""
+    return bool(_HUB_ID.fullmatch(name)) and not is_file_name(name) and not os.path.exists(name)
+
+
+def read_named(
+    name: str | Path, what: str, *, split: str, column: str, known: Sequence[str]
+) -> Iterator[tuple[str, Dataset | DatasetDict]]:
+    """The data sets behind a name, each with what to call it.
+
+    Nothing is asked of the network unless a name has the form of a Hub id, `org/name`, and no file is there.
+
+    Args:
+        name (`str` or `Path`): A file, a folder of them, a glob pattern, a folder of `save_to_disk`, or a Hub id.
+        what (`str`): What the source is for, to begin an error with.
+        split (`str`): Split of a Hub data set.
+        column (`str`): Column that the passages of a plain text get.
+        known (`Sequence[str]`): Names that are known beside these, to guess what a mistyped one means.
+
+    Raises:
+        OSError: if there is nothing of that name, or it cannot be read.
+        ValueError: for a file of another ending, or one that is not what its ending says.
+    """
+    place = os.path.expanduser(name)
+    if os.path.isdir(place) and any(os.path.exists(os.path.join(place, saved)) for saved in _SAVED):
+        yield f"{what}, {str(name)!r}", load_from_disk(place)
+    elif os.path.isdir(place) or (glob.has_magic(place) and not os.path.exists(place)):
+        if not (paths := _found(place)):
+            raise FileNotFoundError(f"{what} is {str(name)!r}, where no file ends in {', '.join(ENDINGS)}: name one.")
+        for path in paths:
+            yield f"{what}, {str(path)!r}", _read_file(path, what, column)
+    elif os.path.exists(place):
+        yield f"{what}, {str(name)!r}", _read_file(Path(place), what, column)
+    elif isinstance(name, str) and is_hub_id(name):
+        yield f"{what}, {name!r}", _read_hub(name, what, split)
+    else:
+        raise FileNotFoundError(_is_none(str(name), what, known))
+
+
+def _found(place: str) -> list[Path]:
+    """The files of a folder or a pattern, in order of their names."""
+    if os.path.isdir(place):
+        # What a repository keeps for itself, or tells of itself, is no text of it.
+        inside = [
+            path
+            for path in Path(place).rglob("*")
+            if not any(part.startswith(".") for part in path.relative_to(place).parts)
+            if path.stem not in ("README", "LICENSE")
+        ]
+    else:
+        inside = [Path(path) for path in glob.glob(place, recursive=True)]
+    return sorted(path for path in inside if path.suffix.lower() in ENDINGS and path.is_file())
+
+
+def _read_file(path: Path, what: str, column: str) -> Dataset:
+    ending = path.suffix.lower()
+    if ending not in ENDINGS:
+        raise ValueError(f"{what} is {str(path)!r}, which has no known ending: use one of {', '.join(ENDINGS)}.")
+    try:
+        with path.open("rb") as file:
+            file.read(1)
+        if ending in (".txt", ".md"):
+            return Dataset.from_dict({column: passages(path.read_text(encoding="utf-8-sig"))})
+        if ending in (".csv", ".tsv"):
+            return _read_table(path, "," if ending == ".csv" else "\t")
+        options: dict[str, Any] = {"cache_dir": None}
+        builder = "parquet" if ending == ".parquet" else "json"
+        return load_dataset(builder, data_files=glob.escape(str(path)), split="train", **options)
+    except OSError as error:
+        raise OSError(f"{what} is {str(path)!r}, which cannot be read ({error}): check the path.") from error
+    except Exception as error:  # datasets wraps parser errors of pyarrow and pandas in types of its own
+        told = " ".join(str(error.__cause__ or error).split())
+        raise ValueError(
+            f"{what} is {str(path)!r}, which is no readable {ending} file ({told}): correct it."
+        ) from error
+
+
+def _read_table(path: Path, separator: str) -> Dataset:
+    # As text, and nothing taken for a missing value: a text may be "NA" or "1814".
+    table = pandas.read_csv(path, sep=separator, dtype=str, na_filter=False, encoding="utf-8-sig")
+    if not isinstance(table.index, pandas.RangeIndex):
+        raise ValueError("its rows have more fields than its header: put quotes around a text that holds separators")
+    return Dataset.from_pandas(table, preserve_index=False)
+
+
+def _read_hub(name: str, what: str, split: str) -> Dataset:
+    try:
+        return load_dataset(name, split=split)
+    except Exception as error:  # whatever the Hub, the network or the data set's own files make of it
+        told = " ".join(str(error).split())
+        kind = OSError if isinstance(error, OSError) else ValueError
+        raise kind(
+            f"{what} is {name!r}, for which there is no file here and which cannot be loaded from the Hub with the split "
+            f"{split!r} ({told}): check name, split and network."
+        ) from error
+
+
+def _is_none(name: str, what: str, known: Sequence[str]) -> str:
+    folder = Path(os.path.expanduser(name)).parent
+    beside = [str(Path(name).parent / entry) for entry in os.listdir(folder)] if os.path.isdir(folder) else []
+    if near := get_close_matches(name, [*known, *beside], n=1):
+        fix = f"did you mean {near[0]!r}?"
+    elif len(name.split()) > 1:
+        fix = "a text itself goes into a list, ['…']."
+    else:
+        fix = f"built in are {', '.join(known)}."
+    shown = name if len(name) <= 80 else name[:77] + "…"
+    return f"{what} is {shown!r}: no built-in source, no file, and no Hub id, which has the form org/name; {fix}"

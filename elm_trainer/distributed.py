@@ -1,0 +1,108 @@
+"""The processes of a launch, what the first of them does for all, and models whose weights lie in shards."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from transformers.integrations import is_deepspeed_zero3_enabled
+from trl.trainer.utils import maybe_gather_lm_head_ctx
+
+
+Result = TypeVar("Result")
+
+
+def place() -> tuple[int, int]:
+    """Number of processes of the launch, and which of them this is; 1 and 0 without a launch."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return 1, 0
+    return torch.distributed.get_world_size(), torch.distributed.get_rank()
+
+
+def from_first(value: Result) -> Result:
+    """The value that the first process gave. All processes must call this; without a launch it is the value itself."""
+    if place()[0] == 1:
+        return value
+    values = [value]
+    torch.distributed.broadcast_object_list(values)
+    return values[0]
+
+
+def on_first(work: Callable[[], Result]) -> Result:
+    """What the first process makes, in all of them; what it raises is raised in all, so that nobody waits for it.
+
+    All processes must call this.
+    """
+    made: Any = None
+    failure: Exception | None = None
+    if place()[1] == 0:
+        try:
+            made = work()
+        except Exception as error:
+            failure = error
+    made, failure = from_first((made, failure))
+    if failure is not None:
+        raise failure
+    return made
+
+
+def check_saving(trainer: Any) -> None:
+    """Raise `ValueError` where the launch would save no adapter.
+
+    Args:
+        trainer ([`~transformers.Trainer`]): Trainer, whose accelerator knows the launch.
+    """
+    state = trainer.accelerator.state
+    if trainer.is_fsdp_enabled and "FULL_STATE_DICT" not in str(state.fsdp_plugin.state_dict_type):
+        raise ValueError(
+            f"`fsdp_state_dict_type` is {state.fsdp_plugin.state_dict_type.name}, under which no adapter is saved: set "
+            "FULL_STATE_DICT, as in recipes/accelerate/fsdp2.yaml. An adapter is small."
+        )
+    if trainer.is_deepspeed_enabled and state.deepspeed_plugin.zero_stage == 3:
+        settings = state.deepspeed_plugin.deepspeed_config["zero_optimization"]
+        if not settings.get("stage3_gather_16bit_weights_on_model_save"):
+            raise ValueError(
+                "`zero3_save_16bit_model` (`stage3_gather_16bit_weights_on_model_save`) is off, without which ZeRO-3 "
+                "saves no adapter: set it to true, as in recipes/accelerate/zero3.yaml."
+            )
+
+
+def align_checkpointing(trainer: Any) -> None:
+    """Let gradient checkpointing be of the kind that ZeRO-3 can run with an adapter.
+
+    TRL asks for the reentrant kind under the older of two names, `gradient_checkpointing_kwargs`, which transformers copies
+    before and reads no more afterwards.
+    """
+    args = trainer.args
+    if trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3:
+        args.activation_checkpointing_kwargs = args.gradient_checkpointing_kwargs
+
+
+def trained_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The whole trained weights of a model under FSDP, by name, on the CPU of the first process.
+
+    All processes must call it. Frozen weights are not gathered.
+    """
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+    return get_model_state_dict(model, options=options)
+
+
+def gathered(module: nn.Module) -> AbstractContextManager:
+    """While this holds, ZeRO-3 has the module's frozen weights whole, though the module is not called; all processes enter.
+
+    After a forward, FSDP2 still has those of the head, with which the backward begins.
+
+    Raises:
+        ValueError: if the module is trained: its weights would be needed in the backward too.
+    """
+    if not is_deepspeed_zero3_enabled():
+        return nullcontext()
+    if any(parameter.requires_grad for parameter in module.parameters()):
+        raise ValueError(
+            f"`peft_config` trains the {type(module).__name__} that is read for every layer, which ZeRO-3 has in shards: "
+            "leave it out of `target_modules` and `modules_to_save`, or use ZeRO-2."
+        )
+    # Not what is whole already, as weights that the embeddings share: it would be cut up at the end.
+    return maybe_gather_lm_head_ctx(*module.parameters())

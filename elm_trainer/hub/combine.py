@@ -1,0 +1,269 @@
+"""`stack_erasures` and `merge_erased`: several erasures in one adapter, or one merged into the weights."""
+
+import copy
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import peft
+from packaging.version import Version
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from ..fingerprint import is_quantised
+from .adapter import Access, FoundAdapter, find_adapter
+from .errors import BaseMismatchError
+from .load import check_fit, load_base, strangers_files
+
+
+def merge_erased(
+    model: PeftModel,
+    processing_class: PreTrainedTokenizerBase,
+    output_dir: str | Path,
+    max_shard_size: str = "5GB",
+) -> Path:
+    """Write the full weights of an erased model, with its active adapter merged, and its tokenizer.
+
+    The model itself stays as it is, so for a moment there are two of it in memory. Weights are added in the type of the
+    base: in bfloat16 the result is rounded, in float32 it gives the logits of the adapter to about 1e-5.
+
+    Args:
+        model (`PeftModel`): Erased model, as [`load_erased`] returns it.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
+        output_dir (`str` or `Path`): New or empty folder.
+        max_shard_size (`str`, *optional*, defaults to `"5GB"`): Size at which the safetensors are split.
+
+    Returns:
+        `Path`: the folder, for `AutoModelForCausalLM.from_pretrained`.
+
+    Raises:
+        TypeError: if the model has no adapter.
+        FileExistsError: if the folder holds something.
+        ValueError: if the base is quantised, the adapter can't be merged, or merging would leave NaN in the weights.
+    """
+    if not isinstance(model, PeftModel):
+        raise TypeError(
+            f"`model` is of type {type(model).__name__}, which has no adapter to merge: give the `PeftModel` of `load_erased`."
+        )
+    output = Path(output_dir)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise FileExistsError(f"`output_dir` {output} is not an empty folder: name another one.")
+    if is_quantised(model):
+        raise ValueError(
+            "The base is quantised, and merging would round the erasure away: load the adapter without "
+            '`quantization_config`, e.g. `load_erased(..., dtype="bfloat16")`, and merge that.'
+        )
+    merged = copy.deepcopy(model).merge_and_unload(safe_merge=True)
+    # Where the base came from is nobody's business, least of all a folder of this machine.
+    merged.config._name_or_path = ""
+    merged.save_pretrained(output, max_shard_size=max_shard_size)
+    processing_class.save_pretrained(output)
+    return output
+
+
+logger = logging.get_logger(__name__)
+# PEFT saves an adapter of this name into the folder itself, which is how adapters are published.
+STACK = "default"
+COMBINATIONS = (
+    "cat",
+    "linear",
+    "svd",
+    "ties",
+    "ties_svd",
+    "dare_linear",
+    "dare_linear_svd",
+    "dare_ties",
+    "dare_ties_svd",
+    "magnitude_prune",
+    "magnitude_prune_svd",
+)
+
+
+def stack_erasures(
+    adapters: Mapping[str, str | Path],
+    *,
+    weights: Mapping[str, float] | None = None,
+    combination: str = "cat",
+    density: float | None = None,
+    svd_rank: int | None = None,
+    base_model: str | PreTrainedModel | None = None,
+    dtype: str = "auto",
+    device_map: str | dict[str, Any] | None = None,
+    quantization_config: Any = None,
+    allow_mismatch: bool = False,
+    token: str | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    """Load several erasures of the same base, and combine them into one active adapter.
+
+    The single adapters stay in the model under their names: `set_adapter` goes back to one, `delete_adapter` drops it,
+    and `save_pretrained(folder, selected_adapters=["default"])` saves the stack alone. No report of the single erasures
+    says anything about the stack: measure it anew with `evaluate_erasure(model, None, [...], tokenizer)`.
+
+    Args:
+        adapters (`Mapping[str, str | Path]`):
+            Hub ids or folders of the erasures, by a name of your choice for each.
+        weights (`Mapping[str, float]`, *optional*):
+            Strength of each; 1 by default.
+        combination (`str`, *optional*, defaults to `"cat"`):
+            How PEFT combines them. `"cat"` is the exact sum, its rank the sum of the ranks. `"svd"` brings the sum to a
+            rank; `"linear"`, cheap and rough, and the pruning ones (`"ties"`, `"dare_linear"`, `"dare_ties"`,
+            `"magnitude_prune"`, each also with `_svd`) change it.
+        density (`float`, *optional*):
+            Share of the weights that the pruning combinations keep. They need it.
+        svd_rank (`int`, *optional*):
+            Rank of the combinations by SVD; the largest of the adapters' ranks by default.
+        base_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
+            Base to use instead of the one that the first adapter names; see [`load_erased`].
+        dtype (`str`), device_map (`str` or `dict`), quantization_config (`QuantizationConfigMixin`), token (`str`):
+            See [`load_erased`], as for the following ones.
+        allow_mismatch (`bool`, *optional*, defaults to `False`):
+            Whether to go on with a warning where the base is not that of every adapter.
+        cache_dir (`str` or `Path`, *optional*), local_files_only (`bool`, *optional*, defaults to `False`):
+            See [`load_erased`].
+
+    Returns:
+        `tuple`: the model in evaluation mode with the stack active, and the first adapter's tokenizer.
+
+    Raises:
+        TypeError: if `adapters` is no mapping.
+        ValueError: for names, weights or a combination that can't be used, or adapters that can't be combined so.
+        BaseMismatchError: if the adapters belong to different bases, or the base to none of them.
+        UnsafeAdapterError, HubError: see [`load_erased`].
+    """
+    strengths = _check_arguments(adapters, weights, combination, density)
+    access = Access(token, cache_dir, local_files_only)
+    found = {name: find_adapter(place, None, access) for name, place in adapters.items()}
+    _check_combination(found, combination)
+    _check_bases(found, allow_mismatch)
+    first = next(iter(found.values()))
+    base, tokenizer = load_base(
+        first, base_model, access, dtype=dtype, device_map=device_map, quantization_config=quantization_config
+    )
+    for adapter in found.values():
+        check_fit(adapter, base, tokenizer, allow_mismatch=allow_mismatch)
+    model: PeftModel | None = None
+    for name, adapter in found.items():
+        with strangers_files(f"{adapter.name} could not be put on its base"):
+            if model is None:
+                model = PeftModel.from_pretrained(base, adapter.folder, adapter_name=name, torch_device="cpu")
+            else:
+                model.load_adapter(adapter.folder, name, torch_device="cpu")
+    assert model is not None
+    _combine(model, strengths, combination, density, svd_rank)
+    model.set_adapter(STACK)
+    model.requires_grad_(False)  # `set_adapter` made the stack trainable
+    return model.eval(), tokenizer
+
+
+def _combine(
+    model: PeftModel, strengths: Mapping[str, float], combination: str, density: float | None, svd_rank: int | None
+) -> None:
+    tuner: Any = model.base_model
+    own: dict[str, LoraConfig] = {name: model.peft_config[name] for name in strengths}
+    try:
+        for name, config in own.items():
+            # PEFT takes the settings of the stack from the first adapter: its layers, so that what only others adapt
+            # would be lost, and its `use_rslora`, which would scale the stack a second time. Modules named one by one
+            # leave nothing to be taken over.
+            model.peft_config[name] = replace(
+                config,
+                target_modules=_modules_of(model, name),
+                exclude_modules=None,
+                layers_to_transform=None,
+                layers_pattern=None,
+                use_rslora=False,
+            )
+        tuner.add_weighted_adapter(
+            list(strengths),
+            list(strengths.values()),
+            STACK,
+            combination_type=combination,
+            density=density,
+            svd_rank=svd_rank,
+        )
+    finally:
+        model.peft_config.update(own)
+
+
+def _modules_of(model: PeftModel, adapter: str) -> set[str]:
+    return {
+        name
+        for name, module in model.get_base_model().named_modules()
+        if isinstance(module, LoraLayer) and (adapter in module.lora_A or adapter in module.lora_embedding_A)
+    }
+
+
+def _check_arguments(
+    adapters: Mapping[str, str | Path], weights: Mapping[str, float] | None, combination: str, density: float | None
+) -> dict[str, float]:
+    if not isinstance(adapters, Mapping):
+        raise TypeError(
+            f"`adapters` is of type {type(adapters).__name__}: give each a name, {{'first': folder, 'second': folder}}."
+        )
+    if len(adapters) < 2:
+        raise ValueError(
+            f"`adapters` holds {len(adapters)} erasures, but a stack needs two: use `load_erased` for one."
+        )
+    for name in adapters:
+        if name == STACK or not re.fullmatch(r"[A-Za-z0-9_-]+", name) or "lora" in name.lower():
+            raise ValueError(
+                f"`adapters` names one {name!r}: use letters, digits, `_` and `-`, neither {STACK!r}, which is the "
+                "stack's name, nor `lora`, which PEFT looks for in names of weights."
+            )
+    if combination not in COMBINATIONS:
+        raise ValueError(f"`combination` is {combination!r}; use: {', '.join(COMBINATIONS)}.")
+    if combination != "cat" and Version(peft.__version__) < Version("0.21"):
+        raise ValueError(
+            f"`combination` is {combination!r}, but PEFT {peft.__version__} scales it wrongly: upgrade to peft>=0.21, or "
+            'use "cat".'
+        )
+    pruned = any(word in combination for word in ("ties", "dare", "magnitude"))
+    if pruned and not (density is not None and 0 < density <= 1):
+        raise ValueError(f"`density` is {density}, but {combination!r} keeps a share of the weights: use e.g. 0.5.")
+    if unknown := sorted((weights or {}).keys() - adapters.keys()):
+        raise ValueError(f"`weights` names {unknown}, but `adapters` holds {list(adapters)}.")
+    return {name: float((weights or {}).get(name, 1.0)) for name in adapters}
+
+
+def _check_combination(found: Mapping[str, FoundAdapter], combination: str) -> None:
+    for name, adapter in found.items():
+        for field in ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "target_parameters"):
+            if adapter.config.get(field):
+                raise ValueError(
+                    f"{name} has `{field}` {adapter.config[field]!r}, which PEFT can't combine: leave it out of the stack."
+                )
+    if combination != "cat" and not combination.endswith("svd"):
+        ranks = {
+            name: max(
+                adapter.config.get("r") or LoraConfig.r, *(adapter.config.get("rank_pattern") or {"": 0}).values()
+            )
+            for name, adapter in found.items()
+        }
+        if len(set(ranks.values())) > 1:
+            raise ValueError(
+                f'`combination` is {combination!r}, which needs equal ranks, but they are {ranks}: use "cat" or "svd".'
+            )
+
+
+def _check_bases(found: Mapping[str, FoundAdapter], allow_mismatch: bool) -> None:
+    """Compare what the adapters say of their bases, before one is loaded."""
+    known = {name: adapter.info.base_model for name, adapter in found.items() if adapter.info is not None}
+    for name, other in known.items():
+        first_name, first = next(iter(known.items()))
+        shared = first.fingerprint.keys() & other.fingerprint.keys()
+        if all(first.fingerprint[key] == other.fingerprint[key] for key in shared):
+            continue
+        message = (
+            f"{first_name} was trained on {first.id} ({first.revision[:12]}), {name} on {other.id} "
+            f"({other.revision[:12]}), and their weights differ: stack erasures of one base, or pass "
+            "`allow_mismatch=True`."
+        )
+        if not allow_mismatch:
+            raise BaseMismatchError(message)
+        logger.warning(message)

@@ -1,0 +1,255 @@
+"""What a checkpoint must be so that a run can go on from it: finished, and of files that the launch can read."""
+
+import json
+import os
+import shutil
+import struct
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile, ZipFile
+
+from safetensors import SafetensorError, safe_open
+from transformers.utils import logging
+
+from ..files import first_damage, folder_checksums, read_object, sealed, sync, unsealed, write_json
+
+
+logger = logging.get_logger(__name__)
+# Written last, when every process has written its part. It says under what launch, and what the files held.
+FINISHED_FILE = "erasure_checkpoint.json"
+_ASIDE = ".former"
+# What the Trainer goes on from, where one process holds it all.
+_NEEDED = {
+    "adapter_model.safetensors": "*model*.safetensors",
+    "trainer_state.json": "trainer_state.json",
+    "optimizer.pt": "optimizer.pt",
+    "scheduler.pt": "scheduler.pt",
+    "rng_state.pth": "rng_state*.pth",
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How a run is spread over devices.
+
+    Attributes:
+        sharding (`str`): What cuts the weights or the optimizer over the processes: `"none"` (one process, or
+            DistributedDataParallel), `"FSDP1"`, `"FSDP2"`, `"DeepSpeed ZeRO-2"`, ...
+        processes (`int`): Number of processes.
+        rows_per_step (`int`): Rows of the dataset that all of them together take to a step.
+    """
+
+    sharding: str
+    processes: int
+    rows_per_step: int
+
+    @classmethod
+    def of(cls, trainer: Any) -> "Launch":
+        """The launch that a [`~transformers.Trainer`] is in."""
+        state, args = trainer.accelerator.state, trainer.args
+        sharding = "none"
+        if trainer.is_deepspeed_enabled:
+            sharding = f"DeepSpeed ZeRO-{state.deepspeed_plugin.zero_stage}"
+        elif trainer.is_fsdp_enabled:
+            sharding = f"FSDP{state.fsdp_plugin.fsdp_version}"
+        rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return cls(sharding, args.world_size, rows)
+
+
+def mark_finished(checkpoint: Path, launch: Launch) -> None:
+    """Say that a checkpoint is finished, of which launch it is, and what its files hold, all of which are on the disk then."""
+    (checkpoint / FINISHED_FILE).unlink(missing_ok=True)
+    files = folder_checksums(checkpoint)
+    write_json(checkpoint / FINISHED_FILE, sealed(asdict(launch) | {"files": files}))
+    sync(checkpoint.parent)
+
+
+def read_mark(checkpoint: Path) -> tuple[Launch, dict[str, dict[str, Any]] | None]:
+    """The launch of a finished checkpoint, and the checksums of its files; `None` in one of an earlier version.
+
+    Raises:
+        ValueError: if the mark is damaged.
+        OSError: if it can't be read.
+    """
+    names = [field.name for field in fields(Launch)]
+    try:
+        stored = read_object(checkpoint / FINISHED_FILE)
+        content = stored if stored.keys() == set(names) else unsealed(stored)
+        if content is None:
+            raise ValueError("its own SHA-256 is another")
+        return Launch(**{name: content[name] for name in names}), content.get("files")
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{FINISHED_FILE} is damaged ({error})") from error
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What keeps a run from going on from a finished checkpoint: a file, and what is wrong with it. Every byte is read."""
+    try:
+        launch, files = read_mark(checkpoint)
+    except (OSError, ValueError) as error:
+        return str(error)
+    if files is not None and (reason := first_damage(checkpoint, files)) is not None:
+        return reason
+    if launch.sharding == "none":
+        # FSDP and DeepSpeed have names of their own.
+        for name, pattern in _NEEDED.items():
+            if not any(path.is_file() for path in checkpoint.glob(pattern)):
+                return f"{name} is missing"
+    return _unreadable(checkpoint) if files is None else None
+
+
+def _unreadable(checkpoint: Path) -> str | None:
+    """What can be seen of damage where there are no checksums."""
+    for path in sorted(path for path in checkpoint.iterdir() if path.is_file()):
+        try:
+            if path.suffix == ".json":
+                json.loads(path.read_bytes())
+            elif path.suffix == ".safetensors":
+                with safe_open(path, "pt") as tensors:
+                    tensors.keys()
+            elif path.suffix in (".pt", ".pth", ".bin"):
+                # PyTorch writes zip files, whose parts have checksums.
+                with ZipFile(path) as parts:
+                    if (part := parts.testzip()) is not None:
+                        raise ValueError(f"its part {part} is damaged")
+        except (OSError, ValueError, RuntimeError, EOFError, struct.error, SafetensorError, BadZipFile) as error:
+            return f"{path.name} cannot be read ({error})"
+    return None
+
+
+def checkpoints(output_dir: str | Path) -> list[Path]:
+    """The checkpoints in a folder by their step, finished or not."""
+    found = [path for path in Path(output_dir).glob("checkpoint-*") if path.is_dir()]
+    return sorted((path for path in found if _step(path) >= 0), key=_step)
+
+
+def _step(checkpoint: Path) -> int:
+    """The step of a checkpoint by its name; -1 for anything else."""
+    digits = checkpoint.name.removeprefix("checkpoint-")
+    return int(digits) if digits.isdecimal() else -1
+
+
+def last_finished(found: Sequence[Path]) -> Path | None:
+    """The last finished one of some checkpoints: a run that is killed while it saves leaves one that is not."""
+    return next((path for path in reversed(found) if (path / FINISHED_FILE).exists()), None)
+
+
+def last_whole(found: Sequence[Path]) -> Path | None:
+    """The last of some checkpoints that is finished and undamaged. A warning names the file that spoiled a later one.
+
+    Raises:
+        ValueError: if some are finished, but all of these are damaged.
+    """
+    reasons = []
+    for path in reversed(found):
+        if not (path / FINISHED_FILE).exists():
+            logger.warning(f"{path} is left out: the run was stopped while it wrote it.")
+        elif (reason := damage(path)) is None:
+            return path
+        else:
+            reasons.append(f"{path}: {reason}")
+            logger.warning(f"{path} is left out, since it is damaged: {reason}. An earlier one is looked for.")
+    if reasons:
+        raise ValueError(
+            f"`resume_from_checkpoint` is True, but every finished checkpoint is damaged ({'; '.join(reasons)}): restore one, "
+            "or train anew in another `output_dir`."
+        )
+    return None
+
+
+def set_aside(checkpoint: Path) -> None:
+    """Keep an earlier checkpoint of the same step until the new one is finished, see [`settle`]."""
+    if checkpoint.exists():
+        os.rename(checkpoint, f"{checkpoint}{_ASIDE}")
+
+
+def settle(output_dir: str | Path) -> None:
+    """Delete what was set aside if the checkpoint in its place is finished, and put it back otherwise."""
+    for aside in Path(output_dir).glob(f"checkpoint-*{_ASIDE}"):
+        checkpoint = aside.with_suffix("")
+        if (checkpoint / FINISHED_FILE).exists():
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            shutil.rmtree(checkpoint, ignore_errors=True)
+            os.rename(aside, checkpoint)
+
+
+def rotate(newest: Path, limit: int | None, best: str | Path | None) -> None:
+    """Delete the oldest checkpoints by step beside the newest, unfinished ones first, so that `limit` are left.
+
+    What has a later step than the newest is of an earlier attempt: it neither counts nor goes.
+
+    Args:
+        newest (`Path`): The checkpoint that was just finished.
+        limit (`int`, *optional*): How many are to be left; without it, or at 0, all.
+        best (`str` or `Path`, *optional*): One that stays.
+    """
+    if not limit or limit < 0:
+        return
+    found = [path for path in checkpoints(newest.parent) if _step(path) <= _step(newest)]
+    kept = {newest.resolve(), *([Path(best).resolve()] if best else [])}
+    older = [path for path in found if path.resolve() not in kept]
+    older.sort(key=lambda path: ((path / FINISHED_FILE).exists(), _step(path)))
+    for path in older[: max(len(found) - max(limit, len(kept)), 0)]:
+        # First of all, so that a half deleted one is not taken for a damaged one.
+        (path / FINISHED_FILE).unlink(missing_ok=True)
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def check_whole(checkpoint: str | Path) -> None:
+    """Raise `ValueError` for a checkpoint that is unfinished or damaged."""
+    path, name = Path(checkpoint), f"`resume_from_checkpoint` is {str(checkpoint)!r}"
+    if not (path / FINISHED_FILE).exists():
+        raise ValueError(
+            f"{name}, which lacks {FINISHED_FILE}: it is no checkpoint of an "
+            "erasure, or the run was stopped while it wrote it. Resume from an earlier one "
+            "(`resume_from_checkpoint=True` finds the last that is finished)."
+        )
+    if (reason := damage(path)) is not None:
+        raise ValueError(
+            f"{name}, which is damaged: {reason}. Resume from an earlier one (`resume_from_checkpoint=True` finds the last "
+            "that is whole)."
+        )
+
+
+def check_launch(checkpoint: str | Path, launch: Launch) -> None:
+    """Raise `ValueError` for a whole checkpoint that a run under this launch cannot go on from.
+
+    FSDP and DeepSpeed have file formats of their own, and DeepSpeed's are cut to the number of processes. Otherwise the
+    number of processes may change; a warning says what then differs.
+
+    Args:
+        checkpoint (`str` or `Path`): Folder of the checkpoint.
+        launch ([`Launch`]): The launch that is to go on from it.
+    """
+    saved, files = read_mark(Path(checkpoint))
+    if files is None:
+        logger.warning(
+            f"{checkpoint} was written by an earlier version, without checksums: not all damage would be seen."
+        )
+    if saved.sharding != launch.sharding:
+        raise ValueError(
+            f"`resume_from_checkpoint` is {str(checkpoint)!r}, which was written under sharding {saved.sharding!r}, but "
+            f"this run has {launch.sharding!r}, which cannot read its files: launch as before, or train anew in "
+            "another `output_dir`. The checkpoint's adapter can be evaluated as it is, but no training can start from it: the "
+            "reference is the model without it."
+        )
+    if saved.processes != launch.processes:
+        if launch.sharding.startswith("DeepSpeed"):
+            raise ValueError(
+                f"`resume_from_checkpoint` is {str(checkpoint)!r}, which {saved.processes} processes wrote; there are "
+                f"{launch.processes} now, and DeepSpeed cuts the optimizer by their number: launch with "
+                f"`--num_processes {saved.processes}`."
+            )
+        logger.warning(
+            f"{checkpoint} was written by {saved.processes} processes, and {launch.processes} go on: dropout draws "
+            "other numbers than it would have."
+        )
+    if saved.rows_per_step != launch.rows_per_step:
+        logger.warning(
+            f"{checkpoint} was written at {saved.rows_per_step} rows to a step, and the run goes on at "
+            f"{launch.rows_per_step}: set `per_device_train_batch_size` and `gradient_accumulation_steps` so that "
+            "they are the same, or some rows are seen twice and others not at all."
+        )
