@@ -4,8 +4,8 @@ import datasets
 import evaluate
 import numpy as np
 
-from ...evaluation.multiple_choice import likeliest, pmi
-from ...evaluation.statistics import bootstrap_mean
+from elm_trainer.evaluation.multiple_choice import likeliest, pmi
+from elm_trainer.evaluation.statistics import bootstrap_mean
 
 
 _DESCRIPTION = """\

@@ -5,9 +5,9 @@ import evaluate
 import numpy as np
 import torch
 
-from ...evaluation.fluency import judge_answers
-from ...evaluation.statistics import bootstrap_perplexity
-from ...modeling import load_model_and_tokenizer
+from elm_trainer.evaluation.fluency import judge_answers
+from elm_trainer.evaluation.statistics import bootstrap_perplexity
+from elm_trainer.modeling import load_model_and_tokenizer
 
 
 _DESCRIPTION = """\
