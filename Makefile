@@ -2,7 +2,7 @@ PYTHON ?= python3
 STAMP := .venv/.stamp
 PIP := .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo gemma attack compare bench test lint format clean
+.PHONY: demo gemma attack compare bench test lint format docs clean
 
 demo: $(STAMP)  ## erase the world's capitals from SmolLM2 and show before and after
 	.venv/bin/python examples/erase.py --config recipes/smollm2-135m-capitals.yaml
@@ -36,6 +36,10 @@ format: $(STAMP)
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
 
+docs: $(STAMP)  ## build the pages of docs/ and the API reference into site/; a broken link or name is an error
+	.venv/bin/python -c 'import material, mkdocstrings' 2>/dev/null || $(PIP) --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --strict
+
 # torch comes first and alone: its pin names a CPU build where there is one.
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "elm-trainer needs Python 3.11 or newer: make PYTHON=python3.x")'
@@ -46,4 +50,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv build dist site *.egg-info
