@@ -24,20 +24,20 @@ from elm_trainer import (
     load_model_and_tokenizer,
     read_questions,
 )
-from elm_trainer.evaluation.attacks import AttackTarget as AttackTarget
-from elm_trainer.evaluation.attacks import RelearningAttack as RelearningAttack
-from elm_trainer.evaluation.attacks import ScalingAttack as ScalingAttack
-from elm_trainer.evaluation.attacks import markdown_attacks as markdown_attacks
-from elm_trainer.evaluation.comparison import ComparisonConfig
-from elm_trainer.evaluation.comparison import reference as asking_module
-from elm_trainer.evaluation.comparison.method_run import MethodRun as MethodRun
-from elm_trainer.evaluation.comparison.reference import measure_reference as measure_reference
-from elm_trainer.evaluation.comparison.runs import Runs as Runs
+from elm_trainer.attacks import AttackTarget as AttackTarget
+from elm_trainer.attacks import RelearningAttack as RelearningAttack
+from elm_trainer.attacks import ScalingAttack as ScalingAttack
+from elm_trainer.attacks import markdown_attacks as markdown_attacks
+from elm_trainer.comparison import ComparisonConfig
+from elm_trainer.comparison import training as asking_module
+from elm_trainer.comparison.run import MethodRun as MethodRun
+from elm_trainer.comparison.training import measure_reference as measure_reference
+from elm_trainer.evaluation.evaluate import write_evaluation as write_evaluation
+from elm_trainer.evaluation.journal import Runs as Runs
 from elm_trainer.evaluation.measures import MEASURES as MEASURES
-from elm_trainer.evaluation.output import write_evaluation as write_evaluation
 from elm_trainer.evaluation.suite import OpenQuestion
+from elm_trainer.hub.leaderboard import find_cards as find_cards
 from elm_trainer.hub.leaderboard import read_entries as read_entries
-from elm_trainer.hub.leaderboard_cards import find_cards as find_cards
 
 
 FILES = Path(__file__).parent / "files"
