@@ -1,4 +1,4 @@
-"""Every block of the README is run, or is the command of a recipe that exists."""
+"""Every block of the README is run, or is the command of a recipe that exists; the commands of docs/ too."""
 
 import re
 import shlex
@@ -13,8 +13,17 @@ from elm_trainer import ElmConfig, SynthesisConfig
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
-COMMANDS = [shlex.split(line) for language, code in BLOCKS if language == "bash" for line in code.strip().splitlines()]
+ALL_BLOCKS = [
+    block for page in PAGES for block in re.findall(r"```(\w+)\n(.*?)```", page.read_text("utf-8"), re.DOTALL)
+]
+COMMANDS = [
+    shlex.split(line, comments=True)
+    for language, code in ALL_BLOCKS
+    if language in ("bash", "shell")
+    for line in code.replace("\\\n", " ").strip().splitlines()
+]
 SCRIPTS = sorted({word for words in COMMANDS for word in words if word.endswith(".py")})
 
 
@@ -32,7 +41,7 @@ def test_the_commands_name_files_and_targets_that_exist():
     targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert COMMANDS
     for words in COMMANDS:
-        if words[0] == "make":
+        if words and words[0] == "make":
             assert words[1] in targets
         for word in words:
             if word.endswith((".py", ".yaml")):
@@ -55,9 +64,27 @@ def test_the_commands_use_options_that_exist(script):
             assert {word.split("=")[0] for word in own if word.startswith("--")} <= known
 
 
-def test_the_pictures_exist():
-    pictures = re.findall(r"!\[.*?\]\((.*?)\)", README)
-    assert all((ROOT / picture).exists() for picture in pictures)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_pictures_exist(page):
+    links = re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text("utf-8"))
+    missing = [link for link in links if "://" not in link and not (page.parent / link).exists()]
+    assert not missing
+
+
+def test_the_readme_is_short_and_names_files_that_exist():
+    assert len(README.splitlines()) <= 150
+    named = re.findall(r"`((?:elm_trainer|examples|recipes|docs)/[\w./-]+)`", README)
+    assert named and all((ROOT / name).exists() for name in named)
+
+
+def test_the_python_blocks_of_the_pages_import_names_that_exist():
+    import elm_trainer
+
+    python = [code for language, code in ALL_BLOCKS if language == "python"]
+    for code in python:
+        compile(code, "page", "exec")
+        for names in re.findall(r"^from elm_trainer import (.+)$", code, re.MULTILINE):
+            assert all(hasattr(elm_trainer, name.strip()) for name in names.split(","))
 
 
 def test_the_diff_applies_to_real_names():
