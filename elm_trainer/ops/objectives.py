@@ -137,6 +137,9 @@ class LogTarget(NamedTuple):
     def over(self, reference: torch.Tensor) -> torch.Tensor:
         """All log-probabilities, `[positions, vocab]`: what these tokens leave is shared as the reference shares it.
 
+        What they leave is 1 less the sum of their float32 probabilities, and at least 1e-6. So the probabilities of the
+        other tokens are off by up to 2e-6 in all, and their logarithms by as much divided by what is left.
+
         Args:
             reference (`torch.Tensor`): Logits of the reference, `[positions, vocab]`.
         """
