@@ -131,7 +131,7 @@ _SEAL = "sha256"
 def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
     """A record that JSON can hold, as JSON holds it, with its checksum."""
     held = json.loads(json.dumps(record))
-    return held | {_SEAL: _digest(held)}
+    return held | {_SEAL: json_sha256(held)}
 
 
 def unsealed(record: Any) -> dict[str, Any] | None:
@@ -139,7 +139,7 @@ def unsealed(record: Any) -> dict[str, Any] | None:
     if not isinstance(record, dict) or _SEAL not in record:
         return None
     content = {key: value for key, value in record.items() if key != _SEAL}
-    return content if record[_SEAL] == _digest(content) else None
+    return content if record[_SEAL] == json_sha256(content) else None
 
 
 def parse_object(text: bytes) -> dict[str, Any]:
@@ -192,5 +192,6 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _digest(record: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+def json_sha256(value: Any) -> str:
+    """SHA-256 of a value as JSON, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

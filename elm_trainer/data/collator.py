@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.data.data_collator import DataCollatorMixin
 
 from ..concept import Concept
+from ..files import json_sha256
 from ..modeling import evaluating
 from .target_store import RowTargets
 from .tokens import behind_context, text_ids, text_tokenizer
@@ -290,15 +291,24 @@ class ElmDataCollator(DataCollatorMixin):
                 rows.append(behind_context(self.processing_class, context, example["forget_ids"]))
         return self.pad(rows, past_end=self.past_end)
 
+    def _context_ids(self) -> dict[str, list[list[list[int]]]]:
+        """The token ids of all expert and all novice contexts, by concept."""
+        return {
+            name: [
+                [text_ids(self.processing_class, context + "\n") for context in contexts]
+                for contexts in (concept.expert_contexts, concept.novice_contexts)
+            ]
+            for name, concept in (self.concepts or {}).items()
+        }
+
     def longest_context(self) -> int:
         """Tokens of the longest context of all concepts, 0 without any."""
-        return max(
-            (
-                len(text_ids(self.processing_class, context + "\n"))
-                for concept in (self.concepts or {}).values()
-                for context in (*concept.expert_contexts, *concept.novice_contexts)
-            ),
-            default=0,
+        return max((len(ids) for sides in self._context_ids().values() for side in sides for ids in side), default=0)
+
+    def contexts_digest(self) -> str:
+        """SHA-256 over the tokens of all contexts, and over what decides which of them a row draws."""
+        return json_sha256(
+            [self._context_ids(), self.contexts_per_sample, self.seed, self.processing_class.bos_token_id]
         )
 
     def pad(

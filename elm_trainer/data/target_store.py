@@ -2,136 +2,168 @@
 
 import hashlib
 import json
-from collections import OrderedDict
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, overload
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import torch
 from datasets import Dataset
 from filelock import FileLock, Timeout
-from transformers import PreTrainedTokenizerBase
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
-from ..concept import Concept
-from ..files import write_json
-from .target_files import Shard, TargetLayout, is_whole, write_shard
-from .tokens import text_ids
+from ..files import UNFINISHED, discard, json_sha256, replacing, write_json
 
 
-_ROWS_AT_ONCE = 1000
-
-
-def target_key(ingredients: Mapping[str, Any]) -> str:
-    """SHA-256 of what the targets depend on.
-
-    Args:
-        ingredients (`Mapping[str, Any]`): Whatever JSON can hold, in any order.
-    """
-    return hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()
-
-
-def rows_digest(dataset: Dataset, columns: Sequence[str]) -> str:
-    """SHA-256 over columns of token ids (lists), numbers or strings of a tokenised dataset, in the order of its rows.
-
-    Args:
-        dataset (`Dataset`): Tokenised rows.
-        columns (`Sequence[str]`): Columns that are read, lists of lists among them.
-    """
-    digest = hashlib.sha256(f"{len(dataset)} {sorted(columns)}".encode())
-    selected = dataset.select_columns(sorted(columns)).with_format("arrow")
-    for table in selected.iter(_ROWS_AT_ONCE):
-        for name in table.column_names:
-            column = table[name].combine_chunks()
-            if not pa.types.is_nested(column.type) or pa.types.is_nested(column.type.value_type):
-                digest.update(json.dumps(column.to_pylist()).encode())
-                continue
-            # As 8 bytes each, whatever type the ids are kept in. The lengths tell where a row ends.
-            lengths, ids = column.value_lengths(), column.flatten()
-            for values in (lengths, ids):
-                digest.update(np.asarray(values, dtype="<i8").tobytes())
-    return digest.hexdigest()
-
-
-def row_key(row: Mapping[str, Any], columns: Sequence[str]) -> int:
-    """64 bits of the hash of what a tokenised row holds in some columns, lists of token ids or numbers.
-
-    Args:
-        row (`Mapping[str, Any]`): A row as a dataset gives it.
-        columns (`Sequence[str]`): Columns that are read.
-    """
-    return int.from_bytes(hashlib.blake2b(repr([row[name] for name in columns]).encode(), digest_size=8).digest())
-
-
-def contexts_digest(
-    concepts: Mapping[str, Concept], processing_class: PreTrainedTokenizerBase, contexts_per_sample: int, seed: int
-) -> str:
-    """SHA-256 over the tokens of all contexts, and over what decides which of them a row draws.
-
-    Args:
-        concepts (`Mapping[str, Concept]`): Concepts by name.
-        processing_class ([`~transformers.PreTrainedTokenizerBase`]): Tokenizer.
-        contexts_per_sample (`int`): Contexts drawn for a text.
-        seed (`int`): Seed of the draw.
-    """
-    tokens = {
-        name: [
-            [text_ids(processing_class, context + "\n") for context in contexts]
-            for contexts in (concept.expert_contexts, concept.novice_contexts)
-        ]
-        for name, concept in concepts.items()
-    }
-    drawn = [tokens, contexts_per_sample, seed, processing_class.bos_token_id]
-    return hashlib.sha256(json.dumps(drawn, sort_keys=True).encode()).hexdigest()
-
-
-# Above this, a store takes longer to write and read than it spares.
-LARGEST_STORE = 64 * 2**30
-
-
-class Choice(NamedTuple):
-    """A decision and why.
-
-    Attributes:
-        precompute (`bool`): Whether targets are computed before training.
-        reason (`str`): For the log.
-    """
-
-    precompute: bool
-    reason: str
-
-
-def choose(*, rows: int, visits: float, needed: int, missing: int, free: int) -> Choice:
-    """Compute targets before training where each row is visited at least once and the store has room.
-
-    A row that is visited costs its targets either way, once when they are stored and at every visit when they are not.
-    Only rows that are never visited make the store cost more than it spares.
-
-    Args:
-        rows (`int`): Rows of the dataset.
-        visits (`float`): Rows that training reads, repetitions counted.
-        needed (`int`): Bytes of the whole store.
-        missing (`int`): Bytes of it that are still to be written.
-        free (`int`): Bytes that are free on its disk.
-    """
-    if visits < rows:
-        return Choice(False, f"training visits {visits:g} of {rows} rows")
-    if needed > LARGEST_STORE:
-        return Choice(False, f"they would take {_gib(needed)}, more than {_gib(LARGEST_STORE)}")
-    if 2 * missing > free:
-        return Choice(False, f"they would take {_gib(missing)}, more than half of the {_gib(free)} that are free")
-    return Choice(True, f"training visits {visits:g} times one of {rows} rows, and they take {_gib(needed)}")
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.3g} GiB"
-
-
+# To be raised whenever files written before can no longer be read as what they were.
+FORMAT_VERSION = 1
 SHARD_ROWS = 128
 DESCRIPTION_FILE = "targets.json"
+# Above this, a store takes longer to write and read than it spares.
+LARGEST_STORE = 64 * 2**30
 # Files that a process keeps mapped. More would only cost address space and handles: opening one takes less than 1 ms.
 _OPEN_SHARDS = 32
+_OFFSETS, _OFFSET_BYTES = ".offsets", 4
+_CHECKSUM = "crc32"
+# A probability has 6 bits of exponent and 18 of mantissa, those of float32 shifted: exponent 63 stands for [1, 2).
+_PROB_BYTES = 3
+_MANTISSA_CUT = 23 - 18
+_EXPONENT_SHIFT = (127 - 63) << 23
+_NOT_FINITE = "the model's logits are not finite. Load it in float32, or set `bf16` in place of `fp16`."
+
+
+def encode_probs(probs: torch.Tensor) -> torch.Tensor:
+    """Probabilities in 24 bits each, uint8 `[..., 3]`, least byte first; raises `FloatingPointError` for anything else.
+
+    The relative error is at most `2^-19`; 0 and 1 are exact, and what is at most `2^-63` becomes 0. (float16 would be off
+    by `2^-11`, which moves a loss by more than 1e-4.)
+    """
+    probs = probs.float().contiguous()
+    if not bool(((probs >= 0) & (probs < 2)).all()):
+        raise FloatingPointError(f"A target holds probabilities that are NaN or outside of [0, 1]: {_NOT_FINITE}")
+    bits = probs.view(torch.int32)
+    half = (1 << (_MANTISSA_CUT - 1)) - 1
+    # To nearest, ties to even. A carry out of the mantissa raises the exponent, as it should.
+    codes = (bits - _EXPONENT_SHIFT + half + ((bits >> _MANTISSA_CUT) & 1)) >> _MANTISSA_CUT
+    return _to_bytes(codes.clamp(0, (1 << 24) - 1))
+
+
+def decode_probs(packed: torch.Tensor) -> torch.Tensor:
+    """The float32 values, `[...]`, of codes `[..., 3]`."""
+    codes = _from_bytes(packed)
+    return torch.where(codes == 0, 0, (codes << _MANTISSA_CUT) + _EXPONENT_SHIFT).view(torch.float32)
+
+
+def encode_floats(values: torch.Tensor) -> torch.Tensor:
+    """Values as they are, in float32. Raises `FloatingPointError` if one is NaN or infinite."""
+    if not bool(values.isfinite().all()):
+        raise FloatingPointError(f"A target holds values that are NaN or infinite: {_NOT_FINITE}")
+    return values.float()
+
+
+def id_bytes(vocab_size: int) -> int:
+    """Bytes that a token id takes: 2 where the vocabulary has at most 65,536 tokens, else 3, for up to `2^24` tokens."""
+    if vocab_size > 1 << 24:
+        raise ValueError(f"`vocab_size` is {vocab_size}, but ids are stored in 3 bytes: up to {1 << 24} tokens.")
+    return 2 if vocab_size <= 1 << 16 else 3
+
+
+def encode_ids(ids: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """Token ids as uint16 `[...]`, or where the vocabulary does not fit as uint8 `[..., 3]`, least byte first."""
+    if not bool(((ids >= 0) & (ids < vocab_size)).all()):
+        raise ValueError(
+            f"A target names token ids from {int(ids.min())} to {int(ids.max())}, but there are {vocab_size}."
+        )
+    return ids.to(torch.uint16) if id_bytes(vocab_size) == 2 else _to_bytes(ids.int())
+
+
+def decode_ids(packed: torch.Tensor) -> torch.Tensor:
+    """The ids in int64, `[...]`."""
+    return packed.long() if packed.dtype == torch.uint16 else _from_bytes(packed).long()
+
+
+def _to_bytes(values: torch.Tensor) -> torch.Tensor:
+    """The three lowest bytes of int32 values, uint8 `[..., 3]`, the same on every machine."""
+    return torch.stack([(values >> shift) & 0xFF for shift in (0, 8, 16)], -1).to(torch.uint8)
+
+
+def _from_bytes(packed: torch.Tensor) -> torch.Tensor:
+    low, middle, high = packed.int().unbind(-1)
+    return low | middle << 8 | high << 16
+
+
+class Field(NamedTuple):
+    """One kind of value of a text.
+
+    Attributes:
+        kind (`str`): `"ids"` of tokens, `"probs"` in 3 bytes, `"floats"` in float32, or `"halves"` in float16.
+        width (`int`, *optional*): Values to a position; `None` for one without a dimension of its own.
+        per (`str`, *optional*, defaults to `"position"`): Whether there is one for each supervised `"position"` or one
+            for the `"text"`.
+    """
+
+    kind: Literal["ids", "probs", "floats", "halves"]
+    width: int | None = None
+    per: Literal["position", "text"] = "position"
+
+
+@dataclass(frozen=True)
+class TargetLayout:
+    """The fields of a store by the names that [`ElmDataCollator`] reads: `<sub-batch>_<key>`, e.g. `forget_probs`.
+
+    A supervised position of ELM's forget text takes `top_k · (2 + 3) + 4` bytes, one of retain text `top_k · (2 + 3)`:
+    with the default `top_k` of 50 that is 254 and 250 bytes per token. A vocabulary of more than 65,536 tokens takes 3
+    bytes for an id in place of 2, so 304 and 300. To that come 4 bytes per text and field.
+
+    Args:
+        fields (`Mapping[str, Field]`): Fields by name.
+        vocab_size (`int`): Tokens of the vocabulary.
+    """
+
+    fields: Mapping[str, Field]
+    vocab_size: int
+
+    def item_bytes(self, name: str) -> int:
+        """Bytes of a field's values at one position (or of one text)."""
+        field = self.fields[name]
+        value = {"ids": id_bytes(self.vocab_size), "probs": _PROB_BYTES, "floats": 4, "halves": 2}[field.kind]
+        return value * (1 if field.width is None else field.width)
+
+    def total_bytes(self, positions: Mapping[str, int], texts: int) -> int:
+        """Bytes of a store of so many texts, whose supervised positions are counted by sub-batch, without file headers."""
+        total = 0
+        for name, field in self.fields.items():
+            items = texts if field.per == "text" else positions[name.partition("_")[0]]
+            total += items * self.item_bytes(name) + texts * _OFFSET_BYTES
+        return total
+
+    def encode(self, name: str, values: torch.Tensor) -> torch.Tensor:
+        """Values `[items]` or `[items, width]` of a field as they are stored."""
+        kind, width, _ = self.fields[name]
+        shape = () if width is None else (width,)
+        if tuple(values.shape[1:]) != shape:
+            raise ValueError(f"`{name}` has the shape {tuple(values.shape)}: after the first, {shape} is stored.")
+        if kind == "ids":
+            return encode_ids(values, self.vocab_size)
+        if kind == "halves":
+            return encode_floats(values.half()).half()
+        return encode_probs(values) if kind == "probs" else encode_floats(values)
+
+    def decode(self, name: str, stored: torch.Tensor) -> torch.Tensor:
+        """The values of a field, in memory of their own: ids in int64, the rest in float32."""
+        kind = self.fields[name].kind
+        if kind == "ids":
+            return decode_ids(stored)
+        return decode_probs(stored) if kind == "probs" else stored.float() if kind == "halves" else stored.clone()
+
+    def to_json(self) -> dict[str, Any]:
+        """The layout as JSON holds it."""
+        fields = {name: list(field) for name, field in sorted(self.fields.items())}
+        return {"format": FORMAT_VERSION, "vocab_size": self.vocab_size, "fields": fields}
 
 
 class TargetStore(Sequence[Mapping[str, torch.Tensor]]):
@@ -148,7 +180,8 @@ class TargetStore(Sequence[Mapping[str, torch.Tensor]]):
 
     def __init__(self, folder: Path, rows: int, layout: TargetLayout):
         self.folder, self.layout, self._rows = Path(folder), layout, rows
-        self._open: OrderedDict[int, Shard] = OrderedDict()
+        # Of each open file, by number, the bounds of its rows in a field and the field's mapped values.
+        self._open: dict[int, dict[str, tuple[list[int], Any]]] = {}
 
     def __len__(self) -> int:
         return self._rows
@@ -167,8 +200,17 @@ class TargetStore(Sequence[Mapping[str, torch.Tensor]]):
         return self.folder / f"shard-{shard:06d}.safetensors"
 
     def is_whole(self, shard: int) -> bool:
-        """Whether a file is there and undamaged. Every byte of it is read."""
-        return is_whole(self.path_of(shard), len(self.rows_of(shard)), self.layout)
+        """Whether a file holds its rows in this layout, byte for byte as they were written. All of it is read."""
+        try:
+            with safe_open(self.path_of(shard), "pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+                checksum = (file.metadata() or {}).get(_CHECKSUM)
+        except (OSError, SafetensorError):
+            return False
+        if set(tensors) != {name + suffix for name in self.layout.fields for suffix in ("", _OFFSETS)}:
+            return False
+        bounds = {tensors[name + _OFFSETS].numel() for name in self.layout.fields}
+        return checksum == _checksum(tensors) and bounds == {len(self.rows_of(shard)) + 1}
 
     def absent(self) -> list[int]:
         """The files that are not there, damaged ones aside."""
@@ -178,33 +220,104 @@ class TargetStore(Sequence[Mapping[str, torch.Tensor]]):
 
     def describe(self, ingredients: Mapping[str, Any]) -> None:
         """Make the folder, and write down for people what is in it: `targets.json` with layout, counts and key."""
-        description = {
-            "rows": self._rows,
-            "shard_rows": SHARD_ROWS,
-            "layout": self.layout.to_json(),
-            "key": ingredients,
-        }
-        write_json(self.folder / DESCRIPTION_FILE, description)
+        described = {"rows": self._rows, "shard_rows": SHARD_ROWS, "layout": self.layout.to_json(), "key": ingredients}
+        write_json(self.folder / DESCRIPTION_FILE, described)
 
-    @overload
-    def __getitem__(self, row: int) -> dict[str, torch.Tensor]: ...
-    @overload
-    def __getitem__(self, row: slice) -> list[Mapping[str, torch.Tensor]]: ...
-    def __getitem__(self, row):
+    def write(self, shard: int, rows: Sequence[Mapping[str, torch.Tensor]]) -> None:
+        """Write a file of rows, each with the values of every field, `[items, ...]`, on the CPU.
+
+        The file has its name only once it is whole. Whoever calls this holds its lock.
+        """
+        path, tensors = self.path_of(shard), {}
+        for name in self.layout.fields:
+            counts = torch.tensor([0] + [row[name].size(0) for row in rows])
+            tensors[name] = self.layout.encode(name, torch.cat([row[name] for row in rows])).contiguous()
+            tensors[name + _OFFSETS] = counts.cumsum(0).to(torch.int32)
+        # What a killed run left of this file, also one of an earlier version.
+        for pattern in (f"{UNFINISHED}{path.stem}-*", f"{path.stem}.*.tmp"):
+            for leftover in self.folder.glob(pattern):
+                discard(leftover)
+        with replacing(path) as unfinished:
+            save_file(tensors, unfinished, metadata={_CHECKSUM: _checksum(tensors)})
+
+    def __getitem__(self, row: Any) -> Any:
         if isinstance(row, slice):
             return [self[index] for index in range(*row.indices(self._rows))]
         if not -self._rows <= row < self._rows:
             raise IndexError(f"Row {row} is asked for, but targets are stored for {self._rows}.")
-        number, place = divmod(row % self._rows, SHARD_ROWS)
-        shard = self._open.pop(number, None) or Shard(self.path_of(number), self.layout)
-        self._open[number] = shard
+        shard, place = divmod(row % self._rows, SHARD_ROWS)
+        # The files that were read last stand last.
+        self._open[shard] = self._open.pop(shard, None) or self._map(shard)
         if len(self._open) > _OPEN_SHARDS:
-            self._open.popitem(last=False)
-        return shard[place]
+            del self._open[next(iter(self._open))]
+        return {
+            name: self.layout.decode(name, stored[bounds[place] : bounds[place + 1]])
+            for name, (bounds, stored) in self._open[shard].items()
+        }
+
+    def _map(self, shard: int) -> dict[str, tuple[list[int], Any]]:
+        """Map a file into memory, so that a row costs its own bytes only."""
+        path = self.path_of(shard)
+        try:
+            file = safe_open(path, "pt")
+            return {
+                name: (file.get_tensor(name + _OFFSETS).tolist(), file.get_slice(name)) for name in self.layout.fields
+            }
+        except (OSError, SafetensorError) as error:
+            raise OSError(
+                f"The stored targets {path} are damaged ({error}): delete the file and start again."
+            ) from error
 
     def __getstate__(self) -> dict[str, Any]:
         # Mapped files belong to a process: a worker opens its own.
-        return self.__dict__ | {"_open": OrderedDict()}
+        return self.__dict__ | {"_open": {}}
+
+
+def _checksum(tensors: Mapping[str, torch.Tensor]) -> str:
+    checksum = 0
+    for name in sorted(tensors):
+        checksum = zlib.crc32(f"{name} {tuple(tensors[name].shape)}".encode(), checksum)
+        checksum = zlib.crc32(tensors[name].view(torch.uint8).numpy(), checksum)
+    return f"{checksum:08x}"
+
+
+def fill_store(
+    store: TargetStore, shards: Sequence[int], compute: Callable[[range], Sequence[Mapping[str, torch.Tensor]]]
+) -> None:
+    """Compute and write files of a store, skipping those that are whole.
+
+    Several runs may do this at once, in any number of processes: each file has a lock, so that it is made once. Where
+    locks do not hold, as on some network drives, two make the same file, and the later one replaces the earlier. A run
+    that was killed continues after its last whole file.
+
+    Args:
+        store ([`TargetStore`]): Store, whose folder exists.
+        shards (`Sequence[int]`): Numbers of the files.
+        compute (`Callable`): Makes what is stored for each row of a range, on the CPU.
+
+    Raises:
+        OSError: if a file can't be written, as on a full disk. Those that are finished stay.
+    """
+
+    def make(shard: int, timeout: float) -> bool:
+        try:
+            with FileLock(store.path_of(shard).with_suffix(".lock"), timeout=timeout):
+                if not store.is_whole(shard):
+                    store.write(shard, compute(store.rows_of(shard)))
+        except Timeout:
+            return False
+        return True
+
+    taken = [shard for shard in shards if not make(shard, timeout=0)]
+    # Another run has begun these: it finishes them, or it is killed, and then they are made here.
+    for shard in taken:
+        make(shard, timeout=-1)
+
+
+def remove_locks(store: TargetStore) -> None:
+    """Delete the locks of a store that is whole. Whoever still waits for one finds its file made."""
+    for lock in store.folder.glob("*.lock"):
+        lock.unlink(missing_ok=True)
 
 
 class RowTargets:
@@ -218,14 +331,14 @@ class RowTargets:
 
     def __init__(self, store: TargetStore, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]):
         self.store, self._columns = store, tuple(columns)
-        keys = np.fromiter((row_key(row, self._columns) for row in rows), dtype=np.uint64, count=len(store))
+        keys = np.fromiter(map(self._key, rows), dtype=np.uint64, count=len(store))
         # Sixteen bytes a row, where a dictionary would take two hundred.
         self._numbers = np.argsort(keys, kind="stable")
         self._keys = keys[self._numbers]
 
     def __getitem__(self, row: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         """Raises `ValueError` for a row whose targets were not stored."""
-        key = np.uint64(row_key(row, self._columns))
+        key = np.uint64(self._key(row))
         place = int(np.searchsorted(self._keys, key))
         if place == len(self._keys) or self._keys[place] != key:
             raise ValueError(
@@ -234,52 +347,54 @@ class RowTargets:
             )
         return self.store[int(self._numbers[place])]
 
+    def _key(self, row: Mapping[str, Any]) -> int:
+        values = repr([row[name] for name in self._columns])
+        return int.from_bytes(hashlib.blake2b(values.encode(), digest_size=8).digest())
 
-def fill_store(
-    store: TargetStore,
-    shards: Sequence[int],
-    compute: Callable[[range], Sequence[Mapping[str, torch.Tensor]]],
-) -> None:
-    """Compute and write files of a store, skipping those that are whole.
 
-    Several runs may do this at once, in any number of processes: a file is made under a lock of its own, so that each
-    is made once. Where locks do not hold, as on some network drives, two make the same file, and the later one replaces
-    the earlier. A run that was killed goes on after its last whole file.
+def target_key(ingredients: Mapping[str, Any]) -> str:
+    """SHA-256 of what the targets depend on: whatever JSON can hold, in any order."""
+    return json_sha256(ingredients)
 
-    Args:
-        store ([`TargetStore`]): Store, whose folder exists.
-        shards (`Sequence[int]`): Numbers of the files.
-        compute (`Callable`): Makes what is stored for each row of a range, on the CPU.
 
-    Raises:
-        OSError: if a file can't be written. Those that are finished stay.
+def rows_digest(dataset: Dataset, columns: Sequence[str]) -> str:
+    """SHA-256 over columns of a tokenized dataset, in the order of its rows."""
+    digest = hashlib.sha256(f"{len(dataset)} {sorted(columns)}".encode())
+    for table in dataset.select_columns(sorted(columns)).with_format("arrow").iter(1000):
+        for name in table.column_names:
+            column = table[name].combine_chunks()
+            if not pa.types.is_nested(column.type) or pa.types.is_nested(column.type.value_type):
+                digest.update(json.dumps(column.to_pylist()).encode())
+                continue
+            # As 8 bytes each, whatever type the ids are kept in. The lengths tell where a row ends.
+            for values in (column.value_lengths(), column.flatten()):
+                digest.update(np.asarray(values, dtype="<i8").tobytes())
+    return digest.hexdigest()
+
+
+class Choice(NamedTuple):
+    """Whether targets are computed before training, and why (for the log)."""
+
+    precompute: bool
+    reason: str
+
+
+def choose(*, rows: int, visits: float, needed: int, missing: int, free: int) -> Choice:
+    """Compute targets before training where each row is visited at least once and the store has room.
+
+    A row that is visited costs its targets either way, once when they are stored and at every visit when they are not.
+    Only rows that are never visited make the store cost more than it spares. `visits` counts the rows that training
+    reads, with repetitions. In bytes, the store takes `needed`, of which `missing` are still to be written where `free`
+    are free.
     """
-    taken = []
-    for shard in shards:
-        if not _make(store, shard, compute, wait=False):
-            taken.append(shard)
-    # Another run has begun these: it finishes them, or it is killed, and then they are made here.
-    for shard in taken:
-        _make(store, shard, compute, wait=True)
+    if visits < rows:
+        return Choice(False, f"training visits {visits:g} of {rows} rows")
+    if needed > LARGEST_STORE:
+        return Choice(False, f"they would take {_gib(needed)}, more than {_gib(LARGEST_STORE)}")
+    if 2 * missing > free:
+        return Choice(False, f"they would take {_gib(missing)}, more than half of the {_gib(free)} that are free")
+    return Choice(True, f"training visits {visits:g} times one of {rows} rows, and they take {_gib(needed)}")
 
 
-def _make(store: TargetStore, shard: int, compute: Callable, *, wait: bool) -> bool:
-    """Make one file unless it is whole; `False` if somebody else is making it and `wait` is `False`."""
-    path = store.path_of(shard)
-    lock = FileLock(path.with_suffix(".lock"))
-    try:
-        lock.acquire(timeout=-1 if wait else 0)
-    except Timeout:
-        return False
-    try:
-        if not store.is_whole(shard):
-            write_shard(path, compute(store.rows_of(shard)), store.layout)
-    finally:
-        lock.release()
-    return True
-
-
-def remove_locks(store: TargetStore) -> None:
-    """Delete the locks of a store that is whole. Whoever still waits for one finds its file made."""
-    for lock in store.folder.glob("*.lock"):
-        lock.unlink(missing_ok=True)
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.3g} GiB"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..data.target_files import Field, TargetLayout
+from ..data.target_store import Field, TargetLayout
 from .base import SUB_BATCHES, weighted_batches
 from .targets import TargetPlan
 from .teachers import Teacher

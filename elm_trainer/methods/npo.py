@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..data.target_files import Field, TargetLayout
+from ..data.target_store import Field, TargetLayout
 from ..ops import text_sums
 from .base import ErasureConfig, ErasureTrainer, batch_mean, nll_reading, weighted_batches
 from .targets import TargetPlan

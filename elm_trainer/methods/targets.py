@@ -14,12 +14,11 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from ..data.target_files import TargetLayout
 from ..data.target_store import (
     RowTargets,
+    TargetLayout,
     TargetStore,
     choose,
-    contexts_digest,
     fill_store,
     remove_locks,
     rows_digest,
@@ -200,9 +199,7 @@ def _ingredients(trainer: "ErasureTrainer", plan: TargetPlan) -> dict[str, Any]:
     model, collator, dataset = trainer.model, trainer.data_collator, trainer.train_dataset
     contexts, rows = None, dataset["row"][:]
     if plan.contexts and collator.concepts is not None:
-        contexts = contexts_digest(
-            collator.concepts, trainer.processing_class, collator.contexts_per_sample, collator.seed
-        )
+        contexts = collator.contexts_digest()
     config = {name: value for name, value in model.config.to_dict().items() if name not in _NO_MATTER}
     return {
         "settings": dict(plan.settings),

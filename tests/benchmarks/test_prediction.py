@@ -21,7 +21,7 @@ from benchmarks.prediction import (
     with_table,
 )
 from benchmarks.shapes import Adapter, ModelShape
-from elm_trainer.data.target_files import Field, TargetLayout
+from elm_trainer.data.target_store import Field, TargetLayout
 
 
 BATCH, TEXT = 3, 64

@@ -4,8 +4,7 @@ from pathlib import Path
 
 import torch
 
-from elm_trainer.data.target_files import Field, TargetLayout
-from elm_trainer.data.target_store import TargetStore
+from elm_trainer.data.target_store import Field, TargetLayout, TargetStore
 
 
 def layout(top_k: int = 4, vocab_size: int = 1000) -> TargetLayout:

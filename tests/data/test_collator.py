@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -116,3 +118,23 @@ def test_rows_without_a_pair_have_no_part_in_the_synthetic_batch(tokenizer):
 )
 def test_novices_are_aligned_where_they_predict_the_same_token(text, novices, expected):
     assert align(text, novices) == expected
+
+
+TEMPLATES = (("An expert on {keywords}:",), ("A novice on {keywords}:",))
+CONCEPT = Concept("capitals", ("capital cities",), *TEMPLATES)
+
+
+def test_contexts_are_known_by_their_tokens_and_by_what_draws_them(tokenizer):
+    def digest(concepts, per_sample, seed):
+        return ElmDataCollator(tokenizer, concepts, per_sample, seed=seed).contexts_digest()
+
+    found = digest({"capitals": CONCEPT}, 1, 0)
+    assert digest({"capitals": replace(CONCEPT)}, 1, 0) == found
+    others = [
+        digest({"bio": CONCEPT}, 1, 0),
+        digest({"capitals": Concept("capitals", ("towns",), *TEMPLATES)}, 1, 0),
+        digest({"capitals": replace(CONCEPT, novice_contexts=("Nobody says:",))}, 1, 0),
+        digest({"capitals": CONCEPT}, 2, 0),
+        digest({"capitals": CONCEPT}, 1, 1),
+    ]
+    assert len({found, *others}) == 6

@@ -5,8 +5,7 @@ import threading
 
 import pytest
 
-from elm_trainer.data.target_files import TargetLayout
-from elm_trainer.data.target_store import SHARD_ROWS, fill_store, remove_locks
+from elm_trainer.data.target_store import SHARD_ROWS, TargetLayout, fill_store, remove_locks
 
 from .targets import assert_row, layout, make_rows, store_of
 

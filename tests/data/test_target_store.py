@@ -1,15 +1,38 @@
 import gc
 import json
+import math
 import os
 import pickle
 
+import datasets
 import pytest
 import torch
+from datasets import Features, Value, concatenate_datasets
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors import safe_open
 from torch.utils.data import DataLoader, Dataset
 
 from elm_trainer.data.collator import ElmDataCollator
-from elm_trainer.data.target_store import DESCRIPTION_FILE, SHARD_ROWS, RowTargets, TargetStore, fill_store
+from elm_trainer.data.target_store import (
+    DESCRIPTION_FILE,
+    LARGEST_STORE,
+    SHARD_ROWS,
+    Field,
+    RowTargets,
+    TargetLayout,
+    TargetStore,
+    choose,
+    decode_ids,
+    decode_probs,
+    encode_floats,
+    encode_ids,
+    encode_probs,
+    fill_store,
+    id_bytes,
+    rows_digest,
+    target_key,
+)
 
 from .targets import assert_row, layout, make_row, make_rows, positions, store_of
 
@@ -132,3 +155,196 @@ def test_an_empty_store_knows_what_is_absent(tmp_path):
     store = TargetStore(tmp_path / "nothing", ROWS, layout())
     assert store.absent() == [0, 1, 2]
     assert not store.is_whole(0)
+
+
+@given(st.lists(st.floats(2**-62, 1, width=32), min_size=1, max_size=20))
+def test_a_probability_is_off_by_at_most_its_last_half_bit(values):
+    probs = torch.tensor(values)
+    packed = encode_probs(probs)
+    assert packed.dtype == torch.uint8 and packed.shape == (len(values), 3)
+    decoded = decode_probs(packed)
+    assert decoded.dtype == torch.float32
+    assert ((decoded.double() - probs.double()).abs() <= 2**-19 * probs.double()).all()
+    assert torch.equal(encode_probs(decoded), packed)
+
+
+@given(st.floats(0, 2**-62, width=32))
+def test_what_is_nearly_nothing_stays_nearly_nothing(value):
+    assert 0 <= decode_probs(encode_probs(torch.tensor([value]))).item() <= 2**-62
+
+
+def test_zero_one_and_halves_are_exact_and_order_is_kept():
+    exact = torch.tensor([0.0, 2**-62, 2**-20, 0.125, 0.5, 1.0])
+    assert torch.equal(decode_probs(encode_probs(exact)), exact)
+    rising = torch.linspace(0, 1, 5001)
+    assert (decode_probs(encode_probs(rising)).diff() >= 0).all()
+
+
+def test_ties_go_to_the_even_neighbour_and_a_carry_raises_the_exponent():
+    step = 2**-18
+    ties = torch.tensor([1 + 0.5 * step, 1 + 1.5 * step, 1 - 2**-24])
+    assert decode_probs(encode_probs(ties)).tolist() == [1.0, 1 + 2 * step, 1.0]
+
+
+def test_probabilities_keep_any_shape():
+    probs = torch.rand(3, 0, 5), torch.rand(2, 4, 5)
+    for values in probs:
+        torch.testing.assert_close(decode_probs(encode_probs(values)), values, rtol=2**-19, atol=0)
+
+
+@pytest.mark.parametrize("value", [math.nan, -1e-9, 2.0, math.inf])
+def test_what_is_no_probability_is_refused(value):
+    with pytest.raises(FloatingPointError, match="the model's logits are not finite"):
+        encode_probs(torch.tensor([0.5, value]))
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_a_weight_that_is_not_finite_is_refused(value):
+    with pytest.raises(FloatingPointError, match="NaN or infinite"):
+        encode_floats(torch.tensor([0.5, value]))
+
+
+@given(st.data(), st.sampled_from([2, 50_257, 65_536, 65_537, 256_000, 1 << 24]))
+def test_ids_come_back_whole_in_the_bytes_that_the_vocabulary_needs(data, vocab_size):
+    values = data.draw(st.lists(st.integers(0, vocab_size - 1), min_size=1, max_size=20))
+    ids = torch.tensor([*values, vocab_size - 1])
+    packed = encode_ids(ids, vocab_size)
+    assert packed.numel() * packed.element_size() == len(ids) * id_bytes(vocab_size)
+    assert decode_ids(packed).dtype == torch.int64
+    assert torch.equal(decode_ids(packed), ids)
+
+
+def test_an_id_beyond_the_vocabulary_is_refused():
+    with pytest.raises(ValueError, match="ids from 3 to 7, but there are 7"):
+        encode_ids(torch.tensor([3, 7]), 7)
+
+
+def test_a_vocabulary_that_three_bytes_do_not_hold_is_refused():
+    with pytest.raises(ValueError, match="`vocab_size` is 16777217"):
+        id_bytes((1 << 24) + 1)
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "forget", "retain"),
+    [(49_152, 100 * (2 + 3) + 4, 100 * (2 + 3)), (151_936, 100 * (3 + 3) + 4, 100 * (3 + 3))],
+)
+def test_the_bytes_of_a_token_are_those_of_the_files(vocab_size, forget, retain, tmp_path):
+    kept = layout(100, vocab_size)
+    kept = TargetLayout({name: field for name, field in kept.fields.items() if name != "forget_nll"}, vocab_size)
+    rows = 200
+    store = TargetStore(tmp_path, rows, kept)
+    fill_store(store, range(store.shards), lambda some: make_rows(some, kept))
+
+    total = {side: sum(positions(row)[side] for row in range(rows)) for side in ("forget", "retain")}
+    expected = total["forget"] * forget + total["retain"] * retain + 4 * rows * len(kept.fields)
+    assert kept.total_bytes(total, rows) == expected
+    size = 0
+    for shard in range(store.shards):
+        path = store.path_of(shard)
+        header = 8 + int.from_bytes(path.read_bytes()[:8], "little")
+        # One more offset than rows.
+        size += path.stat().st_size - header - 4 * len(kept.fields)
+        assert header < 2048
+        with safe_open(path, "pt") as file:
+            assert all("offsets" in name or name in kept.fields for name in file.keys())
+    assert size == expected
+
+
+def test_the_bytes_that_the_docstring_names_are_true():
+    for vocab_size, forget, retain in ((49_152, 254, 250), (151_936, 304, 300)):
+        kept = layout(50, vocab_size)
+        sizes = [kept.item_bytes(f"{side}_{key}") for side in ("forget", "retain") for key in ("indices", "probs")]
+        assert (sum(sizes[:2]) + kept.item_bytes("forget_weights"), sum(sizes[2:])) == (forget, retain)
+        assert str(forget) in TargetLayout.__doc__ and str(retain) in TargetLayout.__doc__
+
+
+def test_values_of_another_shape_are_refused():
+    with pytest.raises(ValueError, match=r"`forget_probs` has the shape \(3, 5\)"):
+        layout(4).encode("forget_probs", torch.rand(3, 5))
+
+
+def test_layouts_that_differ_are_written_differently():
+    kept = layout()
+    others = [layout(5), layout(4, 999), TargetLayout(dict(kept.fields) | {"more": Field("floats")}, 1000)]
+    assert len({str(one.to_json()) for one in (kept, *others)}) == 4
+    assert layout().to_json() == kept.to_json()
+
+
+COLUMNS = ["concept", "forget_ids", "retain_ids"]
+
+
+def dataset(**changed):
+    data = {
+        "concept": ["capitals", "bio", "capitals"],
+        "forget_ids": [[1, 2, 3], [4], [5, 6]],
+        "retain_ids": [[7, 8], [9, 10, 11], [12]],
+        "synthetic_ids": [[1], [], []],
+    }
+    return datasets.Dataset.from_dict(data | changed)
+
+
+def test_rows_are_known_by_their_values_alone():
+    found = rows_digest(dataset(), COLUMNS)
+    assert rows_digest(dataset(), COLUMNS[::-1]) == found
+    assert rows_digest(dataset(synthetic_ids=[[2], [3], [4]]), COLUMNS) == found
+    parts = concatenate_datasets([dataset().select([0]), dataset().select([1, 2])])
+    assert rows_digest(parts, COLUMNS) == found
+    assert rows_digest(dataset().select([2, 1, 0]).select([2, 1, 0]), COLUMNS) == found
+    narrow = Features({"concept": Value("string")} | {name: datasets.Sequence(Value("int32")) for name in COLUMNS[1:]})
+    assert rows_digest(dataset().select_columns(COLUMNS).cast(narrow), COLUMNS) == found
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        dataset(forget_ids=[[1, 2], [3, 4], [5, 6]]),  # the same tokens, cut elsewhere
+        dataset(forget_ids=[[1, 2, 3], [4], [5, 7]]),
+        dataset(retain_ids=[[1, 2, 3], [4], [5, 6]]),
+        dataset(concept=["capitals", "capitals", "bio"]),
+        dataset().select([1, 0, 2]),
+        dataset().select([0, 1]),
+    ],
+)
+def test_other_rows_are_told_apart(other):
+    assert rows_digest(other, COLUMNS) != rows_digest(dataset(), COLUMNS)
+
+
+def test_which_columns_count_is_part_of_it():
+    assert rows_digest(dataset(), ["forget_ids"]) != rows_digest(dataset(), ["retain_ids"])
+
+
+def test_many_rows_are_read_whole():
+    many = datasets.Dataset.from_dict({"forget_ids": [[row] for row in range(2500)]})
+    changed = datasets.Dataset.from_dict({"forget_ids": [[row] for row in range(2499)] + [[0]]})
+    assert rows_digest(many, ["forget_ids"]) != rows_digest(changed, ["forget_ids"])
+
+
+def test_a_key_depends_on_every_value_and_not_on_their_order():
+    parts = {"settings": {"eta": 1.0, "top_k": 50}, "versions": {"torch": "2"}}
+    found = target_key(parts)
+    assert target_key({name: parts[name] for name in reversed(parts)}) == found
+    assert target_key(parts | {"settings": {"eta": 2.0, "top_k": 50}}) != found
+    assert target_key(parts | {"versions": {"torch": "3"}}) != found
+    assert len(found) == 64
+
+
+ENOUGH = dict(rows=100, visits=100, needed=10**9, missing=10**9, free=10**10)
+
+
+@pytest.mark.parametrize(
+    ("given", "precompute", "reason"),
+    [
+        ({}, True, "visits 100 times"),
+        ({"visits": 99}, False, "visits 99 of 100 rows"),
+        ({"visits": 1e6}, True, "visits 1e"),
+        ({"free": 2 * 10**9}, True, ""),
+        ({"free": 2 * 10**9 - 1}, False, "more than half of the 1.86 GiB that are free"),
+        ({"free": 0, "missing": 0}, True, ""),
+        ({"needed": LARGEST_STORE, "missing": 0}, True, "64 GiB"),
+        ({"needed": LARGEST_STORE + 2**30, "missing": 0}, False, "65 GiB, more than 64 GiB"),
+    ],
+)
+def test_targets_are_stored_where_each_row_is_visited_and_there_is_room(given, precompute, reason):
+    choice = choose(**(ENOUGH | given))
+    assert choice.precompute is precompute
+    assert reason in choice.reason
