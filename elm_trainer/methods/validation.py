@@ -1,11 +1,9 @@
 """What an erasure trainer is given, checked before anything is computed."""
 
 import json
-import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
-from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +21,12 @@ from ..data.tokens import text_tokenizer
 from ..hub.adapter_config import check_adapter_config
 from ..hub.errors import UnsafeAdapterError
 from ..modeling import LINEAR, adapter_disabled, evaluating
+from ..numbers import check_numbers
 
 
 logger = logging.get_logger(__name__)
 
 
-RULES: dict[str, Callable[[Any], bool]] = {
-    "at least 0": lambda value: value >= 0,
-    "above 0": lambda value: value > 0,
-    "at least 1": lambda value: value >= 1,
-    "at least 2": lambda value: value >= 2,
-    "from 0 to 1": lambda value: 0 <= value <= 1,
-}
 # What no training can work with, though `SFTConfig` takes it.
 _COMMON_RULES = {
     "at least 0": ("learning_rate", "num_train_epochs", "seed"),
@@ -61,30 +53,6 @@ def check_fields(config: SFTConfig, rules: Mapping[str, Sequence[str]]) -> None:
             raise ValueError(f"`{field.name}` is {value!r}: use one of {', '.join(choices)}.")
     if weights and not any(getattr(config, name) for name in weights):
         raise ValueError(f"All of {', '.join(f'`{name}`' for name in weights)} are 0: raise one of them.")
-
-
-def check_numbers(config: Any, rules: Iterable[tuple[str, Sequence[str]]]) -> None:
-    """Raise `ValueError` for a field of a dataclass that is no number, though it should be, or that breaks its rule."""
-    for field in fields(config):
-        if (value := getattr(config, field.name)) is not None:
-            _check_number(field.name, value, field.type)
-    for rule, names in rules:
-        for name in names:
-            if (value := getattr(config, name)) is not None and not RULES[rule](value):
-                raise ValueError(f"`{name}` is {value}: it must be {rule}.")
-
-
-def _check_number(name: str, value: Any, kind: Any) -> None:
-    """Raise `ValueError` unless a field's value is a number of its kind, where that is one."""
-    real = isinstance(value, Real) and not isinstance(value, bool)
-    if kind in (int, int | None) and not (real and isinstance(value, Integral)):
-        raise ValueError(f"`{name}` is {value!r}: give a whole number.")
-    if kind in (float, float | None):
-        if not real:
-            hint = " (YAML reads 1e-3 as text: write 1.0e-3)" if isinstance(value, str) else ""
-            raise ValueError(f"`{name}` is {value!r}: give a number{hint}.")
-        if math.isnan(value) or math.isinf(value) and name != "max_grad_norm":
-            raise ValueError(f"`{name}` is {value}: give a finite number.")
 
 
 COLUMNS = ("concept", "forget", "retain", "prompt", "completion")
