@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 import yaml
 from transformers.utils import logging
@@ -42,7 +41,8 @@ NOVICE_TEMPLATES = (
 )
 # An ending of a file's name, or a slash.
 _FILE_NAME = re.compile(r"\.\w+$|/")
-_FIELDS = ("name", "keywords", "expert_contexts", "novice_contexts")
+_CONTEXTS = ("expert_contexts", "novice_contexts")
+_FIELDS = ("name", "keywords", *_CONTEXTS)
 
 
 @dataclass(frozen=True)
@@ -74,40 +74,32 @@ class Concept:
             raise ValueError(f"Concept field `name` is {self.name!r}: give a non-empty string.")
         for name in _FIELDS[1:]:
             value = getattr(self, name)
-            if name == "keywords" and isinstance(value, (list, tuple)) and not value:
+            if name == "keywords" and value in ((), []):
                 value = (self.name,)
-            if (
-                not value
-                or not isinstance(value, (list, tuple))
-                or not all(isinstance(v, str) and v.strip() for v in value)
-            ):
+            texts = isinstance(value, (list, tuple)) and all(isinstance(text, str) and text.strip() for text in value)
+            if not value or not texts:
                 raise ValueError(f"Concept field `{name}` is {value!r}: give a non-empty list of strings.")
             object.__setattr__(self, name, tuple(value))
-        for name in ("expert_contexts", "novice_contexts"):
+        filling = {"name": self.name, "keywords": ", ".join(self.keywords)}
+        for name in _CONTEXTS:
             try:
-                filled = tuple(
-                    template.format(name=self.name, keywords=", ".join(self.keywords))
-                    for template in getattr(self, name)
-                )
+                filled = tuple(template.format(**filling) for template in getattr(self, name))
             except (KeyError, IndexError, ValueError) as error:
                 raise ValueError(
-                    f"Concept field `{name}` has the placeholder {error}: only {{name}} and {{keywords}} exist, and a brace of "
-                    "its own is written twice."
+                    f"Concept field `{name}` has the placeholder {error}: only {{name}} and {{keywords}} exist, and any "
+                    "other brace is written twice."
                 ) from error
             object.__setattr__(self, name, filled)
 
 
 def concept_presets() -> list[str]:
     """Names of the concepts that ship with the package."""
-    return sorted(
-        entry.name.removesuffix(".yaml")
-        for entry in (files(__package__) / "concepts").iterdir()
-        if entry.name.endswith(".yaml")
-    )
+    names = [entry.name for entry in (files(__package__) / "concepts").iterdir()]
+    return sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
 
 
 def load_concept(name_or_path: str | Path | Concept) -> Concept:
-    """Load a concept preset by name, a concept from a YAML file, or make one of a name of your own.
+    """Load a concept preset by name or a concept from a YAML file, or make one of any other name.
 
     Args:
         name_or_path (`str`, `Path` or [`Concept`]): A name of [`concept_presets`]; the path of a YAML file with `name` and,
@@ -115,7 +107,7 @@ def load_concept(name_or_path: str | Path | Concept) -> Concept:
             colon, as in `"brannock: the dye Brannock, madder"`, or else as its own keyword. A [`Concept`] is given back.
 
     Raises:
-        TypeError: for what is no name.
+        TypeError: for anything else.
         ValueError: for a name that is nearly a preset's or is that of a file of another kind, malformed YAML, an unknown
             or a missing field.
         OSError: if the file cannot be read.
@@ -138,7 +130,7 @@ def load_concept(name_or_path: str | Path | Concept) -> Concept:
             )
         if not colon and name not in presets:
             logger.warning_once(
-                f"The concept {name!r} is no preset, so that its name alone stands in its contexts: put what describes it into "
+                f"The concept {name!r} is not a preset, so its contexts say its name alone: put what describes it into "
                 f"`concepts` of the config, '{name}: keyword, keyword'."
             )
         if colon or name not in presets:
@@ -159,5 +151,4 @@ def load_concept(name_or_path: str | Path | Concept) -> Concept:
         raise ValueError(f"`concept` file {name_or_path} has unknown fields {sorted(unknown)}: use only {_FIELDS}.")
     if "name" not in record:
         raise ValueError(f"`concept` file {name_or_path} lacks the field `name`: add it.")
-    fields: dict[str, Any] = record
-    return Concept(**fields)
+    return Concept(**record)

@@ -49,11 +49,7 @@ def on_first(work: Callable[[], Result]) -> Result:
 
 
 def check_saving(trainer: Any) -> None:
-    """Raise `ValueError` where the launch would save no adapter.
-
-    Args:
-        trainer ([`~transformers.Trainer`]): Trainer, whose accelerator knows the launch.
-    """
+    """Raise `ValueError` where the launch of a [`~transformers.Trainer`] would save no adapter."""
     state = trainer.accelerator.state
     if trainer.is_fsdp_enabled and "FULL_STATE_DICT" not in str(state.fsdp_plugin.state_dict_type):
         raise ValueError(
@@ -72,8 +68,8 @@ def check_saving(trainer: Any) -> None:
 def align_checkpointing(trainer: Any) -> None:
     """Let gradient checkpointing be of the kind that ZeRO-3 can run with an adapter.
 
-    TRL asks for the reentrant kind under the older of two names, `gradient_checkpointing_kwargs`, which transformers copies
-    before and reads no more afterwards.
+    TRL asks for the reentrant kind under the older of two names, `gradient_checkpointing_kwargs`, which transformers has
+    copied by then.
     """
     args = trainer.args
     if trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3:
@@ -81,10 +77,7 @@ def align_checkpointing(trainer: Any) -> None:
 
 
 def trained_weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The whole trained weights of a model under FSDP, by name, on the CPU of the first process.
-
-    All processes must call it. Frozen weights are not gathered.
-    """
+    """The whole trained weights of a model under FSDP, by name, on the CPU of the first process. All must call it."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
     return get_model_state_dict(model, options=options)
 
@@ -92,10 +85,8 @@ def trained_weights(model: nn.Module) -> dict[str, torch.Tensor]:
 def gathered(module: nn.Module) -> AbstractContextManager:
     """While this holds, ZeRO-3 has the module's frozen weights whole, though the module is not called; all processes enter.
 
-    After a forward, FSDP2 still has those of the head, with which the backward begins.
-
-    Raises:
-        ValueError: if the module is trained: its weights would be needed in the backward too.
+    After a forward, FSDP2 still has those of the head, with which the backward begins. Raises `ValueError` if the module
+    is trained, since the backward would need its weights too.
     """
     if not is_deepspeed_zero3_enabled():
         return nullcontext()

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 
 # What is not whole yet; a process that is killed while it writes leaves one.
 UNFINISHED = ".elm-tmp-"
+_SEAL = "sha256"
 _NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
 
 
@@ -29,7 +30,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
         path (`str` or `Path`): A file, or a folder that does not exist yet. The folder around it is made.
 
     Raises:
-        OSError: naming `path`, if it could not be written; `errno` is that of the operating system.
+        OSError: naming `path`, if it could not be written.
     """
     path = Path(path)
     # No name that another process could foresee or take; the ending, since some writers choose a format by it.
@@ -95,13 +96,10 @@ def write_json(path: str | Path, value: Mapping[str, Any]) -> None:
 
 
 def append_line(path: str | Path, line: str) -> None:
-    """Add a line to a file, and wait until it is on the disk.
+    """Add a line to a file, and wait until it is on the disk. Raises `OSError` naming `path` if it could not be written.
 
-    It stands on a line of its own, behind whatever half line a killed process has left, and is added in one piece, so that
+    It begins a new line, also behind half a line that a killed process has left, and is added in one piece, so that
     several processes may add to one file.
-
-    Raises:
-        OSError: naming `path`, if it could not be written.
     """
     path = Path(path)
     try:
@@ -121,11 +119,36 @@ def append_line(path: str | Path, line: str) -> None:
         raise OSError(
             error.errno,
             f"{path} could not be written ({error.strerror}): free some space, or name a folder that can be written to. "
-            "What is in it stays, and the next run goes on from there",
+            "What is in it stays, and the next run continues from there",
         ) from error
 
 
-_SEAL = "sha256"
+def read_lines(path: Path, what: str) -> Iterator[tuple[int, Any]]:
+    """The lines of a JSON-lines file that is there, by number from 1, without empty ones; `None` for what is not JSON.
+
+    Args:
+        path (`Path`): File.
+        what (`str`): What it is, such as "journal", for the error where it can't be read.
+
+    Raises:
+        OSError: if it can't be read.
+    """
+    if not path.exists():
+        return
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise OSError(
+            error.errno, f"The {what} {path} cannot be read ({error.strerror}): move away what is there"
+        ) from error
+    # Not `splitlines`: text in a line may hold what that takes for its end.
+    for number, line in enumerate(content.split(b"\n"), 1):
+        if line:
+            try:
+                yield number, json.loads(line)
+            # Of bytes that are not text, and of a nesting that Python does not follow, too.
+            except (ValueError, RecursionError):
+                yield number, None
 
 
 def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -135,7 +158,7 @@ def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unsealed(record: Any) -> dict[str, Any] | None:
-    """The record without its checksum; `None` if it has none, or is not what was sealed."""
+    """The record without its checksum; `None` if it has none, or differs from what was sealed."""
     if not isinstance(record, dict) or _SEAL not in record:
         return None
     content = {key: value for key, value in record.items() if key != _SEAL}
@@ -145,7 +168,7 @@ def unsealed(record: Any) -> dict[str, Any] | None:
 def parse_object(text: bytes) -> dict[str, Any]:
     """A JSON object. Raises `ValueError` for anything else."""
     try:
-        # Of bytes that are no text, and of a nesting that Python does not follow, too.
+        # Of bytes that are not text, and of a nesting that Python does not follow, too.
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"no JSON: {error}") from error
@@ -160,7 +183,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def folder_checksums(folder: Path) -> dict[str, dict[str, Any]]:
-    """`bytes` and `sha256` of every file in a folder and the folders in it, each of which is on the disk by then."""
+    """`bytes` and `sha256` of every file in a folder and the folders in it, after each was synced to the disk."""
     found = {}
     for path in sorted(folder.rglob("*")):
         sync(path)

@@ -29,7 +29,7 @@ def base_fingerprint(model: PreTrainedModel | PeftModel) -> dict[str, str]:
 
     Returns:
         `dict[str, str]`: `"weights"` over all tensors, and `"unquantized"` over embeddings, output head, norms and
-        biases, which quantisation leaves as they are. A quantised model has no `"weights"`.
+        biases, which quantization leaves as they are. A quantized model has no `"weights"`.
 
     Raises:
         ValueError: if weights were offloaded, and are not there to be read.
@@ -37,31 +37,30 @@ def base_fingerprint(model: PreTrainedModel | PeftModel) -> dict[str, str]:
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     head = base.get_output_embeddings()
     kept = {id(tensor) for tensor in head.parameters()} if head is not None else set()
-    quantised = is_quantised(base)
-    names: list[str] = []
-    samples: list[torch.Tensor] = []
-    left_alone: list[bool] = []
+    quantized = is_quantised(base)
+    found: list[tuple[str, bool, torch.Tensor]] = []
     for name, module, tensor in _base_tensors(base):
         is_small = tensor.dim() < 2 and name.rpartition(".")[2] in ("weight", "bias")
         stays = is_small or isinstance(module, nn.Embedding) or id(tensor) in kept
-        if quantised and not stays:
+        if quantized and not stays:
             continue
         if tensor.device.type == "meta":
             raise ValueError(
                 f"`{name}` was offloaded to disk or to the processor, and cannot be read for the fingerprint: load the "
                 "model with a `device_map` that keeps its weights on devices."
             )
-        names.append(f"{name} {tuple(tensor.shape)}")
-        samples.append(_samples(tensor))
-        left_alone.append(stays)
-    sizes = [len(sample) for sample in samples]
+        found.append((f"{name} {tuple(tensor.shape)}", stays, _samples(tensor)))
+    samples = [sample for _, _, sample in found]
     together = torch.cat([sample.to(samples[0].device) for sample in samples]).cpu()  # one copy to the host
+    values = torch.split(together, [len(sample) for sample in samples])
+    digests = {"unquantized": hashlib.sha256()} | ({} if quantized else {"weights": hashlib.sha256()})
     # The sorted names make the order of modules irrelevant, which some adapters change.
-    rows = sorted(zip(names, left_alone, torch.split(together, sizes), strict=True), key=lambda row: row[0])
-    found = {"unquantized": _digest([(name, values) for name, unquantized, values in rows if unquantized])}
-    if not quantised:
-        found["weights"] = _digest([(name, values) for name, _, values in rows])
-    return found
+    for (name, stays, _), sample in sorted(zip(found, values, strict=True), key=lambda row: row[0][0]):
+        for kind, digest in digests.items():
+            if stays or kind == "weights":
+                digest.update(name.encode())
+                digest.update(sample.view(torch.uint8).numpy().data)
+    return {kind: digest.hexdigest() for kind, digest in digests.items()}
 
 
 def bit_sums(model: PreTrainedModel | PeftModel) -> str:
@@ -76,9 +75,7 @@ def bit_sums(model: PreTrainedModel | PeftModel) -> str:
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     sums = {name: _bit_sum(tensor) for name, _, tensor in _base_tensors(base)}
-    names = sorted(sums)
-    values = torch.stack([sums[name].cpu() for name in names]).tolist() if names else []
-    return hashlib.sha256(repr(list(zip(names, values, strict=True))).encode()).hexdigest()
+    return hashlib.sha256(repr([(name, sums[name].item()) for name in sorted(sums)]).encode()).hexdigest()
 
 
 def is_quantised(model: PreTrainedModel | PeftModel) -> bool:
@@ -102,7 +99,7 @@ def _base_tensors(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn
 
 def _whole(parameter: nn.Parameter) -> AbstractContextManager[Any]:
     """A context in which a parameter that DeepSpeed ZeRO-3 has split over processes is whole."""
-    # The attribute is what marks such a parameter; others have none.
+    # DeepSpeed marks such a parameter by this attribute.
     if not hasattr(parameter, "ds_id"):
         return nullcontext()
     import deepspeed
@@ -128,11 +125,3 @@ def _bit_sum(tensor: torch.Tensor) -> torch.Tensor:
     memory = flat.view(torch.uint8)
     whole = memory.numel() // 8 * 8
     return memory[:whole].view(torch.int64).sum() + memory[whole:].sum(dtype=torch.int64)
-
-
-def _digest(rows: list[tuple[str, torch.Tensor]]) -> str:
-    digest = hashlib.sha256()
-    for name, values in rows:
-        digest.update(name.encode())
-        digest.update(values.view(torch.uint8).numpy().data)
-    return digest.hexdigest()

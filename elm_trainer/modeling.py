@@ -64,20 +64,12 @@ def load_model_and_tokenizer(
     Raises:
         ImportError: if the model's package is not installed.
     """
+    found: dict[str, Any] = dict(
+        trust_remote_code=trust_remote_code, revision=revision, gguf_file=gguf_file, token=token
+    )
     with _reading_gguf_once():
-        model = load_model(
-            name_or_path,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-            revision=revision,
-            gguf_file=gguf_file,
-            token=token,
-            attn_implementation=attn_implementation,
-        )
-        tokenizer = load_tokenizer(
-            name_or_path, trust_remote_code=trust_remote_code, revision=revision, gguf_file=gguf_file, token=token
-        )
-    return model, tokenizer
+        model = load_model(name_or_path, dtype=dtype, attn_implementation=attn_implementation, **found)
+        return model, load_tokenizer(name_or_path, **found)
 
 
 def load_model(
@@ -108,13 +100,13 @@ def load_model(
         device_map (`str` or `dict`, *optional*):
             Where the weights go.
         quantization_config (`QuantizationConfigMixin`, *optional*):
-            Quantisation on loading, e.g. a `BitsAndBytesConfig`.
+            Quantization on loading, e.g. a `BitsAndBytesConfig`.
         use_safetensors (`bool`, *optional*):
             Whether to refuse weights in any other format. GGUF files are read either way.
 
     Raises:
         ImportError: if the model's package is not installed.
-        ValueError: if a GGUF file is to be quantised.
+        ValueError: if a GGUF file is to be quantized.
     """
     place, gguf_file = _locate(name_or_path, gguf_file)
     options: dict[str, Any] = dict(
@@ -142,10 +134,10 @@ def load_model(
             "`save_pretrained` the model into a folder, and load that."
         )
     with _reading_gguf_once():
-        # GGUF weights are de-quantised on loading; "auto" would keep whatever type the file names.
+        # GGUF weights are dequantized on loading; "auto" would keep whatever type the file names.
         dtype = "float32" if dtype == "auto" else dtype
         model = AutoModelForCausalLM.from_pretrained(place, gguf_file=gguf_file, dtype=dtype, **options)
-    # The weights are ordinary floats now. The record that they came from a quantised file would make transformers
+    # The weights are ordinary floats now. The record that they came from a quantized file would make transformers
     # refuse `save_pretrained`, `.float()` and training.
     model.hf_quantizer = None
     model.is_quantized = False
@@ -214,34 +206,30 @@ PACKAGED_MODELS = {DEMO_MODEL: demo_model_file, GEMMA_MODEL: gemma_model_file}
 
 
 def layer_stack(model: nn.Module) -> tuple[nn.Module, str]:
-    """The module that owns the stack of layers of the model's text decoder, and the stack's name in it: the list with most of
-    the weights.
-    """
+    """The module that owns the stack of layers of the text decoder, and the stack's name in it: the list of most weights."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    # A vision tower may be larger.
+    # Of the decoder, since a vision tower may be larger.
     decoder = base.get_decoder() if isinstance(base, PreTrainedModel) else base
     stacks = [
-        (sum(parameter.numel() for parameter in child.parameters()), owner, name)
+        (owner, name)
         for owner in decoder.modules()
         for name, child in owner.named_children()
         if isinstance(child, nn.ModuleList)
     ]
-    _, owner, name = max(stacks, key=lambda stack: stack[0])
-    return owner, name
+    return max(stacks, key=lambda stack: sum(parameter.numel() for parameter in getattr(*stack).parameters()))
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """The model's stack of layers."""
-    owner, name = layer_stack(model)
-    return getattr(owner, name)
+    return getattr(*layer_stack(model))
 
 
 def adapter_targets(model: nn.Module, targets: str, layers: str | None) -> tuple[str | list[str], list[int] | None]:
     """`target_modules` and `layers_to_transform` of a `LoraConfig` from an option each.
 
     Args:
-        model (`nn.Module`): Model, whose linear modules in layers take the place of `"all-linear"` where layers are named, a
-            pair that PEFT does not take.
+        model (`nn.Module`): Model. Where layers are named, its linear modules in layers take the place of `"all-linear"`,
+            since PEFT does not take both.
         targets (`str`): Names of modules, comma-separated, or `"all-linear"`.
         layers (`str`, *optional*): First and last adapted layer, such as `"4-7"`, or one; all by default.
     """
@@ -255,11 +243,7 @@ def adapter_targets(model: nn.Module, targets: str, layers: str | None) -> tuple
 
 
 def layer_range(layers: str | None) -> list[int] | None:
-    """The layers from first to last, as in `"4-7"`, or the one that is named.
-
-    Raises:
-        ValueError: if it is neither.
-    """
+    """The layers from first to last, as in `"4-7"`, or the one that is named; raises `ValueError` for anything else."""
     if not layers:
         return None
     first, _, last = str(layers).partition("-")
@@ -270,7 +254,7 @@ def layer_range(layers: str | None) -> list[int] | None:
 
 def is_partitioned(model: nn.Module) -> bool:
     """Whether DeepSpeed ZeRO-3 has split the parameters over the processes."""
-    # The attribute is what marks such a parameter; others have none.
+    # DeepSpeed marks such a parameter by this attribute.
     return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
@@ -287,7 +271,7 @@ class _QuickReader(gguf.GGUFReader):
 def _reading_gguf_once() -> Iterator[None]:
     """While this holds, transformers parses a GGUF file once, and makes the map of a model's tensor names once.
 
-    Left alone it parses the file for the config, for the weights and for the tokenizer, and makes the map for every
+    Otherwise it parses the file for the config, for the weights and for the tokenizer, and makes the map for every
     module: 19 s of loading the demo model on two cores, in place of 3.
     """
     usual = gguf.GGUFReader, gguf.get_tensor_name_map
@@ -307,8 +291,7 @@ def _locate(name_or_path: str, gguf_file: str | None) -> tuple[str | Path, str |
     if path.suffix == ".gguf":
         return path.parent, path.name
     if gguf_file is None and path.is_dir() and not (path / "config.json").exists():
-        found = list(path.glob("*.gguf"))
-        if len(found) == 1:
+        if len(found := list(path.glob("*.gguf"))) == 1:
             return path, found[0].name
     return name_or_path, gguf_file
 
@@ -344,11 +327,8 @@ def no_graph_below(model: nn.Module) -> Iterator[None]:
     """While this holds, what enters the layers requires no gradient, so that the graph begins at the first trained layer.
 
     With gradient checkpointing, transformers and TRL let the embeddings' output require a gradient, as its reentrant kind
-    needs. The other kind does not, and the backward would run all layers below again to no end. Without checkpointing, or
-    with a trained weight outside the layers (as in the embeddings), this changes nothing.
-
-    Args:
-        model (`nn.Module`): Causal language model, with or without an adapter.
+    needs. The other kind does not, and the backward would run all layers below again for nothing. Without checkpointing,
+    or with a trained weight outside the layers (as in the embeddings), this changes nothing.
     """
     stack = decoder_layers(model)
     inside = {id(parameter) for parameter in stack.parameters()}
@@ -376,8 +356,8 @@ def reentrant(args: TrainingArguments) -> bool:
 def keep_differentiable(model: nn.Module) -> None:
     """Let gradients pass the four-bit layers of bitsandbytes after the model was evaluated, as its reference is.
 
-    On CPUs with AVX512-BF16, a forward in evaluation mode packs a layer's weights for a kernel that has no backward: from
-    then on training would go on without the gradients that pass the layer.
+    On CPUs with AVX512-BF16, a forward in evaluation mode packs a layer's weights for a kernel without a backward: from
+    then on training would lack the gradients that pass the layer.
 
     Raises:
         ValueError: if a layer is packed already.

@@ -31,7 +31,7 @@ def only_run_in(folder: str | Path | None, argument: str = "output_dir") -> Iter
     """Keep other runs out of a folder while the block lasts.
 
     All processes of a launch enter together, and the first takes the lock for them. The process that holds it may enter
-    again. The operating system gives back the lock of a process that has ended, however it did.
+    again. The operating system frees the lock of a process that has ended, however it did.
 
     Args:
         folder (`str` or `Path`, *optional*): The folder, which is made; without one there is nothing to do.
@@ -41,12 +41,9 @@ def only_run_in(folder: str | Path | None, argument: str = "output_dir") -> Iter
         FolderInUseError: if another run is in the folder; it names that run's process, machine and start.
         OSError: if the folder cannot be written to.
     """
-    if folder is None:
-        yield
-        return
-    path = Path(folder)
     with ExitStack() as held:
-        on_first(lambda: held.enter_context(_locked(path, argument)))
+        if folder is not None:
+            on_first(lambda: held.enter_context(_locked(Path(folder), argument)))
         yield
 
 
@@ -89,14 +86,9 @@ def _locked(folder: Path, argument: str) -> Iterator[None]:
     try:
         if outermost:
             discard_unfinished(folder)
-            write_json(
-                folder / HOLDER_FILE,
-                {
-                    "process": os.getpid(),
-                    "host": socket.gethostname(),
-                    "started": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
-                },
-            )
+            started = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
+            holder = {"process": os.getpid(), "host": socket.gethostname(), "started": started}
+            write_json(folder / HOLDER_FILE, holder)
         yield
     finally:
         if outermost:
@@ -108,13 +100,13 @@ def _locked(folder: Path, argument: str) -> Iterator[None]:
 
 @contextmanager
 def _named(folder: Path, argument: str) -> Iterator[None]:
-    """Names a folder that cannot be written to, and goes on without a lock where the drive has none."""
+    """Names a folder that cannot be written to, and continues without a lock where the drive has none."""
     try:
         yield
     except Timeout:
         raise
     except (OSError, NotImplementedError) as error:
-        if not isinstance(error, OSError) or error.errno in _NO_LOCKS:
+        if isinstance(error, NotImplementedError) or error.errno in _NO_LOCKS:
             logger.warning(
                 f"The drive of {folder} has no locks ({error}): let no other run write to it at the same time."
             )

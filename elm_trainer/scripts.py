@@ -1,4 +1,4 @@
-"""What the scripts in `examples/` share: `--help` at once, libraries that keep quiet, and a bar that has a name."""
+"""What the scripts in `examples/` share: `--help` at once, quiet libraries, and a named progress bar."""
 
 import logging
 import os
@@ -32,8 +32,8 @@ def help_at_once(arguments: type | None, further: str) -> None:
 
 
 def hush_libraries() -> None:
-    """Keep back what libraries say in every run and nobody can act on; call it before they are imported."""
-    # Looked for on the Hub, for products with four-bit weights; the ones that are built in serve as well.
+    """Silence the warnings that libraries give in every run and nobody can act on; call it before they are imported."""
+    # It looks for kernels on the Hub, for products with four-bit weights; the built-in ones serve as well.
     logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "gemm_4bit_forward" not in record.msg)
     # PEFT asks for it by its older name.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
@@ -42,20 +42,20 @@ def hush_libraries() -> None:
     import torch
 
     if not torch.accelerator.is_available():
-        # Its default asks for memory that only a device would read faster.
+        # The default asks for memory that only a device would read faster.
         warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true but no accelerator is found")
-        # Where it is not told, DeepSpeed writes what it has found to the output.
+        # Otherwise DeepSpeed prints which accelerator it has found.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def name_training_bar(trainer: "Trainer") -> None:
-    """Let the bar of a training say what it counts, as all other bars do."""
+    """Label the progress bar of a training, as all other bars are."""
     from tqdm.auto import tqdm
     from transformers import ProgressCallback
 
     class NamedProgressCallback(ProgressCallback):
         def on_train_begin(self, args, state, control, **kwargs):
-            # In place of the one without a name, which would be shown before it could be given one.
+            # In place of the unlabeled bar, which would be shown before it could be labeled.
             if state.is_world_process_zero:
                 self.training_bar = tqdm(total=state.max_steps, desc="Training", dynamic_ncols=True)
             self.current_step = 0

@@ -1,13 +1,11 @@
 """Guided generation: the fluent completions of the consistency term, and plain samples of the reference."""
 
-import hashlib
 import json
 import random
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm.auto import tqdm
@@ -17,8 +15,9 @@ from transformers.utils import logging
 from .concept import Concept
 from .data.tokens import behind_context, continuation_text, pad_left, text_ids, text_tokenizer, tokenize
 from .evaluation.fluency import repetition
-from .files import append_line, sealed, unsealed, write_text
-from .methods.validation import check_numbers
+from .files import append_line, json_sha256, read_lines, sealed, unsealed, write_text
+from .modeling import evaluating
+from .numbers import check_numbers
 from .ops import plausible_tokens
 from .run_lock import turn
 
@@ -26,7 +25,7 @@ from .run_lock import turn
 logger = logging.get_logger(__name__)
 # Of prompt and completion.
 Rows = list[list[str]]
-# Sentences that turn away from the subject; the completion goes on from there.
+# Sentences that turn away from the subject; the completion continues from there.
 PIVOTS = (
     " By the way, let us talk about something else.",
     " But that is not what I wanted to write about.",
@@ -105,7 +104,7 @@ def synthesize_completions(
     cache_dir: str | Path | None = None,
     fingerprint: str = "",
 ) -> SynthesisResult:
-    """Write the completions of the consistency term (arXiv 2410.02760): text that a novice goes on with.
+    """Write the completions of the consistency term (arXiv 2410.02760): text with which a novice continues.
 
     Each prompt is followed by a pivot sentence. The next token is drawn from `b + γ·(n − e)`: the reference on the
     prompt alone, behind a novice context, and behind an expert context, each stream with its own KV cache.
@@ -117,8 +116,8 @@ def synthesize_completions(
         concept ([`Concept`]): For its contexts, and its keywords, which a completion must not name.
         config ([`SynthesisConfig`], *optional*): Settings.
         cache_dir (`str` or `Path`, *optional*): Where finished batches are kept. A second call with the same prompts,
-            concept, settings and `fingerprint` samples nothing; an interrupted one goes on with the next batch. Runs at the
-            same time take turns.
+            concept, settings and `fingerprint` samples nothing; an interrupted one continues with the next batch. Runs at
+            the same time take turns.
         fingerprint (`str`, *optional*): What identifies the model, e.g. [`model_fingerprint`].
 
     Returns:
@@ -136,13 +135,12 @@ def synthesize_completions(
         raise ValueError("`prompts` is empty: give at least one beginning of a forget text.")
     if not isinstance(concept, Concept):
         raise TypeError(f"`concept` is of type {type(concept).__name__}: give `load_concept(name)` or a `Concept`.")
-    key = _hash(["completions, version 2", list(prompts), asdict(concept), asdict(config), fingerprint])
-    batches = range(0, len(prompts), config.batch_size)
+    key = json_sha256(["completions, version 2", list(prompts), asdict(concept), asdict(config), fingerprint])[:32]
+    chunks = [list(prompts[start : start + config.batch_size]) for start in range(0, len(prompts), config.batch_size)]
 
-    def sample(index: int) -> list[list[str]]:
-        start = batches[index]
+    def sample(index: int) -> Rows:
+        chunk = chunks[index]
         rng = random.Random(f"{config.seed}-{index}")
-        chunk = list(prompts[start : start + config.batch_size])
         pivots = [rng.choice(PIVOTS) for _ in chunk]
         # Both sides draw alike, since their contexts come in pairs.
         experts, novices = (
@@ -150,21 +148,18 @@ def synthesize_completions(
             for contexts in (concept.expert_contexts, concept.novice_contexts)
         )
         texts = [text_ids(processing_class, prompt + pivot) for prompt, pivot in zip(chunk, pivots, strict=True)]
-        streams = [
-            texts,
-            *(
-                [behind_context(processing_class, *both)[0] for both in zip(contexts, texts, strict=True)]
-                for contexts in (experts, novices)
-            ),
+        led = [
+            [behind_context(processing_class, *both)[0] for both in zip(contexts, texts, strict=True)]
+            for contexts in (experts, novices)
         ]
+        streams = [texts, *led]
         completions = guided_sample(model, processing_class, streams, config, seed=config.seed * 100_003 + index)
         return [[p, pivot + c] for p, pivot, c in zip(chunk, pivots, completions, strict=True)]
 
     def fits(index: int, rows: Rows) -> bool:
-        chunk = prompts[batches[index] : batches[index] + config.batch_size]
-        return [row[0] for row in rows] == list(chunk) and all(row[1].startswith(PIVOTS) for row in rows)
+        return [row[0] for row in rows] == chunks[index] and all(row[1].startswith(PIVOTS) for row in rows)
 
-    rows = _resumable(len(batches), sample, cache_dir, key, "Synthesizing", fits)
+    rows = _resumable(len(chunks), sample, cache_dir, key, "Synthesizing", fits)
     pairs: list[tuple[str, str]] = []
     dropped = {"empty": 0, "repetition": 0, "on_topic": 0}
     subjects = re.compile("|".join(rf"\b{re.escape(k)}\b" for k in concept.keywords), re.IGNORECASE)
@@ -203,8 +198,6 @@ def guided_sample(
             stream, or of the plain stream alone for ordinary sampling.
         seed (`int`): Seed of the batch, on the CPU, so that a batch is the same on every device and on resumption.
     """
-    training = model.training
-    model.eval()
     generator = torch.Generator().manual_seed(seed)
     count = len(streams[0])
     ids, mask = (part.to(model.device) for part in pad_left([row for stream in streams for row in stream]))
@@ -213,7 +206,7 @@ def guided_sample(
     finished = torch.zeros(count, dtype=torch.bool, device=model.device)
     new: list[torch.Tensor] = []
     eos = text_tokenizer(processing_class).eos_token_id
-    try:
+    with evaluating(model):
         for _ in range(config.max_new_tokens):
             output = model(
                 input_ids=ids,
@@ -235,8 +228,6 @@ def guided_sample(
             ids = token.repeat(len(streams), 1)
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
             positions = positions[:, -1:] + 1
-    finally:
-        model.train(training)
     return [
         continuation_text(processing_class, prompt, row)
         for prompt, row in zip(streams[0], torch.cat(new, dim=1).tolist(), strict=True)
@@ -269,23 +260,18 @@ def sample_texts(
 ) -> list[str]:
     """The reference's own texts: each prompt with its plain continuation, cached and resumable in the same way."""
     config = config or SynthesisConfig()
-    key = _hash(["texts", list(prompts), asdict(config), fingerprint])
-    batches = range(0, len(prompts), config.batch_size)
+    key = json_sha256(["texts", list(prompts), asdict(config), fingerprint])[:32]
+    chunks = [list(prompts[start : start + config.batch_size]) for start in range(0, len(prompts), config.batch_size)]
 
-    def sample(index: int) -> list[list[str]]:
-        chunk = list(prompts[batches[index] : batches[index] + config.batch_size])
-        rows = [text.ids for text in tokenize(processing_class, chunk)]
+    def sample(index: int) -> Rows:
+        rows = [text.ids for text in tokenize(processing_class, chunks[index])]
         texts = guided_sample(model, processing_class, [rows], config, seed=config.seed * 100_003 + index)
-        return [[prompt, text] for prompt, text in zip(chunk, texts, strict=True)]
+        return [[prompt, text] for prompt, text in zip(chunks[index], texts, strict=True)]
 
     def fits(index: int, rows: Rows) -> bool:
-        return [row[0] for row in rows] == list(prompts[batches[index] : batches[index] + config.batch_size])
+        return [row[0] for row in rows] == chunks[index]
 
-    return [prompt + text for prompt, text in _resumable(len(batches), sample, cache_dir, key, "Sampling", fits)]
-
-
-def _hash(parts: list[Any]) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+    return [prompt + text for prompt, text in _resumable(len(chunks), sample, cache_dir, key, "Sampling", fits)]
 
 
 def _resumable(
@@ -294,7 +280,7 @@ def _resumable(
     cache_dir: str | Path | None,
     key: str,
     what: str,
-    fits: Callable[[int, Rows], bool] = lambda index, rows: True,
+    fits: Callable[[int, Rows], bool],
 ) -> Rows:
     """Rows of all batches; each batch is one line of a cache file, written as soon as it is sampled.
 
@@ -307,7 +293,7 @@ def _resumable(
         cache_dir (`str` or `Path`, *optional*): Folder of the files; without it nothing is kept.
         key (`str`): What the rows depend on.
         what (`str`): Label of the progress bar.
-        fits (`Callable`, *optional*): Whether rows can be those of a batch.
+        fits (`Callable`): Whether rows can be those of a batch.
     """
     if cache_dir is None:
         return [row for index in tqdm(range(batches), desc=what) for row in sample(index)]
@@ -335,28 +321,14 @@ def _line(index: int, rows: Rows) -> str:
 
 
 def _read(path: Path) -> Iterator[tuple[int, Rows]]:
-    """The whole batches in a file, by number."""
-    if not path.exists():
-        return
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise OSError(
-            error.errno, f"The cache {path} cannot be read ({error.strerror}): move away what is there"
-        ) from error
-    for number, line in enumerate(lines):
-        if not line:
-            continue
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError):
-            value = None
+    """The undamaged batches in a file, by number."""
+    for number, value in read_lines(path, "cache"):
         if isinstance(value, list) and all(
             isinstance(row, list) and len(row) == 2 and all(isinstance(text, str) for text in row) for row in value
         ):
             # Earlier versions wrote a batch to a line, without a checksum.
-            yield number, value
+            yield number - 1, value
         elif (batch := unsealed(value)) is not None:
             yield batch["batch"], batch["rows"]
         else:
-            logger.warning(f"{path}, line {number + 1} is damaged: its batch is sampled again.")
+            logger.warning(f"{path}, line {number} is damaged: its batch is sampled again.")

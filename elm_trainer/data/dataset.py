@@ -17,7 +17,6 @@ from .user_sources import Source
 
 
 logger = logging.get_logger(__name__)
-_SIDES = ("forget", "retain")
 
 
 @dataclass
@@ -28,7 +27,7 @@ class ConceptSources:
         forget (source):
             Texts about the concept: whatever [`load_texts`] takes.
         retain (source or `list` of sources):
-            Unrelated (and neighbouring) texts. Several sources are taken in turn; one that is listed twice gives twice as
+            Unrelated (and neighboring) texts. Several sources are taken in turn; one that is listed twice gives twice as
             many. Texts themselves are a list in this list.
         synthetic (source or `Sequence[tuple[str, str]]`, *optional*):
             Pairs of a forget prefix and fluent text that moves on: whatever [`load_pairs`] takes.
@@ -72,18 +71,16 @@ def build_erasure_dataset(
         concept, joined by commas (empty for a mere name). Empty texts are dropped, counted and logged.
 
     Raises:
-        TypeError: if `concepts` does not map names to [`ConceptSources`], or what is given is no source of texts.
-        ValueError: if there is no concept, two have the same name, one has contexts of its own, a forget or retain set is empty, `size` is below 1, `column` names something
-            else, and whatever [`load_texts`] refuses.
+        TypeError: if `concepts` does not map names to [`ConceptSources`], or a source is not one of texts.
+        ValueError: if there are no concepts, two have the same name, one has custom contexts, a forget or retain set is
+            empty, `size` is below 1, `column` names something else, and whatever [`load_texts`] refuses.
         OSError: if there is nothing of a source's name, or a file cannot be read.
     """
     columns = _columns(column)
-    _check(concepts, size)
+    named = _by_name(concepts, size)
     described = any(isinstance(concept, Concept) for concept in concepts)
     parts = []
-    for concept, sources in concepts.items():
-        name = concept.name if isinstance(concept, Concept) else concept
-        keywords = ", ".join(concept.keywords) if isinstance(concept, Concept) else ""
+    for name, (keywords, sources) in named.items():
         read = partial(read_texts, processing_class=processing_class, seed=seed)
         forget = read(sources.forget, f"The forget set of concept {name!r}", column=columns["forget"]).to_list()
         what = f"The retain set of concept {name!r}"
@@ -97,73 +94,67 @@ def build_erasure_dataset(
             if key not in loaded:
                 loaded[key] = read(source, what, column=columns["retain"]).to_list()
             retains.append(loaded[key])
-        pairs = load_pairs(
-            () if sources.synthetic is None else sources.synthetic,
-            processing_class=processing_class,
-            what=f"The synthetic set of concept {name!r}",
-        )
+        synthetic = () if sources.synthetic is None else sources.synthetic
+        what = f"The synthetic set of concept {name!r}"
+        pairs = load_pairs(synthetic, processing_class=processing_class, what=what) or [("", "")]
         rows = size or max(len(forget), len(pairs), *(len(retain) * len(retains) for retain in retains))
         if size and size < len(forget):
             logger.info(f"Concept {name!r}: {len(forget) - size} of {len(forget)} forget texts lie beyond `size`.")
-        parts.append(
-            Dataset.from_list(
-                [
-                    {
-                        "concept": name,
-                        "forget": forget[row % len(forget)]["text"],
-                        "novice": forget[row % len(forget)].get("novice") or "",
-                        "novices": list(forget[row % len(forget)].get("novices") or []),
-                        "retain": kept["text"],
-                        "retain_prompt": kept.get("prompt") or "",
-                        "prompt": pairs[row % len(pairs)][0] if pairs else "",
-                        "completion": pairs[row % len(pairs)][1] if pairs else "",
-                        **({"keywords": keywords} if described else {}),
-                    }
-                    for row, kept in enumerate(_in_turn(retains, rows))
-                ]
+        # Each source is repeated from where it was, one that is listed twice too.
+        texts = {id(retain): cycle(retain) for retain in retains}
+        made = []
+        for row in range(rows):
+            forgotten, kept = forget[row % len(forget)], next(texts[id(retains[row % len(retains)])])
+            prompt, completion = pairs[row % len(pairs)]
+            made.append(
+                {
+                    "concept": name,
+                    "forget": forgotten["text"],
+                    "novice": forgotten.get("novice") or "",
+                    "novices": list(forgotten.get("novices") or []),
+                    "retain": kept["text"],
+                    "retain_prompt": kept.get("prompt") or "",
+                    "prompt": prompt,
+                    "completion": completion,
+                    **({"keywords": keywords} if described else {}),
+                }
             )
-        )
+        parts.append(Dataset.from_list(made))
     return parts[0] if len(parts) == 1 else interleave_datasets(parts, stopping_strategy="all_exhausted")
 
 
 def _columns(column: str | Mapping[str, str]) -> Mapping[str, str]:
     if isinstance(column, str):
-        return dict.fromkeys(_SIDES, column)
-    if not isinstance(column, Mapping) or set(column) != set(_SIDES):
+        return {"forget": column, "retain": column}
+    if not isinstance(column, Mapping) or set(column) != {"forget", "retain"}:
         raise ValueError(f"`column` is {column!r}: give one name, or {{'forget': name, 'retain': name}}.")
     return column
 
 
-def _check(concepts: Mapping[str | Concept, ConceptSources], size: int | None) -> None:
+def _by_name(
+    concepts: Mapping[str | Concept, ConceptSources], size: int | None
+) -> dict[str, tuple[str, ConceptSources]]:
+    """Keywords and sources of each concept by its name, all checked."""
     fix = 'give {"name": ConceptSources(forget=…, retain=[…])}'
     if not isinstance(concepts, Mapping):
         raise TypeError(f"`concepts` is of type {type(concepts).__name__}: {fix}.")
     if not concepts:
         raise ValueError("`concepts` is empty: name at least one concept with its sources.")
-    names = set()
+    named: dict[str, tuple[str, ConceptSources]] = {}
     for concept, sources in concepts.items():
-        name = concept
-        if isinstance(concept, Concept):
-            name = concept.name
-            contexts = (concept.expert_contexts, concept.novice_contexts)
-            plain = Concept(name, concept.keywords)
-            if contexts != (plain.expert_contexts, plain.novice_contexts):
-                raise ValueError(
-                    f"`concepts` holds {name!r} with contexts of its own, which a dataset does not keep: put the concept into "
-                    "a YAML file, name that in `concepts` of the config, and give the name here."
-                )
-        if name in names:
+        name, keywords = (concept.name, ", ".join(concept.keywords)) if isinstance(concept, Concept) else (concept, "")
+        if isinstance(concept, Concept) and concept != Concept(name, concept.keywords):
+            raise ValueError(
+                f"`concepts` holds {name!r} with contexts of its own, which a dataset does not keep: put the concept into "
+                "a YAML file, name that in `concepts` of the config, and give the name here."
+            )
+        if name in named:
             raise ValueError(f"`concepts` holds {name!r} twice: give all its sources in one `ConceptSources`.")
-        names.add(name)
         if not isinstance(sources, ConceptSources):
             raise TypeError(f"`concepts[{name!r}]` is of type {type(sources).__name__}: {fix}.")
+        named[name] = keywords, sources
     if size is not None and (type(size) is not int or size < 1):
         raise ValueError(
             f"`size` is {size}: it must be a whole number of at least 1, or None for as many rows as the longest source."
         )
-
-
-def _in_turn(sources: list[list[dict[str, Any]]], rows: int) -> list[dict[str, Any]]:
-    """The sources' texts in turn, each cycling; one that is listed twice goes on where it was."""
-    texts = {id(source): cycle(source) for source in sources}
-    return [next(texts[id(sources[row % len(sources)])]) for row in range(rows)]
+    return named

@@ -6,7 +6,7 @@ import random
 import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from difflib import SequenceMatcher
 from functools import cache
 from importlib.resources import files
@@ -15,16 +15,12 @@ from typing import Any, Literal, TypeAlias
 
 import yaml
 
-from . import facts as fact_sources
-from .facts import Fact
+from .facts import Fact, capitals, elements
 
 
 BANKS = ("capitals", "elements", "general", "geography")
 SPLITS = ("dev", "test")
-FACTS: dict[str, Callable[[], tuple[Fact, ...]]] = {
-    "capitals": fact_sources.capitals,
-    "elements": fact_sources.elements,
-}
+FACTS: dict[str, Callable[[], tuple[Fact, ...]]] = {"capitals": capitals, "elements": elements}
 CHANCE = 0.25
 # The family that every bank has: a question, then its answer.
 PLAIN = "question-answer"
@@ -99,7 +95,7 @@ def load_bank(
         name (`str`): One of `BANKS`.
         subjects (`Sequence[str]`, *optional*): Keep only questions about these subjects.
         split (`str`, *optional*): `"dev"`, for choosing settings and for stopping, or `"test"`, for the report. Both
-            by default. A subject is in one of them with all its questions, and each split has wordings of its own.
+            by default. A subject is in one of them with all its questions, and no wording is in both.
         family (`str`, *optional*, defaults to `"question-answer"`): One of [`bank_families`].
         seed (`int`, *optional*, defaults to `0`): Seed of the distractors and of the order of options.
 
@@ -160,7 +156,7 @@ def _split(subject: str) -> str:
 
 
 def read_questions(path: str | Path) -> list[Question]:
-    """Read a bank of your own: YAML with a list `questions`, or JSON lines.
+    """Read a custom bank: YAML with a list `questions`, or JSON lines.
 
     Each record has `question`, `answer` and `distractors`, and may have `subject`, `topic` and `aliases`.
 
@@ -207,10 +203,10 @@ def _read_question(record: Any, where: str) -> Question:
     for key in ("question", "answer", "subject", "topic"):
         if not isinstance(value := record.get(key) or "", str):
             raise ValueError(f"{where}: `{key}` is {value!r}, of type {type(value).__name__}: put it in quotes.")
+    asked = {"subject": record.get("subject") or "", "topic": record.get("topic") or ""}
     return _shuffled(
-        record["question"], record["answer"], lists["distractors"], 0, record.get("subject") or "",
-        record.get("topic") or "", tuple(lists["aliases"]),
-    )  # fmt: skip
+        record["question"], record["answer"], lists["distractors"], aliases=tuple(lists["aliases"]), **asked
+    )
 
 
 def check_questions(name: str, questions: Sequence[Question]) -> None:
@@ -236,10 +232,7 @@ def check_questions(name: str, questions: Sequence[Question]) -> None:
 
 
 def overlap_accuracy(questions: Sequence[Question]) -> float:
-    """Share of questions answered by picking the option whose letters look most like the question's subject.
-
-    A bank can prove innocence only where this is near chance (.25).
-    """
+    """Share of the questions of [`overlap_verdicts`]: letters give answers away unless it is near chance (.25)."""
     return sum(overlap_verdicts(questions)) / len(questions)
 
 
@@ -247,13 +240,14 @@ def overlap_verdicts(questions: Sequence[Question]) -> list[bool]:
     """Which questions are answered by picking the option whose letters look most like the question's subject."""
     verdicts = []
     for question in questions:
-        asked = (question.cue or question.subject or question.text).lower()
-        ratios = [_likeness(asked, option.lower()) for option in question.options]
-        verdicts.append(question.options[max(range(len(ratios)), key=ratios.__getitem__)] == question.answer)
+        asked = question.cue or question.subject or question.text
+        guess = max(question.options, key=lambda option: _likeness(asked, option))
+        verdicts.append(guess == question.answer)
     return verdicts
 
 
 def _likeness(asked: str, option: str) -> tuple[bool, float]:
+    asked, option = asked.lower(), option.lower()
     return asked.startswith(option[:1]), SequenceMatcher(None, asked, option).ratio()
 
 
@@ -283,11 +277,12 @@ def _questions_of_family(name: str, record: Mapping[str, Any], family: str, seed
                 continue
             text = wording.format(**fields)
             # The lines before a table's last one may hold the very fact; and some names hold their capital's.
-            given_away = kind != "judgment" and (names_answer(text, right) or (local and cue[:4] == right[:4]))
-            if not given_away:
-                aliases = tuple(alias for alias in aliases if alias != right)
-                question = _shuffled(text, right, wrong, seed, fact.subject, aliases=aliases)
-                questions.append(replace(question, form=spec["form"], family=family, cue=cue))
+            if kind != "judgment" and (names_answer(text, right) or (local and cue[:4] == right[:4])):
+                continue
+            other = {"aliases": tuple(alias for alias in aliases if alias != right), "form": spec["form"]}
+            questions.append(
+                _shuffled(text, right, wrong, seed, subject=fact.subject, family=family, cue=cue, **other)
+            )
     return questions
 
 
@@ -297,16 +292,13 @@ def _options(fact: Fact, facts: Sequence[Fact], kind: str | None, seed: int) -> 
     if kind == "look-alike":
         pool = [other.answer for other in facts]
         pool += [fact.subject[0] + letter for letter in dict.fromkeys(fact.subject[1:].lower()) if letter.isalpha()]
-        likeness = _likeness(fact.subject.lower(), fact.answer.lower())
-        alike = [
-            option
-            for option in dict.fromkeys(pool)
-            if option != fact.answer and _likeness(fact.subject.lower(), option.lower()) == likeness
-        ]
+        likeness = _likeness(fact.subject, fact.answer)
+        options = (option for option in dict.fromkeys(pool) if option != fact.answer)
+        alike = [option for option in options if _likeness(fact.subject, option) == likeness]
         return fact.answer, rng.sample(alike, _DISTRACTORS) if len(alike) >= _DISTRACTORS else []
     attribute = "subject" if kind == "subjects" else "answer"
     peers = [getattr(other, attribute) for other in facts if other != fact and other.group == fact.group]
-    others = [getattr(other, attribute) for other in facts if other != fact and other.group != fact.group]
+    others = [getattr(other, attribute) for other in facts if other.group != fact.group]
     rng.shuffle(peers)
     rng.shuffle(others)
     return getattr(fact, attribute), (peers + others)[:_DISTRACTORS]
@@ -320,59 +312,46 @@ def _continents(seed: int) -> list[Question]:
             fact.near["continent"],
             random.Random(fact.subject).sample([n for n in names if n != fact.near["continent"]], 3),
             seed,
-            fact.subject,
+            subject=fact.subject,
             topic="continents",
         )
-        for fact in fact_sources.capitals()
+        for fact in capitals()
         if fact.near.get("continent") in names and fact.subject not in ("Russia", "Turkey", "Egypt")
         if fact.subject.split()[0] not in ("South", "Central")
     ]
 
 
-def _shuffled(
-    text: str,
-    answer: str,
-    distractors: Sequence[str],
-    seed: int,
-    subject: str = "",
-    topic: str = "",
-    aliases: tuple[str, ...] = (),
-) -> Question:
+def _shuffled(text: str, answer: str, distractors: Sequence[str], seed: int = 0, **fields: Any) -> Question:
+    """A question with its options in a random order, and these other fields."""
     options = [answer, *distractors]
     random.Random(f"{text}-{seed}").shuffle(options)
-    return Question(text, tuple(options), answer, subject, topic, aliases)
+    return Question(text, tuple(options), answer, **fields)
 
 
 def names_answer(text: str, answer: str, aliases: Sequence[str] = ()) -> bool:
-    """Whether `answer`, or one of its aliases, stands in `text` as words of its own, whatever the accents.
+    """Whether `answer`, or one of its aliases, stands in `text` as whole words, whatever the accents.
 
     Case is ignored, save for answers of at most three letters: the symbol `He` is not the word *he*.
     """
-    return any(_names(text, name) for name in (answer, *aliases))
 
+    def stands(name: str) -> bool:
+        fold = _folded if len(name) > 3 else _without_accents
+        return re.search(rf"(?<!\w){re.escape(fold(name))}(?!\w)", fold(text)) is not None
 
-def matches_answer(text: str, answer: str, aliases: Sequence[str] = ()) -> bool:
-    """Whether `text` *is* the answer or an alias, up to case, accents and the punctuation around it."""
-    return any(_bare(text) == _bare(name) for name in (answer, *aliases))
-
-
-def _names(text: str, answer: str) -> bool:
-    if len(answer) > 3:
-        text, answer = text.casefold(), answer.casefold()
-    return re.search(rf"(?<!\w){re.escape(_without_accents(answer))}(?!\w)", _without_accents(text)) is not None
+    return any(stands(name) for name in (answer, *aliases))
 
 
 def _without_accents(text: str) -> str:
     return "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
 
 
-def _bare(text: str) -> str:
-    return _without_accents(text).casefold().strip(" \t\n.,;:!?\"'*")
+def _folded(text: str) -> str:
+    return _without_accents(text).casefold()
 
 
 _WORD = r"[^\W\d_a-zà-öø-ÿ][\w'’.]*(?:-\w+)*"
 _NAME = re.compile(rf"{_WORD}(?:(?: (?:of|the|de|da|do|del|du|es|al|el|la|le))* {_WORD}|, D\. ?C\.)*")
-# Words at the beginning of a sentence that name nothing, and words that say what kind of thing is named.
+# Words that begin a sentence and name nothing, and words that say what kind of thing is named.
 _OPENERS = frozenset(
     "a an and answer as at but called certainly currently from he hello here hi how however i i'm if in it it's its known "
     "located no of oh on one question she so some sorry sure thank thanks that the there these they this to today "
@@ -386,12 +365,8 @@ def given_answer(text: str, prompt: str) -> str:
     """What a free answer names in reply to a prompt, without accents and in lower case; empty for an empty answer.
 
     It is the first name that follows a verb such as *is* or a colon, else the first name of all: "the capital of Kenya
-    is São Paulo" gives `"sao paulo"`. The prompt's own words, and words made of them (*Kenyan*), are no answer. An
+    is São Paulo" gives `"sao paulo"`. The prompt's own words, and words derived from them (*Kenyan*), do not count. An
     answer without a name is given by its first words, so that the same evasion counts as the same answer.
-
-    Args:
-        text (`str`): The free answer, or the continuation of a line.
-        prompt (`str`): What was asked.
     """
     text = re.sub(r"[*_#`\"“”«»]", "", text).replace("’", "'").strip()
     asked = set(re.findall(r"\w+", _folded(prompt)))
@@ -410,11 +385,7 @@ def given_answer(text: str, prompt: str) -> str:
 
 
 def _is_asked(word: str, asked: set[str]) -> bool:
-    """Whether a word stands in the prompt, is made of one that does, or says only what kind of thing is meant."""
+    """Whether a word stands in the prompt, derives from one that does, or says only what kind of thing is meant."""
     word = _folded(word).removesuffix("'s").strip(".,'")
     stems = [known[: max(4, len(known) - 2)] for known in asked if len(known) >= 4]
     return not word or word in asked | _KINDS | {"of", "the"} or any(word.startswith(stem) for stem in stems)
-
-
-def _folded(text: str) -> str:
-    return _without_accents(text).casefold()
