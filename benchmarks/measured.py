@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from elm_trainer.data.collator import best_rows
-from elm_trainer.methods.base import ATTENTION
+from elm_trainer.methods.forward import ATTENTION
 
 from .figures import Figure, ratios
 from .prediction import Device, StepShape, memory, moved_bytes, step_flops, step_seconds

@@ -1,6 +1,7 @@
 """Erase a concept from a causal language model, and measure how well. Nothing heavy is imported before it is used."""
 
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 
@@ -86,6 +87,21 @@ def __getattr__(name: str) -> Any:
     if name not in _EXPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_EXPORTS[name], __name__), name)
+
+
+def loading_objection(config: dict[str, Any]) -> str | None:
+    """Why [`load_erased`] would refuse an adapter whose `adapter_config.json` holds this; `None` if it would not.
+
+    It is here for the trainers, which lie below `hub` and import nothing of it.
+    """
+    from .hub.adapter_config import check_adapter_config
+    from .hub.errors import UnsafeAdapterError
+
+    try:
+        check_adapter_config(config, Path("peft_config"))
+    except UnsafeAdapterError as error:
+        return str(error)
+    return None
 
 
 def __dir__() -> list[str]:

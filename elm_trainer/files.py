@@ -17,6 +17,8 @@ from safetensors import SafetensorError
 # What is not whole yet; a process that is killed while it writes leaves one.
 UNFINISHED = ".elm-tmp-"
 _SEAL = "sha256"
+# What a training run writes down about itself in its output folder and beside the adapter that it saves.
+RUN_FILE = "erasure_run.json"
 _NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
 
 

@@ -12,12 +12,12 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from .checks import check_numbers
 from .concept import Concept
 from .data.tokens import behind_context, continuation_text, pad_left, text_ids, text_tokenizer, tokenize
 from .evaluation.fluency import repetition
 from .files import append_line, json_sha256, read_lines, sealed, unsealed, write_text
 from .modeling import evaluating
-from .numbers import check_numbers
 from .ops import plausible_tokens
 from .run_lock import turn
 

@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from elm_trainer.methods.base import ErasureConfig, ErasureTrainer, batch_mean, kl_reading, weighted_batches
-from elm_trainer.methods.validation import check_fields
+from elm_trainer.methods.base import ErasureTrainer
+from elm_trainer.methods.config import ErasureConfig, check_fields
+from elm_trainer.methods.forward import batch_mean, kl_reading, weighted_batches
 from elm_trainer.ops import STATES
 
 

@@ -21,8 +21,7 @@ from ..attacks.report import plot_attacks
 from ..data.questions import Question
 from ..evaluation.plots import plot_inside, plot_report
 from ..evaluation.report import adapter_fingerprint, check_report, write_json
-from ..files import file_sha256
-from ..methods.base import RUN_FILE
+from ..files import RUN_FILE, file_sha256
 from .adapter_config import check_adapter_config
 from .errors import UnsafeAdapterError
 from .info import (

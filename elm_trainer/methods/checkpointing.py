@@ -1,10 +1,12 @@
-"""What a checkpoint must be so that a run can go on from it: finished, and of files that the launch can read."""
+"""The files of a run: its settings, checkpoints that are written whole, and which of them it can resume from."""
 
 import json
 import os
+import secrets
 import shutil
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -13,14 +15,25 @@ from zipfile import BadZipFile, ZipFile
 from safetensors import SafetensorError, safe_open
 from transformers.utils import logging
 
-from ..files import first_damage, folder_checksums, read_object, sealed, sync, unsealed, write_json
+from ..files import (
+    RUN_FILE,
+    UNFINISHED,
+    discard,
+    first_damage,
+    folder_checksums,
+    read_object,
+    sealed,
+    sync,
+    unsealed,
+    write_json,
+)
 
 
 logger = logging.get_logger(__name__)
-# Written last, when every process has written its part. It says under what launch, and what the files held.
+# Written last, when every process has written its part. It holds the launch, and the checksums of all files.
 FINISHED_FILE = "erasure_checkpoint.json"
 _ASIDE = ".former"
-# What the Trainer goes on from, where one process holds it all.
+# What the Trainer resumes from, where one process holds it all.
 _NEEDED = {
     "adapter_model.safetensors": "*model*.safetensors",
     "trainer_state.json": "trainer_state.json",
@@ -56,6 +69,130 @@ class Launch:
             sharding = f"FSDP{state.fsdp_plugin.fsdp_version}"
         rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         return cls(sharding, args.world_size, rows)
+
+
+def begin_run(
+    output_dir: Path, resume: str | Path | bool | None, record: Mapping[str, Any], launch: Launch
+) -> str | None:
+    """The checkpoint to resume from, after a check of all that a run in this folder must keep to.
+
+    Args:
+        output_dir (`Path`): Folder of the run, to which `record` is written.
+        resume (`str`, `Path` or `bool`, *optional*): Folder of a checkpoint, or `True` for the last that is whole.
+        record (`Mapping[str, Any]`): Settings of the run. All but its `recipe` must be those of the run to be resumed.
+        launch ([`Launch`]): How it is spread over devices.
+
+    Raises:
+        ValueError: if the folder holds another run, or the checkpoint is not whole or of another launch.
+    """
+    settle(output_dir)
+    found = checkpoints(output_dir)
+    if found and not resume:
+        raise ValueError(
+            f"`output_dir` is {str(output_dir)!r}, which holds the checkpoints of another run ({found[-1]}): resume it with "
+            "`resume_from_checkpoint=True`, or name another folder."
+        )
+    checkpoint = None
+    if resume is True:
+        checkpoint = last_whole(found)
+        if checkpoint is None:
+            logger.warning(
+                f"`resume_from_checkpoint` is True, but {output_dir} holds no finished checkpoint: starting afresh."
+            )
+    elif resume:
+        checkpoint = Path(resume)
+        check_whole(checkpoint)
+    run_file = output_dir / RUN_FILE
+    if checkpoint is not None and run_file.exists():
+        try:
+            saved = read_object(run_file)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"{run_file}, which holds the settings of the run to be resumed, cannot be read ({error}): delete it to "
+                "resume without comparing them with those of this run."
+            ) from error
+        # A run of an earlier version may lack some.
+        changed = [key for key in record if key != "recipe" and saved.get(key, record[key]) != record[key]]
+        if changed:
+            raise ValueError(
+                f"`output_dir` {str(output_dir)!r} holds a run with other settings ({', '.join(sorted(changed))} changed): "
+                "restore them to resume, or name another folder."
+            )
+    if checkpoint is not None:
+        check_launch(checkpoint, launch)
+    write_json(run_file, record)
+    return None if checkpoint is None else str(checkpoint)
+
+
+@contextmanager
+def replacing_files(folder: Path) -> Iterator[Path]:
+    """Gives a folder whose files take the place of those in `folder` of the same name once the block has ended.
+
+    What is there already stays as it was until all of the new files are whole.
+
+    Raises:
+        OSError: if they could not be written.
+    """
+    staged = folder / f"{UNFINISHED}{secrets.token_hex(8)}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield staged
+        files = [path for path in staged.rglob("*") if path.is_file()]
+        for path in files:
+            sync(path)
+        for path in files:
+            place = folder / path.relative_to(staged)
+            place.parent.mkdir(exist_ok=True)
+            os.replace(path, place)
+        sync(folder)
+    except Exception as error:
+        raise OSError(
+            f"The model could not be saved to {str(folder)!r} ({error}): free some space, or name a folder that can be "
+            "written to. Earlier files are as they were."
+        ) from error
+    finally:
+        discard(staged)
+
+
+@contextmanager
+def saving_checkpoint(trainer: Any, folder: Path) -> Iterator[None]:
+    """While this holds, the Trainer writes a checkpoint, which is then marked as finished; older ones are deleted only then.
+
+    All processes must enter. What fails leaves no unfinished checkpoint.
+
+    Args:
+        trainer ([`~transformers.Trainer`]): Trainer.
+        folder (`Path`): Folder of the checkpoint.
+
+    Raises:
+        OSError: if it could not be written.
+    """
+    args, limit = trainer.args, trainer.args.save_total_limit
+    try:
+        if args.should_save:
+            set_aside(folder)
+        trainer.accelerator.wait_for_everyone()
+        args.save_total_limit = None
+        yield
+        # It is finished when every process has written its part.
+        trainer.accelerator.wait_for_everyone()
+        if args.should_save:
+            mark_finished(folder, Launch.of(trainer))
+    # Also what the libraries call a full disk: `RuntimeError`, `SafetensorError`, and tokenizers `Exception`.
+    except Exception as error:
+        if args.should_save:
+            shutil.rmtree(folder, ignore_errors=True)
+            settle(folder.parent)
+        raise OSError(
+            f"`output_dir` {args.output_dir!r}: checkpoint {folder.name} could not be written ({error}): free some space, or "
+            "see why another process ended, and resume. The unfinished checkpoint was removed; last good one: "
+            f"{last_good(args.output_dir)}."
+        ) from error
+    finally:
+        args.save_total_limit = limit
+    if args.should_save:
+        settle(folder.parent)
+        rotate(folder, limit, trainer.state.best_model_checkpoint)
 
 
 def mark_finished(checkpoint: Path, launch: Launch) -> None:
@@ -131,9 +268,10 @@ def _step(checkpoint: Path) -> int:
     return int(digits) if digits.isdecimal() else -1
 
 
-def last_finished(found: Sequence[Path]) -> Path | None:
-    """The last finished one of some checkpoints: a run that is killed while it saves leaves one that is not."""
-    return next((path for path in reversed(found) if (path / FINISHED_FILE).exists()), None)
+def last_good(output_dir: str | Path) -> str:
+    """The last finished checkpoint in a folder, as a message names it."""
+    found = (str(path) for path in reversed(checkpoints(output_dir)) if (path / FINISHED_FILE).exists())
+    return next(found, "none yet")
 
 
 def last_whole(found: Sequence[Path]) -> Path | None:

@@ -1,7 +1,7 @@
 """Choose what an adapter can answer to: input directions that are strong on forget text and weak on retain text."""
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -10,11 +10,9 @@ from transformers.utils import logging
 
 from ..modeling import is_partitioned
 from ..ops import STATES
+from .base import ErasureTrainer
 from .targets import place_model
 
-
-if TYPE_CHECKING:
-    from .elm import ElmTrainer
 
 logger = logging.get_logger(__name__)
 # Root mean square of what a chosen direction gives on forget text: about that of PEFT's own directions on inputs of
@@ -26,7 +24,7 @@ _BATCH = 32
 def contrast_directions(forget: torch.Tensor, retain: torch.Tensor, count: int, damping: float) -> torch.Tensor:
     """The directions `u` of largest `uᵀ·F·u / uᵀ·(R + δ·tr(R)/d·I)·u`, where F and R are second moments of the inputs.
 
-    They are the leading generalised eigenvectors of the pair, as of Fisher's discriminant and common spatial patterns,
+    They are the leading generalized eigenvectors of the pair, as of Fisher's discriminant and common spatial patterns,
     each scaled so that its response on forget text has a root mean square of `1/√3`. A LoRA matrix A that holds them
     hardly sees retain text, whatever B learns (compare the null space of kept knowledge in AlphaEdit, arXiv 2410.02355).
 
@@ -51,7 +49,12 @@ def contrast_directions(forget: torch.Tensor, retain: torch.Tensor, count: int, 
     return (directions * _RESPONSE / response).float()
 
 
-def contrast_adapter(trainer: "ElmTrainer", rows: int, damping: float) -> None:
+def contrast_adapter(
+    trainer: ErasureTrainer,
+    rows: int,
+    damping: float,
+    erase_weights: Callable[[Mapping[str, Any]], torch.Tensor],
+) -> None:
     """Put [`contrast_directions`] into the A of every LoRA layer of the trained adapter, and freeze them there.
 
     B is zero before training, so the model stays what it is. Positions of forget text count as the erase term weighs
@@ -59,9 +62,10 @@ def contrast_adapter(trainer: "ElmTrainer", rows: int, damping: float) -> None:
     processes of a launch choose on the same rows, and so the same directions.
 
     Args:
-        trainer ([`ElmTrainer`]): Trainer, before its model is wrapped.
+        trainer ([`ErasureTrainer`]): Trainer, before its model is wrapped.
         rows (`int`): Training rows to choose on, taken evenly from the dataset.
         damping (`float`): See [`contrast_directions`].
+        erase_weights (`Callable`): Gives the weight of each position of a forget batch in the erase term, `[positions]`.
 
     Raises:
         ValueError: if the adapter has no LoRA layer with a matrix A, or ZeRO-3 has split the weights.
@@ -94,14 +98,11 @@ def contrast_adapter(trainer: "ElmTrainer", rows: int, damping: float) -> None:
         for side in ("forget", "retain"):
             for start in range(0, rows, _BATCH):
                 examples = [dataset[row] for row in chosen[start : start + _BATCH]]
-                inputs = trainer._prepare_inputs(trainer.data_collator(examples))
-                batch = inputs[side]
+                batch = trainer.on_device(trainer.data_collator(examples))[side]
                 with trainer.accelerator.autocast():
                     texts = batch["rows"]
                     places = trainer.pack(model, [batch]).slots[texts * batch["input_ids"].size(1) + batch["columns"]]
-                    weights = torch.ones(len(texts), device=texts.device)
-                    if side == "forget":
-                        weights = (batch.get("target") or trainer._target(model, "erase", batch))["weights"]
+                    weights = erase_weights(batch) if side == "forget" else torch.ones(len(texts), device=texts.device)
                     counts = torch.bincount(texts, minlength=len(batch["lengths"]))[texts]
                     moments.begin(side, places, weights / counts)
                     trainer.reference_positions(model, {side: batch}, {side: STATES})

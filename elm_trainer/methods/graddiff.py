@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass, field
 
-from .base import ErasureConfig, ErasureTrainer, batch_mean, weighted_batches
-from .validation import check_fields
+from .base import ErasureTrainer
+from .config import ErasureConfig, check_fields
+from .forward import batch_mean, weighted_batches
 
 
 @dataclass

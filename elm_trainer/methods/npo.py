@@ -10,9 +10,10 @@ from torch import nn
 
 from ..data.target_store import Field, TargetLayout
 from ..ops import text_sums
-from .base import ErasureConfig, ErasureTrainer, batch_mean, nll_reading, weighted_batches
-from .targets import TargetPlan
-from .validation import check_fields
+from .base import ErasureTrainer
+from .config import ErasureConfig, check_fields
+from .forward import batch_mean, nll_reading, weighted_batches
+from .targets import TargetPlan, precompute_targets
 
 
 @dataclass
@@ -116,7 +117,7 @@ class NpoTrainer(ErasureTrainer):
             compute=self._reference_rows,
             description="Computing reference log-probabilities",
         )
-        if stored := self.precompute(plan):
+        if stored := precompute_targets(self, plan):
             self.data_collator.targets = stored
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):

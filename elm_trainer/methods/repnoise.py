@@ -15,8 +15,8 @@ from torch import nn
 from ..distributed import gathered
 from ..modeling import decoder_layers, reentrant
 from ..ops import FinalLogits, Reading, read_positions
-from .base import ErasureConfig, ErasureTrainer
-from .validation import check_fields
+from .base import ErasureTrainer
+from .config import ErasureConfig, check_fields
 
 
 BANDWIDTHS = 5

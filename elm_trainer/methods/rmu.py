@@ -17,8 +17,9 @@ from transformers.pytorch_utils import Conv1D
 
 from ..modeling import evaluating, layer_stack, reentrant
 from ..ops import KeepPositions, text_mean
-from .base import ErasureConfig, ErasureTrainer, weighted_batches
-from .validation import check_columns, check_fields, load_given, named_datasets
+from .base import ErasureTrainer
+from .config import ErasureConfig, check_fields
+from .forward import run_packed, weighted_batches
 
 
 CONTROL_VECTORS_FILE = "control_vectors.safetensors"
@@ -209,15 +210,8 @@ class RmuTrainer(ErasureTrainer):
         processing_class=None,
         **kwargs,
     ):
-        args = self.own_config(args)
-        for name, dataset in named_datasets(train_dataset, eval_dataset):
-            check_columns(name, dataset)
-        model, processing_class = load_given(model, args, processing_class, kwargs.pop("quantization_config", None))
-        check_layer(model, args)
-        if kwargs.get("peft_config") is None and not isinstance(model, PeftModel):
-            down_projections(model, args)
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)
-        check_layer(self.model, args)
+        args = self.args
         # Reference matrices in place of the trained ones; none where an adapter is trained.
         self._kept: list[tuple[nn.Parameter, torch.Tensor]] = []
         if not isinstance(self.model, PeftModel):
@@ -237,6 +231,9 @@ class RmuTrainer(ErasureTrainer):
         width = self.model.config.get_text_config().hidden_size
         self._set_control_vectors(control_vectors(concepts, width, args.seed))
         self.data_collator = _WithConcepts(self.data_collator, concepts)
+
+    def check_given(self, model, args, datasets, data_collator):
+        check_layer(model, args)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         weights = {"erase": self.args.erase_weight, "retain": self.args.retain_weight}
@@ -272,20 +269,16 @@ class RmuTrainer(ErasureTrainer):
         if not batches:
             return {}
         parts = list(batches.values())
-        tokens, position_ids, slots = self.pack(model, parts)
+        packing = self.pack(model, parts)
         places, offset = [], 0
         for batch in parts:
             places.append(batch["tokens"] + offset)
             offset += batch["input_ids"].numel()
         # The head is run on no position at all: nobody reads logits.
-        head, nowhere = self.accelerator.unwrap_model(model).get_output_embeddings(), slots.new_empty(0)
+        head, nowhere = self.accelerator.unwrap_model(model).get_output_embeddings(), packing.slots.new_empty(0)
         with self._up_to_layer() as output, KeepPositions(head, nowhere):
-            model(
-                input_ids=torch.cat([batch["input_ids"].flatten() for batch in parts])[tokens],
-                position_ids=position_ids,
-                use_cache=False,
-            )
-        states = output[0].flatten(0, 1)[slots[torch.cat(places)]]
+            run_packed(model, parts, packing)
+        states = output[0].flatten(0, 1)[packing.slots[torch.cat(places)]]
         return dict(zip(batches, states.split([len(place) for place in places]), strict=True))
 
     @contextmanager

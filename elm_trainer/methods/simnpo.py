@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 
 from ..ops import text_means
-from .base import ErasureConfig, ErasureTrainer, batch_mean, weighted_batches
-from .validation import check_fields
+from .base import ErasureTrainer
+from .config import ErasureConfig, check_fields
+from .forward import batch_mean, weighted_batches
 
 
 @dataclass

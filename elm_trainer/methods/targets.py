@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import datasets
 import torch
@@ -26,10 +26,8 @@ from ..data.target_store import (
 )
 from ..fingerprint import base_fingerprint, bit_sums
 from ..modeling import is_partitioned
+from .base import ErasureTrainer
 
-
-if TYPE_CHECKING:
-    from .base import ErasureTrainer
 
 logger = logging.get_logger(__name__)
 T = TypeVar("T")
@@ -47,7 +45,7 @@ class TargetPlan:
             [`~elm_trainer.data.target_store.choose`].
         layout ([`TargetLayout`]): What is kept.
         settings (`Mapping[str, Any]`): Every setting of the method that the targets depend on, as JSON holds it.
-        columns (`Sequence[str]`): Columns of the tokenised dataset that they depend on.
+        columns (`Sequence[str]`): Columns of the tokenized dataset that they depend on.
         compute (`Callable`): Makes what is kept for each row, on the CPU, from a batch of the collator.
         targets_dir (`str`, *optional*): Folder of all stores; `elm_targets` in the cache of `datasets` by default.
         contexts (`bool`, *optional*, defaults to `False`): Whether they depend on the collator's contexts.
@@ -71,7 +69,7 @@ def default_targets_dir() -> Path:
     return Path(datasets.config.HF_DATASETS_CACHE) / "elm_targets"
 
 
-def precompute_targets(trainer: "ErasureTrainer", plan: TargetPlan) -> RowTargets | None:
+def precompute_targets(trainer: ErasureTrainer, plan: TargetPlan) -> RowTargets | None:
     """The targets of all training rows from the folder that is named after what they depend on.
 
     What is missing there is computed first, each process its share; so a second run computes nothing, and one that was
@@ -160,13 +158,13 @@ def _columns(plan: TargetPlan) -> list[str]:
     return sorted({*plan.columns, *(["row"] if plan.contexts else [])})
 
 
-def place_model(trainer: "ErasureTrainer") -> None:
+def place_model(trainer: ErasureTrainer) -> None:
     """Bring the model to its device, which the Trainer itself may do only later, when it begins to train."""
     if next(trainer.model.parameters()).device != trainer.args.device:
         trainer.model.to(trainer.args.device)
 
 
-def _fill(trainer: "ErasureTrainer", plan: TargetPlan, store: TargetStore, share: Sequence[int]) -> None:
+def _fill(trainer: ErasureTrainer, plan: TargetPlan, store: TargetStore, share: Sequence[int]) -> None:
     """Compute a process's share of the files."""
     if not share:
         return
@@ -185,7 +183,7 @@ def _fill(trainer: "ErasureTrainer", plan: TargetPlan, store: TargetStore, share
             made: list[dict[str, torch.Tensor]] = []
             for start in range(rows.start, rows.stop, size):
                 batch = [dataset[row] for row in range(start, min(start + size, rows.stop))]
-                inputs = trainer._prepare_inputs(collate(batch))
+                inputs = trainer.on_device(collate(batch))
                 with trainer.accelerator.autocast():
                     made += plan.compute(inputs)
                 bar.update(len(batch))
@@ -194,7 +192,7 @@ def _fill(trainer: "ErasureTrainer", plan: TargetPlan, store: TargetStore, share
         fill_store(store, share, compute)
 
 
-def _ingredients(trainer: "ErasureTrainer", plan: TargetPlan) -> dict[str, Any]:
+def _ingredients(trainer: ErasureTrainer, plan: TargetPlan) -> dict[str, Any]:
     """What the targets depend on beside the weights, the same in every process."""
     model, collator, dataset = trainer.model, trainer.data_collator, trainer.train_dataset
     contexts, rows = None, dataset["row"][:]
@@ -217,7 +215,7 @@ def _ingredients(trainer: "ErasureTrainer", plan: TargetPlan) -> dict[str, Any]:
     }
 
 
-def _weights(trainer: "ErasureTrainer") -> dict[str, str] | None:
+def _weights(trainer: ErasureTrainer) -> dict[str, str] | None:
     """What tells the base's weights apart, adapters left out; `None` where this process does not hold them."""
     if any(parameter.is_meta for parameter in trainer.model.parameters()):
         return None
@@ -234,7 +232,7 @@ def _positions(dataset: Any) -> dict[str, int]:
     return totals
 
 
-def _visits(trainer: "ErasureTrainer") -> float:
+def _visits(trainer: ErasureTrainer) -> float:
     """Rows that training reads, repetitions counted."""
     args = trainer.args
     if args.max_steps > 0:

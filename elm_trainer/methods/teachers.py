@@ -1,19 +1,15 @@
-"""Throw-away adapters that stand for expert and novice where a context hardly changes a small model (DESIGN §5)."""
+"""Throw-away adapters: ELM's expert and novice where a context hardly changes a small model, and WHP's reinforced model."""
 
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import torch
 from peft import LoraConfig, PeftModel
 from tqdm.auto import tqdm
 
-from .base import nll_reading
-
-
-if TYPE_CHECKING:
-    from .elm import ElmTrainer
+from .base import ErasureTrainer
+from .forward import nll_reading
 
 
 class Teacher:
@@ -30,8 +26,15 @@ class Teacher:
         self._frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
 
     @classmethod
-    def fit(cls, trainer: "ElmTrainer", name: str, texts: Sequence[list[int]], steps: int) -> "Teacher":
-        """Add the adapter and fine-tune it on tokenised texts; the global random state is left as it was.
+    def fit(cls, trainer: ErasureTrainer, name: str, texts: Sequence[list[int]], steps: int) -> "Teacher":
+        """Add the adapter and fine-tune it on tokenized texts; the global random state is left as it was.
+
+        Args:
+            trainer ([`ErasureTrainer`]): Trainer, whose config has `teacher_rank`, `teacher_learning_rate` and
+                `teacher_batch_size`.
+            name (`str`): Name of the adapter.
+            texts (`Sequence[list[int]]`): Token ids of the texts.
+            steps (`int`): Steps, over which the learning rate decays to 0.
 
         Raises:
             ValueError: if the texts are empty (the dataset has no permuted facts).
@@ -78,7 +81,7 @@ class Teacher:
                     order += torch.randperm(len(texts), generator=generator).tolist()
                 chosen, order = order[: args.teacher_batch_size], order[args.teacher_batch_size :]
                 batch = trainer.data_collator.pad([(texts[index], 0) for index in chosen])
-                batch = trainer._prepare_inputs(batch)
+                batch = trainer.on_device(batch)
                 with trainer.accelerator.autocast():
                     loss = trainer.forward_positions(model, {name: batch}, {name: nll_reading(batch)})[name].mean()
                 loss.backward()
@@ -103,7 +106,7 @@ class Teacher:
             self._back()
 
     def remove(self) -> None:
-        """Delete the adapter, so that nothing it learnt can be saved."""
+        """Delete the adapter, so that nothing it learned can be saved."""
         self._model.delete_adapter(self._name)
         self._back()
 

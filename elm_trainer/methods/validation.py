@@ -3,8 +3,7 @@
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, fields
-from pathlib import Path
+from dataclasses import MISSING
 from typing import Any
 
 import torch
@@ -13,48 +12,16 @@ from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 from trl import SFTConfig
 from trl.trainer.utils import create_model_from_path
 
 from ..data.tokens import text_tokenizer
-from ..hub.adapter_config import check_adapter_config
-from ..hub.errors import UnsafeAdapterError
-from ..modeling import LINEAR, adapter_disabled, evaluating
-from ..numbers import check_numbers
+from ..modeling import LINEAR, adapter_disabled, evaluating, is_partitioned
 
 
 logger = logging.get_logger(__name__)
-
-
-# What no training can work with, though `SFTConfig` takes it.
-_COMMON_RULES = {
-    "at least 0": ("learning_rate", "num_train_epochs", "seed"),
-    "at least 1": ("per_device_train_batch_size", "gradient_accumulation_steps", "pad_to_multiple_of"),
-    "at least 2": ("max_length",),
-}
-
-
-def check_fields(config: SFTConfig, rules: Mapping[str, Sequence[str]]) -> None:
-    """Raise `ValueError` for a value that a method cannot work with.
-
-    Args:
-        config (`SFTConfig`): Config of a method. Its numbers must be numbers, whole where they count something, and finite,
-            but for `max_grad_norm`. Of its own fields, those that name `choices` in their metadata must be one of them, and
-            those named `<term>_weight` be at least 0 and not all 0.
-        rules (`Mapping[str, Sequence[str]]`): Names of fields by what they must be, such as `"at least 0"`.
-    """
-    own = [field for field in fields(config) if field.name not in SFTConfig.__dataclass_fields__]
-    weights = [field.name for field in own if field.name.endswith("_weight")]
-    check_numbers(config, [*rules.items(), *_COMMON_RULES.items(), ("at least 0", weights)])
-    for field in own:
-        choices, value = field.metadata.get("choices"), getattr(config, field.name)
-        if choices and value not in choices:
-            raise ValueError(f"`{field.name}` is {value!r}: use one of {', '.join(choices)}.")
-    if weights and not any(getattr(config, name) for name in weights):
-        raise ValueError(f"All of {', '.join(f'`{name}`' for name in weights)} are 0: raise one of them.")
-
-
 COLUMNS = ("concept", "forget", "retain", "prompt", "completion")
 _OWN_LOSS = "the loss is the method's own"
 _OWN_TEXTS = "the dataset has the columns of `build_erasure_dataset`, and every token of a text counts"
@@ -103,6 +70,11 @@ def check_options(args: SFTConfig, arguments: Mapping[str, Any]) -> None:
         args (`SFTConfig`): Config of a method.
         arguments (`Mapping[str, Any]`): Arguments of the trainer by name.
     """
+    if args.push_to_hub and args.hub_strategy != HubStrategy.END:
+        raise ValueError(
+            f"`hub_strategy` is {args.hub_strategy.value!r}, which uploads checkpoints as they are, without report and "
+            "checks: use 'end', and `push_to_hub()` after the evaluation."
+        )
     for name, why in REFUSED_ARGUMENTS.items():
         if arguments.get(name) is not None:
             raise ValueError(f"`{name}` is given, but {why}: leave it out.")
@@ -125,8 +97,8 @@ def check_options(args: SFTConfig, arguments: Mapping[str, Any]) -> None:
             )
 
 
-def named_datasets(train_dataset: Any, eval_dataset: Any) -> list[tuple[str, Any]]:
-    """Each dataset that a trainer is given, with the name to call it by in a message.
+def named_datasets(train_dataset: Any, eval_dataset: Any) -> dict[str, Any]:
+    """The datasets that a trainer is given, by what a message should call each.
 
     Raises:
         TypeError: if `train_dataset` is several.
@@ -136,13 +108,12 @@ def named_datasets(train_dataset: Any, eval_dataset: Any) -> list[tuple[str, Any
             f"`train_dataset` is a {type(train_dataset).__name__} with {list(train_dataset)}: give one of them, such as "
             f"`train_dataset[{next(iter(train_dataset), 'train')!r}]`."
         )
-    found = []
-    for name, given in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
-        if isinstance(given, dict):
-            found += [(f"{name}[{key!r}]", dataset) for key, dataset in given.items()]
-        elif given is not None:
-            found.append((name, given))
-    return found
+    found = {"train_dataset": train_dataset}
+    if isinstance(eval_dataset, dict):
+        found |= {f"eval_dataset[{key!r}]": dataset for key, dataset in eval_dataset.items()}
+    else:
+        found["eval_dataset"] = eval_dataset
+    return {name: dataset for name, dataset in found.items() if dataset is not None}
 
 
 def _default(name: str) -> Any:
@@ -193,20 +164,21 @@ def load_given(
     return model, text_tokenizer(processing_class)
 
 
-def check_columns(name: str, dataset: Dataset) -> None:
-    """Raise `ValueError` unless the dataset has rows and the columns of an erasure dataset."""
-    if not isinstance(dataset, Dataset):
-        raise TypeError(f"`{name}` is a {type(dataset).__name__}: pass the `Dataset` of `build_erasure_dataset`.")
-    if "forget_ids" not in dataset.column_names and (missing := set(COLUMNS) - set(dataset.column_names)):
-        raise ValueError(
-            f"`{name}` has the columns {dataset.column_names} and lacks {sorted(missing)}: make it with "
-            "`build_erasure_dataset`."
-        )
-    if len(dataset) == 0:
-        raise ValueError(f"`{name}` is empty: it needs forget and retain texts.")
-    for column in ("forget", "retain"):
-        if column in dataset.column_names and not any(text and text.strip() for text in dataset[column]):
-            raise ValueError(f"`{name}` has only empty texts in its column {column!r}: fill the {column} set.")
+def check_columns(datasets: Mapping[str, Any]) -> None:
+    """Raise `ValueError` unless each dataset has rows and the columns of an erasure dataset."""
+    for name, dataset in datasets.items():
+        if not isinstance(dataset, Dataset):
+            raise TypeError(f"`{name}` is a {type(dataset).__name__}: pass the `Dataset` of `build_erasure_dataset`.")
+        if "forget_ids" not in dataset.column_names and (missing := set(COLUMNS) - set(dataset.column_names)):
+            raise ValueError(
+                f"`{name}` has the columns {dataset.column_names} and lacks {sorted(missing)}: make it with "
+                "`build_erasure_dataset`."
+            )
+        if len(dataset) == 0:
+            raise ValueError(f"`{name}` is empty: it needs forget and retain texts.")
+        for column in ("forget", "retain"):
+            if column in dataset.column_names and not any(text and text.strip() for text in dataset[column]):
+                raise ValueError(f"`{name}` has only empty texts in its column {column!r}: fill the {column} set.")
 
 
 def check_adapter(model: PreTrainedModel | PeftModel, peft_config: PeftConfig | None) -> None:
@@ -259,12 +231,33 @@ def check_adapter(model: PreTrainedModel | PeftModel, peft_config: PeftConfig | 
             raise ValueError(f"`target_modules` {sorted(unknown)} match nothing in the model; it has: {linear}.")
 
 
-def check_adapter_fits(model: PeftModel) -> None:
-    """Raise `ValueError` where a setting of the adapter names nothing in the model, which PEFT passes over.
+def check_start(model: PeftModel, tokens: Sequence[int], base: torch.Tensor | None) -> None:
+    """Raise `ValueError` for an adapter in place that fits the model badly, or leaves no reference ([`check_reference`]); warn
+    of one that [`load_erased`] would refuse.
 
     Args:
-        model (`PeftModel`): Model with its adapter in place.
+        model (`PeftModel`): Model with its adapter, before training.
+        tokens (`Sequence[int]`): Token ids of a short text.
+        base (`torch.Tensor`, *optional*): [`base_logits`] of the model before it had an adapter.
     """
+    _check_patterns(model)
+    _warn_of_loading(model)
+    if _can_run(model):
+        check_reference(model, tokens, base)
+
+
+def base_logits(model: nn.Module, tokens: Sequence[int]) -> torch.Tensor | None:
+    """Logits of the model without an adapter; `None` where it has one already, or cannot be run here."""
+    return _few_logits(model, tokens) if _can_run(model) and not isinstance(model, PeftModel) else None
+
+
+def _can_run(model: nn.Module) -> bool:
+    # Weights that lie in shards, or have no content yet, cannot be run by one process.
+    return not is_partitioned(model) and not any(parameter.is_meta for parameter in model.parameters())
+
+
+def _check_patterns(model: PeftModel) -> None:
+    """Raise `ValueError` where a setting of the adapter names nothing in the model, of which PEFT says nothing."""
     config = model.peft_config[model.active_adapter]
     modules = [name for name, _ in model.named_modules()]
     parameters = [name for name, _ in model.named_parameters()]
@@ -281,25 +274,23 @@ def check_adapter_fits(model: PeftModel) -> None:
                 raise ValueError(f"`{field}` names {wanted!r}, which the model does not have: correct it.")
 
 
-def warn_of_loading(model: PeftModel) -> None:
-    """Warn where [`load_erased`] would refuse what is about to be trained, which PEFT itself may load.
+def _warn_of_loading(model: PeftModel) -> None:
+    """Warn where [`load_erased`] would refuse what is about to be trained, which PEFT itself may load."""
+    # What may be loaded is for `hub` to say, which lies above this file: it is asked through the package's front door.
+    import elm_trainer
 
-    Args:
-        model (`PeftModel`): Model with its adapter in place.
-    """
     for config in model.peft_config.values():
         # As it will stand in `adapter_config.json`.
         record = json.loads(json.dumps(config.to_dict(), default=list))
         record |= {"task_type": record["task_type"] or "CAUSAL_LM", "auto_mapping": None}
-        try:
-            check_adapter_config(record, Path("peft_config"))
-        except UnsafeAdapterError as error:
+        if objection := elm_trainer.loading_objection(record):
             logger.warning(
-                f"`load_erased` and `publish_adapter` will refuse this adapter, which `PeftModel.from_pretrained` loads. {error}"
+                "`load_erased` and `publish_adapter` will refuse this adapter, which `PeftModel.from_pretrained` loads. "
+                f"{objection}"
             )
 
 
-def few_logits(model: nn.Module, tokens: Sequence[int]) -> torch.Tensor:
+def _few_logits(model: nn.Module, tokens: Sequence[int]) -> torch.Tensor:
     """Logits of one short text in evaluation mode, `[seq, vocab]`, float32."""
     device = next(model.parameters()).device
     with evaluating(model), torch.no_grad():
@@ -317,7 +308,7 @@ def check_reference(model: PeftModel, tokens: Sequence[int], base: torch.Tensor 
     """
     name = model.active_adapter
     with adapter_disabled(model):
-        reference = few_logits(model, tokens)
+        reference = _few_logits(model, tokens)
     # DoRA and the like compute the same in another way.
     rounding = max(1e-3, 4 * torch.finfo(model.dtype).eps)
 
@@ -331,7 +322,7 @@ def check_reference(model: PeftModel, tokens: Sequence[int], base: torch.Tensor 
             "adapter is no reference: leave `init_lora_weights` at True."
         )
     try:
-        own = few_logits(model, tokens)
+        own = _few_logits(model, tokens)
     except (AttributeError, RuntimeError, TypeError) as error:
         layers = {name.rpartition(".")[2]: m for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
         special = sorted(name for name, layer in layers.items() if type(layer.get_base_layer()) not in LINEAR)
@@ -353,7 +344,7 @@ def check_reference(model: PeftModel, tokens: Sequence[int], base: torch.Tensor 
             for parameter in trained:
                 parameter.add_(1)
         with adapter_disabled(model):
-            moved = differs(few_logits(model, tokens))
+            moved = differs(_few_logits(model, tokens))
     finally:
         with torch.no_grad():
             for parameter, value in zip(trained, before, strict=True):
@@ -396,7 +387,12 @@ def text_limit(model: PreTrainedModel | PeftModel, max_length: int | None, conte
 
 
 def check_tokenizer(model: PreTrainedModel | PeftModel, processing_class: PreTrainedTokenizerBase) -> None:
-    """Raise `ValueError` if the tokenizer can give ids that the model has no embedding for."""
+    """Give the tokenizer a pad token if it has none; raise `ValueError` if it has ids that the model has no embedding for."""
+    if processing_class.pad_token is None:
+        # Padding is masked, so any token will do where there is no end token either.
+        pad = processing_class.eos_token or processing_class.convert_ids_to_tokens(0)
+        processing_class.pad_token = pad
+        logger.warning(f"The tokenizer has no pad token; `pad_token` is set to {pad!r}.")
     rows = model.get_input_embeddings().weight.shape[0]
     if len(processing_class) > rows > 0:
         raise ValueError(

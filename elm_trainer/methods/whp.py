@@ -2,13 +2,10 @@
 
 import hashlib
 import json
-from bisect import bisect_right
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import groupby
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from datasets import Dataset
@@ -17,12 +14,14 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..data.collator import IGNORE_INDEX, ElmDataCollator
-from ..data.tokens import TokenizedText, text_tokenizer, tokenize
 from ..ops import STATES
-from .anchors import AnchorDictionary, Translation, load_anchors
-from .base import ErasureConfig, ErasureTrainer, batch_mean, weighted_batches
+from .alignment import Alignment, align_texts
+from .anchors import AnchorDictionary, load_anchors
+from .base import ErasureTrainer
+from .config import ErasureConfig, check_fields
+from .forward import batch_mean, weighted_batches
+from .targets import place_model
 from .teachers import Teacher
-from .validation import check_columns, check_fields, load_given, named_datasets
 
 
 logger = logging.get_logger(__name__)
@@ -94,25 +93,6 @@ class WhpConfig(ErasureConfig):
         )
 
 
-class Alignment(NamedTuple):
-    """The positions of a text that get a generic label, and the positions of its translation that the label comes from.
-
-    Attributes:
-        ids (`list[int]`): Token ids of the text.
-        translated_ids (`list[int]`): Token ids of its translation, as far as it is needed.
-        positions (`list[int]`): Positions in the text, ascending.
-        counterparts (`list[int]`): For each of them, its position in the translation.
-        spent (`list[tuple[int, int]]`): Index in `positions` and token id of each token that begins the translation of
-            an anchor which the text has already named.
-    """
-
-    ids: list[int]
-    translated_ids: list[int]
-    positions: list[int]
-    counterparts: list[int]
-    spent: list[tuple[int, int]]
-
-
 def generic_logits(
     baseline: torch.Tensor, reinforced: torch.Tensor, alpha: float, *, relu: bool = True
 ) -> torch.Tensor:
@@ -151,116 +131,6 @@ def generic_labels(
     baseline = baseline.float()
     baseline = baseline.index_put(tuple(places.T), baseline.mean(-1)[places[:, 0]])
     return generic_logits(baseline, reinforced.float(), alpha, relu=relu).argmax(-1)
-
-
-def first_tokens(processing_class: PreTrainedTokenizerBase, words: Sequence[str]) -> dict[str, set[int]]:
-    """The tokens with which words begin, at the beginning of a line and after a space."""
-    tokens: dict[str, set[int]] = {word: set() for word in words}
-    for before in ("\n", "a "):
-        for word, text in zip(words, tokenize(processing_class, [before + word for word in words]), strict=True):
-            first = bisect_right(text.ends, len(before))
-            tokens[word].add(text.ids[first])
-    return tokens
-
-
-def align(
-    translation: Translation,
-    original: TokenizedText,
-    translated: TokenizedText,
-    firsts: Mapping[str, set[int]],
-    max_length: int | None = None,
-) -> Alignment:
-    """Align a text with its translation by characters (arXiv 2310.02238, algorithm 1).
-
-    A position, which predicts the token after it, is aligned with the one up to which the translation of what it has read
-    so far goes: outside anchors the two read the same characters, and an anchor's last token goes with the last one of
-    its replacement. Not aligned are positions within anchors, those that predict an anchor the text has named before
-    (§2.2), and those that a token of the translation runs across.
-
-    Args:
-        translation (`Translation`): The translation.
-        original (`TokenizedText`): Tokens of the text.
-        translated (`TokenizedText`): Tokens of the translation.
-        firsts (`Mapping[str, set[int]]`): Tokens with which the replacements begin.
-        max_length (`int`, *optional*): Tokens that are kept of either.
-    """
-    ending_at = defaultdict(list)
-    for index, key in enumerate(zip(translated.ends, translated.added, strict=True)):
-        ending_at[key].append(index)
-    anchor_ends = {anchor.end for anchor in translation.anchors}
-    counterparts: dict[int, int] = {}
-    ends = list(zip(original.ends, original.added, translation.places(original.ends), strict=True))
-    for (end, added, place), group in groupby(range(len(ends)), key=lambda index: ends[index]):
-        indices, others = list(group), ending_at.get((place, added), [])
-        if not others:
-            continue
-        # Several tokens end at one character where it is split into bytes.
-        same_bytes = [original.ids[i] for i in indices] == [translated.ids[i] for i in others]
-        if same_bytes and end not in anchor_ends:
-            counterparts.update(zip(indices, others, strict=True))
-        else:
-            counterparts[indices[-1]] = others[-1]
-    named: set[str] = set()
-    for anchor in translation.anchors:
-        if anchor.term in named:
-            counterparts.pop(bisect_right(original.ends, anchor.start) - 1, None)
-        named.add(anchor.term)
-    limit = len(original.ids) if max_length is None else max_length
-    ids = original.ids[:limit]
-    # The last position has no token of the text after it.
-    positions = [index for index in sorted(counterparts) if index < len(ids) - 1]
-    if max_length is not None:
-        positions = [index for index in positions if counterparts[index] < max_length]
-    spent: list[tuple[int, int]] = []
-    known: set[int] = set()
-    passed = 0
-    for index, position in enumerate(positions):
-        while passed < len(translation.anchors) and translation.anchors[passed].end <= original.ends[position]:
-            known |= firsts[translation.anchors[passed].replacement]
-            passed += 1
-        spent += [(index, token) for token in sorted(known)]
-    places = [counterparts[position] for position in positions]
-    return Alignment(ids, translated.ids[: max(places, default=-1) + 1], positions, places, spent)
-
-
-def align_texts(
-    dictionary: AnchorDictionary,
-    texts: Sequence[str],
-    processing_class: PreTrainedTokenizerBase,
-    max_length: int | None = None,
-) -> list[Alignment]:
-    """Translate texts by a dictionary and align each with its translation.
-
-    Raises:
-        ValueError: if no text holds a term of the dictionary, or the tokenizer knows no offsets.
-    """
-    translations = [dictionary.translate(text) for text in texts]
-    replacements = sorted({anchor.replacement for translation in translations for anchor in translation.anchors})
-    if not replacements:
-        raise ValueError(
-            f"`anchors`: none of the {len(dictionary.terms)} terms of the dictionary {dictionary.name!r} "
-            f"({', '.join(list(dictionary.terms)[:3])}, ...) stands in any forget text, such as {texts[0][:80]!r}: give a "
-            "dictionary of terms that do."
-        )
-    if not text_tokenizer(processing_class).is_fast:
-        raise ValueError(
-            f"`processing_class` is a {type(processing_class).__name__}, which knows no character offsets, and WHP aligns "
-            "texts by them: load the model's fast tokenizer (`AutoTokenizer.from_pretrained` does where there is one)."
-        )
-    firsts = first_tokens(processing_class, replacements)
-    originals = tokenize(processing_class, texts)
-    translated = tokenize(processing_class, [translation.text for translation in translations])
-    bare = sum(not translation.anchors for translation in translations)
-    if bare:
-        logger.warning(
-            f"Anchors of {dictionary.name!r}: {bare} of {len(texts)} distinct forget texts hold no term of the "
-            "dictionary: their labels come from the reinforced model alone."
-        )
-    alignments = [align(*row, firsts, max_length) for row in zip(translations, originals, translated, strict=True)]
-    labelled = sum(len(alignment.positions) for alignment in alignments)
-    total = sum(max(len(alignment.ids) - 1, 0) for alignment in alignments)
-    logger.info(f"Anchors of {dictionary.name!r}: {labelled} of {total} positions get a label.")
-    return alignments
 
 
 @dataclass
@@ -350,30 +220,9 @@ class WhpTrainer(ErasureTrainer):
         anchors: Sequence[AnchorDictionary] | None = None,
         **kwargs,
     ):
-        args = self.own_config(args)
-        for name, dataset in named_datasets(train_dataset, eval_dataset):
-            check_columns(name, dataset)
-        model, processing_class = load_given(model, args, processing_class, kwargs.pop("quantization_config", None))
-        if data_collator is None:
-            data_collator = WhpDataCollator(
-                processing_class, pad_to_multiple_of=args.pad_to_multiple_of, seed=args.seed
-            )
-        if not isinstance(data_collator, WhpDataCollator):
-            raise TypeError(f"`data_collator` is of type {type(data_collator).__name__}: pass a WhpDataCollator.")
-        unlabelled = []
-        for name, dataset in named_datasets(train_dataset, eval_dataset):
-            if LABELS in dataset.column_names:
-                continue
-            if "forget" not in dataset.column_names:
-                raise ValueError(
-                    f"`{name}` holds tokens, not texts to find anchors in: pass the one of `build_erasure_dataset`."
-                )
-            unlabelled.append(dataset)
-        dictionaries = _dictionaries(args, anchors, unlabelled)
-        alignments = _align_datasets(dictionaries, unlabelled, processing_class, args.max_length)
-        self._anchor_terms = {name: dict(dictionary.terms) for name, dictionary in dictionaries.items()}
+        self._anchors = anchors
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)
-        if alignments:
+        if alignments := self._alignments:
             reinforced = self.reinforce()
             labels = dict(zip(alignments, self.label(list(alignments.values()), reinforced), strict=True))
             if reinforced is not None:
@@ -384,6 +233,25 @@ class WhpTrainer(ErasureTrainer):
                 else _add_labels(dataset, labels)
                 for dataset in (self.train_dataset, self.eval_dataset)
             )
+
+    def default_collator(self, args, processing_class, datasets):
+        return WhpDataCollator(processing_class, pad_to_multiple_of=args.pad_to_multiple_of, seed=args.seed)
+
+    def check_given(self, model, args, datasets, data_collator):
+        """Stage 2 is done here, since it shows whether the anchors fit the texts."""
+        if not isinstance(data_collator, WhpDataCollator):
+            raise TypeError(f"`data_collator` is of type {type(data_collator).__name__}: pass a WhpDataCollator.")
+        unlabeled = {name: dataset for name, dataset in datasets.items() if LABELS not in dataset.column_names}
+        for name, dataset in unlabeled.items():
+            if "forget" not in dataset.column_names:
+                raise ValueError(
+                    f"`{name}` holds tokens, not texts to find anchors in: pass the one of `build_erasure_dataset`."
+                )
+        dictionaries = _dictionaries(args, self._anchors, unlabeled.values())
+        self._anchor_terms = {name: dict(dictionary.terms) for name, dictionary in dictionaries.items()}
+        self._alignments = _align_datasets(
+            dictionaries, unlabeled.values(), data_collator.processing_class, args.max_length
+        )
 
     def reinforce(self) -> Teacher | None:
         """Stage 1: fine-tune the reinforced adapter, which stays beside the trained one until its `remove` is called."""
@@ -400,7 +268,7 @@ class WhpTrainer(ErasureTrainer):
             (index for index, alignment in enumerate(alignments) if alignment.positions),
             key=lambda index: -len(alignments[index].ids),
         )
-        self.model.to(self.args.device)
+        place_model(self)
         size = self.args.per_device_train_batch_size
         disable = not self.accelerator.is_local_main_process
         for start in tqdm(range(0, len(order), size), desc="Computing generic labels", disable=disable):
@@ -422,7 +290,7 @@ class WhpTrainer(ErasureTrainer):
             spent += [(offset + index, token) for index, token in text.spent]
             offset += len(text.positions)
         with self.accelerator.autocast(), self.reference(self.model):
-            inputs = self._prepare_inputs({"translated": translated, "original": original})
+            inputs = self.on_device({"translated": translated, "original": original})
             batches = {"translated": inputs["translated"]}
             if reinforced is None:
                 readings = {"translated": lambda logits, where: self._read_labels(logits, where, logits, spent)}

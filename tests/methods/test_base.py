@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from elm_trainer import ConceptSources, ElmDataCollator, ElmTrainer, build_erasure_dataset
 from elm_trainer.concept import load_concept
-from elm_trainer.methods.base import KEPT, RUN_FILE
+from elm_trainer.files import RUN_FILE
+from elm_trainer.methods.config import KEPT
 
 from .methods import METHODS, tiny
 

@@ -40,7 +40,7 @@ def test_targets_are_those_of_texts_run_one_by_one(shape, side, make, tokenizer)
     try:
         trainer = make(shape=shape, precompute_targets=False)
         batch = trainer.data_collator(list(trainer.train_dataset))["forget"]
-        target = trainer._target(trainer.model, "erase", batch)
+        target = trainer.target(trainer.model, "erase", batch)
     finally:
         tokenizer.padding_side = before
     place = 0
@@ -93,10 +93,10 @@ def test_novices_that_begin_a_text_of_the_batch_are_read_there(make, rows):
     # The word after "is" is asked for too, on which the novice ends.
     predicted = [trainer.train_dataset[0]["forget_ids"][place[0] + 1] for place in trainer.train_dataset[0]["aligned"]]
     assert trainer.processing_class.decode(predicted) == " is Lima"
-    alone = trainer._target(trainer.model, "erase", batch)
+    alone = trainer.target(trainer.model, "erase", batch)
     single = trainer.data_collator([trainer.train_dataset[0]])["forget"]
     assert "extra" in single["counterfactual"]
-    apart = trainer._target(trainer.model, "erase", single)
+    apart = trainer.target(trainer.model, "erase", single)
     torch.testing.assert_close(alone["log_probs"][: len(apart["log_probs"])], apart["log_probs"], rtol=0, atol=1e-4)
 
 

@@ -355,7 +355,7 @@ def test_a_run_that_is_killed_while_it_saves_goes_on_to_the_same_result(when, wh
         "optimizer": (trainer, "_save_optimizer_and_scheduler"),
         "state": (trainer, "_save_rng_state"),
         "mark": ("elm_trainer.methods.checkpointing.write_json",),
-        "rotation": ("elm_trainer.methods.base.rotate",),
+        "rotation": ("elm_trainer.methods.checkpointing.rotate",),
     }
     child = os.fork()
     if child == 0:

@@ -44,7 +44,7 @@ def test_the_ramp_is_that_of_the_released_code(side, tiny_model, tokenizer, data
     # predicts what no label says, has a target too.
     expected = [torch.linspace(1, 1000, length) for length in forget["lengths"]]
     torch.testing.assert_close(trainer._eta(forget), torch.cat(expected))
-    target = trainer._target(trainer.model, "erase", trainer._prepare_inputs(forget))
+    target = trainer.target(trainer.model, "erase", trainer._prepare_inputs(forget))
     assert len(target["weights"]) == sum(forget["lengths"])
 
 

@@ -7,7 +7,7 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 
 from elm_trainer import ElmDataCollator
-from elm_trainer.methods.base import nll_reading
+from elm_trainer.methods.forward import nll_reading
 from elm_trainer.methods.npo import NpoConfig, NpoTrainer, npo_loss, sequence_nll
 
 from .by_hand import assert_same_gradients, batch_of, column_nlls, gradients

@@ -17,8 +17,7 @@ from datasets import concatenate_datasets
 
 from elm_trainer import ConceptSources, build_erasure_dataset
 from elm_trainer.data.target_store import target_key
-from elm_trainer.methods.elm_targets import elm_target_plan
-from elm_trainer.methods.targets import default_targets_dir
+from elm_trainer.methods.targets import default_targets_dir, precompute_targets
 
 from .methods import METHODS, tiny, trained
 
@@ -244,7 +243,7 @@ def test_an_adapter_that_was_trained_leaves_the_folder_and_the_targets_as_they_a
         if "lora_B" in name:
             torch.nn.init.normal_(p)
     trainer.args.targets_dir = str(tmp_path / "others")
-    again = trainer.precompute(elm_target_plan(trainer)).store
+    again = precompute_targets(trainer, trainer.target_plan()).store
     assert again.folder.name == store.folder.name and again.folder != store.folder
     for one, other in zip(store, again, strict=True):
         for name, values in one.items():

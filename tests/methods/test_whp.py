@@ -10,16 +10,9 @@ from transformers import AutoTokenizer, ByT5Tokenizer
 
 from elm_trainer import ConceptSources, ElmDataCollator, build_erasure_dataset, load_model_and_tokenizer
 from elm_trainer.data.sources import load_texts
+from elm_trainer.methods.alignment import align_texts, first_tokens
 from elm_trainer.methods.anchors import AnchorDictionary, load_anchors
-from elm_trainer.methods.whp import (
-    LABELS,
-    WhpConfig,
-    WhpTrainer,
-    align_texts,
-    first_tokens,
-    generic_labels,
-    generic_logits,
-)
+from elm_trainer.methods.whp import LABELS, WhpConfig, WhpTrainer, generic_labels, generic_logits
 from elm_trainer.modeling import demo_model_file
 from elm_trainer.ops import erasure_target
 

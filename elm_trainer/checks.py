@@ -1,4 +1,4 @@
-"""The checks of a config's numbers."""
+"""Check the numbers in a dataclass of settings, which may come from YAML or the command line."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -7,7 +7,7 @@ from numbers import Integral, Real
 from typing import Any
 
 
-_RULES: dict[str, Callable[[Any], bool]] = {
+RULES: dict[str, Callable[[Any], bool]] = {
     "at least 0": lambda value: value >= 0,
     "above 0": lambda value: value > 0,
     "at least 1": lambda value: value >= 1,
@@ -17,24 +17,22 @@ _RULES: dict[str, Callable[[Any], bool]] = {
 
 
 def check_numbers(config: Any, rules: Iterable[tuple[str, Sequence[str]]]) -> None:
-    """Raise `ValueError` for a field of a dataclass that is not the number it should be, or that breaks its rule.
+    """Raise `ValueError` for a field of a dataclass that should be a number and is none, or that breaks its rule.
 
     Args:
-        config (dataclass): Its fields of type `int` and `float`, or these with `None`, must be finite numbers (but for
-            `max_grad_norm`), whole ones where they are of type `int`. `None` breaks no rule.
-        rules (`Iterable[tuple[str, Sequence[str]]]`): What fields must be, such as `"at least 0"`, with their names.
+        config (`Any`): Dataclass. Its numbers must be finite, but for `max_grad_norm`. `None` passes.
+        rules (`Iterable[tuple[str, Sequence[str]]]`): A rule, such as `"at least 0"`, with the names of its fields.
     """
     for field in fields(config):
         if (value := getattr(config, field.name)) is not None:
             _check_number(field.name, value, field.type)
     for rule, names in rules:
         for name in names:
-            if (value := getattr(config, name)) is not None and not _RULES[rule](value):
+            if (value := getattr(config, name)) is not None and not RULES[rule](value):
                 raise ValueError(f"`{name}` is {value}: it must be {rule}.")
 
 
 def _check_number(name: str, value: Any, kind: Any) -> None:
-    """Raise `ValueError` unless a field's value is a number of its kind, where that is one."""
     real = isinstance(value, Real) and not isinstance(value, bool)
     if kind in (int, int | None) and not (real and isinstance(value, Integral)):
         raise ValueError(f"`{name}` is {value!r}: give a whole number.")

@@ -1,0 +1,228 @@
+"""`ElmConfig`: the settings of ELM, and which targets they ask for."""
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from ..data.target_store import Field, TargetLayout
+from .config import ErasureConfig, check_fields
+
+
+# What the paper reports and what its released code does (docs/papers.md). A field that is left out takes its preset's value.
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {"eta": 500.0, "eta_end": 500.0, "tau": 1.0, "top_k": 50, "retain_loss": "kl"},
+    "released": {"eta": 1.0, "eta_end": 1000.0, "tau": 1.2, "top_k": 50, "retain_loss": "argmax"},
+}
+
+
+@dataclass
+class ElmConfig(ErasureConfig):
+    r"""
+    Configuration class for the [`ElmTrainer`].
+
+    This class includes only the parameters that are specific to ELM. For a full list of training arguments, see
+    [`~trl.SFTConfig`] and [`~transformers.TrainingArguments`].
+
+    Parameters:
+        preset (`str`, *optional*, defaults to `"paper"`):
+            `"paper"` or `"released"`: where the values of the five fields below that are left out come from.
+        eta (`float`, *optional*):
+            Strength η of the erasure: `t = b − η·(e − n)`. With the ramp, η of the prediction behind a text's first token.
+        eta_end (`float`, *optional*):
+            η of the prediction behind a text's last token; η is linear in between. Defaults to `eta` where only that is given.
+        tau (`float`, *optional*):
+            Temperature τ of the target.
+        top_k (`int`, *optional*):
+            Tokens of the target kept per position, and of the reference in the retain term.
+        retain_loss (`str`, *optional*):
+            `"kl"` to the reference; `"argmax"`: cross-entropy with the reference's most probable token; or `"log"`: KL
+            and half the variance of the change of log-probabilities over the vocabulary ([`log_space_divergence`]), which
+            keeps the ranking of improbable tokens too. A stored target of `"log"` is `hidden` numbers a position.
+        plausibility (`float`, *optional*, defaults to `0.0`):
+            Drop tokens less probable than this share of the most probable one under reference and novice. `0` gives
+            the paper's target.
+        fact_share (`float`, *optional*, defaults to `0.0`):
+            Share of the erase term's weight that goes to positions in proportion to `KL(expert ‖ novice)`. `0` weighs
+            all positions alike.
+        novice (`str`, *optional*, defaults to `"contexts"`):
+            What the novice is: `"contexts"`, the reference behind a novice context (and the expert behind an expert
+            context), as in the paper; or `"counterfactual"`, the reference on the same text with the concept's own terms
+            replaced (column `novices` of [`build_erasure_dataset`]), its mean probabilities over the draws at the
+            positions that all of them share with the text. The expert is then the reference itself.
+        log_tokens (`int`, *optional*, defaults to `0`):
+            Take the equation of the erase term in log space, at so many tokens of largest `e − n` a position
+            ([`log_space_target`]), and hold all other tokens to the reference's odds, the improbable ones too
+            ([`log_space_divergence`]). Then `tau` and `top_k` have no part in the erase term. `0` gives the paper's loss.
+        log_strength (`float`, *optional*, defaults to `2.0`):
+            Weight of those tokens ([`log_space_loss`]) beside all others in the erase term.
+        contrast_rows (`int`, *optional*, defaults to `0`):
+            Rows on which the adapter's input directions are chosen before training ([`contrast_adapter`]): those that
+            are strong on forget text and weak on retain text. They are then kept, so that only LoRA's B is trained, and
+            the adapter can hardly answer to anything else. `0` leaves PEFT's random directions, which are trained.
+        contrast_damping (`float`, *optional*, defaults to `0.1`):
+            Share of the mean variance on retain text that is added in every direction there, so that directions that
+            are rare in both do not win.
+        erase_weight (`float`, *optional*, defaults to `1.0`):
+            Weight of the erase term. A weight of 0 skips a term's work altogether.
+        retain_weight (`float`, *optional*, defaults to `1.0`):
+            Weight of the retain term.
+        retain_focus (`float`, *optional*, defaults to `0.0`):
+            Share of the retain term's weight that goes to the positions of a text in proportion to how far they have
+            moved from the reference, so that answers are not lost among the words around them. `0` weighs all alike.
+        consistency_weight (`float`, *optional*, defaults to `1.0`):
+            Weight of the consistency term; without synthetic pairs in the dataset there is none.
+        concepts (`list[str]`, *optional*):
+            Presets or YAML files of the concepts, matched with the column `concept` by name. Defaults to what that column
+            names, with the keywords of the column `keywords` where there is one ([`Concept`] in [`build_erasure_dataset`]).
+        contexts_per_sample (`int`, *optional*, defaults to `1`):
+            Expert and novice contexts drawn per forget text; their log-probabilities are averaged.
+        expert_steps (`int`, *optional*, defaults to `0`):
+            Steps for which a throw-away expert adapter is fine-tuned on the forget texts, in place of the expert
+            contexts. `0` uses contexts.
+        novice_steps (`int`, *optional*, defaults to `0`):
+            The same for a novice adapter on the column `novice` (the texts with permuted facts). With `0`, an expert
+            adapter is compared with the reference itself.
+        teacher_learning_rate (`float`, *optional*, defaults to `1e-3`):
+            Learning rate of the two throw-away adapters, decaying to 0.
+        teacher_rank (`int`, *optional*, defaults to `16`):
+            Rank of the two throw-away adapters.
+        teacher_batch_size (`int`, *optional*, defaults to `8`):
+            Texts per step of the two throw-away adapters.
+        precompute_targets (`bool`, *optional*):
+            Compute all targets once before training and keep them on disk for every run with the same model, data and
+            settings, so that a step needs no reference forward. By default this is done where training visits every row
+            at least once, and they fit into half of the free disk and 64 GiB. Implied by `expert_steps`.
+        targets_dir (`str`, *optional*):
+            Folder in which targets are kept, each set of them under a name that says all they depend on. All processes
+            must see it. Defaults to `elm_targets` in the cache of `datasets`.
+
+    > [!NOTE]
+    > These parameters have default values different from [`~trl.SFTConfig`]:
+    > - `learning_rate`: Defaults to `5e-5` instead of `2e-5`.
+    """
+
+    learning_rate: float = field(default=5e-5, metadata={"help": "The initial learning rate for AdamW."})
+
+    preset: str = field(
+        default="paper", metadata={"help": "Where left-out fields come from.", "choices": sorted(PRESETS)}
+    )
+    eta: float | None = field(default=None, metadata={"help": "Strength of the erasure (of the first token)."})
+    eta_end: float | None = field(default=None, metadata={"help": "Strength of the erasure of the last token."})
+    tau: float | None = field(default=None, metadata={"help": "Temperature of the target."})
+    top_k: int | None = field(default=None, metadata={"help": "Tokens of the target kept per position."})
+    retain_loss: str | None = field(
+        default=None, metadata={"help": "Retain term.", "choices": ["kl", "argmax", "log"]}
+    )
+    plausibility: float = field(default=0.0, metadata={"help": "Plausibility constraint; 0 switches it off."})
+    fact_share: float = field(default=0.0, metadata={"help": "Share of weight by KL(expert, novice)."})
+    novice: str = field(
+        default="contexts", metadata={"help": "What the novice is.", "choices": ["contexts", "counterfactual"]}
+    )
+    log_tokens: int = field(default=0, metadata={"help": "Tokens matched in log space; 0 gives the paper's loss."})
+    log_strength: float = field(default=2.0, metadata={"help": "Weight of those tokens."})
+    contrast_rows: int = field(default=0, metadata={"help": "Rows that choose the adapter's directions; 0 for none."})
+    contrast_damping: float = field(default=0.1, metadata={"help": "Damping of the choice of directions."})
+    erase_weight: float = field(default=1.0, metadata={"help": "Weight of the erase term."})
+    retain_weight: float = field(default=1.0, metadata={"help": "Weight of the retain term."})
+    retain_focus: float = field(default=0.0, metadata={"help": "Share of weight by how far a position has moved."})
+    consistency_weight: float = field(default=1.0, metadata={"help": "Weight of the consistency term."})
+    concepts: list[str] | None = field(default=None, metadata={"help": "Presets or YAML files of the concepts."})
+    contexts_per_sample: int = field(default=1, metadata={"help": "Contexts drawn per forget text."})
+    expert_steps: int = field(default=0, metadata={"help": "Steps of the throw-away expert adapter."})
+    novice_steps: int = field(default=0, metadata={"help": "Steps of the throw-away novice adapter."})
+    teacher_learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of the adapters above."})
+    teacher_rank: int = field(default=16, metadata={"help": "Rank of the adapters above."})
+    teacher_batch_size: int = field(default=8, metadata={"help": "Texts per step of the adapters above."})
+    precompute_targets: bool | None = field(default=None, metadata={"help": "Compute all targets before training."})
+    targets_dir: str | None = field(default=None, metadata={"help": "Folder in which targets are kept."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.preset not in PRESETS:
+            raise ValueError(f"`preset` is {self.preset!r}: use one of {', '.join(PRESETS)}.")
+        if self.eta is not None and self.eta_end is None:
+            self.eta_end = self.eta
+        for name, value in PRESETS[self.preset].items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        check_fields(
+            self,
+            {
+                "at least 0": ("eta", "eta_end", "expert_steps", "novice_steps", "log_tokens", "contrast_rows"),
+                "above 0": ("tau", "log_strength", "teacher_learning_rate", "contrast_damping"),
+                "at least 1": ("top_k", "contexts_per_sample", "teacher_rank", "teacher_batch_size"),
+                "from 0 to 1": ("plausibility", "fact_share", "retain_focus"),
+            },
+        )
+        if self.novice_steps and not self.expert_steps:
+            raise ValueError(
+                f"`novice_steps` is {self.novice_steps} without an expert adapter: set `expert_steps` too."
+            )
+        if self.log_tokens and self.tau != 1:
+            raise ValueError(
+                f"`tau` is {self.tau} with `log_tokens={self.log_tokens}`, which keeps the odds of all other tokens as they "
+                "are: set one of the two to its default."
+            )
+        if self.log_tokens and self.plausibility:
+            raise ValueError(
+                f"`plausibility` is {self.plausibility} with `log_tokens={self.log_tokens}`, which keeps the odds of all "
+                "other tokens and drops none: set one of the two to 0."
+            )
+        if self.novice == "counterfactual" and self.expert_steps:
+            raise ValueError(
+                f'`expert_steps` is {self.expert_steps} with `novice="counterfactual"`, whose expert is the reference: set '
+                "it to 0."
+            )
+        if self.expert_steps:
+            self.precompute_targets = True
+
+
+class StoredTargets(NamedTuple):
+    """What is kept of ELM's targets, and what they depend on.
+
+    Attributes:
+        layout ([`TargetLayout`]): The target of each position of forget text with its weight, and the reference's most
+            probable tokens at each position of retain text: the first alone where `retain_loss` is `"argmax"`, and what
+            enters the head where it is `"log"`.
+        settings (`dict[str, Any]`): Settings of the method.
+        columns (`list[str]`): Columns of the tokenized dataset.
+    """
+
+    layout: TargetLayout
+    settings: dict[str, Any]
+    columns: list[str]
+
+
+def stored_targets(args: ElmConfig, vocab_size: int, hidden_size: int) -> StoredTargets:
+    """What a run with this config keeps for a model of these sizes."""
+    kept: dict[str, Field] = {}
+    columns: list[str] = []
+    names = ["eta", "eta_end", "tau", "top_k", "plausibility", "fact_share", "retain_loss", "novice", "log_tokens"]
+    if args.erase_weight:
+        columns += ["concept", "forget_ids", *(["novice_ids"] if args.novice_steps else [])]
+        columns += ["novices_ids"] if args.novice == "counterfactual" else []
+        kept["forget_weights"] = Field("floats")
+        if args.log_tokens:
+            kept["forget_states"] = Field("halves", hidden_size)
+            kept["forget_indices"] = Field("ids", args.log_tokens)
+            kept["forget_log_probs"] = Field("floats", args.log_tokens)
+        else:
+            kept |= {"forget_indices": Field("ids", args.top_k), "forget_probs": Field("probs", args.top_k)}
+        if args.expert_steps:
+            names += [
+                "expert_steps",
+                "novice_steps",
+                "teacher_learning_rate",
+                "teacher_rank",
+                "teacher_batch_size",
+                "seed",
+            ]
+    if args.retain_weight:
+        columns += ["retain_ids", "retain_start"]
+        if args.retain_loss == "log":
+            kept["retain_states"] = Field("halves", hidden_size)
+        else:
+            top_k = 1 if args.retain_loss == "argmax" else args.top_k
+            kept |= {"retain_indices": Field("ids", top_k), "retain_probs": Field("probs", top_k)}
+    # The version is that of what is made from the settings.
+    settings = {"method": "ELM", "version": 3, **{name: getattr(args, name) for name in names}}
+    return StoredTargets(TargetLayout(kept, vocab_size), settings, columns)

@@ -1,0 +1,265 @@
+"""One forward over several sub-batches, packed without padding, and what the loss terms read from it."""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from itertools import islice
+from typing import Any, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from ..data.collator import Packing, pack_batches, texts_interact
+from ..ops import FinalLogits, ReadHead, Reading, final_logits, kl_divergence, text_mean
+from ..ops.head import Plan
+
+
+logger = logging.get_logger(__name__)
+# A layer's matrices take some 24·hidden² operations a token, and attention 4·hidden for each token of its row, but does
+# them less well: they cost the same at rows of this many times `hidden` tokens.
+ATTENTION = 4
+# Which texts a term is about.
+SUB_BATCHES = {"erase": "forget", "retain": "retain", "consistency": "synthetic"}
+
+
+# What a reading takes beside the logits of its own forward, by position or by name.
+FurtherStates: TypeAlias = Sequence[torch.Tensor] | Mapping[str, Sequence[torch.Tensor]]
+
+
+def weighted_batches(inputs: Mapping[str, Any], weights: Mapping[str, float]) -> dict[str, Any]:
+    """The sub-batch of each term that has a weight: forget text for `erase`, retain text for `retain`, synthetic pairs
+    for `consistency`. A batch without pairs lacks the last.
+
+    Raises:
+        ValueError: if nothing is left.
+    """
+    batches = {
+        term: inputs[SUB_BATCHES[term]] for term, weight in weights.items() if weight and SUB_BATCHES[term] in inputs
+    }
+    if not batches:
+        raise ValueError("`consistency_weight` alone is above 0, but a batch has no synthetic pairs: add some.")
+    return batches
+
+
+def nll_reading(batch: Mapping[str, torch.Tensor]) -> Reading:
+    """Reads the negative log-likelihood of a sub-batch's labels."""
+    labels = batch["labels"][batch["rows"], batch["columns"] + 1]
+    return lambda logits, where: F.cross_entropy(logits.float(), labels[where], reduction="none")
+
+
+def kl_reading(logits: torch.Tensor, where: slice, reference: torch.Tensor) -> torch.Tensor:
+    """Reads `KL(reference ‖ adapted)` over the whole vocabulary, where the reference's states are read beside."""
+    return kl_divergence(logits, reference)
+
+
+def batch_mean(values: torch.Tensor, batch: Mapping[str, torch.Tensor], rows: int | None = None) -> torch.Tensor:
+    """Mean over the texts of a sub-batch of the mean over each text's positions, of `values` `[positions]`.
+
+    With `rows`, that of the whole batch, rows without a text in this sub-batch count as 0. So the mean over micro-batches or
+    processes is the same however rows are split among them.
+    """
+    texts = batch["input_ids"].size(0)
+    return text_mean(values, batch["rows"], texts) * (texts / (rows or texts))
+
+
+def plain_tokens(processing_class: PreTrainedTokenizerBase, vocabulary: int, count: int = 64) -> list[int]:
+    """Different token ids from all over the vocabulary, `count` or as many as there are, an even number; none that stands
+    for something other than text, such as an image.
+    """
+    ids = sorted({*processing_class.get_vocab().values()} - {*processing_class.added_tokens_decoder})
+    ids = [token for token in ids if token < vocabulary]
+    return ids[:: max(len(ids) // count, 1)][: min(count, len(ids) // 2 * 2)]
+
+
+def run_packed(model: nn.Module, batches: Sequence[Mapping[str, Any]], packing: Packing) -> torch.Tensor:
+    """The logits of one forward over sub-batches that are laid into rows as [`PackedForward.pack`] says."""
+    # Without a mask, transformers keeps texts whose positions start anew from attending to each other.
+    return model(
+        input_ids=torch.cat([batch["input_ids"].flatten() for batch in batches])[packing.tokens],
+        position_ids=packing.position_ids,
+        use_cache=False,
+    ).logits
+
+
+def _by_name(reading: Reading, groups: Mapping[str, Sequence[torch.Tensor]]) -> Reading:
+    """The same reading of logits that are given one after the other, group by group."""
+
+    def read(logits: torch.Tensor, where: slice, *others: torch.Tensor) -> Any:
+        rest = iter(others)
+        named = {name: list(islice(rest, len(group))) for name, group in groups.items()}
+        return reading(logits, where, *rest, **named)
+
+    return read
+
+
+class TermTotals:
+    """Sums of the values of each loss term since the last log.
+
+    Args:
+        device (`torch.device`): Device of the values.
+    """
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._totals: dict[str, torch.Tensor] = {}  # sum and number of the values, `[2]` each
+
+    def add(self, terms: Mapping[str, torch.Tensor]) -> None:
+        """Add the terms of a step."""
+        for name, value in terms.items():
+            # Tensors: turning them into numbers here would wait for the device at every step. One for all steps: a small
+            # block that each step leaves behind would keep a CPU's heap from closing its gaps, so that it grows.
+            if name not in self._totals:
+                self._totals[name] = torch.zeros(2, device=self._device)
+            self._totals[name][0] += value.detach()
+            self._totals[name][1] += 1
+
+    def means(self, accelerator: Accelerator) -> dict[str, float]:
+        """The mean of each term over steps and processes, all of which must call this."""
+        names = sorted(self._totals)
+        if accelerator.num_processes > 1:
+            # A process whose texts had no part in a term must join in averaging it all the same.
+            names = sorted(set(gather_object(names)))
+        totals = {name: self._totals.get(name, torch.zeros(2, device=self._device)) for name in names}
+        totals = {name: accelerator.reduce(total, reduction="sum") for name, total in totals.items()}
+        return {name: (total[0] / total[1]).item() for name, total in totals.items()}
+
+    def clear(self) -> None:
+        """Begin anew."""
+        self._totals.clear()
+
+
+class PackedForward:
+    """Runs sub-batches through a model in one forward, and reads the head at their supervised positions only.
+
+    What a model does to its head's output, and whether texts in one row see each other, is measured the first time that it
+    is needed and then kept.
+
+    Args:
+        unwrap (`Callable`): Gives the model itself where the Trainer has wrapped it.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`]): Tokenizer, for its padding side and plain tokens.
+        pad_to_multiple_of (`int`, *optional*): Multiple to which packed rows are padded.
+    """
+
+    def __init__(
+        self,
+        unwrap: Callable[[nn.Module], Any],
+        processing_class: PreTrainedTokenizerBase,
+        pad_to_multiple_of: int | None = None,
+    ):
+        self._unwrap, self._processing_class = unwrap, processing_class
+        self._pad_to_multiple_of = pad_to_multiple_of
+        self._final_logits: FinalLogits | None = None
+        self._texts_interact: bool | None = None
+
+    def read(
+        self,
+        model: nn.Module,
+        batches: Mapping[str, Mapping[str, torch.Tensor]],
+        readings: Mapping[str, Reading],
+        further: Mapping[str, FurtherStates],
+        beside: Mapping[str, torch.Tensor],
+        states: Collection[str],
+    ) -> dict[str, Any]:
+        """Run several sub-batches in one forward, packed without padding, and read the logits of their supervised positions.
+
+        Args:
+            model (`nn.Module`): Model, as the Trainer wrapped it.
+            batches (`Mapping`): Sub-batches of [`ElmDataCollator`] by name. Without any, nothing is run.
+            readings (`Mapping[str, Reading]`): By name of sub-batch, a function of the logits of a chunk of positions:
+                `reading(logits, where)` takes `[chunk, vocab]` and a `slice` of the positions, and gives one number per
+                position, or without gradients also a tuple of tensors `[chunk, ...]`. [`STATES`] asks for what enters the
+                head.
+            further (`Mapping`): By name of sub-batch, states `[positions, hidden]` of other forwards at the same positions,
+                whose logits the reading takes after `where`; of a mapping of lists of states, as keyword arguments with
+                lists of logits.
+            beside (`Mapping[str, torch.Tensor]`): By name of sub-batch, other positions of the same forward whose logits
+                the reading takes after those, `[others, positions]`: indices into the flattened tokens of all
+                sub-batches, one after the other.
+            states (`Collection[str]`): Names of sub-batches whose reading gives a tuple, to which what enters the head is
+                added, `[positions, hidden]`.
+
+        Returns:
+            `dict[str, Any]`: for each sub-batch what its reading gives for all positions, such as `[positions]`. Without a
+            reading it is the logits `[positions, vocab]`, which a step cannot afford for large vocabularies.
+        """
+        if not batches:
+            return {}
+        readings, further = dict(readings), dict(further)
+        for name, groups in further.items():
+            if isinstance(groups, Mapping):
+                readings[name] = _by_name(readings[name], groups)
+                further[name] = [state for group in groups.values() for state in group]
+        parts = list(batches.values())
+        packing = self.pack(model, parts)
+        supervised, offset = [], 0
+        for batch in parts:
+            supervised.append(batch["rows"] * batch["input_ids"].size(1) + batch["columns"] + offset)
+            offset += batch["input_ids"].numel()
+        plans = [
+            Plan(
+                len(places),
+                readings.get(name),
+                further.get(name, ()),
+                [packing.slots[index] for index in beside.get(name, ())],
+                name in states,
+            )
+            for name, places in zip(batches, supervised, strict=True)
+        ]
+        unwrapped = self._unwrap(model)
+        reader = ReadHead(
+            unwrapped.get_output_embeddings(),
+            self.final_logits(model),
+            packing.slots[torch.cat(supervised)],
+            plans,
+            unwrapped.config.get_text_config().vocab_size,
+        )
+        with reader.reading():
+            logits = run_packed(model, parts, packing)
+        return dict(zip(batches, reader.results(logits), strict=True))
+
+    def pack(self, model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> Packing:
+        """How the texts of sub-batches are laid into rows, on their device."""
+        config = self._unwrap(model).config
+        packing = pack_batches(
+            batches,
+            left_padded=self._processing_class.padding_side == "left",
+            attention=ATTENTION * config.get_text_config().hidden_size,
+            one_row="flash" in (config._attn_implementation or ""),
+            apart=self.texts_interact(model),
+            pad_to_multiple_of=self._pad_to_multiple_of,
+        )
+        device = batches[0]["input_ids"].device
+        return Packing(*(part if part is None else part.to(device, non_blocking=True) for part in packing))
+
+    def final_logits(self, model: nn.Module) -> FinalLogits:
+        """What the model does to its head's output, measured the first time by a forward over one token."""
+        if self._final_logits is None:
+            unwrapped = self._unwrap(model)
+            vocabulary = unwrapped.config.get_text_config().vocab_size
+            self._final_logits = final_logits(model, unwrapped.get_output_embeddings(), vocabulary)
+        return self._final_logits
+
+    def texts_interact(self, model: nn.Module) -> bool:
+        """Whether texts in one row would see each other, measured the first time by forwards over a few tokens."""
+        if self._texts_interact is None:
+            unwrapped = self._unwrap(model)
+            config = unwrapped.config.get_text_config()
+            base = unwrapped.get_base_model() if isinstance(unwrapped, PeftModel) else unwrapped
+            # Chunks of attention are cut by the place in the row, and may be longer than what is measured.
+            chunks = getattr(config, "attention_chunk_size", None) is not None
+            # What a model says of itself is believed in any precision.
+            self._texts_interact = chunks or getattr(base, "_is_stateful", False)
+            if not self._texts_interact:
+                tokens = plain_tokens(self._processing_class, config.vocab_size)
+                half = len(tokens) // 2
+                self._texts_interact = texts_interact(model, tokens[:half], tokens[half:])
+            if self._texts_interact:
+                logger.warning(
+                    f"In a {type(base).__name__}, texts that share a row see each other: each gets a row of its own, which "
+                    "takes longer where texts differ in length."
+                )
+        return self._texts_interact
