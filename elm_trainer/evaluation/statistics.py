@@ -1,12 +1,15 @@
-"""Figures with their size and 95 % bootstrap interval."""
+"""Measured values with their number of items and 95 % bootstrap interval, and tests of a change."""
 
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from scipy.stats import binomtest
+
+
+RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
@@ -18,31 +21,141 @@ class Figure:
     high: float
     n: int
 
+    @classmethod
+    def of(cls, value: float, samples: np.ndarray, n: int) -> "Figure":
+        """A value with the percentile interval of its resamples, `[resamples]`."""
+        low, high = np.percentile(samples, [2.5, 97.5])
+        return cls(float(value), float(low), float(high), n)
+
+    def exp(self) -> "Figure":
+        """Of a mean of nats per token, the perplexity; of a difference of such means, the ratio of perplexities."""
+        return Figure(*(float(np.exp(nats)) for nats in (self.value, self.low, self.high)), self.n)
+
     def to_dict(self) -> dict[str, float]:
         return asdict(self)
 
 
-def bootstrap_mean(values: Sequence[float], *, resamples: int = 2000, seed: int = 0) -> Figure:
+def bootstrap(
+    statistic: Callable[..., Any], *columns: Any, resamples: int = RESAMPLES, seed: int = 0
+) -> tuple[Any, np.ndarray]:
+    """A statistic of items, and the same of resamples of these items.
+
+    Calls with the same seed and number of items draw the same items, so that their resamples are paired.
+
+    Args:
+        statistic (`Callable`): Takes the columns, and reduces their last axis.
+        *columns (array): What is known of each item, `[..., items]`.
+        resamples (`int`, *optional*, defaults to `2000`): Number of resamples.
+        seed (`int`, *optional*, defaults to `0`): Seed of the draws.
+
+    Returns:
+        `tuple`: the statistic, `[...]`, and its resamples, `[..., resamples]`.
+
+    Raises:
+        ValueError: if there are no items.
+    """
+    arrays = [np.asarray(column, dtype=float) for column in columns]
+    items = arrays[0].shape[-1]
+    if not items:
+        raise ValueError("There is nothing to average: measure at least one item.")
+    # As scipy.stats.bootstrap draws them, which refuses a single item.
+    rows = np.random.default_rng(seed).integers(0, items, size=(resamples, items))
+    return statistic(*arrays), statistic(*(array[..., rows] for array in arrays))
+
+
+def ratio(sums: np.ndarray, counts: np.ndarray) -> Any:
+    """`Σ sums / Σ counts` over the last axis."""
+    return sums.sum(-1) / np.maximum(counts.sum(-1), 1e-12)
+
+
+def bootstrap_mean(values: Sequence[float], *, resamples: int = RESAMPLES, seed: int = 0) -> Figure:
     """Mean with the percentile interval over resampled items.
 
     Raises:
         ValueError: if `values` is empty.
     """
-    return _bootstrap(np.asarray(values, dtype=float), np.ones(len(values)), resamples, seed)
+    return bootstrap_ratio(values, np.ones(len(values)), resamples=resamples, seed=seed)
 
 
-def bootstrap_ratio(sums: Sequence[float], counts: Sequence[float], *, resamples: int = 2000, seed: int = 0) -> Figure:
+def bootstrap_ratio(
+    sums: Sequence[float], counts: Sequence[float] | np.ndarray, *, resamples: int = RESAMPLES, seed: int = 0
+) -> Figure:
     """`Σ sums / Σ counts`, e.g. a mean per token, with the interval over resampled texts."""
-    return _bootstrap(np.asarray(sums, dtype=float), np.asarray(counts, dtype=float), resamples, seed)
+    if not np.sum(counts):
+        raise ValueError("There is nothing to average: measure at least one item.")
+    return Figure.of(*bootstrap(ratio, sums, counts, resamples=resamples, seed=seed), len(sums))
 
 
 def bootstrap_perplexity(
-    nlls: Sequence[float], tokens: Sequence[int], *, resamples: int = 2000, seed: int = 0
+    nlls: Sequence[float], tokens: Sequence[float], *, resamples: int = RESAMPLES, seed: int = 0
 ) -> Figure:
     """`exp(Σ nlls / Σ tokens)` with the interval over resampled texts; `nlls` are sums in nats, one per text."""
-    mean = bootstrap_ratio(nlls, tokens, resamples=resamples, seed=seed)
-    value, low, high = (float(np.exp(nats)) for nats in (mean.value, mean.low, mean.high))
-    return Figure(value, low, high, mean.n)
+    return bootstrap_ratio(nlls, tokens, resamples=resamples, seed=seed).exp()
+
+
+def paired_difference(
+    before: Sequence[float],
+    after: Sequence[float],
+    counts_before: Sequence[float] | None = None,
+    counts_after: Sequence[float] | None = None,
+) -> tuple[Figure, float]:
+    """Difference `after − before` of two means (or means per token) over the same items, resampled together.
+
+    Args:
+        before (`Sequence[float]`): Value (or sum over tokens) of each item.
+        after (`Sequence[float]`): The same of the other model, in the same order.
+        counts_before (`Sequence[float]`, *optional*): Tokens behind each value of `before`; 1 by default.
+        counts_after (`Sequence[float]`, *optional*): Tokens behind each value of `after`.
+
+    Returns:
+        `tuple[Figure, float]`: the difference with its 95 % interval, and a two-sided bootstrap p: twice the smaller
+        share of resamples on either side of zero, never below `1 / resamples`.
+
+    Raises:
+        ValueError: if the two do not judge the same items, or there are none.
+    """
+    _check_same_items(before, after)
+    counts = [np.ones(len(before)) if given is None else given for given in (counts_before, counts_after)]
+    value, samples = bootstrap(lambda b, n_b, a, n_a: ratio(a, n_a) - ratio(b, n_b), before, counts[0], after, counts[1])
+    tails = min(np.mean(samples <= 0), np.mean(samples >= 0))
+    return Figure.of(value, samples, len(before)), min(1.0, max(2 * float(tails), 1 / RESAMPLES))
+
+
+def share_left(
+    before: Sequence[float],
+    after: Sequence[float],
+    chances: Sequence[float],
+    groups: Sequence[Hashable],
+    *,
+    resamples: int = RESAMPLES,
+) -> Figure:
+    r"""Share of a margin over chance that is left: `Σ (after − chance) / Σ (before − chance)`.
+
+    Args:
+        before (`Sequence[float]`): Verdict on each item.
+        after (`Sequence[float]`): The same of the other model, in the same order.
+        chances (`Sequence[float]`): Probability that a guess at the item is right.
+        groups (`Sequence`): What each item is about. Groups are resampled, each with all its items in both models: two
+            questions about one subject are no independent items.
+        resamples (`int`, *optional*, defaults to `2000`): Number of resamples.
+
+    Returns:
+        [`Figure`]: 0 where the second model is at chance, 1 where it is as good as the first, with the 95 % interval of
+        a paired bootstrap; `n` counts items. Meaningless where the first is near chance itself.
+
+    Raises:
+        ValueError: if there are no items, or the two do not judge the same ones.
+    """
+    _check_same_items(before, after)
+    numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
+    places = np.array([numbers[group] for group in groups], dtype=int)
+    margins = [np.bincount(places, weights=np.subtract(side, chances)) for side in (before, after)]
+
+    def share(first: np.ndarray, second: np.ndarray) -> Any:
+        # A share of no margin is as good as infinite.
+        return second.sum(-1) / np.maximum(first.sum(-1), 1e-9)
+
+    return Figure.of(*bootstrap(share, *margins, resamples=resamples), len(before))
 
 
 def mcnemar(before: Sequence[bool], after: Sequence[bool]) -> float:
@@ -68,105 +181,12 @@ def holm(values: Sequence[float]) -> list[float]:
     return corrected
 
 
-def paired_difference(
-    before: Sequence[float],
-    after: Sequence[float],
-    counts_before: Sequence[float] | None = None,
-    counts_after: Sequence[float] | None = None,
-    *,
-    resamples: int = 2000,
-    seed: int = 0,
-) -> tuple[Figure, float]:
-    """Difference `after − before` of two means (or means per token) over the same items, resampled together.
-
-    Args:
-        before (`Sequence[float]`): Value (or sum over tokens) of each item.
-        after (`Sequence[float]`): The same of the other model, in the same order.
-        counts_before (`Sequence[float]`, *optional*): Tokens behind each value of `before`; 1 by default.
-        counts_after (`Sequence[float]`, *optional*): Tokens behind each value of `after`.
-
-    Returns:
-        `tuple[Figure, float]`: the difference with its 95 % interval, and a two-sided bootstrap p: twice the smaller
-        share of resamples on either side of zero, never below `1 / resamples`.
-
-    Raises:
-        ValueError: if the two do not judge the same items, or there are none.
-    """
-    if len(before) != len(after):
-        raise ValueError(f"`before` holds {len(before)} items and `after` {len(after)}: judge the same ones.")
-    sides = []
-    rows = _draws(len(before), resamples, seed)
-    for sums, counts in ((before, counts_before), (after, counts_after)):
-        values = np.asarray(sums, dtype=float)
-        tokens = np.ones(len(values)) if counts is None else np.asarray(counts, dtype=float)
-        sides.append((values.sum() / tokens.sum(), values[rows].sum(1) / np.maximum(tokens[rows].sum(1), 1e-12)))
-    differences = sides[1][1] - sides[0][1]
-    low, high = np.percentile(differences, [2.5, 97.5])
-    tails = min(np.mean(differences <= 0), np.mean(differences >= 0))
-    p = min(1.0, max(2 * float(tails), 1 / resamples))
-    return Figure(float(sides[1][0] - sides[0][0]), float(low), float(high), len(before)), p
-
-
 def entropy(labels: Sequence[str]) -> float:
     """Entropy of how often each label occurs, in nats: 0 where all are the same, `log n` where all differ."""
-    counts = np.array(list(Counter(labels).values()), dtype=float)
-    shares = counts / counts.sum()
+    shares = np.array(list(Counter(labels).values())) / len(labels)
     return float(-(shares * np.log(shares)).sum()) + 0.0
 
 
-def share_left(
-    before: Sequence[float],
-    after: Sequence[float],
-    chances: Sequence[float],
-    groups: Sequence[Hashable],
-    *,
-    resamples: int = 2000,
-    seed: int = 0,
-) -> Figure:
-    r"""Share of a margin over chance that is left: `Σ (after − chance) / Σ (before − chance)`.
-
-    Args:
-        before (`Sequence[float]`): Verdict on each item.
-        after (`Sequence[float]`): The same of the other model, in the same order.
-        chances (`Sequence[float]`): Probability that a guess at the item is right.
-        groups (`Sequence`): What each item is about. Groups are resampled, each with all its items in both models: two
-            questions about one subject are no independent items.
-
-    Returns:
-        [`Figure`]: 0 where the second model is at chance, 1 where it is as good as the first, with the 95 % interval of
-        a paired bootstrap; `n` counts items. Meaningless where the first is near chance itself.
-
-    Raises:
-        ValueError: if there are no items, or the two do not judge the same ones.
-    """
+def _check_same_items(before: Sequence[float], after: Sequence[float]) -> None:
     if len(before) != len(after):
         raise ValueError(f"`before` holds {len(before)} items and `after` {len(after)}: judge the same ones.")
-    numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
-    rows = _draws(len(numbers), resamples, seed)
-    places = np.array([numbers[group] for group in groups])
-    margins = [np.asarray(side, dtype=float) - np.asarray(chances, dtype=float) for side in (before, after)]
-    sums = [np.bincount(places, weights=margin) for margin in margins]
-    first, second = (part[rows].sum(1) for part in sums)
-    low, high = np.percentile(second / _apart_from_zero(first), [2.5, 97.5])
-    return Figure(float(sums[1].sum() / _apart_from_zero(sums[0].sum())), float(low), float(high), len(before))
-
-
-def _apart_from_zero(values: Any) -> Any:
-    """The values, those at most 0 as a tiny positive number: a share of no margin is as good as infinite."""
-    return np.maximum(values, 1e-9)
-
-
-def _draws(items: int, resamples: int, seed: int) -> np.ndarray:
-    """Which items each resample holds, `[resamples, items]`."""
-    if not items:
-        raise ValueError("There is nothing to average: measure at least one item.")
-    return np.random.default_rng(seed).integers(0, items, size=(resamples, items))
-
-
-def _bootstrap(sums: np.ndarray, counts: np.ndarray, resamples: int, seed: int) -> Figure:
-    draws = _draws(len(sums), resamples, seed)
-    if not counts.sum():
-        raise ValueError("There is nothing to average: measure at least one item.")
-    means = sums[draws].sum(1) / np.maximum(counts[draws].sum(1), 1e-12)
-    low, high = np.percentile(means, [2.5, 97.5])
-    return Figure(float(sums.sum() / counts.sum()), float(low), float(high), len(sums))
