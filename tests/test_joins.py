@@ -22,7 +22,8 @@ from elm_trainer import (
 from elm_trainer.attacks import AttackTarget, GcgAttack, PrefillingAttack, RelearningAttack
 from elm_trainer.data.questions import Question
 from elm_trainer.evaluation.fluency import generate, judge_answers, retention
-from elm_trainer.evaluation.hidden_states import hidden_states, logit_lens
+from elm_trainer.evaluation.hidden_states import hidden_states
+from elm_trainer.evaluation.inside import logit_lens
 from elm_trainer.evaluation.likelihood import log_likelihoods
 from elm_trainer.evaluation.multiple_choice import score_choices
 from elm_trainer.evaluation.pair import ModelPair

@@ -1,18 +1,18 @@
-"""Hidden states of every layer: their norms, and what the model's head reads in them (logit lens)."""
+"""Hidden states of every layer: how large they are, and the rank of their change and of an adapter's change of weights."""
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data.questions import Question
-from ..data.tokens import text_ids, tokenize, tokenize_pairs
-from .multiple_choice import PROMPT, likeliest
+from ..data.tokens import text_ids, tokenize
 from .pair import SIDES, ModelPair
 from .statistics import Figure, bootstrap_ratio
 
@@ -29,6 +29,41 @@ class ActivationNorms:
     ratio: list[Figure]
 
 
+@dataclass(frozen=True)
+class WeightEffect:
+    """The change ΔW of one adapted weight.
+
+    Attributes:
+        layer (`int`, *optional*): Index of its decoder layer; `None` outside the layers.
+        module (`str`): Its name within the layer.
+        singular_values (`list[float]`): Of ΔW, the largest first; the others are zero.
+        effective_rank (`float`), stable_rank (`float`): See the functions of these names.
+    """
+
+    layer: int | None
+    module: str
+    singular_values: list[float]
+    effective_rank: float
+    stable_rank: float
+
+
+@dataclass(frozen=True)
+class HiddenEffect:
+    """The change of hidden states, erased minus reference, per layer, the embeddings first.
+
+    Attributes:
+        effective_rank (`list[float]`): Of the centered changes; without an interval, as a resample holds texts twice
+            and so has a lower rank than the sample.
+        relative_size (`list[Figure]`): Sum of the changes' L2 norms over that of the reference's states, with the
+            interval over resampled texts. Where it is nearly zero, the rank is that of rounding errors.
+        tokens (`int`): Tokens behind it; no rank can exceed their number minus one.
+    """
+
+    effective_rank: list[float]
+    relative_size: list[Figure]
+    tokens: int
+
+
 def hidden_states(
     model: PreTrainedModel | PeftModel,
     processing_class: PreTrainedTokenizerBase,
@@ -41,18 +76,13 @@ def hidden_states(
     """Hidden states of every layer, without running the head.
 
     Args:
-        model ([`~transformers.PreTrainedModel`] or `PeftModel`):
-            Model, already in evaluation mode.
-        processing_class ([`~transformers.PreTrainedTokenizerBase`]):
-            Its tokenizer.
-        texts (`Sequence[str]`):
-            Texts to read.
-        positions (`str`, *optional*, defaults to `"last"`):
-            `"last"` for the last token of each text, `"all"` for all of its tokens.
-        max_length (`int`, *optional*):
-            Tokens of a text that are read; all of them by default.
-        batch_size (`int`, *optional*, defaults to `16`):
-            Texts per forward pass.
+        model ([`~transformers.PreTrainedModel`] or `PeftModel`): Model, already in evaluation mode.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
+        texts (`Sequence[str]`): Texts to read.
+        positions (`str`, *optional*, defaults to `"last"`): `"last"` for the last token of each text, `"all"` for all of
+            its tokens.
+        max_length (`int`, *optional*): Tokens of a text that are read; all of them by default.
+        batch_size (`int`, *optional*, defaults to `16`): Texts per forward pass.
 
     Returns:
         `list[torch.Tensor]`: for each text `[layers + 1, tokens, hidden]`, in float32 on the CPU. The first entry is
@@ -62,9 +92,7 @@ def hidden_states(
     Raises:
         ValueError: if there are no texts, one holds no token, or the model's decoder or final norm cannot be found.
     """
-    found: dict[int, torch.Tensor] = {}
-    for index, states in _states_by_text(model, processing_class, texts, positions, max_length, batch_size):
-        found[index] = states
+    found = dict(_states_by_text(model, processing_class, texts, positions, max_length, batch_size))
     return [found[index] for index in range(len(texts))]
 
 
@@ -91,7 +119,7 @@ def activation_norms(
         seed (`int`, *optional*, defaults to `0`): Seed of the intervals.
 
     Returns:
-        [`ActivationNorms`]: one figure per layer, with the interval over resampled texts; the ratio's resamples hold
+        [`ActivationNorms`]: one entry per layer, with the interval over resampled texts; the ratio's resamples hold
         the same texts on both sides.
     """
     tokens = [0] * len(texts)
@@ -109,6 +137,124 @@ def activation_norms(
         [bootstrap_ratio(layer, tokens, seed=seed) for layer in erased],
         [bootstrap_ratio(*layers, seed=seed) for layers in zip(erased, reference, strict=True)],
     )
+
+
+def hidden_effect(
+    pair: ModelPair,
+    processing_class: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    *,
+    max_length: int = 64,
+    max_tokens: int = 1024,
+    batch_size: int = 16,
+    seed: int = 0,
+) -> HiddenEffect:
+    """Rank of the change of the hidden states on the same tokens, layer by layer, for any pair of models.
+
+    The first token of a text is left out, as in [`activation_norms`], which has the same arguments.
+
+    Args:
+        max_tokens (`int`, *optional*, defaults to `1024`): Tokens after which no further text is read. All layers of
+            all these tokens are held at once.
+
+    Raises:
+        ValueError: if the texts have fewer than two tokens beside their first, or the models differ in shape.
+    """
+    read: list[str] = []
+    tokens = 0
+    for text in texts:
+        if tokens < max_tokens:
+            read.append(text)
+            tokens += len(text_ids(processing_class, text)[:max_length]) - 1
+    states = {}
+    for side in SIDES:
+        with pair.use(side) as model:
+            found = hidden_states(
+                model, processing_class, read, positions="all", max_length=max_length, batch_size=batch_size
+            )
+        states[side] = [text[:, 1:] for text in found]
+    reference, erased = (torch.cat(states[side], dim=1) for side in SIDES)  # [layers + 1, tokens, hidden]
+    if reference.shape != erased.shape:
+        shapes = [f"{tensor.size(0) - 1} layers of width {tensor.size(2)}" for tensor in (reference, erased)]
+        raise ValueError(f"The reference has {shapes[0]} and the erased model {shapes[1]}: pass models of one shape.")
+    if reference.size(1) < 2:
+        raise ValueError(f"`texts` has {reference.size(1)} tokens beside first ones: pass longer texts, or more.")
+    change = erased - reference
+    ranks = [effective_rank(torch.linalg.svdvals(layer - layer.mean(0))) for layer in change]
+    lengths = [text.size(1) for text in states["reference"]]
+    # Sum of the L2 norms of each text's states, `[layers + 1][texts]`.
+    sums = [
+        [[float(norms.sum()) for norms in layer.split(lengths)] for layer in tensor.norm(dim=-1)]
+        for tensor in (change, reference)
+    ]
+    sizes = [bootstrap_ratio(*layers, seed=seed) for layers in zip(*sums, strict=True)]
+    return HiddenEffect(ranks, sizes, change.size(1))
+
+
+def weight_effects(model: PeftModel) -> list[WeightEffect]:
+    """Rank of the change that the active LoRA adapters make to each weight, `ΔW = Σ scaling·B·A`.
+
+    Only low-rank changes are counted: biases, and modules that an adapter saves whole, are not.
+
+    Args:
+        model (`PeftModel`): Model with its adapter, not merged into the weights.
+
+    Returns:
+        `list[WeightEffect]`: one per weight that LoRA adapts, in the model's order; empty for an adapter of another kind.
+
+    Raises:
+        ValueError: if a weight's change is not `scaling·B·A`, as with DoRA or LoRA on the experts' stacked weights.
+    """
+    effects = []
+    for name, module in model.named_modules():
+        values = _singular_values(name, module) if isinstance(module, LoraLayer) else None
+        if values is not None:
+            # Of `…layers.6.mlp.up_proj`, 6 and `mlp.up_proj`.
+            found = re.search(r"(?:^|\.)(\d+)(?:\.|$)(.*)", name)
+            layer, inner = (int(found[1]), found[2]) if found else (None, name.rpartition(".")[2])
+            effects.append(WeightEffect(layer, inner, values.tolist(), effective_rank(values), stable_rank(values)))
+    return effects
+
+
+def effective_rank(singular_values: torch.Tensor) -> float:
+    """Exponential of the entropy of the normalized squared singular values; 0 for a matrix of zeros.
+
+    After Roy & Vetterli, "The effective rank: a measure of effective dimensionality", EUSIPCO 2007, eq. 2-4. They
+    normalize the singular values themselves; of their squares, this is their effective rank of `MᵀM`, and says over how
+    many directions the squared Frobenius norm of `M` is spread.
+    """
+    energy = singular_values.double().square()
+    return float(torch.special.entr(energy / energy.sum()).sum().exp()) if energy.sum() else 0.0
+
+
+def stable_rank(singular_values: torch.Tensor) -> float:
+    """Squared Frobenius norm over squared spectral norm; 0 for a matrix of zeros."""
+    energy = singular_values.double().square()
+    return float(energy.sum() / energy.max()) if energy.sum() else 0.0
+
+
+def _singular_values(name: str, layer: LoraLayer) -> torch.Tensor | None:
+    """Singular values of `Σ scaling·B·A` over the active adapters, without making the full matrix."""
+    ups, downs = [], []
+    for adapter in layer.active_adapters:
+        if adapter in layer.lora_A:
+            down, up = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+        elif adapter in layer.lora_embedding_A:
+            down, up = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
+        else:
+            continue
+        if adapter in layer.lora_variant or down.dim() != 2 or down.size(0) != layer.r[adapter]:
+            raise ValueError(
+                f"The adapter {adapter!r} is no plain LoRA on a matrix at {name}, so its change of the weight is not "
+                "scaling·B·A: merge it, and compare the hidden states of the merged model and the reference alone."
+            )
+        downs.append(down.detach().float())  # [rank, in]
+        ups.append(layer.scaling[adapter] * up.detach().float())  # [out, rank]
+    if not ups:
+        return None
+    # The orthogonal factors of QR change no singular value of the product.
+    up_factor, down_factor = (torch.linalg.qr(m, mode="r").R for m in (torch.cat(ups, dim=1), torch.cat(downs).T))
+    return torch.linalg.svdvals(up_factor @ down_factor.T).cpu()
 
 
 def decoder_of(model: PreTrainedModel | PeftModel) -> nn.Module:
@@ -137,7 +283,7 @@ def decoder_of(model: PreTrainedModel | PeftModel) -> nn.Module:
 def final_norm(model: PreTrainedModel | PeftModel) -> nn.Module:
     """The norm between the last layer and the head: the child of the decoder whose output is the decoder's own.
 
-    Names and places of it differ between model classes, so it is found by running a few tokens.
+    Its name and place differ between model classes, so it is found by running a few tokens.
 
     Raises:
         ValueError: if no child's output is the decoder's.
@@ -156,11 +302,8 @@ def final_norm(model: PreTrainedModel | PeftModel) -> nn.Module:
         for handle in handles:
             handle.remove()
     for module, output in outputs:
-        if (
-            isinstance(output, torch.Tensor)
-            and output.shape == last.shape
-            and torch.equal(output.to(last.device), last)
-        ):
+        # `equal` is false for other shapes.
+        if isinstance(output, torch.Tensor) and torch.equal(output.to(last.device), last):
             return module
     raise ValueError(
         f"The final norm of {type(decoder).__name__} cannot be found: none of its parts "
@@ -186,146 +329,30 @@ def _states_by_text(
         raise ValueError(f"`texts` holds {empty[0]!r}, which has no token: leave it out.")
     # Texts of like length share a batch, so that little of it is padding.
     order = sorted(range(len(texts)), key=lambda index: len(ids[index]))
-    norm = final_norm(model)
+    decoder, norm = decoder_of(model), final_norm(model)
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
         # Padding on the right needs no positions, which some decoders do not take, and no pad token: it is masked.
         input_ids = pad_sequence([torch.tensor(ids[index]) for index in batch], batch_first=True)  # [batch, seq]
         mask = pad_sequence([torch.ones(len(ids[index]), dtype=torch.long) for index in batch], batch_first=True)
-        layers = _run_decoder(model, norm, input_ids, mask)
+        received: list[torch.Tensor] = []
+        handle = norm.register_forward_pre_hook(lambda _, args, received=received: received.append(args[0]))
+        try:
+            outputs = decoder(
+                input_ids=input_ids.to(model.device),
+                attention_mask=mask.to(model.device),
+                output_hidden_states=True,
+                use_cache=False,
+            )
+        finally:
+            handle.remove()
         lengths = mask.sum(-1)
         places = mask.flatten().nonzero()[:, 0]  # [tokens]
         if positions == "last":
             places, lengths = places[lengths.cumsum(0) - 1], torch.ones_like(lengths)
-        # Chosen positions are gathered before anything is copied, in the model's own precision.
+        # The last layer's states are taken as the final norm receives them. Chosen positions are gathered before
+        # anything is copied, in the model's own precision.
+        layers = [*outputs.hidden_states[:-1], *received]
         chosen = [layer.flatten(0, 1)[places.to(layer.device)].to(model.device) for layer in layers]
         states = torch.stack(chosen).cpu().float()  # [layers + 1, tokens, hidden]
         yield from zip(batch, states.split(lengths.tolist(), dim=1), strict=True)
-
-
-def _run_decoder(
-    model: PreTrainedModel | PeftModel, norm: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor
-) -> list[torch.Tensor]:
-    """Embeddings' output and every layer's, each `[batch, seq, hidden]`; the last as the final norm receives it."""
-    received: list[torch.Tensor] = []
-    handle = norm.register_forward_pre_hook(lambda _, args: received.append(args[0]))
-    try:
-        outputs = decoder_of(model)(
-            input_ids=input_ids.to(model.device),
-            attention_mask=attention_mask.to(model.device),
-            output_hidden_states=True,
-            use_cache=False,
-        )
-    finally:
-        handle.remove()
-    return [*outputs.hidden_states[:-1], *received]
-
-
-@dataclass(frozen=True)
-class LensScores:
-    """What each layer would answer.
-
-    Attributes:
-        accuracy (`list[Figure]`): Share of questions whose right option ranks first, per layer, the embeddings first;
-            the interval is over resampled subjects, and their number is its `n`.
-        logits (`list[list[list[float]]]`): Logit of each option's first token, by layer and kept question.
-        questions (`list[int]`): Indices of the questions that were kept.
-        chance (`float`): Accuracy of a guess among the options.
-    """
-
-    accuracy: list[Figure]
-    logits: list[list[list[float]]]
-    questions: list[int]
-    chance: float
-
-
-def logit_lens(
-    model: PreTrainedModel | PeftModel,
-    processing_class: PreTrainedTokenizerBase,
-    questions: Sequence[Question],
-    *,
-    prompt: str = PROMPT,
-    batch_size: int = 16,
-    seed: int = 0,
-) -> LensScores:
-    """Rank the options by their first token, under the final norm and head applied to every layer's hidden state.
-
-    The state is that of the prompt's last token. A question is skipped where two options begin with the same token.
-    The logits are those of the head alone: a model's own scaling or capping of them is left out, which changes no
-    ranking.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`] or `PeftModel`):
-            Model, already in evaluation mode.
-        processing_class ([`~transformers.PreTrainedTokenizerBase`]):
-            Its tokenizer.
-        questions (`Sequence[Question]`):
-            Questions with their options.
-        prompt (`str`, *optional*, defaults to `"Question: {question}\\nAnswer:"`):
-            What stands before an option.
-        batch_size (`int`, *optional*, defaults to `16`):
-            Questions per forward pass.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of the intervals.
-
-    Returns:
-        [`LensScores`]: verdicts of every layer; the last layer's are the model's own.
-
-    Raises:
-        ValueError: if no question is left, or the model's final norm or head cannot be found.
-    """
-    firsts = [_first_tokens(processing_class, prompt, question) for question in questions]
-    kept = [index for index, tokens in enumerate(firsts) if tokens]
-    if not kept:
-        raise ValueError(
-            f"None of the {len(questions)} `questions` has options that begin with different tokens: ask questions "
-            "whose options differ in their first word."
-        )
-    prompts = [prompt.format(question=questions[index].text) for index in kept]
-    states = torch.cat(hidden_states(model, processing_class, prompts, batch_size=batch_size), dim=1)
-    logits = _option_logits(model, states, [firsts[index] for index in kept], batch_size)
-    subjects: dict[str, int] = {}
-    for index in kept:
-        subjects.setdefault(questions[index].subject or questions[index].text, len(subjects))
-    groups = torch.tensor([subjects[questions[index].subject or questions[index].text] for index in kept])
-    accuracy = []
-    for layer in logits:
-        best = [questions[index].options[likeliest(scores)] for index, scores in zip(kept, layer, strict=True)]
-        right = torch.tensor([option == questions[index].answer for index, option in zip(kept, best, strict=True)])
-        # Several phrasings of one fact are no independent questions.
-        accuracy.append(
-            bootstrap_ratio(groups.bincount(right.double()).tolist(), groups.bincount().tolist(), seed=seed)
-        )
-    return LensScores(accuracy, logits, kept, sum(1 / len(questions[index].options) for index in kept) / len(kept))
-
-
-def _first_tokens(processing_class: PreTrainedTokenizerBase, prompt: str, question: Question) -> list[int]:
-    """First token of each option after the prompt; none where two are the same, or the prompt's tokens change."""
-    head = prompt.format(question=question.text)
-    head_ids = text_ids(processing_class, head)
-    tokens = []
-    for ids, first in tokenize_pairs(processing_class, [(head, f" {option}") for option in question.options]):
-        if ids[:first] != head_ids:
-            return []
-        tokens.append(ids[first])
-    return tokens if len(set(tokens)) == len(tokens) else []
-
-
-@torch.inference_mode()
-def _option_logits(
-    model: PreTrainedModel | PeftModel, states: torch.Tensor, options: list[list[int]], batch_size: int
-) -> list[list[list[float]]]:
-    norm, head = final_norm(model), model.get_output_embeddings()
-    if head is None:
-        raise ValueError(f"{type(model).__name__} has no output embeddings: pass a causal language model.")
-    scores: list[list[list[float]]] = []
-    for layer in states:  # [questions, hidden]
-        rows: list[list[float]] = []
-        for start in range(0, len(layer), batch_size):
-            # Back into the model's own precision, from which the states came.
-            batch = layer[start : start + batch_size, None].to(model.device, head.weight.dtype)
-            logits = head(norm(batch))[:, 0].float()  # [batch, vocab]
-            chosen = zip(logits, options[start : start + batch_size], strict=True)
-            rows += [row[torch.tensor(tokens, device=row.device)].tolist() for row, tokens in chosen]
-        scores.append(rows)
-    return scores

@@ -116,7 +116,9 @@ def paired_difference(
     """
     _check_same_items(before, after)
     counts = [np.ones(len(before)) if given is None else given for given in (counts_before, counts_after)]
-    value, samples = bootstrap(lambda b, n_b, a, n_a: ratio(a, n_a) - ratio(b, n_b), before, counts[0], after, counts[1])
+    value, samples = bootstrap(
+        lambda b, n_b, a, n_a: ratio(a, n_a) - ratio(b, n_b), before, counts[0], after, counts[1]
+    )
     tails = min(np.mean(samples <= 0), np.mean(samples >= 0))
     return Figure.of(value, samples, len(before)), min(1.0, max(2 * float(tails), 1 / RESAMPLES))
 

@@ -6,8 +6,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from elm_trainer.evaluation.hidden_states import hidden_states
-from elm_trainer.evaluation.inside import effective_rank, hidden_effect, stable_rank, weight_effects
+from elm_trainer.evaluation.hidden_states import (
+    effective_rank,
+    hidden_effect,
+    hidden_states,
+    stable_rank,
+    weight_effects,
+)
 from elm_trainer.evaluation.pair import ModelPair
 
 from .test_activations import TEXTS, build_model

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from elm_trainer.data.questions import Question, load_bank
-from elm_trainer.evaluation.hidden_states import logit_lens
+from elm_trainer.evaluation.inside import logit_lens
 
 from .test_activations import ARCHITECTURES, build_model, plant
 
