@@ -9,8 +9,8 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from ..files import replacing
-from .tables import NOT_MEASURED, figure_label, split_name
-from .verdict import CRITERIA, counts, read_verdict
+from .tables import NOT_MEASURED, figure_label
+from .verdict import CRITERIA, counts, read_verdict, split_name
 
 
 TERMS = ("erase_loss", "retain_loss", "consistency_loss")

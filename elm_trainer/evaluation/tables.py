@@ -1,7 +1,7 @@
-"""A report in sentences and tables: for the terminal, as Markdown, and as samples."""
+"""A report in sentences and tables: for the terminal, as Markdown, and as samples; and what other reports' tables share."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from ..files import write_text
-from .verdict import CRITERIA, FAILS, HOLDS, RANKING_RULES, UNCERTAIN, counted, read_verdict
+from .verdict import CRITERIA, FAILS, HOLDS, RANKING_RULES, UNCERTAIN, counted, read_verdict, split_name
 
 
 ROLES = {
@@ -43,13 +43,43 @@ _FLUENCY = {
     "undecided_language": "too short to tell the language",
 }
 _RETENTION = {"perplexity": "perplexity", "kl": "KL divergence a token"}
+COLUMNS = ("figure", "n", "reference", "erased", "change", "p")
+MAIN_COLUMNS = ("about", "measured by", "n", "before", "after", "change", "p")
+CHECK_COLUMNS = ("criterion", "about", "measured by", "held to the bound", "value", "bound", "verdict")
+LEFT_COLUMNS = ("asked", "role", "rule", "n", "chance", "reference", "erased", "margin left")
+NOT_MEASURED = "not measured"
+# How the words of a verdict are meant.
+LEGEND = (
+    "A check holds where its whole interval keeps the bound, fails where all of it lies beyond, and is uncertain otherwise. "
+    "A criterion fails with any of its checks, and holds where all do; of ways of asking that hold together, each need "
+    "keep its bound by value alone."
+)
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table."""
+    return [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
+
+
+def terminal_table(title: str, *columns: Column | str) -> Table:
+    """An empty table for the terminal, narrow enough for 80 columns."""
+    return Table(*columns, title=title, box=box.SIMPLE_HEAD, pad_edge=False)
+
+
+def cell(figure: Mapping[str, float], digits: int = 3) -> str:
+    """A metric as `value [low, high]`, or as its value alone where it has no interval or one without width."""
+    # `z`: no minus sign before a zero. A check of a report of an earlier version may have no interval.
+    value, low, high = (figure[key] for key in ("value", "low", "high"))
+    if low is None or low == value == high:
+        return f"{value:z.{digits}f}"
+    return f"{value:z.{digits}f} [{low:z.{digits}f}, {high:z.{digits}f}]"
 
 
 def figure_label(name: str, roles: Mapping[str, str]) -> tuple[str, str]:
-    """What a figure is about, and how it was measured; its name and nothing where it is none of this version.
+    """What a metric is about, and how it was measured; its name and nothing where it is none of this version.
 
     Args:
-        name (`str`): Name of the figure in the report, such as `"multiple_choice.capitals.pmi"`.
+        name (`str`): Name of the metric in the report, such as `"multiple_choice.capitals.pmi"`.
         roles (`Mapping`): Role of each bank.
     """
     kind, bank, rule = split_name(name)
@@ -75,7 +105,7 @@ def attack_label(name: str, metric: str) -> str:
 
 
 def main_figures(names: Mapping[str, object], roles: Mapping[str, str]) -> list[str]:
-    """Names of the figures that a reader looks at first: what was erased before the rest, all together before each."""
+    """Names of the metrics that a reader looks at first: what was erased before the rest, all together before each."""
     places: dict[str, tuple[int, int]] = {}
     banks = ["", *roles]
     for name in names:
@@ -93,45 +123,22 @@ def main_figures(names: Mapping[str, object], roles: Mapping[str, str]) -> list[
     return sorted(places, key=places.__getitem__)
 
 
-def short_figures(names: Mapping[str, object], roles: Mapping[str, str]) -> list[str]:
-    """Those of the main figures that a terminal has room for: of many ways of asking, all of them together."""
-    together = {bank for kind, bank, _ in map(split_name, names) if kind == "families"}
-    return [
-        name
-        for name in main_figures(names, roles)
-        for kind, bank, rule in [split_name(name)]
-        if not (kind == "multiple_choice" and roles.get(bank) in together) and rule not in ("commonest", "normalized")
-    ]
-
-
-def split_name(name: str) -> tuple[str, str, str]:
-    """Kind, bank and rule of a figure's name; of fluency, how answers were drawn stands in the bank's place."""
-    kind, _, rest = name.partition(".")
-    bank, _, rule = rest.partition(".")
-    return kind, bank, rule
-
-
-COLUMNS = ("figure", "n", "reference", "erased", "change", "p")
-MAIN_COLUMNS = ("about", "measured by", "n", "before", "after", "change", "p")
-CHECK_COLUMNS = ("criterion", "about", "measured by", "held to the bound", "value", "bound", "verdict")
-LEFT_COLUMNS = ("asked", "role", "rule", "n", "chance", "reference", "erased", "margin left")
-NOT_MEASURED = "not measured"
-# How the words of a verdict are meant.
-LEGEND = (
-    "A check holds where its whole interval keeps the bound, fails where all of it lies beyond, and is uncertain otherwise. "
-    "A criterion fails with any of its checks, and holds where all do; of ways of asking that hold together, each need "
-    "keep its bound by value alone."
-)
-
-
 def verdict_lines(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The verdict on each criterion, what fails first, and its worst check with value, interval and bound."""
     verdict = read_verdict(report)
     order = (FAILS, UNCERTAIN, None, HOLDS)
-    return [
-        _verdict_line(name, verdict[name], report["roles"])
-        for name in sorted(CRITERIA, key=lambda name: order.index(verdict[name]["state"]))
-    ]
+    lines = []
+    for name in sorted(CRITERIA, key=lambda name: order.index(verdict[name]["state"])):
+        state = verdict[name]["state"]
+        if state is None:
+            lines.append((f"{name.capitalize()} was {NOT_MEASURED}.", ""))
+            continue
+        worst, *others = counted(verdict[name])
+        several = " of several" if state != HOLDS and any(check["state"] == state for check in others) else ""
+        what = ", ".join(filter(None, figure_label(worst["figure"], report["roles"])))
+        why = f"Worst{several}: {what}: {_held(name, worst)} {cell(worst)}, bound {worst['bound']:g}."
+        lines.append((f"{name.capitalize()} {'is uncertain' if state == UNCERTAIN else state}.", why))
+    return lines
 
 
 def check_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
@@ -142,13 +149,14 @@ def check_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
         for check in verdict[name]["checks"]:
             about, measured = figure_label(check["figure"], report["roles"])
             state = check["state"] or "does not count: the unmodified model hardly knows the answers"
-            held = (_held(name, check), _value(check), f"{check['bound']:g}")
+            value = "–" if check["value"] is None else cell(check)
+            held = (_held(name, check), value, f"{check['bound']:g}")
             rows.append((name, about, measured or "–", *held, state))
     return rows
 
 
 def main_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """The figures that a reader looks at first as text, in the order of `MAIN_COLUMNS`."""
+    """The metrics that a reader looks at first as text, in the order of `MAIN_COLUMNS`."""
     rows = {name: rest for name, *rest in figure_rows(report)}
     return [
         (*figure_label(name, report["roles"]), *rows[name])
@@ -157,43 +165,51 @@ def main_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 
 def render_summary(report: Mapping[str, Any]) -> Table:
-    """Before and after in few figures, as a table that fits a terminal of 80 columns."""
+    """Before and after in few metrics, as a table that fits a terminal of 80 columns."""
     columns = (Column("measured by", overflow="fold"), Column("before", no_wrap=True), Column("after", no_wrap=True))
-    table = Table(*columns, title="Before and after (95 % intervals)", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = terminal_table("Before and after (95 % intervals)", *columns)
+    # Of many ways of asking, all of them together are enough here.
+    together = {bank for kind, bank, _ in map(split_name, report["figures"]) if kind == "families"}
     about = None
-    for name in short_figures(report["figures"], report["roles"]):
+    for name in main_figures(report["figures"], report["roles"]):
+        kind, bank, rule = split_name(name)
+        if rule in ("commonest", "normalized") or (
+            kind == "multiple_choice" and report["roles"].get(bank) in together
+        ):
+            continue
         heading, measured = figure_label(name, report["roles"])
         if heading != about:
             about = heading
             table.add_row(Text(heading, style="bold"))
-        sides = (_short_cell(report["figures"][name][side]) for side in ("reference", "erased"))
-        table.add_row(Padding(Text(measured), (0, 0, 0, 2)), *sides)
+        sides = (report["figures"][name][side] for side in ("reference", "erased"))
+        cells = (cell(figure, digits=1 if figure["high"] >= 10 else 2) for figure in sides)
+        table.add_row(Padding(Text(measured), (0, 0, 0, 2)), *cells)
     return table
 
 
 def write_markdown(path: str | Path, report: Mapping[str, Any]) -> None:
-    """Write an evaluation as Markdown: verdict, flags, what the verdict rests on, and every figure with its interval."""
+    """Write an evaluation as Markdown: verdict, flags, what the verdict rests on, and every metric with its interval."""
     lines = ["# Evaluation of an erasure\n"]
     lines += [f"- **{state}** {why}" for state, why in verdict_lines(report)]
     lines += [f"- **{flag['flag']}**: {flag['why']}" for flag in report["flags"]]
     lines += ["\nIn brackets stand 95 % bootstrap intervals.\n", "## Before and after\n"]
-    lines += [*_table(MAIN_COLUMNS, main_rows(report)), "\n## What the verdict rests on\n", f"{LEGEND}\n"]
-    lines += _table(CHECK_COLUMNS, check_rows(report))
+    lines += [*markdown_table(MAIN_COLUMNS, main_rows(report)), "\n## What the verdict rests on\n", f"{LEGEND}\n"]
+    lines += markdown_table(CHECK_COLUMNS, check_rows(report))
     if left := left_rows(report):
         lines += ["\n## Ways of asking, and the share of the reference's margin over chance that is left\n"]
-        lines += _table(LEFT_COLUMNS, left)
+        lines += markdown_table(LEFT_COLUMNS, left)
     lines += [
         "\n## All figures\n",
         "Changes are differences, for perplexities ratios, paired item by item; p is McNemar's exact test or the "
         "paired bootstrap, corrected by Holm's method over all figures.\n",
-        *_table(COLUMNS, figure_rows(report)),
+        *markdown_table(COLUMNS, figure_rows(report)),
         "\n## What was asked\n",
     ]
     asked = [
         (name, info.get("revision") or "–", str(info["size"]), f"`{info['sha256'][:12]}`")
         for name, info in report["datasets"].items()
     ]
-    lines += _table(("what", "revision", "size", "SHA-256"), asked)
+    lines += markdown_table(("what", "revision", "size", "SHA-256"), asked)
     write_text(path, "\n".join(lines) + "\n")
 
 
@@ -234,7 +250,7 @@ def split_samples(report: Mapping[str, Any]) -> tuple[list[dict[str, str]], list
 
 
 def figure_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """Every figure of an evaluation as text, in the order of `COLUMNS`."""
+    """Every metric of an evaluation as text, in the order of `COLUMNS`."""
     return [
         (
             name,
@@ -247,49 +263,11 @@ def figure_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
     ]
 
 
-def cell(figure: Mapping[str, float]) -> str:
-    """A figure as `value [low, high]`, or as its value alone where nothing is uncertain about it."""
-    # `z`: no minus sign before a zero.
-    if figure["low"] == figure["value"] == figure["high"]:
-        return f"{figure['value']:z.3f}"
-    return f"{figure['value']:z.3f} [{figure['low']:z.3f}, {figure['high']:z.3f}]"
-
-
-def _short_cell(figure: Mapping[str, float]) -> str:
-    value, low, high = (f"{figure[key]:z.{1 if figure['high'] >= 10 else 2}f}" for key in ("value", "low", "high"))
-    return value if figure["low"] == figure["value"] == figure["high"] else f"{value} [{low}, {high}]"
-
-
-def _verdict_line(name: str, found: Mapping[str, Any], roles: Mapping[str, str]) -> tuple[str, str]:
-    state = found["state"]
-    if state is None:
-        return f"{name.capitalize()} was {NOT_MEASURED}.", ""
-    worst, *others = counted(found)
-    several = state != HOLDS and any(check["state"] == state for check in others)
-    what = ", ".join(filter(None, figure_label(worst["figure"], roles)))
-    return (
-        f"{name.capitalize()} {'is uncertain' if state == UNCERTAIN else state}.",
-        f"Worst{' of several' if several else ''}: {what}: {_held(name, worst)} {_value(worst)}, bound "
-        f"{worst['bound']:g}.",
-    )
-
-
 def _held(criterion: str, check: Mapping[str, Any]) -> str:
-    """What of a figure is held to the criterion's bound."""
+    """What of a metric is held to the criterion's bound."""
     kind, _, rule = split_name(check["figure"])
     if "counted" in check and kind in ("multiple_choice", "families"):
         return "share of the margin over chance that is left"
     if rule.partition(".")[0] == "r_ppl" or check["figure"] == "retention.perplexity":
         return "multiple of the unmodified model's"
     return {"innocence": "share", "seamlessness": "rise", "specificity": "fall"}[criterion]
-
-
-def _value(check: Mapping[str, Any]) -> str:
-    if check["value"] is None:
-        return "–"
-    # A check of an earlier version whose figure does not hold the value has no interval.
-    return f"{check['value']:z.3f}" if check["low"] is None else cell(check)
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]

@@ -47,6 +47,13 @@ class Criteria:
     near: float = 0.04
 
 
+def split_name(name: str) -> tuple[str, str, str]:
+    """Kind, bank and rule of a metric's name; of fluency, how answers were drawn stands in the bank's place."""
+    kind, _, rest = name.partition(".")
+    bank, _, rule = rest.partition(".")
+    return kind, bank, rule
+
+
 def judge(
     figures: Mapping[str, Mapping[str, Any]], roles: Mapping[str, str], criteria: Criteria | None = None
 ) -> dict[str, Any]:
@@ -65,24 +72,24 @@ def judge(
     is listed and does not count.
 
     Args:
-        figures (`Mapping`): Figures of the report, each with `reference`, `erased` and `change`, and those of choices
+        figures (`Mapping`): Metrics of the report, each with `reference`, `erased` and `change`, and those of choices
             with `chance` and `left`.
         roles (`Mapping`): Role of each bank.
         criteria ([`Criteria`], *optional*): Bounds.
 
     Returns:
         `dict`: for each criterion its `state` (`"holds"`, `"uncertain"` or `"fails"`; `None` where nothing was measured
-        that speaks of it), `holds`, whether that is `"holds"`, and `checks`, one for each figure with `value`, `low`, `high`,
-        `bound` and `state`, whether its value `holds` and whether that is `certain`; beside them the bounds. Checks of innocence also have `counted` and `role`; of one that does not count the value, its interval
-        and the state are `None`. `worst` and `worst_unseen` of innocence name the way of asking of which most is left:
+        that speaks of it), `holds`, whether that is `"holds"`, and `checks`, one for each metric with `value`, `low`,
+        `high`, `bound` and `state`, whether its value `holds` and whether that is `certain`; beside them the bounds.
+        Checks of innocence also have `counted` and `role`; of one that does not count, the value, its interval and the
+        state are `None`. `worst` and `worst_unseen` of innocence name the way of asking of which most is left:
         `figure`, `bank`, `rule`, `value` (accuracy), `share`; `None` where none counts.
     """
     criteria = criteria or Criteria()
     innocence: list[dict[str, Any]] = []
     seamlessness, specificity = [], []
     for name, figure in figures.items():
-        kind, _, rest = name.partition(".")
-        bank, _, rule = rest.partition(".")
+        kind, bank, rule = split_name(name)
         role = roles.get(bank)
         if kind == "multiple_choice" and role in _LEFT and rule in RANKING_RULES:
             innocence.append(_check_left(name, figure, getattr(criteria, _LEFT[role])) | {"role": role})
@@ -91,13 +98,13 @@ def judge(
         elif kind in ("open_answers", "cloze") and role == "erased" and rule in ("", "commonest"):
             bound = criteria.named if rule == "" else criteria.commonest
             innocence.append(_check(name, figure["erased"], bound) | {"counted": True, "role": role})
-        elif kind == "fluency" and ".r_ppl" in rest:
+        elif kind == "fluency" and rule.partition(".")[0] == "r_ppl":
             seamlessness.append(_check(name, figure["change"], criteria.r_ppl))
         elif kind == "fluency" and rule in ("empty", "repetition", "other_language"):
             seamlessness.append(_check(name, figure["change"], criteria.broken))
         elif kind == "multiple_choice" and role in ("near", "far") and rule == "pmi":
             bound = criteria.near if role == "near" else criteria.far
-            specificity.append(_check(name, _negative(figure["change"]), bound))
+            specificity.append(_check(name, negative(figure["change"]), bound))
         elif name == "retention.perplexity":
             specificity.append(_check(name, figure["change"], criteria.perplexity))
     parts = {"innocence": innocence, "seamlessness": seamlessness, "specificity": specificity}
@@ -144,51 +151,9 @@ def multiple(check: Mapping[str, Any]) -> float:
     return check["value"] / check["bound"]
 
 
-def _state(checks: Sequence[Mapping[str, Any]]) -> str | None:
-    counted = [check for check in checks if check.get("counted", True)]
-    # Where ways of asking were measured and none counts, nothing is known of innocence.
-    ranked = [check for check in checks if check["figure"].startswith("multiple_choice.") and "counted" in check]
-    if not counted or (ranked and not any(check["counted"] for check in ranked)):
-        return None
-    if any(check["state"] == FAILS for check in counted):
-        return FAILS
-    together = {check["figure"] for check in counted if check["state"] == HOLDS}
-    settled = [check["state"] == HOLDS or _settled_together(check, together) for check in counted]
-    return HOLDS if all(settled) else UNCERTAIN
-
-
-def _settled_together(check: Mapping[str, Any], holding: set[str]) -> bool:
-    """Whether a way of asking keeps its bound by value, and all ways of its role together do so for certain."""
-    kind, _, rest = check["figure"].partition(".")
-    together = f"families.{check.get('role')}.{rest.partition('.')[2]}"
-    return kind == "multiple_choice" and together in holding and check["value"] <= check["bound"]
-
-
-def _with_state(check: Mapping[str, Any], figure: Mapping[str, Any]) -> dict[str, Any]:
-    if not check.get("counted", True):
-        return {**check, "low": None, "high": None, "state": None}
-    state = UNCERTAIN if not check["certain"] else HOLDS if check["holds"] else FAILS
-    # Which of a figure's values was held to the bound depends on the version that did so.
-    held = [figure[key] for key in ("left", "erased", "change") if figure.get(key)]
-    held += [_negative(figure["change"])] if "change" in figure else []
-    interval = next((part for part in held if part["value"] == check["value"]), {"low": None, "high": None})
-    return {**check, "low": interval["low"], "high": interval["high"], "state": state}
-
-
-def _worst(
-    checks: Sequence[Mapping[str, Any]], figures: Mapping[str, Mapping[str, Any]], role: str
-) -> dict[str, Any] | None:
-    ranked = [
-        check
-        for check in checks
-        if check["counted"] and check["role"] == role and check["figure"].startswith("multiple_choice.")
-    ]
-    if not ranked:
-        return None
-    worst = max(ranked, key=lambda check: check["value"])
-    bank, _, rule = worst["figure"].partition(".")[2].partition(".")
-    accuracy = figures[worst["figure"]]["erased"]["value"]
-    return {"figure": worst["figure"], "bank": bank, "rule": rule, "value": accuracy, "share": worst["value"]}
+def negative(change: Mapping[str, float]) -> dict[str, float]:
+    """A change as a fall, with its interval."""
+    return {"value": -change["value"], "low": -change["high"], "high": -change["low"]}
 
 
 def raise_flags(
@@ -197,71 +162,60 @@ def raise_flags(
     shortcuts: Mapping[str, Mapping[str, Any]],
     inside: Mapping[str, Any] | None = None,
 ) -> list[dict[str, str]]:
-    """What a reader must know before trusting the figures, each as `{"flag", "why"}`.
+    """What a reader must know before trusting the metrics, each as `{"flag", "why"}`.
 
     `not-erased`: nothing that asks for the content fell significantly. `letter-choice-only`: the choice of a letter
-    fell, but ranking and free answers did not, so that a format was unlearnt and no knowledge. `shortcut`: a bank can
+    fell, but ranking and free answers did not: the model unlearned a format, not the knowledge. `shortcut`: a bank can
     be answered without its questions. `still-inside`: a linear probe on the erased model's hidden states tells true
     answers from false ones.
 
     Args:
-        figures (`Mapping`): Figures of the report.
+        figures (`Mapping`): Metrics of the report.
         roles (`Mapping`): Role of each bank.
         shortcuts (`Mapping`): What [`find_shortcuts`] found.
         inside (`Mapping`, *optional*): What [`look_inside`] found.
     """
-    flags = []
+    flags: list[tuple[str, str]] = []
     for bank in (name for name, role in roles.items() if role == "erased"):
-        content = [
-            name
-            for name in (
-                *(f"multiple_choice.{bank}.{rule}" for rule in CONTENT_RULES), f"open_answers.{bank}", f"cloze.{bank}"
+        asked = [f"multiple_choice.{bank}.{rule}" for rule in CONTENT_RULES] + [
+            f"open_answers.{bank}",
+            f"cloze.{bank}",
+        ]
+        content = [figures[name] for name in asked if name in figures and counts(figures[name])]
+        fell = any(map(_fell, content))
+        letter = figures.get(f"multiple_choice.{bank}.letter")
+        if letter is not None and _fell(letter) and not fell:
+            why = (
+                f"In the bank {bank} the choice of letters fell by {-letter['change']['value']:.2f}, but nothing that "
+                "asks for the content did: the answer format was unlearned, not the knowledge."
             )
-            if name in figures and counts(figures[name])
-        ]  # fmt: skip
-        fell = [name for name in content if _fell(figures[name])]
-        letter = f"multiple_choice.{bank}.letter"
-        if letter in figures and _fell(figures[letter]) and not fell:
-            flags.append(
-                {
-                    "flag": "letter-choice-only",
-                    "why": f"In the bank {bank} the choice of letters fell by {-figures[letter]['change']['value']:.2f}, "
-                    "but nothing that asks for the content did: the answer format was unlearnt, not the knowledge.",
-                }
-            )
+            flags.append(("letter-choice-only", why))
         if content and not fell:
-            flags.append({"flag": "not-erased", "why": f"Nothing that the bank {bank} asks fell significantly."})
+            flags.append(("not-erased", f"Nothing that the bank {bank} asks fell significantly."))
     for bank, found in shortcuts.items():
         if found["flagged"]:
-            flags.append(
-                {
-                    "flag": "shortcut",
-                    "why": f"Bank {bank}: {found['question_removed']['value']:.2f} right with the question removed, "
-                    f"{found['letters']['value']:.2f} by likeness of letters (chance {found['chance']:.2f}): it "
-                    "proves no innocence.",
-                }
+            why = (
+                f"Bank {bank}: {found['question_removed']['value']:.2f} right with the question removed, "
+                f"{found['letters']['value']:.2f} by likeness of letters (chance {found['chance']:.2f}): it proves no "
+                "innocence."
             )
+            flags.append(("shortcut", why))
     if inside is not None:
         probe = inside["probe"]["erased"]
         layer = max(range(len(probe["accuracy"])), key=lambda index: probe["accuracy"][index]["value"])
         found, control = probe["accuracy"][layer], probe["control"][layer]
+        before = inside["probe"]["reference"]["accuracy"][layer]["value"]
         if found["low"] > control["high"]:
-            before = inside["probe"]["reference"]["accuracy"][layer]["value"]
-            flags.append(
-                {
-                    "flag": "still-inside",
-                    "why": f"A linear probe at layer {layer} tells true answers from false ones in {found['value']:.2f} "
-                    f"of cases ({before:.2f} in the reference, {control['value']:.2f} with shuffled labels).",
-                }
+            why = (
+                f"A linear probe at layer {layer} tells true answers from false ones in {found['value']:.2f} of cases "
+                f"({before:.2f} in the reference, {control['value']:.2f} with shuffled labels)."
             )
-    return flags
+            flags.append(("still-inside", why))
+    return [{"flag": flag, "why": why} for flag, why in flags]
 
 
-def _check_left(name: str, figure: Mapping[str, Any], bound: float) -> dict[str, Any]:
-    if counts(figure):
-        return _check(name, figure["left"], bound) | {"counted": True}
-    nothing = dict.fromkeys(("value", "low", "high", "state"))
-    return {"figure": name, **nothing, "bound": bound, "holds": True, "certain": True, "counted": False}
+def _fell(figure: Mapping[str, Any]) -> bool:
+    return figure["change"]["value"] < 0 and figure["p"] < SIGNIFICANCE
 
 
 def _check(name: str, figure: Mapping[str, float], bound: float) -> dict[str, Any]:
@@ -271,9 +225,52 @@ def _check(name: str, figure: Mapping[str, float], bound: float) -> dict[str, An
     return {"figure": name, "value": figure["value"], "low": low, "high": high, "bound": bound, "state": state} | held
 
 
-def _negative(change: Mapping[str, float]) -> dict[str, float]:
-    return {"value": -change["value"], "low": -change["high"], "high": -change["low"]}
+def _check_left(name: str, figure: Mapping[str, Any], bound: float) -> dict[str, Any]:
+    if counts(figure):
+        return _check(name, figure["left"], bound) | {"counted": True}
+    nothing = dict.fromkeys(("value", "low", "high", "state"))
+    return {"figure": name, **nothing, "bound": bound, "holds": True, "certain": True, "counted": False}
 
 
-def _fell(figure: Mapping[str, Any]) -> bool:
-    return figure["change"]["value"] < 0 and figure["p"] < SIGNIFICANCE
+def _state(checks: Sequence[Mapping[str, Any]]) -> str | None:
+    """The state of a criterion, by its checks."""
+    counted = [check for check in checks if check.get("counted", True)]
+    # Where ways of asking were measured and none counts, nothing is known of innocence.
+    ranked = [check for check in checks if check["figure"].startswith("multiple_choice.") and "counted" in check]
+    if not counted or (ranked and not any(check["counted"] for check in ranked)):
+        return None
+    if any(check["state"] == FAILS for check in counted):
+        return FAILS
+    holding = {check["figure"] for check in counted if check["state"] == HOLDS}
+    for check in counted:
+        kind, _, rule = split_name(check["figure"])
+        together = kind == "multiple_choice" and f"families.{check.get('role')}.{rule}" in holding
+        if check["state"] != HOLDS and not (together and check["value"] <= check["bound"]):
+            return UNCERTAIN
+    return HOLDS
+
+
+def _worst(
+    checks: Sequence[Mapping[str, Any]], figures: Mapping[str, Mapping[str, Any]], role: str
+) -> dict[str, Any] | None:
+    """The way of asking of which most is left, among those that count."""
+    asked = [check for check in checks if check["counted"] and check["role"] == role]
+    ranked = [check for check in asked if check["figure"].startswith("multiple_choice.")]
+    if not ranked:
+        return None
+    worst = max(ranked, key=lambda check: check["value"])
+    _, bank, rule = split_name(worst["figure"])
+    accuracy = figures[worst["figure"]]["erased"]["value"]
+    return {"figure": worst["figure"], "bank": bank, "rule": rule, "value": accuracy, "share": worst["value"]}
+
+
+def _with_state(check: Mapping[str, Any], figure: Mapping[str, Any]) -> dict[str, Any]:
+    """A check of an earlier version, as [`judge`] makes one now."""
+    if not check.get("counted", True):
+        return {**check, "low": None, "high": None, "state": None}
+    state = UNCERTAIN if not check["certain"] else HOLDS if check["holds"] else FAILS
+    # Which of a metric's values was held to the bound depends on the version that did so.
+    held = [figure[key] for key in ("left", "erased", "change") if figure.get(key)]
+    held += [negative(figure["change"])] if "change" in figure else []
+    interval = next((part for part in held if part["value"] == check["value"]), {"low": None, "high": None})
+    return {**check, "low": interval["low"], "high": interval["high"], "state": state}
