@@ -1,9 +1,9 @@
-"""Finished measurements and runs on disk, so that an interrupted run measures nothing twice."""
+"""Finished work on disk, so that an interrupted run does nothing twice: small rows in one file, or a file for each run."""
 
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ logger = logging.get_logger(__name__)
 class Journal:
     """Rows of finished work in a JSON-lines file, kept until the report is written.
 
-    Each row has its checksum. What a killed run or a faulty drive has left of others is passed over, and done again.
+    Each row has its checksum. What a killed run or a faulty drive has left of others is skipped, and done again.
 
     Args:
         path (`str` or `Path`, *optional*):
@@ -76,20 +76,18 @@ class Journal:
             raise OSError(
                 error.errno, f"The journal {self._path} cannot be read ({error.strerror}): move away what is there"
             ) from error
-        rows = list(self._whole_rows(content))
-        return [row for row in rows if row.get("identity") == self._identity]
-
-    def _whole_rows(self, content: bytes) -> Iterator[dict[str, Any]]:
+        rows = []
         # Not `splitlines`: text in a row may hold what that takes for the end of a line.
         for number, line in enumerate(content.split(b"\n"), 1):
             try:
                 row = unsealed(parse_object(line)) if line else None
             except ValueError:
                 row = None
-            if row is not None:
-                yield row
-            elif line:
+            if row is not None and row.get("identity") == self._identity:
+                rows.append(row)
+            elif row is None and line:
                 logger.warning(f"{self._path}, line {number} is damaged or of an earlier version, and is done again.")
+        return rows
 
 
 class MissingRunError(LookupError):
@@ -97,7 +95,9 @@ class MissingRunError(LookupError):
 
 
 class Runs:
-    """Finished runs of a comparison, one JSON file each.
+    """Finished runs of a comparison, one JSON file each, beside which a run may keep more files; they stay.
+
+    Processes of their own make and read them, so that there is nothing to hold in memory as a [`Journal`] does.
 
     Args:
         folder (`str` or `Path`): Where they lie.
@@ -127,10 +127,10 @@ class Runs:
 
     def path(self, name: str, depends: Mapping[str, Any]) -> Path:
         """Where files of a run go, without an ending."""
-        return self._folder / f"{name}-{fingerprint(depends)}"
+        digest = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
+        return self._folder / f"{name}-{digest[:16]}"
 
     def _read(self, path: Path) -> dict[str, Any] | None:
-        """What is in the file of a run; `None` if it is not there or is damaged."""
         if not path.exists():
             return None
         try:
@@ -142,8 +142,3 @@ class Runs:
         if found is None:
             logger.warning(f"{path} is damaged: it is run again.")
         return found
-
-
-def fingerprint(value: Any) -> str:
-    """A short name of something that JSON can hold."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

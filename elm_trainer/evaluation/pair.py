@@ -1,7 +1,7 @@
 """An erased model beside its reference, and batches that the processes of a launch share."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
@@ -11,19 +11,75 @@ from torch.distributed.fsdp import FSDPModule
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..distributed import from_first as from_first
-from ..distributed import place as place
+from ..distributed import place
 from ..modeling import adapter_disabled, evaluating, is_partitioned
 
 
 Batch = TypeVar("Batch")
 Result = TypeVar("Result")
+Side: TypeAlias = Literal["reference", "erased"]
+SIDES: tuple[Side, ...] = ("reference", "erased")
+
+
+class ModelPair:
+    """The erased model and the reference it came from.
+
+    Args:
+        erased ([`~transformers.PreTrainedModel`] or `PeftModel`):
+            Erased model: an adapter on its base, a merged model, or any full checkpoint.
+        reference ([`~transformers.PreTrainedModel`], *optional*):
+            Model before the erasure. Left out for a `PeftModel`, whose base is the reference.
+
+    Raises:
+        TypeError: if one is not a model, but for instance its name.
+        ValueError: if there is no reference, or its vocabulary is another one.
+    """
+
+    def __init__(self, erased: PreTrainedModel | PeftModel, reference: PreTrainedModel | PeftModel | None = None):
+        for name, model in (("erased", erased), ("reference", reference)):
+            if not isinstance(model, nn.Module) and not (name == "reference" and model is None):
+                raise TypeError(
+                    f"`{name}` is of type {type(model).__name__}, not a model: load it with `load_model_and_tokenizer` or "
+                    "`load_erased`."
+                )
+        if reference is None and not isinstance(erased, PeftModel):
+            raise ValueError(
+                f"`reference` is None and the erased model is a {type(erased).__name__} without an adapter to disable: "
+                "pass the model it was erased from."
+            )
+        if reference is not None:
+            sizes = [model.config.get_text_config().vocab_size for model in (reference, erased)]
+            if sizes[0] != sizes[1]:
+                raise ValueError(
+                    f"`reference` has a vocabulary of {sizes[0]} tokens and the erased model one of {sizes[1]}: pass "
+                    "the model it was erased from."
+                )
+        self.erased = erased
+        self._reference = reference
+
+    @contextmanager
+    def use(self, side: Side) -> Iterator[PreTrainedModel | PeftModel]:
+        """The model of a side, in evaluation mode and as it was afterwards; sides must not be nested."""
+        model = self._reference if side == "reference" and self._reference is not None else self.erased
+        off = side == "reference" and self._reference is None
+        with evaluating(model), adapter_disabled(model) if off else nullcontext():
+            yield model
+
+    @property
+    def models(self) -> list[PreTrainedModel | PeftModel]:
+        """The erased model, and the reference where it is another one."""
+        return [self.erased] if self._reference is None else [self.erased, self._reference]
+
+    @property
+    def adapter(self) -> PeftModel | None:
+        """The erased model where it carries an adapter, else `None`."""
+        return self.erased if isinstance(self.erased, PeftModel) else None
 
 
 def run_batches(
     run: Callable[[Batch], Result],
     batches: Sequence[Batch],
-    *models: torch.nn.Module,
+    *models: nn.Module,
     over_ranks: bool = False,
     description: str | None = None,
 ) -> list[Result]:
@@ -31,7 +87,7 @@ def run_batches(
 
     Over several processes each one runs every n-th batch, and all of them receive all results. The batches themselves
     do not depend on the number of processes, so neither do the results. Where weights lie in shards (FSDP, ZeRO-3) no
-    process can run the model alone: then each of them runs every batch, in step with the others.
+    process can run the model alone: all of them run every batch in step.
 
     Args:
         run (`Callable`): Makes the result of a batch, something that can be pickled and lies on no device.
@@ -57,71 +113,6 @@ def run_batches(
     return [result for _, result in found]
 
 
-def in_shards(model: torch.nn.Module) -> bool:
+def in_shards(model: nn.Module) -> bool:
     """Whether a model's weights are divided over processes, by FSDP or DeepSpeed ZeRO-3."""
     return any(isinstance(module, FSDPModule) for module in model.modules()) or is_partitioned(model)
-
-
-Side: TypeAlias = Literal["reference", "erased"]
-SIDES: tuple[Side, ...] = ("reference", "erased")
-
-
-class ModelPair:
-    """The erased model and the reference it came from.
-
-    Args:
-        erased ([`~transformers.PreTrainedModel`] or `PeftModel`):
-            Erased model: an adapter on its base, a merged model, or any full checkpoint.
-        reference ([`~transformers.PreTrainedModel`], *optional*):
-            Model before the erasure. Left out for a `PeftModel`, whose base is the reference.
-
-    Raises:
-        TypeError: if one is no model, such as its name.
-        ValueError: if there is no reference, or its vocabulary is another one.
-    """
-
-    def __init__(self, erased: PreTrainedModel | PeftModel, reference: PreTrainedModel | PeftModel | None = None):
-        for name, model in (("erased", erased), ("reference", reference)):
-            if not isinstance(model, nn.Module) and not (name == "reference" and model is None):
-                raise TypeError(
-                    f"`{name}` is of type {type(model).__name__}, which is no model: load it with `load_model_and_tokenizer` or "
-                    "`load_erased`."
-                )
-        if reference is None and not isinstance(erased, PeftModel):
-            raise ValueError(
-                f"`reference` is None and the erased model is a {type(erased).__name__} without an adapter to disable: "
-                "pass the model it was erased from."
-            )
-        if reference is not None:
-            sizes = [model.config.get_text_config().vocab_size for model in (reference, erased)]
-            if sizes[0] != sizes[1]:
-                raise ValueError(
-                    f"`reference` has a vocabulary of {sizes[0]} tokens and the erased model one of {sizes[1]}: pass "
-                    "the model it was erased from."
-                )
-        self.erased = erased
-        self._reference = reference
-
-    @contextmanager
-    def use(self, side: Side) -> Iterator[PreTrainedModel | PeftModel]:
-        """The model of a side, in evaluation mode and as it was afterwards; sides must not be nested."""
-        if side == "reference" and self._reference is not None:
-            with evaluating(self._reference):
-                yield self._reference
-        elif side == "reference":
-            assert isinstance(self.erased, PeftModel)
-            with evaluating(self.erased), adapter_disabled(self.erased):
-                yield self.erased
-        else:
-            with evaluating(self.erased):
-                yield self.erased
-
-    @property
-    def models(self) -> list[PreTrainedModel | PeftModel]:
-        """The erased model, and the reference where it is another one."""
-        return [self.erased] if self._reference is None else [self.erased, self._reference]
-
-    @property
-    def adapter(self) -> PeftModel | None:
-        """The erased model where it carries an adapter, else `None`."""
-        return self.erased if isinstance(self.erased, PeftModel) else None

@@ -16,6 +16,7 @@ from peft.utils.integrations import gather_params_ctx
 from torch.distributed.tensor import DTensor
 
 from ..data.questions import Question
+from ..files import read_object
 from ..files import write_json as write_json
 from .measures import Items, change, correct_p
 from .pair import ModelPair
@@ -36,16 +37,14 @@ def read_report(path: str | Path, kind: str = "evaluation") -> dict[str, Any]:
 
     Raises:
         OSError: if the file cannot be read.
-        ValueError: for a file that is no report, or a report of another schema or of another kind.
+        ValueError: for a file that holds another thing than a report, or a report of another schema or kind.
     """
     try:
-        report = json.loads(Path(path).read_text(encoding="utf-8"))
+        report = read_object(Path(path))
     except OSError as error:
         raise OSError(f"Report {path} cannot be read ({error}): check the path.") from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"Report {path} is no JSON ({error}): name another file, or measure again.") from error
-    if not isinstance(report, dict):
-        raise ValueError(f"Report {path} holds a {type(report).__name__}, which is no report: name another file.")
+    except ValueError as error:
+        raise ValueError(f"Report {path} is {error}: name another file, or measure again.") from error
     check_report(report, kind, name=f"Report {path}")
     return report
 
@@ -82,8 +81,22 @@ def model_fingerprint(model: torch.nn.Module) -> str:
 
 
 def adapter_fingerprint(tensors: Mapping[str, torch.Tensor]) -> str:
-    """SHA-256 over names, shapes and bytes of an adapter's tensors, named as in its file: a report's `erased_sha256`."""
+    """The same over an adapter's tensors, named as in its file: a report's `erased_sha256`."""
     return _hash_tensors(tensors)
+
+
+def _hash_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        # One at a time: the weights of all shards need not fit on one device together.
+        with gather_params_ctx([tensors[name]], modifier_rank=None):
+            tensor = tensors[name].detach()
+            tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            digest.update(f"{name}{tuple(tensor.shape)}".encode())
+            # A copy: what NumPy has seen can no longer be freed, and FSDP frees what it has gathered.
+            copied = tensor.to("cpu", copy=True)
+            digest.update(copied.contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def pair_fingerprint(pair: ModelPair) -> dict[str, str]:
@@ -108,7 +121,7 @@ def dataset_info(texts: Sequence[str], revision: str | None = None) -> dict[str,
 
 
 def bank_info(questions: Sequence[Question], revision: str | None = None) -> dict[str, Any]:
-    """Revision, size and SHA-256 of a question bank."""
+    """The same of a question bank."""
     return dataset_info([json.dumps(asdict(question), ensure_ascii=False) for question in questions], revision)
 
 
@@ -117,24 +130,9 @@ def suite_info(suite: EvaluationSuite) -> dict[str, dict[str, Any]]:
     found = {f"bank {name}": bank_info(bank, suite.revision) for name, bank in suite.banks.items()}
     for what, asked in (("open questions", suite.open_questions), ("cloze", suite.cloze)):
         for name, questions in asked.items():
-            prompts = [json.dumps(asdict(question)) for question in questions]
-            found[f"{what} {name}"] = dataset_info(prompts, suite.revision)
+            found[f"{what} {name}"] = dataset_info([json.dumps(asdict(q)) for q in questions], suite.revision)
     texts = {"retain": suite.retain_texts, "forget": suite.forget_texts, "concept prompts": suite.concept_prompts}
     return found | {f"texts {name}": dataset_info(value, suite.revision) for name, value in texts.items()}
-
-
-def _hash_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        # One at a time: the weights of all shards need not fit on one device together.
-        with gather_params_ctx([tensors[name]], modifier_rank=None):
-            tensor = tensors[name].detach()
-            tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-            digest.update(f"{name}{tuple(tensor.shape)}".encode())
-            # A copy: what NumPy has seen can no longer be freed, and FSDP frees what it has gathered.
-            copied = tensor.to("cpu", copy=True)
-            digest.update(copied.contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def compare_reports(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -145,12 +143,13 @@ def compare_reports(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict
         second (`Mapping`): Another one on the same reference and the same questions.
 
     Returns:
-        `dict`: by name of the figure: `first`, `second`, `change` and `p` (corrected by Holm's method), as in
+        `dict`: by name of the metric: `first`, `second`, `change` and `p` (corrected by Holm's method), as in
         [`evaluate_erasure`].
 
     Raises:
-        TypeError: if one is no report, such as a path.
-        ValueError: if one is a report of another kind or schema, the references differ, or what was asked differs in name, revision, size or content.
+        TypeError: if one is something else than a report, such as a path.
+        ValueError: if one is a report of another kind or schema, the references differ, or what was asked differs in
+            name, revision, size or content.
     """
     for name, report in (("first", first), ("second", second)):
         if not isinstance(report, Mapping):
@@ -163,23 +162,18 @@ def compare_reports(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict
             f"The reports have different reference models (`reference_sha256` {first['reference_sha256'][:12]} and "
             f"{second['reference_sha256'][:12]}): compare erasures of the same model."
         )
-    asked = [
-        {
-            name: info
-            for name, info in report["datasets"].items()
-            if name.split()[0] in ("bank", "open", "cloze", "texts")
-        }
-        for report in (first, second)
-    ]
-    if different := sorted(name for name in {*asked[0], *asked[1]} if asked[0].get(name) != asked[1].get(name)):
+    one, other = first["datasets"], second["datasets"]
+    # The training data are there too, and may differ.
+    asked = {name for name in one.keys() | other.keys() if name.split()[0] in ("bank", "open", "cloze", "texts")}
+    if different := sorted(name for name in asked if one.get(name) != other.get(name)):
         name = different[0]
         raise ValueError(
-            f"The reports ask different things ({', '.join(different)}): {name!r} is {asked[0].get(name)} in the first "
-            f"and {asked[1].get(name)} in the second. Measure both with the same version and suite."
+            f"The reports ask different things ({', '.join(different)}): {name!r} is {one.get(name)} in the first "
+            f"and {other.get(name)} in the second. Measure both with the same version and suite."
         )
     compared: dict[str, dict[str, Any]] = {}
     for name in first["figures"]:
-        # Figures of all ways of asking together are made of the others' items.
+        # Those of all ways of asking together are made of the others' items.
         if name in second["figures"] and name in first["items"]:
             statistic = first["figures"][name]["statistic"]
             sides = [Items(statistic, **report["items"][name]["erased"]) for report in (first, second)]

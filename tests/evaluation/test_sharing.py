@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from elm_trainer.distributed import from_first, place
 from elm_trainer.evaluation.fluency import generate
-from elm_trainer.evaluation.pair import from_first, in_shards, place, run_batches
+from elm_trainer.evaluation.pair import in_shards, run_batches
 
 
 ROOT = Path(__file__).parents[2]
@@ -68,7 +69,8 @@ def test_every_process_gets_all_results_however_the_launch_began(tmp_path):
     script = tmp_path / "share.py"
     script.write_text(
         "import json, sys, torch\n"
-        "from elm_trainer.evaluation.pair import from_first, place, run_batches\n"
+        "from elm_trainer.distributed import from_first, place\n"
+        "from elm_trainer.evaluation.pair import run_batches\n"
         "torch.distributed.init_process_group('gloo')\n"
         "ranks, rank = place()\n"
         "found = run_batches(lambda batch: [batch, rank], ['a', 'b', 'c'], over_ranks=True)\n"
