@@ -10,8 +10,17 @@ from rich.table import Table
 from rich.text import Text
 from transformers import HfArgumentParser
 
-from elm_trainer.hub.leaderboard import SORTS, rank, read_entries
-from elm_trainer.hub.leaderboard_files import HEADER, NOTE, cells, title, write_leaderboard
+from elm_trainer.hub.leaderboard import (
+    HEADER,
+    NOTE,
+    SORTS,
+    cells,
+    find_cards,
+    rank,
+    read_entries,
+    title,
+    write_leaderboard,
+)
 from elm_trainer.scripts import hush_libraries
 
 
@@ -26,9 +35,6 @@ class LeaderboardArguments:
 def main() -> None:
     [arguments] = HfArgumentParser(LeaderboardArguments).parse_args_into_dataclasses()
     hush_libraries()
-    # After the options are read, so that --help need not wait for torch.
-    from elm_trainer.hub.leaderboard import find_cards
-
     cards, unread = find_cards(arguments.repos, tag=arguments.tag)
     entries, unclear = read_entries(cards)
     groups, skipped = rank(entries, arguments.sort), [*unread, *unclear]

@@ -24,7 +24,7 @@ from ..evaluation.tables import (
 from ..evaluation.verdict import CONTENT_RULES, CRITERIA, UNCERTAIN, counts, read_verdict
 from .info import ATTACKS_PLOT, INSIDE_PLOT, REPORT_PLOT
 from .passages import MASK
-from .published_recipe import LOCAL_FILE
+from .published_report import LOCAL_FILE
 from .untrusted import code, fenced, inline, table
 
 

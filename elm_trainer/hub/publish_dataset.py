@@ -12,8 +12,7 @@ from huggingface_hub.utils import validate_repo_id, yaml_dump
 
 from ..files import write_text
 from ..synthesis import SynthesisConfig, SynthesisResult
-from .card import check_commit, check_id
-from .card_data import CONCEPT_TAG, TAG, TASK, keep_written, record
+from .card import CONCEPT_TAG, TAG, TASK, check_commit, check_id, keep_written, record
 from .commit import Publication, commit_folder, open_repository, read_text
 from .info import CARD, BaseModel
 from .persons import machine_names, names_in

@@ -1,23 +1,138 @@
-"""The local reports as they are published: nothing of the machine, no right answers, nothing unsafe in samples."""
+"""Report and recipe as they are published: nothing of the machine, no right answers, nothing unsafe in samples."""
 
+import math
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import MISSING, asdict, fields
+from enum import Enum
+from types import NoneType
+from typing import Any, get_args
 
+from transformers.trainer_utils import SchedulerType
+from transformers.training_args import OptimizerNames
 from transformers.utils import logging
+from trl import SFTConfig
 
+from ..concept import concept_presets
 from ..data.questions import Question
+from ..data.sources import BUILTIN_PAIRS, BUILTIN_SOURCES
+from ..data.user_sources import is_hub_id
+from ..evaluation.measures import INSIDE, MEASURES
 from ..evaluation.report import check_report
 from .info import BaseModel
 from .passages import MASK, Document, find_passages, mask_answers
-from .published_recipe import LOCAL_FILE, published_recipe
 from .scan import find_private
 from .secrets import readings
 
 
 logger = logging.get_logger(__name__)
-_WRITTEN = ("prompt", "reference", "erased")
+LOCAL_FILE = "(local file)"
+# The seed, and fields of TRL's config whose default some method changes.
+ALWAYS = ("seed", "learning_rate", "lr_scheduler_type", "max_grad_norm", "max_steps", "per_device_train_batch_size")
+
+# Settings of this machine, its trackers and its Hub account: they do not change what is learned.
+_OF_THE_MACHINE = re.compile(
+    r"(hub_|push_to_hub|logging_|log_level|log_on_|save_|trackio_|ddp_|fsdp|deepspeed|accelerator_config|parallelism_config).*"
+    r"|report_to|run_name|project|disable_tqdm|local_rank|resume_from_checkpoint|overwrite.*|adapter|reference|debug"
+    r"|targets_dir|.*_dir|(.*_)?(token|secret|password|key)"
+)
+_MODULES = r"[A-Za-z_][\w.]*"
+
+# What a value must be to go up. Each gives the public value, or None where it is something else.
+Public = Callable[[Any], Any]
+
+
+def _number_or_flag(value: Any) -> Any:
+    # A larger number is no setting, but could be somebody's.
+    fits = type(value) in (int, float, bool) and math.isfinite(value) and abs(value) < 1 << 53
+    return value if fits else None
+
+
+def _one_of(*choices: str) -> Public:
+    return lambda value: str(value.value if isinstance(value, Enum) else value) if value in choices else None
+
+
+def _matching(pattern: str) -> Public:
+    return lambda value: value if isinstance(value, str) and re.fullmatch(pattern, value) else None
+
+
+def _or_list(public: Public) -> Public:
+    def of_all(value: Any) -> Any:
+        if not isinstance(value, (list, tuple)):
+            return public(value)
+        parts = [public(part) for part in value]
+        return None if None in parts else parts
+
+    return of_all
+
+
+def _mapping(known: Mapping[str, Public]) -> Public:
+    """Of a mapping the entries that are known."""
+
+    def of_entries(value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return None
+        public = {key: known[key](part) for key, part in value.items() if key in known}
+        return {key: part for key, part in public.items() if part is not None} or None
+
+    return of_entries
+
+
+def _source(value: Any) -> Any:
+    """What was read: built in, or on the Hub; anything else is a file here."""
+    if not isinstance(value, str):
+        return None
+    built_in = (*BUILTIN_SOURCES, *BUILTIN_PAIRS, *concept_presets(), "none")
+    return value if value in built_in or is_hub_id(value) else LOCAL_FILE
+
+
+_DTYPE = _one_of("auto", "float32", "bfloat16", "float16", "float64")
+_ATTENTION = _one_of("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4")
+_SCHEDULER = "num_cycles power lr_end min_lr min_lr_rate min_lr_ratio num_decay_steps num_stable_steps".split()
+_LIGER = "rope swiglu geglu rms_norm layer_norm cross_entropy fused_linear_cross_entropy".split()
+# Settings of `examples/erase.py` and of the methods that are numbers or flags.
+_NUMBERS = (
+    "dataset_size synthetic_size lora_rank lora_alpha lora_dropout evaluate questions dev_every dev_stop "
+    "eta eta_end tau top_k plausibility fact_share log_tokens log_strength contrast_rows contrast_damping erase_weight "
+    "retain_weight retain_focus consistency_weight contexts_per_sample expert_steps novice_steps teacher_learning_rate "
+    "teacher_rank teacher_batch_size precompute_targets precompute_ref_log_probs alpha beta delta faithful layer layers "
+    "steering_coefficient steering_scale adaptive relu reinforced_steps"
+).split()
+_KNOWN: Mapping[str, Public] = {
+    **dict.fromkeys(_NUMBERS, _or_list(_number_or_flag)),
+    **dict.fromkeys(("forget", "retain", "synthetic", "bank", "anchors", "chat_template_path"), _or_list(_source)),
+    "dtype": _DTYPE,
+    "attn_implementation": _ATTENTION,
+    "matmul_precision": _one_of("highest", "high", "medium"),
+    "lora_layers": _matching(r"\d+(-\d+)?"),
+    "lora_targets": _matching(rf"all-linear|{_MODULES}(, ?{_MODULES})*"),
+    "target_module": _matching(_MODULES),
+    "measures": _or_list(_one_of(*MEASURES, INSIDE)),
+    "preset": _one_of("paper", "released"),
+    "novice": _one_of("contexts", "counterfactual"),
+    "retain_loss": _one_of("kl", "argmax", "log", "nll"),
+    # Fields of TRL's config that hold text or further settings.
+    "lr_scheduler_type": _one_of(*SchedulerType),
+    "lr_scheduler_kwargs": _mapping(dict.fromkeys(_SCHEDULER, _number_or_flag)),
+    "optim": _one_of(*OptimizerNames),
+    "optim_args": _matching(r"[a-z]\w{0,20}=-?[\d.e-]{1,20}(,\s*[a-z]\w{0,20}=-?[\d.e-]{1,20})*"),
+    "optim_target_modules": _or_list(_matching(rf"all-linear|{_MODULES}")),
+    "truncation_mode": _one_of("keep_start", "keep_end"),
+    "packing_strategy": _one_of("bfd", "bfd_split", "wrapped"),
+    "loss_type": _one_of("nll", "chunked_nll", "dft"),
+    "train_sampling_strategy": _one_of("random", "sequential", "group_by_length"),
+    "pad_to_multiple_of": lambda value: value if value == "auto" else _number_or_flag(value),
+    "eval_strategy": _one_of("no", "steps", "epoch"),
+    "include_num_input_tokens_seen": lambda value: (
+        _one_of("no", "all", "non_padding")(value) or _number_or_flag(value)
+    ),
+    "metric_for_best_model": _one_of("loss", "eval_loss"),
+    "gradient_checkpointing_kwargs": _mapping({"use_reentrant": _number_or_flag}),
+    "activation_checkpointing_kwargs": _mapping({"use_reentrant": _number_or_flag}),
+    "liger_kernel_config": _mapping(dict.fromkeys(_LIGER, _number_or_flag)),
+    "model_init_kwargs": _mapping({"dtype": _DTYPE, "attn_implementation": _ATTENTION}),
+    "dataset_kwargs": _mapping({"skip_prepare_dataset": _number_or_flag}),
+}
 
 
 def mask_samples(
@@ -37,7 +152,7 @@ def mask_samples(
     texts = {
         (number, side): Document(f"samples[{number}].{side}", sample[side])
         for number, sample in enumerate(samples)
-        for side in _WRITTEN
+        for side in ("prompt", "reference", "erased")
         if isinstance(sample.get(side), str)
     }
     passages = {passage.document.file for passage in find_passages(list(texts.values()), forget)}
@@ -193,3 +308,58 @@ def _without_paths(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_without_paths(part) for part in value]
     return LOCAL_FILE if isinstance(value, str) and _PATH.match(value) else value
+
+
+def published_recipe(recipe: Mapping[str, Any], base_model: BaseModel, concepts: Sequence[str]) -> dict[str, Any]:
+    """The settings of a training as they go up.
+
+    Fields at TRL's default and settings of the machine are left out. So are fields that nobody here knows, and values of
+    another type than their field's, both with a warning that names them: what a stranger reads is what is listed here.
+    Numbers and flags that the config of a custom method declares are known once that method is imported.
+
+    Args:
+        recipe (`Mapping`): Settings of the training.
+        base_model ([`BaseModel`]): Stands in for the model that was trained on.
+        concepts (`Sequence[str]`): What was erased, which names the output folder.
+    """
+    known = {**_declared(), **_KNOWN, "concepts": _or_list(_one_of(*concepts))}
+    defaults: dict[str, Any] = {}
+    for field in fields(SFTConfig):
+        default = field.default_factory() if field.default_factory is not MISSING else field.default
+        if field.name not in ALWAYS:
+            defaults[field.name] = default.value if isinstance(default, Enum) else default
+    replaced = {"model", "model_revision", "gguf_file", "output_dir"}
+    public: dict[str, Any] = {}
+    left_out = []
+    for name, value in recipe.items():
+        of_the_machine = name in replaced or _OF_THE_MACHINE.fullmatch(name)
+        if of_the_machine or value is None or (name in defaults and value == defaults[name]):
+            continue
+        found = known[name](value) if name in known else None
+        if found is None or (isinstance(value, Mapping) and len(found) < len(value)):
+            left_out.append(name)
+        if found is not None:
+            public[name] = found
+    if left_out:
+        logger.warning(
+            f"Settings of the recipe that are not published, being unknown or of another type than their own: "
+            f"{', '.join(sorted(left_out))}."
+        )
+    public |= {"model": base_model.id, "model_revision": base_model.revision}
+    if base_model.gguf_file is not None:
+        public["gguf_file"] = base_model.gguf_file
+    names = (re.sub(r"[^\w-]+", "-", concept).strip("-") for concept in concepts)
+    return public | {"output_dir": "outputs/" + "-".join(names)}
+
+
+def _declared() -> dict[str, Public]:
+    """The numbers and flags among the fields of TRL's config and of all configs derived from it."""
+    configs: list[type[SFTConfig]] = [SFTConfig]
+    found: dict[str, Public] = {}
+    for config in configs:
+        configs += config.__subclasses__()
+        for field in fields(config):
+            types = set(get_args(field.type)) or {field.type}
+            if types <= {int, float, bool, NoneType}:
+                found[field.name] = _number_or_flag
+    return found

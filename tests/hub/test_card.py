@@ -19,8 +19,7 @@ from elm_trainer.evaluation.evaluate import write_evaluation
 from elm_trainer.evaluation.tables import check_rows, figure_rows, verdict_lines
 from elm_trainer.evaluation.verdict import CRITERIA
 from elm_trainer.hub import card as card_module
-from elm_trainer.hub.card import TEMPLATE, make_card, validate_card
-from elm_trainer.hub.card_data import END, START
+from elm_trainer.hub.card import END, START, TEMPLATE, make_card, validate_card
 from elm_trainer.hub.untrusted import plain
 
 from .cards import (

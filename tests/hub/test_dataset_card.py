@@ -8,8 +8,7 @@ from huggingface_hub import DatasetCard
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from elm_trainer.hub.card import validate_card
-from elm_trainer.hub.card_data import END, START
+from elm_trainer.hub.card import END, START, validate_card
 from elm_trainer.hub.info import BaseModel
 from elm_trainer.hub.publish_dataset import TEMPLATE, make_dataset_card
 from elm_trainer.hub.untrusted import plain

@@ -4,8 +4,7 @@ import pytest
 from huggingface_hub import ModelCard, ModelCardData
 from trl.trainer.utils import generate_model_card
 
-from elm_trainer.hub.card import REPLACED
-from elm_trainer.hub.card_data import END, START, is_template, keep_written, record
+from elm_trainer.hub.card import END, REPLACED, START, is_template, keep_written, record
 
 
 def generated(tags=("elm-trainer",), **metadata):

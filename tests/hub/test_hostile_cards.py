@@ -11,10 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from elm_trainer.hub.card import make_card
-from elm_trainer.hub.card_data import keep_written
-from elm_trainer.hub.leaderboard import SORTS, find_cards, rank, read_entries
-from elm_trainer.hub.leaderboard_files import write_leaderboard
+from elm_trainer.hub.card import keep_written, make_card
+from elm_trainer.hub.leaderboard import SORTS, find_cards, rank, read_entries, write_leaderboard
 from elm_trainer.hub.untrusted import MOST_YAML_BYTES as MOST_BYTES
 from elm_trainer.hub.untrusted import read_metadata
 

@@ -6,8 +6,18 @@ from markdown_it import MarkdownIt
 
 from elm_trainer.hub.card import make_card
 from elm_trainer.hub.errors import UploadError
-from elm_trainer.hub.leaderboard import SORTS, Skipped, find_cards, rank, read_entries, read_entry
-from elm_trainer.hub.leaderboard_files import HEADER, cells, title, write_leaderboard
+from elm_trainer.hub.leaderboard import (
+    HEADER,
+    SORTS,
+    Skipped,
+    cells,
+    find_cards,
+    rank,
+    read_entries,
+    read_entry,
+    title,
+    write_leaderboard,
+)
 
 from .cards import example_report
 

@@ -16,8 +16,7 @@ from elm_trainer.evaluation.plots import plot_report
 from elm_trainer.evaluation.report import write_json
 from elm_trainer.evaluation.tables import write_markdown
 from elm_trainer.hub.card import make_card
-from elm_trainer.hub.published_recipe import ALWAYS
-from elm_trainer.hub.published_report import published_report
+from elm_trainer.hub.published_report import ALWAYS, published_report
 
 from ..methods.methods import METHODS
 from .reports import BASE, RECIPE
