@@ -1,24 +1,16 @@
-"""Read a file that will be published line by line; find forget passages, and questions beside their answers."""
+"""The words of a text: find forget passages and questions beside their answers, and mask answers."""
 
-import json
-import pickletools
 import re
 import unicodedata
-import zipfile
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from io import BytesIO
 from itertools import chain
-from pathlib import Path
 from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 from ..data.questions import Question
-from .errors import UnsafeAdapterError
-from .safety import read_header
 from .secrets import ESCAPED_BREAK, readings
 
 
@@ -52,43 +44,25 @@ def mask_answers(text: str, answers: Iterable[str]) -> str:
         for piece in without_accents(character):
             plain.append(piece)
             places.append(place)
-    hidden = [False] * len(text)
-    for answer in answers:
-        if answer.strip():
-            for match in answer_pattern(answer).finditer("".join(plain)):
-                first, last = places[match.start()], places[match.end() - 1]
-                hidden[first : last + 1] = [True] * (last + 1 - first)
+    hidden: set[int] = set()
+    for answer in filter(str.strip, answers):
+        for match in answer_pattern(answer).finditer("".join(plain)):
+            hidden.update(range(places[match.start()], places[match.end() - 1] + 1))
     masked = ""
     for place, character in enumerate(text):
         # Accents that follow the last letter belong to it.
-        if place and hidden[place - 1] and unicodedata.combining(character):
-            hidden[place] = True
-        if not hidden[place]:
+        if place - 1 in hidden and unicodedata.combining(character):
+            hidden.add(place)
+        if place not in hidden:
             masked += character
-        elif not place or not hidden[place - 1]:
+        elif place - 1 not in hidden:
             masked += MASK
     return masked
 
 
-# Larger files of text are no part of what is published.
-_LONGEST_TEXT = 64 * 2**20
-_PICKLE_START = 2**20
-_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-_PNG_CHUNKS = {
-    b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS", b"cHRM", b"gAMA", b"iCCP", b"sBIT", b"sRGB", b"bKGD", b"hIST", b"pHYs",
-    b"sPLT", b"tIME",
-}  # fmt: skip
-_PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"eXIf")
-# Where a tokenizer's file starts on its vocabulary, and which comes last in it.
-_VOCABULARY = '\n  "model": {'
-_LINE_BREAK = re.compile(r"\r\n|\n|\r")
 # Scripts that put no space between words count by the letter: Thai to Burmese, Khmer, kana, Chinese characters.
 _SPACELESS = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
 _WORD = re.compile(rf"[{_SPACELESS}]|[^\W_{_SPACELESS}]+")
-
-
-class NotWhatItSaysError(ValueError):
-    """The content of a file is not of the kind that its name says."""
 
 
 class Word(NamedTuple):
@@ -140,109 +114,6 @@ def words_of(text: str) -> tuple[str, ...]:
     return tuple(word.casefold() for word in _WORD.findall(without_accents(text)))
 
 
-def read_documents(path: Path, name: str) -> list[Document]:
-    """What can be read in a file.
-
-    Raises:
-        NotWhatItSaysError: if the content is of another kind than the file's ending says, or cannot be looked into.
-    """
-    if path.suffix == ".safetensors":
-        return [Document(name, _safetensors_header(path), "its header")]
-    if path.stat().st_size > _LONGEST_TEXT:
-        raise NotWhatItSaysError(f"is larger than {_LONGEST_TEXT // 2**20} MiB, too large to look into")
-    content = path.read_bytes()
-    if path.suffix == ".png":
-        return [Document(name, text, "its text chunks") for text in _png_texts(content)]
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise NotWhatItSaysError("is no text in UTF-8, and cannot be looked into") from None
-    if "\0" in text:
-        raise NotWhatItSaysError("holds bytes that are no text, and cannot be looked into")
-    if path.suffix == ".json":
-        try:
-            json.loads(text)
-        except (ValueError, RecursionError):
-            raise NotWhatItSaysError("is no JSON") from None
-    text = _LINE_BREAK.sub("\n", text)
-    rules, start, vocabulary = text.partition(_VOCABULARY) if path.name == "tokenizer.json" else (text, "", "")
-    documents = [Document(name, rules)]
-    if vocabulary:
-        line = rules.count("\n") + 1
-        documents.append(Document(name, start + vocabulary, first_line=line, vocabulary=True))
-    return documents
-
-
-def pickle_kind(path: Path) -> str | None:
-    """What kind of pickle a file is, whatever its name; `None` for any other content."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            pickled = any(member.lower().endswith((".pkl", ".pickle")) for member in archive.namelist())
-        return "a PyTorch archive with a pickle" if pickled else "a zip archive"
-    with path.open("rb") as file:
-        start = file.read(_PICKLE_START)
-    count, last = 0, -1
-    try:
-        for opcode, _, position in pickletools.genops(BytesIO(start)):
-            count += 1
-            if opcode.name == "STOP" and position is not None:
-                last = position
-    except Exception:  # whatever the bytes happen to mean to an opcode's reader
-        pass
-    # A header of protocol 2 or later says it already; without one a pickle must end with the file.
-    headed = re.match(rb"\x80[\x02-\x05]", start) is not None
-    ends = last >= 0 and not start[last + 1 :].strip()
-    return "a pickle" if count > 2 and (ends or headed and (count > 3 or last >= 0)) else None
-
-
-def _safetensors_header(path: Path) -> str:
-    try:
-        read_header(path)
-    except UnsafeAdapterError:
-        raise NotWhatItSaysError("is no sound safetensors file of floating-point tensors") from None
-    with path.open("rb") as file:
-        return file.read(int.from_bytes(file.read(8), "little")).decode("utf-8")
-
-
-def _png_texts(content: bytes) -> list[str]:
-    if not content.startswith(_PNG_SIGNATURE):
-        raise NotWhatItSaysError("is no PNG picture")
-    texts, place, kind = [], len(_PNG_SIGNATURE), b""
-    while kind != b"IEND":
-        head = content[place : place + 8]
-        length, kind = int.from_bytes(head[:4], "big"), head[4:]
-        data = content[place + 8 : place + 8 + length]
-        place += 12 + length
-        if len(head) < 8 or place > len(content):
-            raise NotWhatItSaysError("is no whole PNG picture")
-        if kind in _PNG_TEXTS:
-            texts.append(_png_text(kind, data))
-        elif kind not in _PNG_CHUNKS:
-            raise NotWhatItSaysError(f"has a chunk of the kind {kind!r}, which cannot be looked into")
-    if place < len(content):
-        raise NotWhatItSaysError("holds further bytes behind the picture")
-    return texts
-
-
-def _png_text(kind: bytes, data: bytes) -> str:
-    keyword, _, rest = data.partition(b"\0")
-    encoding = "latin-1"
-    try:
-        if kind == b"zTXt":
-            rest = _inflated(rest[1:])
-        elif kind == b"iTXt":
-            encoding = "utf-8"
-            language, translated, text = rest[2:].split(b"\0", 2)
-            rest = b" ".join((language, translated, _inflated(text) if rest[:1] == b"\1" else text))
-    except (zlib.error, ValueError):
-        raise NotWhatItSaysError(f"has a {kind.decode()} chunk that cannot be read") from None
-    return _LINE_BREAK.sub("\n", f"{keyword.decode('latin-1')}: {rest.decode(encoding, 'replace')}")
-
-
-def _inflated(data: bytes) -> bytes:
-    return zlib.decompressobj().decompress(data, _LONGEST_TEXT)
-
-
 # So many words in a row are no chance.
 RUN = 12
 # Shorter texts say too little to tell a passage from a phrase.
@@ -274,24 +145,34 @@ def find_passages(documents: Sequence[Document], forget: Iterable[str]) -> list[
         return []
     smalls = [[word.small for word in document.words] for document in documents]
     # Hashes of Python, whose 64 bits make a chance hit as good as impossible.
-    published = {run for words in smalls for run in _runs(words)}
-    leaked: set[int] = set()
-    short: set[tuple[str, ...]] = set()
+    published = {run for words in smalls for run in _runs(words, RUN)}
+    # By length, the runs to look for: short texts as a whole, and of long ones what was published.
+    wanted: dict[int, set[int]] = {}
     for text in chain([first], texts):
         passage = words_of(text)
-        if SHORTEST <= len(passage) < RUN:
-            short.add(passage)
-        leaked |= published.intersection(_runs(passage))
-    # Where a passage starts, and how many words it has.
-    found: list[dict[int, int]] = []
-    for words in smalls:
-        long = {place: RUN for place, run in enumerate(_runs(words)) if run in leaked} if leaked else {}
-        found.append({place: len(phrase) for place, phrase in _phrases(words, short)} | long if short else long)
-    return [
-        Passage(document, document.words[start].line, end - start, " ".join(words[start:end]))
-        for document, words, runs in zip(documents, smalls, found, strict=True)
-        for start, end in _joined(runs)
-    ]
+        length = min(len(passage), RUN)
+        if length >= SHORTEST:
+            hashes = set(_runs(passage, length))
+            wanted.setdefault(length, set()).update(hashes & published if length == RUN else hashes)
+    found = []
+    for document, words in zip(documents, smalls, strict=True):
+        runs = sorted(
+            (start, start + length)
+            for length, hashes in wanted.items()
+            for start, run in enumerate(_runs(words, length))
+            if run in hashes
+        )
+        spans: list[list[int]] = []  # runs that overlap are one passage
+        for start, end in runs:
+            if spans and start < spans[-1][1]:
+                spans[-1][1] = max(spans[-1][1], end)
+            else:
+                spans.append([start, end])
+        found += [
+            Passage(document, document.words[start].line, end - start, " ".join(words[start:end]))
+            for start, end in spans
+        ]
+    return found
 
 
 def find_answered(document: Document, questions: Sequence[Question]) -> Iterator[tuple[int, str]]:
@@ -303,14 +184,15 @@ def find_answered(document: Document, questions: Sequence[Question]) -> Iterator
     for question in questions:
         asked.setdefault(words_of(question.text), []).append(question)
     words = document.words
-    hits = list(_phrases([word.small for word in words], set(asked)))
-    for number, (start, phrase) in enumerate(hits):
+    hits = list(_phrases([word.small for word in words], asked))
+    following = [start for start, _ in hits[1:]] + [len(words)]
+    floor = 0  # where the question before it ends
+    for (start, phrase), ceiling in zip(hits, following, strict=False):
         end = start + len(phrase)
         first, last = words[start].row, words[end - 1].row + _ROWS_AFTER
-        floor = hits[number - 1][0] + len(hits[number - 1][1]) if number else 0
-        ceiling = hits[number + 1][0] if number + 1 < len(hits) else len(words)
-        before = [word.plain for word in words[max(floor, start - _WORDS_BEFORE, 0) : start] if word.row == first]
+        before = [word.plain for word in words[max(floor, start - _WORDS_BEFORE) : start] if word.row == first]
         after = [word.plain for word in words[end : min(ceiling, end + _WORDS_AFTER)] if word.row <= last]
+        floor = end
         patterns = [
             answer_pattern(name) for question in asked[phrase] for name in (question.answer, *question.aliases)
         ]
@@ -337,32 +219,19 @@ def without_template(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -
         yield text
 
 
-def _runs(words: Sequence[str]) -> Iterator[int]:
-    """Hash of each run of words, in order."""
-    return (hash(tuple(words[start : start + RUN])) for start in range(len(words) - RUN + 1))
+def _runs(words: Sequence[str], length: int) -> Iterator[int]:
+    """Hash of each run of so many words, in order."""
+    return (hash(tuple(words[start : start + length])) for start in range(len(words) - length + 1))
 
 
-def _phrases(words: Sequence[str], phrases: set[tuple[str, ...]]) -> Iterator[tuple[int, tuple[str, ...]]]:
+def _phrases(words: Sequence[str], phrases: Iterable[tuple[str, ...]]) -> Iterator[tuple[int, tuple[str, ...]]]:
     """Place and words of the longest phrase that starts at each word."""
-    lengths: dict[tuple[str, ...], set[int]] = {}
-    for phrase in phrases:
-        lengths.setdefault(phrase[:2], set()).add(len(phrase))
-    for place in range(len(words)):
-        candidates = lengths.get(tuple(words[place : place + 2]), set()) | lengths.get((words[place],), set())
-        for length in sorted(candidates, reverse=True):
-            if (phrase := tuple(words[place : place + length])) in phrases:
+    known = {phrase for phrase in phrases if phrase}
+    lengths: dict[str, set[int]] = {}
+    for phrase in known:
+        lengths.setdefault(phrase[0], set()).add(len(phrase))
+    for place, word in enumerate(words):
+        for length in sorted(lengths.get(word, ()), reverse=True):
+            if (phrase := tuple(words[place : place + length])) in known:
                 yield place, phrase
                 break
-
-
-def _joined(runs: dict[int, int]) -> Iterator[tuple[int, int]]:
-    """Start and end of runs of words, those that overlap as one."""
-    start = end = -1
-    for place, length in sorted(runs.items()):
-        if place >= end:
-            if end > start:
-                yield start, end
-            start = place
-        end = max(end, place + length)
-    if end > start:
-        yield start, end

@@ -14,6 +14,7 @@ from pathlib import Path
 from .tokens import Hit
 
 
+_TAKE_OUT = "take it out"
 # Folders at the root of a file system in which people, groups and jobs keep their files; any with a number or a suffix too.
 _ROOTS = (
     "home", "homes", "Users", "users", "user", "mnt", "media", "srv", "private", "Volumes", "workspaces", "work",
@@ -73,11 +74,11 @@ def find_paths(text: str, *, escaped: bool = False) -> Iterator[Hit]:
             # A drive's letter stands before the colon that the pattern starts with.
             start = match.start() - (match[0][0] == ":")
             if not _says_nothing(text[start : match.end()], text[text.rfind("\n", 0, start) + 1 :][:400]):
-                yield Hit(start, match.end(), "an absolute path of a machine")
+                yield Hit(start, match.end(), "an absolute path of a machine", "take it out or make it relative")
     for match in _ADDRESS.finditer(text):
         scheme = _SCHEME.search(text[max(0, match.start() - 10) : match.start()].lower())
         if scheme and scheme[0] in _STORAGE and not _says_nothing(match[0] + match[1], ""):
-            yield Hit(match.start() - len(scheme[0]), match.end(1), "an address of storage")
+            yield Hit(match.start() - len(scheme[0]), match.end(1), "an address of storage", _TAKE_OUT)
 
 
 def _says_nothing(found: str, line: str) -> bool:
@@ -186,7 +187,7 @@ def find_persons(text: str) -> Iterator[Hit]:
             _OF_NOBODY.fullmatch(box[0]) or _HOSTS_OF_NOBODY.fullmatch(host) or "noreply" in box[0] + host
         ):
             start = text.rindex(box[0], 0, match.start())
-            yield Hit(start, match.end(), "an e-mail address")
+            yield Hit(start, match.end(), "an e-mail address", _TAKE_OUT)
     for match in _GROUPS.finditer(text):
         if _FIGURE.fullmatch(match[0]):
             continue
@@ -194,17 +195,17 @@ def find_persons(text: str) -> Iterator[Hit]:
         if sign := _BEFORE_GROUPS.search(text[max(0, match.start() - 3) : match.start()]):
             start = match.start() - len(sign[0])
             if kind := _kind_of_number(text[start : match.end()], text[max(0, start - 32) : start]):
-                yield Hit(start, match.end(), kind)
+                yield Hit(start, match.end(), kind, _TAKE_OUT)
     for match in _IBAN.finditer(text):
         if _is_iban(match[0].replace(" ", "")):
-            yield Hit(match.start(), match.end(), "a bank account")
+            yield Hit(match.start(), match.end(), "a bank account", _TAKE_OUT)
     for match in _IPV4.finditer(text):
         before = text[max(0, match.start() - 1) : match.start()]
         if not re.match(r"[\w.+-]", before) and _is_machine(match[0]) and not _is_version(match, text):
-            yield Hit(match.start(), match.end(), "an IP address")
+            yield Hit(match.start(), match.end(), "an IP address", _TAKE_OUT)
     for match in _IPV6.finditer(text) if _COLONS.search(text) else ():
         if _is_machine(match[0]):
-            yield Hit(match.start(), match.end(), "an IP address")
+            yield Hit(match.start(), match.end(), "an IP address", _TAKE_OUT)
 
 
 def find_names(text: str, names: Collection[str]) -> Iterator[Hit]:
@@ -225,7 +226,7 @@ def find_names(text: str, names: Collection[str]) -> Iterator[Hit]:
         )
     for pattern in patterns:
         for match in re.finditer(pattern, text, re.IGNORECASE):
-            yield Hit(match.start(), match.end(), "a user or host name of this machine")
+            yield Hit(match.start(), match.end(), "a user or host name of this machine", _TAKE_OUT)
 
 
 def machine_names(public: Iterable[str] = ()) -> frozenset[str]:

@@ -1,37 +1,37 @@
 """Look for what must not be published in a folder that is about to go up."""
 
 import hashlib
+import json
 import os
 import re
 from bisect import bisect_right
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 
+from PIL import Image
+from safetensors import SafetensorError, safe_open
 from transformers.utils import logging
 
 from ..data.questions import Question
 from .errors import Finding, ScanError
 from .info import PUBLISHED_FILES
-from .passages import Document, NotWhatItSaysError, find_answered, find_passages, pickle_kind, read_documents
+from .passages import Document, find_answered, find_passages
 from .persons import find_names, find_paths, find_persons, machine_names
 from .secrets import find_secrets
 from .tokens import Hit
 
 
 logger = logging.get_logger(__name__)
-_REVOKE = "take it out, and revoke it"
-_TAKE_OUT = "take it out"
-_FIXES = {
-    "an absolute path of a machine": "take it out or make it relative",
-    "an address of storage": _TAKE_OUT,
-    "a user or host name of this machine": _TAKE_OUT,
-    "an e-mail address": _TAKE_OUT,
-    "a telephone number": _TAKE_OUT,
-    "an IP address": _TAKE_OUT,
-    "a card number": _TAKE_OUT,
-    "a bank account": _TAKE_OUT,
-    "a number of a person": _TAKE_OUT,
-}
+# Larger files of text are no part of what is published.
+_LONGEST_TEXT = 64 * 2**20
+_PNG_SIGNATURE, _PNG_END = b"\x89PNG\r\n\x1a\n", b"\0\0\0\0IEND\xaeB`\x82"
+# Where a tokenizer's file starts on its vocabulary, and which comes last in it.
+_VOCABULARY = '\n  "model": {'
+
+
+class NotWhatItSaysError(ValueError):
+    """The content of a file is not of the kind that its name says."""
 
 
 def scan_folder(
@@ -44,9 +44,9 @@ def scan_folder(
 ) -> list[Finding]:
     """Find what must not be published.
 
-    Found are files that are not on the list, links, pickles whatever their name, and files that are not what their name
-    says; and in texts, JSON (escapes resolved), the header of safetensors and the text chunks of PNG pictures: secrets,
-    absolute paths, user and host names, passages of forget text, and questions beside their right answer.
+    Found are files that are not on the list, links, and files that are not what their name says; and in texts, JSON
+    (escapes resolved), the header of safetensors and the text chunks of PNG pictures: secrets, absolute paths, user and
+    host names, passages of forget text, and questions beside their right answer.
 
     Args:
         folder (`str` or `Path`):
@@ -79,8 +79,6 @@ def scan_folder(
         elif path.is_file():
             if name not in allowed:
                 findings.append(_of_file(name, "not among the files that are published: delete it"))
-            if kind := pickle_kind(path):
-                findings.append(_of_file(name, f"{kind}, which can run code when it is loaded: delete it"))
             try:
                 documents += read_documents(path, name)
             except NotWhatItSaysError as error:
@@ -165,17 +163,67 @@ def _entries(folder: Path) -> list[Path]:
     )
 
 
+def read_documents(path: Path, name: str) -> list[Document]:
+    """What can be read in a file.
+
+    Raises:
+        NotWhatItSaysError: if the content is of another kind than the file's ending says, or cannot be looked into.
+    """
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, framework="pt") as file:
+                entries = [f"{key}: {value}" for key, value in (file.metadata() or {}).items()]
+                return [Document(name, "\n".join([*entries, *file.keys()]), "its header")]
+        except SafetensorError:
+            raise NotWhatItSaysError("is no sound safetensors file") from None
+    if path.stat().st_size > _LONGEST_TEXT:
+        raise NotWhatItSaysError(f"is larger than {_LONGEST_TEXT // 2**20} MiB, too large to look into")
+    content = path.read_bytes()
+    if path.suffix == ".png":
+        return [Document(name, text, "its text chunks") for text in _png_texts(content)]
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise NotWhatItSaysError("is no text in UTF-8, and cannot be looked into") from None
+    if "\0" in text:
+        raise NotWhatItSaysError("holds bytes that are no text, and cannot be looked into")
+    if path.suffix == ".json":
+        try:
+            json.loads(text)
+        except (ValueError, RecursionError):
+            raise NotWhatItSaysError("is no JSON") from None
+    text = re.sub(r"\r\n?", "\n", text)
+    rules, start, vocabulary = text.partition(_VOCABULARY) if path.name == "tokenizer.json" else (text, "", "")
+    documents = [Document(name, rules)]
+    if vocabulary:
+        line = rules.count("\n") + 1
+        documents.append(Document(name, start + vocabulary, first_line=line, vocabulary=True))
+    return documents
+
+
+def _png_texts(content: bytes) -> list[str]:
+    if not content.startswith(_PNG_SIGNATURE):
+        raise NotWhatItSaysError("is no PNG picture")
+    try:
+        with Image.open(BytesIO(content), formats=["PNG"]) as picture:
+            picture.load()  # text may also follow the pixels
+            texts = [f"{key}: {value}" for key, value in picture.info.items()]
+    except (OSError, SyntaxError, ValueError):
+        raise NotWhatItSaysError("is no whole PNG picture") from None
+    if not content.endswith(_PNG_END):
+        raise NotWhatItSaysError("holds further bytes behind the picture")
+    return [re.sub(r"\r\n?", "\n", text) for text in texts]
+
+
 def _told(document: Document, names: Collection[str], questions: Sequence[Question]) -> list[Finding]:
     findings: dict[tuple[int | None, str], Finding] = {}
     # In JSON a backslash begins an escape, so that the text as it stands holds no path of Windows.
-    escaped = document.where == "its header" or document.file.endswith((".json", ".jsonl"))
+    escaped = document.file.endswith((".json", ".jsonl"))
     for numbers, text, original in _to_read(document):
         breaks = [match.start() for match in re.finditer("\n", text)]
         for hit in find_private(text, names, escaped=escaped and original, vocabulary=document.vocabulary):
             line = numbers[bisect_right(breaks, hit.start)]
-            finding = _finding(
-                document, line, f"{hit.kind}: {_FIXES.get(hit.kind, _REVOKE)}", text[hit.start : hit.end]
-            )
+            finding = _finding(document, line, f"{hit.kind}: {hit.fix}", text[hit.start : hit.end])
             findings.setdefault((finding.line, finding.id), finding)
     told = list(findings.values())
     if questions and not document.vocabulary:

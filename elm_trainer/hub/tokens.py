@@ -24,11 +24,12 @@ from detect_secrets.plugins.twilio import TwilioKeyDetector
 
 
 class Hit(NamedTuple):
-    """Where in a text something stands that must not be published, and what it is."""
+    """Where in a text something stands that must not be published, what it is, and what to do about it."""
 
     start: int
     end: int
     kind: str
+    fix: str = "take it out, and revoke it"
 
 
 # The vendors' own formats. Left out are the library's rules by entropy, which take every hash for a secret, and those by
