@@ -23,7 +23,7 @@ from ..files import RUN_FILE, write_json
 from ..modeling import adapter_disabled, evaluating, keep_differentiable, no_graph_below, reentrant
 from ..ops import STATES, FinalLogits, Reading
 from ..run_lock import only_run_in
-from .checkpointing import Launch, begin_run, last_good, replacing_files, saving_checkpoint
+from .checkpointing import begin_run, last_good, replacing_files, saving_checkpoint
 from .config import fixed_settings, recipe
 from .forward import FurtherStates, PackedForward, TermTotals, kl_reading, nll_reading, plain_tokens
 from .rows import COLUMNS, tokenize_dataset
@@ -115,11 +115,11 @@ class ErasureTrainer(SFTTrainer):
             peft_config=peft_config,
             **kwargs,
         )
-        # The step makes logits of supervised positions only, so there are none to hand to `compute_metrics`.
-        self.args.prediction_loss_only = True
+        self.args.prediction_loss_only = True  # a step makes no logits of whole texts
         self._forward = self._new_forward()
         if isinstance(self.model, PeftModel):
             check_start(self.model, tokens, base)
+        self.set_up()
 
     def default_collator(
         self, args: SFTConfig, processing_class: PreTrainedTokenizerBase, datasets: Mapping[str, Dataset]
@@ -131,6 +131,9 @@ class ErasureTrainer(SFTTrainer):
         self, model: nn.Module, args: SFTConfig, datasets: Mapping[str, Dataset], data_collator: Any
     ) -> None:
         """Raise for arguments that this method cannot work with. It is called before the model gets its adapter."""
+
+    def set_up(self) -> None:
+        """What the method itself does when the trainer is made, after all else."""
 
     # `_prepare_dataset` and `_set_signature_columns_if_needed` are private to TRL and transformers, but the only places
     # where tokenization can be replaced before `Trainer.__init__`. tests/methods/test_base.py fails when they move.
@@ -152,9 +155,7 @@ class ErasureTrainer(SFTTrainer):
         beside: Mapping[str, torch.Tensor] | None = None,
         states: Collection[str] = (),
     ) -> dict[str, Any]:
-        """Run several sub-batches in one forward, packed without padding, and read the logits of their supervised positions.
-        Arguments and result are those of [`PackedForward.read`].
-        """
+        """Logits of supervised positions, read in one forward over sub-batches: see [`PackedForward.read`]."""
         return self._forward.read(model, batches, readings or {}, further or {}, beside or {}, states)
 
     def reference_positions(
@@ -188,9 +189,8 @@ class ErasureTrainer(SFTTrainer):
         readings = {name: nll_reading(batch) for name, batch in batches.items()}
         further = {}
         if retain_loss == "kl" and "retain" in batches:
-            retain = {"retain": batches["retain"]}
-            further["retain"] = [self.reference_positions(model, retain, {"retain": STATES})["retain"]]
-            readings["retain"] = kl_reading
+            states = self.reference_positions(model, {"retain": batches["retain"]}, {"retain": STATES})
+            further["retain"], readings["retain"] = [states["retain"]], kl_reading
         return self.forward_positions(model, batches, readings, further)
 
     def _new_forward(self) -> PackedForward:
@@ -240,10 +240,10 @@ class ErasureTrainer(SFTTrainer):
         )
 
     def floating_point_ops(self, inputs):
-        return 6 * sum(batch["input_ids"].numel() for batch in inputs.values()) * self._parameters
+        return 6 * sum(batch["input_ids"].numel() for batch in inputs.values()) * self._parameter_count
 
     @cached_property
-    def _parameters(self) -> int:
+    def _parameter_count(self) -> int:
         return sum(parameter.numel() for parameter in self.model.parameters())
 
     def weigh(self, terms: Mapping[str, torch.Tensor], weights: Mapping[str, float]) -> torch.Tensor:
@@ -265,8 +265,7 @@ class ErasureTrainer(SFTTrainer):
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ):
-        # The terms go where the loss goes, so that each of several datasets has its own, in the log and among the metrics
-        # that choose the best checkpoint.
+        # Beside the loss, so that each of several datasets has its own terms in the log and to choose a checkpoint by.
         self._totals["eval"].clear()
         output = super().evaluation_loop(
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
@@ -291,11 +290,8 @@ class ErasureTrainer(SFTTrainer):
         if self.accelerator.num_processes > 1:
             # Those that computed no targets have not measured the model yet, and all must do so in the same forward.
             self._forward = self._new_forward()
-        output_dir = self.args.output_dir
-        with only_run_in(output_dir):
-            checkpoint = on_first(
-                lambda: begin_run(Path(output_dir), resume_from_checkpoint, self._run_record(), Launch.of(self))
-            )
+        with only_run_in(self.args.output_dir):
+            checkpoint = on_first(lambda: begin_run(self, resume_from_checkpoint, self._run_record()))
             with nullcontext() if reentrant(self.args) else no_graph_below(self.model):
                 return super().train(resume_from_checkpoint=checkpoint, **kwargs)
 
@@ -368,8 +364,7 @@ class ErasureTrainer(SFTTrainer):
         )
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        # Trainer would make a repository, public by default, before there is anything to publish.
-        pass
+        """Do nothing: Trainer would make a repository, public by default, before there is anything to publish."""
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         folder = Path(output_dir or self.args.output_dir)

@@ -71,20 +71,18 @@ class Launch:
         return cls(sharding, args.world_size, rows)
 
 
-def begin_run(
-    output_dir: Path, resume: str | Path | bool | None, record: Mapping[str, Any], launch: Launch
-) -> str | None:
+def begin_run(trainer: Any, resume: str | Path | bool | None, record: Mapping[str, Any]) -> str | None:
     """The checkpoint to resume from, after a check of all that a run in this folder must keep to.
 
     Args:
-        output_dir (`Path`): Folder of the run, to which `record` is written.
+        trainer ([`~transformers.Trainer`]): Trainer, to whose `output_dir` the record is written.
         resume (`str`, `Path` or `bool`, *optional*): Folder of a checkpoint, or `True` for the last that is whole.
         record (`Mapping[str, Any]`): Settings of the run. All but its `recipe` must be those of the run to be resumed.
-        launch ([`Launch`]): How it is spread over devices.
 
     Raises:
         ValueError: if the folder holds another run, or the checkpoint is not whole or of another launch.
     """
+    output_dir = Path(trainer.args.output_dir)
     settle(output_dir)
     found = checkpoints(output_dir)
     if found and not resume:
@@ -119,7 +117,7 @@ def begin_run(
                 "restore them to resume, or name another folder."
             )
     if checkpoint is not None:
-        check_launch(checkpoint, launch)
+        check_launch(checkpoint, Launch.of(trainer))
     write_json(run_file, record)
     return None if checkpoint is None else str(checkpoint)
 

@@ -79,9 +79,10 @@ def fixed_settings(args: SFTConfig, train_dataset: Dataset | None) -> dict[str, 
     own = set(type(args).__dataclass_fields__) - set(SFTConfig.__dataclass_fields__) - set(_PLACES) | set(KEPT)
     settings = {name: repr(getattr(args, name)) for name in sorted(own)}
     digest = hashlib.sha256()
-    for column in ("forget_ids", "retain_ids", "synthetic_ids") if train_dataset is not None else ():
-        for ids in train_dataset[column]:
-            digest.update(json.dumps(ids).encode())
+    if train_dataset is not None:
+        for column in ("forget_ids", "retain_ids", "synthetic_ids"):
+            for ids in train_dataset[column]:
+                digest.update(json.dumps(ids).encode())
     return settings | {"train_dataset": digest.hexdigest()}
 
 

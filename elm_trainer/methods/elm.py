@@ -67,17 +67,7 @@ class ElmTrainer(ErasureTrainer):
     _config_class = ElmConfig
     args: ElmConfig
 
-    def __init__(
-        self,
-        model,
-        args=None,
-        data_collator=None,
-        train_dataset=None,
-        eval_dataset=None,
-        processing_class=None,
-        **kwargs,
-    ):
-        super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)
+    def set_up(self):
         args = self.args
         # Adapters that stand for expert and novice while targets are computed.
         self._teachers: dict[str, Teacher] = {}
@@ -196,7 +186,7 @@ class ElmTrainer(ErasureTrainer):
             )  # fmt: skip
             return (*target, apart)
 
-        batches, readings = {"base": batch}, {"base": read}
+        batches, readings = {"base": batch}, dict[str, Reading](base=read)
         states = ("base",) if args.log_tokens else ()
         with self.reference(model):
             if counterfactual:

@@ -45,10 +45,15 @@ def weighted_batches(inputs: Mapping[str, Any], weights: Mapping[str, float]) ->
     return batches
 
 
+def upcast(values: torch.Tensor) -> torch.Tensor:
+    """The values in float32, or in float64 if they are."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
 def nll_reading(batch: Mapping[str, torch.Tensor]) -> Reading:
     """Reads the negative log-likelihood of a sub-batch's labels."""
     labels = batch["labels"][batch["rows"], batch["columns"] + 1]
-    return lambda logits, where: F.cross_entropy(logits.float(), labels[where], reduction="none")
+    return lambda logits, where: F.cross_entropy(upcast(logits), labels[where], reduction="none")
 
 
 def kl_reading(logits: torch.Tensor, where: slice, reference: torch.Tensor) -> torch.Tensor:
@@ -188,11 +193,13 @@ class PackedForward:
         """
         if not batches:
             return {}
-        readings, further = dict(readings), dict(further)
+        readings, others = dict(readings), dict[str, Sequence[torch.Tensor]]()
         for name, groups in further.items():
             if isinstance(groups, Mapping):
                 readings[name] = _by_name(readings[name], groups)
-                further[name] = [state for group in groups.values() for state in group]
+                others[name] = [state for group in groups.values() for state in group]
+            else:
+                others[name] = groups
         parts = list(batches.values())
         packing = self.pack(model, parts)
         supervised, offset = [], 0
@@ -203,7 +210,7 @@ class PackedForward:
             Plan(
                 len(places),
                 readings.get(name),
-                further.get(name, ()),
+                others.get(name, ()),
                 [packing.slots[index] for index in beside.get(name, ())],
                 name in states,
             )

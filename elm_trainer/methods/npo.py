@@ -94,17 +94,7 @@ class NpoTrainer(ErasureTrainer):
     _config_class = NpoConfig
     args: NpoConfig
 
-    def __init__(
-        self,
-        model,
-        args=None,
-        data_collator=None,
-        train_dataset=None,
-        eval_dataset=None,
-        processing_class=None,
-        **kwargs,
-    ):
-        super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)
+    def set_up(self):
         plan = TargetPlan(
             switch="precompute_ref_log_probs",
             layout=TargetLayout(

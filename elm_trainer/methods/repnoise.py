@@ -8,15 +8,15 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from peft import PeftModel
 from torch import nn
 
 from ..distributed import gathered
 from ..modeling import decoder_layers, reentrant
-from ..ops import FinalLogits, Reading, read_positions
+from ..ops import FinalLogits, read_positions
 from .base import ErasureTrainer
 from .config import ErasureConfig, check_fields
+from .forward import nll_reading, upcast
 
 
 BANDWIDTHS = 5
@@ -75,9 +75,8 @@ def gaussian_mmd(source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """
     samples = len(source)
     with torch.autocast(source.device.type, enabled=False):
-        points = _wide(torch.cat([source, target]))
-        # Distances by one matrix product: differences would take `[2·samples, 2·samples, features]`. Of centred points,
-        # for less cancellation.
+        points = upcast(torch.cat([source, target]))
+        # One matrix product, as differences would be `[2·samples, 2·samples, features]`; centered, for less cancellation.
         points = points - points.mean(0).detach()
         products = points @ points.T
         norms = products.diagonal()
@@ -107,10 +106,9 @@ class PositionWeights(NamedTuple):
     values: torch.Tensor
     constant: torch.Tensor | float = 0.0
 
-
-def weighted_sum(losses: torch.Tensor, weights: PositionWeights) -> torch.Tensor:
-    """`Σ_i w_i·loss_i + constant`, a scalar, for losses `[positions]`."""
-    return (losses * weights.values).sum() + weights.constant
+    def sum(self, losses: torch.Tensor) -> torch.Tensor:
+        """`Σ_i w_i·loss_i + constant`, a scalar, for losses `[positions]`."""
+        return (losses * self.values).sum() + self.constant
 
 
 def text_weights(batch: Mapping[str, torch.Tensor], dtype: torch.dtype = torch.float32) -> PositionWeights:
@@ -131,7 +129,7 @@ def token_places(batch: Mapping[str, Any]) -> torch.Tensor:
 def differing_tokens(batch: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Mask `[batch, seq]` of tokens that are not those at the same place of the paired text (the official code's mask).
 
-    Padding is never in it. In the official code it is where the other text goes on.
+    Padding is never in it. In the official code it is where the other text continues.
     """
     mask, ids = batch["attention_mask"].bool(), batch["input_ids"]
     # Places are counted from the first token, wherever the padding is.
@@ -234,17 +232,7 @@ class RepNoiseTrainer(ErasureTrainer):
     _config_class = RepNoiseConfig
     args: RepNoiseConfig
 
-    def __init__(
-        self,
-        model,
-        args=None,
-        data_collator=None,
-        train_dataset=None,
-        eval_dataset=None,
-        processing_class=None,
-        **kwargs,
-    ):
-        super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)
+    def set_up(self):
         if reentrant(self.args):
             raise ValueError(
                 "`gradient_checkpointing_kwargs` has `use_reentrant=True` (DeepSpeed ZeRO-3 forces it), through which no "
@@ -264,8 +252,10 @@ class RepNoiseTrainer(ErasureTrainer):
         # Both are measured by forwards of their own, which must not be watched.
         final, _ = self.final_logits(model), self.texts_interact(model)
         with self._watch() as (states, outputs):
-            losses = self.forward_positions(model, batches, {name: _nll(batch) for name, batch in batches.items()})
-        terms = {"retain": weighted_sum(losses["retain"], self._weights(inputs, "retain", losses["retain"].dtype))}
+            losses = self.forward_positions(
+                model, batches, {name: nll_reading(batch) for name, batch in batches.items()}
+            )
+        terms = {"retain": self._weights(inputs, "retain", losses["retain"].dtype).sum(losses["retain"])}
         if alpha or beta:
             slots = self._slots(model, batches, "forget")  # [batch, seq]
         if alpha:
@@ -288,14 +278,16 @@ class RepNoiseTrainer(ErasureTrainer):
         forget = inputs["forget"]
         weights = self._weights(inputs, "forget", losses.dtype)
         # Through one norm, the last layer is read as the head reads it.
-        total = (1 if self.args.faithful else 2) * weighted_sum(losses, weights)
+        total = (1 if self.args.faithful else 2) * weights.sum(losses)
         places = slots[forget["rows"], forget["columns"]]
         # The model's forward alone runs in mixed precision; the readings are to run as it does.
         with self.accelerator.autocast(), gathered(self._head):
             for state in states:
                 supervised = self._norm(state.flatten(0, 1).index_select(0, places))
-                values = read_positions(self._head, final, _nll(forget), supervised, vocabulary=self._vocabulary)
-                total = total + weighted_sum(values, weights)
+                values = read_positions(
+                    self._head, final, nll_reading(forget), supervised, vocabulary=self._vocabulary
+                )
+                total = total + weights.sum(values)
         return total
 
     def _distance_to_noise(
@@ -312,7 +304,7 @@ class RepNoiseTrainer(ErasureTrainer):
         generator = self._generator(slots.device)
 
         def distance(activations: torch.Tensor) -> torch.Tensor:  # [batch·longest, hidden]
-            source = _wide(activations)
+            source = upcast(activations)
             noise = torch.randn(source.shape, generator=generator, device=source.device, dtype=source.dtype)
             return gaussian_mmd(*((part * mask).view(len(slots), -1) for part in (source, noise)))
 
@@ -406,14 +398,3 @@ def final_norm(decoder: nn.Module, layers: nn.ModuleList) -> nn.Module:
             f"{[name for name, _ in decoder.named_children()]} is a norm. Use a model that has one before its head."
         )
     return norms[-1]
-
-
-def _nll(batch: Mapping[str, torch.Tensor]) -> Reading:
-    """Reads the negative log-likelihood of the labels; unlike [`nll_reading`], in float64 for logits of that type."""
-    labels = batch["labels"][batch["rows"], batch["columns"] + 1]
-    return lambda logits, where: F.cross_entropy(_wide(logits), labels[where], reduction="none")
-
-
-def _wide(values: torch.Tensor) -> torch.Tensor:
-    """In float32, unless the values are in float64."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))

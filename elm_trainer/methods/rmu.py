@@ -19,7 +19,9 @@ from ..modeling import evaluating, layer_stack, reentrant
 from ..ops import KeepPositions, text_mean
 from .base import ErasureTrainer
 from .config import ErasureConfig, check_fields
-from .forward import run_packed, weighted_batches
+from .forward import run_packed, upcast, weighted_batches
+from .rmu_layers import check_layer, down_projections, first_trained_layer
+from .validation import named_datasets
 
 
 CONTROL_VECTORS_FILE = "control_vectors.safetensors"
@@ -92,7 +94,7 @@ class RmuConfig(ErasureConfig):
 
 
 def control_vectors(concepts: Iterable[str], width: int, seed: int) -> dict[str, torch.Tensor]:
-    """The directions u that forget states are steered to: uniform[0, 1)^d, normalised (arXiv 2403.03218, section 4).
+    """The directions u that forget states are steered to: uniform[0, 1)^d, normalized (arXiv 2403.03218, section 4).
 
     Args:
         concepts (`Iterable[str]`): Names of the concepts.
@@ -145,7 +147,7 @@ def adaptive_coefficient(reference: torch.Tensor, scale: float) -> torch.Tensor:
         reference (`torch.Tensor`): States of the reference at layer ℓ, `[tokens, hidden]`.
         scale (`float`): s.
     """
-    return scale * _upcast(reference).norm(dim=-1, keepdim=True)
+    return scale * upcast(reference).norm(dim=-1, keepdim=True)
 
 
 def rmu_lora(model: PreTrainedModel, args: RmuConfig, *, rank: int = 16, **options: Any) -> LoraConfig:
@@ -160,7 +162,8 @@ def rmu_lora(model: PreTrainedModel, args: RmuConfig, *, rank: int = 16, **optio
     Raises:
         ValueError: if the model lacks the layer or the module.
     """
-    projections = down_projections(model, args)
+    check_layer(model, args.layer)
+    projections = down_projections(model, args.layers or [], args.target_module)
     defaults = {
         "lora_alpha": rank,
         "task_type": "CAUSAL_LM",
@@ -200,17 +203,7 @@ class RmuTrainer(ErasureTrainer):
     _needs_adapter = False
     args: RmuConfig
 
-    def __init__(
-        self,
-        model,
-        args=None,
-        data_collator=None,
-        train_dataset=None,
-        eval_dataset=None,
-        processing_class=None,
-        **kwargs,
-    ):
-        super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)
+    def set_up(self):
         args = self.args
         # Reference matrices in place of the trained ones; none where an adapter is trained.
         self._kept: list[tuple[nn.Parameter, torch.Tensor]] = []
@@ -221,19 +214,19 @@ class RmuTrainer(ErasureTrainer):
                     "reference's cannot be put back: pass `peft_config=rmu_lora(model, args)`."
                 )
             self.model.requires_grad_(False)
-            for module in down_projections(self.model, args).values():
+            for module in down_projections(self.model, args.layers, args.target_module).values():
                 module.weight.requires_grad_(True)
                 self._kept.append((module.weight, module.weight.detach().clone()))
         self._stack = layer_stack(self.model)
-        self._first_layer = _first_trained_layer(self.model, args)
-        datasets = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
-        concepts = sorted({name for part in (train_dataset, *datasets) if part for name in part.unique("concept")})
+        self._first_layer = first_trained_layer(self.model, args.layer)
+        datasets = named_datasets(self.train_dataset, self.eval_dataset).values()
+        concepts = sorted({name for dataset in datasets for name in dataset.unique("concept")})
         width = self.model.config.get_text_config().hidden_size
         self._set_control_vectors(control_vectors(concepts, width, args.seed))
         self.data_collator = _WithConcepts(self.data_collator, concepts)
 
     def check_given(self, model, args, datasets, data_collator):
-        check_layer(model, args)
+        check_layer(model, args.layer)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         weights = {"erase": self.args.erase_weight, "retain": self.args.retain_weight}
@@ -397,77 +390,9 @@ class _WithConcepts:
         return batches
 
 
-def check_layer(model: nn.Module, args: RmuConfig) -> None:
-    """Raise `ValueError` unless the model has the layer ℓ."""
-    owner, name = layer_stack(model)
-    depth = len(getattr(owner, name))
-    if args.layer >= depth:
-        raise ValueError(
-            f"`layer` is {args.layer}, but the model has the layers 0 to {depth - 1}: choose among these (the paper's "
-            f"are a quarter of the way up, which would be {depth // 4})."
-        )
-
-
-def down_projections(model: nn.Module, args: RmuConfig) -> dict[str, nn.Module]:
-    """The modules whose weight RMU trains, by name.
-
-    Raises:
-        ValueError: if the model lacks the layer, a layer lacks `target_module`, or, where that is left out, none or
-            several of its linear modules could be meant.
-    """
-    check_layer(model, args)
-    owner, name = layer_stack(model)
-    stack = getattr(owner, name)
-    prefix = next(path for path, module in model.named_modules() if module is stack)
-    width = model.config.get_text_config().hidden_size
-    found: dict[str, nn.Module] = {}
-    for index in args.layers or []:
-        shapes = {}  # Input and output size of each linear module.
-        for path, module in stack[index].named_modules():
-            if isinstance(module, nn.Linear):
-                shapes[path] = (module.in_features, module.out_features)
-            elif isinstance(module, Conv1D):
-                shapes[path] = (module.nx, module.nf)
-        widest = max((inputs for inputs, outputs in shapes.values() if outputs == width), default=0)
-        paths = [path for path, shape in shapes.items() if shape == (widest, width)]
-        if args.target_module is not None:
-            paths = [path for path in shapes if path == args.target_module]
-        if len(paths) != 1:
-            wanted = f"names no linear module of layer {index}" if args.target_module else f"fits {paths or 'none'}"
-            raise ValueError(
-                f"`target_module` is {args.target_module!r}, which {wanted}; there are {sorted(shapes)}: name one."
-            )
-        found[f"{prefix}.{index}.{paths[0]}"] = stack[index].get_submodule(paths[0])
-    return found
-
-
-def _first_trained_layer(model: nn.Module, args: RmuConfig) -> int:
-    """Lowest layer with a trained weight; raises `ValueError` if others than those of layers 0 to ℓ are trained."""
-    owner, name = layer_stack(model)
-    layers = getattr(owner, name)[: args.layer + 1]
-    trained = [any(parameter.requires_grad for parameter in layer.parameters()) for layer in layers]
-    reached = {id(parameter) for parameter in layers.parameters()}
-    outside = [
-        path
-        for path, parameter in model.named_parameters()
-        if parameter.requires_grad and id(parameter) not in reached
-    ]
-    if outside:
-        raise ValueError(
-            f"`peft_config` (or the model's adapter) trains {len(outside)} tensors outside the layers 0 to {args.layer}, "
-            f"which the loss at `layer={args.layer}` does not reach, such as {outside[0]!r}: use "
-            f"`rmu_lora(model, args)`, or a list of `target_modules` with `layers_to_transform=list(range({args.layer + 1}))`."
-        )
-    return trained.index(True)
-
-
 def _text_mean(losses: torch.Tensor, batch: Mapping[str, Any]) -> torch.Tensor:
     return text_mean(losses, batch["text"], len(batch["lengths"]))
 
 
 def _mean_square(hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    return (_upcast(hidden) - _upcast(target)).square().mean(-1)
-
-
-def _upcast(states: torch.Tensor) -> torch.Tensor:
-    return states.to(torch.promote_types(states.dtype, torch.float32))
+    return (upcast(hidden) - upcast(target)).square().mean(-1)

@@ -1,4 +1,4 @@
-"""What an erasure trainer is given, checked before anything is computed."""
+"""Checks of what an erasure trainer is given, before anything is computed."""
 
 import json
 import re
@@ -88,9 +88,8 @@ def check_options(args: SFTConfig, arguments: Mapping[str, Any]) -> None:
         raise ValueError(
             "`activation_offloading` is True, but there is no accelerator to bring them from: leave it out."
         )
-    settings = args.accelerator_config
     for name in ("split_batches", "dispatch_batches"):
-        if args.world_size > 1 and getattr(settings, name, None):
+        if args.world_size > 1 and getattr(args.accelerator_config, name, None):
             raise ValueError(
                 f"`accelerator_config` has `{name}=True`, but a batch holds texts of several lengths, which cannot be cut for "
                 "the processes: leave it out."
@@ -159,7 +158,7 @@ def load_given(
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"`processing_class` is None: pass the model's tokenizer. None was found at {source!r}, where the model was "
-                f"loaded from."
+                "loaded from."
             ) from error
     return model, text_tokenizer(processing_class)
 
@@ -334,8 +333,8 @@ def check_reference(model: PeftModel, tokens: Sequence[int], base: torch.Tensor 
         raise ValueError(
             f"The adapter {model.active_adapters!r} changes the model before training (`init_lora_weights` is {start!r}), so "
             "that training would not start at the reference, which is the model without it: start a new adapter, after "
-            "`merge_and_unload()` if the reference is to have this one; a run that was cut goes on with "
-            "`resume_from_checkpoint`."
+            "`merge_and_unload()` if the reference is to have this one; a run that was cut short is continued "
+            "by `resume_from_checkpoint`."
         )
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     before = [parameter.detach().clone() for parameter in trained]
