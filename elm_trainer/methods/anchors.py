@@ -24,7 +24,7 @@ logger = logging.get_logger(__name__)
 _FIELDS = ("name", "anchors")
 _WORD = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*")
 _SENTENCE_ENDS = ".!?:;|"
-# Zipf frequency of the few hundred most frequent words, which are capitalised in headings and are no names.
+# Zipf frequency of the few hundred most frequent words, which are capitalized in headings and are no names.
 _COMMON = 5.0
 # Examples that show a model what a replacement is. They come from other books than a user is likely to erase.
 _RETELLING = """A list of names from a book, and the plain invented names that stand for them in a retelling:
@@ -240,7 +240,7 @@ def find_terms(
     max_zipf: float = 3.5,
     min_count: int = 2,
 ) -> list[str]:
-    """Terms that make texts idiosyncratic: names (runs of words that are capitalised within sentences) and rare words.
+    """Terms that make texts idiosyncratic: names (runs of words that are capitalized within sentences) and rare words.
 
     Frequencies are those of the package wordfreq, which holds them for 40 languages and downloads nothing.
 
@@ -376,7 +376,7 @@ def _breaks(text: str, place: int) -> bool:
 
 
 def _words(text: str) -> Iterator[tuple[str, bool, bool, bool]]:
-    """The words of a text, each with whether it is capitalised, opens a sentence, and follows the last by one space."""
+    """The words of a text, each with whether it is capitalized, opens a sentence, and follows the last by one space."""
     last = -1
     for match in _WORD.finditer(text):
         word = match[0].removesuffix("'s").removesuffix("’s")

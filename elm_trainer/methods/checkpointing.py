@@ -220,7 +220,7 @@ def read_mark(checkpoint: Path) -> tuple[Launch, dict[str, dict[str, Any]] | Non
 
 
 def damage(checkpoint: Path) -> str | None:
-    """What keeps a run from going on from a finished checkpoint: a file, and what is wrong with it. Every byte is read."""
+    """What keeps a run from resuming from a finished checkpoint: a file, and what is wrong with it. Every byte is read."""
     try:
         launch, files = read_mark(checkpoint)
     except (OSError, ValueError) as error:
@@ -339,7 +339,7 @@ def check_whole(checkpoint: str | Path) -> None:
     path, name = Path(checkpoint), f"`resume_from_checkpoint` is {str(checkpoint)!r}"
     if not (path / FINISHED_FILE).exists():
         raise ValueError(
-            f"{name}, which lacks {FINISHED_FILE}: it is no checkpoint of an "
+            f"{name}, which lacks {FINISHED_FILE}: it is not a checkpoint of an "
             "erasure, or the run was stopped while it wrote it. Resume from an earlier one "
             "(`resume_from_checkpoint=True` finds the last that is finished)."
         )
@@ -351,14 +351,14 @@ def check_whole(checkpoint: str | Path) -> None:
 
 
 def check_launch(checkpoint: str | Path, launch: Launch) -> None:
-    """Raise `ValueError` for a whole checkpoint that a run under this launch cannot go on from.
+    """Raise `ValueError` for a whole checkpoint that a run under this launch cannot resume from.
 
     FSDP and DeepSpeed have file formats of their own, and DeepSpeed's are cut to the number of processes. Otherwise the
     number of processes may change; a warning says what then differs.
 
     Args:
         checkpoint (`str` or `Path`): Folder of the checkpoint.
-        launch ([`Launch`]): The launch that is to go on from it.
+        launch ([`Launch`]): The launch that is to resume from it.
     """
     saved, files = read_mark(Path(checkpoint))
     if files is None:
@@ -380,12 +380,12 @@ def check_launch(checkpoint: str | Path, launch: Launch) -> None:
                 f"`--num_processes {saved.processes}`."
             )
         logger.warning(
-            f"{checkpoint} was written by {saved.processes} processes, and {launch.processes} go on: dropout draws "
+            f"{checkpoint} was written by {saved.processes} processes, and {launch.processes} continue: dropout draws "
             "other numbers than it would have."
         )
     if saved.rows_per_step != launch.rows_per_step:
         logger.warning(
-            f"{checkpoint} was written at {saved.rows_per_step} rows to a step, and the run goes on at "
+            f"{checkpoint} was written at {saved.rows_per_step} rows to a step, and the run continues at "
             f"{launch.rows_per_step}: set `per_device_train_batch_size` and `gradient_accumulation_steps` so that "
             "they are the same, or some rows are seen twice and others not at all."
         )

@@ -353,7 +353,7 @@ class RmuTrainer(ErasureTrainer):
         if not path.exists():
             raise FileNotFoundError(
                 f"`resume_from_checkpoint` is {str(resume_from_checkpoint)!r}, which lacks {CONTROL_VECTORS_FILE}: it is "
-                "no checkpoint of RMU, and going on towards other vectors would be another run."
+                "no checkpoint of RMU, and other vectors would make it another run."
             )
         vectors = load_file(path)
         if vectors.keys() != self.control_vectors.keys():

@@ -73,7 +73,7 @@ def precompute_targets(trainer: ErasureTrainer, plan: TargetPlan) -> RowTargets 
     """The targets of all training rows from the folder that is named after what they depend on.
 
     What is missing there is computed first, each process its share; so a second run computes nothing, and one that was
-    killed goes on after the last whole file. While it computes, a process holds the whole model on its device. All
+    killed continues after the last whole file. While it computes, a process holds the whole model on its device. All
     processes must see the folder: on several nodes it must lie on a drive that they share, or each node must have been
     given the finished folder. Processes that wait for others do so at most `ddp_timeout` seconds.
 

@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 from trl import SFTConfig, TrlParser
 
 from elm_trainer import ConceptSources, NonFiniteLossError, build_erasure_dataset
+from elm_trainer.files import RUN_FILE
 
 from .methods import METHODS, tiny, trained
 
@@ -64,6 +65,16 @@ def test_every_adapter_matrix_moves_in_two_steps_and_nothing_else_does(shape, ch
     assert [name for name, p in frozen.items() if not torch.equal(p, now[name])] == []
     logged = trainer.state.log_history[0]
     assert all(math.isfinite(logged[f"{term}_loss"]) for term in method.terms)
+
+
+def test_a_saved_model_has_the_name_of_its_method_and_every_setting_beside_it(make, method, tmp_path):
+    trainer = make(learning_rate=5e-5)
+    trainer.save_model(str(tmp_path / "adapter"))
+    record = json.loads((tmp_path / "adapter" / RUN_FILE).read_text())
+    settings = json.loads(json.dumps(dataclasses.asdict(trainer.args), default=str))
+    assert record["method"] == method.trainer.__name__ and record["recipe"]["learning_rate"] == 5e-5
+    for name in own_fields(method.config) | {"seed", "lr_scheduler_type", "max_steps"}:
+        assert record["recipe"][name] == settings[name]
 
 
 def test_bf16_autocast_trains(make):
