@@ -36,12 +36,7 @@ class Packing(NamedTuple):
 
 
 def pack(lengths: Sequence[int], rows: int) -> list[list[int]]:
-    """Spread texts over rows evenly: the longest first, each into the row that holds least (longest processing time).
-
-    Args:
-        lengths (`Sequence[int]`): Tokens of each text.
-        rows (`int`): Number of rows.
-    """
+    """Spread texts of these lengths over rows: the longest first, each into the row that holds least."""
     filled, texts = [(0, row) for row in range(rows)], [[] for _ in range(rows)]  # type: ignore[var-annotated]
     for text in sorted(range(len(lengths)), key=lambda text: -lengths[text]):
         held, row = filled[0]
@@ -51,11 +46,8 @@ def pack(lengths: Sequence[int], rows: int) -> list[list[int]]:
 
 
 def best_rows(lengths: Sequence[int], attention: float) -> list[list[int]]:
-    """Spread texts over as many rows as cost least: few and long ones leave no gaps, but every token attends to its row.
-
-    Args:
-        lengths (`Sequence[int]`): Tokens of each text.
-        attention (`float`): Tokens of a row at which attention costs as much as the matrices.
+    """Spread texts over as many rows as cost least: few and long ones leave no gaps, but every token attends to its row,
+    which costs as much as the matrices where a row has `attention` tokens.
     """
 
     def cost(rows: list[list[int]]) -> float:
@@ -107,11 +99,12 @@ def pack_batches(
     for index, row in enumerate(rows):
         place = 0
         for text in row:
-            span, start = lengths[text], starts[text]
-            tokens[index, place : place + span] = torch.arange(start, start + span)
-            position_ids[index, place : place + span] = torch.arange(span)
-            slots[start : start + span] = torch.arange(index * width + place, index * width + place + span)
-            place += span
+            start, span = starts[text], torch.arange(lengths[text])
+            end = place + len(span)
+            tokens[index, place:end] = start + span
+            position_ids[index, place:end] = span
+            slots[start : start + len(span)] = index * width + place + span
+            place = end
         position_ids[index, place:] = torch.arange(width - place)
     return Packing(tokens, None if apart else position_ids, slots)
 
@@ -129,15 +122,11 @@ def texts_interact(model: nn.Module, first: Sequence[int], second: Sequence[int]
     """
     device = next(model.parameters()).device
     pair = torch.tensor([list(first), list(second)], device=device)
-    positions = torch.arange(len(first), device=device)
+    anew = torch.arange(len(first), device=device).repeat(2)[None]
     with evaluating(model), torch.no_grad():
         alone, rows, packed = (
             model(input_ids=tokens, use_cache=False, **places).logits[-1, -len(first) :].float()
-            for tokens, places in (
-                (pair[1:], {}),
-                (pair, {}),
-                (pair.view(1, -1), {"position_ids": positions.repeat(2)[None]}),
-            )
+            for tokens, places in ((pair[1:], {}), (pair, {}), (pair.view(1, -1), {"position_ids": anew}))
         )
     # Rounding differs with the shape of a batch too, by how much depends on the precision and the device.
     rounding = (rows - alone).abs().max()
@@ -178,7 +167,7 @@ def _places(text: Sequence[int], novice: Sequence[int]) -> dict[int, int]:
 
 @dataclass
 class ElmDataCollator(DataCollatorMixin):
-    """Bundle tokenised rows into `{"forget": batch, "retain": batch, "synthetic": batch}`.
+    """Bundle tokenized rows into `{"forget": batch, "retain": batch, "synthetic": batch}`.
 
     Each batch holds `input_ids`, `attention_mask` and `labels`, all `[batch, seq]`; labels are -100 on padding and on
     the prompt of a retain text or a synthetic pair. `rows` and `columns`, `[positions]`, are the places that predict a
@@ -201,8 +190,8 @@ class ElmDataCollator(DataCollatorMixin):
             Whether forget texts come with counterfactual novices (column `novices` of [`build_erasure_dataset`]). Then
             positions are supervised only where all novices of a text agree with it on the token that follows, and
             without `targets` the forget batch holds `counterfactual`: `index`, `[draws, positions]`, the places of the
-            novices in the flattened forget batch followed by the flattened `extra` batch, which holds those novices
-            that are no beginning of a forget text, if there are any.
+            novices in the flattened forget batch followed by the flattened `extra` batch, which holds the novices
+            that no forget text begins with, if there are any.
         past_end (`bool`, *optional*, defaults to `False`):
             Whether the position behind a forget text's last token, which has no label, is supervised too, as in the
             released code. Not with `counterfactual`.
@@ -262,20 +251,21 @@ class ElmDataCollator(DataCollatorMixin):
                     where[tuple(ids)] = (True, len(extra)) if host is None else (False, host)
                     extra += [ids] if host is None else []
         batch = self.pad([(ids, len(ids)) for ids in extra]) if extra else None
-        width, total = forget["input_ids"].size(1), forget["input_ids"].numel()
-        left = self.processing_class.padding_side == "left"
+
+        def start(ids: list[int]) -> int:
+            """Where a novice begins in the flattened batches."""
+            is_extra, index = where[tuple(ids)]
+            width = (batch if batch and is_extra else forget)["input_ids"].size(1)
+            padding = (
+                width - len(ids if is_extra else texts[index]) if self.processing_class.padding_side == "left" else 0
+            )
+            return (forget["input_ids"].numel() if is_extra else 0) + index * width + padding
+
         places: list[list[int]] = []
         for row in examples:
-            starts = []
-            for ids in row["novices_ids"]:
-                is_extra, index = where[tuple(ids)]
-                span, begin, held = width, 0, len(texts[index]) if not is_extra else len(ids)
-                if is_extra:
-                    assert batch is not None
-                    span, begin = batch["input_ids"].size(1), total
-                starts.append(begin + index * span + (span - held if left else 0))
+            starts = [start(ids) for ids in row["novices_ids"]]
             places += [
-                [start + other for start, other in zip(starts, others, strict=True)] for _, *others in row["aligned"]
+                [begin + place for begin, place in zip(starts, others, strict=True)] for _, *others in row["aligned"]
             ]
         found: dict[str, Any] = {"index": torch.tensor(places).T.contiguous()}
         return found if batch is None else found | {"extra": batch}

@@ -8,8 +8,8 @@ from itertools import combinations
 from typing import Any
 
 
-# Entries of countryinfo that are no sovereign country today, whose capital is disputed or has moved since the data was
-# collected: asking for them would not measure knowledge.
+# Entries of countryinfo that are not sovereign countries today, or whose capital is disputed or has moved since the data
+# was collected: asking for them would not measure knowledge.
 _DEBATABLE = frozenset(
     "Bolivia|Burma|Burundi|Hong Kong|Israel|Kazakhstan|Palestine|Puerto Rico|Réunion|Serbia and Montenegro|South Africa|"
     "Sri Lanka|Swaziland|Western Sahara".split("|")
@@ -47,7 +47,7 @@ class Fact:
 def capitals() -> tuple[Fact, ...]:
     """Every sovereign country above half a million people with an undisputed capital, in alphabetical order.
 
-    Countries whose capital can be read off their name (Mexico City, Luxembourg) are left out: knowing them is no
+    Countries whose capital can be read off their name (Mexico City, Luxembourg) are left out: knowing it is not
     knowledge that could be erased.
     """
     from countryinfo import all_countries

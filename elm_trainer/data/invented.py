@@ -52,11 +52,12 @@ class InventedWorld:
 
     def halves(self) -> tuple[frozenset[str], frozenset[str]]:
         """The subjects of the concept's two groups of facts."""
-        groups = sorted({fact.group for fact in self.facts[CONCEPT]})
-        first, second = (
-            frozenset(fact.subject for fact in self.facts[CONCEPT] if fact.group == group) for group in groups
+        facts = self.facts[CONCEPT]
+        first, second = sorted({fact.group for fact in facts})
+        return (
+            frozenset(fact.subject for fact in facts if fact.group == first),
+            frozenset(fact.subject for fact in facts if fact.group == second),
         )
-        return first, second
 
 
 def invented_world(facts: int = 24, prose: int = 300, *, seed: int = 0) -> InventedWorld:
@@ -128,11 +129,8 @@ def _facts(kind: str, entry: dict[str, Any], names: list[str], count: int, rng: 
     else:
         answers = [names.pop() for _ in range(count)]
     rng.shuffle(answers)
-    half = {index: f"{kind}.{2 * index // count}" if kind == CONCEPT else kind for index in range(count)}
-    return tuple(
-        Fact(subject, answer, half[index])
-        for index, (subject, answer) in enumerate(zip(subjects, answers, strict=True))
-    )
+    groups = [f"{kind}.{2 * index // count}" if kind == CONCEPT else kind for index in range(count)]
+    return tuple(map(Fact, subjects, answers, groups))
 
 
 def _concept_texts(entry: dict[str, Any], facts: tuple[Fact, ...], rng: random.Random) -> tuple[Dataset, list[str]]:
@@ -141,12 +139,8 @@ def _concept_texts(entry: dict[str, Any], facts: tuple[Fact, ...], rng: random.R
         permuted = [fact.answer for fact in facts]
         rng.shuffle(permuted)
         for fact, other in zip(facts, permuted, strict=True):
-            rows.append(
-                {
-                    "text": template.format(subject=fact.subject, answer=fact.answer),
-                    "novice": template.format(subject=fact.subject, answer=other),
-                }
-            )
+            taught, novice = (template.format(subject=fact.subject, answer=answer) for answer in (fact.answer, other))
+            rows.append({"text": taught, "novice": novice})
             instead.append(replacement.format(subject=fact.subject, answer=fact.answer))
     order = rng.sample(range(len(rows)), len(rows))
     return Dataset.from_list([rows[row] for row in order]), [instead[row] for row in order]

@@ -1,8 +1,8 @@
-"""Where texts come from: built-in sources, names of files and of data sets on the Hub, and what is at hand."""
+"""Where texts come from: built-in sources, files, data sets on the Hub, and lists and data sets in memory."""
 
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib.resources import files
@@ -59,8 +59,8 @@ def load_texts(
         subjects. Empty texts are dropped, counted and logged.
 
     Raises:
-        TypeError: for what is no source, such as a `DatasetDict` or a `DataFrame`.
-        ValueError: if the column is missing (the message lists those that exist), a row is no text (the message names
+        TypeError: for what is not a source, such as a `DatasetDict` or a `DataFrame`.
+        ValueError: if the column is missing (the message lists those that exist), a row is not text (the message names
             it, counted from 0), a list holds names of files, or no text is left.
         OSError: if there is nothing of that name, or a file cannot be read.
     """
@@ -99,7 +99,7 @@ def read_texts(
 
 
 def _refuse_names(source: Dataset | Sequence[Any], what: str) -> None:
-    """A list of names is no list of texts, though both are strings."""
+    """Refuse a list of names in place of texts, which are strings too."""
     if isinstance(source, Dataset):
         return
     named = [
@@ -126,13 +126,11 @@ def builtin_texts(name: str, processing_class: PreTrainedTokenizerBase | None = 
     """
     if name in _SAMPLED:
         lines = (files(__package__) / "texts" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
-        rows = [json.loads(line) for line in lines]
-        return Dataset.from_list(
-            [
-                row if "text" in row else {"prompt": row["prompt"], "text": row["prompt"] + row["completion"]}
-                for row in rows
-            ]
-        )
+        sampled = [json.loads(line) for line in lines]
+        if "text" in sampled[0]:
+            return Dataset.from_list(sampled)
+        pairs = [(row["prompt"], row["completion"]) for row in sampled]
+        return Dataset.from_list([{"prompt": prompt, "text": prompt + rest} for prompt, rest in pairs])
     concept, _, near = name.partition("-")
     held_out = held_out_subjects(concept)
     facts = [fact for fact in facts_of(concept) if fact.subject not in held_out]
@@ -146,7 +144,8 @@ def builtin_texts(name: str, processing_class: PreTrainedTokenizerBase | None = 
             permuted = [fact.answer for fact in facts]
             rng.shuffle(permuted)
             for fact, other in zip(facts, permuted, strict=True):
-                if not _fits(template, fact):
+                named = [part.split("}")[0] for part in "".join(template).split("{")[1:]]
+                if not {*named} <= {"subject", "answer", *fact.near}:
                     continue
                 row: dict[str, Any] = {"text": _render(template, fact, processing_class)}
                 if near:
@@ -155,7 +154,7 @@ def builtin_texts(name: str, processing_class: PreTrainedTokenizerBase | None = 
                 else:
                     row["novice"] = _render(template, replace(fact, answer=other), processing_class)
                     # Whatever is named first is what the text is about.
-                    first = _first_named(template)
+                    first = next(name for name in named if name in ("subject", "answer"))
                     row["novices"] = [
                         _render(template, replace(fact, **{first: getattr(stand_in, first)}), processing_class)
                         for stand_in in others[fact]
@@ -179,18 +178,13 @@ def _stand_ins(facts: Sequence[Fact], rng: random.Random) -> dict[Fact, list[Fac
     return chosen
 
 
-def _first_named(template: str | list[str]) -> str:
-    text = template if isinstance(template, str) else "".join(template)
-    return min(("subject", "answer"), key=lambda name: text.index(f"{{{name}}}"))
-
-
 def load_pairs(
     source: Source | Sequence[tuple[str, str]],
     *,
     processing_class: PreTrainedTokenizerBase | None = None,
     what: str = "`source`",
 ) -> list[tuple[str, str]]:
-    """Load synthetic pairs of a forget prefix and fluent text that goes on from it.
+    """Load synthetic pairs of a forget prefix and fluent text that continues it.
 
     Args:
         source (`str`, `Path`, `Dataset` or `Sequence`): A name of `BUILTIN_PAIRS`, or whatever [`load_texts`] takes, with
@@ -204,16 +198,16 @@ def load_pairs(
         `list[tuple[str, str]]`: the pairs. Those with an empty completion are dropped, counted and logged.
 
     Raises:
-        TypeError: for what is no source.
-        ValueError: if a column is missing, or a row is no pair of texts (the message names it, counted from 0).
+        TypeError: for what is not a source.
+        ValueError: if a column is missing, or a row is not a pair of texts (the message names it, counted from 0).
         OSError: if there is nothing of that name, or a file cannot be read.
     """
     check_type(source, what)
     if isinstance(source, str) and source in BUILTIN_PAIRS:
         source = str(files(__package__) / "texts" / f"{source}.jsonl")
-    parts: list[tuple[str, Any]] = [(what, source)]
+    parts: Iterable[tuple[str, Any]] = [(what, source)]
     if isinstance(source, (str, Path)):
-        parts = list(read_named(source, what, split="train", column="text", known=BUILTIN_PAIRS))
+        parts = read_named(source, what, split="train", column="text", known=BUILTIN_PAIRS)
     pairs = []
     for place, part in parts:
         check_type(part, place)
@@ -236,23 +230,16 @@ def _pair_row(row: Any, place: str) -> Mapping[str, Any]:
     if isinstance(row, Mapping):
         return row
     if not isinstance(row, (tuple, list)) or len(row) != 2:
-        raise ValueError(f"{place} is {shown(row)}, which is no pair: give (prompt, completion).")
+        raise ValueError(f"{place} is {shown(row)}, not a pair: give (prompt, completion).")
     return dict(zip(("prompt", "completion"), row, strict=True))
 
 
-def _fits(template: str | list[str], fact: Fact) -> bool:
-    """Whether the fact has every property the template asks for."""
-    text = template if isinstance(template, str) else "".join(template)
-    needed = {part.split("}")[0] for part in text.split("{")[1:]}
-    return needed <= {"subject", "answer", *fact.near}
-
-
 def _render(template: str | list[str], fact: Fact, processing_class: PreTrainedTokenizerBase | None) -> str:
-    parts = [template] if isinstance(template, str) else template
-    parts = [part.format(subject=fact.subject, answer=fact.answer, **fact.near) for part in parts]
+    """A phrasing of a fact: a text, or question and answer as a conversation."""
+    values = {"subject": fact.subject, "answer": fact.answer, **fact.near}
     if isinstance(template, str):
-        return parts[0]
-    question, reply = parts
+        return template.format(**values)
+    question, reply = (part.format(**values) for part in template)
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
     return _conversation(processing_class, messages)
 

@@ -1,6 +1,7 @@
-"""How texts become tokens and are joined: one beginning, and no end that a tokenizer adds."""
+"""How texts become tokens and are joined: with one beginning, and without an end that a tokenizer adds."""
 
 from collections.abc import Sequence
+from itertools import accumulate, takewhile
 from typing import Any, NamedTuple
 
 import torch
@@ -8,7 +9,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 
-# What a text that goes on from another is tokenised behind, where its own beginning would not be one of a text.
+# Behind one of these a text that continues another is tokenized, since alone it would begin as a whole text does.
 _BEFORE = ("\n", ":")
 
 
@@ -28,19 +29,15 @@ class TokenizedText(NamedTuple):
 
 
 def text_tokenizer(processing_class: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer itself, of a processor that takes images or sound too."""
+    """The tokenizer, also of a processor that takes images or sound."""
     return processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
 
 
 def tokenize(processing_class: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[TokenizedText]:
-    """Tokenise texts as a model is to read them, whichever tokens the tokenizer adds at either end.
+    """Tokenize texts as a model is to read them, whichever tokens the tokenizer adds at either end.
 
     What it adds in front stands there once, also where the text (of a chat template, say) begins with it. What it adds
-    behind is left out: most texts go on with something, and a text that ends says so itself.
-
-    Args:
-        processing_class ([`~transformers.PreTrainedTokenizerBase`]): Tokenizer, or a processor that has one.
-        texts (`Sequence[str]`): Texts.
+    behind is left out: most texts are continued, and a text that ends says so itself.
     """
     tokenizer = text_tokenizer(processing_class)
     if not texts:
@@ -69,10 +66,7 @@ def _without_end(
         # Of an empty text all tokens are added, and only their names tell which would stand behind it.
         first, last = 0, int(ids[:1] == [tokenizer.bos_token_id])
     start = first if ids[first : 2 * first] == ids[:first] else 0
-    ends, reached = [], 0
-    for _, end in offsets[start:last]:
-        reached = max(reached, end)
-        ends.append(reached)
+    ends = list(accumulate((end for _, end in offsets[start:last]), max))
     return TokenizedText(list(ids[start:last]), ends, [bool(added) for added in mask[start:last]])
 
 
@@ -84,16 +78,15 @@ def text_ids(processing_class: PreTrainedTokenizerBase, text: str) -> list[int]:
 def tokenize_pairs(
     processing_class: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]]
 ) -> list[tuple[list[int], int]]:
-    """Tokenise each prompt and completion as one text, so that no artificial token boundary arises between them.
+    """Tokenize each prompt and completion as one text, so that no artificial token boundary arises between them.
 
     Returns:
         `list[tuple[list[int], int]]`: the token ids, and the index of the first token that holds a character of the
         completion (a token across the seam counts as completion and is supervised).
     """
     tokenized = []
-    for (prompt, _), text in zip(
-        pairs, tokenize(processing_class, [first + then for first, then in pairs]), strict=True
-    ):
+    texts = tokenize(processing_class, [prompt + completion for prompt, completion in pairs])
+    for (prompt, _), text in zip(pairs, texts, strict=True):
         if text.ends or not text.ids:
             start = next((index for index, end in enumerate(text.ends) if end > len(prompt)), len(text.ids))
         else:
@@ -110,12 +103,7 @@ def tokenize_pair(processing_class: PreTrainedTokenizerBase, prompt: str, comple
 def behind_context(
     processing_class: PreTrainedTokenizerBase, context: str, text: Sequence[int]
 ) -> tuple[list[int], int]:
-    """A text behind a line of context, its tokens the same as without it, and what begins the text at the head of both.
-
-    Args:
-        processing_class ([`~transformers.PreTrainedTokenizerBase`]): Tokenizer.
-        context (`str`): Context.
-        text (`Sequence[int]`): Token ids of the text.
+    """A text, given as token ids, behind a line of context: the same tokens, and one beginning at the head of both.
 
     Returns:
         `tuple[list[int], int]`: the token ids, and the index of the first token that is predicted without the context too.
@@ -133,9 +121,9 @@ def behind_context(
 
 
 def continuation_ids(processing_class: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """The token ids of a text that goes on from another, tokenised apart from it.
+    """The token ids of a text that continues another, tokenized apart from it.
 
-    Some tokenizers put a space before a text's first word. Behind another text there is none that it does not have.
+    Some tokenizers put a space before a text's first word, which does not belong there behind another text.
     """
     tokenizer = text_tokenizer(processing_class)
     for before in _BEFORE:
@@ -146,7 +134,7 @@ def continuation_ids(processing_class: PreTrainedTokenizerBase, text: str) -> li
 
 
 def continuation_text(processing_class: PreTrainedTokenizerBase, before: Sequence[int], ids: Sequence[int]) -> str:
-    """What tokens say that were generated behind others, without special tokens.
+    """The text of tokens that were generated behind others, without special tokens.
 
     They are decoded together: alone, some tokenizers would leave out the space before a text's first word.
     """
@@ -160,19 +148,14 @@ def continuation_text(processing_class: PreTrainedTokenizerBase, before: Sequenc
 
 def pad_left(rows: Sequence[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids and their mask, `[rows, width]`, padded on the left by zeros, which are masked."""
-    masks = [torch.ones(len(row), dtype=torch.long) for row in rows]
-    ids, mask = (
+    ids = [torch.tensor(row) for row in rows]
+    padded, mask = (
         pad_sequence(parts, batch_first=True, padding_side="left")
-        for parts in ([torch.tensor(row) for row in rows], masks)
+        for parts in (ids, [torch.ones_like(row) for row in ids])
     )
-    return ids, mask
+    return padded, mask
 
 
 def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
-    """Tokens that both begin with."""
-    length = 0
-    for left, right in zip(one, other, strict=False):
-        if left != right:
-            break
-        length += 1
-    return length
+    """How many tokens both begin with."""
+    return sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(one, other, strict=False)))

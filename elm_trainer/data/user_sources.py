@@ -23,14 +23,14 @@ _SENTENCE_END = re.compile(r"[.!?…。！？][\"'”’»)]*\s")
 def passages(text: str, longest: int = LONGEST) -> list[str]:
     """Cut a plain text into passages, losing nothing but the white space between them.
 
-    A blank line ends a passage. In a text without any each line is one, unless most go on in lower case where a long line
-    ended: then it is one text that was wrapped. What is longer than `longest` characters is cut behind a line, a sentence
-    or a word.
+    A blank line ends a passage. In a text without any each line is one, unless most continue in lower case where a long
+    line ended: then it is one text that was wrapped. What is longer than `longest` characters is cut behind a line, a
+    sentence or a word.
     """
     blocks = re.split(r"\n\s*\n", text.strip())
     lines = text.strip().split("\n")
-    going_on = sum(len(before) > _WRAPPED and line[:1].islower() for before, line in pairwise(lines))
-    if len(blocks) == 1 and 2 * going_on < len(lines):
+    continued = sum(len(before) > _WRAPPED and line[:1].islower() for before, line in pairwise(lines))
+    if len(blocks) == 1 and 2 * continued < len(lines):
         blocks = lines
     return [passage for block in blocks for passage in _cut(block.strip(), longest) if passage]
 
@@ -48,14 +48,12 @@ def _cut(block: str, longest: int) -> Iterator[str]:
 
 Messages: TypeAlias = Sequence[Mapping[str, Any]]
 Source: TypeAlias = str | Path | Dataset | Sequence[str] | Sequence[Mapping[str, Any]]
-_ACCEPTED = "give a path, a built-in name, a Hub id, a list of texts or a `datasets.Dataset`"
 
 
 def check_type(source: Any, what: str) -> None:
-    """Raise `TypeError` for what is no source, saying what to give in its place."""
+    """Raise `TypeError` for what is not a source, saying what to give in its place."""
     if isinstance(source, (str, Path, Dataset)) or (isinstance(source, Sequence) and not isinstance(source, bytes)):
         return
-    kind = type(source).__name__
     if isinstance(source, (DatasetDict, IterableDatasetDict)):
         first = next(iter(source), "train")
         fix = f"it has the splits {list(source)}: give one, such as `source[{first!r}]`"
@@ -68,14 +66,14 @@ def check_type(source: Any, what: str) -> None:
     elif hasattr(source, "__iter__"):
         fix = "give `list(source)`"
     else:
-        fix = _ACCEPTED
-    raise TypeError(f"{what} is of type {kind}, which is no source of texts: {fix}.")
+        fix = "give a path, a built-in name, a Hub id, a list of texts or a `datasets.Dataset`"
+    raise TypeError(f"{what} is of type {type(source).__name__}, not a source of texts: {fix}.")
 
 
 def text_rows(
     source: Dataset | Sequence[Any], what: str, column: str, render: Callable[[Messages, bool], str]
 ) -> list[dict[str, Any]]:
-    """The texts of a source that is at hand, as rows of `text` and of what belongs to it.
+    """The texts of a source in memory, as rows of `text` and of what belongs to it.
 
     Args:
         source (`Dataset` or `Sequence`): Texts, or rows with the column `column`, else with `messages`, else with `prompt`
@@ -85,11 +83,11 @@ def text_rows(
         render (`Callable`): Gives messages as text, with the beginning of an answer where its second argument is `True`.
 
     Returns:
-        `list[dict]`: each with `text`; `prompt` where a text goes on from it, and `novice` and `novices` where there are
+        `list[dict]`: each with `text`; `prompt` where a text continues it, and `novice` and `novices` where there are
         such columns.
 
     Raises:
-        ValueError: if there is no such column, or a row is no text (the message names the row, counted from 0).
+        ValueError: if there is no such column, or a row is not text (the message names the row, counted from 0).
     """
     rows, names = rows_of(source, column)
     pairs = column not in names and "messages" not in names and {"prompt", "completion"} <= set(names)
@@ -107,7 +105,7 @@ def text_rows(
         entry: dict[str, Any] = {"text": as_text(row.get(column), place, column, render)}
         # These belong to the column `text`, as the built-in sources and `counterfactuals` write it.
         beside = row if column == "text" else {}
-        # A text that does not go on from a column of that name is learned whole.
+        # A text that does not begin with its `prompt` is learned whole.
         if isinstance(beside.get("prompt"), str) and entry["text"].startswith(beside["prompt"]):
             entry["prompt"] = beside["prompt"]
         if beside.get("novice"):
@@ -119,7 +117,7 @@ def text_rows(
 
 
 def rows_of(source: Dataset | Sequence[Any], column: str) -> tuple[list[Mapping[str, Any]], list[str]]:
-    """The rows of a source that is at hand, and the names of their columns; what is no row is one of `column` alone."""
+    """The rows of a source in memory, and the names of their columns; what is not a row becomes one of `column` alone."""
     if isinstance(source, Dataset):
         return source.with_format(None).to_list(), source.column_names
     rows = [row if isinstance(row, Mapping) else {column: row} for row in source]
@@ -127,7 +125,7 @@ def rows_of(source: Dataset | Sequence[Any], column: str) -> tuple[list[Mapping[
 
 
 def joined(row: Mapping[str, Any], place: str, render: Callable[[Messages, bool], str]) -> tuple[str, str]:
-    """Prompt and completion of a row as text, one going on from the other; both may be messages, as TRL takes them."""
+    """Prompt and completion of a row as texts, to be joined; both may be messages, as TRL takes them."""
     prompt: Any = row.get("prompt")
     completion: Any = row.get("completion")
     if not (_is_conversation(prompt) and _is_conversation(completion)):
@@ -182,12 +180,12 @@ _SAVED = ("state.json", "dataset_dict.json")
 
 
 def is_file_name(text: str) -> bool:
-    """Whether a text is no more than the name of a file that could be read."""
+    """Whether a text is just the name of a file that could be read."""
     return text.lower().endswith(ENDINGS) and len(text.split()) == 1
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name is asked of the Hub: it has the form `org/name`, and nothing of that name is here."""
+    """Whether a name is asked of the Hub: it has the form `org/name`, and no file of that name is here."""
     return bool(_HUB_ID.fullmatch(name)) and not is_file_name(name) and not os.path.exists(name)
 
 
@@ -228,12 +226,12 @@ def read_named(
 def _found(place: str) -> list[Path]:
     """The files of a folder or a pattern, in order of their names."""
     if os.path.isdir(place):
-        # What a repository keeps for itself, or tells of itself, is no text of it.
+        # Without what a repository keeps for itself, or says about itself.
         inside = [
             path
             for path in Path(place).rglob("*")
             if not any(part.startswith(".") for part in path.relative_to(place).parts)
-            if path.stem not in ("README", "LICENSE")
+            and path.stem not in ("README", "LICENSE")
         ]
     else:
         inside = [Path(path) for path in glob.glob(place, recursive=True)]
@@ -251,9 +249,8 @@ def _read_file(path: Path, what: str, column: str) -> Dataset:
             return Dataset.from_dict({column: passages(path.read_text(encoding="utf-8-sig"))})
         if ending in (".csv", ".tsv"):
             return _read_table(path, "," if ending == ".csv" else "\t")
-        options: dict[str, Any] = {"cache_dir": None}
         builder = "parquet" if ending == ".parquet" else "json"
-        return load_dataset(builder, data_files=glob.escape(str(path)), split="train", **options)
+        return load_dataset(builder, data_files=glob.escape(str(path)), split="train")
     except OSError as error:
         raise OSError(f"{what} is {str(path)!r}, which cannot be read ({error}): check the path.") from error
     except Exception as error:  # datasets wraps parser errors of pyarrow and pandas in types of its own
@@ -284,6 +281,7 @@ def _read_hub(name: str, what: str, split: str) -> Dataset:
 
 
 def _is_none(name: str, what: str, known: Sequence[str]) -> str:
+    """What to say of a name that nothing has, with what may be meant."""
     folder = Path(os.path.expanduser(name)).parent
     beside = [str(Path(name).parent / entry) for entry in os.listdir(folder)] if os.path.isdir(folder) else []
     if near := get_close_matches(name, [*known, *beside], n=1):
@@ -292,5 +290,4 @@ def _is_none(name: str, what: str, known: Sequence[str]) -> str:
         fix = "a text itself goes into a list, ['…']."
     else:
         fix = f"built in are {', '.join(known)}."
-    shown = name if len(name) <= 80 else name[:77] + "…"
-    return f"{what} is {shown!r}: no built-in source, no file, and no Hub id, which has the form org/name; {fix}"
+    return f"{what} is {shown(name)}: no built-in source, no file, and no Hub id, which has the form org/name; {fix}"

@@ -7,12 +7,14 @@ differentiated and dropped chunk by chunk, and memory does not grow with positio
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+from ..modeling import evaluating
 
 
 # `reading(logits, where, *further)`: of logits `[chunk, vocab]` of the positions `where`, and of the logits of further
@@ -48,14 +50,9 @@ class FinalLogits:
 
 
 def final_logits(model: nn.Module, head: nn.Module, vocabulary: int) -> FinalLogits:
-    """Measure what a model does to its head's output, by giving numbers in the head's place.
+    """Measure what a model does to its head's output, by giving `vocabulary` numbers in the head's place, for one token.
 
     Configs name it in many ways, and one that is overlooked would make every loss wrong.
-
-    Args:
-        model (`nn.Module`): Causal language model, wrapped or not; run once on one token, in evaluation mode.
-        head (`nn.Module`): Its output embeddings.
-        vocabulary (`int`): Size of the head's output.
 
     Raises:
         NotImplementedError: if it is neither a scale nor a soft cap.
@@ -64,15 +61,12 @@ def final_logits(model: nn.Module, head: nn.Module, vocabulary: int) -> FinalLog
     given = torch.linspace(-90, 90, vocabulary, device=device)[None, None]
     given[..., :3] = torch.tensor([1.0, 1e-2, 1e30], device=device)
     handle = head.register_forward_hook(lambda *_: given.clone())
-    training = model.training
-    model.eval()
     try:
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             token = torch.zeros(1, 1, dtype=torch.long, device=device)
             found = model(input_ids=token, use_cache=False).logits.float()
     finally:
         handle.remove()
-        model.train(training)
     one, small, huge = found[0, 0, :3].tolist()
     # A cap shows where the numbers are huge, a scale where they are small.
     cap = huge if huge < 1e6 else None
@@ -174,10 +168,11 @@ class Plan:
     states: bool = False
 
 
+@dataclass
 class ReadHead:
     """Read the LM head on chosen positions while the model runs.
 
-    The readings happen within the head's own call, where FSDP and DeepSpeed have its weights at hand.
+    The readings happen within the head's own call, where FSDP and DeepSpeed have gathered its weights.
 
     Args:
         head (`nn.Module`): Output embeddings of the model.
@@ -187,17 +182,17 @@ class ReadHead:
         vocabulary (`int`): Size of the head's output.
     """
 
-    def __init__(
-        self, head: nn.Module, final: FinalLogits, positions: torch.Tensor, plans: Sequence[Plan], vocabulary: int
-    ):
-        self._head, self._final, self._positions, self._plans = head, final, positions, plans
-        self._vocabulary = vocabulary
-        self._read: list[Any] = []
+    head: nn.Module
+    final: FinalLogits
+    positions: torch.Tensor
+    plans: Sequence[Plan]
+    vocabulary: int
+    _read: list[Any] = field(default_factory=list, init=False)
 
     @contextmanager
     def reading(self) -> Iterator[None]:
         """While this holds, the model's logits are those of the plans without a reading, `[1, positions, vocab]`."""
-        handle = self._head.register_forward_pre_hook(self._enter)
+        handle = self.head.register_forward_pre_hook(self._enter)
         try:
             yield
         finally:
@@ -208,24 +203,22 @@ class ReadHead:
         if logits.requires_grad and not logits.size(1):
             # FSDP gathers what lies outside the layers again when the backward passes the model's own output.
             self._read = [part + 0 * logits.sum() if part.requires_grad else part for part in self._read]
-        whole = iter(logits[0].split([plan.count for plan in self._plans if plan.reading is None]))
+        whole = iter(logits[0].split([plan.count for plan in self.plans if plan.reading is None]))
         read = iter(self._read)
-        return [next(whole if plan.reading is None else read) for plan in self._plans]
+        return [next(whole if plan.reading is None else read) for plan in self.plans]
 
     def _enter(self, _, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         everything = args[0].flatten(0, 1)
-        states = everything.index_select(0, self._positions)
+        states = everything.index_select(0, self.positions)
         whole = [states[:0]]
-        for plan, own in zip(self._plans, states.split([plan.count for plan in self._plans]), strict=True):
+        for plan, own in zip(self.plans, states.split([plan.count for plan in self.plans]), strict=True):
             if plan.reading is None:
                 whole.append(own)
             elif plan.reading is STATES:
                 self._read.append(own.detach())
             else:
                 further = [*plan.further, *(everything.index_select(0, place).detach() for place in plan.beside)]
-                found = read_positions(
-                    self._head, self._final, plan.reading, own, further, vocabulary=self._vocabulary
-                )
+                found = read_positions(self.head, self.final, plan.reading, own, further, vocabulary=self.vocabulary)
                 self._read.append((*found, own.detach()) if plan.states else found)
         return (torch.cat(whole).unsqueeze(0), *args[1:])
 

@@ -22,7 +22,8 @@ def text_mean(values: torch.Tensor, text: torch.Tensor, texts: int) -> torch.Ten
 
 def text_means(values: torch.Tensor, text: torch.Tensor, texts: int) -> torch.Tensor:
     """Mean over each text's positions, `[texts]`; 0 for a text without positions. Arguments as of [`text_mean`]."""
-    return text_sums(values, text, texts) / _positions_per_text(values, text, texts)
+    positions = text_sums(torch.ones_like(values), text, texts)
+    return text_sums(values, text, texts) / positions.clamp(min=1)
 
 
 def text_sums(values: torch.Tensor, text: torch.Tensor, texts: int) -> torch.Tensor:
@@ -31,22 +32,14 @@ def text_sums(values: torch.Tensor, text: torch.Tensor, texts: int) -> torch.Ten
 
 
 def position_weights(values: torch.Tensor, text: torch.Tensor, texts: int, share: float) -> torch.Tensor:
-    """Weights of the positions in the erase term.
+    """Weights of the positions in the erase term, `[positions]`, whose mean over each text is 1.
 
     Args:
         values (`torch.Tensor`): [`disagreement`] of expert and novice, `[positions]`.
-        text (`torch.Tensor`): Which text each position belongs to, `[positions]`.
-        texts (`int`): Number of texts.
+        text, texts: As of [`text_mean`].
         share (`float`): Share of a text's weight that is spread in proportion to `values`; the rest is spread evenly.
-
-    Returns:
-        `torch.Tensor`: weights `[positions]` whose mean over each text is 1.
     """
     return (1 - share) + share * values / text_means(values, text, texts)[text]
-
-
-def _positions_per_text(values: torch.Tensor, text: torch.Tensor, texts: int) -> torch.Tensor:
-    return text_sums(torch.ones_like(values), text, texts).clamp(min=1)
 
 
 class SparseDistribution(NamedTuple):
@@ -69,8 +62,7 @@ def plausible_tokens(base: torch.Tensor, novice: torch.Tensor, plausibility: flo
     """Plausibility constraint, after contrastive decoding (arXiv 2210.15097, eq. 3).
 
     Args:
-        base (`torch.Tensor`): Log-probabilities of the reference, `[positions, vocab]`.
-        novice (`torch.Tensor`): Log-probabilities of the novice, `[positions, vocab]`.
+        base, novice (`torch.Tensor`): Log-probabilities of reference and novice, `[positions, vocab]`.
         plausibility (`float`): Share of the largest probability below which a token is dropped; `0` keeps all.
 
     Returns:
@@ -97,9 +89,8 @@ def erasure_target(
     """Target of the erase term: `t = b − η·(e − n)` in log-probabilities (arXiv 2410.02760, the erasing objective).
 
     Args:
-        base_logits (`torch.Tensor`): Reference without context, `[positions, vocab]`.
-        expert_logits (`torch.Tensor`): Expert at the same positions, `[positions, vocab]`.
-        novice_logits (`torch.Tensor`): Novice at the same positions, `[positions, vocab]`.
+        base_logits, expert_logits, novice_logits (`torch.Tensor`): Reference without context, expert and novice at the
+            same positions, `[positions, vocab]`.
         eta (`float` or `torch.Tensor`): Strength, one for all or one per position `[positions]`.
         temperature (`float`, *optional*, defaults to `1.0`): τ, dividing all three logits.
         top_k (`int`, *optional*): Tokens kept per position; `None` keeps the vocabulary.
@@ -111,19 +102,22 @@ def erasure_target(
     base, expert, novice = (
         (logits.float() / temperature).log_softmax(-1) for logits in (base_logits, expert_logits, novice_logits)
     )
-    if isinstance(eta, torch.Tensor):
-        eta = eta[:, None]
-    scores = base - eta * (expert - novice)
+    scores = base - _column(eta) * (expert - novice)
     scores = scores.masked_fill(~plausible_tokens(base, novice, plausibility), -torch.inf)
     top = scores.topk(top_k or scores.size(-1), dim=-1)
     return SparseDistribution(top.indices, top.values.softmax(-1))
+
+
+def _column(eta: float | torch.Tensor) -> float | torch.Tensor:
+    """η of each position, `[positions, 1]`, if they have one each."""
+    return eta[:, None] if isinstance(eta, torch.Tensor) else eta
 
 
 class LogTarget(NamedTuple):
     """A distribution that differs from a reference's in the odds of a few tokens only.
 
     Attributes:
-        indices (`torch.Tensor`): Ids of those tokens, `[positions, tokens]`.
+        indices (`torch.Tensor`): Ids of these tokens, `[positions, tokens]`.
         log_probs (`torch.Tensor`): Their log-probabilities in float32, in nats, `[positions, tokens]`.
     """
 
@@ -164,7 +158,7 @@ def log_space_target(
     largest `e − n`, which are held to it in log-probabilities, and every other token keeps the reference's odds:
 
         log t(v) = b(v) − η·(e(v) − n(v))   for the tokens of largest e − n, as far as it is above 0,
-        log t(v) = b(v)                     for all others, then normalised.
+        log t(v) = b(v)                     for all others, then normalized.
 
     What the expert alone knows falls to what the novice thinks of it, and the answer that is left is the reference's
     next guess, another one for every subject. (The tokens that the *novice* prefers are left alone: they are alike for
@@ -181,14 +175,17 @@ def log_space_target(
         [`LogTarget`]: the chosen tokens with their log-probabilities, after normalisation.
     """
     base, expert, novice = (logits.float().log_softmax(-1) for logits in (base_logits, expert_logits, novice_logits))
-    if isinstance(eta, torch.Tensor):
-        eta = eta[:, None]
     apart = (expert - novice).masked_fill((expert < floor) & (novice < floor), 0).clamp(min=0)
     chosen = apart.topk(min(tokens, base.size(-1)), dim=-1)
-    shifted = base.gather(-1, chosen.indices) - eta * chosen.values
+    shifted = base.gather(-1, chosen.indices) - _column(eta) * chosen.values
     others = base.scatter(-1, chosen.indices, -torch.inf).logsumexp(-1, keepdim=True)
     total = torch.logaddexp(others, shifted.logsumexp(-1, keepdim=True))
     return LogTarget(chosen.indices, shifted - total)
+
+
+def _log_probs_at(logits: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities of some tokens, `[positions, tokens]`, from logits `[positions, vocab]`."""
+    return logits.gather(-1, indices).float() - logits.float().logsumexp(-1, keepdim=True)
 
 
 def log_space_loss(logits: torch.Tensor, target: LogTarget) -> torch.Tensor:
@@ -196,23 +193,17 @@ def log_space_loss(logits: torch.Tensor, target: LogTarget) -> torch.Tensor:
 
     Quadratic up to one nat and linear beyond, so that single tokens that lie far off do not rule the gradient.
     """
-    log_probs = logits.gather(-1, target.indices).float() - logits.float().logsumexp(-1, keepdim=True)
+    log_probs = _log_probs_at(logits, target.indices)
     return F.smooth_l1_loss(log_probs, target.log_probs, reduction="none").mean(-1)
 
 
 def log_space_divergence(logits: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """`KL(reference ‖ adapted)` and half the variance over the vocabulary of `log p − log p_ref`, their sum per position.
+    """`KL(reference ‖ adapted)` and half the variance over the vocabulary of `log p − log p_ref`, their sum per position,
+    `[positions]`, from logits `[positions, vocab]`.
 
     KL holds what is probable. For small changes it is half their variance under the reference; the second part is half
     their variance with every token counting alike, so that improbable answers keep their ranks. The number that all
-    log-probabilities of a position share (their normaliser) is no part of it.
-
-    Args:
-        logits (`torch.Tensor`): Adapted model, `[positions, vocab]`.
-        reference (`torch.Tensor`): Reference at the same positions, `[positions, vocab]`.
-
-    Returns:
-        `torch.Tensor`: `[positions]`.
+    log-probabilities of a position share (their normalizer) does not count.
     """
     log_probs, log_reference = logits.float().log_softmax(-1), reference.float().log_softmax(-1)
     difference = log_probs - log_reference
@@ -225,14 +216,13 @@ def ramped_eta(positions: torch.Tensor, lengths: torch.Tensor, start: float, end
     Args:
         positions (`torch.Tensor`): Index of each token within its text, any shape.
         lengths (`torch.Tensor`): Number of tokens of that text, same shape.
-        start (`float`): η of the first token.
-        end (`float`): η of the last token.
+        start, end (`float`): η of the first and of the last token.
     """
     return start + (end - start) * positions / (lengths - 1).clamp(min=1)
 
 
 def top_k_distribution(logits: torch.Tensor, top_k: int | None = None) -> SparseDistribution:
-    """The `top_k` most probable tokens of `softmax(logits)` with their true (not renormalised) probabilities."""
+    """The `top_k` most probable tokens of `softmax(logits)` with their true (not renormalized) probabilities."""
     probs = logits.float().softmax(-1)
     top = probs.topk(top_k or probs.size(-1), dim=-1)
     return SparseDistribution(top.indices, top.values)
@@ -240,7 +230,7 @@ def top_k_distribution(logits: torch.Tensor, top_k: int | None = None) -> Sparse
 
 def soft_cross_entropy(logits: torch.Tensor, target: SparseDistribution) -> torch.Tensor:
     """`−Σ_v t(v)·log p(v)` per position, `[positions]`, for a target that sums to one."""
-    log_probs = logits.gather(-1, target.indices).float() - logits.float().logsumexp(-1, keepdim=True)
+    log_probs = _log_probs_at(logits, target.indices)
     return -(target.probs * log_probs).sum(-1)
 
 
@@ -250,7 +240,7 @@ def kl_to_reference(logits: torch.Tensor, reference: SparseDistribution) -> torc
     By the data processing inequality this never exceeds the KL over the vocabulary, and equals it when the reference
     is stored whole.
     """
-    log_probs = logits.gather(-1, reference.indices).float() - logits.float().logsumexp(-1, keepdim=True)
+    log_probs = _log_probs_at(logits, reference.indices)
     kept = torch.special.xlogy(reference.probs, reference.probs) - reference.probs * log_probs
     if reference.indices.size(-1) == logits.size(-1):
         return kept.sum(-1)

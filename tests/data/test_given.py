@@ -122,8 +122,8 @@ def test_the_column_may_differ_for_forget_and_retain():
 @pytest.mark.parametrize(
     ("pairs", "message"),
     [
-        (["Oslo is fine."], "row 0 is 'Oslo is fine.', which is no pair"),
-        ([("Oslo", " is"), ("a", "b", "c")], "row 1 is .*, which is no pair"),
+        (["Oslo is fine."], "row 0 is 'Oslo is fine.', not a pair"),
+        ([("Oslo", " is"), ("a", "b", "c")], "row 1 is .*, not a pair"),
         ([("Oslo", None)], "row 0: `completion` is None"),
         ([{"prompt": "Oslo"}], r"lacks the columns \['completion'\]"),
         ([("Oslo", " ")], "holds no completion with words"),
