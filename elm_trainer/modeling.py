@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import is_bitsandbytes_available
 
 
-# Modules that an adapter takes for linear ones; GPT-2 has a kind of its own.
+# Modules that an adapter takes for linear ones; GPT-2 has its own kind.
 LINEAR = (nn.Linear, Conv1D)
 DEMO_MODEL = "smollm2-135m-instruct"
 GEMMA_MODEL = "gemma3-270m"

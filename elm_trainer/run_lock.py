@@ -17,7 +17,7 @@ from .files import discard, discard_unfinished, read_object, write_json
 
 logger = logging.get_logger(__name__)
 LOCK_FILE = ".elm-run.lock"
-# Who holds the lock. A file of its own, since some versions of filelock empty the other when they try it.
+# Who holds the lock. A separate file, since some versions of filelock empty the other when they try it.
 HOLDER_FILE = ".elm-run.json"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 

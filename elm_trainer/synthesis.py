@@ -124,7 +124,7 @@ def synthesize_completions(
         [`SynthesisResult`]: the pairs, in which the pivot sentence stands at the head of the completion.
 
     Raises:
-        TypeError: if `prompts` is no list of texts, or `concept` no [`Concept`].
+        TypeError: if `prompts` is not a list of texts, or `concept` not a [`Concept`].
         ValueError: if there are no prompts, or all completions were dropped.
         OSError: if the cache can't be read or written to.
     """

@@ -26,7 +26,7 @@ class Packing(NamedTuple):
     Attributes:
         tokens (`torch.Tensor`): For each packed slot, its token's index in the flattened sub-batches, `[rows, width]`.
         position_ids (`torch.Tensor`, *optional*): Positions that start anew at each text, `[rows, width]`; none where each
-            has a row of its own, so that the model counts in its own way.
+            has a row to itself, so that the model counts in its own way.
         slots (`torch.Tensor`): For each index in the flattened sub-batches, its packed slot, `[tokens]`; 0 for padding.
     """
 
@@ -92,7 +92,7 @@ def pack_batches(
     width = max(sum(lengths[text] for text in row) for row in rows)
     if pad_to_multiple_of:
         width = -(-width // pad_to_multiple_of) * pad_to_multiple_of
-    # A gap at the end of a row is a text of its own, whose logits nobody reads.
+    # A gap at the end of a row counts as one more text, whose logits nobody reads.
     tokens = torch.zeros(len(rows), width, dtype=torch.long)
     position_ids = torch.zeros(len(rows), width, dtype=torch.long)
     slots = torch.zeros(total, dtype=torch.long)
@@ -161,7 +161,7 @@ def _places(text: Sequence[int], novice: Sequence[int]) -> dict[int, int]:
     if shared and shared[-1][1] == len(novice) - 1 and shared[-1][0] + 1 < len(text):
         shared.append((shared[-1][0] + 1, len(novice)))
     same = next((index for index, pair in enumerate(zip(text, novice, strict=False)) if pair[0] != pair[1]), len(text))
-    # Words that stand behind the same beginning are no evidence of what was replaced.
+    # Words behind the same beginning say nothing about what was replaced.
     return {token - 1: other - 1 for token, other in shared if token and other and (token != other or token > same)}
 
 

@@ -127,7 +127,7 @@ def bank_families(name: str, split: str | None = None) -> tuple[str, ...]:
     """Ways in which a built-in bank asks in a split (by default in any): `"question-answer"` and, of a concept, others.
 
     Raises:
-        ValueError: if there is no such bank.
+        ValueError: for an unknown bank.
     """
     families = bank_record(name).get("families", {PLAIN: {"dev": [], "test": []}})
     return tuple(family for family, spec in families.items() if split is None or split in spec)

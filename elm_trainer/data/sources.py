@@ -122,7 +122,7 @@ def builtin_texts(name: str, processing_class: PreTrainedTokenizerBase | None = 
     other facts about the same subjects, with what stands before the fact as column `prompt`. `everyday` and `countries`
     hold SmolLM2-135M-Instruct's own samples on everyday subjects and on life in countries (examples/sample_retain.py makes
     them), `quiz` and `countries-quiz` short questions with its own answers, `places` where countries lie about which no
-    bank asks, `cities` the same of large cities that are no capitals, and `everyday-held-out` those kept for evaluation.
+    bank asks, `cities` the same of large cities that are not capitals, and `everyday-held-out` those kept for evaluation.
     """
     if name in _SAMPLED:
         lines = (files(__package__) / "texts" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()

@@ -101,7 +101,7 @@ class Field(NamedTuple):
 
     Attributes:
         kind (`str`): `"ids"` of tokens, `"probs"` in 3 bytes, `"floats"` in float32, or `"halves"` in float16.
-        width (`int`, *optional*): Values to a position; `None` for one without a dimension of its own.
+        width (`int`, *optional*): Values to a position; `None` for one value without that dimension.
         per (`str`, *optional*, defaults to `"position"`): Whether there is one for each supervised `"position"` or one
             for the `"text"`.
     """
@@ -154,7 +154,7 @@ class TargetLayout:
         return encode_probs(values) if kind == "probs" else encode_floats(values)
 
     def decode(self, name: str, stored: torch.Tensor) -> torch.Tensor:
-        """The values of a field, in memory of their own: ids in int64, the rest in float32."""
+        """The values of a field, in new memory: ids in int64, the rest in float32."""
         kind = self.fields[name].kind
         if kind == "ids":
             return decode_ids(stored)

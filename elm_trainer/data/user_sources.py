@@ -253,7 +253,7 @@ def _read_file(path: Path, what: str, column: str) -> Dataset:
         return load_dataset(builder, data_files=glob.escape(str(path)), split="train")
     except OSError as error:
         raise OSError(f"{what} is {str(path)!r}, which cannot be read ({error}): check the path.") from error
-    except Exception as error:  # datasets wraps parser errors of pyarrow and pandas in types of its own
+    except Exception as error:  # datasets wraps parser errors of pyarrow and pandas in its own types
         told = " ".join(str(error.__cause__ or error).split())
         raise ValueError(
             f"{what} is {str(path)!r}, which is no readable {ending} file ({told}): correct it."

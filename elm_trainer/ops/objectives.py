@@ -172,7 +172,7 @@ def log_space_target(
             novice is noise, and never chosen.
 
     Returns:
-        [`LogTarget`]: the chosen tokens with their log-probabilities, after normalisation.
+        [`LogTarget`]: the chosen tokens with their log-probabilities, after normalization.
     """
     base, expert, novice = (logits.float().log_softmax(-1) for logits in (base_logits, expert_logits, novice_logits))
     apart = (expert - novice).masked_fill((expert < floor) & (novice < floor), 0).clamp(min=0)
