@@ -203,7 +203,7 @@ def _read_question(record: Any, where: str) -> Question:
     for key in ("question", "answer", "subject", "topic"):
         if not isinstance(value := record.get(key) or "", str):
             raise ValueError(f"{where}: `{key}` is {value!r}, of type {type(value).__name__}: put it in quotes.")
-    asked = {"subject": record.get("subject") or "", "topic": record.get("topic") or ""}
+    asked: dict[str, Any] = {"subject": record.get("subject") or "", "topic": record.get("topic") or ""}
     return _shuffled(
         record["question"], record["answer"], lists["distractors"], aliases=tuple(lists["aliases"]), **asked
     )
@@ -279,7 +279,10 @@ def _questions_of_family(name: str, record: Mapping[str, Any], family: str, seed
             # The lines before a table's last one may hold the very fact; and some names hold their capital's.
             if kind != "judgment" and (names_answer(text, right) or (local and cue[:4] == right[:4])):
                 continue
-            other = {"aliases": tuple(alias for alias in aliases if alias != right), "form": spec["form"]}
+            other: dict[str, Any] = {
+                "aliases": tuple(alias for alias in aliases if alias != right),
+                "form": spec["form"],
+            }
             questions.append(
                 _shuffled(text, right, wrong, seed, subject=fact.subject, family=family, cue=cue, **other)
             )

@@ -180,7 +180,7 @@ class TargetStore(Sequence[Mapping[str, torch.Tensor]]):
 
     def __init__(self, folder: Path, rows: int, layout: TargetLayout):
         self.folder, self.layout, self._rows = Path(folder), layout, rows
-        # Of each open file, by number, the bounds of its rows in a field and the field's mapped values.
+        # Of each open file, the one read last at the end: the bounds of rows in a field, and its mapped values.
         self._open: dict[int, dict[str, tuple[list[int], Any]]] = {}
 
     def __len__(self) -> int:
@@ -246,8 +246,8 @@ class TargetStore(Sequence[Mapping[str, torch.Tensor]]):
         if not -self._rows <= row < self._rows:
             raise IndexError(f"Row {row} is asked for, but targets are stored for {self._rows}.")
         shard, place = divmod(row % self._rows, SHARD_ROWS)
-        # The files that were read last stand last.
-        self._open[shard] = self._open.pop(shard, None) or self._map(shard)
+        opened = self._open.pop(shard, None)
+        self._open[shard] = self._map(shard) if opened is None else opened
         if len(self._open) > _OPEN_SHARDS:
             del self._open[next(iter(self._open))]
         return {
