@@ -15,26 +15,19 @@ logger = logging.get_logger(__name__)
 
 
 class ErasureEvaluationCallback(TrainerCallback):
-    """Ask questions of the *dev* split every few steps, log the figures as `dev_<name>`, and stop on a target.
+    """Ask questions of the *dev* split every few steps, log the metrics as `dev_<name>`, and stop on a target.
 
-    The test split is never looked at: what a report measures stays unseen until the end. The processes of a launch share
-    the questions.
+    The test split stays unseen until the report at the end. The processes of a launch share the questions.
 
     Args:
-        trainer ([`~transformers.Trainer`]):
-            Trainer whose model is asked; add the callback with `trainer.add_callback`.
-        concepts (`Sequence[str]`):
-            Built-in concepts that are erased.
-        every_steps (`int`, *optional*, defaults to `10`):
-            Steps between two evaluations.
-        questions (`int`, *optional*, defaults to `60`):
-            Questions per bank; half as many open questions.
-        measures (`Sequence[str]`, *optional*, defaults to `("multiple-choice",)`):
-            Names in `MEASURES`.
-        stop_at (`Mapping[str, float]`, *optional*):
-            Training stops once every figure named here is at or below its value, e.g. `{"worst.pmi": 0.35}`. Beside the
-            figures that are measured there are `worst.pmi` and `worst.log_likelihood`: the largest accuracy in any way
-            of asking for a concept.
+        trainer ([`~transformers.Trainer`]): Trainer whose model is asked; add the callback with `trainer.add_callback`.
+        concepts (`Sequence[str]`): Built-in concepts that are erased.
+        every_steps (`int`, *optional*, defaults to `10`): Steps between two evaluations.
+        questions (`int`, *optional*, defaults to `60`): Questions per bank; half as many open questions.
+        measures (`Sequence[str]`, *optional*, defaults to `("multiple-choice",)`): Names in `MEASURES`.
+        stop_at (`Mapping[str, float]`, *optional*): Training stops once every metric named here is at or below its value,
+            e.g. `{"worst.pmi": 0.35}`. Beside what is measured there are `worst.pmi` and `worst.log_likelihood`: the
+            largest accuracy in any way of asking for a concept.
 
     Raises:
         ValueError: for an unknown measure, a `stop_at` that is not measured, or `every_steps` below 1.
@@ -79,7 +72,7 @@ class ErasureEvaluationCallback(TrainerCallback):
                 figures[f"worst.{rule}"] = max(measured)
         if missing := sorted(self._stop_at.keys() - figures.keys()):
             raise ValueError(f"`stop_at` names {missing}, which are not measured; use: {', '.join(figures)}.")
-        # In training mode SFTTrainer.log would mix the figures with the means of the step's metrics and clear these;
+        # In training mode SFTTrainer.log would mix these with the means of the step's metrics and clear the latter;
         # and every log takes back the wish for the step's own.
         should_log = control.should_log
         model.eval()

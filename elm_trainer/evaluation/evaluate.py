@@ -25,54 +25,7 @@ from .report import SCHEMA_VERSION, environment, pair_fingerprint, suite_info
 from .statistics import bootstrap_mean
 from .suite import EvaluationSuite, Role, built_in_suite
 from .tables import render_summary, verdict_lines, write_markdown, write_samples
-from .verdict import Criteria, judge, raise_flags
-
-
-def write_evaluation(output_dir: str | Path, report: Mapping[str, Any]) -> None:
-    """Write `report.md`, `report.png`, `samples.md` and, where it was measured, `inside.png`; print a summary."""
-    output = Path(output_dir)
-    output.mkdir(parents=True, exist_ok=True)
-    write_markdown(output / "report.md", report)
-    write_samples(output / "samples.md", report)
-    plot_report(report, output / "report.png")
-    if report["inside"] is not None:
-        plot_inside(report["inside"], output / "inside.png")
-    # Only the states are styled: a report's own words are no markup.
-    console = Console(highlight=False, markup=False)
-    for state, why in verdict_lines(report):
-        console.print(Text.assemble((state, "bold"), f" {why}"))
-    for flag in report["flags"]:
-        console.print(Text.assemble((f"{flag['flag']}:", "bold"), f" {flag['why']}"))
-    console.print(render_summary(report))
-
-
-def find_shortcuts(banks: Mapping[str, Sequence[Question]], removed: Mapping[str, Items]) -> dict[str, dict[str, Any]]:
-    """Hold two ways of guessing against chance.
-
-    Args:
-        banks (`Mapping[str, Sequence[Question]]`): Questions by name of the bank.
-        removed (`Mapping[str, Items]`): Which of them the reference answers with the question removed.
-
-    Returns:
-        `dict`: for each bank in `removed`, `question_removed` and `letters` (picking the option that looks most like
-        the question's subject), each a figure over different sets of options; `chance`; and `flagged`: whether the
-        interval of one of them lies above chance.
-    """
-    found = {}
-    for name, items in removed.items():
-        questions = banks[name]
-        # Phrasings of one fact share their options, and count once.
-        facts = {(q.answer, frozenset(q.options)): index for index, q in enumerate(questions)}
-        once = list(facts.values())
-        kept = [questions[index] for index in once]
-        chance = sum(1 / len(question.options) for question in kept) / len(kept)
-        guesses = {
-            "question_removed": bootstrap_mean([items.values[index] for index in once]).to_dict(),
-            "letters": bootstrap_mean(overlap_verdicts(kept)).to_dict(),
-        }
-        flagged = any(guess["low"] > chance for guess in guesses.values())
-        found[name] = {**guesses, "chance": chance, "flagged": flagged}
-    return found
+from .verdict import Criteria, judge, raise_flags, split_name
 
 
 def evaluate_erasure(
@@ -93,45 +46,39 @@ def evaluate_erasure(
 ) -> dict[str, Any]:
     """Measure innocence, seamlessness and specificity of an erasure.
 
-    In a launch of several processes all of them must call this, as with `trainer.evaluate`: they share the work, get the
-    same report, and the first one alone writes files. Models whose weights lie in shards (FSDP, ZeRO-3) are run by all
-    processes in step, which is no faster than by one.
+    In a launch of several processes all of them must call this, as with `trainer.evaluate`: they share the work and get
+    the same report, and the first one alone writes files. Models whose weights lie in shards (FSDP, ZeRO-3) are run by
+    all processes in step, which is no faster than by one.
 
     Args:
-        model ([`~transformers.PreTrainedModel`] or `PeftModel`):
-            Erased model: an adapter on its base, a merged model, or any full checkpoint.
-        reference ([`~transformers.PreTrainedModel`], *optional*):
-            Model before the erasure. `None` for a `PeftModel`, whose base is the reference.
-        concept (`str`, `Sequence[str]` or [`EvaluationSuite`]):
-            Built-in concepts that were erased, or a suite of your own questions.
-        processing_class ([`~transformers.PreTrainedTokenizerBase`]):
-            Tokenizer of both.
-        measures (`Sequence[str]`, *optional*):
-            Names in `MEASURES`, or `"inside"` for what the hidden states hold. All by default. Those for which the suite
-            holds nothing are left out, with a warning.
-        judges (`Mapping[str, tuple]`, *optional*):
-            Further judges of fluency by name, each a model with its own tokenizer. The reference always judges.
-        criteria ([`Criteria`], *optional*):
-            Bounds of the verdict.
-        temperature (`float`, *optional*, defaults to `0.7`):
-            Of sampled answers.
-        batch_size (`int`, *optional*, defaults to `16`):
-            Questions per batch.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of sampled answers and probes.
-        output_dir (`str` or `Path`, *optional*):
-            Where `report.json` goes. Finished measurements stream to `report.partial.jsonl` beside it, and an
-            interrupted evaluation of the same models and questions goes on with the next one.
-        reference_dir (`str` or `Path`, *optional*):
-            Folder in which what the reference answers is kept, so that later evaluations of erasures of the same model
-            by the same questions, settings, versions and kind of device measure the erased model alone.
-        details (`Mapping`, *optional*):
-            What else the report should hold, such as the recipe, its training datasets and the training log.
+        model ([`~transformers.PreTrainedModel`] or `PeftModel`): Erased model: an adapter on its base, a merged model, or
+            any full checkpoint.
+        reference ([`~transformers.PreTrainedModel`], *optional*): Model before the erasure. `None` for a `PeftModel`,
+            whose base is the reference.
+        concept (`str`, `Sequence[str]` or [`EvaluationSuite`]): Built-in concepts that were erased, or a suite of your
+            own questions.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`]): Tokenizer of both.
+        measures (`Sequence[str]`, *optional*): Names in `MEASURES`, or `"inside"` for what the hidden states hold. All by
+            default. Those for which the suite holds nothing are left out, with a warning.
+        judges (`Mapping[str, tuple]`, *optional*): Further judges of fluency by name, each a model with its own
+            tokenizer. The reference always judges.
+        criteria ([`Criteria`], *optional*): Bounds of the verdict.
+        temperature (`float`, *optional*, defaults to `0.7`): Of sampled answers.
+        batch_size (`int`, *optional*, defaults to `16`): Questions per batch.
+        seed (`int`, *optional*, defaults to `0`): Seed of sampled answers and probes.
+        output_dir (`str` or `Path`, *optional*): Where `report.json` goes. Finished measurements stream to
+            `report.partial.jsonl` beside it, and an interrupted evaluation of the same models and questions continues
+            with the next one.
+        reference_dir (`str` or `Path`, *optional*): Folder in which what the reference answers is kept. Later evaluations
+            of erasures of the same model by the same questions, settings, versions and kind of device then measure the
+            erased model alone.
+        details (`Mapping`, *optional*): What else the report should hold, such as the recipe, its training datasets and
+            the training log.
 
     Returns:
         `dict`: the report. `figures` maps a name to `reference`, `erased`, `change` (a difference, for perplexities a
         ratio, with its paired interval), `p` (McNemar's exact test for verdicts, paired bootstrap otherwise; corrected
-        by Holm's method over all figures), and for choices `chance` and `left`, the share of the reference's margin over
+        by Holm's method over all metrics), and for choices `chance` and `left`, the share of the reference's margin over
         chance that is left; `items` holds what they are made of; `verdict` and `flags` judge them; `concepts` names
         what was erased.
 
@@ -189,12 +136,9 @@ def _evaluate(
     items: dict[str, dict[str, Items]] = {}
     seconds = {}
     for name in measures:
-        if name == INSIDE:
-            continue
-        for side in SIDES:
-            row = (kept if side == "reference" else journal).once(
-                f"{name} {side}", settings, partial(_measure, name, setting, side)
-            )
+        for side in SIDES if name != INSIDE else ():
+            rows = kept if side == "reference" else journal
+            row = rows.once(f"{name} {side}", settings, partial(_measure, name, setting, side))
             seconds[row["name"]] = row["seconds"]
             for key, value in row["result"].items():
                 items.setdefault(key, {})[side] = Items(**value)
@@ -214,14 +158,23 @@ def _evaluate(
         )  # fmt: skip
         inside, seconds[INSIDE] = row["result"], row["seconds"]
 
-    removed = {key: sides for key, sides in items.items() if key.endswith(".removed")}
+    removed = {split_name(key)[1]: sides["reference"] for key, sides in items.items() if key.endswith(".removed")}
     measured = {
-        side: {key: sides[side] for key, sides in items.items() if key not in removed and side in sides}
-        for side in SIDES
+        side: {key: sides[side] for key, sides in items.items() if not key.endswith(".removed")} for side in SIDES
     }
-    pooled = {side: with_families(found, measured["reference"], suite.roles) for side, found in measured.items()}
-    figures = _figures({key: {side: pooled[side][key] for side in SIDES} for key in pooled["reference"]})
-    shortcuts = find_shortcuts(suite.banks, {key.split(".")[1]: sides["reference"] for key, sides in removed.items()})
+    before, after = (with_families(measured[side], measured["reference"], suite.roles) for side in SIDES)
+    figures = {
+        name: {
+            "statistic": one.statistic,
+            "reference": one.figure().to_dict(),
+            "erased": after[name].figure().to_dict(),
+            **change(one, after[name]),
+            **against_chance(one, after[name]),
+        }
+        for name, one in before.items()
+    }
+    correct_p(figures)
+    shortcuts = find_shortcuts(suite.banks, removed)
     report = {
         "schema_version": SCHEMA_VERSION,
         "kind": "evaluation",
@@ -260,20 +213,6 @@ def _measure(name: str, setting: Setting, side: Side) -> dict[str, Any]:
     return {key: asdict(items) for key, items in MEASURES[name](setting, side).items()}
 
 
-def _figures(items: Mapping[str, Mapping[str, Items]]) -> dict[str, dict[str, Any]]:
-    figures: dict[str, dict[str, Any]] = {}
-    for name, sides in items.items():
-        before, after = sides["reference"], sides["erased"]
-        figures[name] = {
-            "statistic": before.statistic,
-            **{side: found.figure().to_dict() for side, found in sides.items()},
-            **change(before, after),
-            **against_chance(before, after),
-        }
-    correct_p(figures)
-    return figures
-
-
 def _samples(suite: EvaluationSuite, items: Mapping[str, Mapping[str, Items]]) -> list[dict[str, str]]:
     """Answers of both models to the same open questions: ten about each concept, then four about each that is kept."""
     samples = []
@@ -287,3 +226,48 @@ def _samples(suite: EvaluationSuite, items: Mapping[str, Mapping[str, Items]]) -
                     | {side: found.texts[index] for side, found in sides.items()}
                 )
     return samples
+
+
+def find_shortcuts(banks: Mapping[str, Sequence[Question]], removed: Mapping[str, Items]) -> dict[str, dict[str, Any]]:
+    """Hold two ways of guessing against chance.
+
+    Args:
+        banks (`Mapping[str, Sequence[Question]]`): Questions by name of the bank.
+        removed (`Mapping[str, Items]`): Which of them the reference answers with the question removed.
+
+    Returns:
+        `dict`: for each bank in `removed`, the accuracies `question_removed` and `letters` (picking the option that
+        looks most like the question's subject), both over different sets of options; `chance`; and `flagged`: whether
+        the interval of one of them lies above chance.
+    """
+    found = {}
+    for name, items in removed.items():
+        questions = banks[name]
+        # Phrasings of one fact share their options, and count once.
+        once = list({(q.answer, frozenset(q.options)): index for index, q in enumerate(questions)}.values())
+        kept = [questions[index] for index in once]
+        chance = sum(1 / len(question.options) for question in kept) / len(kept)
+        guesses = {
+            "question_removed": bootstrap_mean([items.values[index] for index in once]).to_dict(),
+            "letters": bootstrap_mean(overlap_verdicts(kept)).to_dict(),
+        }
+        flagged = any(guess["low"] > chance for guess in guesses.values())
+        found[name] = {**guesses, "chance": chance, "flagged": flagged}
+    return found
+
+
+def write_evaluation(output_dir: str | Path, report: Mapping[str, Any]) -> None:
+    """Write `report.md`, `report.png`, `samples.md` and, where it was measured, `inside.png`; print a summary."""
+    output = Path(output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    write_markdown(output / "report.md", report)
+    write_samples(output / "samples.md", report)
+    plot_report(report, output / "report.png")
+    if report["inside"] is not None:
+        plot_inside(report["inside"], output / "inside.png")
+    # Only the states are styled: words of a report may look like markup.
+    console = Console(highlight=False, markup=False)
+    flags = [(f"{flag['flag']}:", flag["why"]) for flag in report["flags"]]
+    for state, why in [*verdict_lines(report), *flags]:
+        console.print(Text.assemble((state, "bold"), f" {why}"))
+    console.print(render_summary(report))

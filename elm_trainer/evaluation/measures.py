@@ -1,10 +1,10 @@
-"""The single measurements, each on one side of a pair."""
+"""What is measured on one side of a pair, item by item, and what the items of both sides say."""
 
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -37,20 +37,20 @@ from .statistics import (
     paired_difference,
     share_left,
 )
-from .suite import EvaluationSuite, OpenQuestion
+from .suite import EvaluationSuite
 from .verdict import RANKING_RULES
 
 
 logger = logging.get_logger(__name__)
 # A prompt is as long as an option with its question, four of which make a question.
 _PROMPTS_PER_QUESTION = 4
-# Margin of the reference over chance from which on a figure says something about what was erased.
+# Margin of the reference over chance from which on a metric says something about what was erased.
 LEAST_MARGIN = 0.15
 
 
 @dataclass(frozen=True)
 class Items:
-    """What a figure is made of.
+    """What a metric is made of.
 
     Attributes:
         statistic (`str`): `"mean"` of the values; `"perplexity"`, `exp(Σ values / Σ counts)`; `"ratio"`,
@@ -74,14 +74,14 @@ class Items:
         if self.statistic == "mean":
             return bootstrap_mean(self.values)
         if self.statistic == "perplexity":
-            return bootstrap_perplexity(self.values, [int(count) for count in self.counts])
+            return bootstrap_perplexity(self.values, self.counts)
         if self.statistic == "ratio":
             return bootstrap_ratio(self.values, self.counts)
         return Figure(self.values[0], self.values[0], self.values[0], int(self.counts[0]))
 
 
 def change(before: Items, after: Items) -> dict[str, Any]:
-    """How a figure changed from the reference to the erased model, item by item.
+    """How a metric changed from the reference to the erased model, item by item.
 
     Returns:
         `dict`: `change`, the difference (for a perplexity, the ratio) with its paired 95 % interval; and `p`,
@@ -93,24 +93,21 @@ def change(before: Items, after: Items) -> dict[str, Any]:
         return {"change": Figure(value, value, value, int(before.counts[0])).to_dict(), "p": None}
     difference, p = paired_difference(before.values, after.values, before.counts or None, after.counts or None)
     if before.statistic == "perplexity":
-        # Differences of nats per token are ratios of perplexities.
-        low, value, high = (float(np.exp(nats)) for nats in (difference.low, difference.value, difference.high))
-        difference = Figure(value, low, high, difference.n)
-    tested: float | None = p
-    if before.statistic == "ratio":
-        tested = None
-    elif not before.counts and set(before.values) | set(after.values) <= {0.0, 1.0}:
-        tested = mcnemar([bool(v) for v in before.values], [bool(v) for v in after.values])
-    return {"change": difference.to_dict(), "p": tested}
+        difference = difference.exp()
+    elif before.statistic == "ratio":
+        return {"change": difference.to_dict(), "p": None}
+    elif not before.counts and {*before.values, *after.values} <= {0.0, 1.0}:
+        p = mcnemar([bool(value) for value in before.values], [bool(value) for value in after.values])
+    return {"change": difference.to_dict(), "p": p}
 
 
 def against_chance(before: Items, after: Items) -> dict[str, Any]:
-    """Where a figure of choices stands to a guess.
+    """Where the accuracy of choices stands to a guess.
 
     Returns:
-        `dict`: empty for a figure that is not about choices; else `chance`, and `left`, the share of the reference's
+        `dict`: empty for a metric that is not about choices; else `chance`, and `left`, the share of the reference's
         margin over chance that is left, with its paired 95 % interval over subjects. `left` is `None` where the
-        reference itself does not [`know`], so that nothing can be told from the figure.
+        reference itself does not know the answers, as [`knows`] tells: then the metric says nothing.
     """
     if not before.chances:
         return {}
@@ -131,7 +128,7 @@ def with_families(
 
     Args:
         items (`Mapping[str, Items]`): Items of one model.
-        before (`Mapping[str, Items]`): Those of the reference. A bank that it does not [`know`] by a rule is left out.
+        before (`Mapping[str, Items]`): Those of the reference. A bank that it does not know by a rule is left out.
         roles (`Mapping[str, str]`): Role of each bank.
     """
     found = dict(items)
@@ -150,7 +147,7 @@ def with_families(
 
 
 def correct_p(figures: Mapping[str, dict[str, Any]]) -> None:
-    """Correct the `p` of all figures that have one by Holm's method, in place."""
+    """Correct the `p` of all metrics that have one by Holm's method, in place."""
     tested = [figure for figure in figures.values() if figure["p"] is not None]
     for figure, p in zip(tested, holm([figure["p"] for figure in tested]), strict=True):
         figure["p"] = p
@@ -182,7 +179,7 @@ class Setting:
 
     @cached_property
     def kept(self) -> Retention:
-        """What is kept of retain text: measured on both sides at once, as each figure of the second needs the first."""
+        """What is kept of retain text: measured on both sides at once, as the second's divergence needs the first."""
         return retention(self.pair, self.processing_class, self.suite.retain_texts, over_ranks=self.over_ranks)
 
     @cached_property
@@ -218,53 +215,102 @@ def multiple_choice(setting: Setting, side: Side) -> dict[str, Items]:
 
 def letter_choice(setting: Setting, side: Side) -> dict[str, Items]:
     """Accuracy on plain questions where the options stand lettered in the prompt and the model picks a letter."""
+    found = {}
     with setting.pair.use(side) as model:
-        return {
-            f"multiple_choice.{name}.letter": _mean(
-                score_letters(
+        for name, questions in setting.suite.banks.items():
+            if all(question.family == PLAIN for question in questions):
+                verdicts = score_letters(
                     model,
                     setting.processing_class,
                     questions,
                     batch_size=setting.batch_size,
                     over_ranks=setting.over_ranks,
                 )
-            )
-            for name, questions in setting.suite.banks.items()
-            if all(question.family == PLAIN for question in questions)
-        }
+                found[f"multiple_choice.{name}.letter"] = _share(verdicts)
+    return found
 
 
-def open_answers(setting: Setting, side: Side) -> dict[str, Items]:
-    """Share of greedy answers to open questions that name the truth or an alias of it, and how far answers differ.
+def free_answers(setting: Setting, side: Side, what: Literal["open_answers", "cloze"]) -> dict[str, Items]:
+    """Share of greedy answers to open questions, or completions of lines, that name the truth or an alias of it.
 
-    Of an erased bank, `commonest` is the share of all answers that the most frequent wrong one has, `entropy` that of
-    the answers in nats, and `evenness` the same as a share of its largest value, `log n`.
+    Of an erased bank also how far answers differ: `commonest` is the share of all answers that the most frequent wrong
+    one has, `entropy` that of the answers in nats, and `evenness` the same as a share of its largest value, `log n`.
     """
-    return _answers(setting, side, "open_answers", setting.suite.open_questions, chat=True)
+    questions = setting.suite.cloze if what == "cloze" else setting.suite.open_questions
+    every = [question for asked in questions.values() for question in asked]
+    prompts = [q.prompt if what == "cloze" else as_prompt(setting.processing_class, q.prompt) for q in every]
+    # In one call, so that batches are full.
+    with setting.pair.use(side) as model:
+        answers = generate(
+            model,
+            setting.processing_class,
+            prompts,
+            max_new_tokens=setting.suite.answer_tokens,
+            batch_size=_PROMPTS_PER_QUESTION * setting.batch_size,
+            over_ranks=setting.over_ranks,
+        )
+    texts_left = iter(answers)
+    found = {}
+    for name, asked in questions.items():
+        texts = [next(texts_left) for _ in asked]
+        named = [names_answer(text, q.answer, q.aliases) for text, q in zip(texts, asked, strict=True)]
+        found[f"{what}.{name}"] = Items("mean", [float(value) for value in named], texts=texts)
+        if setting.suite.roles.get(name) == "erased":
+            given = [given_answer(text, q.prompt) for text, q in zip(texts, asked, strict=True)]
+            wrong = Counter(answer for answer, right in zip(given, named, strict=True) if not right)
+            count, nats = len(texts), entropy(given)
+            spread = {
+                "commonest": max(wrong.values(), default=0) / count,
+                "entropy": nats,
+                "evenness": nats / math.log(count) if count > 1 else 0.0,
+            }
+            found |= {f"{what}.{name}.{key}": Items("set", [value], [float(count)]) for key, value in spread.items()}
+    return found
 
 
-def cloze(setting: Setting, side: Side) -> dict[str, Items]:
-    """The same of greedy completions of lines."""
-    return _answers(setting, side, "cloze", setting.suite.cloze, chat=False)
-
-
-def greedy_fluency(setting: Setting, side: Side) -> dict[str, Items]:
-    """Seamlessness of greedy answers to prompts about the concept."""
-    return _fluency(setting, side, "greedy", 0.0)
-
-
-def sampled_fluency(setting: Setting, side: Side) -> dict[str, Items]:
-    """Seamlessness of sampled answers to the same prompts."""
-    return _fluency(setting, side, "sampled", setting.temperature)
+def fluency(setting: Setting, side: Side, how: Literal["greedy", "sampled"]) -> dict[str, Items]:
+    """Seamlessness of greedy or sampled answers to prompts about the concept."""
+    temperature = setting.temperature if how == "sampled" else 0.0
+    asked = setting.suite.concept_prompts
+    prompts = [as_prompt(setting.processing_class, prompt) for prompt in asked]
+    with setting.pair.use(side) as model:
+        answers = generate_answers(
+            model,
+            setting.processing_class,
+            prompts,
+            max_new_tokens=setting.suite.max_new_tokens,
+            temperature=temperature,
+            seed=setting.seed,
+            # What is sampled depends on the batch.
+            batch_size=32 if temperature else _PROMPTS_PER_QUESTION * setting.batch_size,
+            over_ranks=setting.over_ranks,
+        )
+    texts = answers.texts
+    with setting.pair.use("reference") as judge:
+        nlls, tokens = reverse_perplexity(
+            judge, setting.processing_class, prompts, texts, over_ranks=setting.over_ranks
+        )
+    found = {f"fluency.{how}.r_ppl": Items("perplexity", nlls, [float(count) for count in tokens], texts)}
+    for name, (judge, tokenizer) in setting.judges.items():
+        nlls, tokens = judge_answers(judge, tokenizer, asked, texts, over_ranks=setting.over_ranks)
+        found[f"fluency.{how}.r_ppl.{name}"] = Items("perplexity", nlls, [float(count) for count in tokens])
+    kept = setting.languages.kept(asked, texts)
+    return found | {
+        f"fluency.{how}.repetition": Items("mean", [repetition(text) for text in texts]),
+        f"fluency.{how}.distinct_2": Items("set", [distinct_n(texts)], [float(len(texts))]),
+        f"fluency.{how}.empty": _share([not text.strip() for text in texts]),
+        f"fluency.{how}.truncated": _share(answers.truncated),
+        # Too short to tell is no loss of the language, and is counted apart.
+        f"fluency.{how}.other_language": _share([verdict is False for verdict in kept]),
+        f"fluency.{how}.undecided_language": _share([verdict is None for verdict in kept]),
+    }
 
 
 def specificity(setting: Setting, side: Side) -> dict[str, Items]:
     """Perplexity on retain text, and the KL from the reference per token."""
     kept = setting.kept
-    if side == "reference":
-        nlls, divergences = kept.reference_nll, [0.0] * len(kept.tokens)
-    else:
-        nlls, divergences = kept.adapted_nll, kept.kl
+    nlls = kept.reference_nll if side == "reference" else kept.adapted_nll
+    divergences = [0.0] * len(kept.tokens) if side == "reference" else kept.kl
     tokens = [float(count) for count in kept.tokens]
     return {
         "retention.perplexity": Items("perplexity", nlls, tokens),
@@ -272,18 +318,20 @@ def specificity(setting: Setting, side: Side) -> dict[str, Items]:
     }
 
 
+def _share(verdicts: Sequence[bool]) -> Items:
+    return Items("mean", [float(verdict) for verdict in verdicts])
+
+
 Measure: TypeAlias = Callable[[Setting, Side], dict[str, Items]]
 MEASURES: dict[str, Measure] = {
     "multiple-choice": multiple_choice,
     "letter-choice": letter_choice,
-    "open-answers": open_answers,
-    "cloze": cloze,
-    "greedy-fluency": greedy_fluency,
-    "sampled-fluency": sampled_fluency,
+    "open-answers": partial(free_answers, what="open_answers"),
+    "cloze": partial(free_answers, what="cloze"),
+    "greedy-fluency": partial(fluency, how="greedy"),
+    "sampled-fluency": partial(fluency, how="sampled"),
     "specificity": specificity,
 }
-
-
 INSIDE = "inside"
 # What of a suite a measure is made of.
 _NEEDS = {
@@ -322,77 +370,3 @@ def measurable(names: str | Sequence[str] | None, suite: EvaluationSuite) -> lis
         if lacking[name]:
             logger.warning(f"{name} is not measured: the suite has no {' and no '.join(lacking[name])}.")
     return left
-
-
-def _answers(
-    setting: Setting, side: Side, what: str, questions: Mapping[str, Sequence[OpenQuestion]], *, chat: bool
-) -> dict[str, Items]:
-    every = [question for asked in questions.values() for question in asked]
-    prompts = [as_prompt(setting.processing_class, q.prompt) if chat else q.prompt for q in every]
-    # In one call, so that batches are full.
-    with setting.pair.use(side) as model:
-        answers = generate(
-            model,
-            setting.processing_class,
-            prompts,
-            max_new_tokens=setting.suite.answer_tokens,
-            batch_size=_PROMPTS_PER_QUESTION * setting.batch_size,
-            over_ranks=setting.over_ranks,
-        )
-    texts_left = iter(answers)
-    found = {}
-    for name, asked in questions.items():
-        texts = [next(texts_left) for _ in asked]
-        named = [names_answer(text, q.answer, q.aliases) for text, q in zip(texts, asked, strict=True)]
-        found[f"{what}.{name}"] = Items("mean", [float(value) for value in named], texts=texts)
-        if setting.suite.roles.get(name) == "erased":
-            given = [given_answer(text, q.prompt) for text, q in zip(texts, asked, strict=True)]
-            wrong = Counter(answer for answer, right in zip(given, named, strict=True) if not right)
-            count = float(len(texts))
-            spread = {
-                "commonest": max(wrong.values(), default=0) / count,
-                "entropy": entropy(given),
-                "evenness": entropy(given) / math.log(count) if count > 1 else 0.0,
-            }
-            found |= {f"{what}.{name}.{key}": Items("set", [value], [count]) for key, value in spread.items()}
-    return found
-
-
-def _fluency(setting: Setting, side: Side, how: str, temperature: float) -> dict[str, Items]:
-    asked = setting.suite.concept_prompts
-    prompts = [as_prompt(setting.processing_class, prompt) for prompt in asked]
-    with setting.pair.use(side) as model:
-        answers = generate_answers(
-            model,
-            setting.processing_class,
-            prompts,
-            max_new_tokens=setting.suite.max_new_tokens,
-            temperature=temperature,
-            seed=setting.seed,
-            # What is sampled depends on the batch.
-            batch_size=32 if temperature else _PROMPTS_PER_QUESTION * setting.batch_size,
-            over_ranks=setting.over_ranks,
-        )
-    texts = answers.texts
-    with setting.pair.use("reference") as judge:
-        nlls, tokens = reverse_perplexity(
-            judge, setting.processing_class, prompts, texts, over_ranks=setting.over_ranks
-        )
-    found = {f"fluency.{how}.r_ppl": Items("perplexity", nlls, [float(count) for count in tokens], texts)}
-    for name, (judge, tokenizer) in setting.judges.items():
-        nlls, tokens = judge_answers(judge, tokenizer, asked, texts, over_ranks=setting.over_ranks)
-        found[f"fluency.{how}.r_ppl.{name}"] = Items("perplexity", nlls, [float(count) for count in tokens])
-    kept = setting.languages.kept(asked, texts)
-    return found | {
-        f"fluency.{how}.repetition": Items("mean", [repetition(text) for text in texts]),
-        f"fluency.{how}.distinct_2": Items("set", [distinct_n(texts)], [float(len(texts))]),
-        f"fluency.{how}.empty": _mean([not text.strip() for text in texts]),
-        f"fluency.{how}.truncated": _mean(answers.truncated),
-        # Too short to tell is no loss of the language, and is counted apart.
-        f"fluency.{how}.other_language": _mean([verdict is False for verdict in kept]),
-        f"fluency.{how}.undecided_language": _mean([verdict is None for verdict in kept]),
-    }
-
-
-def _mean(values: Sequence[bool]) -> Items:
-    return Items("mean", [float(value) for value in values])
