@@ -1,1 +1,0 @@
-"""The metric module `pmi_accuracy`."""
