@@ -42,13 +42,8 @@ class LanguageDetector:
         return language if first >= _LEAST_ODDS * second else None
 
     def kept(self, prompts: Sequence[str], answers: Sequence[str]) -> list[bool | None]:
-        """Whether each answer is in the language of its prompt; `None` where either's language is undecided.
-
-        Empty answers, names and single words are undecided: count them apart, neither as kept nor as lost.
-
-        Args:
-            prompts (`Sequence[str]`): Prompts as a user would write them, without a chat template.
-            answers (`Sequence[str]`): An answer to each.
+        """Whether each answer is in the language of its prompt, which has no chat template; `None` where either's language
+        is undecided, as of empty answers, names and single words: count these apart, neither as kept nor as lost.
         """
         asked = {prompt: self.detect(prompt) for prompt in set(prompts)}
         verdicts: list[bool | None] = []
@@ -56,11 +51,6 @@ class LanguageDetector:
             expected, found = asked[prompt], self.detect(answer)
             verdicts.append(None if expected is None or found is None else found == expected)
         return verdicts
-
-
-def language_kept(prompts: Sequence[str], answers: Sequence[str]) -> list[bool | None]:
-    """[`LanguageDetector.kept`] without a detector at hand; loading one takes about a second."""
-    return LanguageDetector().kept(prompts, answers)
 
 
 @dataclass(frozen=True)
@@ -123,7 +113,7 @@ def generate_answers(
 ) -> Generations:
     """Continue prompts that are already in their final form.
 
-    Of the model's own generation settings only the end tokens have a part, not its penalties, beams or lengths.
+    Of the model's own generation settings only the end tokens are used, not its penalties, beams or lengths.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): Model; put in evaluation mode for the call, then back.
@@ -153,7 +143,7 @@ def generate_answers(
         max_new_tokens=max_new_tokens,
         do_sample=temperature > 0,
         temperature=temperature or None,
-        # What transformers has where nothing is said: sampling among the 50 likeliest tokens.
+        # The default of transformers: sampling among the 50 likeliest tokens.
         top_k=50 if temperature else None,
         eos_token_id=ends,
         pad_token_id=pad,
@@ -206,7 +196,7 @@ def judge_answers(
 
     The prompts that a model was given may hold special tokens that mean nothing to another judge, so it reads the bare
     question. The white space between prompt and answer is made what the judge expects there. Perplexities are per token
-    of the judge: two models compare under one judge, but a model's figures under two judges don't.
+    of the judge: two models compare under one judge, but a model's values under two judges don't.
 
     Args:
         judge ([`~transformers.PreTrainedModel`]): Model that judges.
@@ -251,7 +241,7 @@ def reverse_perplexity(
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     rows = []
     for head, answer in zip(tokenize(tokenizer, prompts), answers, strict=True):
-        # The judge reads the tokens that were generated after the prompt: tokenised apart, as they were made. An empty
+        # The judge reads the tokens that were generated after the prompt: tokenized apart, as they were made. An empty
         # answer is judged by the end-of-text token that is all it holds.
         tail = continuation_ids(tokenizer, answer) or end
         rows.append((head.ids + tail, len(head.ids)))
@@ -288,9 +278,7 @@ def position_logits(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> t
 
 def repetition(text: str, n: int = 3) -> float:
     """Share of a text's word n-grams that occurred in it before; 0 for a text shorter than n words."""
-    words = text.split()
-    grams = list(zip(*(words[offset:] for offset in range(n)), strict=False))
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+    return 1 - distinct_n([text], n) if len(text.split()) >= n else 0.0
 
 
 def distinct_n(texts: Sequence[str], n: int = 2) -> float:

@@ -61,20 +61,15 @@ def score_choices(
     options after the bare prompt, is scored once.
 
     Args:
-        model ([`~transformers.PreTrainedModel`] or `PeftModel`):
-            Model to question; put in evaluation mode for the call, then back.
-        processing_class ([`~transformers.PreTrainedTokenizerBase`]):
-            Its tokenizer.
-        questions (`Sequence[Question]`):
-            Questions, each with its options; the first option need not be the right one.
-        batch_size (`int`, *optional*, defaults to `16`):
-            Questions per forward pass.
-        prompt (`str`, *optional*, defaults to `"Question: {question}\\nAnswer:"`):
-            What stands before an option of a question in the form `"question"`.
-        description (`str`, *optional*, defaults to `"Multiple choice"`):
-            Label of the progress bar.
-        over_ranks (`bool`, *optional*, defaults to `False`):
-            Whether the processes of a launch share the work; then all of them must call this.
+        model ([`~transformers.PreTrainedModel`] or `PeftModel`): Model; put in evaluation mode for the call, then back.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
+        questions (`Sequence[Question]`): Questions, each with its options; the first option need not be the right one.
+        batch_size (`int`, *optional*, defaults to `16`): Questions per forward pass.
+        prompt (`str`, *optional*, defaults to `"Question: {question}\\nAnswer:"`): What stands before an option of a
+            question in the form `"question"`.
+        description (`str`, *optional*, defaults to `"Multiple choice"`): Label of the progress bar.
+        over_ranks (`bool`, *optional*, defaults to `False`): Whether the processes of a launch share the work; then all
+            of them must call this.
 
     Returns:
         [`ChoiceScores`]: one verdict per question and rule.
@@ -84,8 +79,9 @@ def score_choices(
     """
     if not questions:
         raise ValueError("`questions` is empty, so there is nothing to score: pass at least one Question.")
-    asked = [_pairs(processing_class, question, prompt) for question in questions]
-    alone = [_bare_pairs(processing_class, question) for question in questions]
+    parts = _parts(processing_class, questions, prompt)
+    asked = [[(before, option) for option in options] for before, _, options in parts]
+    alone = [[(bare, option) for option in options] for _, bare, options in parts]
     pairs = list(dict.fromkeys(pair for rows in (alone, asked) for row in rows for pair in row))
     found = log_likelihoods(
         model,
@@ -111,23 +107,20 @@ def score_choices(
     )
 
 
-def _pairs(processing_class: PreTrainedTokenizerBase, question: Question, prompt: str) -> list[tuple[str, str]]:
-    """The prompt of a question with each of its options."""
-    if _is_turn(processing_class, question):
-        return [(as_prompt(processing_class, question.text), option) for option in question.options]
-    before = question.text if question.form == "text" else prompt.format(question=question.text)
-    return [(before, f" {option}") for option in question.options]
-
-
-def _bare_pairs(processing_class: PreTrainedTokenizerBase, question: Question) -> list[tuple[str, str]]:
-    """The bare prompt with each of the question's options."""
-    if _is_turn(processing_class, question):
-        return [(as_prompt(processing_class, BARE_TURN), option) for option in question.options]
-    return [(BARE_PROMPT, f" {option}") for option in question.options]
-
-
-def _is_turn(processing_class: PreTrainedTokenizerBase, question: Question) -> bool:
-    return question.form == "chat" and text_tokenizer(processing_class).chat_template is not None
+def _parts(
+    processing_class: PreTrainedTokenizerBase, questions: Sequence[Question], prompt: str
+) -> list[tuple[str, str, list[str]]]:
+    """Of each question the prompt, the bare prompt, and the options with the space before them."""
+    has_turns = text_tokenizer(processing_class).chat_template is not None
+    parts = []
+    for question in questions:
+        if question.form == "chat" and has_turns:
+            prompts = as_prompt(processing_class, question.text), as_prompt(processing_class, BARE_TURN)
+            parts.append((*prompts, list(question.options)))
+        else:
+            before = question.text if question.form == "text" else prompt.format(question=question.text)
+            parts.append((before, BARE_PROMPT, [f" {option}" for option in question.options]))
+    return parts
 
 
 def pmi(scores: Sequence[float], bare: Sequence[float]) -> list[float]:

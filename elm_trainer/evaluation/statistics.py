@@ -29,7 +29,8 @@ class Figure:
 
     def exp(self) -> "Figure":
         """Of a mean of nats per token, the perplexity; of a difference of such means, the ratio of perplexities."""
-        return Figure(*(float(np.exp(nats)) for nats in (self.value, self.low, self.high)), self.n)
+        value, low, high = (float(np.exp(nats)) for nats in (self.value, self.low, self.high))
+        return Figure(value, low, high, self.n)
 
     def to_dict(self) -> dict[str, float]:
         return asdict(self)

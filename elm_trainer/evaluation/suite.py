@@ -60,7 +60,7 @@ class EvaluationSuite:
         concepts (`list[str]`, *optional*): What is erased; the banks of the role `"erased"` by default.
 
     Raises:
-        TypeError: if a bank is no list of [`Question`].
+        TypeError: if a bank is something else than a list of [`Question`].
         ValueError: if a bank has no role, a role does not exist, or a bank can measure nothing.
     """
 
@@ -112,25 +112,23 @@ def built_in_suite(
     seed: int = 0,
     banks: Mapping[str, Sequence[Question]] | None = None,
 ) -> EvaluationSuite:
-    """Everything the built-in banks, and your own, can say about an erasure.
+    """All that the built-in banks, and your own, ask about an erasure.
 
     A built-in concept's bank `<concept>` holds plain questions, and `<concept>-<family>` those of each other family that
     the split has. The facts that stand in no forget text form banks `<concept>-unseen` and `<concept>-unseen-<family>`.
 
     Args:
-        concepts (`str` or `Sequence[str]`):
-            Erased concepts. `"capitals"` and `"elements"` have built-in facts to ask for; others need `banks`.
-        questions (`int`, *optional*, defaults to `120`):
-            Questions drawn from each bank; two thirds of them from another family, two sevenths about facts that stand
-            in no forget text, half as many open questions (a tenth about what is to be kept), and a third as many
-            prompts. Each subject is asked about once before any is asked about again.
-        split (`str`, *optional*, defaults to `"test"`):
-            `"dev"`, for choosing settings and for stopping, or `"test"`, which nothing else may look at.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of the draw.
-        banks (`Mapping[str, Sequence[Question]]`, *optional*):
-            Questions of your own about concepts, by name, such as [`read_questions`] returns: they take the place of the
-            built-in ones and belong to no split. An empty list stands for a concept that cannot be asked about.
+        concepts (`str` or `Sequence[str]`): Erased concepts. `"capitals"` and `"elements"` have built-in facts to ask for;
+            others need `banks`.
+        questions (`int`, *optional*, defaults to `120`): Questions drawn from each bank; two thirds of them from another
+            family, two sevenths about facts that stand in no forget text, half as many open questions (a tenth about what
+            is to be kept), and a third as many prompts. Each subject is asked about once before any is asked about again.
+        split (`str`, *optional*, defaults to `"test"`): `"dev"`, for choosing settings and for stopping, or `"test"`,
+            which nothing else may look at.
+        seed (`int`, *optional*, defaults to `0`): Seed of the draw.
+        banks (`Mapping[str, Sequence[Question]]`, *optional*): Your own questions about concepts, by name, such as
+            [`read_questions`] returns: they take the place of the built-in ones and belong to no split. An empty list
+            stands for a concept that cannot be asked about.
 
     Raises:
         ValueError: if a concept has no questions, `banks` names another one, or the split is unknown.
@@ -168,7 +166,7 @@ def built_in_suite(
                 bank_name = name if family == PLAIN else f"{name}-{family}"
                 suite.banks[bank_name] = draw_questions(bank, bank_size(questions, role, family), rng)
                 suite.roles[bank_name] = role
-                # One wording to a figure, so that answers differ for their subjects alone.
+                # One wording to a metric, so that answers differ for their subjects alone.
                 asked = [OpenQuestion(q.text, q.answer, q.aliases) for q in _first_wording(bank, questions // 2, rng)]
                 if family == "cloze":
                     suite.cloze[name] = asked
@@ -211,7 +209,7 @@ def suite_from_files(concepts: Sequence[str], banks: Sequence[str] | None, quest
         if name not in FACTS and name not in own:
             own[name] = []
             logger.warning(
-                f"There are no questions about {name!r}, so that no figure will say whether it was forgotten: give a `bank`."
+                f"There are no questions about {name!r}, so that no metric will say whether it was forgotten: give a `bank`."
             )
     return built_in_suite(concepts, questions, banks=own)
 
@@ -219,7 +217,7 @@ def suite_from_files(concepts: Sequence[str], banks: Sequence[str] | None, quest
 def _ask_own(
     suite: EvaluationSuite, concept: str, bank: Sequence[Question], questions: int, rng: random.Random
 ) -> None:
-    """Put a bank of one's own into a suite: its questions with their options, and some of them to be answered freely."""
+    """Put a custom bank into a suite: its questions with their options, and some of them to be answered freely."""
     if not bank:
         return
     suite.banks[concept] = draw_questions(bank, questions, rng)
