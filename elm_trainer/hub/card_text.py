@@ -28,112 +28,9 @@ from .published_report import LOCAL_FILE
 from .untrusted import code, fenced, inline, table
 
 
-def limits(report: Mapping[str, Any]) -> list[str]:
-    """What the figures of a published report do not show, each as a paragraph in Markdown."""
-    return [*_of_the_adapter(), *_of_attacks(report["attacks"]), *_of_figures(report), *_of_what_was_asked(report)]
-
-
-def variant(name: str, metric: str) -> str:
-    """Name of an attack figure without its metric: the attack and its variant."""
-    return name.removesuffix(f".{metric}")
-
-
-def _of_the_adapter() -> Iterator[str]:
-    yield (
-        "The knowledge is still in the base model, whose weights are unchanged: whoever takes the adapter off has it "
-        "back."
-    )
-
-
-def _of_attacks(attacks: Mapping[str, Any] | None) -> Iterator[str]:
-    if attacks is None:
-        yield (
-            "No attack was run. Nothing is known of how well the erasure withstands fine-tuning, quantisation or other "
-            "ways of asking; fine-tuning brings back most erasures."
-        )
-        return
-    figures = attacks["figures"].items()
-    brought = list(dict.fromkeys(variant(name, figure["metric"]) for name, figure in figures if figure["brings_back"]))
-    if brought:
-        yield f"It does not last: {_codes(brought)} brought knowledge back beyond noise."
-        if half := [name for name in brought if name.startswith("relearning.half.")]:
-            yield f"It was hidden rather than removed: {_codes(half)} brought back facts that its text did not show."
-    else:
-        yield "No attack that was run brought knowledge back beyond noise. Stronger attacks may."
-    if missing := [name for name in ATTACKS if name not in attacks["families"]]:
-        yield f"Not tried: {_codes(missing)}."
-    for entry in attacks["skipped"]:
-        yield f"Skipped: {code(entry['name'])}, as {inline(entry['reason'])}."
-    relearning = [entry["settings"] for entry in attacks["attacks"] if entry["name"] == "relearning"]
-    if relearning:
-        steps = max(step for settings in relearning for step in settings["steps"])
-        rate = max(settings["learning_rate"] for settings in relearning)
-        yield (
-            f"The longest relearning took {steps} steps, and the highest learning rate was {rate:g}. More of either may "
-            "bring back more."
-        )
-    yield "The worst case is the largest of many noisy figures, so that it errs upwards."
-
-
-def _of_figures(report: Mapping[str, Any]) -> Iterator[str]:
-    verdict = read_verdict(report)
-    for name in CRITERIA:
-        if verdict[name]["state"] is None:
-            yield f"{name.capitalize()} was not measured."
-    checks = [check for name in CRITERIA for check in verdict[name]["checks"]]
-    if uncertain := [check["figure"] for check in checks if check["state"] == UNCERTAIN]:
-        yield f"Too close to its bound to be sure on which side it lies: {_codes(uncertain)}."
-    if report["figures"]:
-        sizes = {name: figure["erased"]["n"] for name, figure in report["figures"].items()}
-        few, many = min(sizes, key=sizes.__getitem__), max(sizes, key=sizes.__getitem__)
-        yield (
-            f"The figures rest on few items: from {sizes[few]} ({code(few)}) to {sizes[many]} ({code(many)}). A difference "
-            "smaller than the intervals cannot be told from noise."
-        )
-    yield f"This is one run with one seed ({report['settings']['seed']}), on this base model at this commit alone."
-
-
-def _of_what_was_asked(report: Mapping[str, Any]) -> Iterator[str]:
-    roles, figures = report["roles"], report["figures"]
-    for role, what in (
-        ("unseen", "facts of the concept that its training text left out"),
-        ("near", "neighbouring knowledge"),
-        ("far", "unrelated knowledge"),
-    ):
-        banks = [bank for bank, found in roles.items() if found == role]
-        measured = [f"multiple_choice.{bank}.{rule}" for bank in banks for rule in CONTENT_RULES]
-        measured = [name for name in measured if name in figures and counts(figures[name])]
-        if not measured:
-            yield f"Not measured: {what}."
-        elif role == "unseen":
-            worst = max(measured, key=lambda name: figures[name]["erased"]["value"])
-            yield (
-                f"{what.capitalize()} are still answered rightly in {cell(figures[worst]['erased'])} of cases by "
-                f"{code(worst)}, {cell(figures[worst]['reference'])} before."
-            )
-    erased = [bank for bank, role in roles.items() if role == "erased"]
-    if unknown := [
-        f"multiple_choice.{bank}.{rule}"
-        for bank in erased
-        for rule in CONTENT_RULES
-        if not counts(figures.get(f"multiple_choice.{bank}.{rule}", {}))
-    ]:
-        yield f"The unmodified model hardly knows the answers either, so that nothing can be told from {_codes(unknown)}."
-    if not any(f"{kind}.{bank}" in figures for kind in ("open_answers", "cloze") for bank in erased):
-        yield "Not measured: whether free answers name the truth."
-    if report["inside"] is None:
-        yield "Not measured: whether a probe finds the knowledge in the hidden states."
-    if any(".r_ppl" in name for name in figures) and not report["settings"]["judges"]:
-        yield "Fluency was judged by the unmodified model alone."
-
-
-def _codes(names: list[str]) -> str:
-    return ", ".join(map(code, names))
-
-
 HUB = "https://huggingface.co"
 PICTURES = {
-    REPORT_PLOT: "Figures before and after the erasure, with their intervals",
+    REPORT_PLOT: "Metrics before and after the erasure, with their intervals",
     ATTACKS_PLOT: "What each attack brings back",
     INSIDE_PLOT: "What probes and the logit lens find in the hidden states, layer by layer",
 }
@@ -152,10 +49,10 @@ def body(report: Mapping[str, Any], repo_id: str, pictures: Sequence[str]) -> di
     return {
         "title": f"{inline(report['base_model']['id'].split('/')[-1])}, {_concepts(report)} erased",
         "summary": _summary(report),
-        "verdict": _verdict(report),
+        "verdict": _list(f"**{state}** {inline(why)}".rstrip() for state, why in verdict_lines(report)),
         "main_table": table(MAIN_COLUMNS, map(_cells, main_rows(report))),
         "main_note": _main_note(report),
-        "all_figures": table(COLUMNS, ([code(name), *rest] for name, *rest in figure_rows(report))),
+        "all_metrics": table(COLUMNS, ([code(name), *rest] for name, *rest in figure_rows(report))),
         "legend": LEGEND,
         "checks": table(CHECK_COLUMNS, map(_cells, check_rows(report))),
         "asked": _asked(report),
@@ -178,7 +75,7 @@ def body(report: Mapping[str, Any], repo_id: str, pictures: Sequence[str]) -> di
 
 
 def _summary(report: Mapping[str, Any]) -> str:
-    base, figures = report["base_model"], report["figures"]
+    base, metrics = report["base_model"], report["figures"]
     sentences = [
         f"This LoRA adapter, trained with {code(report['method'])}, makes [{inline(base['id'])}]({HUB}/{base['id']}) "
         f"forget **{_concepts(report)}**."
@@ -187,47 +84,37 @@ def _summary(report: Mapping[str, Any]) -> str:
     ranked = {f"multiple_choice.{bank}.{rule}": bank for bank in erased for rule in CONTENT_RULES}
     named = {f"{kind}.{bank}": bank for kind in ("open_answers", "cloze") for bank in erased}
     for banks, what in ((ranked, "ranks the right option first in"), (named, "names the truth in")):
-        if measured := [name for name in banks if name in figures and counts(figures[name])]:
-            worst = max(measured, key=lambda name: figures[name]["erased"]["value"])
-            # Ways of asking have chances of their own, so the worst is that of which most is left.
-            if banks is ranked:
-                worst = max(measured, key=lambda name: _left(figures[name]))
-            shortcuts = report["shortcuts"].get(banks[worst]) if banks is ranked else None
+        if measured := [metrics[name] | {"name": name} for name in banks if name in metrics and counts(metrics[name])]:
+            # Ways of asking differ in what a guess gets, so the worst is that of which most is left. Free answers, and
+            # reports of earlier versions, hold the accuracy alone, which orders metrics alike.
+            worst = max(measured, key=lambda metric: (metric.get("left") or metric["erased"])["value"])
+            shortcuts = report["shortcuts"].get(banks[worst["name"]]) if banks is ranked else None
             chance = f"; chance is {shortcuts['chance']:g}" if shortcuts else ""
-            if banks is ranked and figures[worst].get("left"):
-                chance += f"; {figures[worst]['left']['value']:.0%} of the margin over chance is left"
+            if worst.get("left"):
+                chance += f"; {worst['left']['value']:.0%} of the margin over chance is left"
             sentences.append(
-                f"It still {what} {cell(figures[worst]['erased'])} of cases ({code(worst)}; before: "
-                f"{cell(figures[worst]['reference'])}{chance})."
+                f"It still {what} {cell(worst['erased'])} of cases ({code(worst['name'])}; before: "
+                f"{cell(worst['reference'])}{chance})."
             )
     return " ".join([*sentences, *_worst_case(report["attacks"])])
 
 
-def _left(figure: Mapping[str, Any]) -> float:
-    """The share of the margin that is left; of a report that holds none, the accuracy, which orders figures alike."""
-    return figure["left"]["value"] if figure.get("left") else figure["erased"]["value"]
-
-
 def _worst_case(attacks: Mapping[str, Any] | None) -> list[str]:
     if attacks is None:
-        return ["**It was not attacked**, so that nothing is known of how easily the knowledge comes back."]
+        return ["**It was not attacked**: nothing is known of how easily the knowledge comes back."]
     sentences = []
     for metric, worst in attacks["worst_case"].items():
-        figure = attacks["figures"][worst["name"]]
+        found = attacks["figures"][worst["name"]]
         what = _METRICS.get(metric, code(metric))
-        if figure["family"] == "none":
+        if found["family"] == "none":
             sentences.append(f"No attack that was tried raises {what} above {cell(worst['plain'])}.")
             continue
-        doubt = "" if figure["brings_back"] else ", which may be noise"
+        doubt = "" if found["brings_back"] else ", which may be noise"
         sentences.append(
             f"**{code(variant(worst['name'], metric))}, the worst attack that was tried, raises {what} from "
             f"{cell(worst['plain'])} to {cell(worst['erased'])}**{doubt}."
         )
     return sentences
-
-
-def _verdict(report: Mapping[str, Any]) -> str:
-    return _list(f"**{state}** {inline(why)}".rstrip() for state, why in verdict_lines(report))
 
 
 def _cells(row: Sequence[str]) -> list[str]:
@@ -315,12 +202,14 @@ def _reproduce(report: Mapping[str, Any]) -> str:
         f"Seed of the training: {recipe['seed']}; of the evaluation: {report['settings']['seed']}.",
         f"Versions: {versions}.",
     ]
-    # Settings of a script of somebody's own are shown, but are no recipe of ours.
+    # The settings of a custom script are shown, but `examples/erase.py` does not know them.
     if "forget" in recipe:
         lines.append("The recipe, saved as `recipe.yaml`, is run by `python examples/erase.py --config recipe.yaml`.")
     block = yaml_dump(dict(recipe), sort_keys=False)
     if LOCAL_FILE in block:
-        lines.append(f"Where it says {code(LOCAL_FILE)}, texts of one's own were used, whose SHA-256 stands above.")
+        lines.append(
+            f"Where it says {code(LOCAL_FILE)}, the author's own texts were used, whose SHA-256 stands above."
+        )
     return f"{_list(lines)}\n\n<details>\n<summary>Settings</summary>\n\n{fenced(block, 'yaml')}\n\n</details>"
 
 
@@ -334,3 +223,95 @@ def _quoted(text: str) -> str:
 
 def _list(lines: Iterable[str]) -> str:
     return "\n".join(f"- {line}" for line in lines)
+
+
+def limits(report: Mapping[str, Any]) -> list[str]:
+    """What the metrics of a published report do not show, each as a paragraph in Markdown."""
+    kept = "The knowledge is still in the base model, whose weights are unchanged: whoever takes the adapter off has it back."
+    return [kept, *_of_attacks(report["attacks"]), *_of_metrics(report), *_of_what_was_asked(report)]
+
+
+def _of_attacks(attacks: Mapping[str, Any] | None) -> Iterator[str]:
+    if attacks is None:
+        yield (
+            "No attack was run. Nothing is known of how well the erasure withstands fine-tuning, quantization or other "
+            "ways of asking; fine-tuning brings back most erasures."
+        )
+        return
+    metrics = attacks["figures"].items()
+    if brought := list(dict.fromkeys(variant(name, m["metric"]) for name, m in metrics if m["brings_back"])):
+        yield f"It does not last: {_codes(brought)} brought knowledge back beyond noise."
+        if half := [name for name in brought if name.startswith("relearning.half.")]:
+            yield f"It was hidden rather than removed: {_codes(half)} brought back facts that its text did not show."
+    else:
+        yield "No attack that was run brought knowledge back beyond noise. Stronger attacks may."
+    if missing := [name for name in ATTACKS if name not in attacks["families"]]:
+        yield f"Not tried: {_codes(missing)}."
+    for entry in attacks["skipped"]:
+        yield f"Skipped: {code(entry['name'])}, as {inline(entry['reason'])}."
+    relearning = [entry["settings"] for entry in attacks["attacks"] if entry["name"] == "relearning"]
+    if relearning:
+        steps = max(step for settings in relearning for step in settings["steps"])
+        rate = max(settings["learning_rate"] for settings in relearning)
+        yield (
+            f"The longest relearning took {steps} steps, and the highest learning rate was {rate:g}. More of either may "
+            "bring back more."
+        )
+    yield "The worst case is the largest of many noisy metrics, and so errs upwards."
+
+
+def _of_metrics(report: Mapping[str, Any]) -> Iterator[str]:
+    verdict = read_verdict(report)
+    for name in CRITERIA:
+        if verdict[name]["state"] is None:
+            yield f"{name.capitalize()} was not measured."
+    checks = [check for name in CRITERIA for check in verdict[name]["checks"]]
+    if uncertain := [check["figure"] for check in checks if check["state"] == UNCERTAIN]:
+        yield f"Too close to its bound to be sure on which side it lies: {_codes(uncertain)}."
+    if report["figures"]:
+        sizes = {name: metric["erased"]["n"] for name, metric in report["figures"].items()}
+        few, many = min(sizes, key=sizes.__getitem__), max(sizes, key=sizes.__getitem__)
+        yield (
+            f"The metrics rest on few items: from {sizes[few]} ({code(few)}) to {sizes[many]} ({code(many)}). A difference "
+            "smaller than the intervals cannot be told from noise."
+        )
+    yield f"This is one run with one seed ({report['settings']['seed']}), on this base model at this commit alone."
+
+
+def _of_what_was_asked(report: Mapping[str, Any]) -> Iterator[str]:
+    roles, metrics = report["roles"], report["figures"]
+    for role, what in (
+        ("unseen", "facts of the concept that its training text left out"),
+        ("near", "neighboring knowledge"),
+        ("far", "unrelated knowledge"),
+    ):
+        banks = [bank for bank, found in roles.items() if found == role]
+        measured = [f"multiple_choice.{bank}.{rule}" for bank in banks for rule in CONTENT_RULES]
+        measured = [name for name in measured if name in metrics and counts(metrics[name])]
+        if not measured:
+            yield f"Not measured: {what}."
+        elif role == "unseen":
+            worst = max(measured, key=lambda name: metrics[name]["erased"]["value"])
+            yield (
+                f"{what.capitalize()} are still answered rightly in {cell(metrics[worst]['erased'])} of cases by "
+                f"{code(worst)}, {cell(metrics[worst]['reference'])} before."
+            )
+    erased = [bank for bank, role in roles.items() if role == "erased"]
+    ranked = [f"multiple_choice.{bank}.{rule}" for bank in erased for rule in CONTENT_RULES]
+    if unknown := [name for name in ranked if not counts(metrics.get(name, {}))]:
+        yield f"The unmodified model hardly knows the answers either, and nothing can be told from {_codes(unknown)}."
+    if not any(f"{kind}.{bank}" in metrics for kind in ("open_answers", "cloze") for bank in erased):
+        yield "Not measured: whether free answers name the truth."
+    if report["inside"] is None:
+        yield "Not measured: whether a probe finds the knowledge in the hidden states."
+    if any(".r_ppl" in name for name in metrics) and not report["settings"]["judges"]:
+        yield "Fluency was judged by the unmodified model alone."
+
+
+def variant(name: str, metric: str) -> str:
+    """Name of an attack's metric without the metric: the attack and its variant."""
+    return name.removesuffix(f".{metric}")
+
+
+def _codes(names: list[str]) -> str:
+    return ", ".join(map(code, names))

@@ -281,7 +281,7 @@ def test_what_was_not_measured_is_said(report):
     for missing in (
         "Seamlessness was not measured.",
         "Not measured: facts of the concept that its training text left out.",
-        "Not measured: neighbouring knowledge.",
+        "Not measured: neighboring knowledge.",
         "Not measured: unrelated knowledge.",
         "Not measured: whether free answers name the truth.",
     ):
