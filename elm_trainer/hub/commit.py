@@ -3,11 +3,13 @@
 import itertools
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import httpx2
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, GitCommitInfo, GitRefs, HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, RemoteEntryNotFoundError, RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import sha
@@ -112,15 +114,10 @@ def open_repository(
         refs = retried(lambda: api.list_repo_refs(repo_id, repo_type=repo_type))
         if branch not in {ref.name for ref in refs.branches}:
             retried(lambda: api.create_branch(repo_id, branch=branch, repo_type=repo_type, exist_ok=True))
-        head = _head(api, repo_id, repo_type, branch)
-        return Target(
-            repo_id,
-            repo_type,
-            branch,
-            head,
-            _tree(api, repo_id, repo_type, head),
-            _tags(refs),
-        )
+        head = retried(lambda: api.repo_info(repo_id, repo_type=repo_type, revision=branch)).sha
+        assert head is not None
+        tags = {ref.name: ref.target_commit for ref in refs.tags}
+        return Target(repo_id, repo_type, branch, head, _tree(api, repo_id, repo_type, head), tags)
 
 
 def read_text(api: HfApi, target: Target, path: str) -> str | None:
@@ -128,11 +125,11 @@ def read_text(api: HfApi, target: Target, path: str) -> str | None:
     if path not in target.files:
         return None
     with patience(), named_errors(target.repo_id, f"Reading {path} of {target.repo_id}"):
+        where = {"repo_type": target.repo_type, "revision": target.head}
         try:
-            found = retried(
-                lambda: api.hf_hub_download(target.repo_id, path, repo_type=target.repo_type, revision=target.head)
+            return Path(retried(lambda: api.hf_hub_download(target.repo_id, path, **where))).read_text(
+                encoding="utf-8"
             )
-            return Path(found).read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise ValueError(
                 f"{path} of {target.repo_id} is not text in UTF-8 ({error}): correct or delete it, and publish again."
@@ -145,6 +142,18 @@ def read_text(api: HfApi, target: Target, path: str) -> str | None:
             raise UploadError(
                 f"{path} of {target.repo_id} could not be read whole ({first_line(error)}): publish again."
             ) from error
+
+
+def check_options(
+    *, tag: str | None = None, create_pr: bool = False, dry_run: bool = False, staging_dir: str | Path | None = None
+) -> None:
+    """Raise `ValueError` for options of publishing that do not go together."""
+    if dry_run and staging_dir is None:
+        raise ValueError("`staging_dir` is None: a dry run needs a folder to leave its files in.")
+    if tag and create_pr:
+        raise ValueError(
+            f"`tag` is {tag!r}, but a pull request is no commit of the branch yet: tag it when it is merged."
+        )
 
 
 def commit_folder(
@@ -181,71 +190,86 @@ def commit_folder(
     """
     folder = Path(folder)
     local = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    stale = sorted(set(owned) & set(target.files) - set(local))
-    unchanged = not stale and all(_same(path, target.files.get(name)) for name, path in local.items())
-    check_tag(target, tag, create_pr, unchanged)
-    if unchanged:
-        publication = Publication(target.repo_id, target.head, _url(api, target), changed=False)
-    else:
-        with patience(), named_errors(target.repo_id, f"Committing to {target.repo_id}"):
-            publication = _commit(api, target, local, stale, message, create_pr)
-        _check_landed(api, target, local, publication)
-    commit = publication.commit
-    assert commit is not None
-    if tag and target.tags.get(tag) != commit:
-        _set_tag(api, target, tag, commit)
-    return publication
-
-
-def check_tag(target: Target, tag: str | None, create_pr: bool, unchanged: bool = False) -> None:
-    """Raise `ValueError` where a tag can't be set."""
-    if tag and create_pr:
-        raise ValueError(
-            f"`tag` is {tag!r}, but a pull request is no commit of the branch yet: tag it when it is merged."
-        )
+    change = _Change(api, target, local, sorted(set(owned) & set(target.files) - set(local)), message, create_pr)
+    unchanged = not change.stale and all(_same(path, target.files.get(name)) for name, path in local.items())
+    check_options(tag=tag, create_pr=create_pr)
     if tag in target.tags and not (unchanged and target.tags[tag] == target.head):
         raise ValueError(
             f"`tag` is {tag!r}, which {target.repo_id} has on {target.tags[tag][:8]} already: choose another, or delete "
             "that one."
         )
+    if unchanged:
+        publication = change.publication(target.head, changed=False)
+    else:
+        with patience(), named_errors(target.repo_id, f"Committing to {target.repo_id}"):
+            publication = _commit(change)
+    commit = publication.commit
+    assert commit is not None
+    if publication.changed:
+        _check_landed(change, commit)
+    if tag and target.tags.get(tag) != commit:
+        _set_tag(api, target, tag, commit)
+    return publication
 
 
-def _commit(
-    api: HfApi, target: Target, local: dict[str, Path], stale: list[str], message: str, create_pr: bool
-) -> Publication:
-    pulls = _pulls(api, target) if create_pr else set()
-    additions = [CommitOperationAdd(name, path) for name, path in local.items()]
-    _send_large_files(api, target, additions, create_pr)
+@dataclass(frozen=True)
+class _Change:
+    """What a commit is to do: files to write, by their names in the repository, and names to delete."""
+
+    api: HfApi
+    target: Target
+    local: dict[str, Path]
+    stale: list[str]
+    message: str
+    create_pr: bool
+
+    def publication(self, commit: str, *, changed: bool = True, pull: str | None = None) -> Publication:
+        prefix = "" if self.target.repo_type == "model" else f"{self.target.repo_type}s/"
+        url = f"{self.api.endpoint}/{prefix}{self.target.repo_id}"
+        return Publication(self.target.repo_id, commit, url, changed, pull)
+
+    def tree(self, commit: str) -> dict[str, RepoFile]:
+        return _tree(self.api, self.target.repo_id, self.target.repo_type, commit)
+
+    def pulls(self) -> set[str]:
+        """References of all pull requests."""
+        where = {"repo_type": self.target.repo_type, "include_pull_requests": True}
+        refs = retried(lambda: self.api.list_repo_refs(self.target.repo_id, **where))
+        return {ref.ref for ref in refs.pull_requests or []}
+
+
+def _commit(change: _Change) -> Publication:
+    api, target = change.api, change.target
+    pulls = change.pulls() if change.create_pr else set()
+    additions = [CommitOperationAdd(name, path) for name, path in change.local.items()]
+    where = {"repo_type": target.repo_type, "revision": target.revision, "create_pr": change.create_pr}
+    _send_large_files(change, additions, where)
     if ignored := [addition.path_in_repo for addition in additions if addition._should_ignore]:
         raise ValueError(
             f"The `.gitignore` of {target.repo_id} leaves out {', '.join(ignored)}: remove those lines there, and "
             "publish again."
         )
-    operations = [*additions, *(CommitOperationDelete(name) for name in stale)]
+    operations = [*additions, *map(CommitOperationDelete, change.stale)]
     for attempt in range(ATTEMPTS):
         failure: Exception
         try:
             info = api.create_commit(
-                target.repo_id,
-                operations,
-                commit_message=message,
-                repo_type=target.repo_type,
-                revision=target.revision,
-                parent_commit=target.head,
-                create_pr=create_pr,
+                target.repo_id, operations, commit_message=change.message, parent_commit=target.head, **where
             )
             if not additions or additions[0]._is_committed:
-                where, pull = info.pr_url or _url(api, target), info.pr_revision if create_pr else None
-                return Publication(target.repo_id, info.oid, where, True, pull)
+                made = change.publication(info.oid, pull=info.pr_revision if change.create_pr else None)
+                return replace(made, url=info.pr_url or made.url)
             # Where the branch holds the same by now, the client sends nothing and returns the newest commit.
             failure = ConflictError(f"Somebody committed the same to {target.repo_id} meanwhile: publish again.")
         except (HfHubHTTPError, httpx2.TransportError, *UNREADABLE) as error:
             failure = error
-        if _refused(failure):
-            raise failure
+        status = failure.response.status_code if isinstance(failure, HfHubHTTPError) else None
+        conflict = isinstance(failure, ConflictError) or status in (409, 412)
+        if status is not None and not conflict and not passing(failure):
+            raise failure  # the Hub said that it made no commit
         # The answer may be lost, and the commit made all the same: by this attempt, or by one before it.
         try:
-            landed = _landed(api, target, local, stale, message, pulls if create_pr else None)
+            landed = _landed(change, pulls)
         except (HfHubHTTPError, httpx2.TransportError, UploadError) as error:
             raise UploadError(
                 f"The commit was sent to {target.repo_id}, but not whether it was made ({first_line(failure)}), and the "
@@ -253,102 +277,68 @@ def _commit(
             ) from error
         if landed is not None:
             return landed
-        if isinstance(failure, ConflictError) or _status(failure) in (409, 412):
+        if conflict:
             raise failure
-        if attempt == ATTEMPTS - 1:
-            if isinstance(failure, UNREADABLE):
-                raise unreadable(failure) from failure
-            raise failure
-        wait_before(attempt, failure)
-    raise AssertionError("unreachable")
+        if attempt < ATTEMPTS - 1:
+            wait_before(attempt, failure)
+    raise unreadable(failure) if isinstance(failure, UNREADABLE) else failure
 
 
-def _status(failure: Exception) -> int | None:
-    return failure.response.status_code if isinstance(failure, HfHubHTTPError) else None
-
-
-def _refused(failure: Exception) -> bool:
-    """Whether the Hub said that it made no commit."""
-    return isinstance(failure, HfHubHTTPError) and not passing(failure) and _status(failure) not in (409, 412)
-
-
-def _send_large_files(api: HfApi, target: Target, additions: list[CommitOperationAdd], create_pr: bool) -> None:
+def _send_large_files(change: _Change, additions: list[CommitOperationAdd], where: dict[str, Any]) -> None:
     """Send the contents of large files ahead of the commit; the client tries that again by itself."""
     try:
-        api.preupload_lfs_files(
-            target.repo_id,
-            additions,
-            repo_type=target.repo_type,
-            revision=target.revision,
-            create_pr=create_pr,
-            free_memory=False,
-        )
+        change.api.preupload_lfs_files(change.target.repo_id, additions, free_memory=False, **where)
+        return
     except (RuntimeError, ConnectionError) as error:  # what the client, and Xet below it, make of any failure
-        cause = error.__cause__ or error
+        cause: BaseException = error.__cause__ or error
         if isinstance(cause, HfHubHTTPError) and cause.response.status_code in (401, 403):
             raise cause from error
-        raise _not_sent(target, cause) from error
     except (ValueError, *UNREADABLE) as error:  # an answer in another form than the Hub's
-        raise _not_sent(target, error) from error
+        cause = error
+    raise UploadError(
+        f"Sending large files to {change.target.repo_id}: {first_line(cause)}. What it held before is unchanged: publish "
+        "again."
+    ) from cause
 
 
-def _not_sent(target: Target, cause: BaseException) -> UploadError:
-    return UploadError(
-        f"Sending large files to {target.repo_id}: {first_line(cause)}. What it held before is unchanged: publish again."
-    )
-
-
-def _landed(
-    api: HfApi, target: Target, local: dict[str, Path], stale: list[str], message: str, pulls: set[str] | None
-) -> Publication | None:
+def _landed(change: _Change, pulls: set[str]) -> Publication | None:
     """The commit whose answer was lost, if it was made."""
-    references = {target.revision} if pulls is None else _pulls(api, target) - pulls
-    for reference in sorted(references):
-        made = _since(api, target, reference)
-        for commit in made:
-            if _title(commit.title) == _title(message) and _holds(api, target, local, stale, commit.commit_id):
-                pull = None if pulls is None else reference
-                return Publication(target.repo_id, commit.commit_id, _url(api, target), True, pull)
-        if made and pulls is None:
+    api, target = change.api, change.target
+    title = change.message.strip().partition("\n")[0].strip()
+    for reference in sorted(change.pulls() - pulls if change.create_pr else {target.revision}):
+        where = {"repo_type": target.repo_type, "revision": reference}
+        found = retried(partial(api.list_repo_commits, target.repo_id, **where))
+        newer = list(itertools.takewhile(lambda commit: commit.commit_id != target.head, found))
+        for commit in reversed(newer):
+            if commit.title.strip().partition("\n")[0].strip() == title and _holds(change, commit.commit_id):
+                return change.publication(commit.commit_id, pull=reference if change.create_pr else None)
+        if newer and not change.create_pr:
             raise ConflictError(
-                f"Somebody committed {made[-1].commit_id[:8]} to {target.repo_id} meanwhile. Nothing of yours was "
+                f"Somebody committed {newer[0].commit_id[:8]} to {target.repo_id} meanwhile. Nothing of yours was "
                 "committed: publish again to build on what is there now, or use `create_pr=True`."
             )
     return None
 
 
-def _title(message: str) -> str:
-    return message.strip().partition("\n")[0].strip()
-
-
-def _since(api: HfApi, target: Target, reference: str) -> list[GitCommitInfo]:
-    """Commits on top of `target.head`, the oldest first."""
-    found = retried(lambda: api.list_repo_commits(target.repo_id, repo_type=target.repo_type, revision=reference))
-    newer = itertools.takewhile(lambda commit: commit.commit_id != target.head, found)
-    return list(newer)[::-1]
-
-
-def _holds(api: HfApi, target: Target, local: dict[str, Path], stale: list[str], commit: str) -> bool:
-    """Whether a commit holds the folder, nothing stale, and of `target` all the rest."""
-    files = _tree(api, target.repo_id, target.repo_type, commit)
-    expected = (set(target.files) | set(local)) - set(stale) - {_ATTRIBUTES}
-    if set(files) - {_ATTRIBUTES} != expected:
-        return False
-    return all(
-        _same(local[name], files[name]) if name in local else files[name].blob_id == target.files[name].blob_id
+def _holds(change: _Change, commit: str) -> bool:
+    """Whether a commit holds the folder, nothing stale, and all the rest of what was there before."""
+    files, before, local = change.tree(commit), change.target.files, change.local
+    expected = (set(before) | set(local)) - set(change.stale) - {_ATTRIBUTES}
+    return set(files) - {_ATTRIBUTES} == expected and all(
+        _same(local[name], files[name]) if name in local else files[name].blob_id == before[name].blob_id
         for name in expected
     )
 
 
-def _check_landed(api: HfApi, target: Target, local: dict[str, Path], publication: Publication) -> None:
-    commit = publication.commit
-    assert commit is not None
-    with _after(target, commit, "it could not be compared with what was sent", "publish again, which compares them"):
-        files = _tree(api, target.repo_id, target.repo_type, commit)
-    if wrong := [name for name, path in local.items() if not _same(path, files.get(name))]:
+def _check_landed(change: _Change, commit: str) -> None:
+    repo_id = change.target.repo_id
+    what, fix = "it could not be compared with what was sent", "publish again, which compares them"
+    with _after(change.target, commit, what, fix):
+        files = change.tree(commit)
+    if wrong := [name for name, path in change.local.items() if not _same(path, files.get(name))]:
         raise UploadError(
-            f"{target.repo_id} at {commit[:8]} holds other content than was sent for {', '.join(wrong)}: "
-            "publish again, and tell the Hub."
+            f"{repo_id} at {commit[:8]} holds other content than was sent for {', '.join(wrong)}: publish again, and "
+            "tell the Hub."
         )
 
 
@@ -359,7 +349,8 @@ def _set_tag(api: HfApi, target: Target, tag: str, commit: str) -> None:
         retried(
             lambda: api.create_tag(target.repo_id, tag=tag, revision=commit, repo_type=target.repo_type, exist_ok=True)
         )
-        found = _tags(retried(lambda: api.list_repo_refs(target.repo_id, repo_type=target.repo_type))).get(tag)
+        refs = retried(lambda: api.list_repo_refs(target.repo_id, repo_type=target.repo_type))
+    found = next((ref.target_commit for ref in refs.tags if ref.name == tag), None)
     # Somebody else may have set it in the same moment, which `exist_ok` is silent about.
     if found != commit:
         raise ConflictError(
@@ -381,16 +372,6 @@ def _after(target: Target, commit: str, what: str, fix: str) -> Iterator[None]:
         ) from error
 
 
-def _tags(refs: GitRefs) -> dict[str, str]:
-    return {ref.name: ref.target_commit for ref in refs.tags}
-
-
-def _head(api: HfApi, repo_id: str, repo_type: str, reference: str) -> str:
-    sha = retried(lambda: api.repo_info(repo_id, repo_type=repo_type, revision=reference)).sha
-    assert sha is not None
-    return sha
-
-
 def _tree(api: HfApi, repo_id: str, repo_type: str, revision: str) -> dict[str, RepoFile]:
     def read() -> dict[str, RepoFile]:
         entries = api.list_repo_tree(repo_id, recursive=True, revision=revision, repo_type=repo_type)
@@ -402,11 +383,6 @@ def _tree(api: HfApi, repo_id: str, repo_type: str, revision: str) -> dict[str, 
         return {}
 
 
-def _pulls(api: HfApi, target: Target) -> set[str]:
-    refs = retried(lambda: api.list_repo_refs(target.repo_id, repo_type=target.repo_type, include_pull_requests=True))
-    return {ref.ref for ref in refs.pull_requests or []}
-
-
 def _same(path: Path, remote: RepoFile | None) -> bool:
     if remote is None or remote.size != path.stat().st_size:
         return False
@@ -414,8 +390,3 @@ def _same(path: Path, remote: RepoFile | None) -> bool:
         if remote.lfs is not None:
             return sha.sha_fileobj(file).hex() == remote.lfs.sha256
         return sha.git_hash(file.read()) == remote.blob_id
-
-
-def _url(api: HfApi, target: Target) -> str:
-    prefix = "" if target.repo_type == "model" else f"{target.repo_type}s/"
-    return f"{api.endpoint}/{prefix}{target.repo_id}"

@@ -1,6 +1,5 @@
 """`publish_adapter`: an erased adapter with its evidence, in one commit."""
 
-import json
 import re
 import tempfile
 import time
@@ -23,27 +22,16 @@ from ..evaluation.report import model_fingerprint, read_report
 from ..fingerprint import base_fingerprint
 from ..modeling import evaluating, load_model_and_tokenizer
 from .card import make_card, validate_card
-from .commit import Publication, commit_folder, open_repository, read_text
+from .card_text import PICTURES
+from .commit import Publication, check_options, commit_folder, open_repository, read_text
 from .errors import BaseMismatchError, ReloadError, named_errors, patience, retried
-from .info import (
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
-    ATTACKS_PLOT,
-    CARD,
-    INSIDE_PLOT,
-    PUBLISHED_FILES,
-    REPORT,
-    REPORT_PLOT,
-    BaseModel,
-    Probe,
-    check_base,
-)
+from .info import ADAPTER_WEIGHTS, CARD, PUBLISHED_FILES, BaseModel, Probe, check_base
 from .passages import without_template
 from .persons import machine_names, names_in
 from .published_report import mask_samples
 from .safety import check_names, check_tensors
 from .scan import check_allowed, raise_findings, scan_folder
-from .stage import stage_adapter
+from .stage import Staged, stage_adapter
 from .verify import make_probes
 
 
@@ -85,53 +73,37 @@ def publish_adapter(
     committed where nothing changed. Local files are only read.
 
     Args:
-        adapter (`str` or `Path`):
-            Folder of the adapter, as `trainer.save_model` or `save_pretrained` wrote it.
-        repo_id (`str`):
-            `name` or `namespace/name`. The repository is made, private, where there is none.
-        report (`str`, `Path` or `Mapping`):
-            Report of [`evaluate_erasure`] on this adapter.
-        attacks (`str`, `Path` or `Mapping`, *optional*):
-            Report of [`attack_erasure`] on it.
+        adapter (`str` or `Path`): Folder of the adapter, as `trainer.save_model` or `save_pretrained` wrote it.
+        repo_id (`str`): `name` or `namespace/name`. The repository is made, private, where there is none.
+        report (`str`, `Path` or `Mapping`): Report of [`evaluate_erasure`] on this adapter.
+        attacks (`str`, `Path` or `Mapping`, *optional*): Report of [`attack_erasure`] on it.
         model (`str`, [`~transformers.PreTrainedModel`] or `PeftModel`, *optional*):
             The base, or the erased model itself. Loaded from the report's recipe by default.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             Tokenizer; needed where `model` is no name.
-        base_model (`str`, *optional*):
-            Hub id of the base. Needed where the model was not loaded from the Hub.
-        base_revision (`str`, *optional*):
-            Commit or branch of the base; the newest commit by default.
-        gguf_file (`str`, *optional*):
-            File of the base's repository, where the base is a GGUF file.
-        license (`str`, *optional*):
-            Licence of the adapter. By default that of the base.
-        method (`str`, *optional*):
-            Name of the trainer. By default read from `erasure_run.json` beside the adapter.
+        base_model (`str`, *optional*): Hub id of the base. Needed where the model was not loaded from the Hub.
+        base_revision (`str`, *optional*): Commit or branch of the base; the newest commit by default.
+        gguf_file (`str`, *optional*): File of the base's repository, where the base is a GGUF file.
+        license (`str`, *optional*): Licence of the adapter. By default that of the base.
+        method (`str`, *optional*): Name of the trainer. By default read from `erasure_run.json` beside the adapter.
         forget (`Sequence[str]`, *optional*):
             Forget texts, which must not go up. Read from the sources of the report's recipe by default.
         questions (`Sequence[Question]`, *optional*):
             Questions whose answers must not go up. By default the built-in ones of the erased concepts.
         private (`bool`, *optional*):
             Whether the repository must be private. `None`: a new one is private, an existing one stays as it is.
-        revision (`str`, *optional*):
-            Branch; `main` by default.
-        create_pr (`bool`, *optional*, defaults to `False`):
-            Whether to open a pull request instead of committing.
-        tag (`str`, *optional*):
-            Tag of the commit.
-        commit_message (`str`, *optional*):
-            First line of the commit's message.
-        allow (`Mapping[str, str]`, *optional*):
-            Reason why a finding of the scan may be published, by the finding's id. The reasons are logged, and go up in
-            `erasure.json`.
+        revision (`str`, *optional*): Branch; `main` by default.
+        create_pr (`bool`, *optional*, defaults to `False`): Whether to open a pull request instead of committing.
+        tag (`str`, *optional*): Tag of the commit.
+        commit_message (`str`, *optional*): First line of the commit's message.
+        allow (`Mapping[str, str]`, *optional*): Reason why a finding of the scan may be published, by the finding's
+            id. The reasons are logged, and go up in `erasure.json`.
         dry_run (`bool`, *optional*, defaults to `False`):
             Whether to stop before anything is sent. The folder is left in `staging_dir`; neither the repository nor,
             with `license` and a commit as `base_revision`, the base's is looked at.
-        staging_dir (`str` or `Path`, *optional*):
-            Where the folder is staged and kept; a temporary one by default. What a person wrote into a `README.md` in it
-            goes up where the repository has none of its own.
-        api (`HfApi`, *optional*):
-            Client with endpoint and token. By default the environment's.
+        staging_dir (`str` or `Path`, *optional*): Where the folder is staged and kept; a temporary one by default.
+            What a person wrote into a `README.md` in it goes up where the repository has none of its own.
+        api (`HfApi`, *optional*): Client with endpoint and token. By default the environment's.
 
     Returns:
         [`Publication`]: commit, address, and the seconds of each step.
@@ -146,10 +118,7 @@ def publish_adapter(
         NotSignedInError, PermissionDeniedError, ConflictError, UploadError: what the Hub or the network refused.
     """
     validate_repo_id(repo_id)
-    if dry_run and staging_dir is None:
-        raise ValueError("`staging_dir` is None: a dry run needs a folder to leave its files in.")
-    if create_pr and tag:
-        raise ValueError(f"`tag` is {tag!r}, but a pull request is no commit of the branch yet: tag it when merged.")
+    check_options(tag=tag, create_pr=create_pr, dry_run=dry_run, staging_dir=staging_dir)
     check_allowed(allow or {})
     api = api or HfApi()
     report = report if isinstance(report, Mapping) else read_report(report)
@@ -165,7 +134,12 @@ def publish_adapter(
         with _lap(seconds, "load"):
             erased, tokenizer = stack.enter_context(_erased_model(adapter, report, model, processing_class))
         with _lap(seconds, "check"):
-            _check_report(erased, report)
+            found = model_fingerprint(erased.get_base_model())
+            if found != report["reference_sha256"]:
+                raise BaseMismatchError(
+                    f"The report measured a base with the hash {report['reference_sha256'][:12]}, but `model` has "
+                    f"{found[:12]}: pass the model that was measured, in the same dtype, or measure again."
+                )
             base = _find_base(api, erased, base_model, base_revision, gguf_file, license)
             forget_texts = list(without_template(texts, tokenizer))
             names = machine_names(public=names_in(repo_id, base.id))
@@ -175,7 +149,7 @@ def publish_adapter(
         with _lap(seconds, "stage"):
             if staging_dir is None:
                 staging_dir = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "adapter"
-            folder = stage_adapter(
+            staged = stage_adapter(
                 adapter,
                 report,
                 base_model=base,
@@ -188,15 +162,18 @@ def publish_adapter(
                 allowed=allow,
             )
         with _lap(seconds, "reload"):
-            _check_reload(erased, tokenizer, folder, probes)
+            _check_reload(erased, tokenizer, staged, probes)
+        card_file = staged.folder / CARD
 
         def write_card(current: str | None) -> None:
-            _write_card(folder, repo_id, current)
-            raise_findings(scan_folder(folder, forget=forget_texts, questions=asked, names=names), allow)
+            pictures = [name for name in PICTURES if (staged.folder / name).exists()]
+            card = make_card(staged.report, repo_id, pictures=pictures, current=current)
+            validate_card(card)
+            card.save(card_file)
+            raise_findings(scan_folder(staged.folder, forget=forget_texts, questions=asked, names=names), allow)
 
         with _lap(seconds, "scan"):
-            card = folder / CARD
-            write_card(card.read_text(encoding="utf-8") if card.exists() else None)
+            write_card(card_file.read_text(encoding="utf-8") if card_file.exists() else None)
         if dry_run:
             return Publication(repo_id, None, f"{api.endpoint}/{repo_id}", changed=False, seconds=seconds)
         with _lap(seconds, "transfer"):
@@ -208,7 +185,7 @@ def publish_adapter(
                 write_card(current)  # what a person wrote into the card on the Hub stays
         with _lap(seconds, "transfer"):
             publication = commit_folder(
-                api, target, folder, message=commit_message, owned=PUBLISHED_FILES, create_pr=create_pr, tag=tag
+                api, target, staged.folder, message=commit_message, owned=PUBLISHED_FILES, create_pr=create_pr, tag=tag
             )
     return replace(publication, seconds=seconds)
 
@@ -225,8 +202,8 @@ def _find_base(
     if base_model is None:
         if not _HUB_ID.fullmatch(loaded) or Path(loaded).exists():
             raise ValueError(
-                f"`base_model` is None, and the adapter's base was loaded from {loaded!r}, which is no Hub id: give "
-                "the Hub id of the same weights."
+                f"`base_model` is None, and the adapter's base was loaded from {loaded!r}, which is not a Hub id: "
+                "give the Hub id of the same weights."
             )
         base_model = loaded
     if license is None or base_revision is None or not _COMMIT.fullmatch(base_revision):
@@ -265,14 +242,14 @@ def _erased_model(
     model: str | PreTrainedModel | PeftModel | None,
     processing_class: PreTrainedTokenizerBase | None,
 ) -> Iterator[tuple[PeftModel, PreTrainedTokenizerBase]]:
-    recipe = report.get("recipe", {})
+    recipe, at = report.get("recipe", {}), {}
     if model is None:
-        model = recipe.get("model")
+        model, at = (
+            recipe.get("model"),
+            {"revision": recipe.get("model_revision"), "gguf_file": recipe.get("gguf_file")},
+        )
         if model is None:
             raise ValueError("`model` is None, and the report has no recipe that names it: pass the base.")
-        at = {"revision": recipe.get("model_revision"), "gguf_file": recipe.get("gguf_file")}
-    else:
-        at = {}
     if isinstance(model, str):
         model, processing_class = load_model_and_tokenizer(model, dtype=recipe.get("dtype", "auto"), **at)
     elif processing_class is None:
@@ -287,27 +264,17 @@ def _erased_model(
         erased.unload()  # the caller's base is left without the adapter
 
 
-def _check_report(erased: PeftModel, report: Mapping[str, Any]) -> None:
-    found = model_fingerprint(erased.get_base_model())
-    if found != report["reference_sha256"]:
-        raise BaseMismatchError(
-            f"The report measured a base with the hash {report['reference_sha256'][:12]}, but `model` has {found[:12]}: "
-            "pass the model that was measured, in the same data type, or measure again."
-        )
-
-
 def _check_reload(
-    erased: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path, probes: Sequence[Probe]
+    erased: PeftModel, tokenizer: PreTrainedTokenizerBase, staged: Staged, probes: Sequence[Probe]
 ) -> None:
     """Raise `ReloadError` unless the staged adapter gives the logits of the one at hand, bit for bit."""
-    config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    check_tensors(folder / ADAPTER_WEIGHTS, config, erased.get_base_model())
+    check_tensors(staged.folder / ADAPTER_WEIGHTS, staged.config, erased.get_base_model())
     texts = ["Once upon a time there was a town.", *(probe.prompt + probe.answer for probe in probes[:3])]
     batches = [tokenizer(text, return_tensors="pt").to(erased.device) for text in texts]
     active = erased.active_adapter
     with evaluating(erased), torch.inference_mode():
         before = [erased(**batch).logits for batch in batches]
-        erased.load_adapter(str(folder), _ADAPTER_NAME)
+        erased.load_adapter(str(staged.folder), _ADAPTER_NAME)
         try:
             erased.set_adapter(_ADAPTER_NAME)
             differences = [
@@ -321,13 +288,6 @@ def _check_reload(
             f"The staged adapter gives other logits than the one to be published (by up to {largest:.3g}): the folder "
             "named by `adapter` is not what `model` carries; save it again."
         )
-
-
-def _write_card(folder: Path, repo_id: str, current: str | None) -> None:
-    pictures = [name for name in (REPORT_PLOT, ATTACKS_PLOT, INSIDE_PLOT) if (folder / name).exists()]
-    card = make_card(read_report(folder / REPORT), repo_id, pictures=pictures, current=current)
-    validate_card(card)
-    card.save(folder / CARD)
 
 
 def _forget_texts(report: Mapping[str, Any]) -> list[str]:

@@ -13,13 +13,14 @@ from huggingface_hub.utils import validate_repo_id, yaml_dump
 from ..files import write_text
 from ..synthesis import SynthesisConfig, SynthesisResult
 from .card import CONCEPT_TAG, TAG, TASK, check_commit, check_id, keep_written, record
-from .commit import Publication, commit_folder, open_repository, read_text
+from .commit import Publication, check_options, commit_folder, open_repository, read_text
 from .info import CARD, BaseModel
 from .persons import machine_names, names_in
 from .scan import raise_findings, scan_folder
 from .untrusted import code, fenced, inline, plain, table
 
 
+PAIRS = "pairs.jsonl"
 TEMPLATE = Path(__file__).with_name("templates") / "dataset_card.md"
 TAGS = (TAG, "unlearning", "concept-erasure", "synthetic")
 REPLACED = ("language_creators", "license", "pretty_name", "size_categories", "source_datasets", "task_categories")
@@ -54,7 +55,6 @@ def make_dataset_card(
     check_id("repo_id", repo_id)
     check_id("model.id", model.id)
     check_commit(model.revision)
-    concepts = ", ".join(map(inline, results))
     data = DatasetCardData(
         license=model.license,
         language_creators=["machine-generated"],
@@ -76,13 +76,18 @@ def make_dataset_card(
         data,
         template_path=str(TEMPLATE),
         record=record(data.to_dict()),
-        concepts=concepts,
+        concepts=", ".join(map(inline, results)),
         rows=rows,
         model=f"[{inline(model.id)}](https://huggingface.co/{model.id})",
         commit=code(model.revision),
         counts=counts,
         settings=fenced(yaml_dump(asdict(config), sort_keys=False), "yaml"),
-        use=_use(repo_id),
+        use=fenced(
+            "from elm_trainer import ConceptSources, build_erasure_dataset\n\n"
+            f'sources = ConceptSources(forget="texts.jsonl", retain=["everyday"], synthetic="{repo_id}")\n'
+            'dataset = build_erasure_dataset({"concept": sources})',
+            "python",
+        ),
         license=code(model.license),
     )
     return keep_written(card, current, REPLACED)
@@ -91,22 +96,10 @@ def make_dataset_card(
 def _size_category(rows: int) -> str:
     """The Hub's name for a number of rows."""
     limits = ("1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B", "100B", "1T")
-    place = max(len(str(rows)) - 3, 0)
-    if place == 0:
+    place = len(str(rows)) - 3
+    if place < 1:
         return "n<1K"
     return f"{limits[place - 1]}<n<{limits[place]}" if place < len(limits) else "n>1T"
-
-
-def _use(repo_id: str) -> str:
-    return fenced(
-        "from elm_trainer import ConceptSources, build_erasure_dataset\n\n"
-        f'sources = ConceptSources(forget="texts.jsonl", retain=["everyday"], synthetic="{repo_id}")\n'
-        'dataset = build_erasure_dataset({"concept": sources})',
-        "python",
-    )
-
-
-PAIRS = "pairs.jsonl"
 
 
 def publish_dataset(
@@ -135,7 +128,7 @@ def publish_dataset(
         results (`Mapping[str, SynthesisResult]`): What [`synthesize_completions`] gave, by name of the concept.
         repo_id (`str`): `name` or `namespace/name`.
         config ([`SynthesisConfig`]): Settings that the pairs were made with.
-        model ([`BaseModel`]): The model that wrote them; the data set inherits its licence.
+        model ([`BaseModel`]): The model that wrote them; the data set inherits its license.
         forget (`Sequence[str]`, *optional*): Forget texts, whose passages must not go up.
         allow (`Mapping[str, str]`, *optional*): Reason why a finding of the scan may be published, by the finding's id.
         private, revision, create_pr, tag, commit_message, dry_run, staging_dir, api: As in [`publish_adapter`].
@@ -146,8 +139,8 @@ def publish_dataset(
         NotSignedInError, PermissionDeniedError, ConflictError, UploadError: what the Hub or the network refused.
     """
     validate_repo_id(repo_id)
-    if dry_run and staging_dir is None:
-        raise ValueError("`staging_dir` is None: a dry run needs a folder to leave its files in.")
+    check_options(tag=tag, create_pr=create_pr, dry_run=dry_run, staging_dir=staging_dir)
+    names = machine_names(public=names_in(repo_id, model.id))
     api = api or HfApi()
     with ExitStack() as stack:
         folder = Path(staging_dir or stack.enter_context(tempfile.TemporaryDirectory()))
@@ -156,7 +149,6 @@ def publish_dataset(
 
         def write(current: str | None) -> None:
             make_dataset_card(results, config, model, repo_id, current=current).save(card)
-            names = machine_names(public=names_in(repo_id, model.id))
             raise_findings(scan_folder(folder, forget=forget, names=names, allowed={PAIRS, CARD}), allow)
 
         rows = (

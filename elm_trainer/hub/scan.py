@@ -49,15 +49,12 @@ def scan_folder(
     host names, passages of forget text, and questions beside their right answer.
 
     Args:
-        folder (`str` or `Path`):
-            What would go up.
-        forget (`Iterable[str]`, *optional*):
-            Forget texts: any twelve words in a row of them, or a shorter one of at least three words as a whole. Rows
-            that a chat template rendered go through [`without_template`] first.
+        folder (`str` or `Path`): What would go up.
+        forget (`Iterable[str]`, *optional*): Forget texts: any twelve words in a row of them, or a shorter one of at
+            least three words as a whole. Rows that a chat template rendered go through [`without_template`] first.
         questions (`Iterable[Question]`, *optional*):
             Questions about what was erased, which must not stand beside their right answer.
-        names (`Iterable[str]`, *optional*):
-            Names of persons and machines. Those of [`machine_names`] by default.
+        names (`Iterable[str]`, *optional*): Names of persons and machines. Those of [`machine_names`] by default.
         allowed (`Collection[str]`, *optional*, defaults to `PUBLISHED_FILES`):
             Paths in the folder, with `/`, that may be published.
 

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig
@@ -20,9 +20,8 @@ from transformers.utils import logging
 from ..attacks.report import plot_attacks
 from ..data.questions import Question
 from ..evaluation.plots import plot_inside, plot_report
-from ..evaluation.report import adapter_fingerprint, check_report, write_json
+from ..evaluation.report import adapter_fingerprint, write_json
 from ..files import RUN_FILE, file_sha256
-from .adapter_config import check_adapter_config
 from .errors import UnsafeAdapterError
 from .info import (
     ADAPTER_CONFIG,
@@ -42,32 +41,15 @@ from .published_report import published_report
 from .safety import check_folder
 
 
-def tokenizer_changed(tokenizer: PreTrainedTokenizerBase, base: PreTrainedTokenizerBase) -> bool:
-    """Whether two tokenizers turn some text into other tokens, or some chat into other text.
-
-    Compared are vocabulary and rules, special tokens, and the chat template. A padding token that one of the base's
-    tokens serves as is no change, as training sets one where there is none and no model sees it; neither are padding
-    side, truncation and the longest length, which belong to a call.
-    """
-    return _behaviour(tokenizer) != _behaviour(base)
-
-
-def _behaviour(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    if isinstance(tokenizer, PreTrainedTokenizerFast):
-        rules = json.loads(tokenizer.backend_tokenizer.to_str())
-        rules["padding"] = rules["truncation"] = None
-    else:
-        added = {index: str(token) for index, token in tokenizer.added_tokens_decoder.items()}
-        rules = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab(), "added": added}
-    return {
-        "rules": rules,
-        "special": {name: token for name, token in tokenizer.special_tokens_map.items() if name != "pad_token"},
-        "extra": sorted(map(str, tokenizer.extra_special_tokens)),
-        "chat_template": tokenizer.chat_template,
-    }
-
-
 logger = logging.get_logger(__name__)
+
+
+class Staged(NamedTuple):
+    """The folder that goes up, and of two of its files what they hold."""
+
+    folder: Path
+    config: dict[str, Any]
+    report: dict[str, Any]
 
 
 def stage_adapter(
@@ -80,10 +62,9 @@ def stage_adapter(
     verification: Sequence[Probe] = (),
     base_tokenizer: PreTrainedTokenizerBase | None = None,
     method: str | None = None,
-    recipe: Mapping[str, Any] | None = None,
     questions: Sequence[Question] = (),
     allowed: Mapping[str, str] | None = None,
-) -> Path:
+) -> Staged:
     """Write the folder that goes up, all but its card.
 
     The same adapter and reports give the same bytes. Written beside `output_dir` and moved there when whole; an earlier
@@ -100,12 +81,11 @@ def stage_adapter(
             goes up where it behaves differently (see [`tokenizer_changed`]). Needed where the adapter's folder holds one.
         method (`str`, *optional*): Trainer that made the adapter. Read from `erasure_run.json` in the adapter's folder or
             the one above by default.
-        recipe (`Mapping`, *optional*): Settings of the training. The report's own `recipe` by default.
         questions (`Sequence[Question]`, *optional*): Questions whose aliases of a right answer are masked in samples.
         allowed (`Mapping[str, str]`, *optional*): Reasons why findings of the scan may be published, by their ids.
 
     Returns:
-        `Path`: `output_dir`.
+        [`Staged`]: `output_dir`, with the adapter's config and the report as they were written.
 
     Raises:
         ValueError: if the report is on another adapter or is none (see [`published_report`]), if the folder holds no
@@ -114,25 +94,20 @@ def stage_adapter(
             refuse, such as an adapter that is no plain LoRA or a report that is too large.
         FileExistsError: if `output_dir` holds something else than an earlier staged folder.
     """
-    check_report(report)
     adapter, output = Path(adapter), Path(output_dir)
     _check_output(output, adapter)
     config, tensors = _read_adapter(adapter)
     _check_measured(tensors, config, report)
     method = method or _method_of(adapter)
-    published = published_report(
-        report, base_model=base_model, method=method, attacks=attacks, recipe=recipe, questions=questions
-    )
+    published = published_report(report, base_model=base_model, method=method, attacks=attacks, questions=questions)
     tokenizer = _changed_tokenizer(adapter, base_tokenizer)
-    public_config = _published_config(config, base_model)
-    # What `load_erased` would refuse is not published.
-    check_adapter_config(public_config, adapter / ADAPTER_CONFIG)
+    config = _published_config(config, base_model)
 
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as scratch:
         staged = Path(scratch) / "staged"
         staged.mkdir()
-        write_json(staged / ADAPTER_CONFIG, public_config)
+        write_json(staged / ADAPTER_CONFIG, config)
         (staged / ADAPTER_WEIGHTS).write_bytes(save(dict(sorted(tensors.items())), metadata={"format": "pt"}))
         write_json(staged / REPORT, published)
         plot_report(published, staged / REPORT_PLOT)
@@ -141,10 +116,11 @@ def stage_adapter(
         if published["inside"] is not None:
             plot_inside(published["inside"], staged / INSIDE_PLOT)
         if tokenizer is not None:
-            tokenizer.save_pretrained(Path(scratch) / "tokenizer")
+            saved = Path(scratch) / "tokenizer"
+            tokenizer.save_pretrained(saved)
             for name in TOKENIZER_FILES:
-                if (Path(scratch) / "tokenizer" / name).exists():
-                    shutil.copyfile(Path(scratch) / "tokenizer" / name, staged / name)
+                if (saved / name).exists():
+                    shutil.copyfile(saved / name, staged / name)
         ErasureInfo(
             concepts=published["concepts"],
             method=method,
@@ -156,11 +132,17 @@ def stage_adapter(
             verification=list(verification),
             allowed=dict(sorted((allowed or {}).items())),
         ).write(staged)
-        _check_loadable(staged)
+        try:
+            check_folder(staged)
+        except UnsafeAdapterError as error:
+            raise UnsafeAdapterError(
+                f"`load_erased` would refuse what is to be published ({error}). Where it is the report that is too large, "
+                "which has a line for each question and metric, measure fewer of them."
+            ) from error
         if (output / CARD).exists():
             shutil.copyfile(output / CARD, staged / CARD)
         _move_into_place(staged, output, Path(scratch) / "replaced")
-    return output
+    return Staged(output, config, published)
 
 
 def _check_output(output: Path, adapter: Path) -> None:
@@ -265,14 +247,29 @@ def _changed_tokenizer(adapter: Path, base: PreTrainedTokenizerBase | None) -> P
     return tokenizer if tokenizer_changed(tokenizer, base) else None
 
 
-def _check_loadable(staged: Path) -> None:
-    try:
-        check_folder(staged)
-    except UnsafeAdapterError as error:
-        raise UnsafeAdapterError(
-            f"`load_erased` would refuse what is to be published ({error}). A report has a line for each question and "
-            "figure: where it is too large, measure fewer of them."
-        ) from error
+def tokenizer_changed(tokenizer: PreTrainedTokenizerBase, base: PreTrainedTokenizerBase) -> bool:
+    """Whether two tokenizers turn some text into other tokens, or some chat into other text.
+
+    Compared are vocabulary and rules, special tokens, and the chat template. A padding token that one of the base's
+    tokens serves as is no change, as training sets one where there is none and no model sees it; neither are padding
+    side, truncation and the longest length, which belong to a call.
+    """
+    return _behavior(tokenizer) != _behavior(base)
+
+
+def _behavior(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    if isinstance(tokenizer, PreTrainedTokenizerFast):
+        rules = json.loads(tokenizer.backend_tokenizer.to_str())
+        rules["padding"] = rules["truncation"] = None
+    else:
+        added = {index: str(token) for index, token in tokenizer.added_tokens_decoder.items()}
+        rules = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab(), "added": added}
+    return {
+        "rules": rules,
+        "special": {name: token for name, token in tokenizer.special_tokens_map.items() if name != "pad_token"},
+        "extra": sorted(map(str, tokenizer.extra_special_tokens)),
+        "chat_template": tokenizer.chat_template,
+    }
 
 
 def _move_into_place(staged: Path, output: Path, replaced: Path) -> None:

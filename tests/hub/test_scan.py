@@ -56,7 +56,7 @@ def staged(local, tokenizer, tmp_path_factory):
     folder = stage_adapter(
         local.adapter, local.report, base_model=BASE, output_dir=tmp_path_factory.mktemp("clean") / "staged",
         attacks=local.attacks, verification=PROBES, base_tokenizer=tokenizer,
-    )  # fmt: skip
+    ).folder  # fmt: skip
     card = make_card(read_report(folder / "report.json"), "org/tiny-erased", pictures=["report.png", "attacks.png"])
     card.save(folder / "README.md")
     return {path.name: path.read_bytes() for path in folder.iterdir()}

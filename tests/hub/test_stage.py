@@ -38,7 +38,7 @@ def adapter(local, tmp_path):
 def stage(local, adapter, tokenizer, tmp_path):
     def run(name="staged", **settings):
         settings = {"base_model": BASE, "base_tokenizer": tokenizer, "report": local.report} | settings
-        return stage_adapter(settings.pop("adapter", adapter), output_dir=tmp_path / name, **settings)
+        return stage_adapter(settings.pop("adapter", adapter), output_dir=tmp_path / name, **settings).folder
 
     return run
 
