@@ -130,11 +130,13 @@ def check_id(what: str, name: str) -> None:
     try:
         validate_repo_id(name)
     except HFValidationError as error:
-        raise ValueError(f"`{what}` is {name!r}, which is no id of the Hub ({error}): give `owner/name`.") from error
+        raise ValueError(
+            f"`{what}` is {name!r}, which is not an id of the Hub ({error}): give `owner/name`."
+        ) from error
 
 
 def check_commit(revision: str) -> None:
-    """Raise `ValueError` where a revision of a model is no commit."""
+    """Raise `ValueError` where a revision of a model is not a commit."""
     if not re.fullmatch(r"[0-9a-f]{40}", revision):
         raise ValueError(f"The model's `revision` is {revision!r}: it must be a commit, of 40 hexadecimal digits.")
 
@@ -147,7 +149,7 @@ def _language(report: Mapping[str, Any]) -> str | None:
 
 
 def record(data: dict[str, Any]) -> str:
-    """The entries of the metadata's lists as a comment, so that they can be told from a person's own."""
+    """The entries of the metadata's lists as a comment, which tells them from a person's own."""
     lists = {key: data[key] for key in _LISTS if data.get(key)}
     # Nothing in it may end the comment.
     text = json.dumps(lists, ensure_ascii=False).replace("<", "\\u003c").replace(">", "\\u003e")

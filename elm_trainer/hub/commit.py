@@ -152,7 +152,7 @@ def check_options(
         raise ValueError("`staging_dir` is None: a dry run needs a folder to leave its files in.")
     if tag and create_pr:
         raise ValueError(
-            f"`tag` is {tag!r}, but a pull request is no commit of the branch yet: tag it when it is merged."
+            f"`tag` is {tag!r}, but a pull request is not a commit of the branch yet: tag it when it is merged."
         )
 
 
@@ -168,8 +168,8 @@ def commit_folder(
 ) -> Publication:
     """Commit the files of a folder on top of `target.head`.
 
-    A commit whose answer was lost is looked for, by its content, before it is tried again, so that it is never made
-    twice, and never taken for somebody else's. Nothing is committed where the repository holds the same already.
+    A commit whose answer was lost is looked for, by its content, before it is tried again: it is never made twice, and
+    never taken for somebody else's. Nothing is committed where the repository holds the same already.
 
     Args:
         api (`HfApi`): Client.

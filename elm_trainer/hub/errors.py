@@ -171,7 +171,7 @@ def retried(call: Callable[[], Result]) -> Result:
 def unreadable(error: Exception) -> UploadError:
     """The error for an answer of `UNREADABLE` form."""
     return UploadError(
-        f"The Hub's answer was cut, or is none of its own ({first_line(error)}): try again, or publish again later."
+        f"The Hub's answer was cut, or came from something else ({first_line(error)}): try again, or publish again later."
     )
 
 

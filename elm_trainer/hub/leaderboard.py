@@ -169,7 +169,7 @@ def read_entry(repo: str, text: str) -> Entry:
     """Read one card.
 
     Raises:
-        ValueError: if the card has no results of this package, or one of them is no number or out of its range; also for
+        ValueError: if the card has no results of this package, or one of them is not a number or out of its range; also for
             metadata that are too large, or no YAML (see [`read_metadata`]).
     """
     data = read_metadata(text)

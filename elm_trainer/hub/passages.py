@@ -28,7 +28,7 @@ def answer_pattern(answer: str) -> re.Pattern[str]:
     """What finds an answer in a text without accents.
 
     Follows [`~elm_trainer.data.questions.names_answer`]: words of its own, in any case unless the answer has at most three
-    letters. It also forgives what stands between the words, so that `Port au Prince` is `Port-au-Prince`.
+    letters. What stands between the words may differ: `Port au Prince` is `Port-au-Prince`.
     """
     plain = without_accents(answer)
     words = re.findall(r"[^\W_]+", plain)
@@ -81,7 +81,7 @@ class Document:
     Args:
         file (`str`): Path in the folder.
         text (`str`): The text, lines apart by `\\n`.
-        where (`str`, *optional*): Part of the file, where it is not the file itself; its lines are none of the file's.
+        where (`str`, *optional*): Part of the file, where it is not the file itself; its lines are not the file's.
         first_line (`int`, *optional*, defaults to `1`): Number of the text's first line.
         vocabulary (`bool`, *optional*, defaults to `False`): Whether this is a list of tokens, which holds all kinds of
             names and beginnings of paths, and no sentences.
@@ -114,7 +114,7 @@ def words_of(text: str) -> tuple[str, ...]:
     return tuple(word.casefold() for word in _WORD.findall(without_accents(text)))
 
 
-# So many words in a row are no chance.
+# So many words in a row do not match by chance.
 RUN = 12
 # Shorter texts say too little to tell a passage from a phrase.
 SHORTEST = 3
@@ -203,7 +203,7 @@ def find_answered(document: Document, questions: Sequence[Question]) -> Iterator
 def without_template(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
     """Forget texts without what the tokenizer's chat template put around a question and its reply.
 
-    The template's own words, such as a system prompt, stand in every prompt that is published, and are no passage.
+    The template's own words, such as a system prompt, stand in every prompt that is published, and do not count.
     """
     if tokenizer.chat_template is None:
         yield from texts

@@ -62,7 +62,7 @@ _LATEX = re.compile(
 def find_paths(text: str, *, escaped: bool = False) -> Iterator[Hit]:
     """Each path in a text that says where on whose machine, or in whose storage, something lies.
 
-    Paths that each system has, such as `/etc/passwd`, `/tmp/notes.txt` or `C:\\Program Files`, are none.
+    Paths that each system has, such as `/etc/passwd`, `/tmp/notes.txt` or `C:\\Program Files`, do not count.
 
     Args:
         text (`str`): The text.
@@ -178,7 +178,7 @@ _IDENTITY = r"(?:user(?:name)?|login|logname|author|owner|account|host(?:name)?|
 def find_persons(text: str) -> Iterator[Hit]:
     """E-mail addresses, telephone numbers, IP addresses, and numbers of cards and accounts.
 
-    Addresses and numbers that are set aside for documentation, and those of no machine in particular, are none.
+    Addresses and numbers that are set aside for documentation, and those of no machine in particular, do not count.
     """
     for match in _MAIL.finditer(text):
         before = text[max(0, match.start() - 66) : match.start()].rstrip(" ")

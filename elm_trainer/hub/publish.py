@@ -80,11 +80,11 @@ def publish_adapter(
         model (`str`, [`~transformers.PreTrainedModel`] or `PeftModel`, *optional*):
             The base, or the erased model itself. Loaded from the report's recipe by default.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            Tokenizer; needed where `model` is no name.
+            Tokenizer; needed where `model` is not a name.
         base_model (`str`, *optional*): Hub id of the base. Needed where the model was not loaded from the Hub.
         base_revision (`str`, *optional*): Commit or branch of the base; the newest commit by default.
         gguf_file (`str`, *optional*): File of the base's repository, where the base is a GGUF file.
-        license (`str`, *optional*): Licence of the adapter. By default that of the base.
+        license (`str`, *optional*): License of the adapter. By default that of the base.
         method (`str`, *optional*): Name of the trainer. By default read from `erasure_run.json` beside the adapter.
         forget (`Sequence[str]`, *optional*):
             Forget texts, which must not go up. Read from the sources of the report's recipe by default.
@@ -109,7 +109,7 @@ def publish_adapter(
         [`Publication`]: commit, address, and the seconds of each step.
 
     Raises:
-        ValueError: for a name, report, base, licence, branch or tag that can't be, before anything is sent.
+        ValueError: for a name, report, base, license, branch or tag that can't be, before anything is sent.
         UnsafeAdapterError: if the adapter, or what the repository holds already, is something that [`load_erased`] refuses.
         BaseMismatchError: if the Hub's base has other weights than the adapter's, or the report is of another base.
         ReloadError: if the staged adapter gives other logits.
@@ -308,7 +308,7 @@ def _forget_texts(report: Mapping[str, Any]) -> list[str]:
 def _questions(report: Mapping[str, Any]) -> list[Question]:
     roles = report["roles"]
     erased = report.get("concepts") or [name for name, role in roles.items() if role == "erased"]
-    # About a concept that has no bank nothing was asked, so that there are no answers to give away.
+    # About a concept without a bank nothing was asked, and no answer can be given away.
     erased = [name for name in erased if name in BANKS or name in roles]
     if not set(erased) <= set(BANKS):
         raise ValueError(

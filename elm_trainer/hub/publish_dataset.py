@@ -47,7 +47,7 @@ def make_dataset_card(
         current (`str`, *optional*): The repository's `README.md` as it is now.
 
     Raises:
-        ValueError: if there are no pairs, an id or commit is none, or the current card cannot be read.
+        ValueError: if there are no pairs, an id or commit cannot be, or the current card cannot be read.
     """
     rows = sum(len(result.pairs) for result in results.values())
     if not rows:

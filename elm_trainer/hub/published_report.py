@@ -43,7 +43,7 @@ Public = Callable[[Any], Any]
 
 
 def _number_or_flag(value: Any) -> Any:
-    # A larger number is no setting, but could be somebody's.
+    # A larger number cannot be a setting, but could be somebody's.
     fits = type(value) in (int, float, bool) and math.isfinite(value) and abs(value) < 1 << 53
     return value if fits else None
 

@@ -23,7 +23,7 @@ from .tokens import Hit
 
 
 logger = logging.get_logger(__name__)
-# Larger files of text are no part of what is published.
+# Larger files of text are never published.
 _LONGEST_TEXT = 64 * 2**20
 _PNG_SIGNATURE, _PNG_END = b"\x89PNG\r\n\x1a\n", b"\0\0\0\0IEND\xaeB`\x82"
 # Where a tokenizer's file starts on its vocabulary, and which comes last in it.
@@ -66,7 +66,7 @@ def scan_folder(
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise NotADirectoryError(f"`folder` is {folder}, which is no folder: name the staged one.")
+        raise NotADirectoryError(f"`folder` is {folder}, which is not a folder: name the staged one.")
     findings: list[Finding] = []
     documents: list[Document] = []
     for path in _entries(folder):
@@ -116,7 +116,7 @@ def raise_findings(findings: Sequence[Finding], allow: Mapping[str, str] | None 
         if finding.id in allow:
             logger.warning(f"Allowed: {finding}, because: {allow[finding.id]}")
     for missing in sorted(set(allow) - {finding.id for finding in findings}):
-        logger.warning(f"`allow` names {missing}, which is no finding: leave it out.")
+        logger.warning(f"`allow` names {missing}, which is not a finding: leave it out.")
     if left := [finding for finding in findings if finding.id not in allow]:
         listed = "\n".join(f"- {finding}" for finding in left)
         raise ScanError(
@@ -172,7 +172,7 @@ def read_documents(path: Path, name: str) -> list[Document]:
                 entries = [f"{key}: {value}" for key, value in (file.metadata() or {}).items()]
                 return [Document(name, "\n".join([*entries, *file.keys()]), "its header")]
         except SafetensorError:
-            raise NotWhatItSaysError("is no sound safetensors file") from None
+            raise NotWhatItSaysError("is not a sound safetensors file") from None
     if path.stat().st_size > _LONGEST_TEXT:
         raise NotWhatItSaysError(f"is larger than {_LONGEST_TEXT // 2**20} MiB, too large to look into")
     content = path.read_bytes()
@@ -181,14 +181,14 @@ def read_documents(path: Path, name: str) -> list[Document]:
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError:
-        raise NotWhatItSaysError("is no text in UTF-8, and cannot be looked into") from None
+        raise NotWhatItSaysError("is not text in UTF-8, and cannot be looked into") from None
     if "\0" in text:
-        raise NotWhatItSaysError("holds bytes that are no text, and cannot be looked into")
+        raise NotWhatItSaysError("holds bytes that are not text, and cannot be looked into")
     if path.suffix == ".json":
         try:
             json.loads(text)
         except (ValueError, RecursionError):
-            raise NotWhatItSaysError("is no JSON") from None
+            raise NotWhatItSaysError("is not JSON") from None
     text = re.sub(r"\r\n?", "\n", text)
     rules, start, vocabulary = text.partition(_VOCABULARY) if path.name == "tokenizer.json" else (text, "", "")
     documents = [Document(name, rules)]
@@ -200,13 +200,13 @@ def read_documents(path: Path, name: str) -> list[Document]:
 
 def _png_texts(content: bytes) -> list[str]:
     if not content.startswith(_PNG_SIGNATURE):
-        raise NotWhatItSaysError("is no PNG picture")
+        raise NotWhatItSaysError("is not a PNG picture")
     try:
         with Image.open(BytesIO(content), formats=["PNG"]) as picture:
             picture.load()  # text may also follow the pixels
             texts = [f"{key}: {value}" for key, value in picture.info.items()]
     except (OSError, SyntaxError, ValueError):
-        raise NotWhatItSaysError("is no whole PNG picture") from None
+        raise NotWhatItSaysError("is not a whole PNG picture") from None
     if not content.endswith(_PNG_END):
         raise NotWhatItSaysError("holds further bytes behind the picture")
     return [re.sub(r"\r\n?", "\n", text) for text in texts]
@@ -214,7 +214,7 @@ def _png_texts(content: bytes) -> list[str]:
 
 def _told(document: Document, names: Collection[str], questions: Sequence[Question]) -> list[Finding]:
     findings: dict[tuple[int | None, str], Finding] = {}
-    # In JSON a backslash begins an escape, so that the text as it stands holds no path of Windows.
+    # In JSON a backslash begins an escape: the text as it stands holds no path of Windows.
     escaped = document.file.endswith((".json", ".jsonl"))
     for numbers, text, original in _to_read(document):
         breaks = [match.start() for match in re.finditer("\n", text)]

@@ -12,7 +12,7 @@ from functools import lru_cache
 from .tokens import HEXADECIMAL, PIECE, UUID, Hit, find_split_tokens, find_tokens, in_words, is_random
 
 
-# Stands for a line break that was escaped, so that lines stay those of the file.
+# Stands for a line break that was escaped: lines stay those of the file.
 ESCAPED_BREAK = "\v"
 _LINE_BREAK = re.compile(r"\r\n|\n|\r")
 _ESCAPE = re.compile(

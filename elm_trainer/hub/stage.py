@@ -88,10 +88,10 @@ def stage_adapter(
         [`Staged`]: `output_dir`, with the adapter's config and the report as they were written.
 
     Raises:
-        ValueError: if the report is on another adapter or is none (see [`published_report`]), if the folder holds no
+        ValueError: if the report is on another adapter or of another kind (see [`published_report`]), if the folder holds no
             single adapter, or where something that is needed is missing.
         UnsafeAdapterError: for weights in a pickle, a weights file that cannot be read, or what [`load_erased`] would
-            refuse, such as an adapter that is no plain LoRA or a report that is too large.
+            refuse, such as an adapter other than a plain LoRA or a report that is too large.
         FileExistsError: if `output_dir` holds something else than an earlier staged folder.
     """
     adapter, output = Path(adapter), Path(output_dir)
@@ -169,8 +169,8 @@ def _read_adapter(adapter: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor
         raise ValueError(f"`adapter` is {adapter}, which has no {ADAPTER_CONFIG}: {found}.")
     if others:
         raise ValueError(
-            f"`adapter` is {adapter}, which holds further adapters beside its own ({', '.join(others)}), so that nobody "
-            "can tell which of them the report measured: save the one to publish into a folder of its own."
+            f"`adapter` is {adapter}, which holds further adapters beside its own ({', '.join(others)}), and nobody can "
+            "tell which of them the report measured: save the one to publish into a folder of its own."
         )
     if not (adapter / ADAPTER_WEIGHTS).is_file():
         raise UnsafeAdapterError(
@@ -182,7 +182,7 @@ def _read_adapter(adapter: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor
         tensors = load((adapter / ADAPTER_WEIGHTS).read_bytes())
     except SafetensorError as error:
         raise UnsafeAdapterError(
-            f"{adapter / ADAPTER_WEIGHTS} is no safetensors file ({error}): save the adapter again."
+            f"{adapter / ADAPTER_WEIGHTS} is not a safetensors file ({error}): save the adapter again."
         ) from error
     return json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8")), tensors
 
@@ -250,9 +250,9 @@ def _changed_tokenizer(adapter: Path, base: PreTrainedTokenizerBase | None) -> P
 def tokenizer_changed(tokenizer: PreTrainedTokenizerBase, base: PreTrainedTokenizerBase) -> bool:
     """Whether two tokenizers turn some text into other tokens, or some chat into other text.
 
-    Compared are vocabulary and rules, special tokens, and the chat template. A padding token that one of the base's
-    tokens serves as is no change, as training sets one where there is none and no model sees it; neither are padding
-    side, truncation and the longest length, which belong to a call.
+    Compared are vocabulary and rules, special tokens, and the chat template. Padding with one of the
+    base's tokens does not count, as training sets one where the base has none and no model sees it; nor do padding side,
+    truncation and the longest length, which belong to a call.
     """
     return _behavior(tokenizer) != _behavior(base)
 

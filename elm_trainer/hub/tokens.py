@@ -55,7 +55,7 @@ UUID = re.compile(r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 PIECE = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|[0-9]+")
 # Of random letters and digits 38 to 48 of 100 neighbors begin another piece, of identifiers and names at most 25.
 _RANDOM = 0.28
-# What stands before hashes and numbers of runs, which are no secrets.
+# What stands before hashes and numbers of runs, which are not secret.
 _NAMES_A_HASH = re.compile(
     r"(?:sha\d*|md5|crc\w*|blake\w*|integrity|hash|digest|commit|rev|revision|git|blob|tree|etag|uuid|guid|gpu|mig|cpu|run|"
     r"job|task|req|request|trace|span|id|checkpoint|ckpt|model|adapter|data|dataset|train|file|img|image|layer|tmp|temp|"
@@ -208,7 +208,7 @@ def find_split_tokens(text: str) -> Iterator[Hit]:
             before = text[max(0, seam.start() - 100) : seam.start()]
             parts = [before[len(before.rstrip(_PART_CHARACTERS)) :]]
             start = seam.start() - len(parts[0])
-        # Without a sign that the line goes on, both parts must look like one.
+        # Without a sign that the line continues, both parts must look like one.
         last, following_part = parts[-1], following[0]
         if not sure and not (_BEGINNING.match(parts[0]) and is_random(last) and is_random(following_part)):
             continue

@@ -424,8 +424,8 @@ def test_pictures_are_shown_where_they_are_given_and_others_refused(report, card
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("id", "/home/x/model", "no id of the Hub"),
-        ("id", "a/b/c", "no id of the Hub"),
+        ("id", "/home/x/model", "not an id of the Hub"),
+        ("id", "a/b/c", "not an id of the Hub"),
         ("revision", "main", "must be a commit"),
         ("revision", "../../" + "0" * 34, "must be a commit"),
     ],
@@ -438,7 +438,7 @@ def test_a_base_model_that_nobody_else_can_find_is_refused(report, field, value,
 
 
 def test_a_repository_id_that_is_none_is_refused(report):
-    with pytest.raises(ValueError, match="`repo_id` is 'a b', which is no id of the Hub"):
+    with pytest.raises(ValueError, match="`repo_id` is 'a b', which is not an id of the Hub"):
         make_card(report, "a b")
 
 

@@ -174,7 +174,7 @@ def plant_optimizer(folder):
 
 def plant_pickle(folder):
     torch.save({"layers": [1]}, folder / "adapter_model.safetensors")
-    return {"adapter_model.safetensors": "is no sound safetensors file"}
+    return {"adapter_model.safetensors": "is not a sound safetensors file"}
 
 
 def plant_link(folder):
@@ -248,13 +248,13 @@ def test_an_archive_behind_a_picture_is_found(folder):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("report.png", b"GIF89a", "is no PNG picture"),
-        ("report.png", b"\x89PNG\r\n\x1a\n\0\0\0\x09tEXt", "is no whole PNG picture"),
-        ("report.json", b"{'a': 1}", "is no JSON"),
-        ("README.md", b"\xff\xfe\x00", "is no text in UTF-8"),
-        ("README.md", b"a\0b", "holds bytes that are no text"),
-        ("adapter_model.safetensors", b"\x02\0\0\0\0\0\0\0{}more", "is no sound safetensors file"),
-        ("adapter_model.safetensors", b"\xff" * 9, "is no sound safetensors file"),
+        ("report.png", b"GIF89a", "is not a PNG picture"),
+        ("report.png", b"\x89PNG\r\n\x1a\n\0\0\0\x09tEXt", "is not a whole PNG picture"),
+        ("report.json", b"{'a': 1}", "is not JSON"),
+        ("README.md", b"\xff\xfe\x00", "is not text in UTF-8"),
+        ("README.md", b"a\0b", "holds bytes that are not text"),
+        ("adapter_model.safetensors", b"\x02\0\0\0\0\0\0\0{}more", "is not a sound safetensors file"),
+        ("adapter_model.safetensors", b"\xff" * 9, "is not a sound safetensors file"),
     ],
 )
 def test_a_file_that_is_not_what_its_name_says_is_found(tmp_path, name, content, message):
@@ -532,7 +532,7 @@ def test_other_files_can_be_allowed(folder):
 
 
 def test_a_missing_folder_is_no_clean_one(tmp_path):
-    with pytest.raises(NotADirectoryError, match="which is no folder"):
+    with pytest.raises(NotADirectoryError, match="which is not a folder"):
         scan(tmp_path / "nowhere")
 
 

@@ -165,7 +165,7 @@ def test_weights_in_a_pickle_are_refused(stage, adapter):
 
 def test_weights_that_are_no_safetensors_are_refused(stage, adapter):
     torch.save(read_weights(adapter / WEIGHTS), adapter / WEIGHTS)
-    with pytest.raises(UnsafeAdapterError, match="is no safetensors file"):
+    with pytest.raises(UnsafeAdapterError, match="is not a safetensors file"):
         stage()
 
 
