@@ -17,12 +17,10 @@ from .adapter_config import is_revision
 from .errors import HubError, UnsafeAdapterError, UploadError, first_line, named_errors, patience, retried
 from .info import ADAPTER_CONFIG, ADAPTER_WEIGHTS, INFO_FILE, ErasureInfo, Probe
 from .safety import LOADED_FILES, PLAIN_DATA, check_folder, check_names
-from .untrusted import MOST_JSON_BYTES as MOST_BYTES
-from .verify import LONGEST_PROBE, MOST_PROBES
+from .untrusted import LONGEST_PROBE, MOST_DATA_BYTES, MOST_JSON_BYTES, MOST_PROBES
 
 
-# Vocabularies; the largest that are common have 35 MB.
-_MOST_DATA_BYTES = 200_000_000
+logger = logging.get_logger(__name__)
 # What transformers reads of a base beside its weights and what an adapter may ship too.
 _BASE_FILES = ("config.json", "generation_config.json", "chat_template.json", "processor_config.json")
 
@@ -106,7 +104,7 @@ def check_sizes(files: Iterable[RepoSibling], where: str) -> None:
         name = file.rfilename
         if name == ADAPTER_WEIGHTS or name not in (*LOADED_FILES, *_BASE_FILES):
             continue
-        most = _MOST_DATA_BYTES if name in PLAIN_DATA else MOST_BYTES
+        most = MOST_DATA_BYTES if name in PLAIN_DATA else MOST_JSON_BYTES
         if file.size is not None and file.size > most:
             raise UnsafeAdapterError(f"{where} holds {name} of {file.size} bytes, more than {most}: do not load it.")
 
@@ -130,9 +128,6 @@ def _download(repo_id: str, revision: str | None, access: Access) -> Path:
     if Path(folder).name != info.sha:
         raise HubError(f"{repo_id} was changed while it was loaded: load it again, or name a commit as `revision`.")
     return Path(folder)
-
-
-logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)

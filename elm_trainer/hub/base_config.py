@@ -4,7 +4,6 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +15,22 @@ from ..modeling import PACKAGED_MODELS
 from .adapter import Access, check_sizes, describe
 from .adapter_config import is_plain_name, matching_steps
 from .errors import UnsafeAdapterError, UploadError, named_errors
-from .untrusted import read_json, short
+from .untrusted import (
+    MOST_BASE_STEPS,
+    MOST_PARTS,
+    TEMPLATE_BYTES,
+    TEMPLATE_CHARACTERS,
+    TEMPLATE_SECONDS,
+    read_json,
+    short,
+    walk,
+)
 
 
-# Parts that are built one by one; the deepest models have two hundred layers, the broadest five hundred experts.
+# Parts that are built one by one.
 _BUILT = re.compile(r"(layers?|depth|blocks|experts)$")
-_MOST_BUILT = 2_000
 # transformers compares names of modules with them, as regular expressions.
 _PATTERNS = ("modules_to_not_convert", "llm_int8_skip_modules", "ignore", "ignored_layers", "targets")
-_MOST_STEPS = 100_000
 
 
 def check_base_config(name: str, revision: str | None, access: Access) -> None:
@@ -61,54 +67,34 @@ def check_base_config(name: str, revision: str | None, access: Access) -> None:
 
 
 def _check_config(config: Any, base: str) -> None:
-    for key, value in _settings(config):
+    for key, value, _ in walk(config):
         if "implementation" in key and any("/" in text for text in _texts(value)):
             raise UnsafeAdapterError(
                 f"{base}: `{key}` is {short(value)}, a kernel on the Hub, whose code would run here: pass another base as "
                 "`base_model`."
             )
-        if _BUILT.search(key) and type(value) is int and value > _MOST_BUILT:
+        if _BUILT.search(key) and type(value) is int and value > MOST_PARTS:
             raise UnsafeAdapterError(
-                f"{base}: `{key}` is {short(value)}, more than {_MOST_BUILT}: it would never be built. Pass another base "
-                "as `base_model`."
+                f"{base}: `{key}` is {short(value)}, more than {MOST_PARTS}: it would never be built. Pass another base as "
+                "`base_model`."
             )
-        if key in _PATTERNS:
-            for text in _texts(value):
-                _check_pattern(key, text, base)
+        for text in _texts(value) if key in _PATTERNS else ():
+            pattern = text.removeprefix("re:")
+            try:
+                if not is_plain_name(pattern) and matching_steps(pattern, before=1) > MOST_BASE_STEPS:
+                    raise ValueError("too many parts of it take any text")
+            except ValueError as error:
+                raise UnsafeAdapterError(
+                    f"{base}: `{key}` holds {short(text)}, a pattern that might take for ever to match, as {error}: pass "
+                    "another base as `base_model`."
+                ) from error
 
 
-def _check_pattern(key: str, text: str, base: str) -> None:
-    pattern = text.removeprefix("re:")
-    try:
-        if not is_plain_name(pattern) and matching_steps(pattern, before=1) > _MOST_STEPS:
-            raise ValueError("too many parts of it take any text")
-    except ValueError as error:
-        raise UnsafeAdapterError(
-            f"{base}: `{key}` holds {short(text)}, a pattern that might take for ever to match, as {error}: pass another "
-            "base as `base_model`."
-        ) from error
-
-
-def _settings(content: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(content, dict):
-        for key, value in content.items():
-            yield key, value
-            yield from _settings(value)
-    elif isinstance(content, list):
-        for value in content:
-            yield from _settings(value)
-
-
-def _texts(content: Any) -> Iterator[str]:
-    if isinstance(content, str):
-        yield content
-    elif isinstance(content, dict | list):
-        for value in content.values() if isinstance(content, dict) else content:
-            yield from _texts(value)
+def _texts(content: Any) -> list[str]:
+    return [value for _, value, _ in walk(content) if isinstance(value, str)]
 
 
 _TEXT = "The capital of Peru is Lima, 42 km² away.\n\n  Isn't it? 東京 🙂" + " a" * 40
-_SECONDS, _BYTES, _MOST_CHARACTERS = 2, 1 << 30, 200_000
 # Jinja has no `while`, but loops in loops, and `9**9**9` is worked out when a template is compiled. Both happen in C or
 # without end, where nothing in the same process can stop them. What transformers adds to Jinja is added here too.
 _RENDER = """
@@ -183,18 +169,18 @@ def _fault(template: str) -> str | None:
     try:
         done = subprocess.run(
             [sys.executable, "-I", "-c", _RENDER],
-            input=json.dumps([template, _SECONDS, _BYTES]),
+            input=json.dumps([template, TEMPLATE_SECONDS, TEMPLATE_BYTES]),
             capture_output=True,
             text=True,
-            timeout=10 * _SECONDS,
+            timeout=10 * TEMPLATE_SECONDS,
             check=False,
         )
     except subprocess.TimeoutExpired:
         return "does not come to an end"
     if done.returncode < 0:
-        return f"takes more than {_SECONDS} s for a chat of a few words"
+        return f"takes more than {TEMPLATE_SECONDS} s for a chat of a few words"
     if done.returncode > 0:
-        return f"takes more than {_BYTES >> 30} GiB for a chat of a few words"
-    if int(done.stdout) > _MOST_CHARACTERS:
+        return f"takes more than {TEMPLATE_BYTES >> 30} GiB for a chat of a few words"
+    if int(done.stdout) > TEMPLATE_CHARACTERS:
         return f"writes {int(done.stdout)} characters for a chat of a few words"
     return None

@@ -1,12 +1,10 @@
 """What a repository, a folder and a safetensors file may hold: checked by names, JSON and headers before anything is loaded."""
 
 import copy
-import math
 import os
 import re
 import stat
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -18,77 +16,53 @@ from transformers import PreTrainedModel
 from .adapter_config import check_adapter_config
 from .errors import UnsafeAdapterError, first_line
 from .info import ADAPTER_CONFIG, ADAPTER_WEIGHTS, INFO_FILE, REPORT, TOKENIZER_FILES
-from .untrusted import holds_key, parse_json, read_json
+from .untrusted import (
+    LONGEST_FILE_NAME,
+    LONGEST_TENSOR_NAME,
+    MOST_HEADER_BYTES,
+    parse_json,
+    read_json,
+    short,
+    walk,
+)
 
 
-_MOST_HEADER_BYTES = 10_000_000
-_MOST_DIMENSIONS = 8
-_LONGEST_NAME = 1_000
-_LARGEST_NUMBER = 1 << 63
-_SIZES = {"F32": 4, "F16": 2, "BF16": 2}
+_DTYPES = ("F32", "F16", "BF16")
 
 
-@dataclass(frozen=True)
-class Entry:
-    """A tensor in the header of a safetensors file.
-
-    Args:
-        dtype (`str`): Its type as safetensors names it.
-        shape (`tuple[int, ...]`): Its shape.
-        start (`int`): First byte, counted from the end of the header.
-        end (`int`): Byte after the last one.
-    """
-
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    end: int
-
-
-def read_header(path: Path) -> dict[str, Entry]:
+def read_header(path: Path) -> dict[str, tuple[int, ...]]:
     """Read and check the header of a safetensors file.
 
+    safetensors itself refuses tensors that overlap, leave gaps, do not fill the file or have other bytes than their shape.
+
+    Returns:
+        `dict`: the shape of each tensor.
+
     Raises:
-        UnsafeAdapterError: if it is longer than the file or 10 MB, is no JSON, or its tensors have an unexpected type,
-            overlap, leave gaps or do not fill the file.
+        UnsafeAdapterError: if it is longer than the file or 10 MB, holds a key twice, cannot be read, or a tensor has an
+            unexpected type.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > size - 8:
             raise UnsafeAdapterError(f"{path}: the header says it has {length} bytes, but the file has {size}.")
-        if length > _MOST_HEADER_BYTES:
-            raise UnsafeAdapterError(f"{path}: the header has {length} bytes, more than {_MOST_HEADER_BYTES}.")
+        if length > MOST_HEADER_BYTES:
+            raise UnsafeAdapterError(f"{path}: the header has {length} bytes, more than {MOST_HEADER_BYTES}.")
         raw = file.read(length)
     try:
-        content = parse_json(raw)
-        content.pop("__metadata__", None)
-        entries = {name: _entry(value) for name, value in content.items()}
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        for name, entry in parse_json(raw).items():
+            if len(name) > LONGEST_TENSOR_NAME:
+                raise UnsafeAdapterError(f"{path}: a tensor has a name of {len(name)} characters: do not load it.")
+            dtype = entry.get("dtype") if name != "__metadata__" else None
+            if isinstance(dtype, str) and dtype not in _DTYPES:
+                raise UnsafeAdapterError(
+                    f"{path}: tensor {name!r} is of the type {short(dtype)}, but adapters are {', '.join(_DTYPES)}."
+                )
+        with safe_open(path, framework="pt") as tensors:
+            return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}
+    except (ValueError, AttributeError, SafetensorError) as error:
         raise UnsafeAdapterError(f"{path}: the header cannot be read ({error}): the file is broken.") from error
-    if long := next((name for name in entries if len(name) > _LONGEST_NAME), None):
-        raise UnsafeAdapterError(f"{path}: a tensor has a name of {len(long)} characters: do not load it.")
-    place = 0
-    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)):
-        if entry.dtype not in _SIZES:
-            raise UnsafeAdapterError(
-                f"{path}: tensor {name!r} is of the type {entry.dtype!r}, but adapters are {', '.join(_SIZES)}."
-            )
-        if entry.start != place:
-            fault = "overlaps" if entry.start < place else "leaves a gap behind"
-            raise UnsafeAdapterError(
-                f"{path}: tensor {name!r} starts at byte {entry.start} and {fault} the one before."
-            )
-        if entry.end - entry.start != math.prod(entry.shape) * _SIZES[entry.dtype]:
-            raise UnsafeAdapterError(
-                f"{path}: tensor {name!r} of the shape {list(entry.shape)} has {entry.end - entry.start} bytes."
-            )
-        place = entry.end
-    if place != size - 8 - length:
-        raise UnsafeAdapterError(
-            f"{path}: the tensors end at byte {place}, but {size - 8 - length} follow the header."
-        )
-    return entries
 
 
 def add_tokens(path: Path, config: Mapping[str, Any], base: PreTrainedModel, tokens: int) -> bool:
@@ -111,11 +85,12 @@ def add_tokens(path: Path, config: Mapping[str, Any], base: PreTrainedModel, tok
     given, head = base.get_input_embeddings(), base.get_output_embeddings()
     rows, width = given.weight.shape
     places = {f"base_model.model.{name}.": m for name, m in base.named_modules() if m is given or m is head}
+    found = read_header(path)
     whole = {
         name: module
-        for name, entry in read_header(path).items()
+        for name, shape in found.items()
         for place, module in places.items()
-        if name.startswith(place) and len(entry.shape) == 2 and entry.shape[0] >= tokens and entry.shape[1] == width
+        if name.startswith(place) and len(shape) == 2 and shape[0] >= tokens and shape[1] == width
     }
     if not whole:
         return False
@@ -129,8 +104,7 @@ def add_tokens(path: Path, config: Mapping[str, Any], base: PreTrainedModel, tok
                 raise UnsafeAdapterError(
                     f"{path}: tensor {name!r} changes rows of tokens that the base has: do not load it."
                 )
-        size = max(file.get_slice(name).get_shape()[0] for name in whole)
-    base.resize_token_embeddings(size, mean_resizing=False)
+    base.resize_token_embeddings(max(found[name][0] for name in whole), mean_resizing=False)
     return True
 
 
@@ -148,7 +122,7 @@ def check_tensors(path: Path, config: Mapping[str, Any], base: PreTrainedModel, 
     Raises:
         UnsafeAdapterError: naming the tensor, with the shape found and the one expected.
     """
-    found = {name: entry.shape for name, entry in read_header(path).items()}
+    found = read_header(path)
     expected = _expected_shapes(path, config, base, embeddings)
     for name, shape in found.items():
         if name not in expected:
@@ -159,7 +133,7 @@ def check_tensors(path: Path, config: Mapping[str, Any], base: PreTrainedModel, 
             )
         if shape != expected[name]:
             raise UnsafeAdapterError(
-                f"{path}: tensor {name!r} has the shape {list(shape)}, but {list(expected[name])} fits the base and "
+                f"{path}: tensor {name!r} has the shape {short(list(shape))}, but {list(expected[name])} fits the base and "
                 "`adapter_config.json`. Was the adapter made for another model?"
             )
     if missing := sorted(expected.keys() - found.keys()):
@@ -195,20 +169,6 @@ def _expected_shapes(
     return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
-def _entry(value: Any) -> Entry:
-    start, end = value["data_offsets"]
-    shape = tuple(value["shape"])
-    numbers = (start, end, *shape)
-    if (
-        len(shape) > _MOST_DIMENSIONS
-        or not all(type(number) is int and 0 <= number < _LARGEST_NUMBER for number in numbers)
-        or start > end
-        or not isinstance(value["dtype"], str)
-    ):
-        raise ValueError(f"{str(value)[:200]} is no tensor")
-    return Entry(value["dtype"], shape, start, end)
-
-
 # Those that an adapter of somebody else may ship, in any format of tokenizers.
 _TOKENIZER_FILES = (
     *TOKENIZER_FILES,
@@ -235,7 +195,6 @@ _LEFT_BY_TRAINING = re.compile(
 )
 # Nothing of these is a setting, and vocabularies are large.
 PLAIN_DATA = ("tokenizer.json", "vocab.json", "merges.txt", "spiece.model", "tokenizer.model", "vocab.txt")
-_LONGEST_NAME = 255  # of a file, on most systems
 
 
 def check_names(names: Iterable[str], where: str, *, left_by_training: bool = False) -> None:
@@ -291,7 +250,7 @@ def check_folder(folder: Path, *, left_by_training: bool = False) -> dict[str, A
             raise UnsafeAdapterError(f"{folder} holds no {needed}: {hint}.")
     for name in names:
         if name.lower().endswith(".json") and "/" not in name and name not in PLAIN_DATA:
-            if holds_key(read_json(folder / name), "auto_map"):
+            if any(key == "auto_map" for key, _, _ in walk(read_json(folder / name))):
                 raise UnsafeAdapterError(f"{folder / name} holds `auto_map`, which names code to run: do not load it.")
     config = read_json(folder / ADAPTER_CONFIG)
     check_adapter_config(config, folder / ADAPTER_CONFIG)
@@ -308,8 +267,8 @@ def _leads_out(name: str) -> str | None:
         return "is an absolute path"
     if {"", ".", ".."} & set(name.split("/")):
         return "leads out of its folder"
-    if max(map(len, name.encode("utf-8", "surrogatepass").split(b"/"))) > _LONGEST_NAME:
-        return f"is longer than {_LONGEST_NAME} bytes"
+    if max(map(len, name.encode("utf-8", "surrogatepass").split(b"/"))) > LONGEST_FILE_NAME:
+        return f"is longer than {LONGEST_FILE_NAME} bytes"
     return None
 
 

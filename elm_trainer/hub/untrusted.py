@@ -1,9 +1,9 @@
-"""Read JSON and YAML that a stranger wrote, and write Markdown from it."""
+"""Read JSON and YAML that a stranger wrote, within the limits of this page, and write Markdown from it."""
 
 import json
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +12,52 @@ import yaml
 from .errors import UnsafeAdapterError
 
 
+# All limits on what strangers wrote. A vocabulary has up to 35 MB; a card of this package with a hundred metrics has
+# 80 kB, of which 50 are metadata in 4,300 nodes.
 MOST_JSON_BYTES = 10_000_000
-_MOST_JSON_DEPTH = 20
+MOST_DATA_BYTES = 200_000_000
+MOST_HEADER_BYTES = 10_000_000
+MOST_YAML_BYTES = 2_000_000
+MOST_DEPTH = 20
+MOST_YAML_NODES = 200_000
+LONGEST_YAML_TEXT = 10_000
+LONGEST_FILE_NAME = 255  # bytes, on most systems
+LONGEST_TENSOR_NAME = 1_000
+
+LARGEST_RANK = 1 << 16
+LARGEST_NUMBER = 1e9
+MOST_ENTRIES = 10_000
+# PEFT compares each module of the base with each pattern of an adapter: a microsecond mostly, a millisecond at the worst.
+LONGEST_PATTERN = 2_000
+MOST_GROUPS = 8  # inside one another
+MOST_STEPS = 500_000
+MOST_PATTERNS = 500
+
+# Parts of a base; the deepest models have two hundred layers, the broadest five hundred experts.
+MOST_PARTS = 2_000
+MOST_BASE_STEPS = 100_000
+# What rendering a chat template may take and write.
+TEMPLATE_SECONDS = 2
+TEMPLATE_BYTES = 1 << 30
+TEMPLATE_CHARACTERS = 200_000
+
+# Attention takes the square of a probe's tokens: a question with a long system prompt has 2,000 characters, 500 tokens.
+MOST_PROBES = 1_000
+LONGEST_PROBE = 16_000  # characters of the prompt with its answer
+MOST_PROBE_TOKENS = 4_096
+
+
+def short(value: Any) -> str:
+    """A value of somebody else as an error shows it."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def read_json(path: Path) -> Any:
     """Read a JSON file.
 
     Raises:
-        UnsafeAdapterError: if it is too large, nested too deeply, holds a key twice or is no JSON.
+        UnsafeAdapterError: if it is too large, nested too deeply, holds a key twice or is not JSON.
     """
     if path.stat().st_size > MOST_JSON_BYTES:
         raise UnsafeAdapterError(
@@ -39,54 +76,42 @@ def parse_json(raw: bytes) -> Any:
     """Parse JSON.
 
     Raises:
-        ValueError: if it is nested too deeply, holds a key twice or half a character, or is no JSON.
+        ValueError: if it is nested too deeply, holds a key twice or half a character, or is not JSON.
     """
     try:
         content = json.loads(raw.decode("utf-8"), object_pairs_hook=_without_duplicates)
-        depth = _depth(content)
-        if re.search(rb"\\u[dD][89a-fA-F]", raw):  # what is written in two halves, both of which must be there
-            json.dumps(content, ensure_ascii=False).encode("utf-8")
     except RecursionError as error:
-        raise ValueError(f"it is nested more than {_MOST_JSON_DEPTH} levels deep") from error
-    if depth > _MOST_JSON_DEPTH:
-        raise ValueError(f"it is nested {depth} levels deep, more than {_MOST_JSON_DEPTH}")
+        raise ValueError(f"it is nested more than {MOST_DEPTH} levels deep") from error
+    depth = max(depth + isinstance(value, dict | list) for _, value, depth in walk(content))
+    if depth > MOST_DEPTH:
+        raise ValueError(f"it is nested {depth} levels deep, more than {MOST_DEPTH}")
+    if re.search(rb"\\u[dD][89a-fA-F]", raw):  # what is written in two halves, both of which must be there
+        json.dumps(content, ensure_ascii=False).encode("utf-8")
     return content
 
 
-def short(value: Any) -> str:
-    """A value of somebody else as an error shows it."""
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def holds_key(content: Any, key: str) -> bool:
-    """Whether a key stands anywhere in parsed JSON."""
-    if isinstance(content, dict):
-        return key in content or any(holds_key(value, key) for value in content.values())
-    return isinstance(content, list) and any(holds_key(value, key) for value in content)
+def walk(content: Any) -> Iterator[tuple[str, Any, int]]:
+    """Every value in parsed JSON, with the key under which it stands (empty in a list) and the number of levels above it."""
+    waiting = [("", content, 0)]
+    while waiting:
+        key, value, depth = waiting.pop()
+        yield key, value, depth
+        if isinstance(value, dict):
+            waiting += [(inner, value[inner], depth + 1) for inner in value]
+        elif isinstance(value, list):
+            waiting += [("", inner, depth + 1) for inner in value]
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    # Of two values under one key, two readers may believe different ones.
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"the key {twice[:100]!r} stands twice")
+    """The mapping of the pairs; of two values under one key, two readers may believe different ones."""
+    content: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in content:
+            raise ValueError(f"the key {key[:100]!r} stands twice")
+        content[key] = value
     return content
 
 
-def _depth(content: Any) -> int:
-    if isinstance(content, dict):
-        content = list(content.values())
-    return 1 + max(map(_depth, content), default=0) if isinstance(content, list) else 0
-
-
-# A card of this package with a hundred figures has 80 kB, of which 50 are metadata in 4,300 nodes.
-MOST_YAML_BYTES = 2_000_000
-_MOST_NODES = 200_000
-_MOST_YAML_DEPTH = 20
-_LONGEST_TEXT = 10_000
 # A tenth of the time of the loader in Python, where PyYAML was built with it.
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _START = re.compile(r"\s*---(?:\r\n|\r|\n)")
@@ -136,18 +161,18 @@ def _check_events(block: str) -> None:
         elif isinstance(event, yaml.CollectionEndEvent):
             depth -= 1
         elif isinstance(event, yaml.ScalarEvent):
-            if len(event.value) > _LONGEST_TEXT:
+            if len(event.value) > LONGEST_YAML_TEXT:
                 raise ValueError(
                     f"its metadata hold {event.value[:20]!r}… of {len(event.value):,} characters, more than "
-                    f"{_LONGEST_TEXT:,}"
+                    f"{LONGEST_YAML_TEXT:,}"
                 )
             if not event.value.isprintable() and re.search("[\ud800-\udfff]", event.value):
                 raise ValueError(f"its metadata hold half a character in {event.value[:20]!r}")
         nodes += isinstance(event, yaml.NodeEvent)
-        if depth > _MOST_YAML_DEPTH:
-            raise ValueError(f"its metadata are nested more than {_MOST_YAML_DEPTH} levels deep")
-        if nodes > _MOST_NODES:
-            raise ValueError(f"its metadata have more than {_MOST_NODES:,} entries")
+        if depth > MOST_DEPTH:
+            raise ValueError(f"its metadata are nested more than {MOST_DEPTH} levels deep")
+        if nodes > MOST_YAML_NODES:
+            raise ValueError(f"its metadata have more than {MOST_YAML_NODES:,} entries")
 
 
 # What could end a cell, begin HTML or escape an escape becomes a named entity, which means the same everywhere.

@@ -1,31 +1,26 @@
 """Questions of the report, asked again: a loaded model must give the published answers their published likelihood."""
 
 from collections.abc import Mapping, Sequence
-from itertools import islice
 from typing import Any
 
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.questions import names_answer
-from ..data.tokens import tokenize_pairs
+from ..data.tokens import tokenize_pair
 from ..evaluation.fluency import as_prompt
 from ..evaluation.likelihood import log_likelihoods
 from ..fingerprint import is_quantised
 from .errors import VerificationError
 from .info import Probe
+from .untrusted import LONGEST_PROBE, MOST_PROBE_TOKENS
 
 
 # Nats per token. `pytest -m slow tests/hub/test_verify.py` measures what lies on either side: batches and types below,
 # a missing or another adapter above. Rounding to 8 or 4 bits moves some answers further than a missing adapter moves
-# others, so quantised models are judged by the mean of all answers.
+# others, so quantized models are judged by the mean of all answers.
 TOLERANCE = 0.05
-QUANTISED_TOLERANCE = 0.5
-# Characters of a prompt with its answer, and tokens, whose square is what attention over them takes: a question with a
-# long system prompt has some 2,000 characters and 500 tokens.
-LONGEST_PROBE = 16_000
-MOST_TOKENS = 4_096
-MOST_PROBES = 1_000
+QUANTIZED_TOLERANCE = 0.5
 
 
 def make_probes(
@@ -46,17 +41,22 @@ def make_probes(
         ValueError: if the samples do not say what the right answers are, as in a report that was published.
     """
     pairs: list[tuple[str, str]] = []
+    lengths: list[int] = []
     for sample in report["samples"]:
+        if len(pairs) == count:
+            break
         if "answer" not in sample:
             raise ValueError(
                 "`report` holds samples without `answer`, so it is a published one, and whether an answer tells the "
                 "erased knowledge can't be seen: pass the report of `evaluate_erasure`."
             )
-        if sample["erased"].strip() and not names_answer(sample["erased"], sample["answer"]):
-            pairs.append((as_prompt(processing_class, sample["prompt"]), sample["erased"]))
-    pairs = list(islice((pair for pair in pairs if _askable(processing_class, *pair)), count))
+        if not sample["erased"].strip() or names_answer(sample["erased"], sample["answer"]):
+            continue
+        pair = (as_prompt(processing_class, sample["prompt"]), sample["erased"])
+        if tokens := _answer_tokens(processing_class, *pair):
+            pairs.append(pair)
+            lengths.append(tokens)
     likelihoods = log_likelihoods(model, processing_class, pairs, description="Probes")
-    lengths = _lengths(processing_class, pairs)
     return [
         Probe(prompt, answer, likelihood, tokens)
         for (prompt, answer), likelihood, tokens in zip(pairs, likelihoods, lengths, strict=True)
@@ -76,7 +76,7 @@ def check_probes(
         processing_class ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
         probes (`Sequence[Probe]`): What [`make_probes`] made of the erased model.
         tolerance (`float`, *optional*): Largest difference that passes, in nats per token: of every answer, by default
-            0.05; of a quantised model the mean over the answers, by default 0.5, which tells a missing or unrelated
+            0.05; of a quantized model the mean over the answers, by default 0.5, which tells a missing or unrelated
             adapter, but nothing finer.
 
     Returns:
@@ -85,29 +85,29 @@ def check_probes(
     Raises:
         VerificationError: naming the prompts and their differences.
     """
-    pairs = [(probe.prompt, probe.answer) for probe in probes]
-    for probe, pair in zip(probes, pairs, strict=True):
-        if not _askable(processing_class, *pair):
+    for probe in probes:
+        tokens = _answer_tokens(processing_class, probe.prompt, probe.answer)
+        if tokens is None:
             raise VerificationError(
                 f"{_short(probe.prompt)} cannot be asked: with its answer it has more than {LONGEST_PROBE} characters or "
-                f"{MOST_TOKENS} tokens, or either is empty."
+                f"{MOST_PROBE_TOKENS} tokens, or either is empty."
             )
-    for probe, tokens in zip(probes, _lengths(processing_class, pairs), strict=True):
         if tokens != probe.tokens:
             raise VerificationError(
                 f"The answer to {_short(probe.prompt)} has {tokens} tokens, but {probe.tokens} were published: this is "
                 "another tokenizer."
             )
+    pairs = [(probe.prompt, probe.answer) for probe in probes]
     likelihoods = log_likelihoods(model, processing_class, pairs, description="Verifying")
     differences = [
         (likelihood - probe.log_likelihood) / probe.tokens
         for likelihood, probe in zip(likelihoods, probes, strict=True)
     ]
-    quantised = is_quantised(model)
+    quantized = is_quantised(model)
     if tolerance is None:
-        tolerance = QUANTISED_TOLERANCE if quantised else TOLERANCE
+        tolerance = QUANTIZED_TOLERANCE if quantized else TOLERANCE
     sizes = [abs(difference) for difference in differences]
-    judged = [sum(sizes) / len(sizes)] * len(sizes) if quantised and sizes else sizes
+    judged = [sum(sizes) / len(sizes)] * len(sizes) if quantized and sizes else sizes
     # Not a number is no agreement either.
     beyond = [
         f"{_short(probe.prompt)} by {difference:+.3f}"
@@ -117,22 +117,18 @@ def check_probes(
     if beyond:
         raise VerificationError(
             f"The model gives {len(beyond)} of {len(probes)} published answers another likelihood, by more than "
-            f"{tolerance} nats per token{' on average' if quantised else ''}: {'; '.join(beyond)}. Is it the published "
+            f"{tolerance} nats per token{' on average' if quantized else ''}: {'; '.join(beyond)}. Is it the published "
             "base in the published revision, and the adapter active?"
         )
     return differences
 
 
-def _askable(processing_class: PreTrainedTokenizerBase, prompt: str, answer: str) -> bool:
+def _answer_tokens(processing_class: PreTrainedTokenizerBase, prompt: str, answer: str) -> int | None:
+    """Tokens of an answer, one across its seam with the prompt included; `None` if it is too long or empty to be asked."""
     if len(prompt) + len(answer) > LONGEST_PROBE:
-        return False
-    [(ids, first)] = tokenize_pairs(processing_class, [(prompt, answer)])
-    return 0 < first < len(ids) <= MOST_TOKENS
-
-
-def _lengths(processing_class: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]]) -> list[int]:
-    """Tokens of each answer, those across its seam with the prompt included."""
-    return [len(ids) - first for ids, first in tokenize_pairs(processing_class, pairs)]
+        return None
+    ids, first = tokenize_pair(processing_class, prompt, answer)
+    return len(ids) - first if 0 < first < len(ids) <= MOST_PROBE_TOKENS else None
 
 
 def _short(prompt: str) -> str:

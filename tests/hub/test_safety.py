@@ -206,7 +206,7 @@ def test_a_folder_without_an_adapter_is_named(name, folder):
         ),
         ({"megatron_config": {"a": 1}}, "`megatron_config` is .* imports a library"),
         ({"megatron_core": "antigravity"}, "`megatron_core` is 'antigravity'. It imports a library"),
-        ({"loftq_config": {"loftq_bits": 4}}, "`loftq_config` is .* quantises weights"),
+        ({"loftq_config": {"loftq_bits": 4}}, "`loftq_config` is .* quantizes weights"),
         ({"eva_config": {"rho": 2.0}}, "`eva_config`"),
         ({"corda_config": {"cache_file": "evil.pt"}}, "`corda_config` is .* reads a pickled cache"),
         ({"lora_ga_config": {"cache_file": "evil.pt"}}, "`lora_ga_config`"),
@@ -285,11 +285,21 @@ def entry(start, end, shape=None, dtype="F32"):
         (b"[1]", b"", None, "the header cannot be read"),
         (b'{"a": 1}', b"", None, "the header cannot be read"),
         (b'{"a": {}, "a": {}}', b"", None, "the key 'a' stands twice"),
-        ({"a": entry(0, 8), "b": entry(4, 12)}, b"0" * 12, None, "tensor 'b' starts at byte 4 and overlaps"),
-        ({"a": entry(0, 4), "b": entry(8, 12)}, b"0" * 12, None, "tensor 'b' starts at byte 8 and leaves a gap"),
-        ({"a": entry(0, 8)}, b"0" * 4, None, "the tensors end at byte 8, but 4 follow the header"),
-        ({"a": entry(0, 8, [3])}, b"0" * 8, None, r"tensor 'a' of the shape \[3\] has 8 bytes"),
-        ({"a": entry(0, 8, [1 << 40, 1 << 40])}, b"0" * 8, None, "tensor 'a' of the shape"),
+        (
+            {"a": entry(0, 8), "b": entry(4, 12)},
+            b"0" * 12,
+            None,
+            "the header cannot be read .*invalid offset for tensor `b`",
+        ),
+        (
+            {"a": entry(0, 4), "b": entry(8, 12)},
+            b"0" * 12,
+            None,
+            "the header cannot be read .*invalid offset for tensor `b`",
+        ),
+        ({"a": entry(0, 8)}, b"0" * 4, None, "the header cannot be read .*file not fully covered"),
+        ({"a": entry(0, 8, [3])}, b"0" * 8, None, "the header cannot be read .*invalid shape"),
+        ({"a": entry(0, 8, [1 << 40, 1 << 40])}, b"0" * 8, None, "the header cannot be read .*overflow"),
         ({"a": entry(0, 8, [-2])}, b"0" * 8, None, "the header cannot be read"),
         ({"a": entry(0, 8, [8], "I8")}, b"0" * 8, None, "tensor 'a' is of the type 'I8', but adapters are F32"),
     ],
@@ -307,7 +317,7 @@ def test_an_empty_file_of_weights_is_named(weights, folder):
 def test_a_sound_header_is_read(weights):
     found = read_header(weights)
     expected = load_file(weights)
-    assert {name: value.shape for name, value in found.items()} == {n: tuple(t.shape) for n, t in expected.items()}
+    assert found == {name: tuple(tensor.shape) for name, tensor in expected.items()}
 
 
 def change_tensors(weights, change):

@@ -11,7 +11,7 @@ from elm_trainer import load_model_and_tokenizer
 from elm_trainer.evaluation.fluency import as_prompt, generate
 from elm_trainer.evaluation.likelihood import log_likelihoods
 from elm_trainer.hub.errors import VerificationError
-from elm_trainer.hub.verify import QUANTISED_TOLERANCE, TOLERANCE, check_probes, make_probes
+from elm_trainer.hub.verify import QUANTIZED_TOLERANCE, TOLERANCE, check_probes, make_probes
 
 from .published import REPORT, adapt
 
@@ -142,4 +142,4 @@ def test_the_tolerances_lie_between_what_computing_and_what_weights_change(tmp_p
         "weights, mean": [mean(found) for found in weights],
     }
     assert max(measured["computing, largest"]) < TOLERANCE < min(measured["weights, largest"]), measured
-    assert max(measured["rounding, mean"]) < QUANTISED_TOLERANCE < min(measured["weights, mean"]), measured
+    assert max(measured["rounding, mean"]) < QUANTIZED_TOLERANCE < min(measured["weights, mean"]), measured
