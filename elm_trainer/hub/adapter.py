@@ -40,35 +40,21 @@ class Access:
     local_files_only: bool = False
 
 
-def fetch_adapter(repo_or_path: str | Path, revision: str | None, access: Access) -> Path:
-    """Folder of an adapter. What a repository lists is checked before any of it is downloaded.
-
-    Args:
-        repo_or_path (`str` or `Path`): Folder, or Hub id.
-        revision (`str`, *optional*): Commit, tag or branch of the repository.
-        access ([`Access`]): How to reach the Hub.
-
-    Raises:
-        UnsafeAdapterError: if the repository lists what no adapter needs.
-        HubError: if there is no such folder or repository, it can't be reached, or is not in the cache.
-    """
-    if os.path.isdir(repo_or_path):
-        return Path(repo_or_path)
-    repo_id = str(repo_or_path)
+def _fetch(repo_id: str, revision: str | None, access: Access) -> Path:
+    """Snapshot of a repository. What it lists is checked before any of it is downloaded."""
     offline = access.local_files_only or constants.HF_HUB_OFFLINE
     try:
         with patience(), named_errors(repo_id, f"Loading {repo_id}"):
-            if offline:
-                return Path(
-                    snapshot_download(
-                        repo_id,
-                        revision=revision,
-                        cache_dir=access.cache_dir,
-                        local_files_only=True,
-                        allow_patterns=list(LOADED_FILES),
-                    )
-                )
-            return _download(repo_id, revision, access)
+            if not offline:
+                return _download(repo_id, revision, access)
+            folder = snapshot_download(
+                repo_id,
+                revision=revision,
+                cache_dir=access.cache_dir,
+                local_files_only=True,
+                allow_patterns=list(LOADED_FILES),
+            )
+            return Path(folder)
     except UploadError as error:
         raise HubError(
             f"{repo_id} could not be fetched, since the Hub can't be reached ({first_line(error.__cause__ or error)}): try "
@@ -164,9 +150,10 @@ def find_adapter(repo_or_path: str | Path, revision: str | None, access: Access)
         UnsafeAdapterError: if it could run code, or is not what `erasure.json` says.
         HubError: if there is no such folder or repository, it can't be reached, or is not in the cache.
     """
-    folder = fetch_adapter(repo_or_path, revision, access)
+    here = os.path.isdir(repo_or_path)
+    folder = Path(repo_or_path) if here else _fetch(str(repo_or_path), revision, access)
     published = (folder / INFO_FILE).exists()
-    config = check_folder(folder, left_by_training=os.path.isdir(repo_or_path) and not published)
+    config = check_folder(folder, left_by_training=here and not published)
     info = None
     if published:
         info = ErasureInfo.read(folder)
@@ -179,14 +166,12 @@ def find_adapter(repo_or_path: str | Path, revision: str | None, access: Access)
 
 
 def _check_info(folder: Path, info: ErasureInfo) -> None:
+    """Check the fields of `erasure.json`, of which the table of files by the files themselves."""
     path = folder / INFO_FILE
     base = info.base_model
-    tables = [base.fingerprint, info.files]
     if isinstance(info.files, dict):
         check_names(info.files, str(path))
-    if not all(isinstance(table, dict) for table in tables) or not all(
-        isinstance(text, str) and re.fullmatch("[0-9a-f]{64}", text) for table in tables for text in table.values()
-    ):
+    if not _are_hashes(base.fingerprint) or not _are_hashes(info.files):
         raise UnsafeAdapterError(
             f"{path}: `fingerprint` and `files` must be tables of SHA-256: publish the adapter again."
         )
@@ -218,6 +203,12 @@ def _check_info(folder: Path, info: ErasureInfo) -> None:
             raise UnsafeAdapterError(f"{folder / name} is not among the files that {INFO_FILE} vouches for.")
 
 
+def _are_hashes(table: Any) -> bool:
+    return isinstance(table, dict) and all(
+        isinstance(text, str) and re.fullmatch("[0-9a-f]{64}", text) for text in table.values()
+    )
+
+
 def _check_probes(path: Path, probes: Sequence[Probe]) -> None:
     if len(probes) > MOST_PROBES:
         raise UnsafeAdapterError(
@@ -226,15 +217,11 @@ def _check_probes(path: Path, probes: Sequence[Probe]) -> None:
     for place, probe in enumerate(probes):
         texts = (probe.prompt, probe.answer)
         if not all(isinstance(text, str) and text for text in texts):
-            raise UnsafeAdapterError(
-                f"{path}: entry {place} of `verification` needs a prompt and an answer, both texts."
-            )
-        if sum(map(len, texts)) > LONGEST_PROBE:
-            raise UnsafeAdapterError(
-                f"{path}: entry {place} of `verification` has {sum(map(len, texts))} characters, more than {LONGEST_PROBE}: "
-                "do not ask it."
-            )
-        if type(probe.tokens) is not int or probe.tokens < 1 or type(probe.log_likelihood) not in (int, float):
-            raise UnsafeAdapterError(
-                f"{path}: entry {place} of `verification` needs `tokens`, a number from 1, and `log_likelihood`."
-            )
+            fault = "needs a prompt and an answer, both texts"
+        elif (length := sum(map(len, texts))) > LONGEST_PROBE:
+            fault = f"has {length} characters, more than {LONGEST_PROBE}: do not ask it"
+        elif type(probe.tokens) is not int or probe.tokens < 1 or type(probe.log_likelihood) not in (int, float):
+            fault = "needs `tokens`, a number from 1, and `log_likelihood`"
+        else:
+            continue
+        raise UnsafeAdapterError(f"{path}: entry {place} of `verification` {fault}.")

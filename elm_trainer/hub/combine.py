@@ -28,7 +28,7 @@ def merge_erased(
 ) -> Path:
     """Write the full weights of an erased model, with its active adapter merged, and its tokenizer.
 
-    The model itself stays as it is, so for a moment there are two of it in memory. Weights are added in the type of the
+    The model itself stays as it is, so both are in memory for a moment. Weights are added in the type of the
     base: in bfloat16 the result is rounded, in float32 it gives the logits of the adapter to about 1e-5.
 
     Args:
@@ -43,7 +43,7 @@ def merge_erased(
     Raises:
         TypeError: if the model has no adapter.
         FileExistsError: if the folder holds something.
-        ValueError: if the base is quantised, the adapter can't be merged, or merging would leave NaN in the weights.
+        ValueError: if the base is quantized, the adapter can't be merged, or merging would leave NaN in the weights.
     """
     if not isinstance(model, PeftModel):
         raise TypeError(
@@ -54,11 +54,11 @@ def merge_erased(
         raise FileExistsError(f"`output_dir` {output} is not an empty folder: name another one.")
     if is_quantised(model):
         raise ValueError(
-            "The base is quantised, and merging would round the erasure away: load the adapter without "
+            "The base is quantized, and merging would round the erasure away: load the adapter without "
             '`quantization_config`, e.g. `load_erased(..., dtype="bfloat16")`, and merge that.'
         )
     merged = copy.deepcopy(model).merge_and_unload(safe_merge=True)
-    # Where the base came from is nobody's business, least of all a folder of this machine.
+    # Who gets the files need not know where the base came from, least of all a folder of this machine.
     merged.config._name_or_path = ""
     merged.save_pretrained(output, max_shard_size=max_shard_size)
     processing_class.save_pretrained(output)
@@ -123,7 +123,7 @@ def stack_erasures(
         dtype (`str`), device_map (`str` or `dict`), quantization_config (`QuantizationConfigMixin`), token (`str`):
             See [`load_erased`], as for the following ones.
         allow_mismatch (`bool`, *optional*, defaults to `False`):
-            Whether to go on with a warning where the base is not that of every adapter.
+            Whether to continue with a warning where the base is not that of every adapter.
         cache_dir (`str` or `Path`, *optional*), local_files_only (`bool`, *optional*, defaults to `False`):
             See [`load_erased`].
 
@@ -147,14 +147,13 @@ def stack_erasures(
     )
     for adapter in found.values():
         check_fit(adapter, base, tokenizer, allow_mismatch=allow_mismatch)
-    model: PeftModel | None = None
+    model: Any = base
     for name, adapter in found.items():
         with strangers_files(f"{adapter.name} could not be put on its base"):
-            if model is None:
+            if model is base:
                 model = PeftModel.from_pretrained(base, adapter.folder, adapter_name=name, torch_device="cpu")
             else:
                 model.load_adapter(adapter.folder, name, torch_device="cpu")
-    assert model is not None
     _combine(model, strengths, combination, density, svd_rank)
     model.set_adapter(STACK)
     model.requires_grad_(False)  # `set_adapter` made the stack trainable

@@ -15,8 +15,31 @@ from ..fingerprint import base_fingerprint
 from .errors import BaseMismatchError, UnsafeAdapterError
 
 
+logger = logging.get_logger(__name__)
+
 INFO_FILE = "erasure.json"
 INFO_SCHEMA = 1
+CARD = "README.md"
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+REPORT = "report.json"
+REPORT_PLOT = "report.png"
+ATTACKS_PLOT = "attacks.png"
+INSIDE_PLOT = "inside.png"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+PUBLISHED_FILES = frozenset(
+    (
+        CARD,
+        ADAPTER_CONFIG,
+        ADAPTER_WEIGHTS,
+        INFO_FILE,
+        REPORT,
+        REPORT_PLOT,
+        ATTACKS_PLOT,
+        INSIDE_PLOT,
+        *TOKENIZER_FILES,
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -27,7 +50,7 @@ class BaseModel:
         id (`str`): Hub id.
         revision (`str`): Commit, 40 hexadecimal digits.
         fingerprint (`Mapping[str, str]`): What [`base_fingerprint`] says of its weights.
-        license (`str`): Licence of the base, which the adapter inherits.
+        license (`str`): License of the base, which the adapter inherits.
         gguf_file (`str`, *optional*): File in the repository, where the base is a GGUF file.
     """
 
@@ -111,37 +134,10 @@ class ErasureInfo:
             ) from error
 
 
-CARD = "README.md"
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-REPORT = "report.json"
-REPORT_PLOT = "report.png"
-ATTACKS_PLOT = "attacks.png"
-INSIDE_PLOT = "inside.png"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-
-PUBLISHED_FILES = frozenset(
-    {
-        CARD,
-        ADAPTER_CONFIG,
-        ADAPTER_WEIGHTS,
-        INFO_FILE,
-        REPORT,
-        REPORT_PLOT,
-        ATTACKS_PLOT,
-        INSIDE_PLOT,
-        *TOKENIZER_FILES,
-    }
-)
-
-
-logger = logging.get_logger(__name__)
-
-
 def check_base(model: PreTrainedModel | PeftModel, expected: Mapping[str, str], base_id: str) -> None:
     """Check that a model has the weights that a fingerprint was taken of.
 
-    A quantised model is compared by the tensors that quantisation leaves alone, and the log says so.
+    A quantized model is compared by the tensors that quantization leaves alone, and the log says so.
 
     Args:
         model ([`~transformers.PreTrainedModel`] or `PeftModel`): Model at hand.
@@ -149,33 +145,31 @@ def check_base(model: PreTrainedModel | PeftModel, expected: Mapping[str, str], 
         base_id (`str`): Hub id of that base, for the error.
 
     Raises:
-        BaseMismatchError: if the weights are others, or those of a base that is not quantised cannot all be compared.
+        BaseMismatchError: if the weights are others, or those of a base that is not quantized cannot all be compared.
         ValueError: if weights were offloaded, and are not there to be read.
     """
     try:
         found = base_fingerprint(model)
     except ValueError as error:
-        raise ValueError(f"{error} `allow_mismatch=True` goes on without the comparison.") from error
+        raise ValueError(f"{error} `allow_mismatch=True` continues without the comparison.") from error
     compared = "weights" if "weights" in found and "weights" in expected else "unquantized"
     if compared == "unquantized":
         logger.warning(
-            f"The base or the one the adapter was trained on is quantised: only its embeddings, norms and biases were "
+            f"The base or the one the adapter was trained on is quantized: only its embeddings, norms and biases were "
             f"compared with {base_id}."
         )
-    if "weights" in found and "weights" not in expected and found["unquantized"] == expected.get("unquantized"):
+    others_differ = found["unquantized"] != expected.get("unquantized")
+    if "weights" in found and "weights" not in expected and not others_differ:
         raise BaseMismatchError(
-            f"The adapter was published without a hash of all weights of {base_id}, as one is that was trained on a quantised "
-            "base: load the base as it was trained, with `quantization_config`, or pass `allow_mismatch=True` to go on with "
-            "weights that were compared in part."
+            f"The adapter was published without a hash of all weights of {base_id}, as one is that was trained on a quantized "
+            "base: load the base as it was trained, with `quantization_config`, or pass `allow_mismatch=True` to continue "
+            "with weights that were compared in part."
         )
     wanted = expected.get(compared)
-    if found[compared] == wanted:
-        return
-    what = "weights"
-    if compared == "unquantized" or found["unquantized"] != expected.get("unquantized"):
-        what = "embeddings, norms or biases"
-    raise BaseMismatchError(
-        f"The base model is not {base_id}, which the adapter was trained on: the {what} differ (fingerprint "
-        f"`{compared}` is {found[compared][:12]}…, but {str(wanted)[:12]}… is expected). Load that model and revision, "
-        "or pass `allow_mismatch=True` to go on with an adapter that nobody measured on this base."
-    )
+    if found[compared] != wanted:
+        what = "embeddings, norms or biases" if compared == "unquantized" or others_differ else "weights"
+        raise BaseMismatchError(
+            f"The base model is not {base_id}, which the adapter was trained on: the {what} differ (fingerprint "
+            f"`{compared}` is {found[compared][:12]}…, but {str(wanted)[:12]}… is expected). Load that model and revision, "
+            "or pass `allow_mismatch=True` to continue with an adapter that nobody measured on this base."
+        )

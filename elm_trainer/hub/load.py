@@ -57,9 +57,9 @@ def load_erased(
         device_map (`str` or `dict`, *optional*):
             Where the base's weights go.
         quantization_config (`QuantizationConfigMixin`, *optional*):
-            Quantisation of the base, e.g. a `BitsAndBytesConfig`. Only part of the fingerprint can be compared then.
+            Quantization of the base, e.g. a `BitsAndBytesConfig`. Only part of the fingerprint can be compared then.
         allow_mismatch (`bool`, *optional*, defaults to `False`):
-            Whether to go on with a warning where the base is not the one the adapter was trained on.
+            Whether to continue with a warning where the base is not the one the adapter was trained on.
         verify (`bool`, *optional*, defaults to `False`):
             Whether to ask the questions stored in `erasure.json` again; see [`check_probes`].
         token (`str`, *optional*):
@@ -73,7 +73,7 @@ def load_erased(
         `tuple`: the model in evaluation mode, and its tokenizer: the adapter's own if it ships one, else the base's.
 
     Raises:
-        UnsafeAdapterError: if adapter or base could run code, harm the base or never come to an end, or the adapter is not
+        UnsafeAdapterError: if adapter or base could run code, harm the base or run without end, or the adapter is not
             what `erasure.json` says.
         BaseMismatchError: if the base is another one.
         VerificationError: if the model answers otherwise than was published.
@@ -87,12 +87,7 @@ def load_erased(
             f"`verify` is True, but {adapter.name} stores no questions to ask again in {INFO_FILE}: leave `verify` out."
         )
     base, tokenizer = load_base(
-        adapter,
-        base_model,
-        access,
-        dtype=dtype,
-        device_map=device_map,
-        quantization_config=quantization_config,
+        adapter, base_model, access, dtype=dtype, device_map=device_map, quantization_config=quantization_config
     )
     check_fit(adapter, base, tokenizer, allow_mismatch=allow_mismatch)
     with strangers_files(f"{adapter.name} could not be put on its base"):

@@ -93,6 +93,6 @@ def test_weights_that_are_no_numbers_are_not_written(erased, tokenizer, tmp_path
 def test_a_quantised_base_is_refused_with_the_fix(erased, tokenizer, tmp_path):
     config = BitsAndBytesConfig(load_in_8bit=True)
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=config, device_map={"": "cpu"})
-    with pytest.raises(ValueError, match="The base is quantised.*load the adapter without `quantization_config`"):
+    with pytest.raises(ValueError, match="The base is quantized.*load the adapter without `quantization_config`"):
         merge_erased(adapt(base), tokenizer, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
