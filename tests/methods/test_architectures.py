@@ -36,10 +36,12 @@ SIZES = {
 # What some configs need beside, or in another way.
 OWN = {
     "falcon": {"alibi": True},
+    "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_state": 16, "mamba_chunk_size": 8},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2, "window_size": 8},
     "lfm2": {"layer_types": ["conv", "full_attention", "conv", "full_attention"], "block_auto_adjust_ff_dim": False},
     "llama4_text": {"attention_chunk_size": 8, "intermediate_size_mlp": 48},
     "minimax": {"layer_types": ["linear_attention", "full_attention"] * 2, "block_size": 32},
+    "nemotron_h": {"mamba_num_heads": 8, "mamba_head_dim": 8, "ssm_state_size": 16, "chunk_size": 8},
 }
 ARCHITECTURES = """
 afmoe apertus arcee aria_text bart beam bert bert-generation big_bird bigbird_pegasus biogpt bitnet blenderbot
