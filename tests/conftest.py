@@ -4,9 +4,9 @@ import datasets
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from elm_trainer.modeling import demo_model_file
+from elm_trainer.modeling import DEMO_MODEL, load_tokenizer
 
 from .no_skips import pytest_make_collect_report, pytest_runtest_makereport  # noqa: F401
 
@@ -18,8 +18,7 @@ if not torch.accelerator.is_available():
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    path = demo_model_file()
-    return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    return load_tokenizer(DEMO_MODEL)
 
 
 @pytest.fixture(autouse=True)

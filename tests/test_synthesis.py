@@ -283,12 +283,10 @@ def test_another_model_or_prompt_is_sampled_anew(tokenizer, tiny_model, tmp_path
 KILLED_RUN = """
 import os, signal, sys
 from tests.test_synthesis import CONCEPT, PROMPTS, tiny
-from transformers import AutoTokenizer
-from elm_trainer.modeling import demo_model_file
+from elm_trainer.modeling import DEMO_MODEL, load_tokenizer
 from elm_trainer.synthesis import SynthesisConfig, synthesize_completions
 
-path = demo_model_file()
-tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+tokenizer = load_tokenizer(DEMO_MODEL)
 model = tiny("llama", tokenizer)
 calls = []
 def die_in_the_second_batch(*_):

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import psutil
 from peft import LoraConfig
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, TrainerCallback
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 from benchmarks.memory import release_freed
 from elm_trainer import ConceptSources, ElmConfig, ElmTrainer, build_erasure_dataset
-from elm_trainer.modeling import demo_model_file
+from elm_trainer.modeling import DEMO_MODEL, load_tokenizer
 
 
 class Watch(TrainerCallback):
@@ -41,8 +41,7 @@ class Watch(TrainerCallback):
 
 def main() -> None:
     steps, output, uneven = int(sys.argv[1]), Path(sys.argv[2]), "uneven" in sys.argv
-    path = demo_model_file()
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    tokenizer = load_tokenizer(DEMO_MODEL)
     sizes = dict(hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes))
     longest = 75 if uneven else 7

@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from elm_trainer import ConceptSources, build_erasure_dataset
 from elm_trainer.methods.base import ErasureTrainer
-from elm_trainer.modeling import demo_model_file
+from elm_trainer.modeling import DEMO_MODEL, load_tokenizer
 from tests.methods.methods import METHODS, tiny, trained
 
 from . import fsdp_on_cpu
@@ -134,8 +134,7 @@ def train(run: Run, output: Path, tokenizer: PreTrainedTokenizerBase, dataset: A
 def main() -> None:
     fsdp_on_cpu.allow()
     plan, output = Path(sys.argv[1]), Path(sys.argv[2])
-    path = demo_model_file()
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    tokenizer = load_tokenizer(DEMO_MODEL)
     # The texts of a step differ in length, and some have no pair.
     texts = [f"The capital number {index} is called city" + f" {index * 7}" * (1 + index % 5) for index in range(24)]
     retain = ["The cat sat on the mat.", "Bread is good.", "Rivers run down to the sea, as a rule."]

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig
-from transformers import AutoTokenizer
 
 from elm_trainer import (
     ConceptSources,
@@ -23,7 +22,7 @@ from elm_trainer import (
 )
 from elm_trainer.evaluation.measures import MEASURES
 from elm_trainer.evaluation.suite import OpenQuestion
-from elm_trainer.modeling import demo_model_file
+from elm_trainer.modeling import DEMO_MODEL, load_tokenizer
 from tests.distributed import fsdp_on_cpu
 from tests.methods.methods import tiny
 
@@ -31,8 +30,7 @@ from tests.methods.methods import tiny
 def main() -> None:
     fsdp_on_cpu.allow()
     output = Path(sys.argv[1])
-    path = demo_model_file()
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    tokenizer = load_tokenizer(DEMO_MODEL)
     sources = ConceptSources([f"Oslo is the capital of Norway {n}." for n in range(8)], [["The cat sat on the mat."]])
     config = ElmConfig(
         str(output / "run"),

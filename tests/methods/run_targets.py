@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig
-from transformers import AutoTokenizer, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from elm_trainer import ConceptSources, build_erasure_dataset
-from elm_trainer.modeling import demo_model_file
+from elm_trainer.modeling import DEMO_MODEL, load_tokenizer
 
 from ..distributed import fsdp_on_cpu
 from .methods import METHODS, tiny
@@ -40,8 +40,7 @@ def main() -> None:
     parser.add_argument("--own-folders", action="store_true", help="Give each process a folder of its own.")
     options = parser.parse_args()
 
-    path = demo_model_file()
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    tokenizer = load_tokenizer(DEMO_MODEL)
     rank = os.environ.get("RANK", "0")
 
     def note(line: str) -> None:

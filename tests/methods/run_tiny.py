@@ -11,10 +11,10 @@ import time
 from pathlib import Path
 
 from peft import LoraConfig
-from transformers import AutoTokenizer, TrainerCallback
+from transformers import TrainerCallback
 
 from elm_trainer import ConceptSources, build_erasure_dataset
-from elm_trainer.modeling import demo_model_file
+from elm_trainer.modeling import DEMO_MODEL, load_tokenizer
 
 from .methods import METHODS, tiny
 
@@ -49,8 +49,7 @@ def main() -> None:
     parser.add_argument("--pairs", action="store_true", help="Every other row has a synthetic pair.")
     options = parser.parse_args()
 
-    path = demo_model_file()
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    tokenizer = load_tokenizer(DEMO_MODEL)
     texts = [f"The capital number {index} is called city {index * 7}." for index in range(12)]
     retain = ["The cat sat on the mat.", "Bread is good."]
     sources = {"capitals": ConceptSources(texts, [retain])}

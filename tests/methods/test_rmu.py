@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from elm_trainer import ConceptSources, build_erasure_dataset
 from elm_trainer.methods.checkpointing import Launch, mark_finished
@@ -23,7 +23,7 @@ from elm_trainer.methods.rmu import (
     retention_loss,
     rmu_lora,
 )
-from elm_trainer.modeling import demo_model_file
+from elm_trainer.modeling import DEMO_MODEL, load_tokenizer
 from elm_trainer.ops import text_mean
 
 from .methods import SHAPES, tiny, trained
@@ -474,8 +474,7 @@ def run_steps(trainer):
 def run_steps_as_one_of_two(rank, port, output, args, dataset):
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    path = demo_model_file()
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    tokenizer = load_tokenizer(DEMO_MODEL)
     args = RmuConfig(**args, per_device_train_batch_size=2, output_dir=str(output / "two"))
     model = tiny("llama", len(tokenizer))
     trainer = RmuTrainer(model, args, train_dataset=dataset, processing_class=tokenizer)

@@ -6,14 +6,14 @@ import torch
 import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer, ByT5Tokenizer
+from transformers import ByT5Tokenizer
 
 from elm_trainer import ConceptSources, ElmDataCollator, build_erasure_dataset, load_model_and_tokenizer
 from elm_trainer.data.sources import load_texts
 from elm_trainer.methods.alignment import align_texts, first_tokens
 from elm_trainer.methods.anchors import AnchorDictionary, load_anchors
 from elm_trainer.methods.whp import LABELS, WhpConfig, WhpTrainer, generic_labels, generic_logits
-from elm_trainer.modeling import demo_model_file
+from elm_trainer.modeling import DEMO_MODEL, load_tokenizer
 from elm_trainer.ops import erasure_target
 
 from ..like import byte_level, metaspace
@@ -22,9 +22,8 @@ from .methods import tiny, trained
 
 TERMS = {"Oslo": "Millbrook", "Rome": "X", "New York": "Hill", "York": "Zedville", "wand": "stick", "東京": "村落町"}
 
-PATH = demo_model_file()
 TOKENIZERS = {
-    "smollm2": AutoTokenizer.from_pretrained(PATH.parent, gguf_file=PATH.name),
+    "smollm2": load_tokenizer(DEMO_MODEL),
     "byte_level": byte_level(),
     "metaspace": metaspace("<s> $A"),
 }
