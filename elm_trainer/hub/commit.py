@@ -152,7 +152,7 @@ def check_options(
         raise ValueError("`staging_dir` is None: a dry run needs a folder to leave its files in.")
     if tag and create_pr:
         raise ValueError(
-            f"`tag` is {tag!r}, but a pull request is not a commit of the branch yet: tag it when it is merged."
+            f"`tag` is {tag!r}, but a pull request is not a commit of the branch yet: tag it when merged."
         )
 
 
