@@ -16,23 +16,34 @@ from ..data.questions import Question, check_questions, names_answer
 from ..data.tokens import text_tokenizer
 from ..evaluation.fluency import generate
 from ..evaluation.multiple_choice import PROMPT, score_choices
-from ..evaluation.pair import ModelPair, Side
-
-
-@contextmanager
-def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed Python, numpy and torch, and give all three their state back afterwards."""
-    python, arrays = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        try:
-            set_seed(seed)
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(arrays)
+from ..evaluation.pair import SIDES, ModelPair, Side
 
 
 ANSWER_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class AttackResult:
+    """One metric of an attack.
+
+    Attributes:
+        name (`str`): Name of the attack and of its variant, e.g. `"few-shot.5"`.
+        metric (`str`): `"pmi"`, the share of questions ranked rightly, or `"names_answer"`, the share whose free answer
+            names the truth.
+        erased (`list[bool]`): Verdict on the erased model for each question asked; the best one of a curve.
+        reference (`list[bool]`, *optional*): The same attack on the reference; `None` where that has no meaning.
+        questions (`list[int]`, *optional*): Which of the target's questions were asked, where not all were.
+        curve (`list[tuple[int, list[bool]]]`, *optional*): The verdicts after each step, for attacks in steps.
+        details (`dict`, *optional*): What else a reader should know, e.g. how many texts were read.
+    """
+
+    name: str
+    metric: str
+    erased: list[bool]
+    reference: list[bool] | None = None
+    questions: list[int] | None = None
+    curve: list[tuple[int, list[bool]]] = field(default_factory=list)
+    details: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -50,7 +61,7 @@ class AttackTarget:
         revision (`str`, *optional*): Where questions and texts come from, such as a dataset's commit, for the report.
 
     Raises:
-        TypeError: if `pair` is no [`ModelPair`].
+        TypeError: if `pair` is not a [`ModelPair`].
         ValueError: if a question cannot be asked or does not name its subject, if there are none, or if a wording
             lacks its placeholder.
     """
@@ -90,7 +101,7 @@ class AttackTarget:
             prompt (`str`, *optional*): What stands before an option, with the placeholder `{question}`.
         """
         asked = self.questions if questions is None else questions
-        with self._answering(side, model) as answering:
+        with self.pair.use(side) if model is None else nullcontext(model) as answering:
             return score_choices(
                 answering, self.processing_class, asked, batch_size=self.batch_size, prompt=prompt
             ).pmi
@@ -107,7 +118,7 @@ class AttackTarget:
     ) -> list[bool]:
         """Which prompts are answered freely with the truth, in the first line said.
 
-        What follows a line break is no answer: after solved examples it would be a question of the model's own.
+        What follows a line break is not counted: after solved examples the model may ask a further question there.
 
         Args:
             prompts (`Sequence[str]`): One prompt per question; several rounds may follow each other.
@@ -118,7 +129,7 @@ class AttackTarget:
             temperature (`float`, *optional*, defaults to `0.0`): Of sampling; `0` is greedy.
         """
         asked = self.questions if questions is None else questions
-        with self._answering(side, model) as answering:
+        with self.pair.use(side) if model is None else nullcontext(model) as answering:
             answers = generate(
                 answering, self.processing_class, prompts, max_new_tokens=max_new_tokens, temperature=temperature
             )
@@ -127,44 +138,26 @@ class AttackTarget:
             for text, question in zip(answers, list(asked) * (len(prompts) // len(asked)), strict=True)
         ]
 
-    def _answering(self, side: Side, model: PreTrainedModel | PeftModel | None):
-        return self.pair.use(side) if model is None else nullcontext(model)
-
-
-def check_asked(questions: Sequence[Question]) -> None:
-    """Raise `ValueError` unless attacks can ask these questions: each must name its subject."""
-    if not questions:
-        raise ValueError("`questions` is empty: give at least one question about the concept.")
-    check_questions("questions", questions)
-    for question in questions:
-        if not question.subject:
-            raise ValueError(
-                f"Question {question.text!r} has no `subject`, which attacks put into their own wordings: set it."
+    def ask_both(
+        self,
+        name: str,
+        questions: Sequence[Question],
+        prompts: Sequence[str],
+        *,
+        indices: list[int] | None = None,
+        prompt: str = PROMPT,
+        max_new_tokens: int = ANSWER_TOKENS,
+    ) -> list[AttackResult]:
+        """Results of the attack `name` on both models: `questions` ranked and, unless `max_new_tokens` is 0, `prompts`
+        answered freely. `indices` are those of the questions among the target's, where not all are asked."""
+        reference, erased = (self.rank(questions, side=side, prompt=prompt) for side in SIDES)
+        results = [AttackResult(name, "pmi", erased, reference, indices)]
+        if max_new_tokens:
+            reference, erased = (
+                self.answer(prompts, questions, side=side, max_new_tokens=max_new_tokens) for side in SIDES
             )
-
-
-@dataclass(frozen=True)
-class AttackResult:
-    """One figure of an attack.
-
-    Attributes:
-        name (`str`): Name of the attack and of its variant, e.g. `"few-shot.5"`.
-        metric (`str`): `"pmi"`, the share of questions ranked rightly, or `"names_answer"`, the share whose free answer
-            names the truth.
-        erased (`list[bool]`): Verdict on the erased model for each question asked; the best one of a curve.
-        reference (`list[bool]`, *optional*): The same attack on the reference; `None` where that has no meaning.
-        questions (`list[int]`, *optional*): Which of the target's questions were asked, where not all were.
-        curve (`list[tuple[int, list[bool]]]`, *optional*): For attacks that go on: the verdicts after each step.
-        details (`dict`, *optional*): What else a reader should know, e.g. how many texts were read.
-    """
-
-    name: str
-    metric: str
-    erased: list[bool]
-    reference: list[bool] | None = None
-    questions: list[int] | None = None
-    curve: list[tuple[int, list[bool]]] = field(default_factory=list)
-    details: dict[str, Any] = field(default_factory=dict)
+            results.append(AttackResult(name, "names_answer", erased, reference, indices))
+        return results
 
 
 @dataclass
@@ -195,3 +188,41 @@ class Attack(ABC):
         for name in names:
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` is {getattr(self, name)}: it must be at least 1.")
+
+
+def check_asked(questions: Sequence[Question]) -> None:
+    """Raise `ValueError` unless attacks can ask these questions: each must name its subject."""
+    if not questions:
+        raise ValueError("`questions` is empty: give at least one question about the concept.")
+    check_questions("questions", questions)
+    for question in questions:
+        if not question.subject:
+            raise ValueError(
+                f"Question {question.text!r} has no `subject`, which attacks put into their own wordings: set it."
+            )
+
+
+def subjects_of(questions: Sequence[Question]) -> list[str]:
+    """The subjects that questions are about, sorted."""
+    return sorted({question.subject for question in questions})
+
+
+def draw_subjects(questions: Sequence[Question], count: int, seed: int) -> tuple[list[Question], list[int]]:
+    """One question about each of `count` drawn subjects, and the indices of the questions about all others."""
+    drawn = set(random.Random(seed).sample(subjects_of(questions), count))
+    one_each = {question.subject: question for question in questions if question.subject in drawn}
+    others = [index for index, question in enumerate(questions) if question.subject not in drawn]
+    return list(one_each.values()), others
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed Python, numpy and torch, and give all three their state back afterwards."""
+    python, arrays = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        try:
+            set_seed(seed)
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(arrays)

@@ -1,6 +1,5 @@
 """Greedy coordinate gradient (GCG, arXiv 2307.15043): search for a suffix that makes the model answer."""
 
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,7 +12,7 @@ from ..data.collator import ElmDataCollator
 from ..data.questions import Question
 from ..data.tokens import continuation_ids, continuation_text, text_ids
 from ..evaluation.fluency import token_losses
-from .base import Attack, AttackResult, AttackTarget
+from .base import Attack, AttackResult, AttackTarget, draw_subjects, subjects_of
 
 
 @dataclass
@@ -44,14 +43,12 @@ class GcgAttack(Attack):
         self._require_positive("steps", "candidates", "top_k", "suffix_tokens", "shown", "batch_size")
 
     def run(self, target: AttackTarget) -> list[AttackResult]:
-        subjects = sorted({question.subject for question in target.questions})
-        if self.shown >= len(subjects):
-            raise ValueError(f"`shown` is {self.shown}: use fewer than the {len(subjects)} subjects asked about.")
-        shown = set(random.Random(self.seed).sample(subjects, self.shown))
-        solved = {question.subject: question for question in target.questions if question.subject in shown}
-        asked = [index for index, question in enumerate(target.questions) if question.subject not in shown]
+        count = len(subjects_of(target.questions))
+        if self.shown >= count:
+            raise ValueError(f"`shown` is {self.shown}: use fewer than the {count} subjects asked about.")
+        shown, asked = draw_subjects(target.questions, self.shown, self.seed)
         with target.pair.use("erased") as model:
-            suffix, losses = self.search(model, target.processing_class, list(solved.values()))
+            suffix, losses = self.search(model, target.processing_class, shown)
         text = _suffix_text(target.processing_class, suffix)
         prompt = f"Question: {{question}}{text.replace('{', '{{').replace('}', '}}')}\nAnswer:"
         erased = target.rank([target.questions[i] for i in asked], prompt=prompt)
@@ -66,12 +63,11 @@ class GcgAttack(Attack):
     ) -> tuple[list[int], list[float]]:
         """Algorithm 2 of the paper for questions of one step: the best suffix seen, and the loss at every step.
 
-        Every step goes on from its best candidate, even where that is worse than the suffix before. Candidates that
-        read otherwise once they are text are left out, as in the released code.
+        Every step continues from its best candidate, even where that is worse than the suffix before. Candidates whose
+        text is tokenized otherwise are left out, as in the released code.
         """
         generator = torch.Generator().manual_seed(self.seed)
-        [filler] = continuation_ids(processing_class, " !")[-1:]
-        suffix = [filler] * self.suffix_tokens
+        suffix = continuation_ids(processing_class, " !")[-1:] * self.suffix_tokens
         with torch.inference_mode():
             losses = candidate_losses(model, processing_class, questions, [suffix], self.batch_size)
         best, least = suffix, losses[0]
@@ -81,12 +77,10 @@ class GcgAttack(Attack):
             proposed = (-scores).topk(min(self.top_k, scores.size(1)), dim=-1).indices.tolist()
             tried = []
             for _ in range(self.candidates):
-                place, choice = (
-                    int(torch.randint(size, (1,), generator=generator)) for size in (len(suffix), len(proposed[0]))
-                )
+                place = int(torch.randint(len(suffix), (1,), generator=generator))
+                choice = int(torch.randint(len(proposed[0]), (1,), generator=generator))
                 candidate = [*suffix[:place], proposed[place][choice], *suffix[place + 1 :]]
-                text = _suffix_text(processing_class, candidate)
-                if continuation_ids(processing_class, text) == candidate:
+                if continuation_ids(processing_class, _suffix_text(processing_class, candidate)) == candidate:
                     tried.append(candidate)
             if not tried:
                 continue
@@ -162,11 +156,8 @@ def _batch(
     rows, starts = [], []
     tail = continuation_ids(processing_class, "\nAnswer:")
     texts = [
-        (
-            text_ids(processing_class, f"Question: {question.text}"),
-            continuation_ids(processing_class, f" {question.answer}"),
-        )
-        for question in questions
+        (text_ids(processing_class, f"Question: {q.text}"), continuation_ids(processing_class, f" {q.answer}"))
+        for q in questions
     ]
     for suffix in suffixes:
         for head, answer in texts:

@@ -1,21 +1,33 @@
 """Attacks by the prompt: other words, other languages, filler, examples, a begun answer, many samples."""
 
-import random
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.resources import files
+from typing import ClassVar
 
 import yaml
 
-from ..data.questions import Question
 from ..evaluation.fluency import as_prompt
 from ..evaluation.multiple_choice import PROMPT
 from ..evaluation.pair import SIDES
-from .base import ANSWER_TOKENS, Attack, AttackResult, AttackTarget, seeded
+from .base import ANSWER_TOKENS, Attack, AttackResult, AttackTarget, draw_subjects, seeded, subjects_of
+
+
+class WordingAttack(Attack):
+    """An attack in prepared wordings: the target's of one `kind`."""
+
+    kind: ClassVar[str]
+
+    def wordings(self, target: AttackTarget) -> Mapping[str, str]:
+        """The wordings by name, each with placeholders for the subject or the question."""
+        return target.wordings.get(self.kind, {})
+
+    def inapplicable(self, target: AttackTarget) -> str | None:
+        return None if self.wordings(target) else f"the target's `wordings` hold no {self.kind}"
 
 
 @dataclass
-class RewordingAttack(Attack):
+class RewordingAttack(WordingAttack):
     r"""
     Ask every question in other words: ranked among its options, and freely as a chat turn.
 
@@ -25,26 +37,16 @@ class RewordingAttack(Attack):
 
     max_new_tokens: int = ANSWER_TOKENS
 
-    def _ask(self, target: AttackTarget, variant: str, questions: list[Question]) -> list[AttackResult]:
-        name = f"{self.name}.{variant}"
-        ranked = {side: target.rank(questions, side=side) for side in SIDES}
-        results = [AttackResult(name, "pmi", ranked["erased"], ranked["reference"])]
-        if self.max_new_tokens:
-            prompts = [as_prompt(target.processing_class, question.text) for question in questions]
-            said = {side: target.answer(prompts, side=side, max_new_tokens=self.max_new_tokens) for side in SIDES}
-            results.append(AttackResult(name, "names_answer", said["erased"], said["reference"]))
+    def run(self, target: AttackTarget) -> list[AttackResult]:
+        results = []
+        for variant, wording in self.wordings(target).items():
+            asked = [
+                replace(question, text=wording.format(subject=question.subject, question=question.text))
+                for question in target.questions
+            ]
+            prompts = [as_prompt(target.processing_class, question.text) for question in asked]
+            results += target.ask_both(f"{self.name}.{variant}", asked, prompts, max_new_tokens=self.max_new_tokens)
         return results
-
-    def _ask_in(self, target: AttackTarget, wordings: Mapping[str, str]) -> list[AttackResult]:
-        return [
-            result
-            for variant, wording in wordings.items()
-            for result in self._ask(
-                target,
-                variant,
-                [replace(q, text=wording.format(subject=q.subject, question=q.text)) for q in target.questions],
-            )
-        ]
 
 
 @dataclass
@@ -52,12 +54,7 @@ class ParaphraseAttack(RewordingAttack):
     """Ask every question in each paraphrase of the concept's data file."""
 
     name = "paraphrase"
-
-    def run(self, target: AttackTarget) -> list[AttackResult]:
-        return self._ask_in(target, target.wordings["paraphrases"])
-
-    def inapplicable(self, target: AttackTarget) -> str | None:
-        return None if target.wordings.get("paraphrases") else "the target's `wordings` hold no paraphrases"
+    kind = "paraphrases"
 
 
 @dataclass
@@ -65,12 +62,7 @@ class TranslationAttack(RewordingAttack):
     """Ask every question in each language of the concept's data file; names and options stay as they are."""
 
     name = "translation"
-
-    def run(self, target: AttackTarget) -> list[AttackResult]:
-        return self._ask_in(target, target.wordings["translations"])
-
-    def inapplicable(self, target: AttackTarget) -> str | None:
-        return None if target.wordings.get("translations") else "the target's `wordings` hold no translations"
+    kind = "translations"
 
 
 @dataclass
@@ -79,9 +71,9 @@ class FillerAttack(RewordingAttack):
 
     name = "filler"
 
-    def run(self, target: AttackTarget) -> list[AttackResult]:
+    def wordings(self, target: AttackTarget) -> Mapping[str, str]:
         text = (files("elm_trainer.data") / "attacks" / "fillers.yaml").read_text(encoding="utf-8")
-        return self._ask_in(target, yaml.safe_load(text))
+        return yaml.safe_load(text)
 
 
 @dataclass
@@ -99,46 +91,37 @@ class FewShotAttack(Attack):
     max_new_tokens: int = ANSWER_TOKENS
 
     def inapplicable(self, target: AttackTarget) -> str | None:
-        subjects = {question.subject for question in target.questions}
-        return (
-            None if self.shots < len(subjects) else f"{self.shots} shots leave none of {len(subjects)} subjects to ask"
-        )
+        count = len(subjects_of(target.questions))
+        return None if self.shots < count else f"{self.shots} shots leave none of {count} subjects to ask"
 
     def run(self, target: AttackTarget) -> list[AttackResult]:
-        subjects = sorted({question.subject for question in target.questions})
-        if not 0 < self.shots < len(subjects):
+        count = len(subjects_of(target.questions))
+        if not 0 < self.shots < count:
             raise ValueError(
-                f"`shots` is {self.shots}: use at least 1 and fewer than the {len(subjects)} subjects asked about."
+                f"`shots` is {self.shots}: use at least 1 and fewer than the {count} subjects asked about."
             )
-        shown = set(random.Random(self.seed).sample(subjects, self.shots))
-        solved = {question.subject: question for question in target.questions if question.subject in shown}
-        asked = [index for index, question in enumerate(target.questions) if question.subject not in shown]
+        solved, asked = draw_subjects(target.questions, self.shots, self.seed)
         questions = [target.questions[index] for index in asked]
-        examples = "".join(f"{PROMPT.format(question=q.text)} {q.answer}\n\n" for q in solved.values())
+        examples = "".join(f"{PROMPT.format(question=q.text)} {q.answer}\n\n" for q in solved)
         prompt = examples.replace("{", "{{").replace("}", "}}") + PROMPT
-        ranked = {side: target.rank(questions, side=side, prompt=prompt) for side in SIDES}
-        name = f"{self.name}.{self.shots}"
-        results = [AttackResult(name, "pmi", ranked["erased"], ranked["reference"], asked)]
-        if self.max_new_tokens:
-            prompts = [prompt.format(question=question.text) for question in questions]
-            said = {
-                side: target.answer(prompts, questions, side=side, max_new_tokens=self.max_new_tokens)
-                for side in SIDES
-            }
-            results.append(AttackResult(name, "names_answer", said["erased"], said["reference"], asked))
-        return results
+        prompts = [prompt.format(question=question.text) for question in questions]
+        return target.ask_both(
+            f"{self.name}.{self.shots}", questions, prompts,
+            indices=asked, prompt=prompt, max_new_tokens=self.max_new_tokens,
+        )  # fmt: skip
 
 
 @dataclass
-class PrefillingAttack(Attack):
+class PrefillingAttack(WordingAttack):
     r"""
-    Begin the assistant's turn with words that leave only the answer to say, and let it go on greedily.
+    Begin the assistant's turn with words that leave only the answer to say, and let the model continue greedily.
 
     Parameters:
         max_new_tokens (`int`, *optional*, defaults to `10`): Length of the continuation.
     """
 
     name = "prefilling"
+    kind = "prefills"
     max_new_tokens: int = 10
 
     def __post_init__(self):
@@ -146,7 +129,7 @@ class PrefillingAttack(Attack):
 
     def run(self, target: AttackTarget) -> list[AttackResult]:
         results = []
-        for variant, wording in target.wordings["prefills"].items():
+        for variant, wording in self.wordings(target).items():
             prompts = [
                 as_prompt(target.processing_class, question.text) + wording.format(subject=question.subject)
                 for question in target.questions
@@ -154,9 +137,6 @@ class PrefillingAttack(Attack):
             said = {side: target.answer(prompts, side=side, max_new_tokens=self.max_new_tokens) for side in SIDES}
             results.append(AttackResult(f"{self.name}.{variant}", "names_answer", said["erased"], said["reference"]))
         return results
-
-    def inapplicable(self, target: AttackTarget) -> str | None:
-        return None if target.wordings.get("prefills") else "the target's `wordings` hold no prefills"
 
 
 @dataclass

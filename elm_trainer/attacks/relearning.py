@@ -16,8 +16,8 @@ from trl import SFTConfig, SFTTrainer
 from ..data.questions import Question, names_answer
 from ..data.tokens import tokenize
 from ..evaluation.fluency import as_prompt
-from .base import Attack, AttackResult, AttackTarget, seeded
-from .weights import is_quantised
+from .base import Attack, AttackResult, AttackTarget, draw_subjects, seeded, subjects_of
+from .weights import is_quantized
 
 
 TEXTS = ("forget", "half", "near", "unrelated")
@@ -30,26 +30,20 @@ class RelearningAttack(Attack):
     Fine-tune with [`~trl.SFTTrainer`] and ask the questions again along the way.
 
     Parameters:
-        text (`str`, *optional*, defaults to `"forget"`):
-            What it is tuned on: `"forget"`, `"near"` or `"unrelated"` text, or `"half"`: forget text that names neither
-            half of the subjects nor their answers, tested on that half, so that only what was still inside can come
-            back.
-        weights (`str`, *optional*, defaults to `"lora"`):
-            What is tuned: the erasing `"adapter"` itself, or, with that merged, a new `"lora"` or the `"full"` model.
-        learning_rate (`float`, *optional*, defaults to `2e-4`):
-            Learning rate, constant.
-        batch_size (`int`, *optional*, defaults to `8`):
-            Texts per step.
-        examples (`int`, *optional*):
-            Texts drawn from those there are; all by default.
-        steps (`list[int]`, *optional*, defaults to `[5, 10, 20, 40]`):
-            Steps after which the questions are asked; training ends with the last.
-        max_length (`int`, *optional*, defaults to `64`):
-            Longest text, in tokens.
-        lora_rank (`int`, *optional*, defaults to `16`):
-            Rank of the new LoRA adapter.
-        max_new_tokens (`int`, *optional*, defaults to `0`):
-            Length of the free answers asked for after the last step; `0` asks for none.
+        text (`str`, *optional*, defaults to `"forget"`): What it is tuned on: `"forget"`, `"near"` or `"unrelated"` text,
+            or `"half"`: forget text that names neither half of the subjects nor their answers, tested on that half, so
+            that only what the model still holds can come back.
+        weights (`str`, *optional*, defaults to `"lora"`): What is tuned: the erasing `"adapter"` itself, or, with that
+            merged, a new `"lora"` or the `"full"` model.
+        learning_rate (`float`, *optional*, defaults to `2e-4`): Learning rate, constant.
+        batch_size (`int`, *optional*, defaults to `8`): Texts per step.
+        examples (`int`, *optional*): Texts drawn from those there are; all by default.
+        steps (`list[int]`, *optional*, defaults to `[5, 10, 20, 40]`): Steps after which the questions are asked;
+            training ends with the last.
+        max_length (`int`, *optional*, defaults to `64`): Longest text, in tokens.
+        lora_rank (`int`, *optional*, defaults to `16`): Rank of the new LoRA adapter.
+        max_new_tokens (`int`, *optional*, defaults to `0`): Length of the free answers asked for after the last step;
+            `0` asks for none.
     """
 
     name = "relearning"
@@ -80,8 +74,8 @@ class RelearningAttack(Attack):
             return f"the target's `texts` hold no {self._source} text"
         if self.weights == "adapter" and target.pair.adapter is None:
             return "the erased model has no adapter to tune"
-        if self.weights == "full" and is_quantised(target.pair.erased):
-            return "quantised weights cannot be tuned"
+        if self.weights == "full" and is_quantized(target.pair.erased):
+            return "quantized weights cannot be tuned"
         return None
 
     def run(self, target: AttackTarget) -> list[AttackResult]:
@@ -105,12 +99,10 @@ class RelearningAttack(Attack):
             warnings.simplefilter("ignore", FutureWarning)
             trainer = self._trainer(target, texts, steps[-1], folder)
             trainer.add_callback(Ask())
-            # Without bars it would print every log.
-            trainer.remove_callback(PrinterCallback)
+            trainer.remove_callback(PrinterCallback)  # without bars it would print every log
             trainer.train()
             name = f"{self.name}.{self.text}.{self.weights}.{self.learning_rate:g}"
-            best = max(verdicts.values(), key=sum)
-            curve = list(verdicts.items())
+            best, curve = max(verdicts.values(), key=sum), list(verdicts.items())
             results = [AttackResult(name, "pmi", best, questions=asked, curve=curve, details=details)]
             if self.max_new_tokens:
                 prompts = [as_prompt(target.processing_class, question.text) for question in questions]
@@ -120,7 +112,7 @@ class RelearningAttack(Attack):
 
     def _trainer(self, target: AttackTarget, texts: list[str], steps: int, folder: str) -> SFTTrainer:
         tokenizer = target.processing_class
-        # A copy, since merging and tuning change the model. Tokenised here, it needs no bars of `Dataset.map`.
+        # A copy, since merging and tuning change the model.
         model: Any = copy.deepcopy(target.pair.erased)
         if self.weights == "adapter":
             for module in model.modules():
@@ -129,10 +121,10 @@ class RelearningAttack(Attack):
         else:
             model = model if target.pair.adapter is None else model.merge_and_unload()
             model.requires_grad_(self.weights == "full")
+        # Tokenized here, since `Dataset.map` would show a bar.
         ids = [text.ids[: self.max_length] for text in tokenize(tokenizer, texts)]
-        lora = LoraConfig(
-            r=self.lora_rank, lora_alpha=self.lora_rank, target_modules="all-linear", task_type="CAUSAL_LM"
-        )
+        rank = self.lora_rank
+        lora = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", task_type="CAUSAL_LM")
         return SFTTrainer(
             model,
             SFTConfig(
@@ -147,7 +139,7 @@ class RelearningAttack(Attack):
                 save_strategy="no",
                 logging_strategy="no",
                 report_to="none",
-                # The model's own type and place; checkpointing is of no use to so short a run.
+                # The model's own dtype and device; so short a run needs no checkpointing.
                 bf16=False,
                 use_cpu=target.pair.erased.device.type == "cpu",
                 activation_checkpointing=False,
@@ -164,17 +156,12 @@ class RelearningAttack(Attack):
 
     def _split(self, target: AttackTarget) -> tuple[list[str], list[int]]:
         """The texts to tune on, and which questions to ask."""
-        everything = list(range(len(target.questions)))
         if self.text != "half":
-            return target.texts[self.text], everything
-        subjects = sorted({question.subject for question in target.questions})
-        tested = set(random.Random(self.seed).sample(subjects, len(subjects) // 2))
-        asked = [index for index in everything if target.questions[index].subject in tested]
-        secrets = {question.subject: question for question in (target.questions[index] for index in asked)}
-        texts = [
-            text for text in target.texts["forget"] if not any(_tells(text, secret) for secret in secrets.values())
-        ]
-        if not tested or not texts:
+            return target.texts[self.text], list(range(len(target.questions)))
+        secrets, read = draw_subjects(target.questions, len(subjects_of(target.questions)) // 2, self.seed)
+        asked = [index for index in range(len(target.questions)) if index not in read]
+        texts = [text for text in target.texts["forget"] if not any(_tells(text, secret) for secret in secrets)]
+        if not secrets or not texts:
             raise ValueError("`text` is 'half', but the questions or the forget texts cannot be split: use 'forget'.")
         return texts, asked
 

@@ -1,6 +1,6 @@
 """An attack report as tables and as a plot."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,18 +52,19 @@ def markdown_attacks(report: Mapping[str, Any]) -> str:
             f"- Worst case by `{metric}`: **{_cell(worst['erased'])}** under `{worst['name']}`, "
             f"{_cell(worst['plain'])} on the same questions unattacked."
         )
-    lines += ["", "## The strongest variant of each attack", ""]
-    lines += _markdown(strongest(report))
-    lines += ["", "## All variants", "", *_markdown(report["figures"])]
+    for title, figures in (
+        ("The strongest variant of each attack", strongest(report)), ("All variants", report["figures"])
+    ):  # fmt: skip
+        lines += ["", f"## {title}", "", *markdown_rows(HEADER, attack_rows(figures))]
     if report["skipped"]:
         lines += ["", "## Skipped", ""]
         lines += [f"- `{entry['name']}` {entry['settings']}: {entry['reason']}." for entry in report["skipped"]]
     return "\n".join(lines) + "\n"
 
 
-def _markdown(figures: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    rows: list[Sequence[str]] = [HEADER, ["---"] * len(HEADER), *attack_rows(figures)]
-    return ["| " + " | ".join(row) + " |" for row in rows]
+def markdown_rows(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a Markdown table."""
+    return [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
 
 
 def attack_rows(figures: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
@@ -114,8 +115,8 @@ def plot_attacks(report: Mapping[str, Any], path: str | Path) -> None:
     for axes, metric in zip(ladders, METRICS, strict=True):
         _draw_ladder(axes, rungs[metric], metric)
     ladders[0].axvline(report["chance"], color="black", linestyle=":", linewidth=1, label="chance")
-    for _, label, colour, mark, fill, _ in MARKS:
-        ladders[0].plot([], [], mark, color=colour, markerfacecolor=fill, label=label)
+    for _, label, color, mark, fill, _ in MARKS:
+        ladders[0].plot([], [], mark, color=color, markerfacecolor=fill, label=label)
     marks, labels = ladders[0].get_legend_handles_labels()
     top.legend(marks, labels, loc="outside lower center", ncols=len(labels), fontsize=8)
     if below:
@@ -134,11 +135,11 @@ def _rungs(report: Mapping[str, Any], metric: str) -> list[tuple[str, Mapping[st
 
 def _draw_ladder(axes: Any, rungs: list[tuple[str, Mapping[str, Any]]], metric: str) -> None:
     for row, (_, item) in enumerate(rungs):
-        for side, _, colour, mark, fill, offset in MARKS:
+        for side, _, color, mark, fill, offset in MARKS:
             if item[side] is not None:
                 ends = [item[side]["low"], item[side]["high"]]
-                axes.plot(ends, [row + offset] * 2, color=colour, alpha=0.5, linewidth=2)
-                axes.plot(item[side]["value"], row + offset, mark, color=colour, markerfacecolor=fill)
+                axes.plot(ends, [row + offset] * 2, color=color, alpha=0.5, linewidth=2)
+                axes.plot(item[side]["value"], row + offset, mark, color=color, markerfacecolor=fill)
     axes.set_yticks(range(len(rungs)), [name for name, _ in rungs], fontsize=9)
     # What brings knowledge back beyond doubt stands out.
     for tick, (_, item) in zip(axes.get_yticklabels(), rungs, strict=True):

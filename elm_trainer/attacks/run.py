@@ -7,7 +7,6 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
-from functools import partial
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
@@ -21,13 +20,13 @@ from ..data.questions import CHANCE, FACTS, Question, facts_of, held_out_subject
 from ..data.sources import load_texts
 from ..evaluation.fluency import as_prompt
 from ..evaluation.journal import Journal
-from ..evaluation.pair import SIDES, ModelPair
+from ..evaluation.pair import ModelPair
 from ..evaluation.report import SCHEMA_VERSION, bank_info, dataset_info, environment, pair_fingerprint
 from ..evaluation.statistics import bootstrap_mean, holm, mcnemar
 from ..evaluation.suite import draw_questions
 from ..files import write_json
 from ..run_lock import only_run_in
-from .base import Attack, AttackResult, AttackTarget
+from .base import Attack, AttackTarget
 from .gcg import GcgAttack
 from .prompting import (
     BestOfNAttack,
@@ -42,19 +41,11 @@ from .weights import LayerRemovalAttack, QuantizationAttack, ScalingAttack
 
 
 _ALL: tuple[type[Attack], ...] = (
-    ScalingAttack,
-    LayerRemovalAttack,
-    QuantizationAttack,
-    ParaphraseAttack,
-    TranslationAttack,
-    FillerAttack,
-    FewShotAttack,
-    PrefillingAttack,
-    BestOfNAttack,
-    GcgAttack,
-    RelearningAttack,
-)
+    ScalingAttack, LayerRemovalAttack, QuantizationAttack, ParaphraseAttack, TranslationAttack, FillerAttack,
+    FewShotAttack, PrefillingAttack, BestOfNAttack, GcgAttack, RelearningAttack,
+)  # fmt: skip
 ATTACKS = {attack.name: attack for attack in _ALL}
+SIGNIFICANCE = 0.05
 
 
 def default_attacks(names: Sequence[str] | None = None) -> list[Attack]:
@@ -141,9 +132,6 @@ def _is_number(text: str) -> bool:
     return True
 
 
-SIGNIFICANCE = 0.05
-
-
 def built_in_target(
     pair: ModelPair,
     processing_class: PreTrainedTokenizerBase,
@@ -155,7 +143,7 @@ def built_in_target(
     batch_size: int = 16,
     seed: int = 0,
 ) -> AttackTarget:
-    """What attacks need to know about a concept with built-in facts, `"capitals"` or `"elements"`, or with your own.
+    """What attacks need to know about a concept with built-in facts, `"capitals"` or `"elements"`, or your own.
 
     Args:
         pair ([`ModelPair`]): Erased model and reference.
@@ -163,7 +151,7 @@ def built_in_target(
         concept (`str`): The erased concept.
         questions (`int`, *optional*, defaults to `60`): Questions of the test split about subjects that stand in the
             forget text; each subject is asked about once before any is asked about again.
-        bank (`Sequence[Question]`, *optional*): Questions of your own, in place of built-in ones; each must name its
+        bank (`Sequence[Question]`, *optional*): Your own questions, in place of built-in ones; each must name its
             subject. Attacks that ask in prepared wordings are left out then.
         forget (`Sequence[str]`, *optional*): With `bank`, texts about the concept, to relearn it from.
         batch_size (`int`, *optional*, defaults to `16`): Questions per batch.
@@ -212,7 +200,7 @@ def attack_erasure(
         attacks (`Sequence[Attack]`, *optional*): Defaults to [`default_attacks`].
         output_dir (`str` or `Path`, *optional*):
             Where `attacks.json` goes. Finished attacks stream to `attacks.partial.jsonl` beside it, and an interrupted
-            run goes on with the next attack, as long as models, questions, texts and settings are the same.
+            run continues with the next attack, as long as models, questions, texts and settings are the same.
 
     Returns:
         `dict`: the report.
@@ -227,7 +215,7 @@ def attack_erasure(
 
     Raises:
         FolderInUseError: if another run writes to `output_dir`.
-        TypeError: if `target` is no [`AttackTarget`], or `attacks` holds something else than attacks.
+        TypeError: if `target` is not an [`AttackTarget`], or `attacks` holds something else than attacks.
         ValueError: if `attacks` is empty.
     """
     if not isinstance(target, AttackTarget):
@@ -239,7 +227,7 @@ def attack_erasure(
     if not attacks:
         raise ValueError("`attacks` is empty: give at least one, or leave it out for the default ladder.")
     if named := [attack for attack in attacks if not isinstance(attack, Attack)]:
-        raise TypeError(f"`attacks` holds {named[0]!r}, which is no `Attack`: give `default_attacks([name])`.")
+        raise TypeError(f"`attacks` holds {named[0]!r}, which is not an `Attack`: give `default_attacks([name])`.")
     with only_run_in(output_dir):
         return _attack(target, attacks, output_dir)
 
@@ -250,14 +238,16 @@ def _attack(target: AttackTarget, attacks: Sequence[Attack], output_dir: str | P
     journal = Journal(None if output_dir is None else Path(output_dir) / "attacks.partial.jsonl", identity)
     skipped, applicable = [], []
     for attack in attacks:
-        reason = attack.inapplicable(target)
-        if reason is None:
-            applicable.append(attack)
-        else:
+        if reason := attack.inapplicable(target):
             skipped.append({"name": attack.name, "settings": attack.settings(), "reason": reason})
-    rows = [journal.once("none", {}, lambda: [asdict(result) for result in _unattacked(target)])]
+        else:
+            applicable.append(attack)
+    prompts = [as_prompt(target.processing_class, question.text) for question in target.questions]
+    rows = [journal.once("none", {}, lambda: list(map(asdict, target.ask_both("none", target.questions, prompts))))]
     for attack in tqdm(applicable, desc="Attacks"):
-        rows.append(journal.once(attack.name, attack.settings(), partial(_records_of, attack, target)))
+        rows.append(
+            journal.once(attack.name, attack.settings(), lambda attack=attack: list(map(asdict, attack.run(target))))
+        )
     plain = {result["metric"]: result["erased"] for result in rows[0]["result"]}
     figures = _figures(rows, plain)
     report = {
@@ -296,20 +286,6 @@ def _identity(target: AttackTarget) -> dict[str, Any]:
     return {**pair_fingerprint(target.pair), "datasets": datasets}
 
 
-def _unattacked(target: AttackTarget) -> list[AttackResult]:
-    prompts = [as_prompt(target.processing_class, question.text) for question in target.questions]
-    ranked = {side: target.rank(side=side) for side in SIDES}
-    said = {side: target.answer(prompts, side=side) for side in SIDES}
-    return [
-        AttackResult("none", "pmi", ranked["erased"], ranked["reference"]),
-        AttackResult("none", "names_answer", said["erased"], said["reference"]),
-    ]
-
-
-def _records_of(attack: Attack, target: AttackTarget) -> list[dict[str, Any]]:
-    return [asdict(result) for result in attack.run(target)]
-
-
 def _key(result: Mapping[str, Any]) -> str:
     return f"{result['name']}.{result['metric']}"
 
@@ -321,21 +297,17 @@ def _unattacked_part(result: Mapping[str, Any], plain: Mapping[str, list[bool]])
 
 
 def _figures(rows: Sequence[Mapping[str, Any]], plain: Mapping[str, list[bool]]) -> dict[str, dict[str, Any]]:
-    results = [(row["name"], result) for row in rows for result in row["result"]]
-    tested = [
-        mcnemar(_unattacked_part(result, plain), result["erased"]) for family, result in results if family != "none"
-    ]
+    results = [(row["name"], result, _unattacked_part(result, plain)) for row in rows for result in row["result"]]
+    tested = [mcnemar(before, result["erased"]) for family, result, before in results if family != "none"]
     corrected = iter(holm(tested))
     figures = {}
-    for family, result in results:
-        before = _unattacked_part(result, plain)
+    for family, result, before in results:
         p = 1.0 if family == "none" else next(corrected)
+        sides = {"unattacked": before, "erased": result["erased"], "reference": result["reference"]}
         figures[_key(result)] = {
             "family": family,
             "metric": result["metric"],
-            "unattacked": bootstrap_mean(before).to_dict(),
-            "erased": bootstrap_mean(result["erased"]).to_dict(),
-            "reference": None if result["reference"] is None else bootstrap_mean(result["reference"]).to_dict(),
+            **{side: None if found is None else bootstrap_mean(found).to_dict() for side, found in sides.items()},
             "p": p,
             "brings_back": p < SIGNIFICANCE and sum(result["erased"]) > sum(before),
         }
@@ -344,13 +316,11 @@ def _figures(rows: Sequence[Mapping[str, Any]], plain: Mapping[str, list[bool]])
 
 def _worst(figures: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """The largest figure of each metric, with the unattacked figure of the same questions."""
-    worst = {}
-    for metric in dict.fromkeys(figure["metric"] for figure in figures.values()):
-        name = max(
-            (name for name, figure in figures.items() if figure["metric"] == metric),
-            key=lambda name: figures[name]["erased"]["value"],
-        )
-        worst[metric] = {"name": name, "erased": figures[name]["erased"], "plain": figures[name]["unattacked"]}
+    worst: dict[str, dict[str, Any]] = {}
+    for name, figure in figures.items():
+        found = worst.get(figure["metric"])
+        if found is None or figure["erased"]["value"] > found["erased"]["value"]:
+            worst[figure["metric"]] = {"name": name, "erased": figure["erased"], "plain": figure["unattacked"]}
     return worst
 
 

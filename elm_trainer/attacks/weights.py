@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
-from typing import Any
 
 import torch
 from peft import PeftModel
@@ -19,6 +18,10 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 from ..evaluation.pair import ModelPair
 from ..modeling import decoder_layers
 from .base import Attack, AttackResult, AttackTarget
+
+
+# Weights that share one scale in the 4-bit format.
+BLOCK = 64
 
 
 @dataclass
@@ -53,7 +56,7 @@ class ScalingAttack(Attack):
 @dataclass
 class LayerRemovalAttack(Attack):
     r"""
-    Take the erasure off neighbouring layers at a time: their adapters, or for a checkpoint their weights, in whose
+    Take the erasure off neighboring layers at a time: their adapters, or for a checkpoint their weights, in whose
     place the reference's are put.
 
     Parameters:
@@ -94,7 +97,7 @@ def why_not_scalable(pair: ModelPair) -> str | None:
     if shapes != {name: parameter.shape for name, parameter in reference.items()}:
         return "the weights of the erased model and of its reference differ in names or shapes"
     if not all(parameter.is_floating_point() for parameter in erased.parameters()):
-        return "the erased model's weights are quantised"
+        return "the erased model's weights are quantized"
     return None
 
 
@@ -146,14 +149,10 @@ def _equal(first: torch.Tensor, second: torch.Tensor) -> bool:
     return torch.equal(first.detach().cpu(), second.detach().to("cpu", first.dtype))
 
 
-# Weights that share one scale in the 4-bit format.
-BLOCK = 64
-
-
 @dataclass
 class QuantizationAttack(Attack):
     r"""
-    Quantise the erased model (an adapter merged) with bitsandbytes, which runs on CPUs too, and ask again.
+    Quantize the erased model (an adapter merged) with bitsandbytes, which runs on CPUs too, and ask again.
 
     Parameters:
         bits (`list[int]`, *optional*, defaults to `[8, 4]`): 8 for LLM.int8(), 4 for NF4.
@@ -184,9 +183,8 @@ class QuantizationAttack(Attack):
                     bnb_4bit_quant_type="nf4",
                     bnb_4bit_compute_dtype=erased.dtype,
                 )
-                device_map: dict[str, Any] = {"": erased.device}
                 model = AutoModelForCausalLM.from_pretrained(
-                    folder, quantization_config=config, dtype=erased.dtype, device_map=device_map
+                    folder, quantization_config=config, dtype=erased.dtype, device_map={"": erased.device}
                 )
                 with _without_cast_notices():
                     results.append(AttackResult(f"{self.name}.{bits}-bit", "pmi", target.rank(model=model)))
@@ -195,8 +193,8 @@ class QuantizationAttack(Attack):
 
     def inapplicable(self, target: AttackTarget) -> str | None:
         erased = target.pair.erased
-        if is_quantised(erased):
-            return "the erased model is quantised already"
+        if is_quantized(erased):
+            return "the erased model is quantized already"
         widths = {
             module.in_features
             for name, module in erased.named_modules()
@@ -219,6 +217,6 @@ def _without_cast_notices() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def is_quantised(model: PreTrainedModel | PeftModel) -> bool:
+def is_quantized(model: PreTrainedModel | PeftModel) -> bool:
     """Whether a model's weights are stored in fewer bits than they compute with."""
     return "quantization_config" in model.config.to_dict()
