@@ -16,41 +16,28 @@ RESAMPLES = 2000
 POOLED = {"specificity.near": "near", "specificity.far": "far"}
 
 
-class Resampling:
-    """The resamples of one comparison: the same for all methods, so that their differences are paired.
+def resampled_mean(runs: Sequence[Items]) -> np.ndarray:
+    """Mean over seeds of the statistic (for perplexities its logarithm), then its resamples: `[1 + RESAMPLES]`.
 
-    A resample draws items with replacement, and seeds with replacement; every seed was asked the same items.
-
-    Args:
-        seeds (`int`): Seeds of a method.
-        resamples (`int`, *optional*, defaults to `2000`): Number of resamples.
-        seed (`int`, *optional*, defaults to `0`): Seed of the draws.
+    A resample draws items with replacement, and seeds with replacement; every seed was asked the same items. The draws are
+    the same for all methods, so that their differences are paired.
     """
+    values = np.stack([_resampled(items) for items in runs])  # [seeds, 1 + RESAMPLES]
+    if len(runs) == 1:
+        return values[0]
+    seeds = np.random.default_rng([0, len(runs)]).integers(0, len(runs), size=(RESAMPLES, len(runs)))
+    resamples = values[:, 1:][seeds, np.arange(RESAMPLES)[:, None]].mean(1)
+    return np.concatenate([values[:, 0].mean(keepdims=True), resamples])
 
-    def __init__(self, seeds: int, *, resamples: int = RESAMPLES, seed: int = 0):
-        self._resamples, self._seed = resamples, seed
-        self._seeds = np.random.default_rng([seed, seeds]).integers(0, seeds, size=(resamples, seeds))
 
-    def mean(self, runs: Sequence[Items]) -> tuple[float, np.ndarray]:
-        """Mean over seeds of the statistic (for perplexities its logarithm), and its resamples `[resamples]`.
-
-        Args:
-            runs (`Sequence[Items]`): The items of each seed; a single one stands for all seeds (the reference).
-        """
-        found = [self._statistic(items) for items in runs]
-        values = np.array([value for value, _ in found])
-        samples = np.stack([sample for _, sample in found])  # [seeds, resamples]
-        if len(runs) == 1:
-            return float(values[0]), samples[0]
-        return float(values.mean()), samples[self._seeds, np.arange(self._resamples)[:, None]].mean(1)
-
-    def _statistic(self, items: Items) -> tuple[float, np.ndarray]:
-        values = np.asarray(items.values, dtype=float)
-        if items.statistic == "set":
-            return float(values[0]), np.full(self._resamples, values[0])
-        counts = np.asarray(items.counts, dtype=float) if items.counts else np.ones(len(values))
-        rows = np.random.default_rng(self._seed).integers(0, len(values), size=(self._resamples, len(values)))
-        return float(values.sum() / counts.sum()), values[rows].sum(1) / np.maximum(counts[rows].sum(1), 1e-12)
+def _resampled(items: Items) -> np.ndarray:
+    values = np.asarray(items.values, dtype=float)
+    if items.statistic == "set":
+        return np.full(1 + RESAMPLES, values[0])
+    counts = np.asarray(items.counts, dtype=float) if items.counts else np.ones(len(values))
+    rows = np.random.default_rng(0).integers(0, len(values), size=(RESAMPLES, len(values)))
+    resamples = values[rows].sum(1) / np.maximum(counts[rows].sum(1), 1e-12)
+    return np.concatenate([[values.sum() / counts.sum()], resamples])
 
 
 def summarise(reference: Items, runs: Sequence[Items]) -> dict[str, Any]:
@@ -60,15 +47,14 @@ def summarise(reference: Items, runs: Sequence[Items]) -> dict[str, Any]:
         reference (`Items`): The reference's items.
         runs (`Sequence[Items]`): The erased model's, one for each seed.
     """
-    resampling = Resampling(len(runs))
-    before, after = resampling.mean([reference]), resampling.mean(runs)
+    before, after = resampled_mean([reference]), resampled_mean(runs)
     logarithmic = reference.statistic == "perplexity"
     count = int(reference.counts[0]) if reference.statistic == "set" else len(reference.values)
     return {
         "statistic": reference.statistic,
-        "reference": _figure(*before, count, logarithmic),
-        "erased": _figure(*after, count, logarithmic),
-        "change": _figure(after[0] - before[0], after[1] - before[1], count, logarithmic),
+        "reference": _figure(before, count, logarithmic),
+        "erased": _figure(after, count, logarithmic),
+        "change": _figure(after - before, count, logarithmic),
         **_against_chance(reference, runs),
     }
 
@@ -81,20 +67,14 @@ def difference(first: Sequence[Items], second: Sequence[Items]) -> dict[str, Any
     """
     if len(first) != len(second):
         raise ValueError(f"`first` has {len(first)} seeds and `second` {len(second)}: compare the same ones.")
-    resampling = Resampling(len(first))
-    before, after = resampling.mean(first), resampling.mean(second)
-    logarithmic = first[0].statistic == "perplexity"
-    return _figure(after[0] - before[0], after[1] - before[1], len(first[0].values), logarithmic)
+    change = resampled_mean(second) - resampled_mean(first)
+    return _figure(change, len(first[0].values), first[0].statistic == "perplexity")
 
 
 def _against_chance(reference: Items, runs: Sequence[Items]) -> dict[str, Any]:
     """As [`against_chance`]; each run answers the questions of the reference, and all runs count alike."""
-    repeated = replace(
-        reference,
-        values=reference.values * len(runs),
-        chances=reference.chances * len(runs),
-        groups=reference.groups * len(runs),
-    )
+    parts = ("values", "chances", "groups")
+    repeated = replace(reference, **{name: getattr(reference, name) * len(runs) for name in parts})
     found = against_chance(repeated, replace(repeated, values=[value for run in runs for value in run.values]))
     # Whether the reference knows the answers does not depend on the number of runs.
     return found if not found or knows(reference) else found | {"left": None}
@@ -116,8 +96,9 @@ def with_pools(items: Mapping[str, Items], before: Mapping[str, Items], roles: M
     return {**with_families(items, before, roles), **pooled}
 
 
-def _figure(value: float, samples: np.ndarray, count: int, logarithmic: bool) -> dict[str, Any]:
-    bounds = np.array([value, *np.percentile(samples, [2.5, 97.5])])
+def _figure(values: np.ndarray, count: int, logarithmic: bool) -> dict[str, Any]:
+    """The first value, with the interval of the others."""
+    bounds = np.array([values[0], *np.percentile(values[1:], [2.5, 97.5])])
     value, low, high = (np.exp(bounds) if logarithmic else bounds).tolist()
     return Figure(value, low, high, count).to_dict()
 
@@ -177,7 +158,7 @@ def gibberish(rows: Rows, concept: str) -> list[Evidence]:
 
 
 def same_choices(rows: Rows, concept: str) -> list[Evidence]:
-    """WHP loses no more of the concept than may be lost of neighbouring knowledge."""
+    """WHP loses no more of the concept than may be lost of neighboring knowledge."""
     return [
         _held(f"WHP, fall by {rule}", _fall(rows, "whp", f"multiple_choice.{concept}.{rule}"), BOUNDS.near)
         for rule in ("pmi", "log_likelihood")

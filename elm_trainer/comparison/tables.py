@@ -1,6 +1,6 @@
 """A comparison as tables and as a plot."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 from rich import box
 from rich.table import Table
 
-from ..attacks.report import HEADER, attack_rows
+from ..attacks.report import HEADER, attack_rows, markdown_rows
 from ..evaluation.tables import cell
 from ..evaluation.verdict import CRITERIA, HOLDS
 from ..files import replacing
@@ -57,7 +57,7 @@ def render_comparison(report: Mapping[str, Any]) -> list[Table]:
 
 def short_rows(report: Mapping[str, Any], budget: str) -> list[list[str]]:
     """One of the two tables with the values of few figures as text, header first."""
-    names = {pattern.format(concept=report["concept"]): title for pattern, title in _SHORT.items()}
+    names = _named(report, _SHORT)
     rows = [["method", *names.values(), "× bound"]]
     for method, row in report["tables"][budget]["methods"].items():
         label = f"{_label(report, method)} (failed)" if row["failed"] else _label(report, method)
@@ -85,28 +85,21 @@ def markdown_comparison(report: Mapping[str, Any]) -> str:
         "",
     ]
     for budget in TITLES:
-        lines += [f"## {_title(report, budget)}", "", *_markdown(table_rows(report, budget)), ""]
+        lines += [f"## {_title(report, budget)}", "", *_table(table_rows(report, budget)), ""]
         if notes := _notes(report, budget):
             lines += [*(f"- {note}" for note in notes), ""]
     if report["beaten"]:
         paired = (
             "Differences are paired by seed and item; their intervals are not corrected for the number of figures."
         )
-        lines += ["## Where a rival beats ELM", "", paired, "", *_markdown(beaten_rows(report)), ""]
-    lines += ["## What the paper says", "", *_markdown(claim_rows(report)), ""]
-    lines += ["## Costs", "", *_markdown(cost_rows(report)), "", _memory_line(report), ""]
-    lines += ["## Settings and search", "", *_markdown(search_rows(report)), ""]
+        lines += ["## Where a rival beats ELM", "", paired, "", *_table(beaten_rows(report)), ""]
+    lines += ["## What the paper says", "", *_table(claim_rows(report)), ""]
+    lines += ["## Costs", "", *_table(cost_rows(report)), "", _memory_line(report), ""]
+    lines += ["## Settings and search", "", *_table(search_rows(report)), ""]
     if report["attacks"]:
-        lines += [
-            "## Attacks",
-            "",
-            "On the first seed's model of equal updates.",
-            "",
-            *_markdown(worst_rows(report)),
-            "",
-        ]
+        lines += ["## Attacks", "", "On the first seed's model of equal updates.", "", *_table(worst_rows(report)), ""]
         for method, attacks in report["attacks"].items():
-            lines += [f"### {_label(report, method)}", "", *_markdown([HEADER, *attack_rows(attacks["figures"])]), ""]
+            lines += [f"### {_label(report, method)}", "", *markdown_rows(HEADER, attack_rows(attacks["figures"])), ""]
             lines += [f"- Skipped {entry['name']}: {entry['reason']}." for entry in attacks["skipped"]] + [""]
     lines += ["## What they answer", "", "Greedy answers of the first seed's model of equal updates.", ""]
     for sample in report["samples"]:
@@ -133,10 +126,10 @@ def first_paragraph(report: Mapping[str, Any]) -> str:
             f"With {title[0].lower()}{title[1:]}, {nearer} nearer to keeping all bounds at once than ELM "
             f"({scores['elm']:.2f} times its worst bound)."
         )
-        beaten = {
-            method: [_column(report, entry["figure"]) for entry in report["beaten"] if _of(entry, budget, method)]
-            for method in rows
-        }
+        beaten: dict[str, list[str]] = {method: [] for method in rows}
+        for entry in report["beaten"]:
+            if entry["budget"] == budget:
+                beaten[entry["method"]].append(_named(report, _COLUMNS)[entry["figure"]])
         better = [f"{_label(report, method)} on {_list(names)}" for method, names in beaten.items() if names]
         if better:
             sentences.append(f"Beyond the 95 % interval, ELM is beaten by {'; by '.join(better)}.")
@@ -152,7 +145,7 @@ def first_paragraph(report: Mapping[str, Any]) -> str:
 def table_rows(report: Mapping[str, Any], budget: str) -> list[list[str]]:
     """One of the two tables as text, header first; every method has a row, whatever became of it."""
     methods = report["tables"][budget]["methods"]
-    names = {pattern.format(concept=report["concept"]): title for pattern, title in _COLUMNS.items()}
+    names = _named(report, _COLUMNS)
     # There is no figure of all ways of asking where the reference knows the answers in none of them.
     measured = {name for row in methods.values() for name in row["figures"]}
     names = {name: title for name, title in names.items() if name in measured or not name.startswith("families.")}
@@ -173,9 +166,9 @@ def table_rows(report: Mapping[str, Any], budget: str) -> list[list[str]]:
         if not row["figures"]:
             rows.append([label, *["–"] * (len(header) - 1)])
             continue
-        reference = reference or [
-            "reference", "0", "0", *(cell(_point(row["figures"][name]["reference"])) for name in names), "–", *["–"] * 3
-        ]  # fmt: skip
+        # Its values without intervals: they are the same in every row.
+        values = [f"{row['figures'][name]['reference']['value']:z.3f}" for name in names]
+        reference = reference or ["reference", "0", "0", *values, "–", *["–"] * 3]
         rows.append(
             [
                 label,
@@ -212,16 +205,8 @@ def beaten_rows(report: Mapping[str, Any]) -> list[list[str]]:
     rows = [["table", "rival", "figure", "rival's", "ELM's", "difference"]]
     for entry in report["beaten"]:
         times = "×" if entry["statistic"] == "perplexity" else ""
-        rows.append(
-            [
-                entry["budget"],
-                _label(report, entry["method"]),
-                _column(report, entry["figure"]),
-                cell(entry["rival"]),
-                cell(entry["elm"]),
-                f"{times}{cell(entry['difference'])}",
-            ]
-        )
+        about = [entry["budget"], _label(report, entry["method"]), _named(report, _COLUMNS)[entry["figure"]]]
+        rows.append([*about, cell(entry["rival"]), cell(entry["elm"]), f"{times}{cell(entry['difference'])}"])
     return rows
 
 
@@ -275,6 +260,10 @@ def worst_rows(report: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    return markdown_rows(rows[0], rows[1:])
+
+
 def _notes(report: Mapping[str, Any], budget: str) -> list[str]:
     """What a reader must know of the rows of a table."""
     table, recipe = report["tables"][budget], report["recipe"]
@@ -315,13 +304,9 @@ def _memory_line(report: Mapping[str, Any]) -> str:
     )
 
 
-def _of(entry: Mapping[str, Any], budget: str, method: str) -> bool:
-    return entry["budget"] == budget and entry["method"] == method
-
-
-def _column(report: Mapping[str, Any], figure: str) -> str:
-    """The title of a figure's column."""
-    return {pattern.format(concept=report["concept"]): title for pattern, title in _COLUMNS.items()}[figure]
+def _named(report: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, str]:
+    """Titles of columns by the names of their metrics in the report."""
+    return {pattern.format(concept=report["concept"]): title for pattern, title in columns.items()}
 
 
 def _label(report: Mapping[str, Any], method: str) -> str:
@@ -346,11 +331,6 @@ def _number(value: float | None, form: str) -> str:
     return "–" if value is None else format(value, form)
 
 
-def _point(figure: Mapping[str, float]) -> dict[str, float]:
-    """A figure without its interval."""
-    return dict.fromkeys(("value", "low", "high"), figure["value"])
-
-
 def _list(parts: Sequence[str]) -> str:
     return " and ".join(filter(None, [", ".join(parts[:-1]), *parts[-1:]]))
 
@@ -359,18 +339,13 @@ def _line(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|") or "(empty)"
 
 
-def _markdown(rows: Iterable[Sequence[str]]) -> list[str]:
-    header, *others = rows
-    return [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *others)]
-
-
 BUDGET_TITLES = {"updates": "the same number of updates", "seconds": "the same time"}
 
 
 def plot_comparison(report: Mapping[str, Any], path: str | Path) -> None:
     """Draw a comparison into a PNG file: a row for each budget, all axes relative to the reference (the cross).
 
-    Up: the change of PMI accuracy on the concept. Across: the change on neighbouring (circle) and unrelated (square)
+    Up: the change of PMI accuracy on the concept. Across: the change on neighboring (circle) and unrelated (square)
     knowledge, and R-PPL and perplexity on retain text (diamond) as multiples. Lines are 95 % intervals. Down and towards
     the cross's column is better.
     """
@@ -383,12 +358,12 @@ def plot_comparison(report: Mapping[str, Any], path: str | Path) -> None:
             if not row["figures"]:
                 continue
             changes = {name: found["change"] for name, found in row["figures"].items()}
-            colour = f"C{index}"
+            color = f"C{index}"
             for name, marker in (("specificity.near", "o"), ("specificity.far", "s")):
                 if name in changes:
-                    _mark(kept, changes[name], changes[up], marker, colour)
-            _mark(fluent, changes["fluency.greedy.r_ppl"], changes[up], "o", colour)
-            _mark(fluent, changes["retention.perplexity"], changes[up], "D", colour)
+                    _mark(kept, changes[name], changes[up], marker, color)
+            _mark(fluent, changes["fluency.greedy.r_ppl"], changes[up], "o", color)
+            _mark(fluent, changes["retention.perplexity"], changes[up], "D", color)
         for axes, start in ((kept, 0), (fluent, 1)):
             axes.plot(start, 0, "+", color="black", markersize=14)
             axes.axhline(0, color="grey", linewidth=0.6)
@@ -411,7 +386,7 @@ def plot_comparison(report: Mapping[str, Any], path: str | Path) -> None:
         figure.savefig(unfinished, dpi=100)
 
 
-def _mark(axes: Any, across: Mapping[str, float], up: Mapping[str, float], marker: str, colour: str) -> None:
-    axes.plot([across["low"], across["high"]], [up["value"]] * 2, color=colour, alpha=0.4)
-    axes.plot([across["value"]] * 2, [up["low"], up["high"]], color=colour, alpha=0.4)
-    axes.plot(across["value"], up["value"], marker, color=colour)
+def _mark(axes: Any, across: Mapping[str, float], up: Mapping[str, float], marker: str, color: str) -> None:
+    axes.plot([across["low"], across["high"]], [up["value"]] * 2, color=color, alpha=0.4)
+    axes.plot([across["value"]] * 2, [up["low"], up["high"]], color=color, alpha=0.4)
+    axes.plot(across["value"], up["value"], marker, color=color)
