@@ -55,7 +55,7 @@ def compare(
     batch_size: int,
     rounds: int,
 ) -> dict[str, Any]:
-    """Run both scorers in turn; tokenisation is part of the seconds of both.
+    """Run both scorers in turn; tokenization is part of the seconds of both.
 
     Only the log-likelihoods that both compute are timed: our PMI needs the bare options besides.
     """

@@ -162,11 +162,11 @@ def step_flops(shape: ModelShape, adapter: Adapter, step: StepShape) -> float:
 
 
 def moved_bytes(shape: ModelShape, adapter: Adapter, step: StepShape) -> float:
-    """Bytes that go through memory for everything that is no matrix product.
+    """Bytes that go through memory for everything but matrix products.
 
     Norms, rotary positions, gates, residual sums and the adapter's sums and dropout read and write their operands: about
     `24·hidden + 5·intermediate` numbers a token and layer forward, twice that back. Adam reads and writes seven numbers a
-    weight of the adapter. Of logits, eight passes are made: the normaliser, the gathered tokens, and the gradient.
+    weight of the adapter. Of logits, eight passes are made: the normalizer, the gathered tokens, and the gradient.
     """
     layers = layers_with_gradient(shape, adapter)
     forward = shape.layers + (layers if step.checkpointing else 0)

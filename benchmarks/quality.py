@@ -29,7 +29,7 @@ from .workers import Pacer, workers
 
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
-# The built-in pairs serve both sides: making pairs is no part of the training that is compared.
+# The built-in pairs serve both sides: making pairs is not part of the training that is compared.
 PAIRS = "capitals-fluent"
 # What is to be forgotten, and what is to be kept.
 BANKS = ("capitals", "geography")

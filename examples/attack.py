@@ -2,7 +2,7 @@
 
 A merged model or any other checkpoint is attacked beside the model it was erased from:
 `python examples/attack.py --model cais/Zephyr_RMU --reference HuggingFaceH4/zephyr-7b-beta`.
-Writes `attacks.json`, `attacks.png` and `attacks.md` into `output_dir`; an interrupted run goes on where it stopped.
+Writes `attacks.json`, `attacks.png` and `attacks.md` into `output_dir`; an interrupted run continues where it stopped.
 With `--gold_standard FOLDER` a small model that was never taught an invented concept shows there what relearning from
 nothing looks like; its models are trained once.
 """
@@ -26,7 +26,7 @@ class AttackArguments:
     dtype: str = field(default="auto", metadata={"help": "Data type of the weights."})
     device: str = field(default="cpu", metadata={"help": "Where the models run, e.g. cuda."})
     concept: str = field(default="capitals", metadata={"help": "What was erased."})
-    bank: str | None = field(default=None, metadata={"help": "Question bank of a concept of your own."})
+    bank: str | None = field(default=None, metadata={"help": "Question bank of your own concept."})
     forget: str | None = field(default=None, metadata={"help": "Texts about it, to relearn it from."})
     questions: int = field(default=60, metadata={"help": "Questions asked under every attack."})
     attacks: list[str] | None = field(default=None, metadata={"help": "Names of attacks; all by default."})

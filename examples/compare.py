@@ -1,6 +1,6 @@
 """Compare all methods on the same data: `python examples/compare.py --config recipes/compare-smollm2-135m.yaml`.
 
-Writes `report.json`, `report.md` and `pareto.png` into `output_dir`; a stopped comparison goes on where it stopped.
+Writes `report.json`, `report.md` and `pareto.png` into `output_dir`; a stopped comparison continues where it stopped.
 """
 
 from pathlib import Path

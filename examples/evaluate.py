@@ -1,7 +1,7 @@
 """Measure an erasure beside its reference: `python examples/evaluate.py --adapter outputs/demo/adapter`.
 
 Several adapters of one base are stacked and measured together. A full checkpoint is measured against the model it came from: `--model cais/Zephyr_RMU --reference HuggingFaceH4/zephyr-7b-beta`.
-An interrupted evaluation goes on where it stopped. Under `accelerate launch` and `torchrun` the processes share the work.
+An interrupted evaluation continues where it stopped. Under `accelerate launch` and `torchrun` the processes share the work.
 """
 
 from dataclasses import asdict, dataclass, field

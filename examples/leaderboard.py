@@ -45,7 +45,7 @@ def main() -> None:
     for group in groups:
         table = Table(*HEADER, title=title(group))
         for entry in group.entries:
-            # As Text: what strangers wrote is no mark-up.
+            # As Text: what strangers wrote must not be read as markup.
             table.add_row(*map(Text, cells(entry)))
         console.print(table)
     console.print(Text(NOTE))

@@ -1,4 +1,4 @@
-"""A method of your own in one file: maximum entropy on forget text (arXiv 2410.08109), KL to the reference on retain text."""
+"""A custom method in one file: maximum entropy on forget text (arXiv 2410.08109), KL to the reference on retain text."""
 
 import math
 from dataclasses import dataclass, field
@@ -38,7 +38,7 @@ def kl_to_uniform(logits: torch.Tensor, where: slice) -> torch.Tensor:
 
 
 class MaxEntropyTrainer(ErasureTrainer):
-    """The model is to know nothing about what comes next in forget text, and to go on with retain text as before."""
+    """The model is to know nothing about what comes next in forget text, and to continue retain text as before."""
 
     _name = "MaxEntropy"
     _config_class = MaxEntropyConfig
