@@ -78,31 +78,19 @@ def make_report(
     roles = suite.roles
     measured = from_json(reference.items["test"])
     before = with_pools(measured, measured, roles)
-    entries = {
-        budget: {method: _entries(config, method, result, budget) for method, result in results.items()}
-        for budget in BUDGETS
-    }
-    items = {
-        budget: {
-            method: {
+    items: dict[str, dict[str, dict[int, dict[str, Items]]]] = {budget: {} for budget in BUDGETS}
+    tables: dict[str, dict[str, Any]] = {}
+    for budget in BUDGETS:
+        rows = {}
+        for method, result in results.items():
+            entries = _entries(config, method, result, budget)
+            items[budget][method] = {
                 seed: with_pools(from_json(entry["items"]), measured, roles)
-                for seed, entry in found.items()
+                for seed, entry in entries.items()
                 if "items" in entry
             }
-            for method, found in of_method.items()
-        }
-        for budget, of_method in entries.items()
-    }
-    tables: dict[str, dict[str, Any]] = {
-        budget: {
-            "budget": config.updates if budget == "updates" else seconds,
-            "methods": {
-                method: _row(result, entries[budget][method], before, items[budget][method], roles)
-                for method, result in results.items()
-            },
-        }
-        for budget in BUDGETS
-    }
+            rows[method] = _row(result, entries, before, items[budget][method], roles)
+        tables[budget] = {"budget": config.updates if budget == "updates" else seconds, "methods": rows}
     methods = {method: _method(config, method, result) for method, result in results.items()}
     return {
         "schema_version": SCHEMA_VERSION,

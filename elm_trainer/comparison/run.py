@@ -40,12 +40,7 @@ class MethodRun:
     """
 
     def __init__(
-        self,
-        config: ComparisonConfig,
-        method: str,
-        runs: Runs,
-        reference: Reference,
-        seconds: float | None = None,
+        self, config: ComparisonConfig, method: str, runs: Runs, reference: Reference, seconds: float | None = None
     ):
         self.config, self.method, self.seconds = config, method, seconds
         self._runs, self._reference = runs, reference
@@ -126,13 +121,14 @@ class MethodRun:
         begun = time.perf_counter()
         with trained(self._bench, self.method, index, seed, seconds=self.seconds) as training:
             memory = self._memory()
-            budgets = {
-                budget: self._measure(training, budget, "test")
-                for budget in ("updates", *(["seconds"] if self.seconds is not None else []))
-            }
+            names = ["updates"] if self.seconds is None else ["updates", "seconds"]
+            budgets = {budget: self._measure(training, budget, "test") for budget in names}
             if seed == self.config.seeds[0] and "updates" in training.snapshots:
                 restore(training.model, training.snapshots["updates"])
-                _save(training.model, self._runs.path(*self._final(index, seed)))
+                folder = self._runs.path(*self._final(index, seed))
+                discard(folder)
+                with replacing(folder) as unfinished:
+                    training.model.save_pretrained(str(unfinished), save_embedding_layers=False)
         return {"setup": training.setup, "budgets": budgets, "seconds": time.perf_counter() - begun, **memory}
 
     def _measure(self, training: Training, budget: str, split: str) -> dict[str, Any]:
@@ -182,13 +178,6 @@ def seconds_of(result: Mapping[str, Any]) -> float | None:
     return found[len(found) // 2] if found else None
 
 
-def _save(model: PeftModel, folder: Path) -> None:
-    """Save the adapter; the folder has its name only once it is whole."""
-    discard(folder)
-    with replacing(folder) as unfinished:
-        model.save_pretrained(str(unfinished), save_embedding_layers=False)
-
-
 Result = TypeVar("Result")
 
 
@@ -197,7 +186,7 @@ def compare_methods(config: ComparisonConfig) -> dict[str, Any]:
 
     Each method is trained in every setting of its grid and measured on the dev split; the best setting by one rule is
     trained again with every seed, and measured on the test split: after so many updates, and after so many seconds. What
-    is finished lies in `output_dir/runs`; a stopped comparison goes on with what is not.
+    is finished lies in `output_dir/runs`; a stopped comparison continues with what is not.
 
     Args:
         config ([`ComparisonConfig`]): Settings.

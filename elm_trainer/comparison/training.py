@@ -4,7 +4,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
@@ -15,9 +15,9 @@ from datasets import Dataset
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from transformers.trainer_utils import set_seed
-from trl import SFTConfig
 
 from ..data.dataset import ConceptSources, build_erasure_dataset
+from ..data.questions import SPLITS
 from ..evaluation.journal import Runs
 from ..evaluation.measures import MEASURES, Items, Setting
 from ..evaluation.pair import ModelPair, Side
@@ -97,9 +97,6 @@ def to_json(items: Mapping[str, Items]) -> dict[str, Any]:
 def from_json(items: Mapping[str, Any]) -> dict[str, Items]:
     """Items that JSON held."""
     return {name: Items(**found) for name, found in items.items()}
-
-
-SPLITS = ("dev", "test")
 
 
 @dataclass(frozen=True)
@@ -254,9 +251,12 @@ def trained(bench: Bench, method: str, index: int, seed: int, *, seconds: float 
         steps = config.updates if seconds is None else _NO_END
         args = config.arguments(method, index, seed=seed, output_dir=folder, max_steps=steps)
         budgets = Budgets(config.updates, seconds)
+        if hasattr(args, "targets_dir"):
+            # The run makes its own targets: their time is part of what is compared.
+            args.targets_dir = str(Path(folder) / "targets")
         trainer = METHODS[method].trainer(
             model,
-            _with_own_targets(args, Path(folder) / "targets"),
+            args,
             train_dataset=dataset,
             processing_class=bench.processing_class,
             peft_config=config.lora(method, model),
@@ -271,13 +271,6 @@ def trained(bench: Bench, method: str, index: int, seed: int, *, seconds: float 
             yield Training(trainer.model, budgets.setup, budgets.snapshots, budgets.failed)
         finally:
             trainer.model.unload()
-
-
-def _with_own_targets(args: SFTConfig, folder: Path) -> SFTConfig:
-    """Where a method keeps its targets on disk, the run makes its own: their time is part of what is compared."""
-    if "targets_dir" in {field.name for field in fields(args)}:
-        args.targets_dir = str(folder)
-    return args
 
 
 def restore(model: PeftModel, snapshot: Snapshot) -> None:
