@@ -16,8 +16,8 @@ from trl import SFTConfig, SFTTrainer
 from ..data.questions import Question, names_answer
 from ..data.tokens import tokenize
 from ..evaluation.fluency import as_prompt
+from ..fingerprint import is_quantised
 from .base import Attack, AttackResult, AttackTarget, draw_subjects, seeded, subjects_of
-from .weights import is_quantized
 
 
 TEXTS = ("forget", "half", "near", "unrelated")
@@ -74,7 +74,7 @@ class RelearningAttack(Attack):
             return f"the target's `texts` hold no {self._source} text"
         if self.weights == "adapter" and target.pair.adapter is None:
             return "the erased model has no adapter to tune"
-        if self.weights == "full" and is_quantized(target.pair.erased):
+        if self.weights == "full" and is_quantised(target.pair.erased):
             return "quantized weights cannot be tuned"
         return None
 

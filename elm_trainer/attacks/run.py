@@ -7,6 +7,7 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
+from functools import partial
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
@@ -162,32 +163,25 @@ def built_in_target(
     """
     if questions < 1:
         raise ValueError(f"`questions` is {questions}: ask at least 1.")
-    unrelated = load_texts("everyday", processing_class=processing_class)["text"][:]
-    if bank is not None:
-        asked = draw_questions(bank, questions, random.Random(seed))
-        texts = {"forget": list(forget), "unrelated": unrelated}
-        return AttackTarget(pair, processing_class, asked, {}, texts, batch_size)
-    if concept not in FACTS:
-        raise ValueError(
-            f"`concept` is {concept!r}, about which no questions are built in ({', '.join(FACTS)} have some): give your own, "
-            "`bank=read_questions(path)` (`--bank` of examples/attack.py)."
-        )
-    held_out = held_out_subjects(concept)
-    bank = load_bank(
-        concept, subjects=[fact.subject for fact in facts_of(concept) if fact.subject not in held_out], split="test"
-    )
-    text = (files("elm_trainer.data") / "attacks" / f"{concept}.yaml").read_text(encoding="utf-8")
-    sources = {"forget": concept, "near": f"{concept}-near"}
-    return AttackTarget(
-        pair,
-        processing_class,
-        draw_questions(bank, questions, random.Random(seed)),
-        yaml.safe_load(text),
-        {kind: load_texts(name, processing_class=processing_class)["text"][:] for kind, name in sources.items()}
-        | {"unrelated": unrelated},
-        batch_size,
-        f"elm-trainer {version('elm-trainer')} test",
-    )
+    wordings: dict[str, dict[str, str]] = {}
+    texts, revision = {"forget": list(forget)}, None
+    if bank is None:
+        if concept not in FACTS:
+            raise ValueError(
+                f"`concept` is {concept!r}, about which no questions are built in ({', '.join(FACTS)} have some): give your "
+                "own, `bank=read_questions(path)` (`--bank` of examples/attack.py)."
+            )
+        read = frozenset(fact.subject for fact in facts_of(concept)) - held_out_subjects(concept)
+        bank = load_bank(concept, subjects=read, split="test")
+        wordings = yaml.safe_load((files("elm_trainer.data") / "attacks" / f"{concept}.yaml").read_text("utf-8"))
+        sources = {"forget": concept, "near": f"{concept}-near"}
+        texts = {
+            kind: load_texts(name, processing_class=processing_class)["text"][:] for kind, name in sources.items()
+        }
+        revision = f"elm-trainer {version('elm-trainer')} test"
+    texts["unrelated"] = load_texts("everyday", processing_class=processing_class)["text"][:]
+    asked = draw_questions(bank, questions, random.Random(seed))
+    return AttackTarget(pair, processing_class, asked, wordings, texts, batch_size, revision)
 
 
 def attack_erasure(
@@ -245,9 +239,7 @@ def _attack(target: AttackTarget, attacks: Sequence[Attack], output_dir: str | P
     prompts = [as_prompt(target.processing_class, question.text) for question in target.questions]
     rows = [journal.once("none", {}, lambda: list(map(asdict, target.ask_both("none", target.questions, prompts))))]
     for attack in tqdm(applicable, desc="Attacks"):
-        rows.append(
-            journal.once(attack.name, attack.settings(), lambda attack=attack: list(map(asdict, attack.run(target))))
-        )
+        rows.append(journal.once(attack.name, attack.settings(), partial(_records_of, attack, target)))
     plain = {result["metric"]: result["erased"] for result in rows[0]["result"]}
     figures = _figures(rows, plain)
     report = {
@@ -284,6 +276,10 @@ def _identity(target: AttackTarget) -> dict[str, Any]:
     datasets |= {f"texts {kind}": dataset_info(texts, target.revision) for kind, texts in target.texts.items()}
     datasets["wordings"] = dataset_info(wordings, target.revision)
     return {**pair_fingerprint(target.pair), "datasets": datasets}
+
+
+def _records_of(attack: Attack, target: AttackTarget) -> list[dict[str, Any]]:
+    return [asdict(result) for result in attack.run(target)]
 
 
 def _key(result: Mapping[str, Any]) -> str:

@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 
 import torch
-from peft import PeftModel
 from peft.helpers import rescale_adapter_scale
 from peft.tuners.lora import LoraLayer
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from ..evaluation.pair import ModelPair
+from ..fingerprint import is_quantised
 from ..modeling import decoder_layers
 from .base import Attack, AttackResult, AttackTarget
 
@@ -193,7 +193,7 @@ class QuantizationAttack(Attack):
 
     def inapplicable(self, target: AttackTarget) -> str | None:
         erased = target.pair.erased
-        if is_quantized(erased):
+        if is_quantised(erased):
             return "the erased model is quantized already"
         widths = {
             module.in_features
@@ -215,8 +215,3 @@ def _without_cast_notices() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
-
-
-def is_quantized(model: PreTrainedModel | PeftModel) -> bool:
-    """Whether a model's weights are stored in fewer bits than they compute with."""
-    return "quantization_config" in model.config.to_dict()
