@@ -16,32 +16,7 @@ from elm_trainer.scripts import help_at_once, hush_libraries, name_training_bar
 
 @dataclass
 class ErasureArguments:
-    """What is erased from which model.
-
-    Args:
-        model (`str`): Hub id, folder, GGUF file, or the bundled demo model.
-        model_revision (`str`): Commit, tag or branch of a Hub repository.
-        gguf_file (`str`): File in the repository, where the model is a GGUF file.
-        dtype (`str`): Data type of the weights.
-        attn_implementation (`str`): `eager`, `sdpa`, `flash_attention_2` or another that transformers knows.
-        matmul_precision (`str`): Of products of float32 matrices in training: `medium` lets processors that have bfloat16
-            multiply in it.
-        forget (`list[str]`): Forget source of each concept, in the order of `concepts`.
-        retain (`list[str]`): Retain sources, shared by all concepts.
-        dataset_size (`int`): Rows per concept.
-        synthetic (`list[str]`): Source of synthetic pairs of each concept, in the order of `concepts`; `none` for none.
-        synthetic_size (`int`): Synthetic pairs per concept that are sampled where `synthetic` names none.
-        lora_rank, lora_alpha, lora_dropout, lora_layers, lora_targets: The adapter.
-        evaluate (`bool`): Whether to measure before and after, with the built-in questions about the erased concepts or those
-            of `bank`.
-        bank (`list[str]`): Question bank (YAML or JSON lines) of each concept, in the order of `concepts`; `none` for the
-            built-in questions, if there are any.
-        questions (`int`): Questions per bank.
-        measures (`list[str]`): What is measured; all but a look inside by default.
-        dev_every (`int`): Steps between two looks at questions of the dev split; 0 never looks.
-        dev_stop (`float`): Accuracy (PMI, dev split, worst family of every concept) at which training stops.
-        overwrite (`bool`): Remove what an earlier run left in `output_dir`.
-    """
+    """What is erased from which model; the settings of training are those of `ElmConfig`."""
 
     model: str = field(default="smollm2-135m-instruct", metadata={"help": "Hub id, folder, GGUF file or demo model."})
     model_revision: str | None = field(default=None, metadata={"help": "Commit, tag or branch on the Hub."})
@@ -51,26 +26,36 @@ class ErasureArguments:
         default=None, metadata={"help": "eager, sdpa, flash_attention_2 or other."}
     )
     matmul_precision: str = field(
-        default="highest", metadata={"help": "Of float32 products.", "choices": ["highest", "high", "medium"]}
+        default="highest",
+        metadata={
+            "help": "Of float32 products; medium multiplies in bfloat16.",
+            "choices": ["highest", "high", "medium"],
+        },
     )
     forget: list[str] = field(default_factory=lambda: ["capitals"], metadata={"help": "Forget source per concept."})
     retain: list[str] = field(default_factory=lambda: ["everyday"], metadata={"help": "Retain sources."})
     dataset_size: int = field(default=512, metadata={"help": "Rows per concept."})
-    synthetic: list[str] | None = field(default=None, metadata={"help": "Source of synthetic pairs per concept."})
-    synthetic_size: int = field(default=0, metadata={"help": "Synthetic pairs per concept to sample."})
+    synthetic: list[str] | None = field(
+        default=None, metadata={"help": "Source of synthetic pairs per concept, or none."}
+    )
+    synthetic_size: int = field(default=0, metadata={"help": "Pairs to sample per concept without a source."})
     lora_rank: int = field(default=32, metadata={"help": "Rank of the adapter."})
     lora_alpha: int = field(default=32, metadata={"help": "Alpha of the adapter."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout of the adapter."})
     lora_layers: str | None = field(default=None, metadata={"help": "First and last adapted layer, such as 4-7."})
     lora_targets: str = field(default="all-linear", metadata={"help": "Modules, comma-separated, or all-linear."})
     evaluate: bool = field(default=True, metadata={"help": "Measure before and after."})
-    bank: list[str] | None = field(default=None, metadata={"help": "Question bank of each concept of your own."})
+    bank: list[str] | None = field(
+        default=None, metadata={"help": "Question bank per concept; none for the built-in one."}
+    )
     questions: int = field(default=120, metadata={"help": "Questions per bank."})
     measures: list[str] | None = field(
         default=None, metadata={"help": "What is measured; all but a look inside by default."}
     )
     dev_every: int = field(default=0, metadata={"help": "Steps between two looks at the dev questions."})
-    dev_stop: float | None = field(default=None, metadata={"help": "Dev accuracy at which training stops."})
+    dev_stop: float | None = field(
+        default=None, metadata={"help": "Worst dev accuracy (PMI) at which training stops."}
+    )
     overwrite: bool = field(default=False, metadata={"help": "Remove an earlier run from output_dir."})
 
     def lora(self, model):

@@ -45,36 +45,23 @@ class GoldStandardConfig:
     What the gold standard is measured on, and how its models are made.
 
     Parameters:
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of the world, the weights, the order of batches and the attack.
-        facts (`int`, *optional*, defaults to `24`):
-            Invented facts of each kind.
-        prose (`int`, *optional*, defaults to `300`):
-            Plain sentences.
-        vocab_size (`int`, *optional*, defaults to `2000`):
-            Most tokens of the tokenizer.
-        layers (`int`, *optional*, defaults to `4`):
-            Layers of the models.
-        width (`int`, *optional*, defaults to `128`):
-            Their hidden size.
-        steps (`int`, *optional*, defaults to `1000`):
-            Steps for which the taught and the never-taught model are trained.
-        batch_size (`int`, *optional*, defaults to `32`):
-            Texts per step of theirs.
-        learning_rate (`float`, *optional*, defaults to `3e-3`):
-            Their largest learning rate (cosine schedule).
-        elm (`dict[str, Any]`, *optional*):
-            Fields of [`ElmConfig`] of the erasure.
-        ascent (`dict[str, Any]`, *optional*):
-            Fields of [`~trl.SFTConfig`] of gradient ascent.
-        lora_rank (`int`, *optional*, defaults to `16`):
-            Rank of the adapters of both, on all linear layers.
-        relearning_steps (`list[int]`, *optional*):
-            Steps of relearning after which the questions are asked; it ends with the last.
-        relearning_learning_rate (`float`, *optional*, defaults to `5e-4`):
-            Learning rate of relearning, constant.
-        relearning_batch_size (`int`, *optional*, defaults to `16`):
-            Texts per step of relearning.
+        seed (`int`, *optional*, defaults to `0`): Seed of the world, the weights, the order of batches and the attack.
+        facts (`int`, *optional*, defaults to `24`): Invented facts of each kind.
+        prose (`int`, *optional*, defaults to `300`): Plain sentences.
+        vocab_size (`int`, *optional*, defaults to `2000`): Most tokens of the tokenizer.
+        layers (`int`, *optional*, defaults to `4`): Layers of the models.
+        width (`int`, *optional*, defaults to `128`): Their hidden size.
+        steps (`int`, *optional*, defaults to `1000`): Steps for which the taught and the never-taught model are
+            trained.
+        batch_size (`int`, *optional*, defaults to `32`): Texts per step of theirs.
+        learning_rate (`float`, *optional*, defaults to `3e-3`): Their largest learning rate (cosine schedule).
+        elm (`dict[str, Any]`, *optional*): Fields of [`ElmConfig`] of the erasure.
+        ascent (`dict[str, Any]`, *optional*): Fields of [`~trl.SFTConfig`] of gradient ascent.
+        lora_rank (`int`, *optional*, defaults to `16`): Rank of the adapters of both, on all linear layers.
+        relearning_steps (`list[int]`, *optional*): Steps of relearning after which the questions are asked; it ends
+            with the last.
+        relearning_learning_rate (`float`, *optional*, defaults to `5e-4`): Learning rate of relearning, constant.
+        relearning_batch_size (`int`, *optional*, defaults to `16`): Texts per step of relearning.
     """
 
     seed: int = 0
@@ -120,6 +107,11 @@ class GoldStandardConfig:
 
 
 _PAD, _END = "<pad>", "<end>"
+# Training arguments of every model: nothing is saved or shown on the way.
+_QUIET: dict[str, Any] = {
+    "save_strategy": "no", "report_to": "none", "bf16": False, "activation_checkpointing": False,
+    "disable_tqdm": True, "logging_strategy": "no",
+}  # fmt: skip
 
 
 class GradientAscentTrainer(ErasureTrainer):
@@ -187,12 +179,7 @@ def fine_tune(
                 lr_scheduler_type=schedule,
                 warmup_steps=warmup_steps,
                 seed=seed,
-                save_strategy="no",
-                report_to="none",
-                bf16=False,
-                activation_checkpointing=False,
-                disable_tqdm=True,
-                logging_strategy="no",
+                **_QUIET,
             ),
             data_collator=DataCollatorForLanguageModeling(processing_class, mlm=False),
             train_dataset=Dataset.from_dict({"input_ids": ids}),
@@ -280,17 +267,7 @@ class GoldModels:
 
     def _erase(self, name: str) -> PreTrainedModel:
         with tempfile.TemporaryDirectory() as folder:
-            shared: dict[str, Any] = {
-                "output_dir": folder,
-                "seed": self.config.seed,
-                "max_length": _MAX_LENGTH,
-                "save_strategy": "no",
-                "report_to": "none",
-                "bf16": False,
-                "activation_checkpointing": False,
-                "disable_tqdm": True,
-                "logging_strategy": "no",
-            }
+            shared = {"output_dir": folder, "seed": self.config.seed, "max_length": _MAX_LENGTH, **_QUIET}
             trainer: ErasureTrainer
             args: SFTConfig
             if name == "erased":

@@ -99,7 +99,7 @@ def plot_gold_standard(report: Mapping[str, Any], path: str | Path) -> None:
 
 def _bars(axes: Any, figures: Mapping[str, Any], keys: list[str]) -> None:
     width = 0.8 / len(COLOURS)
-    for place, (name, colour) in enumerate(COLOURS.items()):
+    for place, (name, color) in enumerate(COLOURS.items()):
         found = [figures[key][name] for key in keys]
         values = [figure["value"] for figure in found]
         # A percentile interval need not hold the value itself; error bars cannot be negative.
@@ -108,7 +108,7 @@ def _bars(axes: Any, figures: Mapping[str, Any], keys: list[str]) -> None:
             [max(0, figure["high"] - figure["value"]) for figure in found],
         ]
         offsets = [index + (place - 1.5) * width for index in range(len(keys))]
-        axes.bar(offsets, values, width, yerr=errors, color=colour, label=name, capsize=1.5)
+        axes.bar(offsets, values, width, yerr=errors, color=color, label=name, capsize=1.5)
     axes.set_xticks(range(len(keys)), [_label(key) for key in keys], fontsize=9)
 
 

@@ -1,7 +1,8 @@
 """The gold standard: an erased model beside one of the same making that was never taught the concept."""
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def gold_standard(config: GoldStandardConfig | None = None, *, output_dir: str |
             Settings.
         output_dir (`str` or `Path`):
             Where `gold_standard.json` goes. Models are kept in `models/` beside it and results stream to
-            `gold_standard.partial.jsonl`, so that an interrupted run goes on where it was and a repeated one only
+            `gold_standard.partial.jsonl`, so that an interrupted run continues where it was and a repeated one only
             reads.
 
     Raises:
@@ -70,29 +71,25 @@ def _gold_standard(config: GoldStandardConfig, output_dir: Path) -> dict[str, An
     journal = Journal(output_dir / "gold_standard.partial.jsonl", identity)
     seconds = {"training": 0.0, "measuring": 0.0, "relearning": 0.0}
 
-    def once(phase: str, settings: Mapping[str, str], run: Any) -> Any:
-        row = journal.once(phase, settings, run)
-        seconds[phase] += row["seconds"]
-        return row["result"]
+    def once(phase: str, run: Callable[..., Any], **settings: str) -> dict[str, Any]:
+        """What `run` gives for each of the models."""
+        found = {}
+        for name in MODELS:
+            row = journal.once(phase, {"model": name, **settings}, partial(run, models, name, **settings))
+            seconds[phase] += row["seconds"]
+            found[name] = row["result"]
+        return found
 
-    for name in MODELS:
-        once("training", {"model": name}, lambda name=name: models.prepare(name))
-    measured = {name: once("measuring", {"model": name}, lambda name=name: _measure(models, name)) for name in MODELS}
+    once("training", GoldModels.prepare)
+    measured = once("measuring", _measure)
     curves, relearning = {}, {}
     for split in SPLITS:
-        results = {
-            name: once(
-                "relearning",
-                {"model": name, "split": split},
-                lambda name=name, split=split: relearn(models, name, split),
-            )
-            for name in MODELS
-        }
+        results = once("relearning", relearn, split=split)
         curves[split], relearning[split] = compare_relearning(results, seed=models.config.seed)
-    figures: dict[str, dict[str, Any]] = {}
-    for name in MODELS:
-        for figure, value in measured[name]["figures"].items():
-            figures.setdefault(figure, {})[name] = value
+    figures = {
+        figure: {name: measured[name]["figures"][figure] for name in MODELS}
+        for figure in measured[MODELS[0]]["figures"]
+    }
     figures["forget_quality"] = {
         name: _forget_quality(measured[name]["truth_ratios"], measured["never-taught"]["truth_ratios"])
         for name in MODELS
@@ -106,8 +103,9 @@ def _gold_standard(config: GoldStandardConfig, output_dir: Path) -> dict[str, An
         "relearning": relearning,
         "ordering": relearning["all"]["ordering"],
         "samples": [
-            {**sample, **{name: measured[name]["answers"][index] for name in MODELS}}
-            for index, sample in enumerate(_samples(models))
+            {"prompt": question.text, "answer": question.answer}
+            | {name: measured[name]["answers"][index] for name in MODELS}
+            for index, question in enumerate(_one_of_each_fact(models, models.world.questions[CONCEPT]))
         ],
         "config": asdict(models.config),
         "identity": identity,
@@ -138,7 +136,7 @@ def _measure(models: GoldModels, name: str) -> dict[str, Any]:
         )
         if kind == CONCEPT:
             truth_ratios = [_truth_ratio(q, s) for q, s in zip(questions, scores.scores, strict=True)]
-            answers = replies[:: len(questions) // models.config.facts]
+            answers = _one_of_each_fact(models, replies)
             for judge in ("taught", "never-taught"):
                 nlls, tokens = reverse_perplexity(models.load(judge), processing_class, prompts, replies)
                 figures[f"r_ppl.{judge}"] = bootstrap_perplexity(nlls, tokens)
@@ -180,9 +178,6 @@ def _forget_quality(ratios: list[float], gold: list[float]) -> dict[str, float]:
     return Figure(p, p, p, len(ratios)).to_dict()
 
 
-def _samples(models: GoldModels) -> list[dict[str, str]]:
-    questions = models.world.questions[CONCEPT]
-    return [
-        {"prompt": question.text, "answer": question.answer}
-        for question in questions[:: len(questions) // models.config.facts]
-    ]
+def _one_of_each_fact(models: GoldModels, items: list[Any]) -> list[Any]:
+    """The first of the items about each of the concept's facts, of which every one has as many."""
+    return items[:: len(items) // models.config.facts]
