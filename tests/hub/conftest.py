@@ -1,6 +1,6 @@
 import pytest
 
-from tests.hub_server.fixtures import client_waits, hub, hub_api  # noqa: F401
+from tests.hub_server import client_waits, hub, hub_api  # noqa: F401
 
 from .reports import local  # noqa: F401
 

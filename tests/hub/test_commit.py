@@ -12,7 +12,7 @@ from elm_trainer.hub import errors as failures
 from elm_trainer.hub.commit import commit_folder, open_repository, read_text
 from elm_trainer.hub.errors import ConflictError, NotSignedInError, PermissionDeniedError, UploadError
 from elm_trainer.hub.info import PUBLISHED_FILES
-from tests.hub_server.faults import Answer, Call, Cut, Damage, Fault, Slow
+from tests.hub_server import Answer, Call, Cut, Damage, Fault, Slow
 
 
 REPO = "alice/erased"

@@ -23,7 +23,7 @@ from elm_trainer.hub.errors import (
 from elm_trainer.hub.load import load_erased
 from elm_trainer.modeling import DEMO_MODEL, demo_model_file, load_model
 
-from ..hub_server.faults import Corrupt, Cut, Fault, Truncate
+from ..hub_server import Corrupt, Cut, Fault, Truncate
 from .data.make_adapter import FOLDER, IDS, tiny_base
 from .published import adapt, edit_json, logits, seal, write_published
 

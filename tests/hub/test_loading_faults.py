@@ -14,7 +14,7 @@ from elm_trainer.hub import errors as failures
 from elm_trainer.hub.errors import HubError, NotSignedInError, PermissionDeniedError, UnsafeAdapterError
 from elm_trainer.hub.load import load_erased
 
-from ..hub_server.faults import Answer, Corrupt, Cut, Fault, Slow, Truncate
+from ..hub_server import Answer, Corrupt, Cut, Fault, Slow, Truncate
 from .data.make_adapter import tiny_base
 from .published import adapt, logits, write_published
 

@@ -10,8 +10,7 @@ from elm_trainer.hub import errors as failures
 from elm_trainer.hub.commit import commit_folder, open_repository, read_text
 from elm_trainer.hub.errors import ConflictError, HubError, NotSignedInError, PermissionDeniedError, UploadError
 from elm_trainer.hub.info import PUBLISHED_FILES
-from tests.hub_server.faults import Answer, Behaviour, Call, Corrupt, Cut, Damage, Fault, Slow, Truncate
-from tests.hub_server.messages import Disconnected
+from tests.hub_server import Answer, Behaviour, Call, Corrupt, Cut, Damage, Disconnected, Fault, Slow, Truncate
 
 
 REPO = "alice/erased"

@@ -20,7 +20,7 @@ from elm_trainer.hub.adapter import Access, find_adapter
 from elm_trainer.hub.commit import commit_folder, open_repository, read_text
 from elm_trainer.hub.errors import HubError
 from elm_trainer.hub.info import PUBLISHED_FILES
-from tests.hub_server.faults import Answer, Behaviour, Corrupt, Cut, Damage, Fault, Slow, Truncate
+from tests.hub_server import Answer, Behaviour, Corrupt, Cut, Damage, Fault, Slow, Truncate
 
 from .published import adapt, write_published
 

@@ -1,1 +1,1 @@
-from .fixtures import client_waits, hub, hub_api  # noqa: F401
+from . import client_waits, hub, hub_api  # noqa: F401

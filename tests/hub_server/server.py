@@ -2,24 +2,117 @@
 
 import hashlib
 import os
+import re
 import shutil
 import socket
 import sys
 import threading
 import traceback
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
+from . import reading, writing
 from .faults import Fault
 from .messages import COPY_CHUNK, Disconnected, Refusal, Request, Response
-from .objects import Blob, Commit, Repo
-from .routes import ROUTES
+from .repository import Blob, Commit, Repo
 from .state import DEFAULT_BRANCH, State, User
+
+
+Handler = Callable[[State, Request], Response]
+
+# `{repo}` is namespace/name; what else stands in braces is a piece without a slash, unless a star follows.
+PIECES = {
+    "{kind}": "(?P<kind>models|datasets)",
+    "{prefix}": "(?P<prefix>datasets/)?",
+    "{repo}": "(?P<repo>[^/]+/[^/]+)",
+}
+API = "/api/{kind}/{repo}"
+
+
+@dataclass(frozen=True)
+class Route:
+    """An address.
+
+    Args:
+        method (`str`): `GET` answers `HEAD` too.
+        path (`str`): With names in braces for what varies.
+        handler (`Handler`): What answers.
+        purpose (`str`): What the client wants there.
+        origin (`str`, *optional*, defaults to `"hub"`): `"hub"` or `"storage"`.
+        slow (`bool`, *optional*, defaults to `False`): Whether it handles large files: the lock is not held then.
+    """
+
+    method: str
+    path: str
+    handler: Handler
+    purpose: str
+    origin: str = "hub"
+    slow: bool = False
+
+    @cached_property
+    def expression(self) -> re.Pattern[str]:
+        pieces = re.split(r"(\{\w+\*?\})", self.path)
+        named = [PIECES.get(piece) or re.sub(r"\{(\w+)\}", r"(?P<\1>[^/]+)", piece) for piece in pieces]
+        return re.compile("".join(re.sub(r"\{(\w+)\*\}", r"(?P<\1>.+)", piece) for piece in named))
+
+    def match(self, request: Request) -> dict[str, str] | None:
+        """What the path says where the route has names, or `None` if the request is not for this route."""
+        method = "GET" if request.method == "HEAD" else request.method
+        found = self.expression.fullmatch(request.path)
+        if not found or (method, request.origin) != (self.method, self.origin):
+            return None
+        args = {name: unquote(value) for name, value in found.groupdict().items() if value is not None}
+        return args | ({"kind": args["prefix"]} if "prefix" in args else {})
+
+
+ROUTES = (
+    Route("GET", "/api/whoami-v2", reading.whoami, "`whoami`: name, organisations, role of the token"),
+    Route("POST", "/api/validate-yaml", writing.validate_yaml, "metadata of a card, before `create_commit`"),
+    Route("POST", "/api/repos/create", writing.create, "`create_repo`"),
+    Route("GET", "/api/{kind}", reading.list_repos, "`list_models`, `list_datasets`"),
+    Route("GET", API, reading.info, "`model_info`, `dataset_info`, `repo_info`"),
+    Route("GET", API + "/revision/{revision}", reading.info, "the same at a revision"),
+    Route("GET", API + "/tree/{revision}", reading.list_tree, "`list_repo_tree`, `snapshot_download`"),
+    Route("GET", API + "/tree/{revision}/{path*}", reading.list_tree, "the same for a folder"),
+    Route("POST", API + "/paths-info/{revision}", reading.paths_info, "`get_paths_info`, `HfFileSystem`"),
+    Route("GET", API + "/refs", reading.list_refs, "`list_repo_refs`"),
+    Route("GET", API + "/commits/{revision}", reading.list_commits, "`list_repo_commits`"),
+    Route("POST", API + "/branch/{branch}", writing.create_branch, "`create_branch`"),
+    Route("POST", API + "/tag/{revision}", writing.create_tag, "`create_tag`"),
+    Route(
+        "POST", API + "/preupload/{revision}", writing.preupload, "`create_commit`: is a file large, known, ignored?"
+    ),
+    Route("POST", API + "/commit/{revision}", writing.commit, "`create_commit`: the commit, or a pull request"),
+    Route(
+        "GET", "/{prefix}{repo}/resolve/{revision}/{path*}", reading.resolve, "`hf_hub_download`: metadata and content"
+    ),
+    Route(
+        "POST",
+        "/{prefix}{repo}.git/info/lfs/objects/batch",
+        writing.batch,
+        "`create_commit`: where do large files go?",
+    ),
+    Route(
+        "POST",
+        "/{prefix}{repo}.git/info/lfs/objects/verify/{key}",
+        writing.verify,
+        "a large file has arrived whole",
+        slow=True,
+    ),
+    Route("POST", "/api/complete_multipart/{key}", writing.complete, "all parts of a large file were sent", slow=True),
+    Route("PUT", "/uploads/{key}", writing.put_whole, "a large file as a whole (`basic`)", "storage", slow=True),
+    Route(
+        "PUT", "/uploads/{key}/{part}", writing.put_part, "a part of a large file (`multipart`)", "storage", slow=True
+    ),
+    Route("GET", "/objects/{sha256}", writing.get_object, "content of a large file, whole or a range", "storage"),
+)
 
 
 # Settings of whoever runs the tests that would lead a client elsewhere.

@@ -4,15 +4,17 @@ import hashlib
 import hmac
 import secrets
 import threading
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
+from urllib.parse import urlencode
 
-from .messages import Refusal, Request
-from .objects import Blob, Commit, Repo
-from .uploads import Upload
+from .messages import COPY_CHUNK, Refusal, Request
+from .repository import Blob, Commit, Repo
 
 
+T = TypeVar("T")
 DEFAULT_BRANCH = "refs/heads/main"
 
 # What the Hub puts into a new repository: these files go to the large file storage, whatever their size.
@@ -26,6 +28,66 @@ LARGE_FILE_PATTERNS = (
 def large_file_line(pattern: str) -> str:
     """A line of `.gitattributes`."""
     return f"{pattern} filter=lfs diff=lfs merge=lfs -text\n"
+
+
+@dataclass
+class Upload:
+    """What a client announced, and what has arrived.
+
+    Args:
+        repo (`Repo`): Where it belongs.
+        sha256, size (`str`, `int`): What was announced.
+        folder (`Path`): Where parts and the whole lie until it is checked.
+        parts (`int`): How many are expected; 0 if it comes as a whole.
+    """
+
+    repo: Repo
+    sha256: str
+    size: int
+    folder: Path
+    parts: int
+    etags: dict[int, str] = field(default_factory=dict)
+
+    @property
+    def whole(self) -> Path:
+        return self.folder / "whole"
+
+    def part(self, number: int) -> Path:
+        return self.folder / str(number)
+
+    def took_part(self, number: int) -> str:
+        """Note that a part arrived.
+
+        Returns:
+            `str`: Its ETag.
+        """
+        self.etags[number] = digest_of(self.part(number), "md5")
+        return self.etags[number]
+
+    def complete(self, etags: dict[int, str]) -> None:
+        """Put the parts together; asked again, because the answer was lost, there is nothing left to do."""
+        if etags != self.etags or len(etags) != self.parts:
+            raise Refusal(400, "The parts are not those that were uploaded")
+        if self.whole.exists():
+            return
+        with self.whole.open("wb") as whole:
+            for number in range(1, self.parts + 1):
+                with self.part(number).open("rb") as part:
+                    while chunk := part.read(COPY_CHUNK):
+                        whole.write(chunk)
+                self.part(number).unlink()
+
+    def check(self) -> None:
+        """Raise if what arrived is not what was announced."""
+        if not self.whole.exists():
+            raise Refusal(404, f"Object {self.sha256} was not uploaded")
+        if self.whole.stat().st_size != self.size or digest_of(self.whole, "sha256") != self.sha256:
+            raise Refusal(422, f"Object {self.sha256} is not what was announced: wrong size or SHA-256")
+
+
+def digest_of(path: Path, algorithm: str) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, algorithm).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -146,13 +208,6 @@ class State:
             raise Refusal(403, "You must use a write token to upload to a repository.")
         return repo, user
 
-    def check_gate(self, request: Request, repo: Repo) -> None:
-        """Raise if files of a gated repository are asked for by somebody from outside."""
-        user = self.user(request)
-        if repo.gated and not (user and user.belongs_to(repo.namespace)):
-            message = f"Access to {repo.type} {repo.id} is restricted and you are not in the authorized list."
-            raise Refusal(403 if user else 401, message, "GatedRepo")
-
     def commit_of(self, repo: Repo, revision: str) -> Commit:
         commit = repo.find(revision)
         if commit is None:
@@ -168,6 +223,16 @@ class State:
         repo.commits[commit.oid] = commit
         repo.refs[ref] = commit.oid
         return commit
+
+    def page_of(self, request: Request, items: Sequence[T], most: int) -> tuple[Sequence[T], dict[str, str]]:
+        """The page of `items` that was asked for, and the header that points to the next one."""
+        size = min(most, self.page_size)
+        start = int(request.option("cursor") or 0)
+        end = start + size
+        if end >= len(items):
+            return items[start:end], {}
+        query = urlencode(request.query | {"cursor": [str(end)]}, doseq=True)
+        return items[start:end], {"Link": f'<{self.endpoint}{request.path}?{query}>; rel="next"'}
 
 
 def repo_type(args: Mapping[str, str]) -> str:

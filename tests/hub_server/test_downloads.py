@@ -1,18 +1,16 @@
 from pathlib import Path
 
 import pytest
-from huggingface_hub import CommitOperationAdd, HfFileSystem, constants, get_hf_file_metadata, hf_hub_url
+from huggingface_hub import CommitOperationAdd, constants, get_hf_file_metadata, hf_hub_url
 from huggingface_hub.errors import (
     EntryNotFoundError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import get_session
 
-from .faults import Cut, Fault
-from .fixtures import ALICE
+from . import ALICE, Cut, Fault
 
 
 LARGE = bytes(range(256)) * 40
@@ -136,14 +134,6 @@ def test_ranges(hub, hub_api, path, asked_for, status, part):
         assert response.headers["Content-Range"].endswith(f"/{len(FILES[path])}")
 
 
-def test_resuming_past_the_end_is_an_error_of_the_client(hub, hub_api, tmp_path):
-    hub_api.create_repo("alice/b")
-    hub_api.create_commit("alice/b", [CommitOperationAdd("a.txt", b"a")], commit_message="m")
-
-    with (tmp_path / "a.txt").open("wb") as file, pytest.raises(Exception, match=r"bytes \*/1"):
-        http_get(f"{hub.endpoint}/alice/b/resolve/main/a.txt", file, resume_size=5)
-
-
 def test_what_is_missing_is_named(hub, hub_api, repo, kind):
     with pytest.raises(EntryNotFoundError):
         hub_api.hf_hub_download(repo, "missing.txt", repo_type=kind)
@@ -198,26 +188,6 @@ def test_long_trees_come_in_pages(hub, hub_api, repo, kind):
 
     assert paths == sorted([*FILES, ".gitattributes", "folder", "folder/x"])
     assert sum("/tree/" in path for path in asked(hub, "GET")) == 4
-
-
-def test_paths_are_described_and_unknown_ones_left_out(hub, hub_api, repo, kind):
-    found = hub_api.get_paths_info(repo, ["folder", "config.json", "missing"], repo_type=kind, expand=True)
-
-    assert [(entry.path, entry.last_commit.title) for entry in found] == [
-        ("folder", "first"),
-        ("config.json", "first"),
-    ]
-
-
-def test_the_file_system_of_the_client_works(hub, hub_api, repo, kind):
-    system = HfFileSystem(endpoint=hub.endpoint, token=ALICE, skip_instance_cache=True)
-    root = f"{'datasets/' if kind == 'dataset' else ''}{repo}"
-
-    assert system.cat_file(f"{root}/weights.safetensors", start=10, end=20) == LARGE[10:20]
-    assert system.glob(f"{root}/folder/*.txt") == [f"{root}/folder/ä ö?.txt"]
-    with system.open(f"{root}/written.txt", "w") as file:
-        file.write("by the file system")
-    assert hub.files(repo, repo_type=kind)["written.txt"] == b"by the file system"
 
 
 def test_metadata_need_no_token_for_what_is_public(hub, hub_api):

@@ -6,9 +6,7 @@ import pytest
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
-from .faults import Answer, Call, Corrupt, Cut, Damage, Fault, Slow, Truncate
-from .fixtures import ALICE
-from .server import HubServer
+from . import ALICE, Answer, Call, Corrupt, Cut, Damage, Fault, HubServer, Slow, Truncate
 
 
 LARGE = bytes(range(256)) * 40

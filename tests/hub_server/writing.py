@@ -1,19 +1,67 @@
-"""Commits: which way a file goes up, and the commit itself, all or nothing."""
+"""What changes the Hub: repositories, branches, tags, commits (all or nothing), and large files on their way there."""
 
 import base64
 import binascii
 import json
+import math
+import secrets
 from typing import Any
 
-from .cards import find_errors, read_metadata
-from .discussions import open_pull
 from .messages import Refusal, Request, Response, answer_json
-from .objects import Blob, Commit, Repo, tree_oids
-from .patterns import is_ignored, is_large_file
-from .state import State, large_file_line
+from .reading import part_asked_for
+from .repository import Blob, Commit, Repo, find_errors, is_ignored, is_large_file, read_metadata, tree_oids
+from .state import DEFAULT_BRANCH, LARGE_FILE_PATTERNS, State, Upload, large_file_line
 
 
 LARGE_FROM = 10 * 1024 * 1024  # bytes; git itself takes no larger file
+
+
+def create(state: State, request: Request) -> Response:
+    asked = request.json()
+    kind = asked.get("type") or "model"
+    if kind not in ("model", "dataset"):
+        raise Refusal(501, f"This Hub has models and datasets, but no {kind}s")
+    user = state.signed_in(request)
+    repo = Repo(
+        f"{asked.get('organization') or user.name}/{asked['name']}", kind, asked.get("visibility") == "private"
+    )
+    state.writer(request, repo.namespace)
+    url = f"{state.endpoint}/{repo.url_path}"
+    if (kind, repo.id) in state.repos:
+        raise Refusal(409, f"You already created this {kind} repo: {repo.id}", url=url, name=repo.id)
+    attributes = state.put("".join(map(large_file_line, LARGE_FILE_PATTERNS)).encode())
+    state.add_commit(repo, DEFAULT_BRANCH, {".gitattributes": attributes}, "initial commit", "", user.name)
+    state.repos[kind, repo.id] = repo
+    return answer_json({"url": url, "name": repo.id, "id": repo.id, "private": repo.private})
+
+
+def create_branch(state: State, request: Request) -> Response:
+    repo, _ = state.repo_to_write(request)
+    return create_ref(state, repo, f"refs/heads/{request.args['branch']}", request.json().get("startingPoint"))
+
+
+def create_tag(state: State, request: Request) -> Response:
+    repo, _ = state.repo_to_write(request)
+    return create_ref(state, repo, f"refs/tags/{request.json()['tag']}", request.args["revision"])
+
+
+def create_ref(state: State, repo: Repo, ref: str, revision: str | None) -> Response:
+    if ref in repo.refs:
+        raise Refusal(409, f"Reference already exists: {ref}")
+    repo.refs[ref] = state.commit_of(repo, revision or DEFAULT_BRANCH).oid
+    return Response()
+
+
+def validate_yaml(state: State, request: Request) -> Response:
+    readme = request.json().get("content", "")
+    try:
+        metadata = read_metadata(readme)
+        errors = find_errors(metadata)
+    except ValueError as error:
+        metadata, errors = {}, [str(error)]
+    warnings = [] if metadata or errors else ["empty or missing yaml metadata in repo card"]
+    content = {"errors": [{"message": text} for text in errors], "warnings": [{"message": text} for text in warnings]}
+    return answer_json(content, 400 if errors else 200)
 
 
 def preupload(state: State, request: Request) -> Response:
@@ -70,9 +118,10 @@ def commit(state: State, request: Request) -> Response:
     url = f"{state.endpoint}/{repo.url_path}"
     content = {"success": True, "hookOutput": ""}
     if proposed:
-        discussion = open_pull(repo, user, title, message, ref, start)
-        content["pullRequestUrl"] = f"{url}/discussions/{discussion.num}"
-        ref = discussion.ref
+        repo.pulls += 1
+        content["pullRequestUrl"] = f"{url}/discussions/{repo.pulls}"
+        ref = f"refs/pr/{repo.pulls}"
+        repo.refs[ref] = start.oid
     made = state.add_commit(repo, ref, files, title, message, user.name)
     return answer_json(content | {"commitOid": made.oid, "commitUrl": f"{url}/commit/{made.oid}"})
 
@@ -154,3 +203,87 @@ def check_result(state: State, files: dict[str, Blob]) -> None:
             errors = [str(error)]
         if errors:
             raise Refusal(400, f"Invalid metadata in README.md: {'; '.join(errors)}")
+
+
+def batch(state: State, request: Request) -> Response:
+    """Say where to send each announced file; those that are here already need not be sent."""
+    repo = state.repo(request)
+    user = state.signed_in(request)
+    if not user.can_write:
+        raise Refusal(403, "You must use a write token to upload to a repository.")
+    asked = request.json()
+    if asked.get("operation") != "upload":
+        raise Refusal(400, "Only uploads are announced here; downloads go through `resolve`")
+    objects = [announce(state, repo, announced["oid"], announced["size"]) for announced in asked["objects"]]
+    in_parts = any("chunk_size" in found.get("actions", {}).get("upload", {}).get("header", {}) for found in objects)
+    return answer_json({"transfer": "multipart" if in_parts else "basic", "objects": objects})
+
+
+def announce(state: State, repo: Repo, sha256: str, size: int) -> dict[str, Any]:
+    content: dict[str, Any] = {"oid": sha256, "size": size}
+    if sha256 in repo.large_files:
+        return content
+    key = secrets.token_hex(8)
+    folder = state.root / "incoming" / key
+    folder.mkdir()
+    parts = math.ceil(size / state.part_size) if size >= state.multipart_from else 0
+    state.uploads[key] = Upload(repo, sha256, size, folder, parts)
+    if parts:
+        addresses = {str(n): state.storage_endpoint + state.sign(f"/uploads/{key}/{n}") for n in range(1, parts + 1)}
+        upload = {
+            "href": state.endpoint + state.sign(f"/api/complete_multipart/{key}"),
+            "header": {"chunk_size": str(state.part_size), **addresses},
+        }
+    else:
+        upload = {"href": state.storage_endpoint + state.sign(f"/uploads/{key}"), "header": {}}
+    verify = {"href": f"{state.endpoint}/{repo.url_path}.git/info/lfs/objects/verify/{key}", "header": {}}
+    return content | {"authenticated": True, "actions": {"upload": upload, "verify": verify}}
+
+
+def put_whole(state: State, request: Request) -> Response:
+    upload = upload_of(state, request)
+    request.save(upload.whole)
+    return Response(headers={"ETag": f'"{request.args["key"]}"'})
+
+
+def put_part(state: State, request: Request) -> Response:
+    upload = upload_of(state, request)
+    number = int(request.args["part"])
+    request.save(upload.part(number))
+    return Response(headers={"ETag": f'"{upload.took_part(number)}"'})
+
+
+def complete(state: State, request: Request) -> Response:
+    upload = upload_of(state, request)
+    upload.complete({part["partNumber"]: part["etag"].strip('"') for part in request.json()["parts"]})
+    return answer_json({"success": True})
+
+
+def verify(state: State, request: Request) -> Response:
+    """Check what arrived, and only then let commits point to it."""
+    repo = state.repo(request)
+    upload = state.uploads.get(request.args["key"])
+    if upload is None or upload.repo is not repo:
+        raise Refusal(404, "There is no such upload")
+    if upload.sha256 not in repo.large_files:
+        upload.check()
+        upload.whole.replace(state.large_file(upload.sha256))
+        repo.large_files.add(upload.sha256)
+    return answer_json({"success": True})
+
+
+def upload_of(state: State, request: Request) -> Upload:
+    state.check_signature(request)
+    upload = state.uploads.get(request.args["key"])
+    if upload is None:
+        raise Refusal(404, "NoSuchUpload")
+    return upload
+
+
+def get_object(state: State, request: Request) -> Response:
+    if request.token is not None:
+        raise Refusal(400, "Only one auth mechanism allowed: the address is signed, a token must not be sent")
+    state.check_signature(request)
+    sha256 = request.args["sha256"]
+    response = Response(headers={"ETag": f'"{sha256}"', "Accept-Ranges": "bytes"}, file=state.large_file(sha256))
+    return part_asked_for(request, response)
