@@ -22,10 +22,10 @@ compare: $(STAMP)  ## train all methods on the demo's concept and compare them; 
 bench: $(STAMP)  ## measure speed and memory against their baselines; the sections not run by default: python -m benchmarks --help
 	.venv/bin/python -m benchmarks
 
-# Short tests side by side, one thread each; what trains the real model or launches processes has the machine to itself.
+# One file to a worker, in the order of tests/conftest.py: the longest first. Importing takes a good part of the time and keeps
+# to one thread, so two workers are faster than two threads.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m "not slow and not distributed" -n auto --dist loadfile
-	.venv/bin/python -m pytest -m "slow or distributed" --durations 15
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder --durations 15
 
 lint: $(STAMP)
 	.venv/bin/ruff check .

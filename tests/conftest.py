@@ -16,6 +16,13 @@ if not torch.accelerator.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
+def pytest_collection_modifyitems(config, items):
+    """A worker of pytest-xdist begins with the files that take minutes, so that none is left at the end."""
+    if hasattr(config, "workerinput"):
+        long = {item.path for item in items for name in ("slow", "distributed") if item.get_closest_marker(name)}
+        items.sort(key=lambda item: item.path not in long)
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     return load_tokenizer(DEMO_MODEL)
