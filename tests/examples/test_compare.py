@@ -16,7 +16,6 @@ from tests.evaluation.comparison.conftest import checkpoint, one_setting, refere
 
 ROOT = Path(__file__).parents[2]
 __all__ = ["checkpoint", "one_setting", "reference_of", "tiny"]
-# Budgets of time are kept where nothing else runs.
 pytestmark = pytest.mark.slow
 
 
