@@ -22,10 +22,11 @@ compare: $(STAMP)  ## train all methods on the demo's concept and compare them; 
 bench: $(STAMP)  ## measure speed and memory against their baselines; the sections not run by default: python -m benchmarks --help
 	.venv/bin/python -m benchmarks
 
-# One file to a worker, in the order of tests/conftest.py: the longest first. Importing takes a good part of the time and keeps
-# to one thread, so two workers are faster than two threads.
+# One file to a worker, those that take minutes first (tests/conftest.py). Much of the time goes into imports, which keep to one
+# thread: two workers are faster than two threads. TORCHDYNAMO_DISABLE: bitsandbytes prepares the compiler on import, which
+# takes a second of every process, and no test compiles.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder --durations 15
+	OMP_NUM_THREADS=1 TORCHDYNAMO_DISABLE=1 .venv/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder --durations 15
 
 lint: $(STAMP)
 	.venv/bin/ruff check .
