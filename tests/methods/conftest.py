@@ -1,4 +1,5 @@
 import gc
+import logging
 
 import pytest
 from peft import LoraConfig
@@ -13,6 +14,15 @@ def frozen_imports(tokenizer):
     gc.freeze()
     yield
     gc.unfreeze()
+
+
+@pytest.fixture(autouse=True)
+def own_handlers():
+    """A handler that a test adds to the package's logger would record everything twice in the tests after it."""
+    logger = logging.getLogger("elm_trainer")
+    before = logger.handlers.copy()
+    yield
+    logger.handlers[:] = before
 
 
 @pytest.fixture
