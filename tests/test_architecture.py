@@ -12,11 +12,11 @@ import elm_trainer
 
 
 PACKAGE = Path(elm_trainer.__file__).parent
-MOST_FILES, MOST_LINES = 95, 400
+MOST_FILES, MOST_LINES = 110, 400
 
 # The modules and folders of each layer, and the layers below that it may import, the lowest layer first.
 LAYERS = {
-    "base": ("files", "run_lock", "distributed", "fingerprint", "concept", "modeling"),
+    "base": ("checks", "files", "run_lock", "distributed", "fingerprint", "concept", "modeling"),
     "ops": ("ops",),
     "data": ("data",),
     "evaluation": ("evaluation",),
@@ -47,6 +47,8 @@ MAY_IMPORT = {
 }
 # The package itself, whose names stand for all of them.
 TOP = "the package itself"
+# Trainers publish, and warn of what cannot be loaded, as their users do it: through the names of the package.
+FRONT_DOOR_USERS = ("elm_trainer.methods.base", "elm_trainer.methods.validation")
 
 
 class Import(NamedTuple):
@@ -105,7 +107,7 @@ class Package:
         ]
         for found in self.imports:
             layers = own, other = self.layer(found.importer), self.layer(found.imported)
-            if None in layers or own in (other, TOP):
+            if None in layers or own in (other, TOP) or (other == TOP and found.importer in FRONT_DOOR_USERS):
                 continue
             if other not in (allowed := MAY_IMPORT[own]):
                 problems.append(
