@@ -10,18 +10,10 @@ from rich.table import Table
 from rich.text import Text
 from transformers import HfArgumentParser
 
-from elm_trainer.hub.leaderboard import (
-    HEADER,
-    NOTE,
-    SORTS,
-    cells,
-    find_cards,
-    rank,
-    read_entries,
-    title,
-    write_leaderboard,
-)
 from elm_trainer.scripts import hush_libraries
+
+
+SORTS = ("innocence", "r_ppl", "fall", "perplexity", "worst_pmi", "worst_names_answer")
 
 
 @dataclass
@@ -35,6 +27,18 @@ class LeaderboardArguments:
 def main() -> None:
     [arguments] = HfArgumentParser(LeaderboardArguments).parse_args_into_dataclasses()
     hush_libraries()
+    # After the options are read, so that --help need not wait for torch.
+    from elm_trainer.hub.leaderboard import (
+        HEADER,
+        NOTE,
+        cells,
+        find_cards,
+        rank,
+        read_entries,
+        title,
+        write_leaderboard,
+    )
+
     cards, unread = find_cards(arguments.repos, tag=arguments.tag)
     entries, unclear = read_entries(cards)
     groups, skipped = rank(entries, arguments.sort), [*unread, *unclear]

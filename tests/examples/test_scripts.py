@@ -1,6 +1,7 @@
 """What every script in `examples/` does alike."""
 
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -49,3 +50,9 @@ def test_a_run_prints_nothing_that_nobody_can_act_on(tiny_folder, tmp_path):
     names = {bar["name"].strip() for bar in bars}
     assert names >= {"Computing targets", "Training", "reference: multiple choice"} and "" not in names
     assert "WARNING" not in run.stdout and "Warning" not in run.stdout
+
+
+def test_the_leaderboard_offers_every_column_that_can_be_ranked_by():
+    from elm_trainer.hub.leaderboard import SORTS
+
+    assert runpy.run_path(str(ROOT / "examples" / "leaderboard.py"))["SORTS"] == SORTS
