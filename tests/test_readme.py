@@ -24,7 +24,7 @@ COMMANDS = [
     if language in ("bash", "shell")
     for line in code.replace("\\\n", " ").strip().splitlines()
 ]
-SCRIPTS = sorted({word for words in COMMANDS for word in words if word.endswith(".py")})
+SCRIPTS = sorted({word for words in COMMANDS for word in words if re.fullmatch(r"(examples|benchmarks)/.+\.py", word)})
 
 
 @pytest.mark.slow
