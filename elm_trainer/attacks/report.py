@@ -1,18 +1,15 @@
 """An attack report as tables and as a plot."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from rich import box
 from rich.padding import Padding
 from rich.table import Column, Table
 from rich.text import Text
 
-from ..evaluation.tables import attack_label
-from ..files import replacing
+from ..evaluation.plots import plot_file
+from ..evaluation.tables import attack_label, markdown_table, terminal_table
 
 
 HEADER = ("attack", "metric", "n", "reference", "unattacked", "attacked", "p", "brings back")
@@ -26,7 +23,7 @@ def render_attacks(report: Mapping[str, Any]) -> Table:
         Column("attack", overflow="fold"),
         *(Column(name, no_wrap=True) for name in ("unattacked", "attacked", "back")),
     )
-    table = Table(*columns, title="What attacks bring back (95 % intervals)", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = terminal_table("What attacks bring back (95 % intervals)", *columns)
     metric = ""
     for name, figure in sorted(strongest(report).items(), key=lambda item: _rank(item[1])):
         if figure["metric"] != metric:
@@ -55,16 +52,11 @@ def markdown_attacks(report: Mapping[str, Any]) -> str:
     for title, figures in (
         ("The strongest variant of each attack", strongest(report)), ("All variants", report["figures"])
     ):  # fmt: skip
-        lines += ["", f"## {title}", "", *markdown_rows(HEADER, attack_rows(figures))]
+        lines += ["", f"## {title}", "", *markdown_table(HEADER, attack_rows(figures))]
     if report["skipped"]:
         lines += ["", "## Skipped", ""]
         lines += [f"- `{entry['name']}` {entry['settings']}: {entry['reason']}." for entry in report["skipped"]]
     return "\n".join(lines) + "\n"
-
-
-def markdown_rows(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """The lines of a Markdown table."""
-    return [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
 
 
 def attack_rows(figures: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
@@ -107,23 +99,20 @@ def plot_attacks(report: Mapping[str, Any], path: str | Path) -> None:
     rungs = {metric: _rungs(report, metric) for metric in METRICS}
     ladder_height = 1.8 + 0.42 * max(map(len, rungs.values()))
     rows = -(-len(report["curves"]) // COLUMNS)
-    figure = Figure(figsize=(12, ladder_height + 2.6 * rows), layout="constrained")
-    FigureCanvasAgg(figure)
-    heights = [ladder_height, 2.6 * rows] if rows else [ladder_height]
-    top, *below = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
-    ladders = top.subplots(1, len(METRICS))
-    for axes, metric in zip(ladders, METRICS, strict=True):
-        _draw_ladder(axes, rungs[metric], metric)
-    ladders[0].axvline(report["chance"], color="black", linestyle=":", linewidth=1, label="chance")
-    for _, label, color, mark, fill, _ in MARKS:
-        ladders[0].plot([], [], mark, color=color, markerfacecolor=fill, label=label)
-    marks, labels = ladders[0].get_legend_handles_labels()
-    top.legend(marks, labels, loc="outside lower center", ncols=len(labels), fontsize=8)
-    if below:
-        below[0].suptitle("While relearning (grey: the reference, dotted: chance)")
-        _draw_curves(below[0].subplots(rows, COLUMNS, sharey=True, squeeze=False).flat, report)
-    with replacing(path) as unfinished:
-        figure.savefig(unfinished, dpi=100)
+    with plot_file(path, 12, ladder_height + 2.6 * rows) as figure:
+        heights = [ladder_height, 2.6 * rows] if rows else [ladder_height]
+        top, *below = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
+        ladders = top.subplots(1, len(METRICS))
+        for axes, metric in zip(ladders, METRICS, strict=True):
+            _draw_ladder(axes, rungs[metric], metric)
+        ladders[0].axvline(report["chance"], color="black", linestyle=":", linewidth=1, label="chance")
+        for _, label, color, mark, fill, _ in MARKS:
+            ladders[0].plot([], [], mark, color=color, markerfacecolor=fill, label=label)
+        marks, labels = ladders[0].get_legend_handles_labels()
+        top.legend(marks, labels, loc="outside lower center", ncols=len(labels), fontsize=8)
+        if below:
+            below[0].suptitle("While relearning (grey: the reference, dotted: chance)")
+            _draw_curves(below[0].subplots(rows, COLUMNS, sharey=True, squeeze=False).flat, report)
 
 
 def _rungs(report: Mapping[str, Any], metric: str) -> list[tuple[str, Mapping[str, Any]]]:

@@ -4,17 +4,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
-from rich import box
 from rich.table import Table
 
-from ..attacks.report import HEADER, attack_rows, markdown_rows
-from ..evaluation.tables import cell
+from ..attacks.report import HEADER, attack_rows
+from ..evaluation.plots import plot_file
+from ..evaluation.tables import cell, markdown_table, terminal_table
 from ..evaluation.verdict import CRITERIA, HOLDS
-from ..files import replacing
 
 
 TITLES = {"updates": "The same number of updates", "seconds": "The same wall-clock time"}
@@ -48,7 +45,7 @@ def render_comparison(report: Mapping[str, Any]) -> list[Table]:
     claims = [[f"{claim} ({table})", verdict] for claim, table, verdict, *_ in claim_rows(report)[1:]]
     parts += [("Costs", cost_rows(report)), ("What the paper says", [["claim", "verdict"], *claims])]
     for title, (header, *rows) in parts:
-        table = Table(*header, title=title, box=box.SIMPLE_HEAD, pad_edge=False)
+        table = terminal_table(title, *header)
         for row in rows:
             table.add_row(*row)
         rendered.append(table)
@@ -99,7 +96,12 @@ def markdown_comparison(report: Mapping[str, Any]) -> str:
     if report["attacks"]:
         lines += ["## Attacks", "", "On the first seed's model of equal updates.", "", *_table(worst_rows(report)), ""]
         for method, attacks in report["attacks"].items():
-            lines += [f"### {_label(report, method)}", "", *markdown_rows(HEADER, attack_rows(attacks["figures"])), ""]
+            lines += [
+                f"### {_label(report, method)}",
+                "",
+                *markdown_table(HEADER, attack_rows(attacks["figures"])),
+                "",
+            ]
             lines += [f"- Skipped {entry['name']}: {entry['reason']}." for entry in attacks["skipped"]] + [""]
     lines += ["## What they answer", "", "Greedy answers of the first seed's model of equal updates.", ""]
     for sample in report["samples"]:
@@ -261,7 +263,7 @@ def worst_rows(report: Mapping[str, Any]) -> list[list[str]]:
 
 
 def _table(rows: Sequence[Sequence[str]]) -> list[str]:
-    return markdown_rows(rows[0], rows[1:])
+    return markdown_table(rows[0], rows[1:])
 
 
 def _notes(report: Mapping[str, Any], budget: str) -> list[str]:
@@ -349,41 +351,44 @@ def plot_comparison(report: Mapping[str, Any], path: str | Path) -> None:
     knowledge, and R-PPL and perplexity on retain text (diamond) as multiples. Lines are 95 % intervals. Down and towards
     the cross's column is better.
     """
-    figure = Figure(figsize=(12, 10), layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(2, 2, sharey=True)
-    up = f"multiple_choice.{report['concept']}.pmi"
-    for (kept, fluent), (budget, title) in zip(panels, BUDGET_TITLES.items(), strict=True):
-        for index, row in enumerate(report["tables"][budget]["methods"].values()):
-            if not row["figures"]:
-                continue
-            changes = {name: found["change"] for name, found in row["figures"].items()}
-            color = f"C{index}"
-            for name, marker in (("specificity.near", "o"), ("specificity.far", "s")):
-                if name in changes:
-                    _mark(kept, changes[name], changes[up], marker, color)
-            _mark(fluent, changes["fluency.greedy.r_ppl"], changes[up], "o", color)
-            _mark(fluent, changes["retention.perplexity"], changes[up], "D", color)
-        for axes, start in ((kept, 0), (fluent, 1)):
-            axes.plot(start, 0, "+", color="black", markersize=14)
-            axes.axhline(0, color="grey", linewidth=0.6)
-            axes.axvline(start, color="grey", linewidth=0.6)
-            axes.set(ylabel="concept ranked rightly (PMI), change")
-        kept.set(xlabel="change of accuracy: near (circle), far (square)", title=f"Innocence and specificity, {title}")
-        fluent.set(
-            xlabel="multiple of the reference's: R-PPL (circle), retain perplexity (diamond)",
-            title=f"Innocence and seamlessness, {title}",
-            xscale="log",
+    with plot_file(path, 12, 10) as figure:
+        panels = figure.subplots(2, 2, sharey=True)
+        up = f"multiple_choice.{report['concept']}.pmi"
+        for (kept, fluent), (budget, title) in zip(panels, BUDGET_TITLES.items(), strict=True):
+            for index, row in enumerate(report["tables"][budget]["methods"].values()):
+                if not row["figures"]:
+                    continue
+                changes = {name: found["change"] for name, found in row["figures"].items()}
+                color = f"C{index}"
+                for name, marker in (("specificity.near", "o"), ("specificity.far", "s")):
+                    if name in changes:
+                        _mark(kept, changes[name], changes[up], marker, color)
+                _mark(fluent, changes["fluency.greedy.r_ppl"], changes[up], "o", color)
+                _mark(fluent, changes["retention.perplexity"], changes[up], "D", color)
+            for axes, start in ((kept, 0), (fluent, 1)):
+                axes.plot(start, 0, "+", color="black", markersize=14)
+                axes.axhline(0, color="grey", linewidth=0.6)
+                axes.axvline(start, color="grey", linewidth=0.6)
+                axes.set(ylabel="concept ranked rightly (PMI), change")
+            kept.set(
+                xlabel="change of accuracy: near (circle), far (square)", title=f"Innocence and specificity, {title}"
+            )
+            fluent.set(
+                xlabel="multiple of the reference's: R-PPL (circle), retain perplexity (diamond)",
+                title=f"Innocence and seamlessness, {title}",
+                xscale="log",
+            )
+            # Doubles, and one between: the labels of the decades' parts would lie upon each other.
+            fluent.xaxis.set_major_locator(LogLocator(base=2, subs=(1, 1.5)))
+            fluent.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            fluent.xaxis.set_minor_locator(NullLocator())
+        marks = [
+            Line2D([], [], color=f"C{index}", marker="o", linestyle="") for index in range(len(report["methods"]))
+        ]
+        # Beside the points names would lie upon each other.
+        figure.legend(
+            marks, [found["label"] for found in report["methods"].values()], loc="outside lower center", ncols=8
         )
-        # Doubles, and one between: the labels of the decades' parts would lie upon each other.
-        fluent.xaxis.set_major_locator(LogLocator(base=2, subs=(1, 1.5)))
-        fluent.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        fluent.xaxis.set_minor_locator(NullLocator())
-    marks = [Line2D([], [], color=f"C{index}", marker="o", linestyle="") for index in range(len(report["methods"]))]
-    # Beside the points names would lie upon each other.
-    figure.legend(marks, [found["label"] for found in report["methods"].values()], loc="outside lower center", ncols=8)
-    with replacing(path) as unfinished:
-        figure.savefig(unfinished, dpi=100)
 
 
 def _mark(axes: Any, across: Mapping[str, float], up: Mapping[str, float], marker: str, color: str) -> None:

@@ -4,12 +4,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from rich import box
 from rich.table import Column, Table
 
-from ..files import replacing
+from ..evaluation.plots import plot_file
+from ..evaluation.tables import terminal_table
 from .models import MODELS
 
 
@@ -26,12 +24,7 @@ _SHOWN = {
 def render_gold_standard(report: Mapping[str, Any]) -> Table:
     """The four models side by side: plain measures, then how fast each learns the concept."""
     columns = (Column("measure"), *(Column(model, no_wrap=True) for model in MODELS))
-    table = Table(
-        *columns,
-        title="Beside a model that was never taught (intervals: gold_standard.json)",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-    )
+    table = terminal_table("Beside a model that was never taught (intervals: gold_standard.json)", *columns)
     for name in _SHOWN:
         table.add_row(_SHOWN[name], *(_cell(report["figures"][name][model]) for model in MODELS))
     for split, found in report["relearning"].items():
@@ -61,40 +54,37 @@ _RELEARNING = {"all": "Relearning all facts", "half": "Relearning half of the fa
 
 def plot_gold_standard(report: Mapping[str, Any], path: str | Path) -> None:
     """Draw the relearning curves beside the never-taught model's, and the plain measures of each, into a PNG file."""
-    figure = Figure(figsize=(12, 12), layout="constrained")
-    FigureCanvasAgg(figure)
-    top, middle, bottom = figure.subfigures(3, 1, squeeze=False)[:, 0]
-    panels = dict(zip(_RELEARNING, top.subplots(1, 2), strict=True))
-    accuracies, answers = middle.subplots(1, 2, width_ratios=(2, 1))
-    perplexities, speeds = bottom.subplots(1, 2, width_ratios=(4, 3))
-    for split, title in _RELEARNING.items():
-        axes = panels[split]
-        for name, points in report["curves"][split].items():
-            steps, values, lows, highs = zip(*points, strict=True)
-            axes.plot(steps, values, marker=".", color=COLOURS[name], label=name)
-            axes.fill_between(steps, lows, highs, color=COLOURS[name], alpha=0.15)
-        axes.axhline(report["relearning"][split]["goal"], color="black", linestyle=":", linewidth=1, label="goal")
-        axes.axhline(report["chance"], color="black", linestyle="--", linewidth=1, label="chance")
-        axes.set(title=title, xlabel="step", ylabel="four-choice accuracy", ylim=(0, 1.02))
-    panels["half"].legend(loc="center right", fontsize=8)
-    kinds = [name for name in report["figures"] if name.startswith("accuracy.") and name.count(".") == 1]
-    _bars(accuracies, report["figures"], kinds)
-    accuracies.axhline(report["chance"], color="black", linestyle="--", linewidth=1)
-    accuracies.set(title="Four-choice accuracy", ylim=(0, 1.02))
-    _bars(answers, report["figures"], ["open_answers.concept", "open_answers.retained"])
-    answers.set(title="Free answers that name the truth", ylim=(0, 1.02))
-    names = [name for name in report["figures"] if "perplexity." in name or name.startswith("r_ppl.")]
-    _bars(perplexities, report["figures"], names)
-    perplexities.set(title="Perplexity and R-PPL by judge", yscale="log")
-    ratios = {name: model["ratio"] for name, model in report["relearning"]["all"]["models"].items()}
-    for row, name in enumerate(reversed(report["ordering"])):
-        speeds.plot([ratios[name]["low"], ratios[name]["high"]], [row, row], color=COLOURS[name])
-        speeds.plot(ratios[name]["value"], row, "o", color=COLOURS[name])
-    speeds.set_yticks(range(len(ratios)), list(reversed(report["ordering"])), fontsize=8)
-    speeds.axvline(1, color=COLOURS["never-taught"], linewidth=1)
-    speeds.set(title="Speed of relearning (never taught = 1)", xscale="log")
-    with replacing(path) as unfinished:
-        figure.savefig(unfinished, dpi=100)
+    with plot_file(path, 12, 12) as figure:
+        top, middle, bottom = figure.subfigures(3, 1, squeeze=False)[:, 0]
+        panels = dict(zip(_RELEARNING, top.subplots(1, 2), strict=True))
+        accuracies, answers = middle.subplots(1, 2, width_ratios=(2, 1))
+        perplexities, speeds = bottom.subplots(1, 2, width_ratios=(4, 3))
+        for split, title in _RELEARNING.items():
+            axes = panels[split]
+            for name, points in report["curves"][split].items():
+                steps, values, lows, highs = zip(*points, strict=True)
+                axes.plot(steps, values, marker=".", color=COLOURS[name], label=name)
+                axes.fill_between(steps, lows, highs, color=COLOURS[name], alpha=0.15)
+            axes.axhline(report["relearning"][split]["goal"], color="black", linestyle=":", linewidth=1, label="goal")
+            axes.axhline(report["chance"], color="black", linestyle="--", linewidth=1, label="chance")
+            axes.set(title=title, xlabel="step", ylabel="four-choice accuracy", ylim=(0, 1.02))
+        panels["half"].legend(loc="center right", fontsize=8)
+        kinds = [name for name in report["figures"] if name.startswith("accuracy.") and name.count(".") == 1]
+        _bars(accuracies, report["figures"], kinds)
+        accuracies.axhline(report["chance"], color="black", linestyle="--", linewidth=1)
+        accuracies.set(title="Four-choice accuracy", ylim=(0, 1.02))
+        _bars(answers, report["figures"], ["open_answers.concept", "open_answers.retained"])
+        answers.set(title="Free answers that name the truth", ylim=(0, 1.02))
+        names = [name for name in report["figures"] if "perplexity." in name or name.startswith("r_ppl.")]
+        _bars(perplexities, report["figures"], names)
+        perplexities.set(title="Perplexity and R-PPL by judge", yscale="log")
+        ratios = {name: model["ratio"] for name, model in report["relearning"]["all"]["models"].items()}
+        for row, name in enumerate(reversed(report["ordering"])):
+            speeds.plot([ratios[name]["low"], ratios[name]["high"]], [row, row], color=COLOURS[name])
+            speeds.plot(ratios[name]["value"], row, "o", color=COLOURS[name])
+        speeds.set_yticks(range(len(ratios)), list(reversed(report["ordering"])), fontsize=8)
+        speeds.axvline(1, color=COLOURS["never-taught"], linewidth=1)
+        speeds.set(title="Speed of relearning (never taught = 1)", xscale="log")
 
 
 def _bars(axes: Any, figures: Mapping[str, Any], keys: list[str]) -> None:
