@@ -7,11 +7,10 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 
 from ..evaluation.measures import Items, against_chance, knows, with_families
-from ..evaluation.statistics import Figure
+from ..evaluation.statistics import RESAMPLES, Figure, bootstrap, ratio
 from ..evaluation.verdict import CRITERIA, FAILS, HOLDS, UNCERTAIN, Criteria
 
 
-RESAMPLES = 2000
 # Knowledge that is not erased, over all its banks.
 POOLED = {"specificity.near": "near", "specificity.far": "far"}
 
@@ -34,10 +33,8 @@ def _resampled(items: Items) -> np.ndarray:
     values = np.asarray(items.values, dtype=float)
     if items.statistic == "set":
         return np.full(1 + RESAMPLES, values[0])
-    counts = np.asarray(items.counts, dtype=float) if items.counts else np.ones(len(values))
-    rows = np.random.default_rng(0).integers(0, len(values), size=(RESAMPLES, len(values)))
-    resamples = values[rows].sum(1) / np.maximum(counts[rows].sum(1), 1e-12)
-    return np.concatenate([[values.sum() / counts.sum()], resamples])
+    value, samples = bootstrap(ratio, values, items.counts or np.ones(len(values)))
+    return np.concatenate([[value], samples])
 
 
 def summarise(reference: Items, runs: Sequence[Items]) -> dict[str, Any]:
@@ -98,9 +95,8 @@ def with_pools(items: Mapping[str, Items], before: Mapping[str, Items], roles: M
 
 def _figure(values: np.ndarray, count: int, logarithmic: bool) -> dict[str, Any]:
     """The first value, with the interval of the others."""
-    bounds = np.array([values[0], *np.percentile(values[1:], [2.5, 97.5])])
-    value, low, high = (np.exp(bounds) if logarithmic else bounds).tolist()
-    return Figure(value, low, high, count).to_dict()
+    figure = Figure.of(float(values[0]), values[1:], count)
+    return (figure.exp() if logarithmic else figure).to_dict()
 
 
 # Rows of a table by method, each with `figures`, `verdict` and `failed`.

@@ -10,12 +10,11 @@ from transformers import TrainerCallback
 from ..data.invented import CONCEPT
 from ..data.questions import CHANCE, Question
 from ..evaluation.multiple_choice import score_choices
-from ..evaluation.statistics import Figure
+from ..evaluation.statistics import Figure, bootstrap
 from .models import GoldModels, fine_tune
 
 
 SPLITS = ("all", "half")
-_RESAMPLES = 2000
 
 
 def relearn(models: GoldModels, name: str, split: str) -> dict[str, Any]:
@@ -88,12 +87,12 @@ def compare_relearning(
     steps = np.asarray(results[baseline]["steps"], dtype=float)  # [steps]
     rights = {name: np.asarray(result["rights"]) for name, result in results.items()}  # each [steps, subjects]
     subjects = rights[baseline].shape[1]
-    rows = np.random.default_rng(seed).integers(0, subjects, size=(_RESAMPLES, subjects))
     goal = (CHANCE + float(rights[taught][0].mean())) / 2
     curves, crossings, areas = {}, {}, {}
     for name, right in rights.items():
         # The first row is the curve itself, the others are resamples: [1 + resamples, steps].
-        drawn = np.concatenate([right.mean(1)[None], right[:, rows].mean(-1).T])
+        accuracy, samples = bootstrap(lambda drawn: drawn.mean(-1), right, seed=seed)
+        drawn = np.concatenate([accuracy[None], samples.T])
         low, high = np.percentile(drawn[1:], [2.5, 97.5], axis=0)
         curves[name] = np.stack([steps, drawn[0], low, high], axis=1).tolist()
         crossings[name] = np.array([steps_to(goal, steps, curve) for curve in drawn])
@@ -140,5 +139,4 @@ def _material(models: GoldModels, split: str) -> tuple[list[str], list[Question]
 
 def _figure(values: np.ndarray, subjects: int) -> dict[str, float]:
     """The first value, with the interval of the others."""
-    low, high = np.percentile(values[1:], [2.5, 97.5])
-    return Figure(float(values[0]), float(low), float(high), subjects).to_dict()
+    return Figure.of(float(values[0]), values[1:], subjects).to_dict()
