@@ -167,21 +167,16 @@ def unsealed(record: Any) -> dict[str, Any] | None:
     return content if record[_SEAL] == json_sha256(content) else None
 
 
-def parse_object(text: bytes) -> dict[str, Any]:
-    """A JSON object. Raises `ValueError` for anything else."""
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises `ValueError` for anything else, and `OSError` if it can't be read."""
     try:
         # Of bytes that are not text, and of a nesting that Python does not follow, too.
-        value = json.loads(text)
+        value = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"no JSON: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"no JSON object, but {type(value).__name__}")
     return value
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises `ValueError` for anything else, and `OSError` if it can't be read."""
-    return parse_object(path.read_bytes())
 
 
 def folder_checksums(folder: Path) -> dict[str, dict[str, Any]]:

@@ -1,6 +1,5 @@
 """Finished work on disk, so that an interrupted run does nothing twice: small rows in one file, or a file for each run."""
 
-import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -10,7 +9,7 @@ from typing import Any
 from transformers.utils import logging
 
 from ..distributed import from_first, on_first, place
-from ..files import append_line, parse_object, read_object, sealed, unsealed, write_json
+from ..files import append_line, json_sha256, read_lines, read_object, sealed, unsealed, write_json
 
 
 logger = logging.get_logger(__name__)
@@ -68,24 +67,14 @@ class Journal:
             self._path.unlink(missing_ok=True)
 
     def _read(self) -> list[dict[str, Any]]:
-        if self._path is None or not self._path.exists():
+        if self._path is None:
             return []
-        try:
-            content = self._path.read_bytes()
-        except OSError as error:
-            raise OSError(
-                error.errno, f"The journal {self._path} cannot be read ({error.strerror}): move away what is there"
-            ) from error
         rows = []
-        # Not `splitlines`: text in a row may hold what that takes for the end of a line.
-        for number, line in enumerate(content.split(b"\n"), 1):
-            try:
-                row = unsealed(parse_object(line)) if line else None
-            except ValueError:
-                row = None
+        for number, record in read_lines(self._path, "journal"):
+            row = unsealed(record)
             if row is not None and row.get("identity") == self._identity:
                 rows.append(row)
-            elif row is None and line:
+            elif row is None:
                 logger.warning(f"{self._path}, line {number} is damaged or of an earlier version, and is done again.")
         return rows
 
@@ -127,8 +116,7 @@ class Runs:
 
     def path(self, name: str, depends: Mapping[str, Any]) -> Path:
         """Where files of a run go, without an ending."""
-        digest = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
-        return self._folder / f"{name}-{digest[:16]}"
+        return self._folder / f"{name}-{json_sha256(depends)[:16]}"
 
     def _read(self, path: Path) -> dict[str, Any] | None:
         if not path.exists():

@@ -17,7 +17,6 @@ from torch.distributed.tensor import DTensor
 
 from ..data.questions import Question
 from ..files import read_object
-from ..files import write_json as write_json
 from .measures import Items, change, correct_p
 from .pair import ModelPair
 from .suite import EvaluationSuite

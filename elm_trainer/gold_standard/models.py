@@ -1,6 +1,5 @@
 """The four models of the gold standard (taught, never taught, erased, gradient ascent), their settings and training."""
 
-import hashlib
 import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -34,7 +33,17 @@ from ..data.dataset import ConceptSources, build_erasure_dataset
 from ..data.invented import CONCEPT, InventedWorld, invented_world
 from ..data.user_sources import Source
 from ..evaluation.report import PACKAGES, dataset_info
-from ..files import discard, first_damage, folder_checksums, read_object, replacing, sealed, unsealed, write_json
+from ..files import (
+    discard,
+    first_damage,
+    folder_checksums,
+    json_sha256,
+    read_object,
+    replacing,
+    sealed,
+    unsealed,
+    write_json,
+)
 from ..methods.base import ErasureTrainer
 from ..methods.elm import ElmConfig, ElmTrainer
 
@@ -308,8 +317,7 @@ class GoldModels:
 
     def _cached(self, name: str, settings: Mapping[str, Any], write: Callable[[Path], object]) -> Path:
         """The folder of what `write` has written, now or earlier, for these settings."""
-        depends = json.dumps(self._shared() | dict(settings), sort_keys=True)
-        folder = self._cache_dir / f"{name}-{hashlib.sha256(depends.encode()).hexdigest()[:16]}"
+        folder = self._cache_dir / f"{name}-{json_sha256(self._shared() | dict(settings))[:16]}"
         if folder in self._whole:
             return folder
         sums = self._cache_dir / f"{folder.name}.sha256.json"

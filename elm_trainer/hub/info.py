@@ -10,7 +10,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..evaluation.report import write_json
+from ..files import write_json
 from ..fingerprint import base_fingerprint
 from .errors import BaseMismatchError, UnsafeAdapterError
 

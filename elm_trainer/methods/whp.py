@@ -1,7 +1,5 @@
 """Who's Harry Potter (arXiv 2310.02238): config and trainer."""
 
-import hashlib
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..data.collator import IGNORE_INDEX, ElmDataCollator
+from ..files import json_sha256
 from ..ops import STATES
 from .alignment import Alignment, align_texts
 from .anchors import AnchorDictionary, load_anchors
@@ -328,8 +327,7 @@ class WhpTrainer(ErasureTrainer):
     def _run_fingerprint(self) -> dict[str, str]:
         # Labels that were given stand for themselves; others follow from what is fingerprinted.
         source = self._anchor_terms or self.train_dataset[LABELS][:]
-        digest = hashlib.sha256(json.dumps(source, sort_keys=True).encode()).hexdigest()
-        return super()._run_fingerprint() | {"anchors_digest": digest}
+        return super()._run_fingerprint() | {"anchors_digest": json_sha256(source)}
 
 
 def _dictionaries(

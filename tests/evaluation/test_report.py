@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from elm_trainer import ModelPair, read_report
-from elm_trainer.evaluation.report import dataset_info, model_fingerprint, pair_fingerprint, write_json
+from elm_trainer.evaluation.report import dataset_info, model_fingerprint, pair_fingerprint
+from elm_trainer.files import write_json
 
 
 @pytest.mark.parametrize(

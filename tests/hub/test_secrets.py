@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from elm_trainer.evaluation.report import write_json
+from elm_trainer.files import write_json
 from elm_trainer.hub.card import make_card
 from elm_trainer.hub.passages import Document
 from elm_trainer.hub.persons import find_names, is_word
