@@ -1,19 +1,18 @@
 """Attacks on an erasure: each tries to bring the knowledge back, and reports how much of it came."""
 
 from .base import Attack, AttackResult, AttackTarget
-from .gcg import GcgAttack
 from .prompting import (
     BestOfNAttack,
     FewShotAttack,
     FillerAttack,
+    GcgAttack,
     ParaphraseAttack,
     PrefillingAttack,
     TranslationAttack,
 )
-from .relearning import RelearningAttack
 from .report import markdown_attacks, render_attacks
 from .run import ATTACKS, attack_erasure, built_in_target, default_attacks, load_attacks
-from .weights import LayerRemovalAttack, QuantizationAttack, ScalingAttack
+from .weights import LayerRemovalAttack, QuantizationAttack, RelearningAttack, ScalingAttack
 
 
 __all__ = [

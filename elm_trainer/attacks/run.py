@@ -20,25 +20,23 @@ from transformers import PreTrainedTokenizerBase
 from ..data.questions import CHANCE, FACTS, Question, facts_of, held_out_subjects, load_bank
 from ..data.sources import load_texts
 from ..evaluation.fluency import as_prompt
-from ..evaluation.journal import Journal
 from ..evaluation.pair import ModelPair
 from ..evaluation.report import SCHEMA_VERSION, bank_info, dataset_info, environment, pair_fingerprint
 from ..evaluation.statistics import bootstrap_mean, holm, mcnemar
 from ..evaluation.suite import draw_questions
-from ..files import write_json
+from ..files import Journal, write_json
 from ..run_lock import only_run_in
 from .base import Attack, AttackTarget
-from .gcg import GcgAttack
 from .prompting import (
     BestOfNAttack,
     FewShotAttack,
     FillerAttack,
+    GcgAttack,
     ParaphraseAttack,
     PrefillingAttack,
     TranslationAttack,
 )
-from .relearning import RelearningAttack
-from .weights import LayerRemovalAttack, QuantizationAttack, ScalingAttack
+from .weights import LayerRemovalAttack, QuantizationAttack, RelearningAttack, ScalingAttack
 
 
 _ALL: tuple[type[Attack], ...] = (

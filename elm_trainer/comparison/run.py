@@ -16,11 +16,10 @@ from peft import PeftModel
 from tqdm.auto import tqdm
 
 from ..attacks import attack_erasure, built_in_target, load_attacks
-from ..evaluation.journal import MissingRunError, Runs
 from ..evaluation.measures import with_families
 from ..evaluation.pair import ModelPair
 from ..evaluation.report import environment
-from ..files import discard, discard_unfinished, replacing, write_json
+from ..files import MissingRunError, Runs, discard, discard_unfinished, replacing, write_json
 from ..run_lock import only_run_in
 from .claims import summarise
 from .config import ComparisonConfig

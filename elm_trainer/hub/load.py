@@ -16,9 +16,8 @@ from ..modeling import PACKAGED_MODELS, load_model, load_tokenizer
 from .adapter import Access, FoundAdapter, find_adapter
 from .base_config import check_base_config, check_tokenizer
 from .errors import BaseMismatchError, HubError, UnsafeAdapterError, UploadError, first_line, named_errors, patience
-from .info import ADAPTER_CONFIG, ADAPTER_WEIGHTS, INFO_FILE, check_base
+from .info import ADAPTER_CONFIG, ADAPTER_WEIGHTS, INFO_FILE, check_base, check_probes
 from .safety import add_tokens, check_tensors
-from .verify import check_probes
 
 
 logger = logging.get_logger(__name__)

@@ -25,14 +25,13 @@ from .card import make_card, validate_card
 from .card_text import PICTURES
 from .commit import Publication, check_options, commit_folder, open_repository, read_text
 from .errors import BaseMismatchError, ReloadError, named_errors, patience, retried
-from .info import ADAPTER_WEIGHTS, CARD, PUBLISHED_FILES, BaseModel, Probe, check_base
+from .info import ADAPTER_WEIGHTS, CARD, PUBLISHED_FILES, BaseModel, Probe, check_base, make_probes
 from .passages import without_template
 from .persons import machine_names, names_in
 from .published_report import mask_samples
 from .safety import check_names, check_tensors
 from .scan import check_allowed, raise_findings, scan_folder
 from .stage import Staged, stage_adapter
-from .verify import make_probes
 
 
 logger = logging.get_logger(__name__)

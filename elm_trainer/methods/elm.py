@@ -34,8 +34,7 @@ from .base import ErasureTrainer
 from .contrast import contrast_adapter
 from .elm_config import ElmConfig, stored_targets
 from .forward import SUB_BATCHES, batch_mean, nll_reading, weighted_batches
-from .targets import TargetPlan, precompute_targets
-from .teachers import Teacher
+from .targets import TargetPlan, Teacher, precompute_targets
 
 
 logger = logging.get_logger(__name__)

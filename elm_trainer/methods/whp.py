@@ -19,8 +19,7 @@ from .anchors import AnchorDictionary, load_anchors
 from .base import ErasureTrainer
 from .config import ErasureConfig, check_fields
 from .forward import batch_mean, weighted_batches
-from .targets import place_model
-from .teachers import Teacher
+from .targets import Teacher, place_model
 
 
 logger = logging.get_logger(__name__)

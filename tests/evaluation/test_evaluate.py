@@ -281,7 +281,7 @@ def test_an_evaluation_that_is_killed_goes_on_to_the_same_figures(
                 os.kill(os.getpid(), signal.SIGKILL)
             append_line(path, line)
 
-        monkeypatch.setattr("elm_trainer.evaluation.journal.append_line", kill_at_the_third)
+        monkeypatch.setattr("elm_trainer.files.append_line", kill_at_the_third)
         try:
             evaluate_erasure(adapted_model, None, suite, tokenizer, measures=measures, output_dir=tmp_path / "killed")
         finally:

@@ -13,8 +13,8 @@ from elm_trainer.gold_standard import GoldStandardConfig, gold_standard
 from elm_trainer.gold_standard import models as gold_models
 from elm_trainer.gold_standard import models as training
 from elm_trainer.gold_standard.models import MODELS, GoldModels, GradientAscentTrainer
-from elm_trainer.gold_standard.relearning import SPLITS, compare_relearning, mean_by_subject, steps_to
 from elm_trainer.gold_standard.report import plot_gold_standard
+from elm_trainer.gold_standard.run import SPLITS, compare_relearning, mean_by_subject, steps_to
 
 
 TINY = GoldStandardConfig(

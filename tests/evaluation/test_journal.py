@@ -10,8 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elm_trainer.evaluation.journal import Journal
-from elm_trainer.files import sealed
+from elm_trainer.files import Journal, sealed
 
 
 def test_finished_work_is_not_done_again(tmp_path):

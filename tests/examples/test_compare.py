@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from elm_trainer.comparison.run import MethodRun
-from elm_trainer.evaluation.journal import Runs
+from elm_trainer.files import Runs
 from tests.evaluation.comparison.conftest import checkpoint, one_setting, reference_of, tiny
 
 

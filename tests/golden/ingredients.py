@@ -33,9 +33,9 @@ from elm_trainer.comparison import training as asking_module
 from elm_trainer.comparison.run import MethodRun as MethodRun
 from elm_trainer.comparison.training import measure_reference as measure_reference
 from elm_trainer.evaluation.evaluate import write_evaluation as write_evaluation
-from elm_trainer.evaluation.journal import Runs as Runs
 from elm_trainer.evaluation.measures import MEASURES as MEASURES
 from elm_trainer.evaluation.suite import OpenQuestion
+from elm_trainer.files import Runs as Runs
 from elm_trainer.hub.leaderboard import find_cards as find_cards
 from elm_trainer.hub.leaderboard import read_entries as read_entries
 

@@ -7,8 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from elm_trainer.fingerprint import base_fingerprint
-from elm_trainer.hub.info import BaseModel, ErasureInfo
-from elm_trainer.hub.verify import make_probes
+from elm_trainer.hub.info import BaseModel, ErasureInfo, make_probes
 
 
 REPORT = {

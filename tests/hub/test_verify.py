@@ -11,7 +11,7 @@ from elm_trainer import load_model_and_tokenizer
 from elm_trainer.evaluation.fluency import as_prompt, generate
 from elm_trainer.evaluation.likelihood import log_likelihoods
 from elm_trainer.hub.errors import VerificationError
-from elm_trainer.hub.verify import QUANTIZED_TOLERANCE, TOLERANCE, check_probes, make_probes
+from elm_trainer.hub.info import QUANTIZED_TOLERANCE, TOLERANCE, check_probes, make_probes
 
 from .published import REPORT, adapt
 

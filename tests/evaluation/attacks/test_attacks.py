@@ -21,7 +21,7 @@ from elm_trainer.attacks import (
     TranslationAttack,
     built_in_target,
 )
-from elm_trainer.attacks.gcg import _batch, candidate_losses, token_gradient
+from elm_trainer.attacks.prompting import _batch, candidate_losses, token_gradient
 from elm_trainer.attacks.weights import changed_layers, scaled
 from elm_trainer.data.questions import Question, load_bank, names_answer, split_of
 from elm_trainer.evaluation.pair import ModelPair

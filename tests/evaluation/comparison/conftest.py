@@ -7,7 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from elm_trainer.comparison import ComparisonConfig
 from elm_trainer.comparison.run import MethodRun
 from elm_trainer.comparison.training import measure_reference
-from elm_trainer.evaluation.journal import Runs
+from elm_trainer.files import Runs
 
 
 @pytest.fixture(scope="session")

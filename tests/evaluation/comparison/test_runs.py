@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from elm_trainer.evaluation.journal import MissingRunError, Runs
+from elm_trainer.files import MissingRunError, Runs
 
 
 DEPENDS = {"method": "elm", "seed": 0}
