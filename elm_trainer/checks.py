@@ -20,8 +20,8 @@ def check_numbers(config: Any, rules: Iterable[tuple[str, Sequence[str]]]) -> No
     """Raise `ValueError` for a field of a dataclass that should be a number and is none, or that breaks its rule.
 
     Args:
-        config (`Any`): Dataclass. Its numbers must be finite, but for `max_grad_norm`. `None` passes.
-        rules (`Iterable[tuple[str, Sequence[str]]]`): A rule, such as `"at least 0"`, with the names of its fields.
+        config: Dataclass. Its numbers must be finite, but for `max_grad_norm`. `None` passes.
+        rules: A rule, such as `"at least 0"`, with the names of its fields.
     """
     for field in fields(config):
         if (value := getattr(config, field.name)) is not None:

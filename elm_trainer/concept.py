@@ -50,15 +50,12 @@ class Concept:
     """What is erased.
 
     Args:
-        name (`str`):
-            Name of the concept, e.g. `"capitals"`.
-        keywords (`Sequence[str]`, *optional*):
-            Terms that describe it. They are put into the context templates. Defaults to the name.
-        expert_contexts (`Sequence[str]`, *optional*):
-            Contexts that make the reference write as an expert; may hold `{name}` and `{keywords}`. Defaults to ten
-            templates.
-        novice_contexts (`Sequence[str]`, *optional*):
-            The same for a novice.
+        name (`str`): Name of the concept, e.g. `"capitals"`.
+        keywords (`Sequence[str]`, *optional*): Terms that describe it. They are put into the context templates.
+            Defaults to the name.
+        expert_contexts (`Sequence[str]`, *optional*): Contexts that make the reference write as an expert; may hold
+            `{name}` and `{keywords}`. Defaults to ten templates.
+        novice_contexts (`Sequence[str]`, *optional*): The same for a novice.
 
     Raises:
         ValueError: if the name, the keywords or a list of contexts is empty or no text, or a template names another field.
@@ -108,8 +105,8 @@ def load_concept(name_or_path: str | Path | Concept) -> Concept:
 
     Raises:
         TypeError: for anything else.
-        ValueError: for a name that is nearly a preset's or is that of a file of another kind, malformed YAML, an unknown
-            or a missing field.
+        ValueError: for a name that is nearly a preset's or is that of a file of another kind, malformed YAML, an
+            unknown or a missing field.
         OSError: if the file cannot be read.
     """
     if isinstance(name_or_path, Concept):

@@ -33,7 +33,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     A link at `path` is replaced, not followed. What fails leaves an earlier file as it was, and nothing beside it.
 
     Args:
-        path (`str` or `Path`): A file, or a folder that does not exist yet. The folder around it is made.
+        path: A file, or a folder that does not exist yet. The folder around it is made.
 
     Raises:
         OSError: naming `path`, if it could not be written.
@@ -133,8 +133,7 @@ def read_lines(path: Path, what: str) -> Iterator[tuple[int, Any]]:
     """The lines of a JSON-lines file that is there, by number from 1, without empty ones; `None` for what is not JSON.
 
     Args:
-        path (`Path`): File.
-        what (`str`): What it is, such as "journal", for the error where it can't be read.
+        what: What it is, such as "journal", for the error where it can't be read.
 
     Raises:
         OSError: if it can't be read.
@@ -230,14 +229,11 @@ class Journal:
     Each row has its checksum. What a killed run or a faulty drive has left of others is skipped, and done again.
 
     Args:
-        path (`str` or `Path`, *optional*):
-            The file; without it nothing is kept.
-        identity (`Mapping`):
-            What a row depends on beside its name and settings (models, questions). Rows of another identity are
-            left out, and stay in the file.
-        over_ranks (`bool`, *optional*, defaults to `False`):
-            Whether the processes of a launch keep it together: the first one reads and writes the file, and its rows
-            are those of all.
+        path (`str` or `Path`, *optional*): The file; without it nothing is kept.
+        identity (`Mapping`): What a row depends on beside its name and settings (models, questions). Rows of another
+            identity are left out, and stay in the file.
+        over_ranks (`bool`, *optional*, defaults to `False`): Whether the processes of a launch keep it together: the
+            first one reads and writes the file, and its rows are those of all.
 
     Raises:
         OSError: if the file can't be read.
@@ -310,9 +306,9 @@ class Runs:
         """The result of `run`, from its file or from calling it now.
 
         Args:
-            name (`str`): What is run, for people who look into the folder.
-            depends (`Mapping`): Everything its result depends on; with anything else it is another run.
-            run (`Callable`): Returns something that JSON can hold; it comes back as JSON holds it.
+            name: What is run, for people who look into the folder.
+            depends: Everything its result depends on; with anything else it is another run.
+            run: Returns something that JSON can hold; it comes back as JSON holds it.
         """
         path = self.path(name, depends).with_suffix(".json")
         found = self._read(path)

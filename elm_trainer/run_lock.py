@@ -34,8 +34,8 @@ def only_run_in(folder: str | Path | None, argument: str = "output_dir") -> Iter
     again. The operating system frees the lock of a process that has ended, however it did.
 
     Args:
-        folder (`str` or `Path`, *optional*): The folder, which is made; without one there is nothing to do.
-        argument (`str`, *optional*, defaults to `"output_dir"`): The argument that named it, for messages.
+        folder: The folder, which is made; without one there is nothing to do.
+        argument: The argument that named it, for messages.
 
     Raises:
         FolderInUseError: if another run is in the folder; it names that run's process, machine and start.

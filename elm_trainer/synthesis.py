@@ -46,24 +46,17 @@ class SynthesisConfig:
     Settings of guided generation.
 
     Parameters:
-        gamma (`float`, *optional*, defaults to `3.0`):
-            Guidance γ: the next token is drawn from `b + γ·(n − e)`.
-        temperature (`float`, *optional*, defaults to `1.0`):
-            Sampling temperature.
-        top_k (`int`, *optional*, defaults to `50`):
-            Tokens kept per step.
-        plausibility (`float`, *optional*, defaults to `0.05`):
-            Tokens below this share of the largest probability (of the plain and the novice stream mixed) are dropped.
-        max_new_tokens (`int`, *optional*, defaults to `24`):
-            Longest completion.
-        batch_size (`int`, *optional*, defaults to `16`):
-            Prompts per batch; three streams are run for each.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of contexts, pivots and samples.
-        min_words (`int`, *optional*, defaults to `5`):
-            A completion with fewer words is dropped.
-        max_repetition (`float`, *optional*, defaults to `0.3`):
-            A completion with a larger share of repeated word 3-grams is dropped.
+        gamma (`float`, *optional*, defaults to `3.0`): Guidance γ: the next token is drawn from `b + γ·(n − e)`.
+        temperature (`float`, *optional*, defaults to `1.0`): Sampling temperature.
+        top_k (`int`, *optional*, defaults to `50`): Tokens kept per step.
+        plausibility (`float`, *optional*, defaults to `0.05`): Tokens below this share of the largest probability (of
+            the plain and the novice stream mixed) are dropped.
+        max_new_tokens (`int`, *optional*, defaults to `24`): Longest completion.
+        batch_size (`int`, *optional*, defaults to `16`): Prompts per batch; three streams are run for each.
+        seed (`int`, *optional*, defaults to `0`): Seed of contexts, pivots and samples.
+        min_words (`int`, *optional*, defaults to `5`): A completion with fewer words is dropped.
+        max_repetition (`float`, *optional*, defaults to `0.3`): A completion with a larger share of repeated word
+            3-grams is dropped.
     """
 
     gamma: float = field(default=3.0, metadata={"help": "Guidance."})
@@ -116,8 +109,8 @@ def synthesize_completions(
         concept ([`Concept`]): For its contexts, and its keywords, which a completion must not name.
         config ([`SynthesisConfig`], *optional*): Settings.
         cache_dir (`str` or `Path`, *optional*): Where finished batches are kept. A second call with the same prompts,
-            concept, settings and `fingerprint` samples nothing; an interrupted one continues with the next batch. Runs at
-            the same time take turns.
+            concept, settings and `fingerprint` samples nothing; an interrupted one continues with the next batch. Runs
+            at the same time take turns.
         fingerprint (`str`, *optional*): What identifies the model, e.g. [`model_fingerprint`].
 
     Returns:
@@ -194,9 +187,9 @@ def guided_sample(
     """Sample one batch from `b + γ·(n − e)`.
 
     Args:
-        streams (`Sequence[Sequence[list[int]]]`): Token ids of the prompts of the plain, the expert and the novice
-            stream, or of the plain stream alone for ordinary sampling.
-        seed (`int`): Seed of the batch, on the CPU, so that a batch is the same on every device and on resumption.
+        streams: Token ids of the prompts of the plain, the expert and the novice stream, or of the plain stream alone
+            for ordinary sampling.
+        seed: Seed of the batch, on the CPU, so that a batch is the same on every device and on resumption.
     """
     generator = torch.Generator().manual_seed(seed)
     count = len(streams[0])
@@ -238,8 +231,8 @@ def guided_probabilities(logits: torch.Tensor, config: SynthesisConfig) -> torch
     """`softmax` of `b + γ·(n − e)` over plausible tokens and the `top_k` best of them, `[batch, vocab]`.
 
     Args:
-        logits (`torch.Tensor`): Logits of the plain, expert and novice stream, `[3, batch, vocab]`, or of the plain
-            stream alone, `[1, batch, vocab]`.
+        logits: Logits of the plain, expert and novice stream, `[3, batch, vocab]`, or of the plain stream alone, `[1,
+            batch, vocab]`.
     """
     log_probs = (logits.float() / config.temperature).log_softmax(-1)
     base, novice = log_probs[0], log_probs[-1]
@@ -288,12 +281,11 @@ def _resumable(
     batch, is sampled again.
 
     Args:
-        batches (`int`): Number of batches.
-        sample (`Callable`): Gives the rows of a batch.
-        cache_dir (`str` or `Path`, *optional*): Folder of the files; without it nothing is kept.
-        key (`str`): What the rows depend on.
-        what (`str`): Label of the progress bar.
-        fits (`Callable`): Whether rows can be those of a batch.
+        sample: Gives the rows of a batch.
+        cache_dir: Folder of the files; without it nothing is kept.
+        key: What the rows depend on.
+        what: Label of the progress bar.
+        fits: Whether rows can be those of a batch.
     """
     if cache_dir is None:
         return [row for index in tqdm(range(batches), desc=what) for row in sample(index)]

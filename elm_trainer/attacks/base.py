@@ -28,8 +28,8 @@ class AttackResult:
 
     Attributes:
         name (`str`): Name of the attack and of its variant, e.g. `"few-shot.5"`.
-        metric (`str`): `"pmi"`, the share of questions ranked rightly, or `"names_answer"`, the share whose free answer
-            names the truth.
+        metric (`str`): `"pmi"`, the share of questions ranked rightly, or `"names_answer"`, the share whose free
+            answer names the truth.
         erased (`list[bool]`): Verdict on the erased model for each question asked; the best one of a curve.
         reference (`list[bool]`, *optional*): The same attack on the reference; `None` where that has no meaning.
         questions (`list[int]`, *optional*): Which of the target's questions were asked, where not all were.
@@ -54,8 +54,8 @@ class AttackTarget:
         pair ([`ModelPair`]): Erased model and reference.
         processing_class ([`~transformers.PreTrainedTokenizerBase`]): Their tokenizer.
         questions (`list[Question]`): Four-choice questions about the concept; each must name its subject.
-        wordings (`dict[str, dict[str, str]]`): `prefills`, `paraphrases` and `translations` of a question by name, each
-            with the placeholder `{subject}`.
+        wordings (`dict[str, dict[str, str]]`): `prefills`, `paraphrases` and `translations` of a question by name,
+            each with the placeholder `{subject}`.
         texts (`dict[str, list[str]]`): What the model may be fine-tuned on: `forget`, `near` and `unrelated` text.
         batch_size (`int`, *optional*, defaults to `16`): Questions per batch.
         revision (`str`, *optional*): Where questions and texts come from, such as a dataset's commit, for the report.
@@ -95,10 +95,9 @@ class AttackTarget:
         """Which questions are answered rightly by PMI.
 
         Args:
-            questions (`Sequence[Question]`, *optional*): All questions by default.
-            side (`Side`, *optional*, defaults to `"erased"`): Who answers.
-            model ([`~transformers.PreTrainedModel`], *optional*): Who answers in place of a side.
-            prompt (`str`, *optional*): What stands before an option, with the placeholder `{question}`.
+            questions: All questions by default.
+            model: Who answers in place of a side.
+            prompt: What stands before an option, with the placeholder `{question}`.
         """
         asked = self.questions if questions is None else questions
         with self.pair.use(side) if model is None else nullcontext(model) as answering:
@@ -121,12 +120,11 @@ class AttackTarget:
         What follows a line break is not counted: after solved examples the model may ask a further question there.
 
         Args:
-            prompts (`Sequence[str]`): One prompt per question; several rounds may follow each other.
-            questions (`Sequence[Question]`, *optional*): What they ask for; all questions by default.
-            side (`Side`, *optional*, defaults to `"erased"`): Who answers.
-            model ([`~transformers.PreTrainedModel`], *optional*): Who answers in place of a side.
-            max_new_tokens (`int`, *optional*, defaults to `16`): Length of an answer.
-            temperature (`float`, *optional*, defaults to `0.0`): Of sampling; `0` is greedy.
+            prompts: One prompt per question; several rounds may follow each other.
+            questions: What they ask for; all questions by default.
+            model: Who answers in place of a side.
+            max_new_tokens: Length of an answer.
+            temperature: Of sampling; `0` is greedy.
         """
         asked = self.questions if questions is None else questions
         with self.pair.use(side) if model is None else nullcontext(model) as answering:

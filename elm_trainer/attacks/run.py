@@ -51,7 +51,7 @@ def default_attacks(names: Sequence[str] | None = None) -> list[Attack]:
     """The attacks of the package's own ladder, which runs on a CPU in minutes with a small model.
 
     Args:
-        names (`Sequence[str]`, *optional*): Only the attacks of these names.
+        names: Only the attacks of these names.
 
     Raises:
         ValueError: for an unknown name (the message lists them).
@@ -145,16 +145,13 @@ def built_in_target(
     """What attacks need to know about a concept with built-in facts, `"capitals"` or `"elements"`, or your own.
 
     Args:
-        pair ([`ModelPair`]): Erased model and reference.
-        processing_class ([`~transformers.PreTrainedTokenizerBase`]): Their tokenizer.
-        concept (`str`): The erased concept.
-        questions (`int`, *optional*, defaults to `60`): Questions of the test split about subjects that stand in the
-            forget text; each subject is asked about once before any is asked about again.
-        bank (`Sequence[Question]`, *optional*): Your own questions, in place of built-in ones; each must name its
-            subject. Attacks that ask in prepared wordings are left out then.
-        forget (`Sequence[str]`, *optional*): With `bank`, texts about the concept, to relearn it from.
-        batch_size (`int`, *optional*, defaults to `16`): Questions per batch.
-        seed (`int`, *optional*, defaults to `0`): Seed of their draw.
+        pair: Erased model and reference.
+        questions: Questions of the test split about subjects that stand in the forget text; each subject is asked
+            about once before any is asked about again.
+        bank: Your own questions, in place of built-in ones; each must name its subject. Attacks that ask in prepared
+            wordings are left out then.
+        forget: With `bank`, texts about the concept, to relearn it from.
+        seed: Seed of their draw.
 
     Raises:
         ValueError: if the concept has no built-in facts and there is no `bank`, or no question is asked for.
@@ -190,9 +187,9 @@ def attack_erasure(
     Args:
         target ([`AttackTarget`]): The models and what is known about their concept.
         attacks (`Sequence[Attack]`, *optional*): Defaults to [`default_attacks`].
-        output_dir (`str` or `Path`, *optional*):
-            Where `attacks.json` goes. Finished attacks stream to `attacks.partial.jsonl` beside it, and an interrupted
-            run continues with the next attack, as long as models, questions, texts and settings are the same.
+        output_dir (`str` or `Path`, *optional*): Where `attacks.json` goes. Finished attacks stream to
+            `attacks.partial.jsonl` beside it, and an interrupted run continues with the next attack, as long as
+            models, questions, texts and settings are the same.
 
     Returns:
         `dict`: the report.

@@ -116,9 +116,9 @@ def scaled(pair: ModelPair, factor: float, layers: Sequence[int] | None = None) 
     """Multiply what the erasure changed, in the whole erased model or in some decoder layers; exactly undone after.
 
     Args:
-        pair ([`ModelPair`]): Erased model and reference.
-        factor (`float`): The factor; `0` puts the reference back.
-        layers (`Sequence[int]`, *optional*): Indices of decoder layers; the whole model by default.
+        pair: Erased model and reference.
+        factor: The factor; `0` puts the reference back.
+        layers: Indices of decoder layers; the whole model by default.
     """
     stack = decoder_layers(pair.erased)
     parts = [pair.erased] if layers is None else [stack[index] for index in layers]
@@ -237,9 +237,9 @@ class RelearningAttack(Attack):
     Fine-tune with [`~trl.SFTTrainer`] and ask the questions again along the way.
 
     Parameters:
-        text (`str`, *optional*, defaults to `"forget"`): What it is tuned on: `"forget"`, `"near"` or `"unrelated"` text,
-            or `"half"`: forget text that names neither half of the subjects nor their answers, tested on that half, so
-            that only what the model still holds can come back.
+        text (`str`, *optional*, defaults to `"forget"`): What it is tuned on: `"forget"`, `"near"` or `"unrelated"`
+            text, or `"half"`: forget text that names neither half of the subjects nor their answers, tested on that
+            half, so that only what the model still holds can come back.
         weights (`str`, *optional*, defaults to `"lora"`): What is tuned: the erasing `"adapter"` itself, or, with that
             merged, a new `"lora"` or the `"full"` model.
         learning_rate (`float`, *optional*, defaults to `2e-4`): Learning rate, constant.

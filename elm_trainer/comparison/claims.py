@@ -41,8 +41,7 @@ def summarise(reference: Items, runs: Sequence[Items]) -> dict[str, Any]:
     """`statistic`, `reference`, `erased` and `change` of a figure, as in a report of [`evaluate_erasure`].
 
     Args:
-        reference (`Items`): The reference's items.
-        runs (`Sequence[Items]`): The erased model's, one for each seed.
+        runs: The erased model's, one for each seed.
     """
     before, after = resampled_mean([reference]), resampled_mean(runs)
     logarithmic = reference.statistic == "perplexity"
@@ -81,9 +80,9 @@ def with_pools(items: Mapping[str, Items], before: Mapping[str, Items], roles: M
     """The items, those of [`with_families`], and those of `POOLED`: PMI verdicts on all banks of a role together.
 
     Args:
-        items (`Mapping[str, Items]`): Items of one model.
-        before (`Mapping[str, Items]`): Those of the reference.
-        roles (`Mapping[str, str]`): Role of each bank.
+        items: Items of one model.
+        before: Those of the reference.
+        roles: Role of each bank.
     """
     pooled = {}
     for name, role in POOLED.items():
@@ -196,9 +195,8 @@ def paper_claims(rows: Rows, concept: str, budget: str) -> list[dict[str, Any]]:
     """The claims of the ELM paper (arXiv 2410.02760) that can be told from one table.
 
     Args:
-        rows (`Mapping`): Rows of the table by method, each with `figures`, `verdict` and `failed`.
-        concept (`str`): The erased bank.
-        budget (`str`): Which table it is.
+        rows: Rows of the table by method, each with `figures`, `verdict` and `failed`.
+        budget: Which table it is.
 
     Returns:
         `list[dict]`: each with `budget`, `claim`, `rule`, `held` (`None` where a method it speaks of is not compared or

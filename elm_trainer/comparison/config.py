@@ -19,7 +19,7 @@ from ..methods.repnoise import RepNoiseConfig, RepNoiseTrainer
 from ..methods.rmu import RmuConfig, RmuTrainer
 from ..methods.simnpo import SimNpoConfig, SimNpoTrainer
 from ..methods.whp import WhpConfig, WhpTrainer
-from ..modeling import adapter_targets, layer_range
+from ..modeling import layer_range, lora_config
 
 
 class Method(NamedTuple):
@@ -220,14 +220,7 @@ class ComparisonConfig:
     def lora(self, method: str, model: PreTrainedModel) -> LoraConfig:
         """The adapter of a model that a method trains."""
         shape = self.lora_shape(method)
-        targets, layers = adapter_targets(model, shape["targets"], shape["layers"])
-        return LoraConfig(
-            r=shape["rank"],
-            lora_alpha=shape["rank"],
-            layers_to_transform=layers,
-            target_modules=targets,
-            task_type="CAUSAL_LM",
-        )
+        return lora_config(model, rank=shape["rank"], targets=shape["targets"], layers=shape["layers"])
 
     def lora_shape(self, method: str) -> Mapping[str, Any]:
         """`rank`, `layers` and `targets` of a method's adapter."""

@@ -25,8 +25,8 @@ def score(figures: Mapping[str, Mapping[str, Any]], roles: Mapping[str, str]) ->
     """How far an erasure is from the bounds of [`Criteria`], by `RULE`.
 
     Args:
-        figures (`Mapping`): Figures with `reference`, `erased` and `change`, and those of choices with `left`.
-        roles (`Mapping`): Role of each bank.
+        figures: Figures with `reference`, `erased` and `change`, and those of choices with `left`.
+        roles: Role of each bank.
 
     Returns:
         `dict[str, float]`: the score of each criterion, their `worst` and their `mean`.
@@ -69,10 +69,9 @@ def make_report(
     """The report.
 
     Args:
-        config ([`ComparisonConfig`]): Settings.
-        reference ([`Reference`]): What all methods share.
-        results (`Mapping`): What [`MethodRun.run`] gives, by method.
-        seconds (`float`, *optional*): Budget of the table of equal time.
+        reference: What all methods share.
+        results: What [`MethodRun.run`] gives, by method.
+        seconds: Budget of the table of equal time.
     """
     suite = reference.suites["test"]
     roles = suite.roles

@@ -238,11 +238,9 @@ def trained(bench: Bench, method: str, index: int, seed: int, *, seconds: float 
     """Train a method in one of its settings; the model is handed back without its adapter.
 
     Args:
-        bench ([`Bench`]): Model and data.
-        method (`str`): One of `METHODS`.
-        index (`int`): Which setting of its grid.
-        seed (`int`): Seed.
-        seconds (`float`, *optional*): Budget in seconds, beside that in updates.
+        method: One of `METHODS`.
+        index: Which setting of its grid.
+        seconds: Budget in seconds, beside that in updates.
     """
     config = bench.config
     model, dataset = bench.model, bench.dataset(seed)

@@ -51,15 +51,15 @@ def evaluate_erasure(
     all processes in step, which is no faster than by one.
 
     Args:
-        model ([`~transformers.PreTrainedModel`] or `PeftModel`): Erased model: an adapter on its base, a merged model, or
-            any full checkpoint.
+        model ([`~transformers.PreTrainedModel`] or `PeftModel`): Erased model: an adapter on its base, a merged model,
+            or any full checkpoint.
         reference ([`~transformers.PreTrainedModel`], *optional*): Model before the erasure. `None` for a `PeftModel`,
             whose base is the reference.
         concept (`str`, `Sequence[str]` or [`EvaluationSuite`]): Built-in concepts that were erased, or a suite of your
             own questions.
         processing_class ([`~transformers.PreTrainedTokenizerBase`]): Tokenizer of both.
-        measures (`Sequence[str]`, *optional*): Names in `MEASURES`, or `"inside"` for what the hidden states hold. All by
-            default. Those for which the suite holds nothing are left out, with a warning.
+        measures (`Sequence[str]`, *optional*): Names in `MEASURES`, or `"inside"` for what the hidden states hold. All
+            by default. Those for which the suite holds nothing are left out, with a warning.
         judges (`Mapping[str, tuple]`, *optional*): Further judges of fluency by name, each a model with its own
             tokenizer. The reference always judges.
         criteria ([`Criteria`], *optional*): Bounds of the verdict.
@@ -69,11 +69,11 @@ def evaluate_erasure(
         output_dir (`str` or `Path`, *optional*): Where `report.json` goes. Finished measurements stream to
             `report.partial.jsonl` beside it, and an interrupted evaluation of the same models and questions continues
             with the next one.
-        reference_dir (`str` or `Path`, *optional*): Folder in which what the reference answers is kept. Later evaluations
-            of erasures of the same model by the same questions, settings, versions and kind of device then measure the
-            erased model alone.
-        details (`Mapping`, *optional*): What else the report should hold, such as the recipe, its training datasets and
-            the training log.
+        reference_dir (`str` or `Path`, *optional*): Folder in which what the reference answers is kept. Later
+            evaluations of erasures of the same model by the same questions, settings, versions and kind of device then
+            measure the erased model alone.
+        details (`Mapping`, *optional*): What else the report should hold, such as the recipe, its training datasets
+            and the training log.
 
     Returns:
         `dict`: the report. `figures` maps a name to `reference`, `erased`, `change` (a difference, for perplexities a
@@ -85,8 +85,8 @@ def evaluate_erasure(
     Raises:
         FolderInUseError: if another run writes to `output_dir`.
         TypeError: if there is no tokenizer.
-        ValueError: for an unknown measure, a bank that can measure nothing, a reference of another vocabulary, or a look
-            inside a model whose weights lie in shards.
+        ValueError: for an unknown measure, a bank that can measure nothing, a reference of another vocabulary, or a
+            look inside a model whose weights lie in shards.
     """
     if processing_class is None:
         raise TypeError("`processing_class` is None: give the tokenizer of both models.")
@@ -232,8 +232,8 @@ def find_shortcuts(banks: Mapping[str, Sequence[Question]], removed: Mapping[str
     """Hold two ways of guessing against chance.
 
     Args:
-        banks (`Mapping[str, Sequence[Question]]`): Questions by name of the bank.
-        removed (`Mapping[str, Items]`): Which of them the reference answers with the question removed.
+        banks: Questions by name of the bank.
+        removed: Which of them the reference answers with the question removed.
 
     Returns:
         `dict`: for each bank in `removed`, the accuracies `question_removed` and `letters` (picking the option that
@@ -287,9 +287,9 @@ class ErasureEvaluationCallback(TrainerCallback):
         every_steps (`int`, *optional*, defaults to `10`): Steps between two evaluations.
         questions (`int`, *optional*, defaults to `60`): Questions per bank; half as many open questions.
         measures (`Sequence[str]`, *optional*, defaults to `("multiple-choice",)`): Names in `MEASURES`.
-        stop_at (`Mapping[str, float]`, *optional*): Training stops once every metric named here is at or below its value,
-            e.g. `{"worst.pmi": 0.35}`. Beside what is measured there are `worst.pmi` and `worst.log_likelihood`: the
-            largest accuracy in any way of asking for a concept.
+        stop_at (`Mapping[str, float]`, *optional*): Training stops once every metric named here is at or below its
+            value, e.g. `{"worst.pmi": 0.35}`. Beside what is measured there are `worst.pmi` and
+            `worst.log_likelihood`: the largest accuracy in any way of asking for a concept.
 
     Raises:
         ValueError: for an unknown measure, a `stop_at` that is not measured, or `every_steps` below 1.

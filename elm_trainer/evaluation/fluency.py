@@ -116,17 +116,13 @@ def generate_answers(
     Of the model's own generation settings only the end tokens are used, not its penalties, beams or lengths.
 
     Args:
-        model ([`~transformers.PreTrainedModel`]): Model; put in evaluation mode for the call, then back.
-        processing_class ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
-        prompts (`Sequence[str]`): Prompts.
-        max_new_tokens (`int`, *optional*, defaults to `32`): Longest continuation, in tokens.
-        temperature (`float`, *optional*, defaults to `0.0`): Of sampling among the 50 likeliest tokens; `0` is greedy.
-        seed (`int`, *optional*): Of sampling, for the same continuations of the same prompts at the same batch size,
-            whatever the number of processes: batch `i` is drawn with `seed + i`. torch's global random state is then
-            left as it was. Without a seed, that state is drawn from.
-        batch_size (`int`, *optional*, defaults to `32`): Prompts per batch.
-        over_ranks (`bool`, *optional*, defaults to `False`): Whether the processes of a launch share the work; then all
-            of them must call this.
+        model: Model; put in evaluation mode for the call, then back.
+        max_new_tokens: Longest continuation, in tokens.
+        temperature: Of sampling among the 50 likeliest tokens; `0` is greedy.
+        seed: Of sampling, for the same continuations of the same prompts at the same batch size, whatever the number
+            of processes: batch `i` is drawn with `seed + i`. torch's global random state is then left as it was.
+            Without a seed, that state is drawn from.
+        over_ranks: Whether the processes of a launch share the work; then all of them must call this.
 
     Raises:
         ValueError: if processes are to share sampled answers without a seed.
@@ -199,13 +195,10 @@ def judge_answers(
     of the judge: two models compare under one judge, but a model's values under two judges don't.
 
     Args:
-        judge ([`~transformers.PreTrainedModel`]): Model that judges.
-        processing_class ([`~transformers.PreTrainedTokenizerBase`]): The judge's own tokenizer.
-        questions (`Sequence[str]`): Questions, without any template.
-        answers (`Sequence[str]`): An answer to each.
-        batch_size (`int`, *optional*, defaults to `16`): Answers per batch.
-        over_ranks (`bool`, *optional*, defaults to `False`): Whether the processes of a launch share the work; then all
-            of them must call this.
+        processing_class: The judge's own tokenizer.
+        questions: Questions, without any template.
+        answers: An answer to each.
+        over_ranks: Whether the processes of a launch share the work; then all of them must call this.
     """
     prompts = [as_prompt(processing_class, question) for question in questions]
     space = " " if text_tokenizer(processing_class).chat_template is None else ""
@@ -228,13 +221,11 @@ def reverse_perplexity(
     An empty answer counts as one end-of-text token. R-PPL is `exp(Σ nlls / Σ tokens)`.
 
     Args:
-        judge ([`~transformers.PreTrainedModel`]): Model that judges; put in evaluation mode for the call, then back.
-        processing_class ([`~transformers.PreTrainedTokenizerBase`]): The judge's own tokenizer.
-        prompts (`Sequence[str]`): Prompts in the form in which the judge is to read them; see [`judge_answers`].
-        answers (`Sequence[str]`): An answer to each.
-        batch_size (`int`, *optional*, defaults to `16`): Answers per batch.
-        over_ranks (`bool`, *optional*, defaults to `False`): Whether the processes of a launch share the work; then all
-            of them must call this.
+        judge: Model that judges; put in evaluation mode for the call, then back.
+        processing_class: The judge's own tokenizer.
+        prompts: Prompts in the form in which the judge is to read them; see [`judge_answers`].
+        answers: An answer to each.
+        over_ranks: Whether the processes of a launch share the work; then all of them must call this.
     """
     collator = ElmDataCollator(processing_class)
     tokenizer = collator.processing_class
@@ -310,13 +301,9 @@ def retention(
     """Compare the erased model with its reference, token by token, on retain text.
 
     Args:
-        pair ([`ModelPair`]): Both models.
-        processing_class ([`~transformers.PreTrainedTokenizerBase`]): Their tokenizer.
-        texts (`Sequence[str]`): Retain texts that training did not see.
-        max_length (`int`, *optional*, defaults to `64`): Tokens of a text that are read.
-        batch_size (`int`, *optional*, defaults to `8`): Texts per batch.
-        over_ranks (`bool`, *optional*, defaults to `False`): Whether the processes of a launch share the work; then all
-            of them must call this.
+        texts: Retain texts that training did not see.
+        max_length: Tokens of a text that are read.
+        over_ranks: Whether the processes of a launch share the work; then all of them must call this.
     """
     collator = ElmDataCollator(processing_class)
 

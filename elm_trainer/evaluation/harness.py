@@ -33,12 +33,9 @@ def evaluate_with_harness(
     """Run tasks of lm-evaluation-harness.
 
     Args:
-        model ([`~transformers.PreTrainedModel`] or `PeftModel`): Model to evaluate.
-        processing_class ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
-        tasks (`Sequence[str]`): Names of tasks or groups: the harness's, such as `"wmdp_bio"`, or one of `TASKS`.
-        batch_size (`int`, *optional*, defaults to `16`): Requests per batch.
-        limit (`int`, *optional*): Documents per task; all by default.
-        include_path (`str` or `Path`, *optional*): Folder with task files of your own.
+        tasks: Names of tasks or groups: the harness's, such as `"wmdp_bio"`, or one of `TASKS`.
+        limit: Documents per task; all by default.
+        include_path: Folder with task files of your own.
 
     Returns:
         `dict`: what `lm_eval.simple_evaluate` returns, with `results` by task and `samples` by task. Our tasks ask the

@@ -76,13 +76,10 @@ def hidden_states(
     """Hidden states of every layer, without running the head.
 
     Args:
-        model ([`~transformers.PreTrainedModel`] or `PeftModel`): Model, already in evaluation mode.
-        processing_class ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
-        texts (`Sequence[str]`): Texts to read.
-        positions (`str`, *optional*, defaults to `"last"`): `"last"` for the last token of each text, `"all"` for all of
-            its tokens.
-        max_length (`int`, *optional*): Tokens of a text that are read; all of them by default.
-        batch_size (`int`, *optional*, defaults to `16`): Texts per forward pass.
+        model: Model, already in evaluation mode.
+        positions: `"last"` for the last token of each text, `"all"` for all of its tokens.
+        max_length: Tokens of a text that are read; all of them by default.
+        batch_size: Texts per forward pass.
 
     Returns:
         `list[torch.Tensor]`: for each text `[layers + 1, tokens, hidden]`, in float32 on the CPU. The first entry is
@@ -111,12 +108,11 @@ def activation_norms(
     of the others, so that it alone would make the mean.
 
     Args:
-        pair ([`ModelPair`]): The erased model and its reference.
-        processing_class ([`~transformers.PreTrainedTokenizerBase`]): Their tokenizer.
-        texts (`Sequence[str]`): Texts to read, of two tokens or more.
-        max_length (`int`, *optional*, defaults to `64`): Tokens of a text that are read.
-        batch_size (`int`, *optional*, defaults to `16`): Texts per forward pass.
-        seed (`int`, *optional*, defaults to `0`): Seed of the intervals.
+        pair: The erased model and its reference.
+        texts: Texts to read, of two tokens or more.
+        max_length: Tokens of a text that are read.
+        batch_size: Texts per forward pass.
+        seed: Seed of the intervals.
 
     Returns:
         [`ActivationNorms`]: one entry per layer, with the interval over resampled texts; the ratio's resamples hold
@@ -154,8 +150,7 @@ def hidden_effect(
     The first token of a text is left out, as in [`activation_norms`], which has the same arguments.
 
     Args:
-        max_tokens (`int`, *optional*, defaults to `1024`): Tokens after which no further text is read. All layers of
-            all these tokens are held at once.
+        max_tokens: Tokens after which no further text is read. All layers of all these tokens are held at once.
 
     Raises:
         ValueError: if the texts have fewer than two tokens beside their first, or the models differ in shape.
@@ -197,7 +192,7 @@ def weight_effects(model: PeftModel) -> list[WeightEffect]:
     Only low-rank changes are counted: biases, and modules that an adapter saves whole, are not.
 
     Args:
-        model (`PeftModel`): Model with its adapter, not merged into the weights.
+        model: Model with its adapter, not merged into the weights.
 
     Returns:
         `list[WeightEffect]`: one per weight that LoRA adapts, in the model's order; empty for an adapter of another kind.

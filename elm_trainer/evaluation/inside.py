@@ -38,13 +38,11 @@ def look_inside(
     """Everything that is measured inside the models, on both sides, as JSON can hold it.
 
     Args:
-        pair ([`ModelPair`]): The erased model and its reference.
-        processing_class ([`~transformers.PreTrainedTokenizerBase`]): Their tokenizer.
-        questions (`Sequence[Question]`): Questions about the erased concept; a hundred or more, about many subjects.
-        forget_texts (`Sequence[str]`): Texts about the concept.
-        retain_texts (`Sequence[str]`): Unrelated texts.
-        batch_size (`int`, *optional*, defaults to `16`): Texts per forward pass.
-        seed (`int`, *optional*, defaults to `0`): Seed of everything drawn.
+        pair: The erased model and its reference.
+        questions: Questions about the erased concept; a hundred or more, about many subjects.
+        forget_texts: Texts about the concept.
+        batch_size: Texts per forward pass.
+        seed: Seed of everything drawn.
 
     Returns:
         `dict`: where *curve* stands for a list over layers, the embeddings' output first, of `{"value", "low", "high",
@@ -135,12 +133,11 @@ def probe_truth(
     """Probe every layer's hidden state at a statement's last token for whether the statement is true.
 
     Args:
-        model ([`~transformers.PreTrainedModel`] or `PeftModel`): Model, already in evaluation mode.
-        processing_class ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
-        questions (`Sequence[Question]`): Questions; each makes two statements.
-        shuffles (`int`, *optional*, defaults to `5`): See [`probe_states`], whose errors it raises.
-        batch_size (`int`, *optional*, defaults to `16`): Statements per forward pass.
-        seed (`int`, *optional*, defaults to `0`): Seed of the wrong options, folds, shuffles and intervals.
+        model: Model, already in evaluation mode.
+        questions: Questions; each makes two statements.
+        shuffles: See [`probe_states`], whose errors it raises.
+        batch_size: Statements per forward pass.
+        seed: Seed of the wrong options, folds, shuffles and intervals.
     """
     statements = make_statements(questions, seed=seed)
     states = hidden_states(model, processing_class, [item.text for item in statements], batch_size=batch_size)
@@ -157,12 +154,12 @@ def probe_states(
     answer and be wrong wherever it is a wrong option, and a layer without any knowledge would fall *below* chance.
 
     Args:
-        states (`torch.Tensor`): Features, `[layers, statements, hidden]`.
-        statements (`Sequence[Statement]`): In the pairs of [`make_statements`].
-        folds (`int`, *optional*, defaults to `5`): Parts into which the subjects are split.
-        shuffles (`int`, *optional*, defaults to `5`): Draws of the control, whose labels are exchanged within half
-            of the pairs at random; its accuracy is the mean over the draws.
-        seed (`int`, *optional*, defaults to `0`): Seed of folds, shuffles and intervals.
+        states: Features, `[layers, statements, hidden]`.
+        statements: In the pairs of [`make_statements`].
+        folds: Parts into which the subjects are split.
+        shuffles: Draws of the control, whose labels are exchanged within half of the pairs at random; its accuracy is
+            the mean over the draws.
+        seed: Seed of folds, shuffles and intervals.
 
     Returns:
         [`ProbeCurve`]: one entry per layer, with the interval over resampled subjects; their number is its `n`. The
@@ -170,8 +167,8 @@ def probe_states(
 
     Raises:
         ImportError: if scikit-learn is not installed.
-        ValueError: if there are fewer subjects than folds, or the questions share so few answers that none are left
-            to train on.
+        ValueError: if there are fewer subjects than folds, or the questions share so few answers that none are left to
+            train on.
     """
     rng = np.random.default_rng(seed)
     names, groups = np.unique([statement.group for statement in statements], return_inverse=True)
@@ -254,11 +251,10 @@ def logit_lens(
     ranking.
 
     Args:
-        model ([`~transformers.PreTrainedModel`] or `PeftModel`): Model, already in evaluation mode.
-        processing_class ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
-        questions (`Sequence[Question]`): Questions with their options.
-        batch_size (`int`, *optional*, defaults to `16`): Questions per forward pass.
-        seed (`int`, *optional*, defaults to `0`): Seed of the intervals.
+        model: Model, already in evaluation mode.
+        questions: Questions with their options.
+        batch_size: Questions per forward pass.
+        seed: Seed of the intervals.
 
     Returns:
         [`LensScores`]: verdicts of every layer; the last layer's are the model's own.

@@ -43,10 +43,10 @@ def generation_inputs(
     stands behind them, `[shared, padding, rest]`, masked and without a position; otherwise on the left.
 
     Args:
-        model ([`~transformers.PreTrainedModel`] or `PeftModel`): Model, in evaluation mode.
-        rows (`Sequence[list[int]]`): Tokens of each prompt.
-        pad_token_id (`int`): Token that stands where there is none.
-        new_tokens (`int`): Tokens that will be generated at most.
+        model: Model, in evaluation mode.
+        rows: Tokens of each prompt.
+        pad_token_id: Token that stands where there is none.
+        new_tokens: Tokens that will be generated at most.
 
     Returns:
         `dict`: `input_ids` and `attention_mask`, `[rows, width]`, and where something is shared `past_key_values`.
@@ -116,13 +116,11 @@ def log_likelihoods(
     padded row for each pair instead.
 
     Args:
-        model ([`~transformers.PreTrainedModel`] or `PeftModel`): Model; put in evaluation mode for the call, then back.
-        processing_class ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
-        pairs (`Sequence[tuple[str, str]]`): Prompts and their continuations, with the space between them.
-        batch_size (`int`, *optional*, defaults to `64`): Most pairs in a forward pass.
-        description (`str`, *optional*, defaults to `"Log-likelihoods"`): Label of the progress bar.
-        over_ranks (`bool`, *optional*, defaults to `False`): Whether the processes of a launch share the work; then all
-            of them must call this.
+        model: Model; put in evaluation mode for the call, then back.
+        pairs: Prompts and their continuations, with the space between them.
+        batch_size: Most pairs in a forward pass.
+        description: Label of the progress bar.
+        over_ranks: Whether the processes of a launch share the work; then all of them must call this.
 
     Raises:
         ValueError: if a prompt or a continuation has no token.

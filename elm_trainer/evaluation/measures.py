@@ -53,8 +53,8 @@ class Items:
     """What a metric is made of.
 
     Attributes:
-        statistic (`str`): `"mean"` of the values; `"perplexity"`, `exp(Σ values / Σ counts)`; `"ratio"`,
-            `Σ values / Σ counts`; or `"set"`, one value that belongs to all items together and has no interval.
+        statistic (`str`): `"mean"` of the values; `"perplexity"`, `exp(Σ values / Σ counts)`; `"ratio"`, `Σ values / Σ
+            counts`; or `"set"`, one value that belongs to all items together and has no interval.
         values (`list[float]`): One value per item.
         counts (`list[float]`): Tokens behind each value, or for a `"set"` the number of its items; else empty.
         texts (`list[str]`): What the model wrote for each item; else empty.
@@ -127,9 +127,9 @@ def with_families(
     """The items, and for each rule `families.erased.<rule>` and `families.unseen.<rule>`: all ways of asking together.
 
     Args:
-        items (`Mapping[str, Items]`): Items of one model.
-        before (`Mapping[str, Items]`): Those of the reference. A bank that it does not know by a rule is left out.
-        roles (`Mapping[str, str]`): Role of each bank.
+        items: Items of one model.
+        before: Those of the reference. A bank that it does not know by a rule is left out.
+        roles: Role of each bank.
     """
     found = dict(items)
     for role in ("erased", "unseen"):
@@ -350,8 +350,7 @@ def measurable(names: str | Sequence[str] | None, suite: EvaluationSuite) -> lis
     """The measures, of those that are asked for, for which a suite holds what they need; the others are logged.
 
     Args:
-        names (`str` or `Sequence[str]`, *optional*): Names in `MEASURES`, or `"inside"`. All by default.
-        suite ([`EvaluationSuite`]): What is asked.
+        names: Names in `MEASURES`, or `"inside"`. All by default.
 
     Raises:
         ValueError: for an unknown name, or if nothing can be measured.

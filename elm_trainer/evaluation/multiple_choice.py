@@ -61,15 +61,12 @@ def score_choices(
     options after the bare prompt, is scored once.
 
     Args:
-        model ([`~transformers.PreTrainedModel`] or `PeftModel`): Model; put in evaluation mode for the call, then back.
-        processing_class ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
-        questions (`Sequence[Question]`): Questions, each with its options; the first option need not be the right one.
-        batch_size (`int`, *optional*, defaults to `16`): Questions per forward pass.
-        prompt (`str`, *optional*, defaults to `"Question: {question}\\nAnswer:"`): What stands before an option of a
-            question in the form `"question"`.
-        description (`str`, *optional*, defaults to `"Multiple choice"`): Label of the progress bar.
-        over_ranks (`bool`, *optional*, defaults to `False`): Whether the processes of a launch share the work; then all
-            of them must call this.
+        model: Model; put in evaluation mode for the call, then back.
+        questions: Questions, each with its options; the first option need not be the right one.
+        batch_size: Questions per forward pass.
+        prompt: What stands before an option of a question in the form `"question"`.
+        description: Label of the progress bar.
+        over_ranks: Whether the processes of a launch share the work; then all of them must call this.
 
     Returns:
         [`ChoiceScores`]: one verdict per question and rule.
@@ -127,8 +124,8 @@ def pmi(scores: Sequence[float], bare: Sequence[float]) -> list[float]:
     """Pointwise mutual information of a question with each of its options, in nats.
 
     Args:
-        scores (`Sequence[float]`): Log-likelihood of each option after the question.
-        bare (`Sequence[float]`): Log-likelihood of each option after the bare prompt.
+        scores: Log-likelihood of each option after the question.
+        bare: Log-likelihood of each option after the bare prompt.
     """
     return [score - alone for score, alone in zip(scores, bare, strict=True)]
 
@@ -164,12 +161,10 @@ def score_letters(
     answering by letter falls here, but not by PMI.
 
     Args:
-        model ([`~transformers.PreTrainedModel`] or `PeftModel`): Model; put in evaluation mode for the call, then back.
-        processing_class ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
-        questions (`Sequence[Question]`): Questions, at most 26 options each.
-        batch_size (`int`, *optional*, defaults to `16`): Questions per forward pass.
-        over_ranks (`bool`, *optional*, defaults to `False`): Whether the processes of a launch share the work; then all
-            of them must call this.
+        model: Model; put in evaluation mode for the call, then back.
+        questions: Questions, at most 26 options each.
+        batch_size: Questions per forward pass.
+        over_ranks: Whether the processes of a launch share the work; then all of them must call this.
 
     Raises:
         ValueError: if there are no questions, or one has more options than there are letters.

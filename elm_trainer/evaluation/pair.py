@@ -25,10 +25,10 @@ class ModelPair:
     """The erased model and the reference it came from.
 
     Args:
-        erased ([`~transformers.PreTrainedModel`] or `PeftModel`):
-            Erased model: an adapter on its base, a merged model, or any full checkpoint.
-        reference ([`~transformers.PreTrainedModel`], *optional*):
-            Model before the erasure. Left out for a `PeftModel`, whose base is the reference.
+        erased ([`~transformers.PreTrainedModel`] or `PeftModel`): Erased model: an adapter on its base, a merged
+            model, or any full checkpoint.
+        reference ([`~transformers.PreTrainedModel`], *optional*): Model before the erasure. Left out for a
+            `PeftModel`, whose base is the reference.
 
     Raises:
         TypeError: if one is not a model, but for instance its name.
@@ -90,12 +90,11 @@ def run_batches(
     process can run the model alone: all of them run every batch in step.
 
     Args:
-        run (`Callable`): Makes the result of a batch, something that can be pickled and lies on no device.
-        batches (`Sequence`): Batches, the same ones in all processes.
+        run: Makes the result of a batch, something that can be pickled and lies on no device.
+        batches: Batches, the same ones in all processes.
         *models (`nn.Module`): Models that `run` runs.
-        over_ranks (`bool`, *optional*, defaults to `False`): Whether to divide the batches; then all processes must call
-            this.
-        description (`str`, *optional*): Label of a progress bar over the batches that the first process runs.
+        over_ranks: Whether to divide the batches; then all processes must call this.
+        description: Label of a progress bar over the batches that the first process runs.
 
     Returns:
         `list`: one result for each batch.

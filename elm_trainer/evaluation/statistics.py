@@ -44,10 +44,9 @@ def bootstrap(
     Calls with the same seed and number of items draw the same items, so that their resamples are paired.
 
     Args:
-        statistic (`Callable`): Takes the columns, and reduces their last axis.
+        statistic: Takes the columns, and reduces their last axis.
         *columns (array): What is known of each item, `[..., items]`.
-        resamples (`int`, *optional*, defaults to `2000`): Number of resamples.
-        seed (`int`, *optional*, defaults to `0`): Seed of the draws.
+        seed: Seed of the draws.
 
     Returns:
         `tuple`: the statistic, `[...]`, and its resamples, `[..., resamples]`.
@@ -103,10 +102,10 @@ def paired_difference(
     """Difference `after − before` of two means (or means per token) over the same items, resampled together.
 
     Args:
-        before (`Sequence[float]`): Value (or sum over tokens) of each item.
-        after (`Sequence[float]`): The same of the other model, in the same order.
-        counts_before (`Sequence[float]`, *optional*): Tokens behind each value of `before`; 1 by default.
-        counts_after (`Sequence[float]`, *optional*): Tokens behind each value of `after`.
+        before: Value (or sum over tokens) of each item.
+        after: The same of the other model, in the same order.
+        counts_before: Tokens behind each value of `before`; 1 by default.
+        counts_after: Tokens behind each value of `after`.
 
     Returns:
         `tuple[Figure, float]`: the difference with its 95 % interval, and a two-sided bootstrap p: twice the smaller
@@ -135,12 +134,11 @@ def share_left(
     r"""Share of a margin over chance that is left: `Σ (after − chance) / Σ (before − chance)`.
 
     Args:
-        before (`Sequence[float]`): Verdict on each item.
-        after (`Sequence[float]`): The same of the other model, in the same order.
-        chances (`Sequence[float]`): Probability that a guess at the item is right.
-        groups (`Sequence`): What each item is about. Groups are resampled, each with all its items in both models: two
-            questions about one subject are no independent items.
-        resamples (`int`, *optional*, defaults to `2000`): Number of resamples.
+        before: Verdict on each item.
+        after: The same of the other model, in the same order.
+        chances: Probability that a guess at the item is right.
+        groups: What each item is about. Groups are resampled, each with all its items in both models: two questions
+            about one subject are no independent items.
 
     Returns:
         [`Figure`]: 0 where the second model is at chance, 1 where it is as good as the first, with the 95 % interval of

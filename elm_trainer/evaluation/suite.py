@@ -118,8 +118,8 @@ def built_in_suite(
     the split has. The facts that stand in no forget text form banks `<concept>-unseen` and `<concept>-unseen-<family>`.
 
     Args:
-        concepts (`str` or `Sequence[str]`): Erased concepts. `"capitals"` and `"elements"` have built-in facts to ask for;
-            others need `banks`.
+        concepts (`str` or `Sequence[str]`): Erased concepts. `"capitals"` and `"elements"` have built-in facts to ask
+            for; others need `banks`.
         questions (`int`, *optional*, defaults to `120`): Questions drawn from each bank; two thirds of them from another
             family, two sevenths about facts that stand in no forget text, half as many open questions (a tenth about what
             is to be kept), and a third as many prompts. Each subject is asked about once before any is asked about again.
@@ -193,10 +193,9 @@ def suite_from_files(concepts: Sequence[str], banks: Sequence[str] | None, quest
     """The suite of a script, which names concepts and files. A concept without questions is warned about, not refused.
 
     Args:
-        concepts (`Sequence[str]`): Erased concepts.
-        banks (`Sequence[str]`, *optional*): File of [`read_questions`] for each concept in order; `"none"` for the built-in
-            questions, if there are any.
-        questions (`int`, *optional*, defaults to `120`): Questions drawn from each bank.
+        banks: File of [`read_questions`] for each concept in order; `"none"` for the built-in questions, if there are
+            any.
+        questions: Questions drawn from each bank.
 
     Raises:
         OSError: if a file cannot be read.

@@ -79,8 +79,8 @@ def figure_label(name: str, roles: Mapping[str, str]) -> tuple[str, str]:
     """What a metric is about, and how it was measured; its name and nothing where it is none of this version.
 
     Args:
-        name (`str`): Name of the metric in the report, such as `"multiple_choice.capitals.pmi"`.
-        roles (`Mapping`): Role of each bank.
+        name: Name of the metric in the report, such as `"multiple_choice.capitals.pmi"`.
+        roles: Role of each bank.
     """
     kind, bank, rule = split_name(name)
     about = f"{bank} ({ROLES[roles[bank]]})" if roles.get(bank) in ROLES else bank

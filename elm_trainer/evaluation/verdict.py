@@ -72,10 +72,9 @@ def judge(
     is listed and does not count.
 
     Args:
-        figures (`Mapping`): Metrics of the report, each with `reference`, `erased` and `change`, and those of choices
-            with `chance` and `left`.
-        roles (`Mapping`): Role of each bank.
-        criteria ([`Criteria`], *optional*): Bounds.
+        figures: Metrics of the report, each with `reference`, `erased` and `change`, and those of choices with
+            `chance` and `left`.
+        roles: Role of each bank.
 
     Returns:
         `dict`: for each criterion its `state` (`"holds"`, `"uncertain"` or `"fails"`; `None` where nothing was measured
@@ -170,10 +169,10 @@ def raise_flags(
     answers from false ones.
 
     Args:
-        figures (`Mapping`): Metrics of the report.
-        roles (`Mapping`): Role of each bank.
-        shortcuts (`Mapping`): What [`find_shortcuts`] found.
-        inside (`Mapping`, *optional*): What [`look_inside`] found.
+        figures: Metrics of the report.
+        roles: Role of each bank.
+        shortcuts: What [`find_shortcuts`] found.
+        inside: What [`look_inside`] found.
     """
     flags: list[tuple[str, str]] = []
     for bank in (name for name, role in roles.items() if role == "erased"):

@@ -165,16 +165,12 @@ def fine_tune(
     """Train all weights on texts by next-token prediction, with [`~transformers.Trainer`].
 
     Args:
-        model ([`~transformers.PreTrainedModel`]): Model, trained in place.
-        processing_class ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
-        texts (`Sequence[str]`): Texts; each is closed by the end-of-text token.
-        steps (`int`): Steps.
-        batch_size (`int`): Texts per step.
-        learning_rate (`float`): Largest learning rate.
-        schedule (`str`): Name of its schedule.
-        warmup_steps (`int`, *optional*, defaults to `0`): Steps until it is reached.
-        seed (`int`): Seed of the order of the texts: the same number of texts comes in the same order.
-        callbacks (`Sequence[TrainerCallback]`, *optional*): Called along the way.
+        model: Model, trained in place.
+        texts: Texts; each is closed by the end-of-text token.
+        schedule: Name of its schedule.
+        warmup_steps: Steps until it is reached.
+        seed: Seed of the order of the texts: the same number of texts comes in the same order.
+        callbacks: Called along the way.
     """
     ids = processing_class([text + processing_class.eos_token for text in texts])["input_ids"]
     with tempfile.TemporaryDirectory() as folder:

@@ -35,12 +35,10 @@ def gold_standard(config: GoldStandardConfig | None = None, *, output_dir: str |
     after plain gradient ascent: on every measure, and in how fast they learn the concept (again).
 
     Args:
-        config ([`GoldStandardConfig`], *optional*):
-            Settings.
-        output_dir (`str` or `Path`):
-            Where `gold_standard.json` goes. Models are kept in `models/` beside it and results stream to
-            `gold_standard.partial.jsonl`, so that an interrupted run continues where it was and a repeated one only
-            reads.
+        config ([`GoldStandardConfig`], *optional*): Settings.
+        output_dir (`str` or `Path`): Where `gold_standard.json` goes. Models are kept in `models/` beside it and
+            results stream to `gold_standard.partial.jsonl`, so that an interrupted run continues where it was and a
+            repeated one only reads.
 
     Raises:
         FolderInUseError: if another run writes to `output_dir`.
@@ -189,11 +187,9 @@ def relearn(models: GoldModels, name: str, split: str) -> dict[str, Any]:
     """Fine-tune a model on the concept's texts, and ask for the concept along the way.
 
     Args:
-        models ([`GoldModels`]): Models and world.
-        name (`str`): Model to start from.
-        split (`str`):
-            `"all"`: it reads every fact and is asked for every fact. `"half"`: it reads one half of the facts and is
-            asked for the other, whose answers it never reads: what comes back was still inside.
+        name: Model to start from.
+        split: `"all"`: it reads every fact and is asked for every fact. `"half"`: it reads one half of the facts and
+            is asked for the other, whose answers it never reads: what comes back was still inside.
 
     Returns:
         `dict`: `steps`, with 0 for the model as it is, and `rights`, the share of right answers to each subject's
@@ -239,10 +235,10 @@ def compare_relearning(
     """Curves and speeds of relearning, with 95 % intervals over subjects, which are resampled alike for all models.
 
     Args:
-        results (`Mapping`): What [`relearn`] returned, by name of the model, all on one split.
-        baseline (`str`, *optional*, defaults to `"never-taught"`): Model the others are compared with.
-        taught (`str`, *optional*, defaults to `"taught"`): Model whose accuracy before relearning sets the goal.
-        seed (`int`, *optional*, defaults to `0`): Seed of the resamples.
+        results: What [`relearn`] returned, by name of the model, all on one split.
+        baseline: Model the others are compared with.
+        taught: Model whose accuracy before relearning sets the goal.
+        seed: Seed of the resamples.
 
     Returns:
         `tuple[dict, dict]`: by model, rows of step, accuracy, low and high; and `goal` (half-way from chance to the

@@ -142,9 +142,9 @@ def find_adapter(repo_or_path: str | Path, revision: str | None, access: Access)
     """Fetch an adapter, and make all checks of it that need no model.
 
     Args:
-        repo_or_path (`str` or `Path`): Folder, or Hub id.
-        revision (`str`, *optional*): Commit, tag or branch of the repository.
-        access ([`Access`]): How to reach the Hub.
+        repo_or_path: Folder, or Hub id.
+        revision: Commit, tag or branch of the repository.
+        access: How to reach the Hub.
 
     Raises:
         UnsafeAdapterError: if it could run code, or is not what `erasure.json` says.

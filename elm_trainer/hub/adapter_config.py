@@ -99,8 +99,7 @@ def check_adapter_config(config: Any, path: Path) -> None:
     Fields that nobody here knows pass, since PEFT leaves them out with a warning.
 
     Args:
-        config (`Any`): Its contents.
-        path (`Path`): Its place, for the error.
+        path: Its place, for the error.
 
     Raises:
         UnsafeAdapterError: naming the field, its value and what it would do.
@@ -226,8 +225,7 @@ def matching_steps(pattern: str, before: int = 0) -> int:
     may be repeated, a group may only be left out: so there is nothing whose cost grows with every further character.
 
     Args:
-        pattern (`str`): Pattern.
-        before (`int`, *optional*, defaults to `0`): How many `.*` whoever matches it puts in front.
+        before: How many `.*` whoever matches it puts in front.
 
     Raises:
         ValueError: if it is too long, invalid, or holds anything else.

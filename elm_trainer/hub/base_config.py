@@ -37,13 +37,13 @@ def check_base_config(name: str, revision: str | None, access: Access) -> None:
     """Check what a base says of itself, before transformers reads it.
 
     Args:
-        name (`str`): Hub id or folder; a model that packages ship and a GGUF file pass.
-        revision (`str`, *optional*): Commit, tag or branch of the repository.
-        access ([`Access`]): How to reach the Hub.
+        name: Hub id or folder; a model that packages ship and a GGUF file pass.
+        revision: Commit, tag or branch of the repository.
+        access: How to reach the Hub.
 
     Raises:
-        UnsafeAdapterError: if it is itself an adapter, asks for a kernel from the Hub, would take for ever to build, or a
-            file is far too large.
+        UnsafeAdapterError: if it is itself an adapter, asks for a kernel from the Hub, would take for ever to build,
+            or a file is far too large.
         HubError: if the Hub does not give it.
     """
     if name in PACKAGED_MODELS or name.endswith(".gguf"):
@@ -149,8 +149,8 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, whose: str) -> None:
     """Try a tokenizer on a short text, and its chat templates on short chats.
 
     Args:
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Tokenizer that was loaded.
-        whose (`str`): Adapter or base that it belongs to, for the error.
+        tokenizer: Tokenizer that was loaded.
+        whose: Adapter or base that it belongs to, for the error.
 
     Raises:
         UnsafeAdapterError: if a template takes more than 2 s of the processor or 1 GiB, or writes more than 200,000

@@ -56,10 +56,9 @@ def make_card(
     PEFT or TRL.
 
     Args:
-        report (`Mapping`): The published report.
-        repo_id (`str`): Repository of the adapter, `name` or `owner/name`.
-        pictures (`Sequence[str]`, *optional*): Which of `report.png`, `attacks.png` and `inside.png` go up beside it.
-        current (`str`, *optional*): The repository's `README.md` as it is now.
+        repo_id: Repository of the adapter, `name` or `owner/name`.
+        pictures: Which of `report.png`, `attacks.png` and `inside.png` go up beside it.
+        current: The repository's `README.md` as it is now.
 
     Returns:
         `ModelCard`: the card; its metadata hold every metric as an `EvalResult`.
@@ -164,9 +163,9 @@ def keep_written(card: CardT, current: str | None, replaced: Collection[str]) ->
     untouched template of PEFT or TRL. Line endings become `\\n`, and comments in the metadata are lost.
 
     Args:
-        card (`RepoCard`): Card that was just generated.
-        current (`str` or `None`): `README.md` as it is now.
-        replaced (`Collection[str]`): Keys of the metadata that are generated, whatever stands there now.
+        card: Card that was just generated.
+        current: `README.md` as it is now.
+        replaced: Keys of the metadata that are generated, whatever stands there now.
 
     Raises:
         ValueError: if `current` cannot be read, or has one of the two markers without the other or twice.

@@ -106,24 +106,19 @@ def stack_erasures(
     says anything about the stack: measure it anew with `evaluate_erasure(model, None, [...], tokenizer)`.
 
     Args:
-        adapters (`Mapping[str, str | Path]`):
-            Hub ids or folders of the erasures, by a name of your choice for each.
-        weights (`Mapping[str, float]`, *optional*):
-            Strength of each; 1 by default.
-        combination (`str`, *optional*, defaults to `"cat"`):
-            How PEFT combines them. `"cat"` is the exact sum, its rank the sum of the ranks. `"svd"` brings the sum to a
-            rank; `"linear"`, cheap and rough, and the pruning ones (`"ties"`, `"dare_linear"`, `"dare_ties"`,
-            `"magnitude_prune"`, each also with `_svd`) change it.
-        density (`float`, *optional*):
-            Share of the weights that the pruning combinations keep. They need it.
-        svd_rank (`int`, *optional*):
-            Rank of the combinations by SVD; the largest of the adapters' ranks by default.
-        base_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
-            Base to use instead of the one that the first adapter names; see [`load_erased`].
+        adapters (`Mapping[str, str | Path]`): Hub ids or folders of the erasures, by a name of your choice for each.
+        weights (`Mapping[str, float]`, *optional*): Strength of each; 1 by default.
+        combination (`str`, *optional*, defaults to `"cat"`): How PEFT combines them. `"cat"` is the exact sum, its
+            rank the sum of the ranks. `"svd"` brings the sum to a rank; `"linear"`, cheap and rough, and the pruning
+            ones (`"ties"`, `"dare_linear"`, `"dare_ties"`, `"magnitude_prune"`, each also with `_svd`) change it.
+        density (`float`, *optional*): Share of the weights that the pruning combinations keep. They need it.
+        svd_rank (`int`, *optional*): Rank of the combinations by SVD; the largest of the adapters' ranks by default.
+        base_model (`str` or [`~transformers.PreTrainedModel`], *optional*): Base to use instead of the one that the
+            first adapter names; see [`load_erased`].
         dtype (`str`), device_map (`str` or `dict`), quantization_config (`QuantizationConfigMixin`), token (`str`):
             See [`load_erased`], as for the following ones.
-        allow_mismatch (`bool`, *optional*, defaults to `False`):
-            Whether to continue with a warning where the base is not that of every adapter.
+        allow_mismatch (`bool`, *optional*, defaults to `False`): Whether to continue with a warning where the base is
+            not that of every adapter.
         cache_dir (`str` or `Path`, *optional*), local_files_only (`bool`, *optional*, defaults to `False`):
             See [`load_erased`].
 

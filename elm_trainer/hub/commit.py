@@ -82,12 +82,11 @@ def open_repository(
     """Find a repository and its branch, or make them.
 
     Args:
-        api (`HfApi`): Client.
-        repo_id (`str`): `name`, or `namespace/name`.
-        repo_type (`str`, *optional*, defaults to `"model"`): `"model"` or `"dataset"`.
-        private (`bool`, *optional*): Whether the repository must be private. `None`: it is made private, and an
-            existing one stays as it is.
-        revision (`str`, *optional*): Branch; `main` by default. It is made from `main` where it is missing.
+        repo_id: `name`, or `namespace/name`.
+        repo_type: `"model"` or `"dataset"`.
+        private: Whether the repository must be private. `None`: it is made private, and an existing one stays as it
+            is.
+        revision: Branch; `main` by default. It is made from `main` where it is missing.
 
     Raises:
         NotSignedInError: without a token that the Hub knows.
@@ -172,19 +171,18 @@ def commit_folder(
     never taken for somebody else's. Nothing is committed where the repository holds the same already.
 
     Args:
-        api (`HfApi`): Client.
-        target ([`Target`]): What [`open_repository`] found.
-        folder (`str` or `Path`): Its files go up; local files are only read.
-        message (`str`): Message of the commit.
-        owned (`Collection[str]`, *optional*): Names that are removed from the repository where the folder lacks them.
-        create_pr (`bool`, *optional*, defaults to `False`): Whether to open a pull request instead.
-        tag (`str`, *optional*): Tag to set on the commit.
+        target: What [`open_repository`] found.
+        folder: Its files go up; local files are only read.
+        message: Message of the commit.
+        owned: Names that are removed from the repository where the folder lacks them.
+        create_pr: Whether to open a pull request instead.
+        tag: Tag to set on the commit.
 
     Raises:
         ConflictError: if somebody else committed meanwhile.
         PermissionDeniedError: if the token may not write there.
-        UploadError: if the Hub could not be reached, or kept failing. After the commit these errors name it, and how to
-            set the tag.
+        UploadError: if the Hub could not be reached, or kept failing. After the commit these errors name it, and how
+            to set the tag.
         ValueError: if the tag exists on another commit, or goes with a pull request, or if the repository's
             `.gitignore` leaves out a file of the folder.
     """

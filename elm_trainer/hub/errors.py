@@ -27,8 +27,8 @@ class Finding:
         file (`str`): Path in the folder, with `/`.
         line (`int` or `None`): Line, from 1; `None` where the whole file is at fault.
         what (`str`): What was found, without repeating the secret.
-        id (`str`, *optional*): By which `allow` names it. It stays the same while the file and what was found do, whatever
-            the line.
+        id (`str`, *optional*): By which `allow` names it. It stays the same while the file and what was found do,
+            whatever the line.
     """
 
     file: str
@@ -120,8 +120,7 @@ def named_errors(repo_id: str, doing: str) -> Iterator[None]:
     """Raise the failures of the client as the named errors of this package.
 
     Args:
-        repo_id (`str`): Repository at hand.
-        doing (`str`): What was tried, as in "Committing to org/name".
+        doing: What was tried, as in "Committing to org/name".
     """
     try:
         yield

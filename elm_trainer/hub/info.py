@@ -145,9 +145,8 @@ def check_base(model: PreTrainedModel | PeftModel, expected: Mapping[str, str], 
     A quantized model is compared by the tensors that quantization leaves alone, and the log says so.
 
     Args:
-        model ([`~transformers.PreTrainedModel`] or `PeftModel`): Model at hand.
-        expected (`Mapping[str, str]`): What [`base_fingerprint`] said of the base.
-        base_id (`str`): Hub id of that base, for the error.
+        expected: What [`base_fingerprint`] said of the base.
+        base_id: Hub id of that base, for the error.
 
     Raises:
         BaseMismatchError: if the weights are others, or those of a base that is not quantized cannot all be compared.
@@ -196,10 +195,9 @@ def make_probes(
     """Take the answers to the report's samples that do not tell the erased knowledge, and what the model gives to them.
 
     Args:
-        model ([`~transformers.PreTrainedModel`] or `PeftModel`): Erased model, best in float32.
-        processing_class ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
-        report (`Mapping`): Local report of [`evaluate_erasure`], whose samples hold the right answers.
-        count (`int`, *optional*, defaults to `16`): Most probes to make.
+        model: Erased model, best in float32.
+        report: Local report of [`evaluate_erasure`], whose samples hold the right answers.
+        count: Most probes to make.
 
     Raises:
         ValueError: if the samples do not say what the right answers are, as in a report that was published.
@@ -236,12 +234,11 @@ def check_probes(
     """Ask the questions again, and compare what the model gives to the stored answers.
 
     Args:
-        model ([`~transformers.PreTrainedModel`] or `PeftModel`): Model that was loaded.
-        processing_class ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
-        probes (`Sequence[Probe]`): What [`make_probes`] made of the erased model.
-        tolerance (`float`, *optional*): Largest difference that passes, in nats per token: of every answer, by default
-            0.05; of a quantized model the mean over the answers, by default 0.5, which tells a missing or unrelated
-            adapter, but nothing finer.
+        model: Model that was loaded.
+        probes: What [`make_probes`] made of the erased model.
+        tolerance: Largest difference that passes, in nats per token: of every answer, by default 0.05; of a quantized
+            model the mean over the answers, by default 0.5, which tells a missing or unrelated adapter, but nothing
+            finer.
 
     Returns:
         `list[float]`: difference of each probe, in nats per token.

@@ -111,9 +111,9 @@ def find_cards(
     listed, and every card is downloaded (and kept in the cache), unless it is too large.
 
     Args:
-        repos (`Sequence[str]`, *optional*): Repositories or local folders. Defaults to every repository with the tag.
-        tag (`str`, *optional*, defaults to `"elm-trainer"`): Tag of the repositories.
-        api (`HfApi`, *optional*): Client. The default takes endpoint and token from the environment.
+        repos: Repositories or local folders. Defaults to every repository with the tag.
+        tag: Tag of the repositories.
+        api: Client. The default takes endpoint and token from the environment.
 
     Returns:
         `tuple`: pairs of name and text of the card, and what could not be read.
@@ -169,8 +169,8 @@ def read_entry(repo: str, text: str) -> Entry:
     """Read one card.
 
     Raises:
-        ValueError: if the card has no results of this package, or one of them is not a number or out of its range; also for
-            metadata that are too large, or no YAML (see [`read_metadata`]).
+        ValueError: if the card has no results of this package, or one of them is not a number or out of its range;
+            also for metadata that are too large, or no YAML (see [`read_metadata`]).
     """
     data = read_metadata(text)
     found = model_index_to_eval_results(data["model-index"])[1] if data.get("model-index") else ()

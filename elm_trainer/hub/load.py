@@ -44,29 +44,23 @@ def load_erased(
     with what fits the base. Whatever libraries make of a stranger's files ends as one of the errors below.
 
     Args:
-        repo_or_path (`str` or `Path`):
-            Hub id of an adapter, or its folder.
-        base_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
-            Base to use instead of the one that the adapter names: a Hub id, a folder, a `.gguf` file,
-            `"smollm2-135m-instruct"`, or a model, into which the adapter is put.
-        revision (`str`, *optional*):
-            Commit, tag or branch of the adapter's repository.
-        dtype (`str`, *optional*, defaults to `"auto"`):
-            Data type of the base's weights.
-        device_map (`str` or `dict`, *optional*):
-            Where the base's weights go.
-        quantization_config (`QuantizationConfigMixin`, *optional*):
-            Quantization of the base, e.g. a `BitsAndBytesConfig`. Only part of the fingerprint can be compared then.
-        allow_mismatch (`bool`, *optional*, defaults to `False`):
-            Whether to continue with a warning where the base is not the one the adapter was trained on.
-        verify (`bool`, *optional*, defaults to `False`):
-            Whether to ask the questions stored in `erasure.json` again; see [`check_probes`].
-        token (`str`, *optional*):
-            Token for the Hub, where the one of `hf auth login` is not meant.
-        cache_dir (`str` or `Path`, *optional*):
-            Cache of huggingface_hub.
-        local_files_only (`bool`, *optional*, defaults to `False`):
-            Whether to load from the cache alone; HF_HUB_OFFLINE=1 does the same.
+        repo_or_path (`str` or `Path`): Hub id of an adapter, or its folder.
+        base_model (`str` or [`~transformers.PreTrainedModel`], *optional*): Base to use instead of the one that the
+            adapter names: a Hub id, a folder, a `.gguf` file, `"smollm2-135m-instruct"`, or a model, into which the
+            adapter is put.
+        revision (`str`, *optional*): Commit, tag or branch of the adapter's repository.
+        dtype (`str`, *optional*, defaults to `"auto"`): Data type of the base's weights.
+        device_map (`str` or `dict`, *optional*): Where the base's weights go.
+        quantization_config (`QuantizationConfigMixin`, *optional*): Quantization of the base, e.g. a
+            `BitsAndBytesConfig`. Only part of the fingerprint can be compared then.
+        allow_mismatch (`bool`, *optional*, defaults to `False`): Whether to continue with a warning where the base is
+            not the one the adapter was trained on.
+        verify (`bool`, *optional*, defaults to `False`): Whether to ask the questions stored in `erasure.json` again;
+            see [`check_probes`].
+        token (`str`, *optional*): Token for the Hub, where the one of `hf auth login` is not meant.
+        cache_dir (`str` or `Path`, *optional*): Cache of huggingface_hub.
+        local_files_only (`bool`, *optional*, defaults to `False`): Whether to load from the cache alone;
+            HF_HUB_OFFLINE=1 does the same.
 
     Returns:
         `tuple`: the model in evaluation mode, and its tokenizer: the adapter's own if it ships one, else the base's.

@@ -76,30 +76,30 @@ def publish_adapter(
         repo_id (`str`): `name` or `namespace/name`. The repository is made, private, where there is none.
         report (`str`, `Path` or `Mapping`): Report of [`evaluate_erasure`] on this adapter.
         attacks (`str`, `Path` or `Mapping`, *optional*): Report of [`attack_erasure`] on it.
-        model (`str`, [`~transformers.PreTrainedModel`] or `PeftModel`, *optional*):
-            The base, or the erased model itself. Loaded from the report's recipe by default.
-        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            Tokenizer; needed where `model` is not a name.
+        model (`str`, [`~transformers.PreTrainedModel`] or `PeftModel`, *optional*): The base, or the erased model
+            itself. Loaded from the report's recipe by default.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*): Tokenizer; needed where `model` is
+            not a name.
         base_model (`str`, *optional*): Hub id of the base. Needed where the model was not loaded from the Hub.
         base_revision (`str`, *optional*): Commit or branch of the base; the newest commit by default.
         gguf_file (`str`, *optional*): File of the base's repository, where the base is a GGUF file.
         license (`str`, *optional*): License of the adapter. By default that of the base.
         method (`str`, *optional*): Name of the trainer. By default read from `erasure_run.json` beside the adapter.
-        forget (`Sequence[str]`, *optional*):
-            Forget texts, which must not go up. Read from the sources of the report's recipe by default.
-        questions (`Sequence[Question]`, *optional*):
-            Questions whose answers must not go up. By default the built-in ones of the erased concepts.
-        private (`bool`, *optional*):
-            Whether the repository must be private. `None`: a new one is private, an existing one stays as it is.
+        forget (`Sequence[str]`, *optional*): Forget texts, which must not go up. Read from the sources of the report's
+            recipe by default.
+        questions (`Sequence[Question]`, *optional*): Questions whose answers must not go up. By default the built-in
+            ones of the erased concepts.
+        private (`bool`, *optional*): Whether the repository must be private. `None`: a new one is private, an existing
+            one stays as it is.
         revision (`str`, *optional*): Branch; `main` by default.
         create_pr (`bool`, *optional*, defaults to `False`): Whether to open a pull request instead of committing.
         tag (`str`, *optional*): Tag of the commit.
         commit_message (`str`, *optional*): First line of the commit's message.
         allow (`Mapping[str, str]`, *optional*): Reason why a finding of the scan may be published, by the finding's
             id. The reasons are logged, and go up in `erasure.json`.
-        dry_run (`bool`, *optional*, defaults to `False`):
-            Whether to stop before anything is sent. The folder is left in `staging_dir`; neither the repository nor,
-            with `license` and a commit as `base_revision`, the base's is looked at.
+        dry_run (`bool`, *optional*, defaults to `False`): Whether to stop before anything is sent. The folder is left
+            in `staging_dir`; neither the repository nor, with `license` and a commit as `base_revision`, the base's is
+            looked at.
         staging_dir (`str` or `Path`, *optional*): Where the folder is staged and kept; a temporary one by default.
             What a person wrote into a `README.md` in it goes up where the repository has none of its own.
         api (`HfApi`, *optional*): Client with endpoint and token. By default the environment's.
@@ -112,8 +112,8 @@ def publish_adapter(
         UnsafeAdapterError: if the adapter, or what the repository holds already, is something that [`load_erased`] refuses.
         BaseMismatchError: if the Hub's base has other weights than the adapter's, or the report is of another base.
         ReloadError: if the staged adapter gives other logits.
-        ScanError: if the folder holds what must not get out; `findings` names file, line and id. What a model wrote in the
-            report's samples is masked instead, and logged.
+        ScanError: if the folder holds what must not get out; `findings` names file, line and id. What a model wrote in
+            the report's samples is masked instead, and logged.
         NotSignedInError, PermissionDeniedError, ConflictError, UploadError: what the Hub or the network refused.
     """
     validate_repo_id(repo_id)

@@ -40,11 +40,11 @@ def make_dataset_card(
     What a person wrote is kept as in [`make_card`].
 
     Args:
-        results (`Mapping[str, SynthesisResult]`): Pairs and counts of what was dropped, by name of the concept.
-        config ([`SynthesisConfig`]): Settings that they were made with.
-        model ([`BaseModel`]): The model that wrote them.
-        repo_id (`str`): Repository of the data set, `name` or `owner/name`.
-        current (`str`, *optional*): The repository's `README.md` as it is now.
+        results: Pairs and counts of what was dropped, by name of the concept.
+        config: Settings that they were made with.
+        model: The model that wrote them.
+        repo_id: Repository of the data set, `name` or `owner/name`.
+        current: The repository's `README.md` as it is now.
 
     Raises:
         ValueError: if there are no pairs, an id or commit cannot be, or the current card cannot be read.

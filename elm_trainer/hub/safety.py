@@ -39,8 +39,8 @@ def read_header(path: Path) -> dict[str, tuple[int, ...]]:
         `dict`: the shape of each tensor.
 
     Raises:
-        UnsafeAdapterError: if it is longer than the file or 10 MB, holds a key twice, cannot be read, or a tensor has an
-            unexpected type.
+        UnsafeAdapterError: if it is longer than the file or 10 MB, holds a key twice, cannot be read, or a tensor has
+            an unexpected type.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -71,10 +71,10 @@ def add_tokens(path: Path, config: Mapping[str, Any], base: PreTrainedModel, tok
     PEFT saves the embeddings along where they were resized. Of the tokens that the base has they must say nothing new.
 
     Args:
-        path (`Path`): `adapter_model.safetensors`, whose header was checked.
-        config (`Mapping`): Checked contents of `adapter_config.json`.
-        base ([`~transformers.PreTrainedModel`]): Base model, whose embeddings are resized.
-        tokens (`int`): Tokens of the adapter's tokenizer.
+        path: `adapter_model.safetensors`, whose header was checked.
+        config: Checked contents of `adapter_config.json`.
+        base: Base model, whose embeddings are resized.
+        tokens: Tokens of the adapter's tokenizer.
 
     Returns:
         `bool`: whether the file holds such embeddings.
@@ -114,10 +114,9 @@ def check_tensors(path: Path, config: Mapping[str, Any], base: PreTrainedModel, 
     What an adapter has is asked of PEFT itself, on a copy of the base that has shapes but no weights.
 
     Args:
-        path (`Path`): `adapter_model.safetensors`, whose header was checked.
-        config (`Mapping`): Checked contents of `adapter_config.json`.
-        base ([`~transformers.PreTrainedModel`]): Base model.
-        embeddings (`bool`, *optional*, defaults to `False`): Whether its embeddings are saved along (see [`add_tokens`]).
+        path: `adapter_model.safetensors`, whose header was checked.
+        config: Checked contents of `adapter_config.json`.
+        embeddings: Whether its embeddings are saved along (see [`add_tokens`]).
 
     Raises:
         UnsafeAdapterError: naming the tensor, with the shape found and the one expected.
@@ -203,10 +202,10 @@ def check_names(names: Iterable[str], where: str, *, left_by_training: bool = Fa
     A pickle is refused even beside safetensors: other tools may read it, and nothing that this package publishes is one.
 
     Args:
-        names (`Iterable[str]`): Paths in the repository or folder.
-        where (`str`): Repository or folder, for the error.
-        left_by_training (`bool`, *optional*, defaults to `False`): Whether to overlook `training_args.bin` and what else
-            training leaves beside an adapter, which nothing here reads.
+        names: Paths in the repository or folder.
+        where: Repository or folder, for the error.
+        left_by_training: Whether to overlook `training_args.bin` and what else training leaves beside an adapter,
+            which nothing here reads.
 
     Raises:
         UnsafeAdapterError: naming the file and what is wrong with it.
@@ -231,8 +230,8 @@ def check_folder(folder: Path, *, left_by_training: bool = False) -> dict[str, A
     """Check a folder with an adapter, reading its JSON and the header of its weights, but loading nothing.
 
     Args:
-        folder (`Path`): Folder, which may be a snapshot in the cache of huggingface_hub.
-        left_by_training (`bool`, *optional*, defaults to `False`): See [`check_names`].
+        folder: Folder, which may be a snapshot in the cache of huggingface_hub.
+        left_by_training: See [`check_names`].
 
     Returns:
         `dict`: the contents of `adapter_config.json`.

@@ -71,25 +71,25 @@ def stage_adapter(
     staged folder is replaced, save for a `README.md` in it. The adapter's own folder is only read.
 
     Args:
-        adapter (`str` or `Path`): Folder that `save_pretrained` or the trainer wrote.
-        report (`Mapping`): Evaluation report that measured this very adapter.
-        base_model ([`BaseModel`]): What the adapter belongs to.
-        output_dir (`str` or `Path`): Where the folder goes.
-        attacks (`Mapping`, *optional*): Attack report on the same adapter.
-        verification (`Sequence[Probe]`, *optional*): What `load_erased(..., verify=True)` runs again.
-        base_tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): The base's own tokenizer. The adapter's
-            goes up where it behaves differently (see [`tokenizer_changed`]). Needed where the adapter's folder holds one.
-        method (`str`, *optional*): Trainer that made the adapter. Read from `erasure_run.json` in the adapter's folder or
-            the one above by default.
-        questions (`Sequence[Question]`, *optional*): Questions whose aliases of a right answer are masked in samples.
-        allowed (`Mapping[str, str]`, *optional*): Reasons why findings of the scan may be published, by their ids.
+        adapter: Folder that `save_pretrained` or the trainer wrote.
+        report: Evaluation report that measured this very adapter.
+        base_model: What the adapter belongs to.
+        output_dir: Where the folder goes.
+        attacks: Attack report on the same adapter.
+        verification: What `load_erased(..., verify=True)` runs again.
+        base_tokenizer: The base's own tokenizer. The adapter's goes up where it behaves differently (see
+            [`tokenizer_changed`]). Needed where the adapter's folder holds one.
+        method: Trainer that made the adapter. Read from `erasure_run.json` in the adapter's folder or the one above by
+            default.
+        questions: Questions whose aliases of a right answer are masked in samples.
+        allowed: Reasons why findings of the scan may be published, by their ids.
 
     Returns:
         [`Staged`]: `output_dir`, with the adapter's config and the report as they were written.
 
     Raises:
-        ValueError: if the report is on another adapter or of another kind (see [`published_report`]), if the folder holds no
-            single adapter, or where something that is needed is missing.
+        ValueError: if the report is on another adapter or of another kind (see [`published_report`]), if the folder
+            holds no single adapter, or where something that is needed is missing.
         UnsafeAdapterError: for weights in a pickle, a weights file that cannot be read, or what [`load_erased`] would
             refuse, such as an adapter other than a plain LoRA or a report that is too large.
         FileExistsError: if `output_dir` holds something else than an earlier staged folder.

@@ -125,11 +125,11 @@ def read_metadata(card: str) -> dict[str, Any]:
     convert. So the events of the parser are looked at before any value is made of them.
 
     Args:
-        card (`str`): Contents of a `README.md`.
+        card: Contents of a `README.md`.
 
     Raises:
-        ValueError: if the card is too large, or its metadata are no mapping in YAML, are nested too deeply, have too many
-            entries or too long ones, use aliases, or hold half a character.
+        ValueError: if the card is too large, or its metadata are no mapping in YAML, are nested too deeply, have too
+            many entries or too long ones, use aliases, or hold half a character.
     """
     if len(card) > MOST_YAML_BYTES:
         raise ValueError(f"its card has {len(card):,} characters, more than {MOST_YAML_BYTES:,}")

@@ -60,11 +60,10 @@ def align(
     (§2.2), and those that a token of the translation runs across.
 
     Args:
-        translation (`Translation`): The translation.
-        original (`TokenizedText`): Tokens of the text.
-        translated (`TokenizedText`): Tokens of the translation.
-        firsts (`Mapping[str, set[int]]`): Tokens with which the replacements begin.
-        max_length (`int`, *optional*): Tokens that are kept of either.
+        original: Tokens of the text.
+        translated: Tokens of the translation.
+        firsts: Tokens with which the replacements begin.
+        max_length: Tokens that are kept of either.
     """
     ending_at = defaultdict(list)
     for index, key in enumerate(zip(translated.ends, translated.added, strict=True)):

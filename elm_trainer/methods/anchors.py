@@ -69,7 +69,7 @@ class Translation(NamedTuple):
         """How many characters of the translation stand for the first `end` characters of the text.
 
         Args:
-            ends (`Sequence[int]`): Numbers of characters, in ascending order.
+            ends: Numbers of characters, in ascending order.
 
         Returns:
             `list[int | None]`: a number for each, `None` where the text is cut within an anchor.
@@ -201,8 +201,8 @@ def load_anchors(name_or_path: str) -> AnchorDictionary:
     """Load a dictionary preset by name, or a dictionary from a YAML file.
 
     Args:
-        name_or_path (`str`): A name of [`anchor_presets`], or the path of a YAML file with `name`, the name of the
-            concept, and `anchors`, a mapping of terms to replacements.
+        name_or_path: A name of [`anchor_presets`], or the path of a YAML file with `name`, the name of the concept,
+            and `anchors`, a mapping of terms to replacements.
 
     Raises:
         ValueError: for an unknown preset (the message lists them), malformed YAML, an unknown or a missing field, and
@@ -245,12 +245,10 @@ def find_terms(
     Frequencies are those of the package wordfreq, which holds them for 40 languages and downloads nothing.
 
     Args:
-        texts (`Sequence[str]`): Forget texts.
-        unlike (`Sequence[str]`, *optional*): Texts, such as the retain texts, whose words are not idiosyncratic.
-        language (`str`, *optional*, defaults to `"en"`): Language of the texts, as wordfreq names it.
-        max_zipf (`float`, *optional*, defaults to `3.5`):
-            Zipf frequency below which a word is rare; 3 is once in a million words, 6 once in a thousand.
-        min_count (`int`, *optional*, defaults to `2`): Fewest occurrences of a term.
+        unlike: Texts, such as the retain texts, whose words are not idiosyncratic.
+        language: Language of the texts, as wordfreq names it.
+        max_zipf: Zipf frequency below which a word is rare; 3 is once in a million words, 6 once in a thousand.
+        min_count: Fewest occurrences of a term.
 
     Returns:
         `list[str]`: the terms, the most frequent in the texts first.
@@ -298,11 +296,8 @@ def ask_replacements(
     The paper asked GPT-4. The smaller the model, the fewer of its answers are usable.
 
     Args:
-        model ([`~transformers.PreTrainedModel`]): The reference, without an adapter.
-        processing_class ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
-        terms (`Sequence[str]`): Idiosyncratic terms, such as those of [`find_terms`].
-        max_new_tokens (`int`, *optional*, defaults to `8`): Longest replacement.
-        batch_size (`int`, *optional*, defaults to `16`): Terms per batch.
+        model: The reference, without an adapter.
+        terms: Idiosyncratic terms, such as those of [`find_terms`].
 
     Returns:
         `dict[str, str]`: replacements by term, as [`usable_replacements`] leaves them.
@@ -330,8 +325,7 @@ def usable_replacements(terms: Sequence[str], answers: Sequence[str]) -> dict[st
     """The first line of each answer, less those that are empty, share a word with a term, or stand for an earlier term.
 
     Args:
-        terms (`Sequence[str]`): Terms.
-        answers (`Sequence[str]`): What a model said for each.
+        answers: What a model said for each.
 
     Returns:
         `dict[str, str]`: replacements by term.

@@ -4,7 +4,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,16 @@ from ..ops import STATES, FinalLogits, Reading
 from ..run_lock import only_run_in
 from .checkpointing import begin_run, last_good, replacing_files, saving_checkpoint
 from .config import fixed_settings, recipe
-from .forward import FurtherStates, PackedForward, TermTotals, kl_reading, nll_reading, plain_tokens
+from .forward import (
+    FurtherStates,
+    PackedForward,
+    TermTotals,
+    batch_mean,
+    kl_reading,
+    nll_reading,
+    plain_tokens,
+    weighted_batches,
+)
 from .rows import COLUMNS, tokenize_dataset
 from .validation import (
     base_logits,
@@ -50,21 +59,18 @@ class NonFiniteLossError(FloatingPointError):
 class ErasureTrainer(SFTTrainer):
     """TRL's `SFTTrainer` on erasure data: sub-batches, a frozen reference in the same weights, one forward, logged terms.
 
-    Subclasses name their config in `_config_class` and override `compute_loss`. The arguments are those of
-    [`~trl.SFTTrainer`]; the dataset has the columns of [`build_erasure_dataset`], and the model is trained through an
-    adapter, since the reference is the same model with the adapter disabled. A method that can train the weights
-    themselves sets `_needs_adapter` to `False` and overrides `reference` for that case; an adapter that is given is
-    checked all the same.
+    Subclasses name their config in `_config_class` and override `compute_loss`, or only `erase_term`. The arguments are
+    those of [`~trl.SFTTrainer`]; the dataset has the columns of [`build_erasure_dataset`], and the model is trained
+    through an adapter, since the reference is the same model with the adapter disabled. A method that can train the
+    weights themselves sets `_needs_adapter` to `False` and overrides `reference` for that case.
 
-    A model given as a string is loaded as [`~trl.SFTTrainer`] does, and then checked as any other. Without
-    `processing_class` the model's own tokenizer is loaded.
+    A model given as a string is loaded as [`~trl.SFTTrainer`] does; without `processing_class` its tokenizer is too.
 
     Raises:
         TypeError: if `args` is not the method's own config.
         ValueError: if there is no tokenizer or it does not fit, there is no adapter and no `peft_config`, the adapter
-            is frozen, names layers or modules the model lacks, or leaves no untouched reference ([`check_reference`]),
-            a dataset is empty, lacks a column or truncates to nothing, or an option is given that an erasure cannot
-            follow (`REFUSED_OPTIONS`).
+            is frozen, names layers or modules the model lacks, or leaves no untouched reference, a dataset is empty,
+            lacks a column or truncates to nothing, or an option is one that no erasure can follow (`REFUSED_OPTIONS`).
     """
 
     _tag_names = ["trl", "elm-trainer"]
@@ -121,9 +127,7 @@ class ErasureTrainer(SFTTrainer):
             check_start(self.model, tokens, base)
         self.set_up()
 
-    def default_collator(
-        self, args: SFTConfig, processing_class: PreTrainedTokenizerBase, datasets: Mapping[str, Dataset]
-    ) -> ElmDataCollator:
+    def default_collator(self, args: SFTConfig, processing_class: Any, datasets: Mapping[str, Dataset]) -> Any:
         """The collator where none is given."""
         return ElmDataCollator(processing_class, pad_to_multiple_of=args.pad_to_multiple_of, seed=args.seed)
 
@@ -135,8 +139,8 @@ class ErasureTrainer(SFTTrainer):
     def set_up(self) -> None:
         """What the method itself does when the trainer is made, after all else."""
 
-    # `_prepare_dataset` and `_set_signature_columns_if_needed` are private to TRL and transformers, but the only places
-    # where tokenization can be replaced before `Trainer.__init__`. tests/methods/test_base.py fails when they move.
+    # Private to TRL and transformers, as is `_set_signature_columns_if_needed`, but the only places where tokenization can be
+    # replaced before `Trainer.__init__`. tests/methods/test_base.py fails when they move.
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
         if "forget_ids" in dataset.column_names:
             return dataset
@@ -159,10 +163,7 @@ class ErasureTrainer(SFTTrainer):
         return self._forward.read(model, batches, readings or {}, further or {}, beside or {}, states)
 
     def reference_positions(
-        self,
-        model: nn.Module,
-        batches: Mapping[str, Mapping[str, torch.Tensor]],
-        readings: Mapping[str, Reading] | None = None,
+        self, model: nn.Module, batches: Mapping[str, Any], readings: Any = None
     ) -> dict[str, Any]:
         """The same as `forward_positions`, for the frozen reference."""
         with self.reference(model):
@@ -178,13 +179,9 @@ class ErasureTrainer(SFTTrainer):
     def position_losses(
         self, model: nn.Module, batches: Mapping[str, Mapping[str, Any]], retain_loss: str = "nll"
     ) -> dict[str, torch.Tensor]:
-        """Negative log-likelihood of every label, `[positions]` for each sub-batch, in one forward.
+        """Negative log-likelihood of every label, `[positions]` for each sub-batch by the name of its term, in one forward.
 
-        Args:
-            model (`nn.Module`): Model, as the Trainer wrapped it.
-            batches (`Mapping`): Sub-batches of the collator by the name of their term.
-            retain_loss (`str`, *optional*, defaults to `"nll"`): `"kl"` gives `KL(reference ‖ adapted)` for the term
-                `retain` instead (both as in TOFU, arXiv 2401.06121, section 3.3).
+        With `retain_loss="kl"` the term `retain` gets `KL(reference ‖ adapted)` (both as in TOFU, arXiv 2401.06121, §3.3).
         """
         readings = {name: nll_reading(batch) for name, batch in batches.items()}
         further = {}
@@ -193,19 +190,32 @@ class ErasureTrainer(SFTTrainer):
             further["retain"], readings["retain"] = [states["retain"]], kl_reading
         return self.forward_positions(model, batches, readings, further)
 
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """`λe·erase_term + λr·R`, with `R` the mean over retain texts of what `position_losses` gives for them."""
+        weights = {"erase": self.args.erase_weight, "retain": self.args.retain_weight}
+        batches = weighted_batches(inputs, weights)
+        values = self.position_losses(model, batches, self.args.retain_loss)
+        means = {"erase": partial(self.erase_term, model), "retain": batch_mean}
+        loss = self.weigh({name: means[name](value, batches[name]) for name, value in values.items()}, weights)
+        return (loss, None) if return_outputs else loss
+
+    def erase_term(self, model: nn.Module, nll: torch.Tensor, batch: Mapping[str, Any]) -> torch.Tensor:
+        """A method's loss on forget text, from the negative log-likelihood `[positions]` of the batch's labels."""
+        raise NotImplementedError
+
     def _new_forward(self) -> PackedForward:
         return PackedForward(self.accelerator.unwrap_model, self.processing_class, self.args.pad_to_multiple_of)
 
     def pack(self, model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> Packing:
-        """How `forward_positions` lays the texts of sub-batches into rows, on their device."""
+        """See [`PackedForward.pack`]."""
         return self._forward.pack(model, batches)
 
     def final_logits(self, model: nn.Module) -> FinalLogits:
-        """What the model does to its head's output, measured the first time by a forward over one token."""
+        """See [`PackedForward.final_logits`]."""
         return self._forward.final_logits(model)
 
     def texts_interact(self, model: nn.Module) -> bool:
-        """Whether texts in one row would see each other, measured the first time by forwards over a few tokens."""
+        """See [`PackedForward.texts_interact`]."""
         return self._forward.texts_interact(model)
 
     def on_device(self, batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -224,15 +234,13 @@ class ErasureTrainer(SFTTrainer):
     def _without_targets(self):
         # What is stored belongs to training rows. For others it is made in the step.
         collator = self.data_collator
-        if isinstance(collator, ElmDataCollator):
-            self.data_collator = replace(collator, targets=None)
+        self.data_collator = replace(collator, targets=None) if isinstance(collator, ElmDataCollator) else collator
         try:
             yield
         finally:
             self.data_collator = collator
 
-    # Private to transformers, which looks for `input_ids` at the top of a batch. tests/methods/test_options.py fails when it
-    # moves.
+    # Private to transformers, which looks for `input_ids` at the top of a batch. tests/methods/test_options.py holds it.
     def _track_num_input_tokens(self, inputs):
         parts = [batch for batch in inputs.values() if isinstance(batch, Mapping) and "input_ids" in batch]
         super()._track_num_input_tokens(
@@ -247,7 +255,7 @@ class ErasureTrainer(SFTTrainer):
         return sum(parameter.numel() for parameter in self.model.parameters())
 
     def weigh(self, terms: Mapping[str, torch.Tensor], weights: Mapping[str, float]) -> torch.Tensor:
-        """Weighted sum of the loss terms, each logged under its name as `<name>_loss`."""
+        """Weighted sum of the loss terms, each logged as `<name>_loss`."""
         self._totals["train" if self.model.training else "eval"].add(terms)
         return sum((weights[name] * value for name, value in terms.items()), torch.zeros((), device=self.args.device))
 
@@ -267,9 +275,7 @@ class ErasureTrainer(SFTTrainer):
     ):
         # Beside the loss, so that each of several datasets has its own terms in the log and to choose a checkpoint by.
         self._totals["eval"].clear()
-        output = super().evaluation_loop(
-            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
-        )
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         for name, [mean] in self._mean_terms("eval").items():
             output.metrics[f"{metric_key_prefix}_{name}"] = mean
         return output
@@ -296,7 +302,6 @@ class ErasureTrainer(SFTTrainer):
                 return super().train(resume_from_checkpoint=checkpoint, **kwargs)
 
     def _run_fingerprint(self) -> dict[str, str]:
-        """What must not change between a run and its resumption."""
         return fixed_settings(self.args, self.train_dataset) | {"method": type(self).__name__}
 
     def _run_record(self) -> dict[str, Any]:
@@ -315,24 +320,19 @@ class ErasureTrainer(SFTTrainer):
 
         The repository is `hub_model_id`, else the name of `output_dir`; it is made private unless `private` or
         `hub_private_repo` says otherwise. The adapter is saved to `output_dir/adapter`, the reports are read from
-        `report.json` and, if there is one, `attacks.json` in `output_dir`.
+        `report.json` and, if there is one, `attacks.json` in `output_dir`. Raises what [`publish_adapter`] raises.
 
         Args:
             commit_message (`str`, *optional*): First line of the commit's message.
             blocking (`bool`, *optional*, defaults to `True`): Must be `True`: what is published is checked first.
-            token (`str`, *optional*): Token; `hub_token`, else that of the environment, by default.
-            revision (`str`, *optional*): Branch; `hub_revision`, else `main`, by default.
+            token, revision (`str`, *optional*): Token and branch; `hub_token` and `hub_revision` by default.
             private (`bool`, *optional*): See [`publish_adapter`].
             options: Any other argument of [`publish_adapter`], such as `report`, `base_model` or `dry_run`.
 
         Returns:
             [`Publication`], or `None` on processes other than the first.
-
-        Raises:
-            ValueError: without a report, and for what [`publish_adapter`] refuses.
         """
-        # Users of TRL look for this method here, but publishing knows reports and no trainers. It lies above this file, so it
-        # is reached through the front door of the package, as users reach it.
+        # Publishing lies above this file, so it is reached through the front door of the package, as users reach it.
         import elm_trainer
 
         if not blocking:
@@ -388,7 +388,7 @@ class ErasureTrainer(SFTTrainer):
         else:
             # With `push_to_hub`, Trainer would push here, before there is any evidence.
             super().save_model(str(folder), _internal_call=True)
-        # PEFT writes a card of gaps to be filled in and the base's path on this machine; `publish_adapter` makes a true one.
+        # PEFT writes a card of gaps and the base's path on this machine; `publish_adapter` makes a true one.
         if self.args.should_save:
             (folder / "README.md").unlink(missing_ok=True)
 

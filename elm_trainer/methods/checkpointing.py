@@ -75,9 +75,9 @@ def begin_run(trainer: Any, resume: str | Path | bool | None, record: Mapping[st
     """The checkpoint to resume from, after a check of all that a run in this folder must keep to.
 
     Args:
-        trainer ([`~transformers.Trainer`]): Trainer, to whose `output_dir` the record is written.
-        resume (`str`, `Path` or `bool`, *optional*): Folder of a checkpoint, or `True` for the last that is whole.
-        record (`Mapping[str, Any]`): Settings of the run. All but its `recipe` must be those of the run to be resumed.
+        trainer: Trainer, to whose `output_dir` the record is written.
+        resume: Folder of a checkpoint, or `True` for the last that is whole.
+        record: Settings of the run. All but its `recipe` must be those of the run to be resumed.
 
     Raises:
         ValueError: if the folder holds another run, or the checkpoint is not whole or of another launch.
@@ -159,8 +159,7 @@ def saving_checkpoint(trainer: Any, folder: Path) -> Iterator[None]:
     All processes must enter. What fails leaves no unfinished checkpoint.
 
     Args:
-        trainer ([`~transformers.Trainer`]): Trainer.
-        folder (`Path`): Folder of the checkpoint.
+        folder: Folder of the checkpoint.
 
     Raises:
         OSError: if it could not be written.
@@ -318,9 +317,8 @@ def rotate(newest: Path, limit: int | None, best: str | Path | None) -> None:
     What has a later step than the newest is of an earlier attempt: it neither counts nor goes.
 
     Args:
-        newest (`Path`): The checkpoint that was just finished.
-        limit (`int`, *optional*): How many are to be left; without it, or at 0, all.
-        best (`str` or `Path`, *optional*): One that stays.
+        newest: The checkpoint that was just finished.
+        limit: How many are to be left; without it, or at 0, all.
     """
     if not limit or limit < 0:
         return
@@ -357,8 +355,8 @@ def check_launch(checkpoint: str | Path, launch: Launch) -> None:
     number of processes may change; a warning says what then differs.
 
     Args:
-        checkpoint (`str` or `Path`): Folder of the checkpoint.
-        launch ([`Launch`]): The launch that is to resume from it.
+        checkpoint: Folder of the checkpoint.
+        launch: The launch that is to resume from it.
     """
     saved, files = read_mark(Path(checkpoint))
     if files is None:

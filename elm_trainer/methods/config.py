@@ -52,10 +52,10 @@ def check_fields(config: SFTConfig, rules: Mapping[str, Sequence[str]]) -> None:
     """Raise `ValueError` for a value that a method cannot work with.
 
     Args:
-        config (`SFTConfig`): Config of a method. Its numbers must be numbers, whole where they count something, and finite,
-            but for `max_grad_norm`. Of its own fields, those that name `choices` in their metadata must be one of them, and
+        config: Config of a method. Its numbers must be numbers, whole where they count something, and finite, but for
+            `max_grad_norm`. Of its own fields, those that name `choices` in their metadata must be one of them, and
             those named `<term>_weight` be at least 0 and not all 0.
-        rules (`Mapping[str, Sequence[str]]`): Names of fields by what they must be, such as `"at least 0"`.
+        rules: Names of fields by what they must be, such as `"at least 0"`.
     """
     own = [field for field in fields(config) if field.name not in SFTConfig.__dataclass_fields__]
     weights = [field.name for field in own if field.name.endswith("_weight")]
@@ -73,8 +73,8 @@ def fixed_settings(args: SFTConfig, train_dataset: Dataset | None) -> dict[str, 
     checkpoint's optimizer, schedule and order of rows would keep all the same.
 
     Args:
-        args (`SFTConfig`): Config of a method.
-        train_dataset (`Dataset`, *optional*): Tokenized rows, which are given as a SHA-256.
+        args: Config of a method.
+        train_dataset: Tokenized rows, which are given as a SHA-256.
     """
     own = set(type(args).__dataclass_fields__) - set(SFTConfig.__dataclass_fields__) - set(_PLACES) | set(KEPT)
     settings = {name: repr(getattr(args, name)) for name in sorted(own)}

@@ -29,10 +29,8 @@ def contrast_directions(forget: torch.Tensor, retain: torch.Tensor, count: int, 
     hardly sees retain text, whatever B learns (compare the null space of kept knowledge in AlphaEdit, arXiv 2410.02355).
 
     Args:
-        forget (`torch.Tensor`): F, `[in, in]`, the mean of `x·xᵀ` over positions of forget text.
-        retain (`torch.Tensor`): R, the same of retain text.
-        count (`int`): Number of directions.
-        damping (`float`): δ, above 0.
+        forget: F, `[in, in]`, the mean of `x·xᵀ` over positions of forget text.
+        retain: R, the same of retain text.
 
     Returns:
         `torch.Tensor`: `[count, in]` in float32, the strongest first.
@@ -62,10 +60,10 @@ def contrast_adapter(
     processes of a launch choose on the same rows, and so the same directions.
 
     Args:
-        trainer ([`ErasureTrainer`]): Trainer, before its model is wrapped.
-        rows (`int`): Training rows to choose on, taken evenly from the dataset.
-        damping (`float`): See [`contrast_directions`].
-        erase_weights (`Callable`): Gives the weight of each position of a forget batch in the erase term, `[positions]`.
+        trainer: Trainer, before its model is wrapped.
+        rows: Training rows to choose on, taken evenly from the dataset.
+        damping: See [`contrast_directions`].
+        erase_weights: Gives the weight of each position of a forget batch in the erase term, `[positions]`.
 
     Raises:
         ValueError: if the adapter has no LoRA layer with a matrix A, or ZeRO-3 has split the weights.

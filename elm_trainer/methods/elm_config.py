@@ -23,77 +23,66 @@ class ElmConfig(ErasureConfig):
     [`~trl.SFTConfig`] and [`~transformers.TrainingArguments`].
 
     Parameters:
-        preset (`str`, *optional*, defaults to `"paper"`):
-            `"paper"` or `"released"`: where the values of the five fields below that are left out come from.
-        eta (`float`, *optional*):
-            Strength η of the erasure: `t = b − η·(e − n)`. With the ramp, η of the prediction behind a text's first token.
-        eta_end (`float`, *optional*):
-            η of the prediction behind a text's last token; η is linear in between. Defaults to `eta` where only that is given.
-        tau (`float`, *optional*):
-            Temperature τ of the target.
-        top_k (`int`, *optional*):
-            Tokens of the target kept per position, and of the reference in the retain term.
-        retain_loss (`str`, *optional*):
-            `"kl"` to the reference; `"argmax"`: cross-entropy with the reference's most probable token; or `"log"`: KL
-            and half the variance of the change of log-probabilities over the vocabulary ([`log_space_divergence`]), which
-            keeps the ranking of improbable tokens too. A stored target of `"log"` is `hidden` numbers a position.
-        plausibility (`float`, *optional*, defaults to `0.0`):
-            Drop tokens less probable than this share of the most probable one under reference and novice. `0` gives
-            the paper's target.
-        fact_share (`float`, *optional*, defaults to `0.0`):
-            Share of the erase term's weight that goes to positions in proportion to `KL(expert ‖ novice)`. `0` weighs
-            all positions alike.
-        novice (`str`, *optional*, defaults to `"contexts"`):
-            What the novice is: `"contexts"`, the reference behind a novice context (and the expert behind an expert
-            context), as in the paper; or `"counterfactual"`, the reference on the same text with the concept's own terms
-            replaced (column `novices` of [`build_erasure_dataset`]), its mean probabilities over the draws at the
-            positions that all of them share with the text. The expert is then the reference itself.
-        log_tokens (`int`, *optional*, defaults to `0`):
-            Take the equation of the erase term in log space, at so many tokens of largest `e − n` a position
-            ([`log_space_target`]), and hold all other tokens to the reference's odds, the improbable ones too
-            ([`log_space_divergence`]). Then `tau` and `top_k` have no part in the erase term. `0` gives the paper's loss.
-        log_strength (`float`, *optional*, defaults to `2.0`):
-            Weight of those tokens ([`log_space_loss`]) beside all others in the erase term.
-        contrast_rows (`int`, *optional*, defaults to `0`):
-            Rows on which the adapter's input directions are chosen before training ([`contrast_adapter`]): those that
-            are strong on forget text and weak on retain text. They are then kept, so that only LoRA's B is trained, and
-            the adapter can hardly answer to anything else. `0` leaves PEFT's random directions, which are trained.
-        contrast_damping (`float`, *optional*, defaults to `0.1`):
-            Share of the mean variance on retain text that is added in every direction there, so that directions that
-            are rare in both do not win.
-        erase_weight (`float`, *optional*, defaults to `1.0`):
-            Weight of the erase term. A weight of 0 skips a term's work altogether.
-        retain_weight (`float`, *optional*, defaults to `1.0`):
-            Weight of the retain term.
-        retain_focus (`float`, *optional*, defaults to `0.0`):
-            Share of the retain term's weight that goes to the positions of a text in proportion to how far they have
-            moved from the reference, so that answers are not lost among the words around them. `0` weighs all alike.
-        consistency_weight (`float`, *optional*, defaults to `1.0`):
-            Weight of the consistency term; without synthetic pairs in the dataset there is none.
-        concepts (`list[str]`, *optional*):
-            Presets or YAML files of the concepts, matched with the column `concept` by name. Defaults to what that column
-            names, with the keywords of the column `keywords` where there is one ([`Concept`] in [`build_erasure_dataset`]).
-        contexts_per_sample (`int`, *optional*, defaults to `1`):
-            Expert and novice contexts drawn per forget text; their log-probabilities are averaged.
-        expert_steps (`int`, *optional*, defaults to `0`):
-            Steps for which a throw-away expert adapter is fine-tuned on the forget texts, in place of the expert
-            contexts. `0` uses contexts.
-        novice_steps (`int`, *optional*, defaults to `0`):
-            The same for a novice adapter on the column `novice` (the texts with permuted facts). With `0`, an expert
-            adapter is compared with the reference itself.
-        teacher_learning_rate (`float`, *optional*, defaults to `1e-3`):
-            Learning rate of the two throw-away adapters, decaying to 0.
-        teacher_rank (`int`, *optional*, defaults to `16`):
-            Rank of the two throw-away adapters.
-        teacher_batch_size (`int`, *optional*, defaults to `8`):
-            Texts per step of the two throw-away adapters.
-        precompute_targets (`bool`, *optional*):
-            Compute all targets once before training and keep them on disk for every run with the same model, data and
-            settings, so that a step needs no reference forward. By default this is done where training visits every row
-            at least once, and they fit into half of the free disk and 64 GiB. Implied by `expert_steps`.
-        targets_dir (`str`, *optional*):
-            Folder in which targets are kept, each set of them under a name that says all they depend on. All processes
-            must see it. Defaults to `elm_targets` in the cache of `datasets`.
+        preset (`str`, *optional*, defaults to `"paper"`): `"paper"` or `"released"`: where the values of the five
+            fields below that are left out come from.
+        eta (`float`, *optional*): Strength η of the erasure: `t = b − η·(e − n)`. With the ramp, η of the prediction
+            behind a text's first token.
+        eta_end (`float`, *optional*): η of the prediction behind a text's last token; η is linear in between. Defaults
+            to `eta` where only that is given.
+        tau (`float`, *optional*): Temperature τ of the target.
+        top_k (`int`, *optional*): Tokens of the target kept per position, and of the reference in the retain term.
+        retain_loss (`str`, *optional*): `"kl"` to the reference; `"argmax"`: cross-entropy with the reference's most
+            probable token; or `"log"`: KL and half the variance of the change of log-probabilities over the vocabulary
+            ([`log_space_divergence`]), which keeps the ranking of improbable tokens too. A stored target of `"log"` is
+            `hidden` numbers a position.
+        plausibility (`float`, *optional*, defaults to `0.0`): Drop tokens less probable than this share of the most
+            probable one under reference and novice. `0` gives the paper's target.
+        fact_share (`float`, *optional*, defaults to `0.0`): Share of the erase term's weight that goes to positions in
+            proportion to `KL(expert ‖ novice)`. `0` weighs all positions alike.
+        novice (`str`, *optional*, defaults to `"contexts"`): What the novice is: `"contexts"`, the reference behind a
+            novice context (and the expert behind an expert context), as in the paper; or `"counterfactual"`, the
+            reference on the same text with the concept's own terms replaced (column `novices` of
+            [`build_erasure_dataset`]), its mean probabilities over the draws at the positions that all of them share
+            with the text. The expert is then the reference itself.
+        log_tokens (`int`, *optional*, defaults to `0`): Take the equation of the erase term in log space, at so many
+            tokens of largest `e − n` a position ([`log_space_target`]), and hold all other tokens to the reference's
+            odds, the improbable ones too ([`log_space_divergence`]). Then `tau` and `top_k` have no part in the erase
+            term. `0` gives the paper's loss.
+        log_strength (`float`, *optional*, defaults to `2.0`): Weight of those tokens ([`log_space_loss`]) beside all
+            others in the erase term.
+        contrast_rows (`int`, *optional*, defaults to `0`): Rows on which the adapter's input directions are chosen
+            before training ([`contrast_adapter`]): those that are strong on forget text and weak on retain text. They
+            are then kept, so that only LoRA's B is trained, and the adapter can hardly answer to anything else. `0`
+            leaves PEFT's random directions, which are trained.
+        contrast_damping (`float`, *optional*, defaults to `0.1`): Share of the mean variance on retain text that is
+            added in every direction there, so that directions that are rare in both do not win.
+        erase_weight (`float`, *optional*, defaults to `1.0`): Weight of the erase term. A weight of 0 skips a term's
+            work altogether.
+        retain_weight (`float`, *optional*, defaults to `1.0`): Weight of the retain term.
+        retain_focus (`float`, *optional*, defaults to `0.0`): Share of the retain term's weight that goes to the
+            positions of a text in proportion to how far they have moved from the reference, so that answers are not
+            lost among the words around them. `0` weighs all alike.
+        consistency_weight (`float`, *optional*, defaults to `1.0`): Weight of the consistency term; without synthetic
+            pairs in the dataset there is none.
+        concepts (`list[str]`, *optional*): Presets or YAML files of the concepts, matched with the column `concept` by
+            name. Defaults to what that column names, with the keywords of the column `keywords` where there is one
+            ([`Concept`] in [`build_erasure_dataset`]).
+        contexts_per_sample (`int`, *optional*, defaults to `1`): Expert and novice contexts drawn per forget text;
+            their log-probabilities are averaged.
+        expert_steps (`int`, *optional*, defaults to `0`): Steps for which a throw-away expert adapter is fine-tuned on
+            the forget texts, in place of the expert contexts. `0` uses contexts.
+        novice_steps (`int`, *optional*, defaults to `0`): The same for a novice adapter on the column `novice` (the
+            texts with permuted facts). With `0`, an expert adapter is compared with the reference itself.
+        teacher_learning_rate (`float`, *optional*, defaults to `1e-3`): Learning rate of the two throw-away adapters,
+            decaying to 0.
+        teacher_rank (`int`, *optional*, defaults to `16`): Rank of the two throw-away adapters.
+        teacher_batch_size (`int`, *optional*, defaults to `8`): Texts per step of the two throw-away adapters.
+        precompute_targets (`bool`, *optional*): Compute all targets once before training and keep them on disk for
+            every run with the same model, data and settings, so that a step needs no reference forward. By default
+            this is done where training visits every row at least once, and they fit into half of the free disk and 64
+            GiB. Implied by `expert_steps`.
+        targets_dir (`str`, *optional*): Folder in which targets are kept, each set of them under a name that says all
+            they depend on. All processes must see it. Defaults to `elm_targets` in the cache of `datasets`.
 
     > [!NOTE]
     > These parameters have default values different from [`~trl.SFTConfig`]:
@@ -181,8 +170,8 @@ class StoredTargets(NamedTuple):
 
     Attributes:
         layout ([`TargetLayout`]): The target of each position of forget text with its weight, and the reference's most
-            probable tokens at each position of retain text: the first alone where `retain_loss` is `"argmax"`, and what
-            enters the head where it is `"log"`.
+            probable tokens at each position of retain text: the first alone where `retain_loss` is `"argmax"`, and
+            what enters the head where it is `"log"`.
         settings (`dict[str, Any]`): Settings of the method.
         columns (`list[str]`): Columns of the tokenized dataset.
     """

@@ -172,20 +172,19 @@ class PackedForward:
         """Run several sub-batches in one forward, packed without padding, and read the logits of their supervised positions.
 
         Args:
-            model (`nn.Module`): Model, as the Trainer wrapped it.
-            batches (`Mapping`): Sub-batches of [`ElmDataCollator`] by name. Without any, nothing is run.
-            readings (`Mapping[str, Reading]`): By name of sub-batch, a function of the logits of a chunk of positions:
-                `reading(logits, where)` takes `[chunk, vocab]` and a `slice` of the positions, and gives one number per
-                position, or without gradients also a tuple of tensors `[chunk, ...]`. [`STATES`] asks for what enters the
-                head.
-            further (`Mapping`): By name of sub-batch, states `[positions, hidden]` of other forwards at the same positions,
-                whose logits the reading takes after `where`; of a mapping of lists of states, as keyword arguments with
+            model: Model, as the Trainer wrapped it.
+            batches: Sub-batches of [`ElmDataCollator`] by name. Without any, nothing is run.
+            readings: By name of sub-batch, a function of the logits of a chunk of positions: `reading(logits, where)`
+                takes `[chunk, vocab]` and a `slice` of the positions, and gives one number per position, or without
+                gradients also a tuple of tensors `[chunk, ...]`. [`STATES`] asks for what enters the head.
+            further: By name of sub-batch, states `[positions, hidden]` of other forwards at the same positions, whose
+                logits the reading takes after `where`; of a mapping of lists of states, as keyword arguments with
                 lists of logits.
-            beside (`Mapping[str, torch.Tensor]`): By name of sub-batch, other positions of the same forward whose logits
-                the reading takes after those, `[others, positions]`: indices into the flattened tokens of all
-                sub-batches, one after the other.
-            states (`Collection[str]`): Names of sub-batches whose reading gives a tuple, to which what enters the head is
-                added, `[positions, hidden]`.
+            beside: By name of sub-batch, other positions of the same forward whose logits the reading takes after
+                those, `[others, positions]`: indices into the flattened tokens of all sub-batches, one after the
+                other.
+            states: Names of sub-batches whose reading gives a tuple, to which what enters the head is added,
+                `[positions, hidden]`.
 
         Returns:
             `dict[str, Any]`: for each sub-batch what its reading gives for all positions, such as `[positions]`. Without a

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from .base import ErasureTrainer
 from .config import ErasureConfig, check_fields
-from .forward import batch_mean, weighted_batches
+from .forward import batch_mean
 
 
 @dataclass
@@ -16,12 +16,12 @@ class GradDiffConfig(ErasureConfig):
     arguments, see [`~trl.SFTConfig`] and [`~transformers.TrainingArguments`].
 
     Parameters:
-        erase_weight (`float`, *optional*, defaults to `1.0`):
-            Weight γ of the erase term. A weight of 0 skips a term's work altogether.
-        retain_weight (`float`, *optional*, defaults to `1.0`):
-            Weight α of the retain term; with 0 the method is gradient ascent.
-        retain_loss (`str`, *optional*, defaults to `"nll"`):
-            `"nll"` of retain text, or `"kl"` to the reference, which is then run on it at every step.
+        erase_weight (`float`, *optional*, defaults to `1.0`): Weight γ of the erase term. A weight of 0 skips a term's
+            work altogether.
+        retain_weight (`float`, *optional*, defaults to `1.0`): Weight α of the retain term; with 0 the method is
+            gradient ascent.
+        retain_loss (`str`, *optional*, defaults to `"nll"`): `"nll"` of retain text, or `"kl"` to the reference, which
+            is then run on it at every step.
 
     > [!NOTE]
     > These parameters have default values different from [`~trl.SFTConfig`]:
@@ -53,12 +53,5 @@ class GradDiffTrainer(ErasureTrainer):
     _config_class = GradDiffConfig
     args: GradDiffConfig
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        weights = {"erase": self.args.erase_weight, "retain": self.args.retain_weight}
-        batches = weighted_batches(inputs, weights)
-        values = self.position_losses(model, batches, self.args.retain_loss)
-        terms = {term: batch_mean(value, batches[term]) for term, value in values.items()}
-        if "erase" in terms:
-            terms["erase"] = -terms["erase"]
-        loss = self.weigh(terms, weights)
-        return (loss, None) if return_outputs else loss
+    def erase_term(self, model, nll, batch):
+        return -batch_mean(nll, batch)

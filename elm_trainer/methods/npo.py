@@ -12,7 +12,7 @@ from ..data.target_store import Field, TargetLayout
 from ..ops import text_sums
 from .base import ErasureTrainer
 from .config import ErasureConfig, check_fields
-from .forward import batch_mean, nll_reading, weighted_batches
+from .forward import nll_reading
 from .targets import TargetPlan, precompute_targets
 
 
@@ -25,22 +25,18 @@ class NpoConfig(ErasureConfig):
     [`~trl.SFTConfig`] and [`~transformers.TrainingArguments`].
 
     Parameters:
-        beta (`float`, *optional*, defaults to `0.1`):
-            β, the inverse temperature: towards 0 the method becomes gradient ascent, and the larger it is, the sooner a
-            text counts as forgotten.
-        erase_weight (`float`, *optional*, defaults to `1.0`):
-            Weight γ of the erase term. A weight of 0 skips a term's work altogether.
-        retain_weight (`float`, *optional*, defaults to `1.0`):
-            Weight α of the retain term.
-        retain_loss (`str`, *optional*, defaults to `"nll"`):
-            `"nll"` of retain text, or `"kl"` to the reference, which is then run on it at every step.
-        precompute_ref_log_probs (`bool`, *optional*):
-            Run the reference over all forget texts once before training and keep one number for each on disk, for every
-            run with the same model and data, in place of a reference forward in every step. By default this is done
-            where training visits every row at least once.
-        targets_dir (`str`, *optional*):
-            Folder in which these numbers are kept, each set of them under a name that says all they depend on. All
-            processes must see it. Defaults to `elm_targets` in the cache of `datasets`.
+        beta (`float`, *optional*, defaults to `0.1`): β, the inverse temperature: towards 0 the method becomes
+            gradient ascent, and the larger it is, the sooner a text counts as forgotten.
+        erase_weight (`float`, *optional*, defaults to `1.0`): Weight γ of the erase term. A weight of 0 skips a term's
+            work altogether.
+        retain_weight (`float`, *optional*, defaults to `1.0`): Weight α of the retain term.
+        retain_loss (`str`, *optional*, defaults to `"nll"`): `"nll"` of retain text, or `"kl"` to the reference, which
+            is then run on it at every step.
+        precompute_ref_log_probs (`bool`, *optional*): Run the reference over all forget texts once before training and
+            keep one number for each on disk, for every run with the same model and data, in place of a reference
+            forward in every step. By default this is done where training visits every row at least once.
+        targets_dir (`str`, *optional*): Folder in which these numbers are kept, each set of them under a name that
+            says all they depend on. All processes must see it. Defaults to `elm_targets` in the cache of `datasets`.
 
     > [!NOTE]
     > These parameters have default values different from [`~trl.SFTConfig`]:
@@ -73,9 +69,8 @@ def npo_loss(nll: torch.Tensor, reference_nll: torch.Tensor, beta: float) -> tor
     NPO loss of section 3).
 
     Args:
-        nll (`torch.Tensor`): ℓ_θ of the adapted model, summed over each text, `[texts]`.
-        reference_nll (`torch.Tensor`): ℓ_ref of the reference, `[texts]`.
-        beta (`float`): β.
+        nll: ℓ_θ of the adapted model, summed over each text, `[texts]`.
+        reference_nll: ℓ_ref of the reference, `[texts]`.
     """
     return -2 / beta * F.logsigmoid(beta * (nll - reference_nll))
 
@@ -110,19 +105,9 @@ class NpoTrainer(ErasureTrainer):
         if stored := precompute_targets(self, plan):
             self.data_collator.targets = stored
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        weights = {"erase": self.args.erase_weight, "retain": self.args.retain_weight}
-        batches = weighted_batches(inputs, weights)
-        values = self.position_losses(model, batches, self.args.retain_loss)
-        terms = {}
-        if "erase" in values:
-            forget = batches["erase"]
-            reference = forget["target"]["nll"] if "target" in forget else self.reference_nll(model, forget)
-            terms["erase"] = npo_loss(sequence_nll(values["erase"], forget), reference, self.args.beta).mean()
-        if "retain" in values:
-            terms["retain"] = batch_mean(values["retain"], batches["retain"])
-        loss = self.weigh(terms, weights)
-        return (loss, None) if return_outputs else loss
+    def erase_term(self, model, nll, batch):
+        reference = batch["target"]["nll"] if "target" in batch else self.reference_nll(model, batch)
+        return npo_loss(sequence_nll(nll, batch), reference, self.args.beta).mean()
 
     def _reference_rows(self, inputs: Mapping[str, Any]) -> list[dict[str, torch.Tensor]]:
         """ℓ_ref of each forget text, as the collator keeps it."""

@@ -31,15 +31,14 @@ class RepNoiseConfig(ErasureConfig):
     [`~trl.SFTConfig`] and [`~transformers.TrainingArguments`].
 
     Parameters:
-        alpha (`float`, *optional*, defaults to `1.0`):
-            Weight α of the ascent term. `0` skips it: no layer is read out.
-        beta (`float`, *optional*, defaults to `1e-3`):
-            Weight β of the noise term. `0` skips it: no MLP is watched.
-        faithful (`bool`, *optional*, defaults to `False`):
-            Repeat what the official code does beside the formula: the last layer is read out through the final norm
-            twice; tokens that stand at the same place of the paired forget and retain text are masked, and where such a
-            token is to predict one that is not, its logits are zeros and cost `log(vocabulary)`; the token with id 0 is
-            no label; means are over tokens instead of over texts.
+        alpha (`float`, *optional*, defaults to `1.0`): Weight α of the ascent term. `0` skips it: no layer is read
+            out.
+        beta (`float`, *optional*, defaults to `1e-3`): Weight β of the noise term. `0` skips it: no MLP is watched.
+        faithful (`bool`, *optional*, defaults to `False`): Repeat what the official code does beside the formula: the
+            last layer is read out through the final norm twice; tokens that stand at the same place of the paired
+            forget and retain text are masked, and where such a token is to predict one that is not, its logits are
+            zeros and cost `log(vocabulary)`; the token with id 0 is no label; means are over tokens instead of over
+            texts.
 
     > [!NOTE]
     > These parameters have default values different from [`~trl.SFTConfig`]:
@@ -67,8 +66,8 @@ def gaussian_mmd(source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     draws them together.
 
     Args:
-        source (`torch.Tensor`): `[samples, features]`.
-        target (`torch.Tensor`): `[samples, features]`.
+        source: `[samples, features]`.
+        target: `[samples, features]`.
 
     Returns:
         `torch.Tensor`: a scalar, in float32 or, for such samples, float64.
@@ -183,8 +182,7 @@ def sum_over_pieces(function: Callable[[torch.Tensor], torch.Tensor], pieces: Se
     """`Σ function(piece)`, with the memory of one piece at a time: gradients are made at once and all else is dropped.
 
     Args:
-        function (`Callable`): Gives a scalar.
-        pieces (`Sequence[torch.Tensor]`): Its arguments, one after the other.
+        pieces: Its arguments, one after the other.
     """
     if not torch.is_grad_enabled():
         return torch.stack([function(piece) for piece in pieces]).sum()
@@ -215,8 +213,8 @@ class RepNoiseTrainer(ErasureTrainer):
     Takes the arguments of [`~trl.SFTTrainer`] and raises what [`ErasureTrainer`] raises.
 
     Raises:
-        ValueError: if the model's layers have no `mlp`, its final norm cannot be found, or gradient checkpointing is of
-            the kind (`use_reentrant`) that hides what happens inside a layer.
+        ValueError: if the model's layers have no `mlp`, its final norm cannot be found, or gradient checkpointing is
+            of the kind (`use_reentrant`) that hides what happens inside a layer.
 
     Example:
 

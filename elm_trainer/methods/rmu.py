@@ -36,26 +36,21 @@ class RmuConfig(ErasureConfig):
     [`~trl.SFTConfig`] and [`~transformers.TrainingArguments`]. The defaults are the published ones for zephyr-7b.
 
     Parameters:
-        layer (`int`, *optional*, defaults to `7`):
-            Layer ℓ whose output is steered; no layer above it is run. The paper takes a quarter of the depth: 7 of the
-            32 layers of zephyr-7b and Mixtral, 15 of the 60 of Yi-34B.
-        layers (`list[int]`, *optional*):
-            Layers whose down projection is trained when there is no adapter. Defaults to ℓ−2, ℓ−1 and ℓ.
-        target_module (`str`, *optional*):
-            Name of the down projection within a layer, such as `"mlp.down_proj"`. Defaults to the linear module that
-            maps to the hidden size from the widest input.
-        steering_coefficient (`float`, *optional*, defaults to `6.5`):
-            Coefficient c: the norm that hidden states of forget text are steered to. The paper has 6.5 for zephyr-7b
-            and 300 for Mixtral and Yi-34B; below the norm that the layer's states have anyway, RMU hardly works.
-        adaptive (`bool`, *optional*, defaults to `False`):
-            Adaptive RMU (arXiv 2408.06223): c is `steering_scale` times the norm of the reference's state of the same
-            token, in place of `steering_coefficient`.
-        steering_scale (`float`, *optional*, defaults to `5.0`):
-            Scale s of the adaptive coefficient.
-        erase_weight (`float`, *optional*, defaults to `1.0`):
-            Weight of the erase term. A weight of 0 skips a term's work altogether.
-        retain_weight (`float`, *optional*, defaults to `1200.0`):
-            Weight α of the retain term.
+        layer (`int`, *optional*, defaults to `7`): Layer ℓ whose output is steered; no layer above it is run. The
+            paper takes a quarter of the depth: 7 of the 32 layers of zephyr-7b and Mixtral, 15 of the 60 of Yi-34B.
+        layers (`list[int]`, *optional*): Layers whose down projection is trained when there is no adapter. Defaults to
+            ℓ−2, ℓ−1 and ℓ.
+        target_module (`str`, *optional*): Name of the down projection within a layer, such as `"mlp.down_proj"`.
+            Defaults to the linear module that maps to the hidden size from the widest input.
+        steering_coefficient (`float`, *optional*, defaults to `6.5`): Coefficient c: the norm that hidden states of
+            forget text are steered to. The paper has 6.5 for zephyr-7b and 300 for Mixtral and Yi-34B; below the norm
+            that the layer's states have anyway, RMU hardly works.
+        adaptive (`bool`, *optional*, defaults to `False`): Adaptive RMU (arXiv 2408.06223): c is `steering_scale`
+            times the norm of the reference's state of the same token, in place of `steering_coefficient`.
+        steering_scale (`float`, *optional*, defaults to `5.0`): Scale s of the adaptive coefficient.
+        erase_weight (`float`, *optional*, defaults to `1.0`): Weight of the erase term. A weight of 0 skips a term's
+            work altogether.
+        retain_weight (`float`, *optional*, defaults to `1200.0`): Weight α of the retain term.
 
     > [!NOTE]
     > These parameters have default values different from [`~trl.SFTConfig`]:
@@ -97,9 +92,8 @@ def control_vectors(concepts: Iterable[str], width: int, seed: int) -> dict[str,
     """The directions u that forget states are steered to: uniform[0, 1)^d, normalized (arXiv 2403.03218, section 4).
 
     Args:
-        concepts (`Iterable[str]`): Names of the concepts.
-        width (`int`): Hidden size d.
-        seed (`int`): Seed. A concept's vector does not depend on which others there are.
+        concepts: Names of the concepts.
+        seed: Seed. A concept's vector does not depend on which others there are.
 
     Returns:
         `dict[str, torch.Tensor]`: one vector `[hidden]` of norm 1 for each concept, in float32.
@@ -117,9 +111,9 @@ def misdirection_loss(hidden: torch.Tensor, control: torch.Tensor, coefficient: 
     """`MSE(h_θ(forget), c·u)` per token (arXiv 2403.03218, forget loss of section 4).
 
     Args:
-        hidden (`torch.Tensor`): States of the trained model at layer ℓ, `[tokens, hidden]`.
-        control (`torch.Tensor`): u of each token's concept, `[tokens, hidden]`.
-        coefficient (`float` or `torch.Tensor`): c, one for all or one per token `[tokens, 1]`.
+        hidden: States of the trained model at layer ℓ, `[tokens, hidden]`.
+        control: u of each token's concept, `[tokens, hidden]`.
+        coefficient: c, one for all or one per token `[tokens, 1]`.
 
     Returns:
         `torch.Tensor`: mean squared difference over the hidden size, `[tokens]`.
@@ -131,8 +125,8 @@ def retention_loss(hidden: torch.Tensor, reference: torch.Tensor) -> torch.Tenso
     """`MSE(h_θ(retain), h_ref(retain))` per token, `[tokens]` (arXiv 2403.03218, retain loss of section 4).
 
     Args:
-        hidden (`torch.Tensor`): States of the trained model at layer ℓ, `[tokens, hidden]`.
-        reference (`torch.Tensor`): States of the reference, same shape.
+        hidden: States of the trained model at layer ℓ, `[tokens, hidden]`.
+        reference: States of the reference, same shape.
     """
     return _mean_square(hidden, reference)
 
@@ -144,8 +138,7 @@ def adaptive_coefficient(reference: torch.Tensor, scale: float) -> torch.Tensor:
     this is, gives each token its own coefficient.
 
     Args:
-        reference (`torch.Tensor`): States of the reference at layer ℓ, `[tokens, hidden]`.
-        scale (`float`): s.
+        reference: States of the reference at layer ℓ, `[tokens, hidden]`.
     """
     return scale * upcast(reference).norm(dim=-1, keepdim=True)
 
@@ -154,9 +147,9 @@ def rmu_lora(model: PreTrainedModel, args: RmuConfig, *, rank: int = 16, **optio
     """LoRA on the matrices that RMU trains.
 
     Args:
-        model ([`~transformers.PreTrainedModel`]): Model to be trained, without an adapter.
-        args ([`RmuConfig`]): Its `layers` and `target_module` say which matrices.
-        rank (`int`, *optional*, defaults to `16`): Rank, and by default alpha.
+        model: Model to be trained, without an adapter.
+        args: Its `layers` and `target_module` say which matrices.
+        rank: Rank, and by default alpha.
         options: Other fields of [`~peft.LoraConfig`].
 
     Raises:

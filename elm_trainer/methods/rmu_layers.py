@@ -23,9 +23,9 @@ def down_projections(model: nn.Module, layers: Sequence[int], target_module: str
     """The modules whose weight RMU trains, by name.
 
     Args:
-        model (`nn.Module`): Model, with or without an adapter.
-        layers (`Sequence[int]`): Layers that the model has.
-        target_module (`str`, *optional*): Name of the module in a layer.
+        model: Model, with or without an adapter.
+        layers: Layers that the model has.
+        target_module: Name of the module in a layer.
 
     Raises:
         ValueError: if a layer lacks `target_module`, or, where that is left out, none or several of its linear modules

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from ..ops import text_means
 from .base import ErasureTrainer
 from .config import ErasureConfig, check_fields
-from .forward import batch_mean, weighted_batches
 
 
 @dataclass
@@ -20,16 +19,15 @@ class SimNpoConfig(ErasureConfig):
     [`~trl.SFTConfig`] and [`~transformers.TrainingArguments`].
 
     Parameters:
-        beta (`float`, *optional*, defaults to `4.5`):
-            β, the inverse temperature. The default and that of `erase_weight` are the released ones for TOFU's forget10.
-        delta (`float`, *optional*, defaults to `0.0`):
-            Margin δ in nats per token below which a text counts as remembered (the official code's `gamma`).
-        erase_weight (`float`, *optional*, defaults to `0.125`):
-            Weight γ of the erase term. A weight of 0 skips a term's work altogether.
-        retain_weight (`float`, *optional*, defaults to `1.0`):
-            Weight α of the retain term.
-        retain_loss (`str`, *optional*, defaults to `"nll"`):
-            `"nll"` of retain text, or `"kl"` to the reference, which is then run on it at every step.
+        beta (`float`, *optional*, defaults to `4.5`): β, the inverse temperature. The default and that of
+            `erase_weight` are the released ones for TOFU's forget10.
+        delta (`float`, *optional*, defaults to `0.0`): Margin δ in nats per token below which a text counts as
+            remembered (the official code's `gamma`).
+        erase_weight (`float`, *optional*, defaults to `0.125`): Weight γ of the erase term. A weight of 0 skips a
+            term's work altogether.
+        retain_weight (`float`, *optional*, defaults to `1.0`): Weight α of the retain term.
+        retain_loss (`str`, *optional*, defaults to `"nll"`): `"nll"` of retain text, or `"kl"` to the reference, which
+            is then run on it at every step.
 
     The defaults suit texts that the model knows by heart, as in TOFU. The pull on a text is `2·σ(−β(ℓ/|y| − δ))` times
     that of ascent, next to nothing where a token costs more than a nat to begin with. For such texts take the authors'
@@ -59,9 +57,7 @@ def simnpo_loss(nll: torch.Tensor, beta: float, delta: float) -> torch.Tensor:
     The paper writes the margin outside the bracket, as `γ = β·δ`; the official code inside, as here.
 
     Args:
-        nll (`torch.Tensor`): ℓ/|y|, mean negative log-likelihood over each text's positions, `[texts]`.
-        beta (`float`): β.
-        delta (`float`): δ.
+        nll: ℓ/|y|, mean negative log-likelihood over each text's positions, `[texts]`.
     """
     return -2 / beta * F.logsigmoid(beta * (nll - delta))
 
@@ -79,16 +75,6 @@ class SimNpoTrainer(ErasureTrainer):
     _config_class = SimNpoConfig
     args: SimNpoConfig
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        weights = {"erase": self.args.erase_weight, "retain": self.args.retain_weight}
-        batches = weighted_batches(inputs, weights)
-        values = self.position_losses(model, batches, self.args.retain_loss)
-        terms = {}
-        if "erase" in values:
-            forget = batches["erase"]
-            nll = text_means(values["erase"], forget["rows"], forget["input_ids"].size(0))
-            terms["erase"] = simnpo_loss(nll, self.args.beta, self.args.delta).mean()
-        if "retain" in values:
-            terms["retain"] = batch_mean(values["retain"], batches["retain"])
-        loss = self.weigh(terms, weights)
-        return (loss, None) if return_outputs else loss
+    def erase_term(self, model, nll, batch):
+        mean_nll = text_means(nll, batch["rows"], batch["input_ids"].size(0))
+        return simnpo_loss(mean_nll, self.args.beta, self.args.delta).mean()

@@ -81,8 +81,7 @@ def precompute_targets(trainer: ErasureTrainer, plan: TargetPlan) -> RowTargets 
     given the finished folder. Processes that wait for others do so at most `ddp_timeout` seconds.
 
     Args:
-        trainer ([`ErasureTrainer`]): Trainer, before its model is wrapped.
-        plan ([`TargetPlan`]): What is kept.
+        trainer: Trainer, before its model is wrapped.
 
     Returns:
         [`RowTargets`], or `None` where the step is to make its targets itself.
@@ -303,11 +302,10 @@ class Teacher:
         """Add the adapter and fine-tune it on tokenized texts; the global random state is left as it was.
 
         Args:
-            trainer ([`ErasureTrainer`]): Trainer, whose config has `teacher_rank`, `teacher_learning_rate` and
-                `teacher_batch_size`.
-            name (`str`): Name of the adapter.
-            texts (`Sequence[list[int]]`): Token ids of the texts.
-            steps (`int`): Steps, over which the learning rate decays to 0.
+            trainer: Trainer, whose config has `teacher_rank`, `teacher_learning_rate` and `teacher_batch_size`.
+            name: Name of the adapter.
+            texts: Token ids of the texts.
+            steps: Steps, over which the learning rate decays to 0.
 
         Raises:
             ValueError: if the texts are empty (the dataset has no permuted facts).

@@ -67,8 +67,8 @@ def check_options(args: SFTConfig, arguments: Mapping[str, Any]) -> None:
     """Raise `ValueError` for what `SFTTrainer` would follow and an erasure would not.
 
     Args:
-        args (`SFTConfig`): Config of a method.
-        arguments (`Mapping[str, Any]`): Arguments of the trainer by name.
+        args: Config of a method.
+        arguments: Arguments of the trainer by name.
     """
     if args.push_to_hub and args.hub_strategy != HubStrategy.END:
         raise ValueError(
@@ -129,10 +129,10 @@ def load_given(
     """The model and its tokenizer, loaded as [`~trl.SFTTrainer`] would where they are not given.
 
     Args:
-        model (`str`, `PreTrainedModel` or `PeftModel`): Model, its folder or its id on the Hub.
-        args (`SFTConfig`): Config; `model_init_kwargs` are used up by the loading.
-        processing_class (`PreTrainedTokenizerBase`, *optional*): Tokenizer, or a processor, whose tokenizer is taken.
-        quantization_config (*optional*): See [`~trl.SFTTrainer`].
+        model: Model, its folder or its id on the Hub.
+        args: Config; `model_init_kwargs` are used up by the loading.
+        processing_class: Tokenizer, or a processor, whose tokenizer is taken.
+        quantization_config: See [`~trl.SFTTrainer`].
 
     Raises:
         ValueError: if there is no tokenizer beside the model.
@@ -235,9 +235,9 @@ def check_start(model: PeftModel, tokens: Sequence[int], base: torch.Tensor | No
     of one that [`load_erased`] would refuse.
 
     Args:
-        model (`PeftModel`): Model with its adapter, before training.
-        tokens (`Sequence[int]`): Token ids of a short text.
-        base (`torch.Tensor`, *optional*): [`base_logits`] of the model before it had an adapter.
+        model: Model with its adapter, before training.
+        tokens: Token ids of a short text.
+        base: [`base_logits`] of the model before it had an adapter.
     """
     _check_patterns(model)
     _warn_of_loading(model)
@@ -301,9 +301,9 @@ def check_reference(model: PeftModel, tokens: Sequence[int], base: torch.Tensor 
     adapter changes nothing yet.
 
     Args:
-        model (`PeftModel`): Model with its adapter, before training.
-        tokens (`Sequence[int]`): Token ids of a short text.
-        base (`torch.Tensor`, *optional*): [`few_logits`] of the base before it had an adapter.
+        model: Model with its adapter, before training.
+        tokens: Token ids of a short text.
+        base: [`few_logits`] of the base before it had an adapter.
     """
     name = model.active_adapter
     with adapter_disabled(model):
@@ -360,9 +360,8 @@ def text_limit(model: PreTrainedModel | PeftModel, max_length: int | None, conte
     """Tokens that a text may have: `max_length`, or fewer where the model has fewer positions; `None` for any number.
 
     Args:
-        model (`PreTrainedModel` or `PeftModel`): Model.
-        max_length (`int`, *optional*): What the config says.
-        context (`int`, *optional*, defaults to 0): Tokens of the longest context that is put before a text.
+        max_length: What the config says.
+        context: Tokens of the longest context that is put before a text.
 
     Raises:
         ValueError: if no text of two tokens fits.

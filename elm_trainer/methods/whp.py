@@ -18,7 +18,7 @@ from .alignment import Alignment, align_texts
 from .anchors import AnchorDictionary, load_anchors
 from .base import ErasureTrainer
 from .config import ErasureConfig, check_fields
-from .forward import batch_mean, weighted_batches
+from .forward import batch_mean
 from .targets import Teacher, place_model
 
 
@@ -38,28 +38,24 @@ class WhpConfig(ErasureConfig):
     [`~trl.SFTConfig`] and [`~transformers.TrainingArguments`].
 
     Parameters:
-        anchors (`list[str]`, *optional*):
-            Presets or YAML files of the anchor dictionaries, matched with the column `concept` by name. Defaults to the
-            presets the column names.
-        alpha (`float`, *optional*, defaults to `5.0`):
-            Strength α of what the reinforced model adds: `v_generic = v_baseline − α·ReLU(v_reinforced − v_baseline)`.
-        relu (`bool`, *optional*, defaults to `True`):
-            Whether only logits that the reinforced model raises count. `False` gives the paper's linear variant.
-        erase_weight (`float`, *optional*, defaults to `1.0`):
-            Weight of the erase term. A weight of 0 skips a term's work in the step.
-        retain_weight (`float`, *optional*, defaults to `0.0`):
-            Weight of the retain term. The paper has none.
-        retain_loss (`str`, *optional*, defaults to `"nll"`):
-            `"nll"` of retain text, or `"kl"` to the reference, which is then run on it at every step.
-        reinforced_steps (`int`, *optional*, defaults to `100`):
-            Steps for which the throw-away reinforced adapter is fine-tuned on the forget texts. `0` takes the baseline
-            in its place: the labels come from the translation alone.
-        teacher_learning_rate (`float`, *optional*, defaults to `1e-3`):
-            Learning rate of the reinforced adapter, decaying to 0.
-        teacher_rank (`int`, *optional*, defaults to `16`):
-            Rank of the reinforced adapter.
-        teacher_batch_size (`int`, *optional*, defaults to `8`):
-            Texts per step of the reinforced adapter.
+        anchors (`list[str]`, *optional*): Presets or YAML files of the anchor dictionaries, matched with the column
+            `concept` by name. Defaults to the presets the column names.
+        alpha (`float`, *optional*, defaults to `5.0`): Strength α of what the reinforced model adds: `v_generic =
+            v_baseline − α·ReLU(v_reinforced − v_baseline)`.
+        relu (`bool`, *optional*, defaults to `True`): Whether only logits that the reinforced model raises count.
+            `False` gives the paper's linear variant.
+        erase_weight (`float`, *optional*, defaults to `1.0`): Weight of the erase term. A weight of 0 skips a term's
+            work in the step.
+        retain_weight (`float`, *optional*, defaults to `0.0`): Weight of the retain term. The paper has none.
+        retain_loss (`str`, *optional*, defaults to `"nll"`): `"nll"` of retain text, or `"kl"` to the reference, which
+            is then run on it at every step.
+        reinforced_steps (`int`, *optional*, defaults to `100`): Steps for which the throw-away reinforced adapter is
+            fine-tuned on the forget texts. `0` takes the baseline in its place: the labels come from the translation
+            alone.
+        teacher_learning_rate (`float`, *optional*, defaults to `1e-3`): Learning rate of the reinforced adapter,
+            decaying to 0.
+        teacher_rank (`int`, *optional*, defaults to `16`): Rank of the reinforced adapter.
+        teacher_batch_size (`int`, *optional*, defaults to `8`): Texts per step of the reinforced adapter.
 
     > [!NOTE]
     > These parameters have default values different from [`~trl.SFTConfig`]:
@@ -97,11 +93,10 @@ def generic_logits(
     """`v_generic = v_baseline − α·ReLU(v_reinforced − v_baseline)` on raw logits (arXiv 2310.02238, eq. 1).
 
     Args:
-        baseline (`torch.Tensor`): Logits of the baseline on the translated text, `[positions, vocab]`.
-        reinforced (`torch.Tensor`): Logits of the reinforced model on the text itself, `[positions, vocab]`.
-        alpha (`float`): Strength α.
-        relu (`bool`, *optional*, defaults to `True`): `False` leaves the ReLU out: the linear form the paper starts
-            from, which is ELM's target with η=α, the baseline as novice and the reinforced model as expert.
+        baseline: Logits of the baseline on the translated text, `[positions, vocab]`.
+        reinforced: Logits of the reinforced model on the text itself, `[positions, vocab]`.
+        relu: `False` leaves the ReLU out: the linear form the paper starts from, which is ELM's target with η=α, the
+            baseline as novice and the reinforced model as expert.
     """
     offset = reinforced - baseline
     return baseline - alpha * (offset.relu() if relu else offset)
@@ -118,12 +113,11 @@ def generic_labels(
     """Most probable tokens under [`generic_logits`] (arXiv 2310.02238, §2.4), `[positions]`.
 
     Args:
-        baseline (`torch.Tensor`): See [`generic_logits`].
-        reinforced (`torch.Tensor`): See [`generic_logits`].
-        alpha (`float`): Strength α.
-        relu (`bool`, *optional*, defaults to `True`): See [`generic_logits`].
-        spent (`Sequence[tuple[int, int]]`, *optional*): Positions and tokens whose baseline logit is lowered to the mean
-            of its position: the translations of anchors that were named before (§2.2; the amount is the authors' code's).
+        baseline: See [`generic_logits`].
+        reinforced: See [`generic_logits`].
+        relu: See [`generic_logits`].
+        spent: Positions and tokens whose baseline logit is lowered to the mean of its position: the translations of
+            anchors that were named before (§2.2; the amount is the authors' code's).
     """
     places = torch.tensor(spent, dtype=torch.long, device=baseline.device).reshape(-1, 2)
     baseline = baseline.float()
@@ -186,8 +180,7 @@ class WhpTrainer(ErasureTrainer):
     Takes the arguments of [`~trl.SFTTrainer`] and raises what [`ErasureTrainer`] and [`align_texts`] raise.
 
     Args:
-        anchors (`Sequence[AnchorDictionary]`, *optional*):
-            Dictionaries in place of those that `args.anchors` names.
+        anchors (`Sequence[AnchorDictionary]`, *optional*): Dictionaries in place of those that `args.anchors` names.
 
     Example:
 
@@ -309,14 +302,8 @@ class WhpTrainer(ErasureTrainer):
         own = [(row - where.start, token) for row, token in spent if 0 <= row - where.start < len(baseline)]
         return generic_labels(baseline, strong, alpha=self.args.alpha, relu=self.args.relu, spent=own)
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        weights = {"erase": self.args.erase_weight, "retain": self.args.retain_weight}
-        batches = weighted_batches(inputs, weights)
-        # The labels of the forget batch are the generic ones.
-        values = self.position_losses(model, batches, self.args.retain_loss)
-        terms = {term: batch_mean(value, batches[term]) for term, value in values.items()}
-        loss = self.weigh(terms, weights)
-        return (loss, None) if return_outputs else loss
+    def erase_term(self, model, nll, batch):
+        return batch_mean(nll, batch)  # the labels of the forget batch are the generic ones
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()

@@ -96,12 +96,11 @@ def read_positions(
     trained, chunks are computed again in the backward instead.
 
     Args:
-        head (`nn.Module`): Output embeddings of the model.
-        final (`FinalLogits`): What the model does to their output.
-        reading (`Reading`): See above.
-        states (`torch.Tensor`): What enters the head, `[positions, hidden]`.
-        further (`Sequence[torch.Tensor]`, *optional*): Further states of the same shape, which get no gradient.
-        vocabulary (`int`): Size of the head's output, by which the size of a chunk goes.
+        head: Output embeddings of the model.
+        final: What the model does to their output.
+        states: What enters the head, `[positions, hidden]`.
+        further: Further states of the same shape, which get no gradient.
+        vocabulary: Size of the head's output, by which the size of a chunk goes.
 
     Returns:
         What the reading gives, for all positions: `[positions]`, or without gradients a tuple of `[positions, ...]`.
@@ -157,8 +156,8 @@ class Plan:
         further (`Sequence[torch.Tensor]`, *optional*): Further states, `[positions, hidden]` each.
         beside (`Sequence[torch.Tensor]`, *optional*): Flat indices `row * seq + column` of other positions of the same
             forward, `[positions]` each, whose states are read as further ones.
-        states (`bool`): Whether what enters the head, `[positions, hidden]`, is wanted after the tuple that the reading
-            gives, which is without gradients then.
+        states (`bool`): Whether what enters the head, `[positions, hidden]`, is wanted after the tuple that the
+            reading gives, which is without gradients then.
     """
 
     count: int

@@ -13,9 +13,8 @@ def text_mean(values: torch.Tensor, text: torch.Tensor, texts: int) -> torch.Ten
     Unlike a mean over tokens it does not depend on how texts are split over batches, accumulation steps or processes.
 
     Args:
-        values (`torch.Tensor`): One value per position, `[positions]`.
-        text (`torch.Tensor`): Which text each position belongs to, `[positions]`.
-        texts (`int`): Number of texts.
+        values: One value per position, `[positions]`.
+        text: Which text each position belongs to, `[positions]`.
     """
     return text_means(values, text, texts).mean()
 
@@ -35,9 +34,9 @@ def position_weights(values: torch.Tensor, text: torch.Tensor, texts: int, share
     """Weights of the positions in the erase term, `[positions]`, whose mean over each text is 1.
 
     Args:
-        values (`torch.Tensor`): [`disagreement`] of expert and novice, `[positions]`.
+        values: [`disagreement`] of expert and novice, `[positions]`.
         text, texts: As of [`text_mean`].
-        share (`float`): Share of a text's weight that is spread in proportion to `values`; the rest is spread evenly.
+        share: Share of a text's weight that is spread in proportion to `values`; the rest is spread evenly.
     """
     return (1 - share) + share * values / text_means(values, text, texts)[text]
 
@@ -63,7 +62,7 @@ def plausible_tokens(base: torch.Tensor, novice: torch.Tensor, plausibility: flo
 
     Args:
         base, novice (`torch.Tensor`): Log-probabilities of reference and novice, `[positions, vocab]`.
-        plausibility (`float`): Share of the largest probability below which a token is dropped; `0` keeps all.
+        plausibility: Share of the largest probability below which a token is dropped; `0` keeps all.
 
     Returns:
         `torch.Tensor`: Boolean mask `[positions, vocab]` of tokens whose probability under the even mixture of `base`
@@ -91,10 +90,10 @@ def erasure_target(
     Args:
         base_logits, expert_logits, novice_logits (`torch.Tensor`): Reference without context, expert and novice at the
             same positions, `[positions, vocab]`.
-        eta (`float` or `torch.Tensor`): Strength, one for all or one per position `[positions]`.
-        temperature (`float`, *optional*, defaults to `1.0`): τ, dividing all three logits.
-        top_k (`int`, *optional*): Tokens kept per position; `None` keeps the vocabulary.
-        plausibility (`float`, *optional*, defaults to `0.0`): See [`plausible_tokens`].
+        eta: Strength, one for all or one per position `[positions]`.
+        temperature: τ, dividing all three logits.
+        top_k: Tokens kept per position; `None` keeps the vocabulary.
+        plausibility: See [`plausible_tokens`].
 
     Returns:
         [`SparseDistribution`]: softmax over the kept tokens; tokens that are not plausible have probability 0.
@@ -135,7 +134,7 @@ class LogTarget(NamedTuple):
         other tokens are off by up to 2e-6 in all, and their logarithms by as much divided by what is left.
 
         Args:
-            reference (`torch.Tensor`): Logits of the reference, `[positions, vocab]`.
+            reference: Logits of the reference, `[positions, vocab]`.
         """
         others = reference.float().scatter(-1, self.indices, -torch.inf).log_softmax(-1)
         left = torch.log1p(-self.log_probs.exp().sum(-1, keepdim=True).clamp(max=1 - 1e-6))
@@ -166,10 +165,9 @@ def log_space_target(
 
     Args:
         base_logits, expert_logits, novice_logits (`torch.Tensor`): As of [`erasure_target`], `[positions, vocab]`.
-        eta (`float` or `torch.Tensor`): Strength, one for all or one per position `[positions]`.
-        tokens (`int`): Tokens at which the equation is taken.
-        floor (`float`, *optional*, defaults to `-16.0`): Log-probability in nats below which a token of both expert and
-            novice is noise, and never chosen.
+        eta: Strength, one for all or one per position `[positions]`.
+        tokens: Tokens at which the equation is taken.
+        floor: Log-probability in nats below which a token of both expert and novice is noise, and never chosen.
 
     Returns:
         [`LogTarget`]: the chosen tokens with their log-probabilities, after normalization.
@@ -214,8 +212,8 @@ def ramped_eta(positions: torch.Tensor, lengths: torch.Tensor, start: float, end
     """η of the released code: linear from `start` at a text's first token to `end` at its last.
 
     Args:
-        positions (`torch.Tensor`): Index of each token within its text, any shape.
-        lengths (`torch.Tensor`): Number of tokens of that text, same shape.
+        positions: Index of each token within its text, any shape.
+        lengths: Number of tokens of that text, same shape.
         start, end (`float`): η of the first and of the last token.
     """
     return start + (end - start) * positions / (lengths - 1).clamp(min=1)
