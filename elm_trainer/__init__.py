@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 
 _EXPORTS = {
     "BaseModel": ".hub.info",
+    "CardDetails": ".hub.publish",
     "Concept": ".concept",
     "ConceptSources": ".data.dataset",
     "ElmConfig": ".methods.elm",
@@ -23,6 +24,7 @@ _EXPORTS = {
     "NonFiniteLossError": ".methods.base",
     "NpoConfig": ".methods.npo",
     "NpoTrainer": ".methods.npo",
+    "PublishOptions": ".hub.publish",
     "RepNoiseConfig": ".methods.repnoise",
     "RepNoiseTrainer": ".methods.repnoise",
     "RmuConfig": ".methods.rmu",
@@ -67,7 +69,7 @@ if TYPE_CHECKING:
     from .hub.combine import merge_erased, stack_erasures
     from .hub.info import BaseModel
     from .hub.load import load_erased
-    from .hub.publish import publish_adapter
+    from .hub.publish import CardDetails, PublishOptions, publish_adapter
     from .hub.publish_dataset import publish_dataset
     from .methods.anchors import counterfactuals
     from .methods.base import ErasureTrainer, NonFiniteLossError

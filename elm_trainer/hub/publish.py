@@ -3,13 +3,13 @@
 import re
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self, TypeVar
 
-import torch
 from huggingface_hub import HfApi
 from huggingface_hub.utils import validate_repo_id
 from peft import PeftModel
@@ -20,24 +20,102 @@ from ..data.questions import BANKS, Question, load_bank
 from ..data.sources import load_texts
 from ..evaluation.report import model_fingerprint, read_report
 from ..fingerprint import base_fingerprint
-from ..modeling import evaluating, load_model_and_tokenizer
+from ..modeling import load_model_and_tokenizer
 from .card import make_card, validate_card
 from .card_text import PICTURES
 from .commit import Publication, check_options, commit_folder, open_repository, read_text
-from .errors import BaseMismatchError, ReloadError, named_errors, patience, retried
-from .info import ADAPTER_WEIGHTS, CARD, PUBLISHED_FILES, BaseModel, Probe, check_base, make_probes
+from .errors import BaseMismatchError, named_errors, patience, retried
+from .info import CARD, PUBLISHED_FILES, BaseModel, check_base, make_probes
 from .passages import without_template
 from .persons import machine_names, names_in
 from .published_report import mask_samples
-from .safety import check_names, check_tensors
+from .safety import check_names
 from .scan import check_allowed, raise_findings, scan_folder
-from .stage import Staged, stage_adapter
+from .stage import check_reload, stage_adapter
 
 
 logger = logging.get_logger(__name__)
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_ADAPTER_NAME = "staged"
+
+
+class _Group:
+    @classmethod
+    def pop_from(cls, keywords: dict[str, Any]) -> Self:
+        """Settings from those of `keywords` that are fields, which are taken out of there."""
+        names = [field.name for field in fields(cls) if field.name in keywords]  # type: ignore[arg-type]
+        return cls(**{name: keywords.pop(name) for name in names})
+
+
+@dataclass(frozen=True)
+class CardDetails(_Group):
+    """What the card and `erasure.json` say of an adapter beside its report.
+
+    Args:
+        base_model (`str`, *optional*): Hub id of the base. Needed where the model was not loaded from the Hub.
+        base_revision (`str`, *optional*): Commit or branch of the base; the newest commit by default.
+        gguf_file (`str`, *optional*): File of the base's repository, where the base is a GGUF file.
+        license (`str`, *optional*): License of the adapter. By default that of the base.
+        method (`str`, *optional*): Name of the trainer. By default read from `erasure_run.json` beside the adapter.
+    """
+
+    base_model: str | None = None
+    base_revision: str | None = None
+    gguf_file: str | None = None
+    license: str | None = None
+    method: str | None = None
+
+
+@dataclass(frozen=True)
+class PublishOptions(_Group):
+    """Where and how a folder is published.
+
+    Args:
+        private (`bool`, *optional*): Whether the repository must be private. `None`: a new one is private, an existing
+            one stays as it is.
+        revision (`str`, *optional*): Branch; `main` by default.
+        create_pr (`bool`, *optional*, defaults to `False`): Whether to open a pull request instead of committing.
+        tag (`str`, *optional*): Tag of the commit.
+        commit_message (`str`, *optional*): First line of the commit's message.
+        allow (`Mapping[str, str]`, *optional*): Reason why a finding of the scan may be published, by the finding's
+            id. The reasons are logged, and those of an adapter go up in `erasure.json`.
+        dry_run (`bool`, *optional*, defaults to `False`): Whether to stop before anything is sent. The folder is left
+            in `staging_dir`; neither the repository nor, with `license` and a commit as `base_revision`, the base's is
+            looked at.
+        staging_dir (`str` or `Path`, *optional*): Where the folder is staged and kept; a temporary one by default.
+            What a person wrote into a `README.md` in it goes up where the repository has none of its own.
+
+    Raises:
+        ValueError: for options that do not go together.
+    """
+
+    private: bool | None = None
+    revision: str | None = None
+    create_pr: bool = False
+    tag: str | None = None
+    commit_message: str | None = None
+    allow: Mapping[str, str] | None = None
+    dry_run: bool = False
+    staging_dir: str | Path | None = None
+
+    def __post_init__(self):
+        check_options(tag=self.tag, create_pr=self.create_pr, dry_run=self.dry_run, staging_dir=self.staging_dir)
+
+
+Group = TypeVar("Group", CardDetails, PublishOptions)
+
+
+def with_keywords(group: Group, keywords: dict[str, Any]) -> Group:
+    """A group of settings with those of its fields that stand in `keywords`, which are taken out of there."""
+    own = {field.name: keywords.pop(field.name) for field in fields(group) if field.name in keywords}
+    if own:
+        warnings.warn(
+            f"{', '.join(f'`{name}`' for name in own)} as arguments of their own are deprecated, and go with the next "
+            f"release: pass them as `{type(group).__name__}({', '.join(f'{name}=…' for name in own)})`.",
+            DeprecationWarning,
+            stacklevel=3,
+        )
+    return replace(group, **own)
 
 
 def publish_adapter(
@@ -48,22 +126,12 @@ def publish_adapter(
     attacks: str | Path | Mapping[str, Any] | None = None,
     model: str | PreTrainedModel | PeftModel | None = None,
     processing_class: PreTrainedTokenizerBase | None = None,
-    base_model: str | None = None,
-    base_revision: str | None = None,
-    gguf_file: str | None = None,
-    license: str | None = None,
-    method: str | None = None,
     forget: Sequence[str] | None = None,
     questions: Sequence[Question] | None = None,
-    private: bool | None = None,
-    revision: str | None = None,
-    create_pr: bool = False,
-    tag: str | None = None,
-    commit_message: str = "Publish the erased adapter",
-    allow: Mapping[str, str] | None = None,
-    dry_run: bool = False,
-    staging_dir: str | Path | None = None,
+    details: CardDetails | None = None,
+    options: PublishOptions | None = None,
     api: HfApi | None = None,
+    **keywords: Any,
 ) -> Publication:
     """Publish an adapter with its report and card, and with nothing else.
 
@@ -80,29 +148,14 @@ def publish_adapter(
             itself. Loaded from the report's recipe by default.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*): Tokenizer; needed where `model` is
             not a name.
-        base_model (`str`, *optional*): Hub id of the base. Needed where the model was not loaded from the Hub.
-        base_revision (`str`, *optional*): Commit or branch of the base; the newest commit by default.
-        gguf_file (`str`, *optional*): File of the base's repository, where the base is a GGUF file.
-        license (`str`, *optional*): License of the adapter. By default that of the base.
-        method (`str`, *optional*): Name of the trainer. By default read from `erasure_run.json` beside the adapter.
         forget (`Sequence[str]`, *optional*): Forget texts, which must not go up. Read from the sources of the report's
             recipe by default.
         questions (`Sequence[Question]`, *optional*): Questions whose answers must not go up. By default the built-in
             ones of the erased concepts.
-        private (`bool`, *optional*): Whether the repository must be private. `None`: a new one is private, an existing
-            one stays as it is.
-        revision (`str`, *optional*): Branch; `main` by default.
-        create_pr (`bool`, *optional*, defaults to `False`): Whether to open a pull request instead of committing.
-        tag (`str`, *optional*): Tag of the commit.
-        commit_message (`str`, *optional*): First line of the commit's message.
-        allow (`Mapping[str, str]`, *optional*): Reason why a finding of the scan may be published, by the finding's
-            id. The reasons are logged, and go up in `erasure.json`.
-        dry_run (`bool`, *optional*, defaults to `False`): Whether to stop before anything is sent. The folder is left
-            in `staging_dir`; neither the repository nor, with `license` and a commit as `base_revision`, the base's is
-            looked at.
-        staging_dir (`str` or `Path`, *optional*): Where the folder is staged and kept; a temporary one by default.
-            What a person wrote into a `README.md` in it goes up where the repository has none of its own.
+        details ([`CardDetails`], *optional*): Base, license and method, where the adapter and its report do not say.
+        options ([`PublishOptions`], *optional*): Where and how the folder goes up.
         api (`HfApi`, *optional*): Client with endpoint and token. By default the environment's.
+        keywords: Fields of `details` and `options` as arguments of their own, which is deprecated.
 
     Returns:
         [`Publication`]: commit, address, and the seconds of each step.
@@ -117,15 +170,19 @@ def publish_adapter(
         NotSignedInError, PermissionDeniedError, ConflictError, UploadError: what the Hub or the network refused.
     """
     validate_repo_id(repo_id)
-    check_options(tag=tag, create_pr=create_pr, dry_run=dry_run, staging_dir=staging_dir)
-    check_allowed(allow or {})
+    details = with_keywords(details or CardDetails(), keywords)
+    options = with_keywords(options or PublishOptions(), keywords)
+    if keywords:
+        raise TypeError(f"`publish_adapter` has no argument `{next(iter(keywords))}`.")
+    allow, staging_dir = options.allow or {}, options.staging_dir
+    check_allowed(allow)
     api = api or HfApi()
     report = report if isinstance(report, Mapping) else read_report(report)
     if attacks is not None and not isinstance(attacks, Mapping):
         attacks = read_report(attacks, "attacks")
     texts = _forget_texts(report) if forget is None else list(forget)
     asked = _questions(report) if questions is None else list(questions)
-    if "/" not in repo_id and not dry_run:
+    if "/" not in repo_id and not options.dry_run:
         with patience(), named_errors(repo_id, f"Publishing {repo_id}"):
             repo_id = f"{retried(api.whoami)['name']}/{repo_id}"
     seconds: dict[str, float] = {}
@@ -139,12 +196,12 @@ def publish_adapter(
                     f"The report measured a base with the hash {report['reference_sha256'][:12]}, but `model` has "
                     f"{found[:12]}: pass the model that was measured, in the same dtype, or measure again."
                 )
-            base = _find_base(api, erased, base_model, base_revision, gguf_file, license)
+            base = _find_base(api, erased, details)
             forget_texts = list(without_template(texts, tokenizer))
             names = machine_names(public=names_in(repo_id, base.id))
             report, whole = mask_samples(report, forget=forget_texts, names=names)
             probes = make_probes(erased, tokenizer, {**report, "samples": whole})
-            hub_tokenizer = tokenizer if dry_run else _check_hub_base(erased, base, api.token)
+            hub_tokenizer = tokenizer if options.dry_run else _check_hub_base(erased, base, api.token)
         with _lap(seconds, "stage"):
             if staging_dir is None:
                 staging_dir = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "adapter"
@@ -156,12 +213,12 @@ def publish_adapter(
                 attacks=attacks,
                 verification=probes,
                 base_tokenizer=hub_tokenizer,
-                method=method,
+                method=details.method,
                 questions=asked,
                 allowed=allow,
             )
         with _lap(seconds, "reload"):
-            _check_reload(erased, tokenizer, staged, probes)
+            check_reload(erased, tokenizer, staged, probes)
         card_file = staged.folder / CARD
 
         def write_card(current: str | None) -> None:
@@ -173,10 +230,10 @@ def publish_adapter(
 
         with _lap(seconds, "scan"):
             write_card(card_file.read_text(encoding="utf-8") if card_file.exists() else None)
-        if dry_run:
+        if options.dry_run:
             return Publication(repo_id, None, f"{api.endpoint}/{repo_id}", changed=False, seconds=seconds)
         with _lap(seconds, "transfer"):
-            target = open_repository(api, repo_id, private=private, revision=revision)
+            target = open_repository(api, repo_id, private=options.private, revision=options.revision)
             check_names(target.files, repo_id)  # `load_erased` would refuse what lies there already
             current = read_text(api, target, CARD)
         if current is not None:
@@ -184,19 +241,19 @@ def publish_adapter(
                 write_card(current)  # what a person wrote into the card on the Hub stays
         with _lap(seconds, "transfer"):
             publication = commit_folder(
-                api, target, staged.folder, message=commit_message, owned=PUBLISHED_FILES, create_pr=create_pr, tag=tag
+                api,
+                target,
+                staged.folder,
+                message=options.commit_message or "Publish the erased adapter",
+                owned=PUBLISHED_FILES,
+                create_pr=options.create_pr,
+                tag=options.tag,
             )
     return replace(publication, seconds=seconds)
 
 
-def _find_base(
-    api: HfApi,
-    erased: PeftModel,
-    base_model: str | None,
-    base_revision: str | None,
-    gguf_file: str | None,
-    license: str | None,
-) -> BaseModel:
+def _find_base(api: HfApi, erased: PeftModel, details: CardDetails) -> BaseModel:
+    base_model, base_revision, license = details.base_model, details.base_revision, details.license
     loaded = erased.get_base_model().config._name_or_path
     if base_model is None:
         if not _HUB_ID.fullmatch(loaded) or Path(loaded).exists():
@@ -213,7 +270,7 @@ def _find_base(
         if license is None:
             raise ValueError(f"`license` is None, and {base_model} states none: say under which the adapter goes.")
     assert base_revision is not None
-    return BaseModel(base_model, base_revision, base_fingerprint(erased), license, gguf_file)
+    return BaseModel(base_model, base_revision, base_fingerprint(erased), license, details.gguf_file)
 
 
 def _check_hub_base(erased: PeftModel, base: BaseModel, token: str | bool | None) -> PreTrainedTokenizerBase:
@@ -261,32 +318,6 @@ def _erased_model(
         yield erased, processing_class
     finally:
         erased.unload()  # the caller's base is left without the adapter
-
-
-def _check_reload(
-    erased: PeftModel, tokenizer: PreTrainedTokenizerBase, staged: Staged, probes: Sequence[Probe]
-) -> None:
-    """Raise `ReloadError` unless the staged adapter gives the logits of the one at hand, bit for bit."""
-    check_tensors(staged.folder / ADAPTER_WEIGHTS, staged.config, erased.get_base_model())
-    texts = ["Once upon a time there was a town.", *(probe.prompt + probe.answer for probe in probes[:3])]
-    batches = [tokenizer(text, return_tensors="pt").to(erased.device) for text in texts]
-    active = erased.active_adapter
-    with evaluating(erased), torch.inference_mode():
-        before = [erased(**batch).logits for batch in batches]
-        erased.load_adapter(str(staged.folder), _ADAPTER_NAME)
-        try:
-            erased.set_adapter(_ADAPTER_NAME)
-            differences = [
-                (erased(**batch).logits - logits).abs().max() for batch, logits in zip(batches, before, strict=True)
-            ]
-        finally:
-            erased.set_adapter(active)
-            erased.delete_adapter(_ADAPTER_NAME)
-    if largest := max(difference.item() for difference in differences):
-        raise ReloadError(
-            f"The staged adapter gives other logits than the one to be published (by up to {largest:.3g}): the folder "
-            "named by `adapter` is not what `model` carries; save it again."
-        )
 
 
 def _forget_texts(report: Mapping[str, Any]) -> list[str]:

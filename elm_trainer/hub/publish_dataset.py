@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import DatasetCard, DatasetCardData, HfApi
 from huggingface_hub.utils import validate_repo_id, yaml_dump
@@ -13,9 +14,10 @@ from huggingface_hub.utils import validate_repo_id, yaml_dump
 from ..files import write_text
 from ..synthesis import SynthesisConfig, SynthesisResult
 from .card import CONCEPT_TAG, TAG, TASK, check_commit, check_id, keep_written, record
-from .commit import Publication, check_options, commit_folder, open_repository, read_text
+from .commit import Publication, commit_folder, open_repository, read_text
 from .info import CARD, BaseModel
 from .persons import machine_names, names_in
+from .publish import PublishOptions, with_keywords
 from .scan import raise_findings, scan_folder
 from .untrusted import code, fenced, inline, plain, table
 
@@ -109,15 +111,9 @@ def publish_dataset(
     config: SynthesisConfig,
     model: BaseModel,
     forget: Sequence[str] = (),
-    private: bool | None = None,
-    revision: str | None = None,
-    create_pr: bool = False,
-    tag: str | None = None,
-    commit_message: str = "Publish synthetic pairs",
-    allow: Mapping[str, str] | None = None,
-    dry_run: bool = False,
-    staging_dir: str | Path | None = None,
+    options: PublishOptions | None = None,
     api: HfApi | None = None,
+    **keywords: Any,
 ) -> Publication:
     """Publish the synthetic pairs of one or more concepts as a dataset.
 
@@ -130,8 +126,9 @@ def publish_dataset(
         config ([`SynthesisConfig`]): Settings that the pairs were made with.
         model ([`BaseModel`]): The model that wrote them; the data set inherits its license.
         forget (`Sequence[str]`, *optional*): Forget texts, whose passages must not go up.
-        allow (`Mapping[str, str]`, *optional*): Reason why a finding of the scan may be published, by the finding's id.
-        private, revision, create_pr, tag, commit_message, dry_run, staging_dir, api: As in [`publish_adapter`].
+        options ([`PublishOptions`], *optional*): Where and how the data set goes up.
+        api (`HfApi`, *optional*): Client with endpoint and token. By default the environment's.
+        keywords: Fields of `options` as arguments of their own, which is deprecated.
 
     Raises:
         ValueError: if there are no pairs, or a name, branch or tag can't be.
@@ -139,17 +136,19 @@ def publish_dataset(
         NotSignedInError, PermissionDeniedError, ConflictError, UploadError: what the Hub or the network refused.
     """
     validate_repo_id(repo_id)
-    check_options(tag=tag, create_pr=create_pr, dry_run=dry_run, staging_dir=staging_dir)
+    options = with_keywords(options or PublishOptions(), keywords)
+    if keywords:
+        raise TypeError(f"`publish_dataset` has no argument `{next(iter(keywords))}`.")
     names = machine_names(public=names_in(repo_id, model.id))
     api = api or HfApi()
     with ExitStack() as stack:
-        folder = Path(staging_dir or stack.enter_context(tempfile.TemporaryDirectory()))
+        folder = Path(options.staging_dir or stack.enter_context(tempfile.TemporaryDirectory()))
         folder.mkdir(parents=True, exist_ok=True)
         card = folder / CARD
 
         def write(current: str | None) -> None:
             make_dataset_card(results, config, model, repo_id, current=current).save(card)
-            raise_findings(scan_folder(folder, forget=forget, names=names, allowed={PAIRS, CARD}), allow)
+            raise_findings(scan_folder(folder, forget=forget, names=names, allowed={PAIRS, CARD}), options.allow)
 
         rows = (
             {"concept": concept, "prompt": prompt, "completion": completion}
@@ -158,11 +157,12 @@ def publish_dataset(
         )
         write_text(folder / PAIRS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         write(card.read_text(encoding="utf-8") if card.exists() else None)
-        if dry_run:
+        if options.dry_run:
             return Publication(repo_id, None, f"{api.endpoint}/datasets/{repo_id}", changed=False)
-        target = open_repository(api, repo_id, repo_type="dataset", private=private, revision=revision)
+        target = open_repository(api, repo_id, repo_type="dataset", private=options.private, revision=options.revision)
         if (current := read_text(api, target, CARD)) is not None:
             write(current)
+        message = options.commit_message or "Publish synthetic pairs"
         return commit_folder(
-            api, target, folder, message=commit_message, owned={PAIRS, CARD}, create_pr=create_pr, tag=tag
+            api, target, folder, message=message, owned={PAIRS, CARD}, create_pr=options.create_pr, tag=options.tag
         )

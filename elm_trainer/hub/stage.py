@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from safetensors import SafetensorError
 from safetensors.torch import load, save
@@ -22,7 +22,8 @@ from ..data.questions import Question
 from ..evaluation.plots import plot_inside, plot_report
 from ..evaluation.report import adapter_fingerprint
 from ..files import RUN_FILE, file_sha256, write_json
-from .errors import UnsafeAdapterError
+from ..modeling import evaluating
+from .errors import ReloadError, UnsafeAdapterError
 from .info import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -38,10 +39,11 @@ from .info import (
     Probe,
 )
 from .published_report import published_report
-from .safety import check_folder
+from .safety import check_folder, check_tensors
 
 
 logger = logging.get_logger(__name__)
+_ADAPTER_NAME = "staged"  # while it is compared with the one at hand
 
 
 class Staged(NamedTuple):
@@ -143,6 +145,32 @@ def stage_adapter(
             shutil.copyfile(output / CARD, staged / CARD)
         _move_into_place(staged, output, Path(scratch) / "replaced")
     return Staged(output, config, published)
+
+
+def check_reload(
+    erased: PeftModel, tokenizer: PreTrainedTokenizerBase, staged: Staged, probes: Sequence[Probe]
+) -> None:
+    """Raise `ReloadError` unless the staged adapter gives the logits of the one at hand, bit for bit."""
+    check_tensors(staged.folder / ADAPTER_WEIGHTS, staged.config, erased.get_base_model())
+    texts = ["Once upon a time there was a town.", *(probe.prompt + probe.answer for probe in probes[:3])]
+    batches = [tokenizer(text, return_tensors="pt").to(erased.device) for text in texts]
+    active = erased.active_adapter
+    with evaluating(erased), torch.inference_mode():
+        before = [erased(**batch).logits for batch in batches]
+        erased.load_adapter(str(staged.folder), _ADAPTER_NAME)
+        try:
+            erased.set_adapter(_ADAPTER_NAME)
+            differences = [
+                (erased(**batch).logits - logits).abs().max() for batch, logits in zip(batches, before, strict=True)
+            ]
+        finally:
+            erased.set_adapter(active)
+            erased.delete_adapter(_ADAPTER_NAME)
+    if largest := max(difference.item() for difference in differences):
+        raise ReloadError(
+            f"The staged adapter gives other logits than the one to be published (by up to {largest:.3g}): the folder "
+            "named by `adapter` is not what `model` carries; save it again."
+        )
 
 
 def _check_output(output: Path, adapter: Path) -> None:

@@ -326,8 +326,8 @@ class ErasureTrainer(SFTTrainer):
             commit_message (`str`, *optional*): First line of the commit's message.
             blocking (`bool`, *optional*, defaults to `True`): Must be `True`: what is published is checked first.
             token, revision (`str`, *optional*): Token and branch; `hub_token` and `hub_revision` by default.
-            private (`bool`, *optional*): See [`publish_adapter`].
-            options: Any other argument of [`publish_adapter`], such as `report`, `base_model` or `dry_run`.
+            private (`bool`, *optional*): See [`PublishOptions`].
+            options: Any other argument of [`publish_adapter`], or field of its [`CardDetails`] and [`PublishOptions`].
 
         Returns:
             [`Publication`], or `None` on processes other than the first.
@@ -348,6 +348,8 @@ class ErasureTrainer(SFTTrainer):
         self.save_model(str(output / "adapter"))
         if not self.is_world_process_zero():
             return None
+        private = self.args.hub_private_repo if private is None else private
+        options |= dict(private=private, revision=revision or self.args.hub_revision, commit_message=commit_message)
         return elm_trainer.publish_adapter(
             output / "adapter",
             self.args.hub_model_id or output.resolve().name,
@@ -355,10 +357,8 @@ class ErasureTrainer(SFTTrainer):
             attacks=None if isinstance(attacks, Path) and not attacks.exists() else attacks,
             model=self.accelerator.unwrap_model(self.model),
             processing_class=self.processing_class,
-            method=type(self).__name__,
-            private=self.args.hub_private_repo if private is None else private,
-            revision=revision or self.args.hub_revision,
-            commit_message=commit_message,
+            details=replace(elm_trainer.CardDetails.pop_from(options), method=type(self).__name__),
+            options=elm_trainer.PublishOptions.pop_from(options),
             api=HfApi(token=token or self.args.hub_token),
             **options,
         )
@@ -395,6 +395,5 @@ class ErasureTrainer(SFTTrainer):
     def _save_checkpoint(self, model, trial):
         # Nothing is saved after a loss that was not finite, even between two logs.
         self._mean_terms("train")
-        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        with saving_checkpoint(self, folder):
+        with saving_checkpoint(self, Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"):
             super()._save_checkpoint(model, trial)

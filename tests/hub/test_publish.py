@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM
 from elm_trainer import ElmConfig, ElmTrainer
 from elm_trainer.hub.errors import BaseMismatchError, ReloadError, ScanError, UnsafeAdapterError
 from elm_trainer.hub.info import PUBLISHED_FILES
-from elm_trainer.hub.publish import publish_adapter
+from elm_trainer.hub.publish import CardDetails, PublishOptions, publish_adapter, with_keywords
 
 
 BASE, REPO = "alice/tiny-base", "alice/erased"
@@ -49,7 +49,10 @@ def publish(hub_api, local, tokenizer, base):
             "forget": ["Lima has been the capital of Peru ever since the Spanish came."],
             "api": hub_api,
         }
-        return publish_adapter(changes.pop("adapter", local.adapter), REPO, **(options | changes))
+        options |= changes
+        adapter, repo_id = options.pop("adapter", local.adapter), options.pop("repo_id", REPO)
+        groups = {"details": CardDetails.pop_from(options), "options": PublishOptions.pop_from(options)}
+        return publish_adapter(adapter, repo_id, **groups, **options)
 
     return publish
 
@@ -296,6 +299,21 @@ def test_the_trainer_publishes_what_it_trained_with_the_report_beside_it(hub, hu
 
     assert publication.repo_id == REPO and hub.head(REPO) == publication.commit
     assert json.loads(hub.files(REPO)["erasure.json"])["method"] == "ElmTrainer"
+
+
+def test_settings_as_arguments_of_their_own_still_work_and_say_where_they_go():
+    keywords = {"license": "mit", "tag": "v1", "wrong": 1}
+
+    with pytest.warns(DeprecationWarning, match=r"`license` .* deprecated.*`CardDetails\(license=…\)`"):
+        details = with_keywords(CardDetails("org/name"), keywords)
+    with pytest.warns(DeprecationWarning, match=r"PublishOptions\(tag=…\)"):
+        options = with_keywords(PublishOptions(revision="dev"), keywords)
+
+    assert details == CardDetails("org/name", license="mit")
+    assert options == PublishOptions(revision="dev", tag="v1")
+    assert keywords == {"wrong": 1}
+    with pytest.raises(TypeError, match="no argument `wrong`"):
+        publish_adapter("adapter", "alice/name", report={}, **keywords)
 
 
 def test_checkpoints_are_never_pushed_unchecked(base, tokenizer, tmp_path):
