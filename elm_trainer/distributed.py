@@ -14,7 +14,7 @@ from trl.trainer.utils import maybe_gather_lm_head_ctx
 Result = TypeVar("Result")
 
 
-def place() -> tuple[int, int]:
+def processes_and_rank() -> tuple[int, int]:
     """Number of processes of the launch, and which of them this is; 1 and 0 without a launch."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return 1, 0
@@ -23,7 +23,7 @@ def place() -> tuple[int, int]:
 
 def from_first(value: Result) -> Result:
     """The value that the first process gave. All processes must call this; without a launch it is the value itself."""
-    if place()[0] == 1:
+    if processes_and_rank()[0] == 1:
         return value
     values = [value]
     torch.distributed.broadcast_object_list(values)
@@ -37,7 +37,7 @@ def on_first(work: Callable[[], Result]) -> Result:
     """
     made: Any = None
     failure: Exception | None = None
-    if place()[1] == 0:
+    if processes_and_rank()[1] == 0:
         try:
             made = work()
         except Exception as error:

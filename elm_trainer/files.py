@@ -15,7 +15,7 @@ from typing import Any
 from safetensors import SafetensorError
 from transformers.utils import logging
 
-from .distributed import from_first, on_first, place
+from .distributed import from_first, on_first, processes_and_rank
 
 
 # What is not whole yet; a process that is killed while it writes leaves one.
@@ -241,7 +241,7 @@ class Journal:
 
     def __init__(self, path: str | Path | None, identity: Mapping[str, Any], *, over_ranks: bool = False):
         self._over_ranks = over_ranks
-        self._path = None if path is None or (over_ranks and place()[1] > 0) else Path(path)
+        self._path = None if path is None or (over_ranks and processes_and_rank()[1] > 0) else Path(path)
         self._identity = json.loads(json.dumps(dict(identity)))
         self._rows: list[dict[str, Any]] = on_first(self._read) if over_ranks else self._read()
 

@@ -37,7 +37,7 @@ def base_fingerprint(model: PreTrainedModel | PeftModel) -> dict[str, str]:
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     head = base.get_output_embeddings()
     kept = {id(tensor) for tensor in head.parameters()} if head is not None else set()
-    quantized = is_quantised(base)
+    quantized = is_quantized(base)
     found: list[tuple[str, bool, torch.Tensor]] = []
     for name, module, tensor in _base_tensors(base):
         is_small = tensor.dim() < 2 and name.rpartition(".")[2] in ("weight", "bias")
@@ -78,7 +78,7 @@ def bit_sums(model: PreTrainedModel | PeftModel) -> str:
     return hashlib.sha256(repr([(name, sums[name].item()) for name in sorted(sums)]).encode()).hexdigest()
 
 
-def is_quantised(model: PreTrainedModel | PeftModel) -> bool:
+def is_quantized(model: PreTrainedModel | PeftModel) -> bool:
     """Whether a model's weights are stored in fewer bits than they compute with."""
     return "quantization_config" in model.config.to_dict()
 

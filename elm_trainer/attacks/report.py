@@ -36,32 +36,32 @@ def render_attacks(report: Mapping[str, Any]) -> Table:
 
 
 def strongest(report: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """The figures of the strongest variant of each attack, beside those without an attack."""
+    """The metrics of the strongest variant of each attack, beside those without an attack."""
     names = {best["name"] for family in report["families"].values() for best in family.values()}
-    return {name: figure for name, figure in report["figures"].items() if name in names or figure["family"] == "none"}
+    return {name: metric for name, metric in report["figures"].items() if name in names or metric["family"] == "none"}
 
 
 def markdown_attacks(report: Mapping[str, Any]) -> str:
-    """The report in Markdown: the worst case, the strongest variant of each attack, all figures, and what was skipped."""
+    """The report in Markdown: the worst case, the strongest variant of each attack, all metrics, and what was skipped."""
     lines = ["# Attacks", "", "Share of questions answered rightly, with 95 % intervals. ", ""]
     for metric, worst in report["worst_case"].items():
         lines.append(
             f"- Worst case by `{metric}`: **{_cell(worst['erased'])}** under `{worst['name']}`, "
             f"{_cell(worst['plain'])} on the same questions unattacked."
         )
-    for title, figures in (
+    for title, metrics in (
         ("The strongest variant of each attack", strongest(report)), ("All variants", report["figures"])
     ):  # fmt: skip
-        lines += ["", f"## {title}", "", *markdown_table(HEADER, attack_rows(figures))]
+        lines += ["", f"## {title}", "", *markdown_table(HEADER, attack_rows(metrics))]
     if report["skipped"]:
         lines += ["", "## Skipped", ""]
         lines += [f"- `{entry['name']}` {entry['settings']}: {entry['reason']}." for entry in report["skipped"]]
     return "\n".join(lines) + "\n"
 
 
-def attack_rows(figures: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+def attack_rows(metrics: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
     """Figures of an attack report as text, in the order of `HEADER`, by metric and then by strength."""
-    ranked = sorted(figures.items(), key=lambda item: _rank(item[1]))
+    ranked = sorted(metrics.items(), key=lambda item: _rank(item[1]))
     return [
         [
             name.removesuffix(f".{figure['metric']}"),
@@ -76,12 +76,12 @@ def attack_rows(figures: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
 
 
 def _rank(figure: Mapping[str, Any]) -> tuple[str, float]:
-    """Place of a figure: by metric, and then by strength."""
+    """Place of a row: by metric, and then by strength."""
     return figure["metric"], -figure["erased"]["value"]
 
 
-def _cell(figure: Mapping[str, float] | None) -> str:
-    return "–" if figure is None else f"{figure['value']:.2f} [{figure['low']:.2f}, {figure['high']:.2f}]"
+def _cell(metric: Mapping[str, float] | None) -> str:
+    return "–" if metric is None else f"{metric['value']:.2f} [{metric['low']:.2f}, {metric['high']:.2f}]"
 
 
 METRICS = {"pmi": "Ranked rightly among four (PMI)", "names_answer": "Named in a free answer"}
@@ -116,7 +116,7 @@ def plot_attacks(report: Mapping[str, Any], path: str | Path) -> None:
 
 
 def _rungs(report: Mapping[str, Any], metric: str) -> list[tuple[str, Mapping[str, Any]]]:
-    """Name and figure of the strongest variant of each attack, the strongest last."""
+    """Name and values of the strongest variant of each attack, the strongest last."""
     names = [best[metric]["name"] for best in report["families"].values() if metric in best]
     names.sort(key=lambda name: report["figures"][name]["erased"]["value"])
     return [(attack_label(name, metric), report["figures"][name]) for name in names]
@@ -147,7 +147,7 @@ def _draw_curves(panels: Any, report: Mapping[str, Any]) -> None:
         axes.fill_between(steps, lows, highs, color="tab:red", alpha=0.15)
         axes.plot(steps, values, marker="o", markersize=4, color="tab:red")
         axes.axhline(report["chance"], color="black", linestyle=":", linewidth=1)
-        # The reference's figure is over all questions, so it stands only beside curves that are too.
+        # The value of the reference is over all questions, so it stands only beside curves that are too.
         if report["figures"][name]["erased"]["n"] == reference["n"]:
             axes.axhline(reference["value"], color="tab:grey", linewidth=1.5)
         axes.set_title(attack_label(name, "pmi"), fontsize=9)

@@ -196,10 +196,10 @@ def attack_erasure(
         `figures` by `<attack>.<variant>.<metric>`: each with its `family` (the attack), `metric`, `unattacked` (the
         erased model on the same questions), `erased` and `reference` (both models under the attack; `None` where that
         has no meaning), and `p`, the exact McNemar test of attacked against unattacked, corrected by Holm's method
-        over all figures. `none.<metric>` is the erased model as it stands.
-        `worst_case` by metric, and `families` by attack and metric: the name of the largest figure, that figure, and
-        `plain`, the unattacked figure of the same questions. The largest of many noisy figures errs upwards.
-        `curves` by figure: `[step, value, low, high]` from step 0, the unattacked figure.
+        over all metrics. `none.<metric>` is the erased model as it stands.
+        `worst_case` by metric, and `families` by attack and metric: the name of the largest value, that value, and
+        `plain`, the unattacked one of the same questions. The largest of many noisy values errs upwards.
+        `curves` by metric: `[step, value, low, high]` from step 0, the unattacked model.
         `skipped`: attacks that have no meaning for this target, and why.
 
     Raises:
@@ -236,16 +236,16 @@ def _attack(target: AttackTarget, attacks: Sequence[Attack], output_dir: str | P
     for attack in tqdm(applicable, desc="Attacks"):
         rows.append(journal.once(attack.name, attack.settings(), partial(_records_of, attack, target)))
     plain = {result["metric"]: result["erased"] for result in rows[0]["result"]}
-    figures = _figures(rows, plain)
+    metrics = _metrics(rows, plain)
     report = {
         "schema_version": SCHEMA_VERSION,
         "kind": "attacks",
         "chance": CHANCE,
-        "figures": figures,
-        "worst_case": _worst(figures),
+        "figures": metrics,
+        "worst_case": _worst(metrics),
         "families": {
-            family: _worst({name: figure for name, figure in figures.items() if figure["family"] == family})
-            for family in dict.fromkeys(figure["family"] for figure in figures.values())
+            family: _worst({name: metric for name, metric in metrics.items() if metric["family"] == family})
+            for family in dict.fromkeys(metric["family"] for metric in metrics.values())
             if family != "none"
         },
         "curves": {_key(result): _curve(result, plain) for row in rows for result in row["result"] if result["curve"]},
@@ -265,7 +265,7 @@ def _attack(target: AttackTarget, attacks: Sequence[Attack], output_dir: str | P
 
 
 def _identity(target: AttackTarget) -> dict[str, Any]:
-    """What the figures depend on, beside the settings of an attack."""
+    """What the metrics depend on, beside the settings of an attack."""
     wordings = [json.dumps(target.wordings, sort_keys=True, ensure_ascii=False)]
     datasets = {"questions": bank_info(target.questions, target.revision)}
     datasets |= {f"texts {kind}": dataset_info(texts, target.revision) for kind, texts in target.texts.items()}
@@ -287,28 +287,28 @@ def _unattacked_part(result: Mapping[str, Any], plain: Mapping[str, list[bool]])
     return verdicts if result["questions"] is None else [verdicts[index] for index in result["questions"]]
 
 
-def _figures(rows: Sequence[Mapping[str, Any]], plain: Mapping[str, list[bool]]) -> dict[str, dict[str, Any]]:
+def _metrics(rows: Sequence[Mapping[str, Any]], plain: Mapping[str, list[bool]]) -> dict[str, dict[str, Any]]:
     results = [(row["name"], result, _unattacked_part(result, plain)) for row in rows for result in row["result"]]
     tested = [mcnemar(before, result["erased"]) for family, result, before in results if family != "none"]
     corrected = iter(holm(tested))
-    figures = {}
+    metrics = {}
     for family, result, before in results:
         p = 1.0 if family == "none" else next(corrected)
         sides = {"unattacked": before, "erased": result["erased"], "reference": result["reference"]}
-        figures[_key(result)] = {
+        metrics[_key(result)] = {
             "family": family,
             "metric": result["metric"],
             **{side: None if found is None else bootstrap_mean(found).to_dict() for side, found in sides.items()},
             "p": p,
             "brings_back": p < SIGNIFICANCE and sum(result["erased"]) > sum(before),
         }
-    return figures
+    return metrics
 
 
-def _worst(figures: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The largest figure of each metric, with the unattacked figure of the same questions."""
+def _worst(metrics: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The largest value of each metric, with the unattacked one of the same questions."""
     worst: dict[str, dict[str, Any]] = {}
-    for name, figure in figures.items():
+    for name, figure in metrics.items():
         found = worst.get(figure["metric"])
         if found is None or figure["erased"]["value"] > found["erased"]["value"]:
             worst[figure["metric"]] = {"name": name, "erased": figure["erased"], "plain": figure["unattacked"]}
@@ -317,5 +317,5 @@ def _worst(figures: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]
 
 def _curve(result: Mapping[str, Any], plain: Mapping[str, list[bool]]) -> list[list[float]]:
     points = [(0, _unattacked_part(result, plain)), *result["curve"]]
-    figures = [(step, bootstrap_mean(verdicts)) for step, verdicts in points]
-    return [[step, figure.value, figure.low, figure.high] for step, figure in figures]
+    metrics = [(step, bootstrap_mean(verdicts)) for step, verdicts in points]
+    return [[step, metric.value, metric.low, metric.high] for step, metric in metrics]

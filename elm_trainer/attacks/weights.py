@@ -25,7 +25,7 @@ from ..data.questions import Question, names_answer
 from ..data.tokens import tokenize
 from ..evaluation.fluency import as_prompt
 from ..evaluation.pair import ModelPair
-from ..fingerprint import is_quantised
+from ..fingerprint import is_quantized
 from ..modeling import decoder_layers
 from .base import Attack, AttackResult, AttackTarget, draw_subjects, seeded, subjects_of
 
@@ -203,7 +203,7 @@ class QuantizationAttack(Attack):
 
     def inapplicable(self, target: AttackTarget) -> str | None:
         erased = target.pair.erased
-        if is_quantised(erased):
+        if is_quantized(erased):
             return "the erased model is quantized already"
         widths = {
             module.in_features
@@ -281,7 +281,7 @@ class RelearningAttack(Attack):
             return f"the target's `texts` hold no {self._source} text"
         if self.weights == "adapter" and target.pair.adapter is None:
             return "the erased model has no adapter to tune"
-        if self.weights == "full" and is_quantised(target.pair.erased):
+        if self.weights == "full" and is_quantized(target.pair.erased):
             return "quantized weights cannot be tuned"
         return None
 

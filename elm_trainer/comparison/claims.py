@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 
 from ..evaluation.measures import Items, against_chance, knows, with_families
-from ..evaluation.statistics import RESAMPLES, Figure, bootstrap, ratio
+from ..evaluation.statistics import RESAMPLES, Estimate, bootstrap, ratio
 from ..evaluation.verdict import CRITERIA, FAILS, HOLDS, UNCERTAIN, Criteria
 
 
@@ -37,8 +37,8 @@ def _resampled(items: Items) -> np.ndarray:
     return np.concatenate([[value], samples])
 
 
-def summarise(reference: Items, runs: Sequence[Items]) -> dict[str, Any]:
-    """`statistic`, `reference`, `erased` and `change` of a figure, as in a report of [`evaluate_erasure`].
+def summarize(reference: Items, runs: Sequence[Items]) -> dict[str, Any]:
+    """`statistic`, `reference`, `erased` and `change` of a metric, as in a report of [`evaluate_erasure`].
 
     Args:
         runs: The erased model's, one for each seed.
@@ -48,9 +48,9 @@ def summarise(reference: Items, runs: Sequence[Items]) -> dict[str, Any]:
     count = int(reference.counts[0]) if reference.statistic == "set" else len(reference.values)
     return {
         "statistic": reference.statistic,
-        "reference": _figure(before, count, logarithmic),
-        "erased": _figure(after, count, logarithmic),
-        "change": _figure(after - before, count, logarithmic),
+        "reference": _metric(before, count, logarithmic),
+        "erased": _metric(after, count, logarithmic),
+        "change": _metric(after - before, count, logarithmic),
         **_against_chance(reference, runs),
     }
 
@@ -64,7 +64,7 @@ def difference(first: Sequence[Items], second: Sequence[Items]) -> dict[str, Any
     if len(first) != len(second):
         raise ValueError(f"`first` has {len(first)} seeds and `second` {len(second)}: compare the same ones.")
     change = resampled_mean(second) - resampled_mean(first)
-    return _figure(change, len(first[0].values), first[0].statistic == "perplexity")
+    return _metric(change, len(first[0].values), first[0].statistic == "perplexity")
 
 
 def _against_chance(reference: Items, runs: Sequence[Items]) -> dict[str, Any]:
@@ -92,10 +92,10 @@ def with_pools(items: Mapping[str, Items], before: Mapping[str, Items], roles: M
     return {**with_families(items, before, roles), **pooled}
 
 
-def _figure(values: np.ndarray, count: int, logarithmic: bool) -> dict[str, Any]:
+def _metric(values: np.ndarray, count: int, logarithmic: bool) -> dict[str, Any]:
     """The first value, with the interval of the others."""
-    figure = Figure.of(float(values[0]), values[1:], count)
-    return (figure.exp() if logarithmic else figure).to_dict()
+    metric = Estimate.of(float(values[0]), values[1:], count)
+    return (metric.exp() if logarithmic else metric).to_dict()
 
 
 # Rows of a table by method, each with `figures`, `verdict` and `failed`.
@@ -108,11 +108,11 @@ R_PPL = "fluency.greedy.r_ppl"
 
 @dataclass(frozen=True)
 class Evidence:
-    """A figure that is held to a bound.
+    """A value that is held to a bound.
 
     Attributes:
         what (`str`): What is measured.
-        value (`float`), low (`float`), high (`float`): The figure and its 95 % interval.
+        value (`float`), low (`float`), high (`float`): The value and its 95 % interval.
         bound (`float`): The bound.
         above (`bool`): Whether the claim wants it above the bound, or at most there.
     """
@@ -136,7 +136,7 @@ class Evidence:
 
 
 class Claim(NamedTuple):
-    """A claim about methods, in words, and how it is held to the figures."""
+    """A claim about methods, in words, and how it is held to the metrics."""
 
     methods: tuple[str, ...]
     text: str
@@ -257,8 +257,8 @@ def _measured(rows: Rows, method: str) -> bool:
     return method in rows and bool(rows[method]["figures"]) and not rows[method]["failed"]
 
 
-def _held(what: str, figure: Mapping[str, float], bound: float, *, above: bool = False) -> Evidence:
-    return Evidence(what, figure["value"], figure["low"], figure["high"], bound, above)
+def _held(what: str, metric: Mapping[str, float], bound: float, *, above: bool = False) -> Evidence:
+    return Evidence(what, metric["value"], metric["low"], metric["high"], bound, above)
 
 
 def _change(rows: Rows, method: str, name: str) -> Mapping[str, float]:

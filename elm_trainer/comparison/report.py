@@ -8,7 +8,7 @@ from typing import Any
 from ..evaluation.measures import Items
 from ..evaluation.report import SCHEMA_VERSION, environment
 from ..evaluation.verdict import CRITERIA, judge, multiple
-from .claims import difference, paper_claims, summarise, with_pools
+from .claims import difference, paper_claims, summarize, with_pools
 from .config import METHODS, ComparisonConfig
 from .training import Reference, from_json
 
@@ -21,17 +21,17 @@ RULE = (
 )
 
 
-def score(figures: Mapping[str, Mapping[str, Any]], roles: Mapping[str, str]) -> dict[str, float]:
+def score(metrics: Mapping[str, Mapping[str, Any]], roles: Mapping[str, str]) -> dict[str, float]:
     """How far an erasure is from the bounds of [`Criteria`], by `RULE`.
 
     Args:
-        figures: Figures with `reference`, `erased` and `change`, and those of choices with `left`.
+        metrics: Metrics with `reference`, `erased` and `change`, and those of choices with `left`.
         roles: Role of each bank.
 
     Returns:
         `dict[str, float]`: the score of each criterion, their `worst` and their `mean`.
     """
-    verdict = judge(figures, roles)
+    verdict = judge(metrics, roles)
     checks = {name: [c for c in verdict[name]["checks"] if c.get("counted", True)] for name in CRITERIA}
     scores = {name: max(map(multiple, checks[name]), default=math.nan) for name in CRITERIA}
     return scores | {"worst": max(scores.values()), "mean": sum(scores.values()) / len(scores)}
@@ -45,7 +45,7 @@ def choose(scores: Sequence[Mapping[str, float] | None]) -> int | None:
 
 BUDGETS = ("updates", "seconds")
 _SAMPLES = 3
-# The figures on which a rival can beat ELM, and whether the larger one is better.
+# The metrics on which a rival can beat ELM, and whether the larger one is better.
 HEADLINES = {
     "multiple_choice.{concept}.pmi": False,
     "multiple_choice.{concept}.log_likelihood": False,
@@ -155,7 +155,7 @@ def _row(
     }
     if items:
         row["figures"] = {
-            name: summarise(found, [run[name] for run in items.values()]) for name, found in before.items()
+            name: summarize(found, [run[name] for run in items.values()]) for name, found in before.items()
         }
         row["verdict"] = judge(row["figures"], roles)
         row["score"] = score(row["figures"], roles)
@@ -227,8 +227,8 @@ def _beaten(
                         "method": method,
                         "figure": name,
                         "statistic": before[name].statistic,
-                        "rival": summarise(before[name], theirs)["erased"],
-                        "elm": summarise(before[name], ours)["erased"],
+                        "rival": summarize(before[name], theirs)["erased"],
+                        "elm": summarize(before[name], ours)["erased"],
                         "difference": apart,
                     }
                 )

@@ -21,7 +21,7 @@ from ..evaluation.pair import ModelPair
 from ..evaluation.report import environment
 from ..files import MissingRunError, Runs, discard, discard_unfinished, replacing, write_json
 from ..run_lock import only_run_in
-from .claims import summarise
+from .claims import summarize
 from .config import ComparisonConfig
 from .report import choose, make_report, score
 from .training import Bench, Reference, Training, from_json, measure_reference, restore, to_json, trained
@@ -75,7 +75,7 @@ class MethodRun:
                 items, before = from_json(found["items"]), from_json(self._reference.items["dev"])
                 roles = self._reference.suites["dev"].roles
                 pooled, known = with_families(items, before, roles), with_families(before, before, roles)
-                entry["score"] = score({name: summarise(known[name], [pooled[name]]) for name in pooled}, roles)
+                entry["score"] = score({name: summarize(known[name], [pooled[name]]) for name in pooled}, roles)
             entries.append(entry)
         return entries
 

@@ -53,7 +53,7 @@ def render_comparison(report: Mapping[str, Any]) -> list[Table]:
 
 
 def short_rows(report: Mapping[str, Any], budget: str) -> list[list[str]]:
-    """One of the two tables with the values of few figures as text, header first."""
+    """One of the two tables with the values of few metrics as text, header first."""
     names = _named(report, _SHORT)
     rows = [["method", *names.values(), "× bound"]]
     for method, row in report["tables"][budget]["methods"].items():
@@ -148,7 +148,7 @@ def table_rows(report: Mapping[str, Any], budget: str) -> list[list[str]]:
     """One of the two tables as text, header first; every method has a row, whatever became of it."""
     methods = report["tables"][budget]["methods"]
     names = _named(report, _COLUMNS)
-    # There is no figure of all ways of asking where the reference knows the answers in none of them.
+    # There is no metric of all ways of asking where the reference knows the answers in none of them.
     measured = {name for row in methods.values() for name in row["figures"]}
     names = {name: title for name, title in names.items() if name in measured or not name.startswith("families.")}
     counts = {
@@ -191,14 +191,14 @@ def claim_rows(report: Mapping[str, Any]) -> list[list[str]]:
         verdict = {True: "held", False: "did not hold", None: "not measured"}[claim["held"]]
         if claim["certain"] is False:
             verdict += " (uncertain)"
-        figures = [
+        metrics = [
             f"{part['what']} {cell(part)} ({'>' if part['above'] else '≤'} {part['bound']:.3g})"
             if "value" in part
             else f"{_label(report, part['what'])}: "
             + (_list([f"{name} {part[name]}" for name in CRITERIA if part[name] != HOLDS]) or "all three hold")
             for part in claim["evidence"]
         ]
-        rows.append([claim["claim"], claim["budget"], verdict, "; ".join(figures) or "–", claim["rule"]])
+        rows.append([claim["claim"], claim["budget"], verdict, "; ".join(metrics) or "–", claim["rule"]])
     return rows
 
 

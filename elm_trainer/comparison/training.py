@@ -59,7 +59,7 @@ class Bench:
         )
 
     def measure(self, pair: ModelPair, suite: EvaluationSuite, side: Side) -> dict[str, Items]:
-        """All figures of one side of a pair."""
+        """All metrics of one side of a pair."""
         setting = Setting(pair, self.processing_class, suite, {}, temperature=0.0, batch_size=16, seed=0)
         items: dict[str, Items] = {}
         for name in MEASURED:
@@ -122,7 +122,7 @@ class Reference:
     questions: dict[str, dict[str, Any]]
 
     def identity(self, split: str) -> dict[str, Any]:
-        """What figures of a split depend on, beside how a model was trained."""
+        """What metrics of a split depend on, beside how a model was trained."""
         return {"versions": self.versions, "model": self.model, "questions": self.questions[split]}
 
 

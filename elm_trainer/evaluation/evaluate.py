@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from transformers.utils import logging
 
 from ..data.questions import PLAIN, Question, overlap_verdicts
-from ..distributed import place
+from ..distributed import processes_and_rank
 from ..files import Journal, write_json
 from ..run_lock import only_run_in
 from .measures import INSIDE, MEASURES, Items, Setting, against_chance, change, correct_p, measurable, with_families
@@ -163,24 +163,24 @@ def _evaluate(
         side: {key: sides[side] for key, sides in items.items() if not key.endswith(".removed")} for side in SIDES
     }
     before, after = (with_families(measured[side], measured["reference"], suite.roles) for side in SIDES)
-    figures = {
+    metrics = {
         name: {
             "statistic": one.statistic,
-            "reference": one.figure().to_dict(),
-            "erased": after[name].figure().to_dict(),
+            "reference": one.estimate().to_dict(),
+            "erased": after[name].estimate().to_dict(),
             **change(one, after[name]),
             **against_chance(one, after[name]),
         }
         for name, one in before.items()
     }
-    correct_p(figures)
+    correct_p(metrics)
     shortcuts = find_shortcuts(suite.banks, removed)
     report = {
         "schema_version": SCHEMA_VERSION,
         "kind": "evaluation",
-        "figures": figures,
-        "verdict": judge(figures, suite.roles, criteria),
-        "flags": raise_flags(figures, suite.roles, shortcuts, inside),
+        "figures": metrics,
+        "verdict": judge(metrics, suite.roles, criteria),
+        "flags": raise_flags(metrics, suite.roles, shortcuts, inside),
         "concepts": list(suite.concepts),
         "roles": dict(suite.roles),
         "shortcuts": shortcuts,
@@ -196,7 +196,7 @@ def _evaluate(
     }
     for key, value in details.items():
         report[key] = report[key] | value if key in ("datasets", "seconds") else value
-    if output_dir is not None and place()[1] == 0:
+    if output_dir is not None and processes_and_rank()[1] == 0:
         write_json(Path(output_dir) / "report.json", report)
         journal.close()
     return report
@@ -323,7 +323,7 @@ class ErasureEvaluationCallback(TrainerCallback):
             ModelPair(model), self._trainer.processing_class, self._suite, {}, 0.0, 16, args.seed, over_ranks=True
         )
         figures = {
-            key: items.figure().value
+            key: items.estimate().value
             for name in self._measures
             for key, items in MEASURES[name](setting, "erased").items()
             if not key.endswith(".removed")

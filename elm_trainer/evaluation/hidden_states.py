@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.tokens import text_ids, tokenize
 from .pair import SIDES, ModelPair
-from .statistics import Figure, bootstrap_ratio
+from .statistics import Estimate, bootstrap_ratio
 
 
 Positions: TypeAlias = Literal["last", "all"]
@@ -24,9 +24,9 @@ Positions: TypeAlias = Literal["last", "all"]
 class ActivationNorms:
     """Mean L2 norm per token of each layer's hidden states, the embeddings first, and erased over reference."""
 
-    reference: list[Figure]
-    erased: list[Figure]
-    ratio: list[Figure]
+    reference: list[Estimate]
+    erased: list[Estimate]
+    ratio: list[Estimate]
 
 
 @dataclass(frozen=True)
@@ -54,13 +54,13 @@ class HiddenEffect:
     Attributes:
         effective_rank (`list[float]`): Of the centered changes; without an interval, as a resample holds texts twice
             and so has a lower rank than the sample.
-        relative_size (`list[Figure]`): Sum of the changes' L2 norms over that of the reference's states, with the
+        relative_size (`list[Estimate]`): Sum of the changes' L2 norms over that of the reference's states, with the
             interval over resampled texts. Where it is nearly zero, the rank is that of rounding errors.
         tokens (`int`): Tokens behind it; no rank can exceed their number minus one.
     """
 
     effective_rank: list[float]
-    relative_size: list[Figure]
+    relative_size: list[Estimate]
     tokens: int
 
 

@@ -16,7 +16,7 @@ from ..data.tokens import text_ids, tokenize_pairs
 from .hidden_states import activation_norms, final_norm, hidden_effect, hidden_states, weight_effects
 from .multiple_choice import PROMPT, likeliest
 from .pair import SIDES, ModelPair
-from .statistics import Figure, bootstrap_ratio
+from .statistics import Estimate, bootstrap_ratio
 
 
 STATEMENT = "Question: {question}\nAnswer: {option}"
@@ -105,8 +105,8 @@ class Statement:
 class ProbeCurve:
     """Accuracy of the probe of each layer, the embeddings first, and of the same probes on shuffled labels."""
 
-    accuracy: list[Figure]
-    control: list[Figure]
+    accuracy: list[Estimate]
+    control: list[Estimate]
 
 
 def make_statements(questions: Sequence[Question], *, seed: int = 0) -> list[Statement]:
@@ -213,7 +213,7 @@ def _held_out(features: np.ndarray, labels: np.ndarray, splits: list[tuple[np.nd
     return right
 
 
-def _over_groups(right: np.ndarray, groups: np.ndarray, seed: int) -> Figure:
+def _over_groups(right: np.ndarray, groups: np.ndarray, seed: int) -> Estimate:
     """Accuracy with the interval over groups: several phrasings of one fact are no independent questions."""
     return bootstrap_ratio(np.bincount(groups, right), np.bincount(groups), seed=seed)
 
@@ -223,14 +223,14 @@ class LensScores:
     """What each layer would answer.
 
     Attributes:
-        accuracy (`list[Figure]`): Share of questions whose right option ranks first, per layer, the embeddings first;
+        accuracy (`list[Estimate]`): Share of questions whose right option ranks first, per layer, the embeddings first;
             the interval is over resampled subjects, and their number is its `n`.
         logits (`list[list[list[float]]]`): Logit of each option's first token, by layer and kept question.
         questions (`list[int]`): Indices of the questions that were kept.
         chance (`float`): Accuracy of a guess among the options.
     """
 
-    accuracy: list[Figure]
+    accuracy: list[Estimate]
     logits: list[list[list[float]]]
     questions: list[int]
     chance: float

@@ -27,7 +27,7 @@ from .fluency import (
 from .multiple_choice import score_choices, score_letters
 from .pair import ModelPair, Side
 from .statistics import (
-    Figure,
+    Estimate,
     bootstrap_mean,
     bootstrap_perplexity,
     bootstrap_ratio,
@@ -69,7 +69,7 @@ class Items:
     chances: list[float] = field(default_factory=list)
     groups: list[str] = field(default_factory=list)
 
-    def figure(self) -> Figure:
+    def estimate(self) -> Estimate:
         """Value and 95 % bootstrap interval."""
         if self.statistic == "mean":
             return bootstrap_mean(self.values)
@@ -77,7 +77,7 @@ class Items:
             return bootstrap_perplexity(self.values, self.counts)
         if self.statistic == "ratio":
             return bootstrap_ratio(self.values, self.counts)
-        return Figure(self.values[0], self.values[0], self.values[0], int(self.counts[0]))
+        return Estimate(self.values[0], self.values[0], self.values[0], int(self.counts[0]))
 
 
 def change(before: Items, after: Items) -> dict[str, Any]:
@@ -90,7 +90,7 @@ def change(before: Items, after: Items) -> dict[str, Any]:
     """
     if before.statistic == "set":
         value = after.values[0] - before.values[0]
-        return {"change": Figure(value, value, value, int(before.counts[0])).to_dict(), "p": None}
+        return {"change": Estimate(value, value, value, int(before.counts[0])).to_dict(), "p": None}
     difference, p = paired_difference(before.values, after.values, before.counts or None, after.counts or None)
     if before.statistic == "perplexity":
         difference = difference.exp()
@@ -117,8 +117,8 @@ def against_chance(before: Items, after: Items) -> dict[str, Any]:
 
 def knows(items: Items) -> bool:
     """Whether accuracy lies above chance by at least `LEAST_MARGIN`, and its whole interval lies above chance."""
-    figure, chance = items.figure(), float(np.mean(items.chances))
-    return figure.value - chance >= LEAST_MARGIN and figure.low > chance
+    metric, chance = items.estimate(), float(np.mean(items.chances))
+    return metric.value - chance >= LEAST_MARGIN and metric.low > chance
 
 
 def with_families(
@@ -146,11 +146,11 @@ def with_families(
     return found
 
 
-def correct_p(figures: Mapping[str, dict[str, Any]]) -> None:
+def correct_p(metrics: Mapping[str, dict[str, Any]]) -> None:
     """Correct the `p` of all metrics that have one by Holm's method, in place."""
-    tested = [figure for figure in figures.values() if figure["p"] is not None]
-    for figure, p in zip(tested, holm([figure["p"] for figure in tested]), strict=True):
-        figure["p"] = p
+    tested = [metric for metric in metrics.values() if metric["p"] is not None]
+    for metric, p in zip(tested, holm([metric["p"] for metric in tested]), strict=True):
+        metric["p"] = p
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..distributed import place
+from ..distributed import processes_and_rank
 from ..modeling import adapter_disabled, evaluating, is_partitioned
 
 
@@ -99,7 +99,7 @@ def run_batches(
     Returns:
         `list`: one result for each batch.
     """
-    ranks, rank = place() if over_ranks else (1, 0)
+    ranks, rank = processes_and_rank() if over_ranks else (1, 0)
     divided = ranks > 1 and not any(in_shards(model) for model in models)
     mine = range(rank, len(batches), ranks) if divided else range(len(batches))
     bar = tqdm(mine, desc=description, leave=False, disable=description is None or rank > 0)

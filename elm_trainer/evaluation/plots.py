@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from ..files import replacing
-from .tables import NOT_MEASURED, figure_label
+from .tables import NOT_MEASURED, metric_label
 from .verdict import CRITERIA, counts, read_verdict, split_name
 
 
@@ -64,22 +64,22 @@ def plot_report(report: Mapping[str, Any], path: str | Path) -> None:
 def _lines(report: Mapping[str, Any]) -> dict[str, dict[str, str]]:
     """By criterion, the metrics that belong in its panel, and the label of each."""
     found: dict[str, dict[str, str]] = {name: {} for name in CRITERIA}
-    for name, figure in report["figures"].items():
+    for name, metric in report["figures"].items():
         kind, bank, rule = split_name(name)
         role = report["roles"].get(bank)
-        _, measured = figure_label(name, report["roles"])
+        _, measured = metric_label(name, report["roles"])
         if kind == "multiple_choice" and rule == "pmi":
             criterion = "specificity" if role in _TO_BE_KEPT else "innocence"
             label = f"{bank} ({role}), ranked by PMI"
         elif kind in ("open_answers", "cloze") and role in ("erased", "unseen") and rule in ("", "commonest"):
             criterion, label = "innocence", f"{bank}, {measured}"
-        elif kind == "fluency" and figure["statistic"] in ("mean", "perplexity"):
+        elif kind == "fluency" and metric["statistic"] in ("mean", "perplexity"):
             criterion, label = "seamlessness", measured
         elif name == "retention.perplexity":
             criterion, label = "specificity", "unrelated text, perplexity"
         else:
             continue
-        multiple = ", × reference" if figure["statistic"] == "perplexity" else ""
+        multiple = ", × reference" if metric["statistic"] == "perplexity" else ""
         found[criterion][name] = f"{label}{multiple} {'→' if role in _TO_BE_KEPT else '←'}"
     return found
 
@@ -178,8 +178,8 @@ def plot_pareto(reports: Mapping[str, Mapping[str, Any]], path: str | Path) -> N
 
 def _accuracy(report: Mapping[str, Any], side: str) -> float:
     """Mean over the ways of asking for the concept in which the reference knows the answers; over all if in none."""
-    figures = _ranked(report, "erased")
-    return fmean(figure[side]["value"] for figure in list(filter(counts, figures)) or figures)
+    metrics = _ranked(report, "erased")
+    return fmean(metric[side]["value"] for metric in list(filter(counts, metrics)) or metrics)
 
 
 def _ranked(report: Mapping[str, Any], role: str) -> list[Mapping[str, Any]]:

@@ -176,7 +176,7 @@ def compare_reports(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict
         if name in second["figures"] and name in first["items"]:
             statistic = first["figures"][name]["statistic"]
             sides = [Items(statistic, **report["items"][name]["erased"]) for report in (first, second)]
-            compared[name] = {"first": sides[0].figure().to_dict(), "second": sides[1].figure().to_dict()}
+            compared[name] = {"first": sides[0].estimate().to_dict(), "second": sides[1].estimate().to_dict()}
             compared[name] |= change(*sides)
     correct_p(compared)
     return compared

@@ -13,7 +13,7 @@ RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
-class Figure:
+class Estimate:
     """A measured value, its 95 % interval and the number of items behind it."""
 
     value: float
@@ -22,15 +22,15 @@ class Figure:
     n: int
 
     @classmethod
-    def of(cls, value: float, samples: np.ndarray, n: int) -> "Figure":
+    def of(cls, value: float, samples: np.ndarray, n: int) -> "Estimate":
         """A value with the percentile interval of its resamples, `[resamples]`."""
         low, high = np.percentile(samples, [2.5, 97.5])
         return cls(float(value), float(low), float(high), n)
 
-    def exp(self) -> "Figure":
+    def exp(self) -> "Estimate":
         """Of a mean of nats per token, the perplexity; of a difference of such means, the ratio of perplexities."""
         value, low, high = (float(np.exp(nats)) for nats in (self.value, self.low, self.high))
-        return Figure(value, low, high, self.n)
+        return Estimate(value, low, high, self.n)
 
     def to_dict(self) -> dict[str, float]:
         return asdict(self)
@@ -68,7 +68,7 @@ def ratio(sums: np.ndarray, counts: np.ndarray) -> Any:
     return sums.sum(-1) / np.maximum(counts.sum(-1), 1e-12)
 
 
-def bootstrap_mean(values: Sequence[float], *, resamples: int = RESAMPLES, seed: int = 0) -> Figure:
+def bootstrap_mean(values: Sequence[float], *, resamples: int = RESAMPLES, seed: int = 0) -> Estimate:
     """Mean with the percentile interval over resampled items.
 
     Raises:
@@ -79,16 +79,16 @@ def bootstrap_mean(values: Sequence[float], *, resamples: int = RESAMPLES, seed:
 
 def bootstrap_ratio(
     sums: Sequence[float], counts: Sequence[float] | np.ndarray, *, resamples: int = RESAMPLES, seed: int = 0
-) -> Figure:
+) -> Estimate:
     """`Σ sums / Σ counts`, e.g. a mean per token, with the interval over resampled texts."""
     if not np.sum(counts):
         raise ValueError("There is nothing to average: measure at least one item.")
-    return Figure.of(*bootstrap(ratio, sums, counts, resamples=resamples, seed=seed), len(sums))
+    return Estimate.of(*bootstrap(ratio, sums, counts, resamples=resamples, seed=seed), len(sums))
 
 
 def bootstrap_perplexity(
     nlls: Sequence[float], tokens: Sequence[float], *, resamples: int = RESAMPLES, seed: int = 0
-) -> Figure:
+) -> Estimate:
     """`exp(Σ nlls / Σ tokens)` with the interval over resampled texts; `nlls` are sums in nats, one per text."""
     return bootstrap_ratio(nlls, tokens, resamples=resamples, seed=seed).exp()
 
@@ -98,7 +98,7 @@ def paired_difference(
     after: Sequence[float],
     counts_before: Sequence[float] | None = None,
     counts_after: Sequence[float] | None = None,
-) -> tuple[Figure, float]:
+) -> tuple[Estimate, float]:
     """Difference `after − before` of two means (or means per token) over the same items, resampled together.
 
     Args:
@@ -108,7 +108,7 @@ def paired_difference(
         counts_after: Tokens behind each value of `after`.
 
     Returns:
-        `tuple[Figure, float]`: the difference with its 95 % interval, and a two-sided bootstrap p: twice the smaller
+        `tuple[Estimate, float]`: the difference with its 95 % interval, and a two-sided bootstrap p: twice the smaller
         share of resamples on either side of zero, never below `1 / resamples`.
 
     Raises:
@@ -120,7 +120,7 @@ def paired_difference(
         lambda b, n_b, a, n_a: ratio(a, n_a) - ratio(b, n_b), before, counts[0], after, counts[1]
     )
     tails = min(np.mean(samples <= 0), np.mean(samples >= 0))
-    return Figure.of(value, samples, len(before)), min(1.0, max(2 * float(tails), 1 / RESAMPLES))
+    return Estimate.of(value, samples, len(before)), min(1.0, max(2 * float(tails), 1 / RESAMPLES))
 
 
 def share_left(
@@ -130,7 +130,7 @@ def share_left(
     groups: Sequence[Hashable],
     *,
     resamples: int = RESAMPLES,
-) -> Figure:
+) -> Estimate:
     r"""Share of a margin over chance that is left: `Σ (after − chance) / Σ (before − chance)`.
 
     Args:
@@ -141,7 +141,7 @@ def share_left(
             about one subject are no independent items.
 
     Returns:
-        [`Figure`]: 0 where the second model is at chance, 1 where it is as good as the first, with the 95 % interval of
+        [`Estimate`]: 0 where the second model is at chance, 1 where it is as good as the first, with the 95 % interval of
         a paired bootstrap; `n` counts items. Meaningless where the first is near chance itself.
 
     Raises:
@@ -156,7 +156,7 @@ def share_left(
         # A share of no margin is as good as infinite.
         return second.sum(-1) / np.maximum(first.sum(-1), 1e-9)
 
-    return Figure.of(*bootstrap(share, *margins, resamples=resamples), len(before))
+    return Estimate.of(*bootstrap(share, *margins, resamples=resamples), len(before))
 
 
 def mcnemar(before: Sequence[bool], after: Sequence[bool]) -> float:

@@ -75,7 +75,7 @@ def cell(figure: Mapping[str, float], digits: int = 3) -> str:
     return f"{value:z.{digits}f} [{low:z.{digits}f}, {high:z.{digits}f}]"
 
 
-def figure_label(name: str, roles: Mapping[str, str]) -> tuple[str, str]:
+def metric_label(name: str, roles: Mapping[str, str]) -> tuple[str, str]:
     """What a metric is about, and how it was measured; its name and nothing where it is none of this version.
 
     Args:
@@ -104,7 +104,7 @@ def attack_label(name: str, metric: str) -> str:
     return re.sub(r"\.(?!\d)|(?<!\d)\.", ", ", name.removesuffix(f".{metric}"))
 
 
-def main_figures(names: Mapping[str, object], roles: Mapping[str, str]) -> list[str]:
+def main_metrics(names: Mapping[str, object], roles: Mapping[str, str]) -> list[str]:
     """Names of the metrics that a reader looks at first: what was erased before the rest, all together before each."""
     places: dict[str, tuple[int, int]] = {}
     banks = ["", *roles]
@@ -135,7 +135,7 @@ def verdict_lines(report: Mapping[str, Any]) -> list[tuple[str, str]]:
             continue
         worst, *others = counted(verdict[name])
         several = " of several" if state != HOLDS and any(check["state"] == state for check in others) else ""
-        what = ", ".join(filter(None, figure_label(worst["figure"], report["roles"])))
+        what = ", ".join(filter(None, metric_label(worst["figure"], report["roles"])))
         why = f"Worst{several}: {what}: {_held(name, worst)} {cell(worst)}, bound {worst['bound']:g}."
         lines.append((f"{name.capitalize()} {'is uncertain' if state == UNCERTAIN else state}.", why))
     return lines
@@ -147,7 +147,7 @@ def check_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
     for name in CRITERIA:
         for check in verdict[name]["checks"]:
-            about, measured = figure_label(check["figure"], report["roles"])
+            about, measured = metric_label(check["figure"], report["roles"])
             state = check["state"] or "does not count: the unmodified model hardly knows the answers"
             value = "–" if check["value"] is None else cell(check)
             held = (_held(name, check), value, f"{check['bound']:g}")
@@ -157,10 +157,10 @@ def check_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 def main_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """The metrics that a reader looks at first as text, in the order of `MAIN_COLUMNS`."""
-    rows = {name: rest for name, *rest in figure_rows(report)}
+    rows = {name: rest for name, *rest in metric_rows(report)}
     return [
-        (*figure_label(name, report["roles"]), *rows[name])
-        for name in main_figures(report["figures"], report["roles"])
+        (*metric_label(name, report["roles"]), *rows[name])
+        for name in main_metrics(report["figures"], report["roles"])
     ]
 
 
@@ -171,18 +171,18 @@ def render_summary(report: Mapping[str, Any]) -> Table:
     # Of many ways of asking, all of them together are enough here.
     together = {bank for kind, bank, _ in map(split_name, report["figures"]) if kind == "families"}
     about = None
-    for name in main_figures(report["figures"], report["roles"]):
+    for name in main_metrics(report["figures"], report["roles"]):
         kind, bank, rule = split_name(name)
         if rule in ("commonest", "normalized") or (
             kind == "multiple_choice" and report["roles"].get(bank) in together
         ):
             continue
-        heading, measured = figure_label(name, report["roles"])
+        heading, measured = metric_label(name, report["roles"])
         if heading != about:
             about = heading
             table.add_row(Text(heading, style="bold"))
         sides = (report["figures"][name][side] for side in ("reference", "erased"))
-        cells = (cell(figure, digits=1 if figure["high"] >= 10 else 2) for figure in sides)
+        cells = (cell(metric, digits=1 if metric["high"] >= 10 else 2) for metric in sides)
         table.add_row(Padding(Text(measured), (0, 0, 0, 2)), *cells)
     return table
 
@@ -202,7 +202,7 @@ def write_markdown(path: str | Path, report: Mapping[str, Any]) -> None:
         "\n## All figures\n",
         "Changes are differences, for perplexities ratios, paired item by item; p is McNemar's exact test or the "
         "paired bootstrap, corrected by Holm's method over all figures.\n",
-        *markdown_table(COLUMNS, figure_rows(report)),
+        *markdown_table(COLUMNS, metric_rows(report)),
         "\n## What was asked\n",
     ]
     asked = [
@@ -216,14 +216,14 @@ def write_markdown(path: str | Path, report: Mapping[str, Any]) -> None:
 def left_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """What is left in each way of asking for the concept, as text in the order of `LEFT_COLUMNS`."""
     rows = []
-    for name, figure in report["figures"].items():
+    for name, metric in report["figures"].items():
         kind, bank, rule = split_name(name)
         role = bank if kind == "families" else report["roles"].get(bank)
-        if "left" in figure and role in ("erased", "unseen") and rule in RANKING_RULES:
-            left = "reference too near chance" if figure["left"] is None else cell(figure["left"])
-            sides = (cell(figure[side]) for side in ("reference", "erased"))
+        if "left" in metric and role in ("erased", "unseen") and rule in RANKING_RULES:
+            left = "reference too near chance" if metric["left"] is None else cell(metric["left"])
+            sides = (cell(metric[side]) for side in ("reference", "erased"))
             asked = "all that count" if kind == "families" else bank
-            rows.append((asked, role, rule, str(figure["erased"]["n"]), f"{figure['chance']:.2f}", *sides, left))
+            rows.append((asked, role, rule, str(metric["erased"]["n"]), f"{metric['chance']:.2f}", *sides, left))
     return rows
 
 
@@ -249,7 +249,7 @@ def split_samples(report: Mapping[str, Any]) -> tuple[list[dict[str, str]], list
     return erased, kept
 
 
-def figure_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
+def metric_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """Every metric of an evaluation as text, in the order of `COLUMNS`."""
     return [
         (

@@ -55,9 +55,9 @@ def split_name(name: str) -> tuple[str, str, str]:
 
 
 def judge(
-    figures: Mapping[str, Mapping[str, Any]], roles: Mapping[str, str], criteria: Criteria | None = None
+    metrics: Mapping[str, Mapping[str, Any]], roles: Mapping[str, str], criteria: Criteria | None = None
 ) -> dict[str, Any]:
-    """Hold the figures of a report to the criteria.
+    """Hold the metrics of a report to the criteria.
 
     A check *holds* where its whole 95 % interval keeps the bound, *fails* where all of it lies beyond, and is *uncertain*
     otherwise. A criterion fails with any of its checks, and holds where all of them do.
@@ -72,7 +72,7 @@ def judge(
     is listed and does not count.
 
     Args:
-        figures: Metrics of the report, each with `reference`, `erased` and `change`, and those of choices with
+        metrics: Metrics of the report, each with `reference`, `erased` and `change`, and those of choices with
             `chance` and `left`.
         roles: Role of each bank.
 
@@ -87,7 +87,7 @@ def judge(
     criteria = criteria or Criteria()
     innocence: list[dict[str, Any]] = []
     seamlessness, specificity = [], []
-    for name, figure in figures.items():
+    for name, figure in metrics.items():
         kind, bank, rule = split_name(name)
         role = roles.get(bank)
         if kind == "multiple_choice" and role in _LEFT and rule in RANKING_RULES:
@@ -112,21 +112,21 @@ def judge(
         state = _state(checks)
         verdict[name] = {"state": state, "holds": None if state is None else state == HOLDS, "checks": checks}
     verdict["innocence"] |= {
-        "worst": _worst(innocence, figures, "erased"), "worst_unseen": _worst(innocence, figures, "unseen")
+        "worst": _worst(innocence, metrics, "erased"), "worst_unseen": _worst(innocence, metrics, "unseen")
     }  # fmt: skip
     return verdict | {"criteria": asdict(criteria)}
 
 
-def counts(figure: Mapping[str, Any]) -> bool:
-    """Whether a figure about the concept says something: not where the reference hardly knows the answers either."""
-    return figure.get("left", True) is not None
+def counts(metric: Mapping[str, Any]) -> bool:
+    """Whether a metric about the concept says something: not where the reference hardly knows the answers either."""
+    return metric.get("left", True) is not None
 
 
 def read_verdict(report: Mapping[str, Any]) -> dict[str, Any]:
     """The verdict of a report, as [`judge`] returns it.
 
     A report that was made before there were three states tells of a check whether its value `holds` and whether that is
-    `certain`, and leaves the interval to the figure; its `criteria` were other ones.
+    `certain`, and leaves the interval to the metric; its `criteria` were other ones.
     """
     verdict = dict(report["verdict"])
     for name in CRITERIA:
@@ -169,7 +169,7 @@ def raise_flags(
     answers from false ones.
 
     Args:
-        figures: Metrics of the report.
+        metrics: Metrics of the report.
         roles: Role of each bank.
         shortcuts: What [`find_shortcuts`] found.
         inside: What [`look_inside`] found.
@@ -213,20 +213,20 @@ def raise_flags(
     return [{"flag": flag, "why": why} for flag, why in flags]
 
 
-def _fell(figure: Mapping[str, Any]) -> bool:
-    return figure["change"]["value"] < 0 and figure["p"] < SIGNIFICANCE
+def _fell(metric: Mapping[str, Any]) -> bool:
+    return metric["change"]["value"] < 0 and metric["p"] < SIGNIFICANCE
 
 
-def _check(name: str, figure: Mapping[str, float], bound: float) -> dict[str, Any]:
-    low, high = figure["low"], figure["high"]
+def _check(name: str, metric: Mapping[str, float], bound: float) -> dict[str, Any]:
+    low, high = metric["low"], metric["high"]
     state = HOLDS if high <= bound else FAILS if low > bound else UNCERTAIN
-    held = {"holds": figure["value"] <= bound, "certain": state != UNCERTAIN}
-    return {"figure": name, "value": figure["value"], "low": low, "high": high, "bound": bound, "state": state} | held
+    held = {"holds": metric["value"] <= bound, "certain": state != UNCERTAIN}
+    return {"figure": name, "value": metric["value"], "low": low, "high": high, "bound": bound, "state": state} | held
 
 
-def _check_left(name: str, figure: Mapping[str, Any], bound: float) -> dict[str, Any]:
-    if counts(figure):
-        return _check(name, figure["left"], bound) | {"counted": True}
+def _check_left(name: str, metric: Mapping[str, Any], bound: float) -> dict[str, Any]:
+    if counts(metric):
+        return _check(name, metric["left"], bound) | {"counted": True}
     nothing = dict.fromkeys(("value", "low", "high", "state"))
     return {"figure": name, **nothing, "bound": bound, "holds": True, "certain": True, "counted": False}
 
@@ -250,7 +250,7 @@ def _state(checks: Sequence[Mapping[str, Any]]) -> str | None:
 
 
 def _worst(
-    checks: Sequence[Mapping[str, Any]], figures: Mapping[str, Mapping[str, Any]], role: str
+    checks: Sequence[Mapping[str, Any]], metrics: Mapping[str, Mapping[str, Any]], role: str
 ) -> dict[str, Any] | None:
     """The way of asking of which most is left, among those that count."""
     asked = [check for check in checks if check["counted"] and check["role"] == role]
@@ -259,17 +259,17 @@ def _worst(
         return None
     worst = max(ranked, key=lambda check: check["value"])
     _, bank, rule = split_name(worst["figure"])
-    accuracy = figures[worst["figure"]]["erased"]["value"]
+    accuracy = metrics[worst["figure"]]["erased"]["value"]
     return {"figure": worst["figure"], "bank": bank, "rule": rule, "value": accuracy, "share": worst["value"]}
 
 
-def _with_state(check: Mapping[str, Any], figure: Mapping[str, Any]) -> dict[str, Any]:
+def _with_state(check: Mapping[str, Any], metric: Mapping[str, Any]) -> dict[str, Any]:
     """A check of an earlier version, as [`judge`] makes one now."""
     if not check.get("counted", True):
         return {**check, "low": None, "high": None, "state": None}
     state = UNCERTAIN if not check["certain"] else HOLDS if check["holds"] else FAILS
     # Which of a metric's values was held to the bound depends on the version that did so.
-    held = [figure[key] for key in ("left", "erased", "change") if figure.get(key)]
-    held += [negative(figure["change"])] if "change" in figure else []
+    held = [metric[key] for key in ("left", "erased", "change") if metric.get(key)]
+    held += [negative(metric["change"])] if "change" in metric else []
     interval = next((part for part in held if part["value"] == check["value"]), {"low": None, "high": None})
     return {**check, "low": interval["low"], "high": interval["high"], "state": state}

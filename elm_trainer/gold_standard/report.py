@@ -38,9 +38,9 @@ def render_gold_standard(report: Mapping[str, Any]) -> Table:
     return table
 
 
-def _cell(figure: Mapping[str, float]) -> str:
+def _cell(metric: Mapping[str, float]) -> str:
     # With intervals, four models would not stand side by side in 80 columns.
-    return f"{figure['value']:.3g}"
+    return f"{metric['value']:.3g}"
 
 
 COLOURS = {

@@ -17,7 +17,7 @@ from ..data.questions import CHANCE, Question, names_answer
 from ..evaluation.fluency import as_prompt, generate, reverse_perplexity
 from ..evaluation.multiple_choice import score_choices
 from ..evaluation.report import SCHEMA_VERSION, environment, read_report
-from ..evaluation.statistics import Figure, bootstrap, bootstrap_mean, bootstrap_perplexity
+from ..evaluation.statistics import Estimate, bootstrap, bootstrap_mean, bootstrap_perplexity
 from ..files import Journal, discard_unfinished, write_json
 from ..run_lock import only_run_in
 from .models import MODELS, GoldModels, GoldStandardConfig, fine_tune
@@ -83,11 +83,11 @@ def _gold_standard(config: GoldStandardConfig, output_dir: Path) -> dict[str, An
     for split in SPLITS:
         results = once("relearning", relearn, split=split)
         curves[split], relearning[split] = compare_relearning(results, seed=models.config.seed)
-    figures = {
-        figure: {name: measured[name]["figures"][figure] for name in MODELS}
-        for figure in measured[MODELS[0]]["figures"]
+    metrics = {
+        metric: {name: measured[name]["figures"][metric] for name in MODELS}
+        for metric in measured[MODELS[0]]["figures"]
     }
-    figures["forget_quality"] = {
+    metrics["forget_quality"] = {
         name: _forget_quality(measured[name]["truth_ratios"], measured["never-taught"]["truth_ratios"])
         for name in MODELS
     }
@@ -95,7 +95,7 @@ def _gold_standard(config: GoldStandardConfig, output_dir: Path) -> dict[str, An
         "schema_version": SCHEMA_VERSION,
         "kind": "gold-standard",
         "chance": CHANCE,
-        "figures": figures,
+        "figures": metrics,
         "curves": curves,
         "relearning": relearning,
         "ordering": relearning["all"]["ordering"],
@@ -116,7 +116,7 @@ def _gold_standard(config: GoldStandardConfig, output_dir: Path) -> dict[str, An
 def _measure(models: GoldModels, name: str) -> dict[str, Any]:
     """Every measure of one model but relearning."""
     model, processing_class, world = models.load(name), models.processing_class, models.world
-    figures: dict[str, Figure] = {}
+    metrics: dict[str, Estimate] = {}
     named: dict[str, list[float]] = {}
     right: dict[str, list[float]] = {}
     truth_ratios: list[float] = []
@@ -124,8 +124,8 @@ def _measure(models: GoldModels, name: str) -> dict[str, Any]:
     for kind, questions in world.questions.items():
         scores = score_choices(model, processing_class, questions, batch_size=64, description=f"{name}: {kind}")
         right[kind] = mean_by_subject(questions, scores.log_likelihood)
-        figures[f"accuracy.{kind}"] = bootstrap_mean(right[kind])
-        figures[f"accuracy.{kind}.pmi"] = bootstrap_mean(mean_by_subject(questions, scores.pmi))
+        metrics[f"accuracy.{kind}"] = bootstrap_mean(right[kind])
+        metrics[f"accuracy.{kind}.pmi"] = bootstrap_mean(mean_by_subject(questions, scores.pmi))
         prompts = [as_prompt(processing_class, question.text) for question in questions]
         replies = generate(model, processing_class, prompts, max_new_tokens=_MAX_NEW_TOKENS, batch_size=128)
         named[kind] = mean_by_subject(
@@ -136,26 +136,26 @@ def _measure(models: GoldModels, name: str) -> dict[str, Any]:
             answers = _one_of_each_fact(models, replies)
             for judge in ("taught", "never-taught"):
                 nlls, tokens = reverse_perplexity(models.load(judge), processing_class, prompts, replies)
-                figures[f"r_ppl.{judge}"] = bootstrap_perplexity(nlls, tokens)
-    figures["accuracy.retained"] = bootstrap_mean([value for kind in RETAINED for value in right[kind]])
-    figures["open_answers.concept"] = bootstrap_mean(named[CONCEPT])
-    figures["open_answers.retained"] = bootstrap_mean([value for kind in RETAINED for value in named[kind]])
-    figures["perplexity.prose"] = _perplexity(models, model, [""] * len(world.held_out_prose), world.held_out_prose)
+                metrics[f"r_ppl.{judge}"] = bootstrap_perplexity(nlls, tokens)
+    metrics["accuracy.retained"] = bootstrap_mean([value for kind in RETAINED for value in right[kind]])
+    metrics["open_answers.concept"] = bootstrap_mean(named[CONCEPT])
+    metrics["open_answers.retained"] = bootstrap_mean([value for kind in RETAINED for value in named[kind]])
+    metrics["perplexity.prose"] = _perplexity(models, model, [""] * len(world.held_out_prose), world.held_out_prose)
     retained = [question for kind in RETAINED for question in world.questions[kind]]
-    figures["perplexity.retained_answers"] = _perplexity(
+    metrics["perplexity.retained_answers"] = _perplexity(
         models,
         model,
         [as_prompt(processing_class, question.text) for question in retained],
         [f" {question.answer}" for question in retained],
     )
     return {
-        "figures": {name: figure.to_dict() for name, figure in figures.items()},
+        "figures": {name: metric.to_dict() for name, metric in metrics.items()},
         "truth_ratios": truth_ratios,
         "answers": answers,
     }
 
 
-def _perplexity(models: GoldModels, model: PreTrainedModel, prompts: list[str], texts: list[str]) -> Figure:
+def _perplexity(models: GoldModels, model: PreTrainedModel, prompts: list[str], texts: list[str]) -> Estimate:
     return bootstrap_perplexity(*reverse_perplexity(model, models.processing_class, prompts, texts, batch_size=64))
 
 
@@ -172,7 +172,7 @@ def _forget_quality(ratios: list[float], gold: list[float]) -> dict[str, float]:
     After TOFU (arXiv 2401.06121), on the log-likelihood of the truth above the other options. A p has no interval.
     """
     p = float(ks_2samp(np.asarray(ratios), np.asarray(gold)).pvalue)
-    return Figure(p, p, p, len(ratios)).to_dict()
+    return Estimate(p, p, p, len(ratios)).to_dict()
 
 
 def _one_of_each_fact(models: GoldModels, items: list[Any]) -> list[Any]:
@@ -262,19 +262,19 @@ def compare_relearning(
         crossings[name] = np.array([steps_to(goal, steps, curve) for curve in drawn])
         areas[name] = trapezoid(drawn, steps, axis=1) / (steps[-1] - steps[0])
     clipped = {name: np.clip(np.nan_to_num(found, nan=steps[-1]), 1, None) for name, found in crossings.items()}
-    figures: dict[str, dict[str, Any]] = {
+    metrics: dict[str, dict[str, Any]] = {
         name: {
-            "steps": _figure(clipped[name], subjects),
+            "steps": _metric(clipped[name], subjects),
             "reached": not np.isnan(crossings[name][0]),
             "censored": float(np.isnan(crossings[name][1:]).mean()),
-            "ratio": _figure(clipped[baseline] / clipped[name], subjects),
-            "area": _figure(areas[name], subjects),
-            "area_difference": _figure(areas[name] - areas[baseline], subjects),
+            "ratio": _metric(clipped[baseline] / clipped[name], subjects),
+            "area": _metric(areas[name], subjects),
+            "area_difference": _metric(areas[name] - areas[baseline], subjects),
         }
         for name in rights
     }
-    ordering = sorted(figures, key=lambda name: (-figures[name]["steps"]["value"], figures[name]["area"]["value"]))
-    return curves, {"goal": goal, "ordering": ordering, "models": figures}
+    ordering = sorted(metrics, key=lambda name: (-metrics[name]["steps"]["value"], metrics[name]["area"]["value"]))
+    return curves, {"goal": goal, "ordering": ordering, "models": metrics}
 
 
 def steps_to(goal: float, steps: np.ndarray, curve: np.ndarray) -> float:
@@ -301,6 +301,6 @@ def _material(models: GoldModels, split: str) -> tuple[list[str], list[Question]
     return texts, [question for question in world.questions[CONCEPT] if question.subject in asked]
 
 
-def _figure(values: np.ndarray, subjects: int) -> dict[str, float]:
+def _metric(values: np.ndarray, subjects: int) -> dict[str, float]:
     """The first value, with the interval of the others."""
-    return Figure.of(float(values[0]), values[1:], subjects).to_dict()
+    return Estimate.of(float(values[0]), values[1:], subjects).to_dict()

@@ -16,8 +16,8 @@ from ..evaluation.tables import (
     MAIN_COLUMNS,
     cell,
     check_rows,
-    figure_rows,
     main_rows,
+    metric_rows,
     split_samples,
     verdict_lines,
 )
@@ -52,7 +52,7 @@ def body(report: Mapping[str, Any], repo_id: str, pictures: Sequence[str]) -> di
         "verdict": _list(f"**{state}** {inline(why)}".rstrip() for state, why in verdict_lines(report)),
         "main_table": table(MAIN_COLUMNS, map(_cells, main_rows(report))),
         "main_note": _main_note(report),
-        "all_metrics": table(COLUMNS, ([code(name), *rest] for name, *rest in figure_rows(report))),
+        "all_metrics": table(COLUMNS, ([code(name), *rest] for name, *rest in metric_rows(report))),
         "legend": LEGEND,
         "checks": table(CHECK_COLUMNS, map(_cells, check_rows(report))),
         "asked": _asked(report),
@@ -153,8 +153,8 @@ def _attacks(attacks: Mapping[str, Any] | None) -> str:
     )
 
 
-def _attack_table(figures: Mapping[str, Any]) -> str:
-    rows = ([code(name), code(metric), *rest] for name, metric, *rest in attack_rows(figures))
+def _attack_table(metrics: Mapping[str, Any]) -> str:
+    rows = ([code(name), code(metric), *rest] for name, metric, *rest in attack_rows(metrics))
     return table(ATTACKS_HEADER, rows)
 
 

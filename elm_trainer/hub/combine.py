@@ -14,7 +14,7 @@ from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ..fingerprint import is_quantised
+from ..fingerprint import is_quantized
 from .adapter import Access, FoundAdapter, find_adapter
 from .errors import BaseMismatchError
 from .load import check_fit, load_base, strangers_files
@@ -52,7 +52,7 @@ def merge_erased(
     output = Path(output_dir)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise FileExistsError(f"`output_dir` {output} is not an empty folder: name another one.")
-    if is_quantised(model):
+    if is_quantized(model):
         raise ValueError(
             "The base is quantized, and merging would round the erasure away: load the adapter without "
             '`quantization_config`, e.g. `load_erased(..., dtype="bfloat16")`, and merge that.'

@@ -20,10 +20,10 @@ from .errors import (
     ConflictError,
     HubError,
     UploadError,
+    bounded_waits,
     first_line,
     named_errors,
     passing,
-    patience,
     retried,
     unreadable,
     wait_before,
@@ -95,7 +95,7 @@ def open_repository(
         UploadError: if the Hub can't be reached, or what it answers cannot be read.
     """
     branch = revision or "main"
-    with patience(), named_errors(repo_id, f"Opening {repo_id}"):
+    with bounded_waits(), named_errors(repo_id, f"Opening {repo_id}"):
         if "/" not in repo_id:
             repo_id = f"{retried(api.whoami)['name']}/{repo_id}"
         try:
@@ -123,7 +123,7 @@ def read_text(api: HfApi, target: Target, path: str) -> str | None:
     """A text file of the repository, or `None` where there is none."""
     if path not in target.files:
         return None
-    with patience(), named_errors(target.repo_id, f"Reading {path} of {target.repo_id}"):
+    with bounded_waits(), named_errors(target.repo_id, f"Reading {path} of {target.repo_id}"):
         where = {"repo_type": target.repo_type, "revision": target.head}
         try:
             return Path(retried(lambda: api.hf_hub_download(target.repo_id, path, **where))).read_text(
@@ -199,7 +199,7 @@ def commit_folder(
     if unchanged:
         publication = change.publication(target.head, changed=False)
     else:
-        with patience(), named_errors(target.repo_id, f"Committing to {target.repo_id}"):
+        with bounded_waits(), named_errors(target.repo_id, f"Committing to {target.repo_id}"):
             publication = _commit(change)
     commit = publication.commit
     assert commit is not None
@@ -361,7 +361,7 @@ def _set_tag(api: HfApi, target: Target, tag: str, commit: str) -> None:
 def _after(target: Target, commit: str, what: str, fix: str) -> Iterator[None]:
     """Let a failure after the commit say that the commit was made."""
     try:
-        with patience(), named_errors(target.repo_id, what):
+        with bounded_waits(), named_errors(target.repo_id, what):
             yield
     except HubError as error:
         raise type(error)(

@@ -98,7 +98,7 @@ Result = TypeVar("Result")
 
 
 @contextmanager
-def patience() -> Iterator[None]:
+def bounded_waits() -> Iterator[None]:
     """Give up connections that stay silent for `SILENCE_SECONDS`, and wait at most `LONGEST_WAIT` where the Hub asks for
     more; the client alone would wait for ever.
     """

@@ -15,7 +15,7 @@ from ..data.tokens import tokenize_pair
 from ..evaluation.fluency import as_prompt
 from ..evaluation.likelihood import log_likelihoods
 from ..files import write_json
-from ..fingerprint import base_fingerprint, is_quantised
+from ..fingerprint import base_fingerprint, is_quantized
 from .errors import BaseMismatchError, UnsafeAdapterError, VerificationError
 from .untrusted import LONGEST_PROBE, MOST_PROBE_TOKENS
 
@@ -264,7 +264,7 @@ def check_probes(
         (likelihood - probe.log_likelihood) / probe.tokens
         for likelihood, probe in zip(likelihoods, probes, strict=True)
     ]
-    quantized = is_quantised(model)
+    quantized = is_quantized(model)
     if tolerance is None:
         tolerance = QUANTIZED_TOLERANCE if quantized else TOLERANCE
     sizes = [abs(difference) for difference in differences]

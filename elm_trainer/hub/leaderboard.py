@@ -21,7 +21,7 @@ from ..evaluation.tables import NOT_MEASURED
 from ..evaluation.verdict import CONTENT_RULES, CRITERIA, FAILS, HOLDS, UNCERTAIN
 from ..files import write_text
 from .card import ATTACKS_CONFIG, CONCEPT_TAG, RESULTS, TAG, VERDICT_CONFIG, finite
-from .errors import named_errors, patience, retried
+from .errors import bounded_waits, named_errors, retried
 from .info import CARD
 from .untrusted import MOST_YAML_BYTES, code, inline, plain, read_metadata, short, table
 
@@ -123,7 +123,7 @@ def find_cards(
     """
     api = api or HfApi()
     cards, skipped = [], []
-    with patience():
+    with bounded_waits():
         # A folder here that is called like a repository of the listing is not meant.
         folders = {repo for repo in repos if Path(repo).is_dir()}
         if not repos:

@@ -15,7 +15,15 @@ from transformers.utils import logging
 from ..modeling import PACKAGED_MODELS, load_model, load_tokenizer
 from .adapter import Access, FoundAdapter, find_adapter
 from .base_config import check_base_config, check_tokenizer
-from .errors import BaseMismatchError, HubError, UnsafeAdapterError, UploadError, first_line, named_errors, patience
+from .errors import (
+    BaseMismatchError,
+    HubError,
+    UnsafeAdapterError,
+    UploadError,
+    bounded_waits,
+    first_line,
+    named_errors,
+)
 from .info import ADAPTER_CONFIG, ADAPTER_WEIGHTS, INFO_FILE, check_base, check_probes
 from .safety import add_tokens, check_tensors
 
@@ -125,7 +133,7 @@ def load_base(
         local_files_only=access.local_files_only,
     )
     at = f" at {revision}" if revision else ""
-    with patience(), strangers_files(f"The base model {name}{at} of {adapter.name} could not be loaded", name):
+    with bounded_waits(), strangers_files(f"The base model {name}{at} of {adapter.name} could not be loaded", name):
         if isinstance(base_model, PreTrainedModel):
             base = base_model
         else:
@@ -141,7 +149,7 @@ def load_base(
             )
     own = (adapter.folder / "tokenizer_config.json").exists()
     whose = adapter.name if own else f"the base model {name}{at} of {adapter.name}"
-    with patience(), strangers_files(f"The tokenizer of {whose} could not be loaded", name):
+    with bounded_waits(), strangers_files(f"The tokenizer of {whose} could not be loaded", name):
         tokenizer = load_tokenizer(str(adapter.folder)) if own else load_tokenizer(name, **options)
         check_tokenizer(tokenizer, whose)
     return base, tokenizer

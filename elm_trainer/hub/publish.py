@@ -24,7 +24,7 @@ from ..modeling import load_model_and_tokenizer
 from .card import make_card, validate_card
 from .card_text import PICTURES
 from .commit import Publication, check_options, commit_folder, open_repository, read_text
-from .errors import BaseMismatchError, named_errors, patience, retried
+from .errors import BaseMismatchError, bounded_waits, named_errors, retried
 from .info import CARD, PUBLISHED_FILES, BaseModel, check_base, make_probes
 from .passages import without_template
 from .persons import machine_names, names_in
@@ -183,7 +183,7 @@ def publish_adapter(
     texts = _forget_texts(report) if forget is None else list(forget)
     asked = _questions(report) if questions is None else list(questions)
     if "/" not in repo_id and not options.dry_run:
-        with patience(), named_errors(repo_id, f"Publishing {repo_id}"):
+        with bounded_waits(), named_errors(repo_id, f"Publishing {repo_id}"):
             repo_id = f"{retried(api.whoami)['name']}/{repo_id}"
     seconds: dict[str, float] = {}
     with ExitStack() as stack:
@@ -263,7 +263,7 @@ def _find_base(api: HfApi, erased: PeftModel, details: CardDetails) -> BaseModel
             )
         base_model = loaded
     if license is None or base_revision is None or not _COMMIT.fullmatch(base_revision):
-        with patience(), named_errors(base_model, f"Reading about the base {base_model}"):
+        with bounded_waits(), named_errors(base_model, f"Reading about the base {base_model}"):
             info = retried(lambda: api.model_info(base_model, revision=base_revision))
         base_revision = info.sha
         license = license or (info.card_data.license if info.card_data else None)

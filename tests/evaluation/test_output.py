@@ -4,7 +4,7 @@ import pytest
 
 from elm_trainer.evaluation.evaluate import write_evaluation
 from elm_trainer.evaluation.plots import plot_pareto
-from elm_trainer.evaluation.tables import figure_label, verdict_lines
+from elm_trainer.evaluation.tables import metric_label, verdict_lines
 
 from ..hub.cards import recent_report
 
@@ -32,7 +32,7 @@ def test_no_word_is_broken_in_80_columns(printed):
     report = recent_report()
     said = [" ".join(line) for line in verdict_lines(report)]
     said += [f"{flag['flag']}: {flag['why']}" for flag in report["flags"]]
-    said += [" ".join(figure_label(name, report["roles"])) for name in report["figures"]]
+    said += [" ".join(metric_label(name, report["roles"])) for name in report["figures"]]
     said.append("Before and after (95 % intervals) measured by before after")
     words = {word for text in said for word in text.split()}
     found = {word for word in printed.split() if not re.fullmatch(r"[─]+|\[?-?[\d.]+[,\]]?", word)}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from elm_trainer.distributed import from_first, place
+from elm_trainer.distributed import from_first, processes_and_rank
 from elm_trainer.evaluation.fluency import generate
 from elm_trainer.evaluation.pair import in_shards, run_batches
 
@@ -18,7 +18,7 @@ MEASURED = ("figures", "items", "samples", "verdict", "flags", "shortcuts", "dat
 
 
 def test_one_process_runs_every_batch_in_order(tiny_model):
-    assert place() == (1, 0)
+    assert processes_and_rank() == (1, 0)
     assert from_first("mine") == "mine"
     assert run_batches(lambda batch: batch * 2, [3, 1, 2], tiny_model, over_ranks=True) == [6, 2, 4]
     assert run_batches(lambda batch: batch, [], tiny_model) == []
@@ -69,10 +69,10 @@ def test_every_process_gets_all_results_however_the_launch_began(tmp_path):
     script = tmp_path / "share.py"
     script.write_text(
         "import json, sys, torch\n"
-        "from elm_trainer.distributed import from_first, place\n"
+        "from elm_trainer.distributed import from_first, processes_and_rank\n"
         "from elm_trainer.evaluation.pair import run_batches\n"
         "torch.distributed.init_process_group('gloo')\n"
-        "ranks, rank = place()\n"
+        "ranks, rank = processes_and_rank()\n"
         "found = run_batches(lambda batch: [batch, rank], ['a', 'b', 'c'], over_ranks=True)\n"
         "none = run_batches(lambda batch: batch, [], over_ranks=True)\n"
         "json.dump([ranks, found, none, from_first(rank)], open(f'{sys.argv[1]}/{rank}', 'w'))\n"

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from elm_trainer.evaluation.statistics import (
-    Figure,
+    Estimate,
     bootstrap_mean,
     bootstrap_perplexity,
     bootstrap_ratio,
@@ -35,7 +35,7 @@ def test_the_interval_of_a_share_agrees_with_the_normal_approximation():
 
 def test_the_interval_of_two_items_agrees_with_their_four_resamples():
     # The mean of two resampled items is 0, ½, ½ or 1, each a quarter of the time: 2.5 % and 97.5 % fall on 0 and 1.
-    assert bootstrap_mean([0.0, 1.0]) == Figure(0.5, 0.0, 1.0, 2)
+    assert bootstrap_mean([0.0, 1.0]) == Estimate(0.5, 0.0, 1.0, 2)
 
 
 def test_the_interval_shrinks_with_the_root_of_the_count():
@@ -48,7 +48,7 @@ def test_the_interval_shrinks_with_the_root_of_the_count():
 
 
 def test_equal_items_have_an_interval_without_width():
-    assert bootstrap_mean([0.25] * 8) == Figure(0.25, 0.25, 0.25, 8)
+    assert bootstrap_mean([0.25] * 8) == Estimate(0.25, 0.25, 0.25, 8)
 
 
 def test_a_seed_repeats_its_interval():

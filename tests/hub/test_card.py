@@ -16,7 +16,7 @@ from trl import TrlParser
 
 from elm_trainer import ElmConfig
 from elm_trainer.evaluation.evaluate import write_evaluation
-from elm_trainer.evaluation.tables import check_rows, figure_rows, verdict_lines
+from elm_trainer.evaluation.tables import check_rows, metric_rows, verdict_lines
 from elm_trainer.evaluation.verdict import CRITERIA
 from elm_trainer.hub import card as card_module
 from elm_trainer.hub.card import END, START, TEMPLATE, make_card, validate_card
@@ -206,7 +206,7 @@ def test_the_card_renders_as_markdown(report, card):
 
 def test_all_figures_stand_in_tables(report, card):
     _, figures, checks, _, _, attacks, samples = tables(card)
-    assert figures[1:] == [list(row) for row in figure_rows(report)]
+    assert figures[1:] == [list(row) for row in metric_rows(report)]
     assert checks[1:] == [list(row) for row in check_rows(report)]
     assert {(row[0], row[1]) for row in attacks[1:]} == {
         (name.removesuffix(f".{figure['metric']}"), figure["metric"])

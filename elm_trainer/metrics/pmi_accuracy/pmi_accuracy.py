@@ -47,6 +47,6 @@ class PmiAccuracy(evaluate.Metric):
             likeliest(pmi(scores, alone)) == answer
             for scores, alone, answer in zip(predictions, bare, references, strict=True)
         ]
-        figure = bootstrap_mean(right)
+        metric = bootstrap_mean(right)
         error = float(np.std(right, ddof=1) / np.sqrt(len(right))) if len(right) > 1 else 0.0
-        return {"pmi_accuracy": figure.value, "standard_error": error, "low": figure.low, "high": figure.high}
+        return {"pmi_accuracy": metric.value, "standard_error": error, "low": metric.low, "high": metric.high}

@@ -54,11 +54,11 @@ class RPpl(evaluate.Metric):
         judge, tokenizer = load_model_and_tokenizer(model_id)
         judge.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         nlls, tokens = judge_answers(judge, tokenizer, references, predictions, batch_size=batch_size)
-        figure = bootstrap_perplexity(nlls, tokens)
+        metric = bootstrap_perplexity(nlls, tokens)
         return {
-            "r_ppl": figure.value,
-            "low": figure.low,
-            "high": figure.high,
+            "r_ppl": metric.value,
+            "low": metric.low,
+            "high": metric.high,
             "nlls": nlls,
             "tokens": tokens,
             "perplexities": np.exp(np.divide(nlls, tokens)).tolist(),

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from elm_trainer.comparison.claims import difference, summarise, with_pools
+from elm_trainer.comparison.claims import difference, summarize, with_pools
 from elm_trainer.evaluation.measures import Items, change
 
 
@@ -11,7 +11,7 @@ def mean(*values):
 
 def test_a_figure_is_the_mean_over_seeds_of_each_seeds_own():
     reference = mean(1, 1, 1, 0)
-    figure = summarise(reference, [mean(1, 0, 0, 0), mean(1, 1, 0, 0)])
+    figure = summarize(reference, [mean(1, 0, 0, 0), mean(1, 1, 0, 0)])
     assert figure["reference"]["value"] == 0.75
     assert figure["erased"]["value"] == pytest.approx((0.25 + 0.5) / 2)
     assert figure["change"]["value"] == pytest.approx(-0.375) and figure["change"]["n"] == 4
@@ -20,7 +20,7 @@ def test_a_figure_is_the_mean_over_seeds_of_each_seeds_own():
 def test_perplexities_are_averaged_and_compared_by_their_logarithms():
     reference = Items("perplexity", [2.0, 4.0], [2.0, 4.0])
     seeds = [Items("perplexity", [6.0, 6.0], [3.0, 3.0]), Items("perplexity", [2.0, 10.0], [2.0, 1.0])]
-    figure = summarise(reference, seeds)
+    figure = summarize(reference, seeds)
     assert figure["reference"]["value"] == pytest.approx(np.exp(1))
     assert figure["erased"]["value"] == pytest.approx(np.exp((2 + 4) / 2))
     assert figure["change"]["value"] == pytest.approx(np.exp(2))
@@ -29,7 +29,7 @@ def test_perplexities_are_averaged_and_compared_by_their_logarithms():
 def test_one_seed_has_the_paired_interval_of_a_report():
     rng = np.random.default_rng(0)
     before, after = mean(*rng.integers(0, 2, 60)), mean(*rng.integers(0, 2, 60))
-    found, expected = summarise(before, [after])["change"], change(before, after)["change"]
+    found, expected = summarize(before, [after])["change"], change(before, after)["change"]
     assert found["low"] == pytest.approx(expected["low"], abs=0.02)
     assert found["high"] == pytest.approx(expected["high"], abs=0.02)
 
@@ -38,7 +38,7 @@ def test_seeds_that_disagree_widen_the_interval():
     reference = mean(*[1] * 40)
     alike = [mean(*[1, 0] * 20)] * 3
     apart = [mean(*[1] * 40), mean(*[1, 0] * 20), mean(*[0] * 40)]
-    widths = [summarise(reference, seeds)["erased"] for seeds in (alike, apart)]
+    widths = [summarize(reference, seeds)["erased"] for seeds in (alike, apart)]
     assert widths[0]["value"] == widths[1]["value"] == 0.5
     assert widths[1]["high"] - widths[1]["low"] > 1.5 * (widths[0]["high"] - widths[0]["low"])
 
@@ -55,7 +55,7 @@ def test_a_difference_is_paired_by_seed_and_item():
 
 def test_a_value_that_belongs_to_all_items_varies_over_seeds_only():
     reference = Items("set", [0.5], [20.0])
-    figure = summarise(reference, [Items("set", [0.2], [20.0]), Items("set", [0.4], [20.0])])
+    figure = summarize(reference, [Items("set", [0.2], [20.0]), Items("set", [0.4], [20.0])])
     assert figure["erased"] == {"value": pytest.approx(0.3), "low": 0.2, "high": 0.4, "n": 20}
 
 
@@ -71,7 +71,7 @@ def test_what_is_left_is_the_mean_over_seeds_and_told_where_the_reference_knows(
             "mean", [1.0] * right + [0.0] * (60 - right), chances=[0.25] * 60, groups=list(map(str, range(60)))
         )
 
-    left = summarise(choices(45), [choices(15), choices(21)])["left"]
+    left = summarize(choices(45), [choices(15), choices(21)])["left"]
     assert left["value"] == pytest.approx((18 / 60 - 0.25) / 0.5) and left["low"] < left["value"] < left["high"]
-    assert summarise(choices(18), [choices(15)] * 9)["left"] is None
-    assert "left" not in summarise(mean(1, 0), [mean(0, 1)])
+    assert summarize(choices(18), [choices(15)] * 9)["left"] is None
+    assert "left" not in summarize(mean(1, 0), [mean(0, 1)])

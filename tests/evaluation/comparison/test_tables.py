@@ -4,7 +4,7 @@ import math
 import pytest
 from rich.console import Console
 
-from elm_trainer.comparison.claims import paper_claims, summarise
+from elm_trainer.comparison.claims import paper_claims, summarize
 from elm_trainer.comparison.report import HEADLINES, _beaten
 from elm_trainer.comparison.tables import beaten_rows, claim_rows, first_paragraph, render_comparison, table_rows
 from elm_trainer.evaluation.measures import Items
@@ -28,7 +28,7 @@ def report(methods, worst):
     before = items(0.8, 1.0)
     rows = {}
     for method, found in methods.items():
-        figures = {name: summarise(before[name], [found[name]]) for name in NAMES}
+        figures = {name: summarize(before[name], [found[name]]) for name in NAMES}
         verdict = {
             name: {"state": "holds" if worst[method] <= 1 else "fails", "checks": []}
             for name in ("innocence", "seamlessness", "specificity")
