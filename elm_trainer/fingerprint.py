@@ -1,15 +1,17 @@
-"""Hashes of a base model's weights: a cheap one of samples, and sums over every bit."""
+"""Hashes of weights: a cheap one of a base's samples, sums over every bit, and SHA-256 of all bytes."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.integrations import gather_params_ctx
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 
@@ -125,3 +127,31 @@ def _bit_sum(tensor: torch.Tensor) -> torch.Tensor:
     memory = flat.view(torch.uint8)
     whole = memory.numel() // 8 * 8
     return memory[:whole].view(torch.int64).sum() + memory[whole:].sum(dtype=torch.int64)
+
+
+def model_fingerprint(model: torch.nn.Module) -> str:
+    """SHA-256 over names, shapes and bytes of the weights, the same with and without an adapter."""
+    weights = {}
+    for name, parameter in model.named_parameters():
+        if "lora_" not in name:
+            weights[name.replace("base_model.model.", "").replace(".base_layer", "")] = parameter
+    return _hash_tensors(weights)
+
+
+def adapter_fingerprint(tensors: Mapping[str, torch.Tensor]) -> str:
+    """The same over an adapter's tensors, named as in its file: a report's `erased_sha256`."""
+    return _hash_tensors(tensors)
+
+
+def _hash_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        # One at a time: the weights of all shards need not fit on one device together.
+        with gather_params_ctx([tensors[name]], modifier_rank=None):
+            tensor = tensors[name].detach()
+            tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            digest.update(f"{name}{tuple(tensor.shape)}".encode())
+            # A copy: what NumPy has seen can no longer be freed, and FSDP frees what it has gathered.
+            copied = tensor.to("cpu", copy=True)
+            digest.update(copied.contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

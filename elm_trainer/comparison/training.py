@@ -20,9 +20,10 @@ from ..data.dataset import ConceptSources, build_erasure_dataset
 from ..data.questions import SPLITS
 from ..evaluation.measures import MEASURES, Items, Setting
 from ..evaluation.pair import ModelPair, Side
-from ..evaluation.report import PACKAGES, dataset_info, model_fingerprint, suite_info
+from ..evaluation.report import PACKAGES, dataset_info, suite_info
 from ..evaluation.suite import EvaluationSuite, bank_size, built_in_suite
 from ..files import Runs
+from ..fingerprint import model_fingerprint
 from ..methods.base import NonFiniteLossError
 from ..modeling import load_model, load_tokenizer
 from .config import METHODS, ComparisonConfig

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from peft import get_peft_model_state_dict
 from peft.utils.integrations import gather_params_ctx
-from torch.distributed.tensor import DTensor
 
 from ..data.questions import Question
 from ..files import read_object
+from ..fingerprint import adapter_fingerprint, model_fingerprint
 from .measures import Items, change, correct_p
 from .pair import ModelPair
 from .suite import EvaluationSuite
@@ -68,34 +68,6 @@ def environment(seconds: Mapping[str, float]) -> dict[str, Any]:
         "peak_memory_bytes": peak if sys.platform == "darwin" else peak * 1024,
         "peak_device_memory_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
     }
-
-
-def model_fingerprint(model: torch.nn.Module) -> str:
-    """SHA-256 over names, shapes and bytes of the weights, the same with and without an adapter."""
-    weights = {}
-    for name, parameter in model.named_parameters():
-        if "lora_" not in name:
-            weights[name.replace("base_model.model.", "").replace(".base_layer", "")] = parameter
-    return _hash_tensors(weights)
-
-
-def adapter_fingerprint(tensors: Mapping[str, torch.Tensor]) -> str:
-    """The same over an adapter's tensors, named as in its file: a report's `erased_sha256`."""
-    return _hash_tensors(tensors)
-
-
-def _hash_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        # One at a time: the weights of all shards need not fit on one device together.
-        with gather_params_ctx([tensors[name]], modifier_rank=None):
-            tensor = tensors[name].detach()
-            tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-            digest.update(f"{name}{tuple(tensor.shape)}".encode())
-            # A copy: what NumPy has seen can no longer be freed, and FSDP frees what it has gathered.
-            copied = tensor.to("cpu", copy=True)
-            digest.update(copied.contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def pair_fingerprint(pair: ModelPair) -> dict[str, str]:

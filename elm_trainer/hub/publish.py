@@ -18,8 +18,8 @@ from transformers.utils import logging
 
 from ..data.questions import BANKS, Question, load_bank
 from ..data.sources import load_texts
-from ..evaluation.report import model_fingerprint, read_report
-from ..fingerprint import base_fingerprint
+from ..evaluation.report import read_report
+from ..fingerprint import base_fingerprint, model_fingerprint
 from ..modeling import load_model_and_tokenizer
 from .card import make_card, validate_card
 from .card_text import PICTURES

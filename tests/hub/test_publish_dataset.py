@@ -7,6 +7,7 @@ import pytest
 
 from elm_trainer.hub.errors import ScanError
 from elm_trainer.hub.info import BaseModel
+from elm_trainer.hub.publish import PublishOptions
 from elm_trainer.hub.publish_dataset import publish_dataset
 from elm_trainer.synthesis import SynthesisConfig, SynthesisResult
 
@@ -52,7 +53,9 @@ def test_a_passage_of_forget_text_is_stopped_before_anything_is_sent(hub, hub_ap
 
 
 def test_a_dry_run_leaves_the_folder_and_asks_the_hub_nothing(hub, hub_api, tmp_path):
-    publication = publish_dataset(RESULTS, "pairs", api=hub_api, dry_run=True, staging_dir=tmp_path / "out", **OPTIONS)
+    publication = publish_dataset(
+        RESULTS, "pairs", api=hub_api, options=PublishOptions(dry_run=True, staging_dir=tmp_path / "out"), **OPTIONS
+    )
 
     assert publication.commit is None and not hub.requests
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["README.md", "pairs.jsonl"]
