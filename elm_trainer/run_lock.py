@@ -48,7 +48,7 @@ def only_run_in(folder: str | Path | None, argument: str = "output_dir") -> Iter
 
 
 @contextmanager
-def turn(path: Path, argument: str = "cache_dir") -> Iterator[None]:
+def waiting_turn(path: Path, argument: str = "cache_dir") -> Iterator[None]:
     """Wait for the run that holds the lock at `path`, if there is one, and hold it while the block lasts.
 
     Raises:

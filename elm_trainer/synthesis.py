@@ -19,7 +19,7 @@ from .evaluation.fluency import repetition
 from .files import append_line, json_sha256, read_lines, sealed, unsealed, write_text
 from .modeling import evaluating
 from .ops import plausible_tokens
-from .run_lock import turn
+from .run_lock import waiting_turn
 
 
 logger = logging.get_logger(__name__)
@@ -296,7 +296,7 @@ def _resumable(
 
     done = read(complete)
     if len(done) < batches:
-        with turn(lock):
+        with waiting_turn(lock):
             # Others may have sampled some meanwhile.
             done = read(complete) | read(partial)
             missing = [index for index in range(batches) if index not in done]

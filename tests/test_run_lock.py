@@ -10,7 +10,7 @@ import pytest
 from filelock import FileLock
 
 from elm_trainer.files import UNFINISHED
-from elm_trainer.run_lock import HOLDER_FILE, LOCK_FILE, FolderInUseError, only_run_in, turn
+from elm_trainer.run_lock import HOLDER_FILE, LOCK_FILE, FolderInUseError, only_run_in, waiting_turn
 
 
 def hold(folder, pipe, fork):
@@ -111,7 +111,7 @@ def test_on_a_drive_without_locks_a_run_goes_on(error, tmp_path, monkeypatch):
         raise error
 
     monkeypatch.setattr(FileLock, "acquire", without)
-    for context in (only_run_in(tmp_path / "run"), turn(tmp_path / "cache" / "a.lock")):
+    for context in (only_run_in(tmp_path / "run"), waiting_turn(tmp_path / "cache" / "a.lock")):
         with context:
             pass
     assert (tmp_path / "run").is_dir() and (tmp_path / "cache").is_dir()
@@ -121,11 +121,11 @@ def test_a_turn_is_waited_for(tmp_path):
     done = []
 
     def second():
-        with turn(tmp_path / "a.lock"):
+        with waiting_turn(tmp_path / "a.lock"):
             done.append("second")
 
     thread = Thread(target=second)
-    with turn(tmp_path / "a.lock"):
+    with waiting_turn(tmp_path / "a.lock"):
         thread.start()
         thread.join(0.3)
         done.append("first")

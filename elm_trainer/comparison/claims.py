@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from ..evaluation.measures import Items, against_chance, knows, with_families
+from ..evaluation.measures import Items, against_chance, is_known, with_families
 from ..evaluation.statistics import RESAMPLES, Estimate, bootstrap, ratio
 from ..evaluation.verdict import CRITERIA, FAILS, HOLDS, UNCERTAIN, Criteria
 
@@ -73,7 +73,7 @@ def _against_chance(reference: Items, runs: Sequence[Items]) -> dict[str, Any]:
     repeated = replace(reference, **{name: getattr(reference, name) * len(runs) for name in parts})
     found = against_chance(repeated, replace(repeated, values=[value for run in runs for value in run.values]))
     # Whether the reference knows the answers does not depend on the number of runs.
-    return found if not found or knows(reference) else found | {"left": None}
+    return found if not found or is_known(reference) else found | {"left": None}
 
 
 def with_pools(items: Mapping[str, Items], before: Mapping[str, Items], roles: Mapping[str, str]) -> dict[str, Items]:

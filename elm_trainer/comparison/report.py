@@ -61,10 +61,7 @@ HEADLINES = {
 
 
 def make_report(
-    config: ComparisonConfig,
-    reference: Reference,
-    results: Mapping[str, Mapping[str, Any]],
-    seconds: float | None,
+    config: ComparisonConfig, reference: Reference, results: Mapping[str, Mapping[str, Any]], seconds: float | None
 ) -> dict[str, Any]:
     """The report.
 

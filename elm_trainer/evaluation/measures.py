@@ -111,11 +111,11 @@ def against_chance(before: Items, after: Items) -> dict[str, Any]:
     """
     if not before.chances:
         return {}
-    left = share_left(before.values, after.values, before.chances, before.groups) if knows(before) else None
+    left = share_left(before.values, after.values, before.chances, before.groups) if is_known(before) else None
     return {"chance": float(np.mean(before.chances)), "left": None if left is None else left.to_dict()}
 
 
-def knows(items: Items) -> bool:
+def is_known(items: Items) -> bool:
     """Whether accuracy lies above chance by at least `LEAST_MARGIN`, and its whole interval lies above chance."""
     metric, chance = items.estimate(), float(np.mean(items.chances))
     return metric.value - chance >= LEAST_MARGIN and metric.low > chance
@@ -135,7 +135,9 @@ def with_families(
     for role in ("erased", "unseen"):
         for rule in RANKING_RULES:
             names = [f"multiple_choice.{bank}.{rule}" for bank, its in roles.items() if its == role]
-            parts = [items[name] for name in names if name in before and before[name].chances and knows(before[name])]
+            parts = [
+                items[name] for name in names if name in before and before[name].chances and is_known(before[name])
+            ]
             if parts:
                 found[f"families.{role}.{rule}"] = Items(
                     "mean",

@@ -94,8 +94,7 @@ def score_choices(
     return ChoiceScores(
         log_likelihood=_verdicts(questions, scores),
         normalized=_verdicts(
-            questions,
-            [[s / n for s, n in zip(*both, strict=True)] for both in zip(scores, lengths, strict=True)],
+            questions, [[s / n for s, n in zip(*both, strict=True)] for both in zip(scores, lengths, strict=True)]
         ),
         pmi=_verdicts(questions, [pmi(*both) for both in zip(scores, bare, strict=True)]),
         removed=_verdicts(questions, bare),

@@ -43,12 +43,7 @@ def _cell(metric: Mapping[str, float]) -> str:
     return f"{metric['value']:.3g}"
 
 
-COLOURS = {
-    "taught": "tab:grey",
-    "never-taught": "tab:green",
-    "erased": "tab:orange",
-    "gradient-ascent": "tab:purple",
-}
+COLORS = {"taught": "tab:grey", "never-taught": "tab:green", "erased": "tab:orange", "gradient-ascent": "tab:purple"}
 _RELEARNING = {"all": "Relearning all facts", "half": "Relearning half of the facts, asked for the other half"}
 
 
@@ -63,8 +58,8 @@ def plot_gold_standard(report: Mapping[str, Any], path: str | Path) -> None:
             axes = panels[split]
             for name, points in report["curves"][split].items():
                 steps, values, lows, highs = zip(*points, strict=True)
-                axes.plot(steps, values, marker=".", color=COLOURS[name], label=name)
-                axes.fill_between(steps, lows, highs, color=COLOURS[name], alpha=0.15)
+                axes.plot(steps, values, marker=".", color=COLORS[name], label=name)
+                axes.fill_between(steps, lows, highs, color=COLORS[name], alpha=0.15)
             axes.axhline(report["relearning"][split]["goal"], color="black", linestyle=":", linewidth=1, label="goal")
             axes.axhline(report["chance"], color="black", linestyle="--", linewidth=1, label="chance")
             axes.set(title=title, xlabel="step", ylabel="four-choice accuracy", ylim=(0, 1.02))
@@ -80,16 +75,16 @@ def plot_gold_standard(report: Mapping[str, Any], path: str | Path) -> None:
         perplexities.set(title="Perplexity and R-PPL by judge", yscale="log")
         ratios = {name: model["ratio"] for name, model in report["relearning"]["all"]["models"].items()}
         for row, name in enumerate(reversed(report["ordering"])):
-            speeds.plot([ratios[name]["low"], ratios[name]["high"]], [row, row], color=COLOURS[name])
-            speeds.plot(ratios[name]["value"], row, "o", color=COLOURS[name])
+            speeds.plot([ratios[name]["low"], ratios[name]["high"]], [row, row], color=COLORS[name])
+            speeds.plot(ratios[name]["value"], row, "o", color=COLORS[name])
         speeds.set_yticks(range(len(ratios)), list(reversed(report["ordering"])), fontsize=8)
-        speeds.axvline(1, color=COLOURS["never-taught"], linewidth=1)
+        speeds.axvline(1, color=COLORS["never-taught"], linewidth=1)
         speeds.set(title="Speed of relearning (never taught = 1)", xscale="log")
 
 
 def _bars(axes: Any, figures: Mapping[str, Any], keys: list[str]) -> None:
-    width = 0.8 / len(COLOURS)
-    for place, (name, color) in enumerate(COLOURS.items()):
+    width = 0.8 / len(COLORS)
+    for place, (name, color) in enumerate(COLORS.items()):
         found = [figures[key][name] for key in keys]
         values = [figure["value"] for figure in found]
         # A percentile interval need not hold the value itself; error bars cannot be negative.

@@ -21,10 +21,7 @@ from .load import check_fit, load_base, strangers_files
 
 
 def merge_erased(
-    model: PeftModel,
-    processing_class: PreTrainedTokenizerBase,
-    output_dir: str | Path,
-    max_shard_size: str = "5GB",
+    model: PeftModel, processing_class: PreTrainedTokenizerBase, output_dir: str | Path, max_shard_size: str = "5GB"
 ) -> Path:
     """Write the full weights of an erased model, with its active adapter merged, and its tokenizer.
 

@@ -22,8 +22,8 @@ from .errors import (
     UploadError,
     bounded_waits,
     first_line,
+    is_transient,
     named_errors,
-    passing,
     retried,
     unreadable,
     wait_before,
@@ -263,7 +263,7 @@ def _commit(change: _Change) -> Publication:
             failure = error
         status = failure.response.status_code if isinstance(failure, HfHubHTTPError) else None
         conflict = isinstance(failure, ConflictError) or status in (409, 412)
-        if status is not None and not conflict and not passing(failure):
+        if status is not None and not conflict and not is_transient(failure):
             raise failure  # the Hub said that it made no commit
         # The answer may be lost, and the commit made all the same: by this attempt, or by one before it.
         try:
@@ -353,7 +353,7 @@ def _set_tag(api: HfApi, target: Target, tag: str, commit: str) -> None:
     if found != commit:
         raise ConflictError(
             f"{target.repo_id} holds what was sent as commit {commit}, but the tag {tag!r} is on {str(found)[:8]} by now: "
-            "choose another, and set it with " + how.replace(repr(tag), "..."),
+            "choose another, and set it with " + how.replace(repr(tag), "...")
         )
 
 

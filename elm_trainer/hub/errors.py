@@ -130,7 +130,7 @@ def named_errors(repo_id: str, doing: str) -> Iterator[None]:
         raise _named(error, repo_id, doing) from error
 
 
-def passing(error: Exception) -> bool:
+def is_transient(error: Exception) -> bool:
     """Whether a failure may be over by the next attempt: no connection, no answer, too many requests, server errors."""
     if isinstance(error, HfHubHTTPError):
         status = error.response.status_code if error.response is not None else 0
@@ -156,7 +156,7 @@ def retried(call: Callable[[], Result]) -> Result:
         try:
             return call()
         except (HfHubHTTPError, httpx2.TransportError) as error:
-            if attempt == ATTEMPTS - 1 or not passing(error):
+            if attempt == ATTEMPTS - 1 or not is_transient(error):
                 raise
             failure: Exception = error
         except UNREADABLE as error:
@@ -215,7 +215,7 @@ def _named(error: HfHubHTTPError | httpx2.TransportError, repo_id: str, doing: s
             f"{doing}: somebody changed {repo_id} meanwhile ({said}). Nothing of yours was committed: publish again to "
             "build on what is there now, or use `create_pr=True`."
         )
-    if passing(error):
+    if is_transient(error):
         return UploadError(
             f"{doing}: the Hub could not be reached or failed {ATTEMPTS} times ({said}). What it held before is "
             "unchanged: publish again."

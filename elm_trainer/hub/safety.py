@@ -16,15 +16,7 @@ from transformers import PreTrainedModel
 from .adapter_config import check_adapter_config
 from .errors import UnsafeAdapterError, first_line
 from .info import ADAPTER_CONFIG, ADAPTER_WEIGHTS, INFO_FILE, REPORT, TOKENIZER_FILES
-from .untrusted import (
-    LONGEST_FILE_NAME,
-    LONGEST_TENSOR_NAME,
-    MOST_HEADER_BYTES,
-    parse_json,
-    read_json,
-    short,
-    walk,
-)
+from .untrusted import LONGEST_FILE_NAME, LONGEST_TENSOR_NAME, MOST_HEADER_BYTES, parse_json, read_json, short, walk
 
 
 _DTYPES = ("F32", "F16", "BF16")

@@ -138,7 +138,7 @@ def align_texts(
             "dictionary: their labels come from the reinforced model alone."
         )
     alignments = [align(*row, firsts, max_length) for row in zip(translations, originals, translated, strict=True)]
-    labelled = sum(len(alignment.positions) for alignment in alignments)
+    labeled = sum(len(alignment.positions) for alignment in alignments)
     total = sum(max(len(alignment.ids) - 1, 0) for alignment in alignments)
-    logger.info(f"Anchors of {dictionary.name!r}: {labelled} of {total} positions get a label.")
+    logger.info(f"Anchors of {dictionary.name!r}: {labeled} of {total} positions get a label.")
     return alignments

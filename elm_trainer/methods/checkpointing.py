@@ -83,7 +83,7 @@ def begin_run(trainer: Any, resume: str | Path | bool | None, record: Mapping[st
         ValueError: if the folder holds another run, or the checkpoint is not whole or of another launch.
     """
     output_dir = Path(trainer.args.output_dir)
-    settle(output_dir)
+    restore_set_aside(output_dir)
     found = checkpoints(output_dir)
     if found and not resume:
         raise ValueError(
@@ -179,7 +179,7 @@ def saving_checkpoint(trainer: Any, folder: Path) -> Iterator[None]:
     except Exception as error:
         if args.should_save:
             shutil.rmtree(folder, ignore_errors=True)
-            settle(folder.parent)
+            restore_set_aside(folder.parent)
         raise OSError(
             f"`output_dir` {args.output_dir!r}: checkpoint {folder.name} could not be written ({error}): free some space, or "
             "see why another process ended, and resume. The unfinished checkpoint was removed; last good one: "
@@ -188,7 +188,7 @@ def saving_checkpoint(trainer: Any, folder: Path) -> Iterator[None]:
     finally:
         args.save_total_limit = limit
     if args.should_save:
-        settle(folder.parent)
+        restore_set_aside(folder.parent)
         rotate(folder, limit, trainer.state.best_model_checkpoint)
 
 
@@ -295,12 +295,12 @@ def last_whole(found: Sequence[Path]) -> Path | None:
 
 
 def set_aside(checkpoint: Path) -> None:
-    """Keep an earlier checkpoint of the same step until the new one is finished, see [`settle`]."""
+    """Keep an earlier checkpoint of the same step until the new one is finished, see [`restore_set_aside`]."""
     if checkpoint.exists():
         os.rename(checkpoint, f"{checkpoint}{_ASIDE}")
 
 
-def settle(output_dir: str | Path) -> None:
+def restore_set_aside(output_dir: str | Path) -> None:
     """Delete what was set aside if the checkpoint in its place is finished, and put it back otherwise."""
     for aside in Path(output_dir).glob(f"checkpoint-*{_ASIDE}"):
         checkpoint = aside.with_suffix("")

@@ -48,10 +48,7 @@ def contrast_directions(forget: torch.Tensor, retain: torch.Tensor, count: int, 
 
 
 def contrast_adapter(
-    trainer: ErasureTrainer,
-    rows: int,
-    damping: float,
-    erase_weights: Callable[[Mapping[str, Any]], torch.Tensor],
+    trainer: ErasureTrainer, rows: int, damping: float, erase_weights: Callable[[Mapping[str, Any]], torch.Tensor]
 ) -> None:
     """Put [`contrast_directions`] into the A of every LoRA layer of the trained adapter, and freeze them there.
 

@@ -12,7 +12,7 @@ from benchmarks.report import draw
 from elm_trainer.attacks.report import plot_attacks
 from elm_trainer.comparison.tables import plot_comparison
 from elm_trainer.evaluation.plots import plot_inside, plot_pareto, plot_report
-from elm_trainer.gold_standard.report import COLOURS, plot_gold_standard
+from elm_trainer.gold_standard.report import COLORS, plot_gold_standard
 
 from ..hub.cards import recent_report
 
@@ -135,15 +135,15 @@ def gold_standard():
     ]  # fmt: skip
     split = {
         "goal": 0.6,
-        "models": {name: {"ratio": {"value": 10.0**place, "low": 0.8 * 10**place, "high": 1.2 * 10**place}} for place, name in enumerate(COLOURS)},
+        "models": {name: {"ratio": {"value": 10.0**place, "low": 0.8 * 10**place, "high": 1.2 * 10**place}} for place, name in enumerate(COLORS)},
     }  # fmt: skip
     points = [[step, 0.5, 0.4, 0.6] for step in (0, 25, 200)]
     return {
         "chance": 0.25,
-        "figures": {name: {model: interval(0.9, 0.2) for model in COLOURS} for name in names},
-        "curves": {name: dict.fromkeys(COLOURS, points) for name in ("all", "half")},
+        "figures": {name: {model: interval(0.9, 0.2) for model in COLORS} for name in names},
+        "curves": {name: dict.fromkeys(COLORS, points) for name in ("all", "half")},
         "relearning": {"all": split, "half": split},
-        "ordering": list(COLOURS),
+        "ordering": list(COLORS),
     }
 
 

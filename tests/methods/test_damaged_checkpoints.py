@@ -27,8 +27,8 @@ from elm_trainer.methods.checkpointing import (
     last_whole,
     mark_finished,
     read_mark,
+    restore_set_aside,
     rotate,
-    settle,
 )
 from elm_trainer.run_lock import FolderInUseError
 from tests.test_run_lock import start
@@ -276,7 +276,7 @@ def test_an_earlier_checkpoint_of_the_step_stays_until_the_new_one_is_finished(i
     (tmp_path / "checkpoint-4" / "new").write_text("")
     if is_finished:
         mark_finished(tmp_path / "checkpoint-4", Launch("none", 1, 2))
-    settle(tmp_path)
+    restore_set_aside(tmp_path)
     assert damage(tmp_path / "checkpoint-4") != FINISHED_FILE
     assert (tmp_path / "checkpoint-4" / "new").exists() is is_finished
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4"]
