@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from elm_trainer.data.collator import ElmDataCollator, pack_batches
-from elm_trainer.modeling import adapter_targets, decoder_layers, load_model, load_model_and_tokenizer
+from elm_trainer.modeling import adapter_targets, decoder_layers, load_model, load_model_and_tokenizer, lora_config
 from elm_trainer.ops import ReadHead, final_logits
 from elm_trainer.ops.head import Plan
 from tests.methods.methods import tiny
@@ -206,3 +206,11 @@ def test_all_linear_modules_are_named_by_peft_where_no_layers_are(tiny_model):
     assert adapter_targets(tiny_model, "q_proj,v_proj", "1") == (["q_proj", "v_proj"], [1])
     with pytest.raises(ValueError, match="`lora_layers` is 'a-b': give the first and the last layer"):
         adapter_targets(tiny_model, "all-linear", "a-b")
+
+
+def test_options_of_a_script_make_an_adapter(tiny_model):
+    adapter = lora_config(tiny_model, rank=4, dropout=0.1, targets="q_proj,v_proj", layers="1")
+
+    assert (adapter.r, adapter.lora_alpha, adapter.lora_dropout, adapter.layers_to_transform) == (4, 4, 0.1, [1])
+    assert adapter.target_modules == {"q_proj", "v_proj"}
+    assert lora_config(tiny_model, rank=4, alpha=8).lora_alpha == 8

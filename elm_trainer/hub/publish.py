@@ -161,6 +161,7 @@ def publish_adapter(
         [`Publication`]: commit, address, and the seconds of each step.
 
     Raises:
+        TypeError: for an argument that there is not.
         ValueError: for a name, report, base, license, branch or tag that can't be, before anything is sent.
         UnsafeAdapterError: if the adapter, or what the repository holds already, is something that [`load_erased`] refuses.
         BaseMismatchError: if the Hub's base has other weights than the adapter's, or the report is of another base.
