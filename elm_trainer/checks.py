@@ -1,8 +1,11 @@
-"""Check the numbers in a dataclass of settings, which may come from YAML or the command line."""
+"""Check settings that may come from YAML or the command line: numbers in a dataclass, and the types of values."""
 
 import math
+import types
+import typing
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
+from enum import Enum
 from numbers import Integral, Real
 from typing import Any
 
@@ -42,3 +45,29 @@ def _check_number(name: str, value: Any, kind: Any) -> None:
             raise ValueError(f"`{name}` is {value!r}: give a number{hint}.")
         if math.isnan(value) or math.isinf(value) and name != "max_grad_norm":
             raise ValueError(f"`{name}` is {value}: give a finite number.")
+
+
+def is_a(value: Any, kind: Any) -> bool:
+    """Whether a value, as YAML gives it, is of a field's type: a plain one, a list or mapping of it, or either of a union.
+
+    A whole number is a `float` too, and an enumeration takes the text of its values. What YAML cannot hold passes.
+    """
+    if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
+        return any(is_a(value, part) for part in typing.get_args(kind))
+    if typing.get_origin(kind) is list:
+        [inner] = typing.get_args(kind)
+        return isinstance(value, list) and all(is_a(item, inner) for item in value)
+    if typing.get_origin(kind) is dict:
+        return isinstance(value, dict)
+    if not isinstance(kind, type):
+        return True
+    if issubclass(kind, Enum):
+        return isinstance(value, (str, kind))
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)
+
+
+def described(kind: Any) -> str:
+    """The name of a type for a message, such as `int` or `list[str]`."""
+    return kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind)

@@ -1,34 +1,13 @@
-"""What the scripts in `examples/` share: `--help` at once, quiet libraries, and a named progress bar."""
+"""What the subcommands and the scripts in `examples/` share: quiet libraries, and a named progress bar."""
 
 import logging
 import os
-import sys
 import warnings
 from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:
     from transformers import Trainer
-
-
-def help_at_once(arguments: type | None, further: str) -> None:
-    """Where `--help` is asked for, print a script's own options and exit, without the seconds that torch takes to load.
-
-    Args:
-        arguments (`type`, *optional*): Dataclass of the script's own options.
-        further (`str`): Name of the config in `elm_trainer`, or the module with it, whose fields are options too.
-    """
-    if {"-h", "--help"} & {*sys.argv[1:]}:
-        from transformers import HfArgumentParser
-
-        config = further.rpartition(".")[2]
-        parser = HfArgumentParser(
-            [] if arguments is None else arguments,
-            epilog=f"Every field of `{config}` is an option too, and --config FILE reads options from YAML: "
-            f'`python -c "import {further.rpartition(".")[0]} as m; help(m.{config})"` describes them.',
-        )
-        parser.print_help()
-        sys.exit()
 
 
 def hush_libraries() -> None:

@@ -1,10 +1,14 @@
 """The wheel and the source distribution as they would be uploaded."""
 
+import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
+import venv
 import zipfile
 from email.parser import Parser
 from pathlib import Path
@@ -19,14 +23,63 @@ ROOT = Path(__file__).parents[1]
 def built(tmp_path_factory):
     """Folder with both, built from a copy, so that nothing is left beside the sources."""
     source, output = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
-    for name in ("pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "MANIFEST.in"):
+    for name in ("pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "MANIFEST.in", "setup.py"):
         shutil.copy(ROOT / name, source)
-    for name in ("elm_trainer", "docs"):
+    for name in ("elm_trainer", "docs", "recipes"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     for kind in ("wheel", "sdist"):
         code = f"import setuptools.build_meta as backend; backend.build_{kind}({str(output)!r})"
         subprocess.run([sys.executable, "-c", code], cwd=source, check=True, capture_output=True)
     return output
+
+
+@pytest.fixture(scope="module")
+def installed(built, tmp_path_factory):
+    """A virtual environment outside the repository with the wheel in it; the libraries are those of this one."""
+    place = tmp_path_factory.mktemp("installed")
+    venv.create(place, symlinks=os.name != "nt")
+    scripts = place / ("Scripts" if os.name == "nt" else "bin")
+    [wheel] = built.glob("*.whl")
+    pip = [sys.executable, "-m", "pip", "--python", str(scripts / "python"), "--disable-pip-version-check", "install"]
+    subprocess.run([*pip, "--quiet", "--no-deps", "--no-index", str(wheel)], check=True)
+    # Only what stands in this folder is found, not what it installs in editable form.
+    [package] = place.glob("**/site-packages/elm_trainer")
+    (package.parent / "libraries.pth").write_text(sysconfig.get_path("purelib"))
+    return scripts
+
+
+def run(command, folder):
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
+    return subprocess.run(list(map(str, command)), cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def test_the_wheel_has_the_recipes_and_the_console_script_finds_them(installed, tmp_path):
+    code = "import time; started = time.perf_counter(); import elm_trainer; print(time.perf_counter() - started)"
+    code += "\nfrom elm_trainer.cli.recipes import shipped; print(elm_trainer.__file__, shipped('recipes/attacks/compare.yaml'))"
+    seconds, *found = run([installed / "python", "-c", code], tmp_path).stdout.split()
+    assert float(seconds) <= 0.3
+    assert len(found) == 2 and all(Path(path).is_relative_to(installed.parent) for path in found)
+
+    for path in (ROOT / "recipes").glob("*.yaml"):
+        assert run([installed / "elm", "recipes", path.stem], tmp_path).stdout == path.read_text(encoding="utf-8")
+    wrong = run([installed / "elm", "erase", "--recipe", "smollm2-135m-capital"], tmp_path)
+    assert wrong.returncode == 2 and wrong.stderr.endswith("did you mean 'smollm2-135m-capitals'?\n")
+
+
+@pytest.mark.slow
+def test_the_wheel_erases_by_a_recipe(installed, tmp_path, tiny_model, tokenizer):
+    tiny_model.save_pretrained(tmp_path / "tiny")
+    tokenizer.save_pretrained(tmp_path / "tiny")
+    smaller = {
+        "model": "tiny", "output_dir": "out", "targets_dir": "targets", "dataset_size": 16, "max_steps": 2,
+        "lora_layers": "0-1", "contrast_rows": 0, "questions": 8,
+    }  # fmt: skip
+    options = [f"--{name}={value}" for name, value in smaller.items()]
+    erased = run([installed / "elm", "erase", "--recipe", "smollm2-135m-capitals", *options], tmp_path)
+    assert erased.returncode == 0, erased.stderr[-3000:]
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["recipe"]["lora_rank"] == 64 and report["recipe"]["dataset_size"] == 16
+    assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").exists()
 
 
 def test_the_wheel_says_who_made_it_for_whom_and_where_to_read_on(built):

@@ -3,8 +3,6 @@
 import json
 import random
 import time
-import types
-import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from functools import partial
@@ -17,6 +15,7 @@ import yaml
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from ..checks import described, is_a
 from ..data.questions import CHANCE, FACTS, Question, facts_of, held_out_subjects, load_bank
 from ..data.sources import load_texts
 from ..evaluation.fluency import as_prompt
@@ -98,29 +97,13 @@ def _build(where: str, entry: Any) -> Attack:
     for key, value in settings.items():
         if key not in known:
             raise ValueError(f"{where}: {kind} has no setting {key!r}; it has: {', '.join(known)}.")
-        if not _is_a(value, known[key]):
+        if not is_a(value, known[key]):
             hint = ": YAML reads it as text, write 2.0e-5" if isinstance(value, str) and _is_number(value) else ""
-            raise ValueError(f"{where}: `{key}` is {value!r}, but must be {_described(known[key])}{hint}.")
+            raise ValueError(f"{where}: `{key}` is {value!r}, but must be {described(known[key])}{hint}.")
     try:
         return ATTACKS[kind](**settings)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
-
-
-def _is_a(value: Any, kind: Any) -> bool:
-    """Whether a YAML value is of a setting's type: a plain one, a list of it, or either of a union."""
-    if isinstance(kind, types.UnionType):
-        return any(_is_a(value, part) for part in typing.get_args(kind))
-    if typing.get_origin(kind) is list:
-        [inner] = typing.get_args(kind)
-        return isinstance(value, list) and all(_is_a(item, inner) for item in value)
-    if isinstance(value, bool):
-        return kind is bool
-    return isinstance(value, (int, float) if kind is float else kind)
-
-
-def _described(kind: Any) -> str:
-    return kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind)
 
 
 def _is_number(text: str) -> bool:

@@ -1,0 +1,1 @@
+"""The console script `elm`, a module to each subcommand."""

@@ -1,0 +1,257 @@
+"""Erase concepts and measure how well: `elm erase --recipe smollm2-135m-capitals`.
+
+Also launchable with `accelerate launch -m elm_trainer erase` and `torchrun -m elm_trainer erase`. Writes `adapter/`, `report.json`,
+`report.png` and `samples.md` into `output_dir`.
+"""
+
+import random
+import shutil
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .erase_options import CommonSettings, ErasureArguments
+from .options import CommandLine
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from .. import Concept, ConceptSources, ElmConfig, ElmTrainer, EvaluationSuite
+
+
+class Clock:
+    """The seconds of each part of a run."""
+
+    def __init__(self) -> None:
+        self._started = time.perf_counter()
+        self.seconds: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        self.seconds[name] = self.total() - sum(self.seconds.values())
+
+    def total(self) -> float:
+        return time.perf_counter() - self._started
+
+
+def main(argv: list[str] | None = None) -> None:
+    line = CommandLine(
+        "erase", __doc__, argv, own=ErasureArguments, config="elm_trainer.ElmConfig", common=CommonSettings
+    )
+    # What can be known without torch, which takes seconds to load, is said before.
+    arguments, common = line.early()
+    arguments.load_concepts(common.concepts)
+
+    from ..scripts import hush_libraries
+
+    hush_libraries()
+    arguments, config = line.complete()
+    clock = Clock()
+    concepts, asked, tokenizer = _check(arguments, config)
+    sources = _sources(arguments, concepts)
+    dataset = _build(arguments, config, sources, tokenizer)
+    clock.lap("data")
+    model, lora = _load(arguments, config)
+    clock.lap("load")
+    if (
+        arguments.synthetic_size
+        and config.consistency_weight
+        and _sample(arguments, config, concepts, sources, model, tokenizer)
+    ):
+        dataset = _build(arguments, config, sources, tokenizer)
+        clock.lap("synthesis")
+    trainer = _train(arguments, config, list(concepts), model, lora, dataset, tokenizer, clock)
+    if asked is not None:
+        _evaluate(arguments, config, asked, trainer, dataset, tokenizer, clock)
+
+
+def _check(
+    arguments: ErasureArguments, config: "ElmConfig"
+) -> tuple[dict[str, "Concept"], tuple["EvaluationSuite", list[str]] | None, "PreTrainedTokenizerBase"]:
+    """Find what is wrong before the model is loaded.
+
+    Returns:
+        The concepts by name, the questions with what is measured (`None` without an evaluation), and the tokenizer.
+    """
+    from ..evaluation.measures import MEASURES, measurable
+    from ..evaluation.suite import suite_from_files
+    from ..modeling import layer_range, load_tokenizer
+    from .models import named
+
+    layer_range(arguments.lora_layers)
+    concepts = arguments.load_concepts(config.concepts)
+    asked = None
+    if arguments.evaluate:
+        suite = suite_from_files(list(concepts), arguments.bank, arguments.questions)
+        asked = suite, measurable(arguments.measures or list(MEASURES), suite)
+    with named("model", arguments.model):
+        tokenizer = load_tokenizer(arguments.model, revision=arguments.model_revision, gguf_file=arguments.gguf_file)
+    return concepts, asked, tokenizer
+
+
+def _sources(arguments: ErasureArguments, concepts: dict[str, "Concept"]) -> dict[str, "ConceptSources"]:
+    """The sources of each concept."""
+    from .. import ConceptSources
+
+    given = arguments.synthetic or ["none"] * len(concepts)
+    synthetic = [None if source == "none" else source for source in given]
+    return {
+        name: ConceptSources(forget, arguments.retain, pairs)
+        for name, forget, pairs in zip(concepts, arguments.forget, synthetic, strict=True)
+    }
+
+
+def _build(
+    arguments: ErasureArguments,
+    config: "ElmConfig",
+    sources: dict[str, "ConceptSources"],
+    tokenizer: "PreTrainedTokenizerBase",
+) -> "Dataset":
+    from .. import build_erasure_dataset
+
+    return build_erasure_dataset(sources, size=arguments.dataset_size, processing_class=tokenizer, seed=config.seed)
+
+
+def _load(arguments: ErasureArguments, config: "ElmConfig") -> tuple["PreTrainedModel", "LoraConfig"]:
+    """The model and the shape of its adapter; an earlier run is removed from `output_dir` once both are there."""
+    from ..modeling import load_model
+    from ..run_lock import only_run_in
+    from .models import named
+
+    output = Path(config.output_dir)
+    with only_run_in(output):
+        pass  # said now rather than when training begins, with the model loaded
+    with named("model", arguments.model):
+        model = load_model(
+            arguments.model,
+            dtype=arguments.dtype,
+            revision=arguments.model_revision,
+            gguf_file=arguments.gguf_file,
+            attn_implementation=arguments.attn_implementation,
+        )
+    lora = arguments.lora(model)
+    if arguments.overwrite and not config.resume_from_checkpoint:
+        # Of several processes one removes, and the others wait for it; nobody removes what another run is writing.
+        with only_run_in(output), config.main_process_first():
+            if config.local_process_index == 0:
+                shutil.rmtree(output, ignore_errors=True)
+    return model, lora
+
+
+def _sample(
+    arguments: ErasureArguments,
+    config: "ElmConfig",
+    concepts: dict[str, "Concept"],
+    sources: dict[str, "ConceptSources"],
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+) -> bool:
+    """Let the reference write synthetic pairs for the concepts that have none, and say whether there were any."""
+    from .. import SynthesisConfig, load_texts, synthesize_completions
+    from ..evaluation.report import model_fingerprint
+
+    without = [name for name in concepts if sources[name].synthetic is None]
+    for name in without:
+        texts = load_texts(sources[name].forget, processing_class=None, seed=config.seed)["text"][:]
+        prefixes = random.Random(config.seed).sample(texts, min(arguments.synthetic_size, len(texts)))
+        prefixes = [" ".join(text.split()[:6]) for text in prefixes]
+        # The first process stores them, and the others find them there.
+        with config.main_process_first():
+            result = synthesize_completions(
+                model,
+                tokenizer,
+                prefixes,
+                concepts[name],
+                SynthesisConfig(seed=config.seed),
+                cache_dir=Path(config.output_dir) / "synthesis",
+                fingerprint=model_fingerprint(model),
+            )
+        sources[name].synthetic = result.pairs
+    return bool(without)
+
+
+def _train(
+    arguments: ErasureArguments,
+    config: "ElmConfig",
+    concepts: list[str],
+    model: "PreTrainedModel",
+    lora: "LoraConfig",
+    dataset: "Dataset",
+    tokenizer: "PreTrainedTokenizerBase",
+    clock: Clock,
+) -> "ElmTrainer":
+    import torch
+
+    from .. import ElmTrainer, ErasureEvaluationCallback
+    from ..scripts import name_training_bar
+
+    torch.set_float32_matmul_precision(arguments.matmul_precision)
+    trainer = ElmTrainer(model, config, train_dataset=dataset, processing_class=tokenizer, peft_config=lora)
+    name_training_bar(trainer)
+    if arguments.dev_every:
+        stop_at = {"worst.pmi": arguments.dev_stop} if arguments.dev_stop else {}
+        trainer.add_callback(
+            ErasureEvaluationCallback(trainer, concepts, every_steps=arguments.dev_every, stop_at=stop_at)
+        )
+    clock.lap("targets")
+    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+    trainer.save_model(str(Path(config.output_dir) / "adapter"))
+    clock.lap("train")
+    # What is measured does not depend on how it was trained: neither on its products nor on its autocast.
+    torch.set_float32_matmul_precision("highest")
+    return trainer
+
+
+def _evaluate(
+    arguments: ErasureArguments,
+    config: "ElmConfig",
+    asked: tuple["EvaluationSuite", list[str]],
+    trainer: "ElmTrainer",
+    dataset: "Dataset",
+    tokenizer: "PreTrainedTokenizerBase",
+    clock: Clock,
+) -> None:
+    """Measure before and after, write the report, and publish it with the adapter if that is wanted."""
+    import torch
+    from rich.console import Console
+
+    from .. import evaluate_erasure
+    from ..evaluation.evaluate import write_evaluation
+    from ..evaluation.report import dataset_info
+
+    suite, measures = asked
+    output = Path(config.output_dir)
+    erased: Any = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    if config.bf16_full_eval or config.fp16_full_eval:
+        # As `Trainer.evaluate` does. `elm evaluate --dtype bfloat16` measures the saved adapter alike.
+        erased.to(torch.bfloat16 if config.bf16_full_eval else torch.float16)
+    settings = {
+        name: value for name, value in config.to_dict().items() if isinstance(value, (str, int, float, bool, list))
+    }
+    report = evaluate_erasure(
+        erased,
+        None,
+        suite,
+        tokenizer,
+        measures=measures,
+        output_dir=output,
+        details={
+            "recipe": asdict(arguments) | settings,
+            "datasets": {name: dataset_info(dataset[name]) for name in ("forget", "retain", "completion")},
+            "seconds": clock.seconds,
+            "training_log": trainer.state.log_history,
+        },
+    )
+    if trainer.is_world_process_zero():
+        write_evaluation(output, report)
+    trainer.accelerator.wait_for_everyone()  # what is published stands on disk
+    if config.push_to_hub:
+        trainer.push_to_hub()
+    if trainer.is_world_process_zero():
+        Console().print(
+            f"{clock.total():.0f} s, peak {report['peak_memory_bytes'] / 1e9:.1f} GB. See {output}: "
+            "report.md, report.json, report.png and samples.md."
+        )

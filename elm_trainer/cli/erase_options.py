@@ -1,0 +1,131 @@
+"""The options of `elm erase`: what is erased from which model, and the most used settings of training."""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+    from transformers import PreTrainedModel
+
+    from .. import Concept
+
+
+@dataclass
+class ErasureArguments:
+    """What is erased from which model; the settings of training are those of `ElmConfig`."""
+
+    model: str = field(default="smollm2-135m-instruct", metadata={"help": "Hub id, folder, GGUF file or demo model."})
+    model_revision: str | None = field(default=None, metadata={"help": "Commit, tag or branch on the Hub."})
+    gguf_file: str | None = field(default=None, metadata={"help": "File in the repository, if it is a GGUF file."})
+    dtype: str = field(default="auto", metadata={"help": "Data type of the weights."})
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "eager, sdpa, flash_attention_2 or other."}
+    )
+    matmul_precision: str = field(
+        default="highest",
+        metadata={
+            "help": "Of float32 products; medium multiplies in bfloat16.",
+            "choices": ["highest", "high", "medium"],
+        },
+    )
+    forget: list[str] = field(default_factory=lambda: ["capitals"], metadata={"help": "Forget source per concept."})
+    retain: list[str] = field(default_factory=lambda: ["everyday"], metadata={"help": "Retain sources."})
+    dataset_size: int = field(default=512, metadata={"help": "Rows per concept."})
+    synthetic: list[str] | None = field(
+        default=None, metadata={"help": "Source of synthetic pairs per concept, or none."}
+    )
+    synthetic_size: int = field(default=0, metadata={"help": "Pairs to sample per concept without a source."})
+    lora_rank: int = field(default=32, metadata={"help": "Rank of the adapter."})
+    lora_alpha: int = field(default=32, metadata={"help": "Alpha of the adapter."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout of the adapter."})
+    lora_layers: str | None = field(default=None, metadata={"help": "First and last adapted layer, such as 4-7."})
+    lora_targets: str = field(default="all-linear", metadata={"help": "Modules, comma-separated, or all-linear."})
+    evaluate: bool = field(default=True, metadata={"help": "Measure before and after."})
+    bank: list[str] | None = field(
+        default=None, metadata={"help": "Question bank per concept; none for the built-in one."}
+    )
+    questions: int = field(default=120, metadata={"help": "Questions per bank."})
+    measures: list[str] | None = field(
+        default=None, metadata={"help": "What is measured; all but a look inside by default."}
+    )
+    dev_every: int = field(default=0, metadata={"help": "Steps between two looks at the dev questions."})
+    dev_stop: float | None = field(
+        default=None, metadata={"help": "Worst dev accuracy (PMI) at which training stops."}
+    )
+    overwrite: bool = field(default=False, metadata={"help": "Remove an earlier run from output_dir."})
+
+    def lora(self, model: "PreTrainedModel") -> "LoraConfig":
+        from peft import LoraConfig
+
+        from ..modeling import adapter_targets
+
+        targets, layers = adapter_targets(model, self.lora_targets, self.lora_layers)
+        return LoraConfig(
+            r=self.lora_rank,
+            lora_alpha=self.lora_alpha,
+            lora_dropout=self.lora_dropout,
+            layers_to_transform=layers,
+            target_modules=targets,
+            task_type="CAUSAL_LM",
+        )
+
+    def load_concepts(self, names: list[str] | None) -> dict[str, "Concept"]:
+        """The erased concepts by name, once there is for each what is given for each."""
+        from ..concept import concept_presets, load_concept
+        from ..data.questions import FACTS
+
+        if names is None and any(source not in concept_presets() for source in self.forget):
+            raise ValueError(
+                f"`concepts` is None and `forget` {self.forget}: name the concept of each source, such as `--concepts brannock "
+                "--forget texts.jsonl`."
+            )
+        concepts = {concept.name: concept for concept in map(load_concept, names or self.forget)}
+        for name in ("forget", "synthetic", "bank"):
+            given = getattr(self, name)
+            if given is not None and len(given) != len(concepts):
+                raise ValueError(
+                    f"`{name}` is {given}, but the concepts are {list(concepts)}: give one for each, in order."
+                )
+        if self.dev_every and (own := [name for name in concepts if name not in FACTS]):
+            raise ValueError(
+                f"`dev_every` is {self.dev_every}, but no dev questions about {own} are built in: set it to 0."
+            )
+        return concepts
+
+
+@dataclass
+class CommonSettings:
+    """The most used fields of `ElmConfig`, as `--help` shows them without the seconds that its import takes."""
+
+    _argument_group_name = "of training, the most used ones"
+
+    concepts: list[str] | None = field(default=None, metadata={"help": "Presets or YAML files of the concepts."})
+    output_dir: str | None = field(default=None, metadata={"help": "Where adapter, report and checkpoints go."})
+    max_steps: int = field(default=-1, metadata={"help": "Steps; by num_train_epochs if negative."})
+    num_train_epochs: float = field(default=3.0, metadata={"help": "Epochs."})
+    learning_rate: float = field(default=5e-5, metadata={"help": "Learning rate at its highest."})
+    warmup_steps: float = field(default=0, metadata={"help": "Steps over which it rises."})
+    per_device_train_batch_size: int = field(default=8, metadata={"help": "Rows per step and process."})
+    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches per step."})
+    max_length: int | None = field(default=1024, metadata={"help": "Longest text in tokens."})
+    seed: int = field(default=42, metadata={"help": "Seed of data, weights and order."})
+    preset: str = field(
+        default="paper", metadata={"help": "Where left-out fields come from.", "choices": ["paper", "released"]}
+    )
+    eta: float | None = field(default=None, metadata={"help": "Strength of the erasure (of the first token)."})
+    erase_weight: float = field(default=1.0, metadata={"help": "Weight of the erase term."})
+    retain_weight: float = field(default=1.0, metadata={"help": "Weight of the retain term."})
+    consistency_weight: float = field(default=1.0, metadata={"help": "Weight of the consistency term."})
+    retain_loss: str | None = field(
+        default=None, metadata={"help": "Retain term.", "choices": ["kl", "argmax", "log"]}
+    )
+    novice: str = field(
+        default="contexts", metadata={"help": "What the novice is.", "choices": ["contexts", "counterfactual"]}
+    )
+    bf16: bool | None = field(default=None, metadata={"help": "Compute in bfloat16; by default where a GPU can."})
+    use_cpu: bool = field(default=False, metadata={"help": "Leave the GPU alone."})
+    logging_steps: float = field(default=10, metadata={"help": "Steps between two lines of the log."})
+    save_strategy: str = field(default="steps", metadata={"help": "When checkpoints are saved: no, steps or epoch."})
+    resume_from_checkpoint: str | None = field(default=None, metadata={"help": "Checkpoint to go on from."})
+    push_to_hub: bool = field(default=False, metadata={"help": "Publish adapter and report at the end."})

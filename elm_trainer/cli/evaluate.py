@@ -1,0 +1,80 @@
+"""Measure an erasure beside its reference: `elm evaluate --adapter outputs/demo/adapter`.
+
+Several adapters of one base are stacked and measured together. A full checkpoint is measured against the model it came from: `--model cais/Zephyr_RMU --reference HuggingFaceH4/zephyr-7b-beta`.
+An interrupted evaluation continues where it stopped. Under `accelerate launch` and `torchrun` the processes share the work.
+"""
+
+from dataclasses import asdict, dataclass, field
+
+from .models import check_adapter, named
+from .options import CommandLine
+
+
+@dataclass
+class EvaluationArguments:
+    model: str = field(
+        default="smollm2-135m-instruct", metadata={"help": "Base of the adapter, or erased checkpoint."}
+    )
+    adapter: list[str] = field(default_factory=list, metadata={"help": "Folder or Hub id; several are stacked."})
+    reference: str | None = field(default=None, metadata={"help": "Model that an erased checkpoint came from."})
+    dtype: str = field(default="auto", metadata={"help": "Data type of the weights."})
+    concepts: list[str] = field(default_factory=lambda: ["capitals"], metadata={"help": "What was erased."})
+    bank: list[str] | None = field(
+        default=None, metadata={"help": "Question bank of each concept; none for the built-in one."}
+    )
+    questions: int = field(default=120, metadata={"help": "Questions per bank."})
+    measures: list[str] | None = field(default=None, metadata={"help": "What is measured; everything by default."})
+    judges: list[str] = field(default_factory=list, metadata={"help": "Further judges of fluency."})
+    output_dir: str = field(default="outputs/evaluation", metadata={"help": "Where the report goes."})
+
+
+def main(argv: list[str] | None = None) -> None:
+    [arguments] = CommandLine("evaluate", __doc__, argv, own=EvaluationArguments).early()
+    for adapter in arguments.adapter:
+        check_adapter(adapter)
+    from ..scripts import hush_libraries
+
+    hush_libraries()
+    # After the options are read, so that neither --help nor a wrong one need wait for torch.
+    import torch
+    from accelerate import PartialState
+    from peft import PeftModel
+
+    from .. import evaluate_erasure, load_model_and_tokenizer, stack_erasures
+    from ..evaluation.evaluate import write_evaluation
+    from ..evaluation.measures import measurable
+    from ..evaluation.suite import suite_from_files
+
+    # Whatever can be wrong is found before a model is loaded.
+    suite = suite_from_files(arguments.concepts, arguments.bank, arguments.questions)
+    measures = measurable(arguments.measures, suite)
+    # Without the hint Accelerate takes several processes on CPUs for one.
+    state = PartialState(cpu=not torch.accelerator.is_available())
+
+    def load(option: str, name: str):
+        with named(option, name):
+            model, tokenizer = load_model_and_tokenizer(name, dtype=arguments.dtype)
+        return model.to(state.device), tokenizer
+
+    model, tokenizer = load("model", arguments.model)
+    if len(arguments.adapter) > 1:
+        adapters = {f"erasure-{number}": adapter for number, adapter in enumerate(arguments.adapter, 1)}
+        model, tokenizer = stack_erasures(adapters, base_model=model)
+    elif arguments.adapter:
+        with named("adapter", arguments.adapter[0]):
+            model = PeftModel.from_pretrained(model, arguments.adapter[0])
+    reference = None
+    if arguments.reference:
+        reference, _ = load("reference", arguments.reference)
+    report = evaluate_erasure(
+        model,
+        reference,
+        suite,
+        tokenizer,
+        measures=measures,
+        judges={name: load("judges", name) for name in arguments.judges},
+        output_dir=arguments.output_dir,
+        details={"recipe": asdict(arguments)},
+    )
+    if state.is_main_process:
+        write_evaluation(arguments.output_dir, report)

@@ -1,0 +1,81 @@
+"""The console script `elm`: find the subcommand, run it, and say in one line what was used wrongly."""
+
+import os
+import sys
+from difflib import get_close_matches
+from importlib import import_module
+from typing import NamedTuple
+
+from .. import __version__
+from .errors import is_wrong_use, one_line
+
+
+class Command(NamedTuple):
+    """A subcommand: its module is imported when it is run, and has `main(argv: list[str] | None = None) -> None`."""
+
+    module: str
+    about: str
+
+
+COMMANDS = {
+    "erase": Command("elm_trainer.cli.erase", "erase concepts with a LoRA adapter, and measure before and after"),
+    "evaluate": Command("elm_trainer.cli.evaluate", "measure an adapter or a checkpoint beside its reference"),
+    "attack": Command("elm_trainer.cli.attack", "try to bring the knowledge back"),
+    "compare": Command("elm_trainer.cli.compare", "compare all methods on the same data"),
+    "publish": Command("elm_trainer.cli.publish", "publish an adapter with its report and card"),
+    "synthesize": Command("elm_trainer.cli.synthesize", "write fluent completions, for the consistency term"),
+    "leaderboard": Command("elm_trainer.cli.leaderboard", "published adapters side by side"),
+    "recipes": Command("elm_trainer.cli.recipes", "list the recipes that ship with the package, or print one"),
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run `elm`.
+
+    A wrong use (see [`is_wrong_use`]) ends in one line on stderr and the exit code 2; with `--traceback`, or where
+    `ELM_TRACEBACK` is 1, its traceback is shown instead. Any other error keeps its traceback.
+
+    Args:
+        argv (`list[str]`, *optional*): Subcommand and options; those of the process by default.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    with_traceback = "--traceback" in words or os.environ.get("ELM_TRACEBACK") == "1"
+    words = [word for word in words if word != "--traceback"]
+    if not words or words[0] in ("-h", "--help"):
+        sys.stdout.write(_overview())
+        return
+    if words[0] == "--version":
+        sys.stdout.write(f"elm-trainer {__version__}\n")
+        return
+    name, *options = words
+    if name not in COMMANDS:
+        near = get_close_matches(name, COMMANDS, n=1)
+        fix = f"did you mean `elm {near[0]}`?" if near else f"use one of {', '.join(COMMANDS)}."
+        _fail("elm", f"there is no subcommand {name!r}: {fix}")
+    try:
+        import_module(COMMANDS[name].module).main(options)
+    except Exception as error:
+        if with_traceback or not is_wrong_use(error):
+            raise
+        _fail(f"elm {name}", one_line(error))
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS))
+    return "\n".join(
+        [
+            "usage: elm SUBCOMMAND [--config FILE | --recipe NAME] [--OPTION VALUE ...]",
+            "",
+            "Erase a concept from a causal language model, and measure how well.",
+            "",
+            *(f"  {name:{width}}  {command.about}" for name, command in COMMANDS.items()),
+            "",
+            "`elm SUBCOMMAND --help` shows the options. --traceback shows where an error was raised, --version the version.",
+            "",
+        ]
+    )
+
+
+def _fail(program: str, message: str) -> None:
+    sys.stderr.write(f"{program}: error: {message}\n")
+    sys.exit(2)

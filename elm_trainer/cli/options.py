@@ -1,0 +1,257 @@
+"""Options of a subcommand: its dataclasses, the file of `--config` or `--recipe`, and a help of two screens."""
+
+import os
+import re
+import sys
+from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter, ArgumentError, Namespace
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NoReturn, get_type_hints
+
+import yaml
+from trl import TrlParser
+
+from ..checks import described, is_a
+from .errors import OneLineErrors, is_raised, one_line
+from .recipes import find_recipe, shipped
+
+
+METAVARS = {"int": "N", "float": "X", "string_to_bool": "BOOL"}
+
+
+class CommandLine:
+    """The options of one call of a subcommand. Those on the command line come before those in a file.
+
+    `--help` and `--help-all` are answered, and the file is read, when it is made. A wrong use ends the process with one
+    line on stderr and the exit code 2.
+
+    Args:
+        command (`str`): Name of the subcommand.
+        about (`str`): What it does, for its help.
+        argv (`Sequence[str]`, *optional*): What was given; the arguments of the process by default.
+        own (`type`, *optional*): Dataclass of the subcommand's own options.
+        config (`str`, *optional*): Full name of a config whose fields are options too, and which takes seconds to import.
+        common (`type`, *optional*): Dataclass of the fields of `config` that `--help` shows.
+    """
+
+    def __init__(
+        self,
+        command: str,
+        about: str,
+        argv: Sequence[str] | None = None,
+        *,
+        own: type | None = None,
+        config: str | None = None,
+        common: type | None = None,
+    ):
+        self._command, self._config = command, config
+        self._own = [kind for kind in (own,) if kind is not None]
+        self._early = [*self._own, *(kind for kind in (common,) if kind is not None)]
+        first = OneLineErrors(f"elm {command}", add_help=False, allow_abbrev=False)
+        _add_general(first, further=config is not None)
+        given, self._args = first.parse_known_args(sys.argv[1:] if argv is None else list(argv))
+        if "help" in given or "help_all" in given:
+            self._print_help(about, everything="help_all" in given)
+            sys.exit()
+        if "config" in given and "recipe" in given:
+            first.error("--config and --recipe are both given: leave one out.")
+        try:
+            self._path = find_recipe(given.recipe, command) if "recipe" in given else getattr(given, "config", None)
+            self._file = {} if self._path is None else _read(self._path)
+        except (ValueError, OSError) as error:
+            first.error(one_line(error))
+        if "recipe" in given:
+            self._file = {name: shipped(v) if isinstance(v, str) else v for name, v in self._file.items()}
+        if self._args and not self._args[0].startswith("-"):
+            first.error(f"{self._args[0]!r} stands behind no option: a file is given as `--config {self._args[0]}`.")
+
+    def early(self) -> tuple[Any, ...]:
+        """Instances of `own` and `common`, before `config` is imported. Where there is none, an unknown option is an error."""
+        return self._parse(self._early, complete=self._config is None)
+
+    def complete(self) -> tuple[Any, ...]:
+        """Instances of `own` and of `config`.
+
+        Raises:
+            ValueError: for a value that the config or the libraries below it refuse.
+        """
+        return self._parse([*self._own, self._imported()], complete=True)
+
+    def fail(self, message: str) -> NoReturn:
+        """End the process, as for any other wrong use."""
+        OptionParser(self._command, []).error(message)
+
+    def _imported(self) -> type:
+        assert self._config is not None
+        module, _, name = self._config.rpartition(".")
+        return getattr(import_module(module), name)
+
+    def _parse(self, kinds: list[type], *, complete: bool) -> tuple[Any, ...]:
+        parser = OptionParser(self._command, kinds, self._path, self._file)
+        parser.set_defaults_with_config(**self._file)
+        if complete:
+            parser.refuse_unknown(self._file)
+        try:
+            *made, rest = parser.parse_args_into_dataclasses(
+                self._args, return_remaining_strings=True, look_for_args_file=False
+            )
+        except (TypeError, ValueError, ImportError) as error:
+            # What a library refuses is of the user's making here; what merely went wrong is not.
+            if not is_raised(error):
+                raise
+            raise ValueError(one_line(error)) from error
+        if complete and rest:
+            parser.refuse(rest)
+        return tuple(made)
+
+    def _print_help(self, about: str, everything: bool) -> None:
+        kinds, epilog = self._early, None
+        if everything and self._config is not None:
+            kinds = [*self._own, self._imported()]
+        elif self._config is not None:
+            name = self._config.rpartition(".")[2]
+            epilog = f"Every field of `{name}` is an option too, and --help-all shows them all."
+        parser = OptionParser(self._command, kinds, description=about, epilog=epilog, formatter_class=_Help)
+        _add_general(parser, further=self._config is not None)
+        parser.shorten()
+        parser.print_help()
+
+
+class OptionParser(OneLineErrors, TrlParser):
+    """[`~trl.TrlParser`] whose errors name option, value and fix in one line.
+
+    Args:
+        command (`str`): Name of the subcommand.
+        kinds (`Iterable[type]`): Dataclasses of its options.
+        path (`str` or `Path`, *optional*): The file whose values are defaults.
+        file (`dict`, *optional*): What it holds.
+        kwargs: What [`~trl.TrlParser`] takes besides.
+    """
+
+    def __init__(
+        self,
+        command: str,
+        kinds: Iterable[type],
+        path: str | Path | None = None,
+        file: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ):
+        self._path, self._file = path, file or {}
+        usage = f"elm {command} [--config FILE | --recipe NAME] [--OPTION VALUE ...]"
+        super().__init__(
+            list(kinds),
+            prog=f"elm {command}",
+            usage=usage,
+            add_help=False,
+            allow_abbrev=False,
+            exit_on_error=False,
+            **kwargs,
+        )
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Namespace, list[str]]:  # type: ignore[override]
+        try:
+            found, rest = super().parse_known_args(args, namespace)
+        except ArgumentError as error:
+            name = (error.argument_name or "").partition("/")[0].removeprefix("--")
+            wrong = re.fullmatch(r"invalid (.+) value: (.+)", str(error.message))
+            told = (
+                f"`{name}` is {wrong[2]}, but must be {wrong[1]}: correct it."
+                if wrong
+                else f"`{name}`: {error.message}."
+            )
+            self.error(told)
+        self._check_types(found)
+        return found, rest
+
+    def refuse_unknown(self, names: Iterable[str]) -> None:
+        """End the process where the file sets what is no option."""
+        known = {action.dest for action in self._actions}
+        for name in names:
+            if name not in known:
+                self.error(f"{self._path} sets `{name}`, which is no option of `{self.prog}`: {self._advice(name)}")
+
+    def refuse(self, rest: list[str]) -> NoReturn:
+        """End the process for words that belong to no option."""
+        word = next((word for word in rest if word.startswith("--")), rest[0]).partition("=")[0]
+        name = word.lstrip("-").replace("-", "_")
+        self.error(f"there is no option {word!r}: {self._advice(name, '--')}")
+
+    def shorten(self) -> None:
+        """Let each option take one line of help where it can."""
+        for action in self._actions:
+            if action.option_strings and action.option_strings[0].startswith("--no_"):
+                action.help = SUPPRESS  # told beside the option that it denies
+            elif action.dest not in ("help", "help_all", "config", "recipe"):
+                action.option_strings = action.option_strings[:1]
+                if action.choices is None:
+                    action.metavar = METAVARS.get(getattr(action.type, "__name__", ""), "TEXT")
+
+    def _advice(self, name: str, dashes: str = "") -> str:
+        near = get_close_matches(name, [action.dest for action in self._actions], n=1)
+        return f"did you mean `{dashes}{near[0]}`?" if near else "leave it out; --help lists the options."
+
+    def _check_types(self, found: Namespace) -> None:
+        """The command line gives every value its type; YAML may give another."""
+        for kind in self.dataclass_types:
+            hints = get_type_hints(kind)
+            for name in self._file.keys() & hints.keys():
+                value = getattr(found, name)
+                left_out = value is None and kind.__dataclass_fields__[name].default is None
+                if not left_out and not is_a(value, hints[name]):
+                    self.error(
+                        f"`{name}` is {value!r} in {self._path}, but must be {described(hints[name])}: "
+                        f"{_fix(value, hints[name])}."
+                    )
+
+
+class _Help(ArgumentDefaultsHelpFormatter):
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=38)
+
+    def _get_help_string(self, action: Any) -> str | None:
+        if any(action.default is left_out for left_out in (None, False, SUPPRESS)) or action.default in ([], {}):
+            return action.help
+        if isinstance(action.default, list):
+            return f"{action.help} (default: {' '.join(map(str, action.default))})"
+        if action.default is True:
+            return f"{action.help} (default; --no_{action.dest} for not)"
+        return super()._get_help_string(action)
+
+
+def _add_general(parser: OneLineErrors, *, further: bool) -> None:
+    """The options of every subcommand, none of which is in the namespace where it was not given."""
+    group = parser.add_argument_group("of every subcommand")
+    group.add_argument("--config", metavar="FILE", default=SUPPRESS, help="YAML file of options.")
+    group.add_argument("--recipe", metavar="NAME", default=SUPPRESS, help="One that ships; `elm recipes` lists them.")
+    group.add_argument("-h", "--help", action="store_true", default=SUPPRESS, help="Show this and exit.")
+    if further:
+        group.add_argument("--help-all", action="store_true", default=SUPPRESS, help="Show all options and exit.")
+
+
+def _read(path: str | Path) -> dict[str, Any]:
+    """The options in a YAML file; what it has under `env` goes into the environment, as TRL does it."""
+    try:
+        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise OSError(
+            f"`config` is {str(path)!r}, which cannot be read ({error.strerror}): check the path."
+        ) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"`config` is {str(path)!r}, which is no valid YAML ({error}): correct it.") from error
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
+        raise ValueError(f"`config` is {str(path)!r}, which holds no mapping: write lines like `seed: 0`.")
+    variables = found.pop("env", {})
+    if not isinstance(variables, dict):
+        raise ValueError(f"`env` is {variables!r} in {str(path)!r}: write a mapping of variables to values.")
+    os.environ.update({str(name): str(value) for name, value in variables.items()})
+    return found
+
+
+def _fix(value: Any, kind: Any) -> str:
+    if "list" in described(kind) and not isinstance(value, (list, dict)):
+        return f"write [{value}]"
+    if isinstance(value, bool):
+        return "YAML reads yes, no, on and off as true and false, so put the word into quotes"
+    return "correct it"

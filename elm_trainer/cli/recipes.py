@@ -1,0 +1,78 @@
+"""List the recipes that ship with the package, or print one: `elm recipes smollm2-135m-capitals`."""
+
+import sys
+from difflib import get_close_matches
+from pathlib import Path
+
+import elm_trainer
+
+from .errors import OneLineErrors
+from .main import COMMANDS
+
+
+def recipes_folder() -> Path:
+    """Where the recipes are: in the installed package, or beside the package in a checkout."""
+    package = Path(elm_trainer.__file__).parent
+    return package / "recipes" if (package / "recipes").is_dir() else package.parent / "recipes"
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes, which `--recipe` takes."""
+    return sorted(path.stem for path in recipes_folder().glob("*.yaml"))
+
+
+def command_of(name: str) -> str:
+    """The subcommand that a recipe is for: the one with which its name begins, or else `erase`."""
+    first = name.partition("-")[0]
+    return first if first in COMMANDS else "erase"
+
+
+def find_recipe(name: str, command: str | None = None) -> Path:
+    """The file of a recipe.
+
+    Args:
+        name (`str`): Its name.
+        command (`str`, *optional*): The subcommand that is to run it.
+
+    Raises:
+        ValueError: if there is no such recipe, or it is for another subcommand.
+    """
+    names = recipe_names()
+    if name not in names:
+        if Path(name).is_file():
+            raise ValueError(f"`recipe` is {name!r}, a file: give it as `--config {name}`.")
+        near = get_close_matches(name, names, n=1)
+        fix = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(names)}."
+        raise ValueError(f"`recipe` is {name!r}, which does not exist; {fix}")
+    if command not in (None, command_of(name)):
+        raise ValueError(f"`recipe` is {name!r}, for `elm {command_of(name)}`: it is no recipe of `elm {command}`.")
+    return recipes_folder() / f"{name}.yaml"
+
+
+def shipped(path: str) -> str:
+    """A path such as `recipes/attacks/compare.yaml`, within the package where there is no such file here."""
+    first, _, rest = path.partition("/")
+    inside = recipes_folder() / rest
+    return str(inside) if first == "recipes" and not Path(path).exists() and inside.is_file() else path
+
+
+def main(argv: list[str] | None = None) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    parser = OneLineErrors("elm recipes", description=__doc__, allow_abbrev=False)
+    parser.add_argument("name", nargs="?", help="The recipe to print; all are listed without one.")
+    name = parser.parse_args(argv).name
+    if name is not None:
+        sys.stdout.write(find_recipe(name).read_text(encoding="utf-8"))
+        return
+    table = Table("name", "subcommand", "what it does", box=None)
+    for found in recipe_names():
+        table.add_row(found, command_of(found), _about(find_recipe(found)))
+    Console().print(table)
+
+
+def _about(path: Path) -> str:
+    """The first sentence of the first line, which is a comment."""
+    line = path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("#").strip()
+    return line.partition(". ")[0].rstrip(".")

@@ -1,0 +1,81 @@
+"""Write the fluent completions of the consistency term, one JSON line a pair of prompt and completion.
+
+`elm synthesize --concept capitals --prompts prompts.txt --output pairs.jsonl`
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..concept import load_concept
+from .models import named
+from .options import CommandLine
+
+
+@dataclass
+class SynthesizeArguments:
+    """What is synthesized; the settings of the sampler are those of `SynthesisConfig`."""
+
+    concept: str = field(metadata={"help": "Preset or YAML file of the concept."})
+    prompts: str = field(metadata={"help": "File (.txt, .jsonl, .csv, .parquet) with the beginnings of forget texts."})
+    output: str = field(metadata={"help": "The .jsonl file to write."})
+    model: str = field(default="smollm2-135m-instruct", metadata={"help": "Hub id, folder or .gguf file."})
+    dtype: str = field(default="float32", metadata={"help": "Data type of the weights."})
+    column: str = field(default="text", metadata={"help": "Column of the prompts."})
+
+
+@dataclass
+class SamplerSettings:
+    """The fields of `SynthesisConfig`, as `--help` shows them without the seconds that its import takes."""
+
+    _argument_group_name = "of the sampler"
+
+    gamma: float = field(default=3.0, metadata={"help": "Guidance."})
+    temperature: float = field(default=1.0, metadata={"help": "Sampling temperature."})
+    top_k: int = field(default=50, metadata={"help": "Tokens kept per step."})
+    plausibility: float = field(default=0.05, metadata={"help": "Plausibility constraint."})
+    max_new_tokens: int = field(default=24, metadata={"help": "Longest completion in tokens."})
+    batch_size: int = field(default=16, metadata={"help": "Prompts per batch."})
+    seed: int = field(default=0, metadata={"help": "Seed."})
+    min_words: int = field(default=5, metadata={"help": "Fewest words of a completion."})
+    max_repetition: float = field(default=0.3, metadata={"help": "Largest share of repeated 3-grams."})
+
+
+def main(argv: list[str] | None = None) -> None:
+    line = CommandLine(
+        "synthesize",
+        __doc__,
+        argv,
+        own=SynthesizeArguments,
+        config="elm_trainer.SynthesisConfig",
+        common=SamplerSettings,
+    )
+    # What can be known without torch, which takes seconds to load, is said before.
+    [arguments, _] = line.early()
+    load_concept(arguments.concept)
+    from ..scripts import hush_libraries
+
+    hush_libraries()
+    from .. import load_model_and_tokenizer, load_texts, synthesize_completions
+    from ..evaluation.report import model_fingerprint
+    from ..files import write_text
+
+    arguments, config = line.complete()
+    concept = load_concept(arguments.concept)
+    prompts = load_texts(arguments.prompts, column=arguments.column)["text"][:]
+    output = Path(arguments.output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+
+    with named("model", arguments.model):
+        model, tokenizer = load_model_and_tokenizer(arguments.model, dtype=arguments.dtype)
+    result = synthesize_completions(
+        model,
+        tokenizer,
+        prompts,
+        concept,
+        config,
+        cache_dir=output.parent / "synthesis",
+        fingerprint=model_fingerprint(model),
+    )
+    rows = ({"prompt": prompt, "completion": completion} for prompt, completion in result.pairs)
+    write_text(output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
