@@ -100,15 +100,16 @@ def _between(records: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> 
 @cache
 def elements() -> tuple[Fact, ...]:
     """The elements up to lawrencium with their symbols; `near` holds uses, sources and description."""
-    from mendeleev import get_all_elements
+    from mendeleev.fetch import fetch_table
 
+    # As rows: `get_all_elements` makes objects of all isotopes and ions as well, which takes seconds.
     return tuple(
         Fact(
-            element.name,
-            element.symbol,
-            element.name[0],
-            {key: value for key in ("description", "uses", "sources") if (value := getattr(element, key))}
-            | {"number": str(element.atomic_number)},
+            row["name"],
+            row["symbol"],
+            row["name"][0],
+            {key: row[key] for key in ("description", "uses", "sources") if row[key]}
+            | {"number": str(row["atomic_number"])},
         )
-        for element in get_all_elements()[:103]
+        for row in fetch_table("elements").to_dict("records")[:103]
     )
