@@ -1,0 +1,250 @@
+"""Settings that fit a model and a machine, by stated rules, from the model's config alone."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from .modeling import LINEAR, decoder_layers
+
+
+# Rows of an update, and how many of them run at once: as many as fit.
+UPDATE_ROWS = 10
+_BATCHES = {10: 32, 5: 16, 2: 6, 1: 3}
+_RANK = 64
+# Share of the layers below the first adapted one, and below the last.
+_FIRST, _LAST = 0.4, 0.8
+# Share of the free memory that a run may plan to use.
+USABLE = 0.8
+# What Python and the libraries hold on a CPU, and the logits of a chunk of positions with their gradient.
+_PROCESS, _HEAD = 800 * 2**20, 128 * 2**20
+_CGROUP = Path("/sys/fs/cgroup")
+OPTIONS = (
+    "lora_layers", "lora_targets", "lora_rank", "lora_alpha", "per_device_train_batch_size",
+    "gradient_accumulation_steps", "per_device_eval_batch_size", "dtype", "bf16", "activation_checkpointing",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class FittedSettings:
+    """What [`fitting_settings`] chooses, named as the options of `examples/erase.py`.
+
+    Args:
+        lora_layers (`str`): First and last adapted layer, such as `"12-24"`.
+        lora_targets (`str`): Names of adapted modules, comma-separated, or `"all-linear"`.
+        lora_rank (`int`): Rank of the adapter.
+        lora_alpha (`int`): Its alpha.
+        per_device_train_batch_size (`int`): Rows in a forward pass.
+        gradient_accumulation_steps (`int`): Forward passes in an update.
+        per_device_eval_batch_size (`int`): Rows of which targets are computed at once.
+        dtype (`str`): Data type of the frozen weights.
+        bf16 (`bool`): Whether matrix products run in bfloat16.
+        activation_checkpointing (`bool`): Whether activations are computed again in the backward pass.
+        reasons (`Mapping[str, str]`): Why, by name of the setting.
+        needed (`int`): Bytes that a step takes by the rule of [`fitting_settings`].
+        fits (`bool`): Whether that is within the usable memory.
+    """
+
+    lora_layers: str
+    lora_targets: str
+    lora_rank: int
+    lora_alpha: int
+    per_device_train_batch_size: int
+    gradient_accumulation_steps: int
+    per_device_eval_batch_size: int
+    dtype: str
+    bf16: bool
+    activation_checkpointing: bool
+    reasons: Mapping[str, str]
+    needed: int
+    fits: bool
+
+    def options(self) -> dict[str, Any]:
+        """The settings by name, without what is said about them."""
+        return {name: getattr(self, name) for name in OPTIONS}
+
+
+def fitting_settings(
+    model: PreTrainedConfig | PreTrainedModel,
+    *,
+    memory: int | None = None,
+    device: torch.device | str | None = None,
+    row_tokens: int = 192,
+    given: Mapping[str, Any] | None = None,
+) -> FittedSettings:
+    """Choose layers, rank, batch and precision from a model's size and depth and the free memory.
+
+    The rules, with L layers numbered from 0, hidden size h, W weights:
+
+    - **layers**: from `round(.4·L)` to `round(.8·L)`: 12 to 24 of 30, the best found on dev questions of SmolLM2-135M, and
+      7 to 14 of 18, which Gemma 3 270M uses.
+    - **modules**: those that lead into the feed-forward part (gate and up projections): linear, outside of attention,
+      with h inputs and at least h outputs, and none that leads back to h. All linear modules where there are none.
+    - **rank**: 64, or the largest power of two up to `h / 4` if that is less; alpha is the rank.
+    - **precision**: products in bfloat16 where the device multiplies in it. Weights in bfloat16 on such an accelerator; on
+      a CPU in float32 if ten rows then fit, else in bfloat16.
+    - **batch**: the largest of 10, 5, 2 and 1 that fits in 80 % of the free memory, accumulated to ten rows an update;
+      if not even one fits, one with activation checkpointing. Targets are computed of 32, 16, 6 or 3 rows at once.
+    - **what fits**: a step takes weights, 16 bytes a weight of the adapter (4 of itself, its gradient, two moments of
+      Adam), 128 MiB for logits, on a CPU 800 MiB for Python and the libraries; and from the first adapted layer on, a
+      layer keeps `4·h` numbers and all outputs of its linear modules a token, plus, with float32 weights and products
+      in bfloat16, a copy of its weights in 2 bytes. With checkpointing it keeps h numbers a token.
+
+    Args:
+        model (`PreTrainedConfig` or `PreTrainedModel`):
+            Config, or a model, on the meta device too. Weights are not looked at.
+        memory (`int`, *optional*):
+            Free bytes of the device; measured by default ([`free_memory`]).
+        device (`torch.device` or `str`, *optional*):
+            Where the model is trained; the accelerator if there is one, else the CPU.
+        row_tokens (`int`, *optional*, defaults to `192`):
+            Tokens of all texts of a row.
+        given (`Mapping[str, Any]`, *optional*):
+            Settings of `OPTIONS` that are given; they are kept, and the others chosen to fit them.
+
+    Raises:
+        ValueError: if `given` names a setting that is not chosen here, or there is no memory.
+    """
+    given = dict(given or {})
+    if unknown := sorted(set(given) - set(OPTIONS)):
+        raise ValueError(f"`given` names {unknown}, which are not chosen here: use {', '.join(OPTIONS)}.")
+    device = default_device() if device is None else torch.device(device)
+    memory = free_memory(device) if memory is None else memory
+    if memory <= 0:
+        raise ValueError(f"`memory` is {memory}: give the free bytes of the device.")
+    model = model if isinstance(model, PreTrainedModel) else empty_model(model)
+    layers = decoder_layers(model)
+    count, hidden = len(layers), model.config.get_text_config().hidden_size
+    values: dict[str, Any] = {}
+    reasons: dict[str, str] = {}
+
+    def choose(name: str, value: Any, reason: str) -> Any:
+        values[name], reasons[name] = (given[name], "given") if name in given else (value, reason)
+        return values[name]
+
+    first, last = min(round(_FIRST * count), count - 1), min(round(_LAST * count), count - 1)
+    chosen = choose("lora_layers", f"{first}-{last}", f"from {_FIRST:.0%} to {_LAST:.0%} of {count} layers")
+    first = int(str(chosen).partition("-")[0])
+    last = int(str(chosen).rpartition("-")[2])
+    into = feed_forward_inputs(layers, hidden)
+    why = "what leads into the feed-forward part" if into else "no module leads into a feed-forward part by itself"
+    targets = choose("lora_targets", ",".join(into) or "all-linear", why)
+    narrow = 2 ** max((hidden // 4).bit_length() - 1, 0)
+    why = f"hidden size {hidden}" if narrow < _RANK else "the best found on dev questions of SmolLM2-135M"
+    rank = choose("lora_rank", min(_RANK, narrow), why)
+    choose("lora_alpha", rank, "as the rank")
+
+    fast = multiplies_in_bfloat16(device)
+    bf16 = choose("bf16", fast, f"this {device.type} {'multiplies' if fast else 'does not multiply'} in bfloat16")
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    names = None if targets == "all-linear" else set(str(targets).split(","))
+    adapter = sum(rank * sum(sizes(m)) for layer in layers[first : last + 1] for m in linear(layer, names).values())
+    passed = layers[first:]
+
+    def needed(rows: int, dtype: str, checkpointing: bool) -> int:
+        size = getattr(torch, dtype).itemsize
+        kept = 2 if bf16 else size
+        numbers = sum(
+            hidden if checkpointing else 4 * hidden + sum(sizes(m)[1] for m in linear(layer).values())
+            for layer in passed
+        )
+        copies = 2 * sum(p.numel() for layer in passed for p in layer.parameters()) if bf16 and size == 4 else 0
+        process = _PROCESS if device.type == "cpu" else 0
+        return process + _HEAD + weights * size + 16 * adapter + copies + rows * row_tokens * numbers * kept
+
+    usable = int(USABLE * memory)
+    if device.type != "cpu" and fast:
+        dtype = choose("dtype", "bfloat16", "half the memory, and what the accelerator multiplies in")
+    else:
+        whole = needed(UPDATE_ROWS, "float32", False) <= usable
+        why = "fits" if whole else f"in float32 ten rows do not fit in {shown(usable)}"
+        dtype = choose("dtype", "float32" if whole else "bfloat16", why)
+    fitting = [rows for rows in _BATCHES if needed(rows, dtype, False) <= usable]
+    rows = fitting[0] if fitting else 1
+    why = f"{shown(needed(rows, dtype, not fitting))} of {shown(usable)} that may be used"
+    rows = choose("per_device_train_batch_size", rows, why)
+    choose("gradient_accumulation_steps", max(UPDATE_ROWS // rows, 1), f"{UPDATE_ROWS} rows an update")
+    choose(
+        "per_device_eval_batch_size", _BATCHES.get(rows, max(3 * rows, 1)), "targets are computed without gradients"
+    )
+    why = "activations fit" if fitting else "not even the activations of one row fit"
+    checkpointing = choose("activation_checkpointing", not fitting, why)
+    need = needed(rows, dtype, checkpointing)
+    return FittedSettings(**values, reasons=reasons, needed=need, fits=need <= usable)
+
+
+def empty_model(config: PreTrainedConfig, dtype: str | torch.dtype | None = None) -> PreTrainedModel:
+    """The model of a config on the meta device: shapes and types without weights."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype or torch.float32)
+
+
+def linear(layer: nn.Module, names: set[str] | None = None) -> dict[str, nn.Module]:
+    """The linear modules of a layer by their path in it, or those with one of the names."""
+    found = {path: module for path, module in layer.named_modules() if isinstance(module, LINEAR)}
+    return {path: m for path, m in found.items() if names is None or path.rpartition(".")[2] in names}
+
+
+def sizes(module: nn.Module) -> tuple[int, int]:
+    """Inputs and outputs of a linear module."""
+    rows, columns = module.weight.shape  # GPT-2's kind keeps its matrix the other way round
+    return (rows, columns) if isinstance(module, Conv1D) else (columns, rows)
+
+
+def feed_forward_inputs(layers: nn.ModuleList, hidden: int) -> list[str]:
+    """Names of the modules that lead into the feed-forward part, as in the rule of [`fitting_settings`]."""
+    found: dict[str, None] = {}
+    for layer in layers:
+        for path, module in linear(layer).items():
+            inputs, outputs = sizes(module)
+            if "attn" not in path and "attention" not in path and inputs == hidden and outputs >= hidden:
+                found[path.rpartition(".")[2]] = None
+    # Where the feed-forward part is as wide as the model, what leads out of it looks the same: names tell nothing then.
+    back = {
+        path.rpartition(".")[2]
+        for layer in layers
+        for path, m in linear(layer).items()
+        if "attn" not in path and "attention" not in path and sizes(m)[1] == hidden
+    }
+    return [name for name in found if name not in back]
+
+
+def default_device() -> torch.device:
+    """The accelerator, if there is one, else the CPU."""
+    return torch.accelerator.current_accelerator() or torch.device("cpu")
+
+
+def multiplies_in_bfloat16(device: torch.device) -> bool:
+    """Whether a device has matrix products in bfloat16, not only the type."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        # Torch has no public name for these; tests/test_fitting.py fails when they move.
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return False
+
+
+def free_memory(device: torch.device) -> int:
+    """Free bytes of an accelerator, or what a new process may take of the main memory, within the limit of a container."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = psutil.virtual_memory().available
+    try:
+        limit, used = (_CGROUP / f"memory.{name}" for name in ("max", "current"))
+        kept = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+        # Pages of files are given up when memory is needed.
+        free = min(free, int(limit.read_text()) - int(used.read_text()) + int(kept["inactive_file"]))
+    except (OSError, ValueError, KeyError):  # no container, or one without a limit ("max")
+        pass
+    return max(free, 0)
+
+
+def shown(size: float) -> str:
+    """Bytes as people read them, such as `"1.25 GB"`."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"

@@ -1,0 +1,131 @@
+import pytest
+import torch
+from transformers import Gemma3TextConfig, GPT2Config, GPTNeoXConfig, LlamaConfig, Qwen2Config
+
+from benchmarks.doctor import MODELS
+from elm_trainer import fitting
+from elm_trainer.fitting import OPTIONS, empty_model, fitting_settings, free_memory, multiplies_in_bfloat16
+
+
+GB = 10**9
+
+
+def llama(hidden, intermediate, layers, vocab=32000, heads=None):
+    heads = heads or hidden // 64
+    return LlamaConfig(
+        hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=heads, vocab_size=vocab,
+    )  # fmt: skip
+
+
+SIZES = {
+    "30M": llama(384, 1024, 8, 49152), "135M": llama(576, 1536, 30, 49152), "1B": llama(2048, 8192, 16),
+    "7B": llama(4096, 14336, 32), "70B": llama(8192, 28672, 80),
+}  # fmt: skip
+MEMORIES = [GB, 2 * GB, 4 * GB, 8 * GB, 16 * GB, 24 * GB, 48 * GB, 80 * GB, 160 * GB, 320 * GB, 640 * GB]
+TINY = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+KINDS = {
+    "llama": (LlamaConfig(**TINY, intermediate_size=64), "gate_proj,up_proj"),
+    "qwen2": (Qwen2Config(**TINY, intermediate_size=64, num_key_value_heads=2), "gate_proj,up_proj"),
+    "gemma3": (
+        Gemma3TextConfig(**TINY, intermediate_size=64, num_key_value_heads=1, head_dim=16),
+        "gate_proj,up_proj",
+    ),
+    "gpt2": (GPT2Config(vocab_size=300, n_embd=32, n_layer=3, n_head=4), "c_fc"),
+    "gpt-neox": (GPTNeoXConfig(**TINY, intermediate_size=128), "dense_h_to_4h"),
+}
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_more_memory_never_gives_less(size):
+    chosen = [fitting_settings(SIZES[size], memory=memory, device="cpu") for memory in MEMORIES]
+
+    batches = [settings.per_device_train_batch_size for settings in chosen]
+    assert batches == sorted(batches)
+    checkpointing = [settings.activation_checkpointing for settings in chosen]
+    assert checkpointing == sorted(checkpointing, reverse=True)
+    assert [settings.dtype for settings in chosen] == sorted(settings.dtype for settings in chosen)
+    fits = [settings.fits for settings in chosen]
+    assert fits == sorted(fits) and fits[-1]
+    assert all(
+        settings.needed <= 0.8 * memory for settings, memory in zip(chosen, MEMORIES, strict=True) if settings.fits
+    )
+    assert all(
+        settings.per_device_train_batch_size * settings.gradient_accumulation_steps == 10 for settings in chosen
+    )
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_layers_lie_inside_and_every_setting_has_a_reason(size):
+    settings = fitting_settings(SIZES[size], memory=640 * GB, device="cpu")
+
+    first, last = map(int, settings.lora_layers.split("-"))
+    assert 0 <= first <= last < SIZES[size].num_hidden_layers
+    assert list(settings.options()) == list(OPTIONS) == list(settings.reasons)
+    assert all(settings.reasons.values())
+
+
+def test_the_rules_give_what_was_found_best():
+    settings = fitting_settings(SIZES["135M"], memory=16 * GB, device="cpu")
+
+    assert (settings.lora_layers, settings.lora_targets) == ("12-24", "gate_proj,up_proj")
+    assert (settings.lora_rank, settings.per_device_train_batch_size) == (64, 10)
+    assert settings.bf16 == multiplies_in_bfloat16(torch.device("cpu"))
+    gemma = Gemma3TextConfig(num_hidden_layers=18, hidden_size=640, intermediate_size=2048, vocab_size=1000)
+    assert fitting_settings(gemma, memory=16 * GB, device="cpu").lora_layers == "7-14"
+
+
+@pytest.mark.parametrize("layers", range(1, 9))
+def test_shallow_models_get_layers_too(layers):
+    config = LlamaConfig(**TINY | {"num_hidden_layers": layers}, intermediate_size=64)
+
+    first, last = map(int, fitting_settings(config, memory=GB, device="cpu").lora_layers.split("-"))
+
+    assert 0 <= first <= last < layers
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_leads_into_the_feed_forward_part_is_found_in_each_architecture(kind):
+    config, expected = KINDS[kind]
+
+    settings = fitting_settings(config, memory=4 * GB, device="cpu")
+
+    assert settings.lora_targets == expected and settings.lora_rank == 8
+    assert fitting_settings(empty_model(config), memory=4 * GB, device="cpu") == settings
+
+
+def test_what_is_given_stays_and_the_rest_fits_to_it():
+    free = fitting_settings(SIZES["1B"], memory=16 * GB, device="cpu")
+
+    settings = fitting_settings(
+        SIZES["1B"], memory=16 * GB, device="cpu", given={"lora_rank": 7, "per_device_train_batch_size": 2}
+    )
+
+    assert (settings.lora_rank, settings.lora_alpha, settings.reasons["lora_rank"]) == (7, 7, "given")
+    assert settings.gradient_accumulation_steps == 5 and settings.lora_layers == free.lora_layers
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [({"given": {"rank": 3}}, "`given` names \\['rank'\\].*lora_rank"), ({"memory": 0}, "`memory`")],
+)
+def test_wrong_arguments_are_named(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        fitting_settings(SIZES["30M"], **{"memory": GB, "device": "cpu", **wrong})
+
+
+def test_a_container_limits_what_is_free(tmp_path, monkeypatch):
+    for name, text in {"max": "5000000", "current": "4000000", "stat": "anon 1\ninactive_file 500000"}.items():
+        (tmp_path / f"memory.{name}").write_text(text)
+    monkeypatch.setattr(fitting, "_CGROUP", tmp_path)
+    assert free_memory(torch.device("cpu")) == 1_500_000
+
+    (tmp_path / "memory.max").write_text("max")
+    assert free_memory(torch.device("cpu")) > 10**7
+
+
+def test_the_benchmark_adapts_the_layers_of_the_rule():
+    for shape, layers in MODELS.values():
+        if shape is not None:
+            config = llama(shape.hidden, shape.intermediate, shape.layers, 100, shape.heads)
+            assert fitting_settings(config, memory=GB, device="cpu").lora_layers == layers
