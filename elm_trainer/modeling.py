@@ -14,8 +14,10 @@ import numpy as np
 from peft import LoraConfig, PeftModel
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainingArguments,
@@ -61,7 +63,7 @@ def load_model_and_tokenizer(
     found: dict[str, Any] = dict(
         trust_remote_code=trust_remote_code, revision=revision, gguf_file=gguf_file, token=token
     )
-    with _reading_gguf_once():
+    with reading_gguf_once():
         model = load_model(name_or_path, dtype=dtype, attn_implementation=attn_implementation, **found)
         return model, load_tokenizer(name_or_path, **found)
 
@@ -121,7 +123,7 @@ def load_model(
             f"`quantization_config` is given, but {name_or_path} is a GGUF file, whose weights are loaded as floats: "
             "`save_pretrained` the model into a folder, and load that."
         )
-    with _reading_gguf_once():
+    with reading_gguf_once():
         # GGUF weights are dequantized on loading; "auto" would keep whatever type the file names.
         dtype = "float32" if dtype == "auto" else dtype
         model = AutoModelForCausalLM.from_pretrained(place, gguf_file=gguf_file, dtype=dtype, **options)
@@ -148,7 +150,7 @@ def load_tokenizer(
     place, gguf_file = _locate(name_or_path, gguf_file)
     # A GGUF tokenizer is made of what the file holds, and some versions of transformers mind being told there is none.
     of_gguf = {} if gguf_file is None else {"gguf_file": gguf_file}
-    with _reading_gguf_once():
+    with reading_gguf_once():
         return AutoTokenizer.from_pretrained(
             place,
             trust_remote_code=trust_remote_code,
@@ -158,6 +160,27 @@ def load_tokenizer(
             local_files_only=local_files_only,
             **of_gguf,
         )
+
+
+def load_config(
+    name_or_path: str,
+    *,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    gguf_file: str | None = None,
+    token: str | None = None,
+    local_files_only: bool = False,
+) -> PreTrainedConfig:
+    """The config of the model of [`load_model`]; takes what [`load_tokenizer`] takes."""
+    place, gguf_file = _locate(name_or_path, gguf_file)
+    options: dict[str, Any] = dict(revision=revision, token=token, local_files_only=local_files_only)
+    if gguf_file is None:
+        return AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code, **options)
+    with reading_gguf_once():
+        config = AutoConfig.from_pretrained(place, gguf_file=gguf_file, **options)
+    # As of `load_model`: the weights become floats.
+    vars(config).pop("quantization_config", None)
+    return config
 
 
 def demo_model_file() -> Path:
@@ -284,7 +307,7 @@ class _QuickReader(gguf.GGUFReader):
 
 
 @contextmanager
-def _reading_gguf_once() -> Iterator[None]:
+def reading_gguf_once() -> Iterator[None]:
     """While this holds, transformers parses a GGUF file once, and makes the map of a model's tensor names once.
 
     Otherwise it parses the file for the config, for the weights and for the tokenizer, and makes the map for every

@@ -16,13 +16,14 @@ MOST_FILES, MOST_LINES = 130, 400
 
 # The modules and folders of each layer, and the layers below that it may import, the lowest layer first.
 LAYERS = {
-    "base": ("checks", "files", "run_lock", "distributed", "fingerprint", "concept", "modeling"),
+    "base": ("checks", "files", "run_lock", "distributed", "fingerprint", "concept", "modeling", "fitting"),
     "ops": ("ops",),
     "data": ("data",),
     "evaluation": ("evaluation",),
     "metrics": ("metrics",),
     "synthesis": ("synthesis",),
     "methods": ("methods",),
+    "rehearsal": ("rehearsal", "watch"),
     "attacks": ("attacks",),
     "gold_standard": ("gold_standard",),
     "comparison": ("comparison",),
@@ -38,6 +39,7 @@ MAY_IMPORT = {
     "metrics": ("base", "ops", "data", "evaluation"),
     "synthesis": ("base", "ops", "data", "evaluation"),
     "methods": ("base", "ops", "data", "synthesis"),
+    "rehearsal": ("base", "ops", "data", "methods"),
     "attacks": ("base", "ops", "data", "evaluation"),
     "gold_standard": ("base", "ops", "data", "evaluation", "methods", "attacks"),
     "comparison": ("base", "ops", "data", "evaluation", "methods", "attacks"),

@@ -19,6 +19,9 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "erase": Command("elm_trainer.cli.erase", "erase concepts with a LoRA adapter, and measure before and after"),
+    "doctor": Command(
+        "elm_trainer.cli.doctor", "say what `erase` would do, take and stumble over, before anything heavy runs"
+    ),
     "evaluate": Command("elm_trainer.cli.evaluate", "measure an adapter or a checkpoint beside its reference"),
     "attack": Command("elm_trainer.cli.attack", "try to bring the knowledge back"),
     "compare": Command("elm_trainer.cli.compare", "compare all methods on the same data"),

@@ -1,0 +1,220 @@
+"""What `elm doctor` looks at: an erasure before it runs, without the model's weights."""
+
+import shutil
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from threading import Thread
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from .erase_options import ErasureArguments
+
+
+if TYPE_CHECKING:
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from .. import Concept, ElmConfig
+    from ..fitting import FittedSettings
+    from ..rehearsal import Prediction
+
+# The Hub is given up after so many seconds; the libraries' own patience is ten times that.
+HUB_SECONDS = 4.0
+
+
+@dataclass
+class DoctorArguments(ErasureArguments):
+    """The options of `elm erase`, and what to plan for."""
+
+    memory: float | None = field(
+        default=None, metadata={"help": "GB of memory to plan for, in place of what is free here."}
+    )
+
+
+class Hub(NamedTuple):
+    """Whether the Hub answers, and who is signed in.
+
+    Attributes:
+        reachable (`bool`): Whether it has answered.
+        text (`str`): Where it is, or why it does not answer.
+        token (`bool`): Whether there is a token.
+    """
+
+    reachable: bool
+    text: str
+    token: bool
+
+
+class PlannedRun:
+    """An erasure before it runs: each part is made when it is first looked at, and then kept.
+
+    Args:
+        arguments ([`DoctorArguments`]): Options of the run.
+        config ([`ElmConfig`]): Settings of its training.
+    """
+
+    def __init__(self, arguments: DoctorArguments, config: "ElmConfig"):
+        self.arguments, self.config = arguments, config
+
+    @cached_property
+    def hub(self) -> Hub:
+        return ask_hub()
+
+    @property
+    def is_on_hub(self) -> bool:
+        """Whether the model is a repository on the Hub."""
+        from ..modeling import PACKAGED_MODELS
+
+        return self.arguments.model not in PACKAGED_MODELS and not Path(self.arguments.model).exists()
+
+    @property
+    def _place(self) -> dict[str, Any]:
+        chosen = self.arguments
+        found = {"revision": chosen.model_revision, "gguf_file": chosen.gguf_file}
+        # The libraries try again for half a minute where nobody answers.
+        return found | {"local_files_only": self.is_on_hub and not self.hub.reachable}
+
+    @cached_property
+    def loaded(self) -> "tuple[PreTrainedConfig, PreTrainedTokenizerBase | Exception]":
+        """The config of the model, and its tokenizer, or why there is none."""
+        from ..modeling import load_config, load_tokenizer, reading_gguf_once
+
+        with reading_gguf_once():
+            model = load_config(self.arguments.model, **self._place)
+            try:
+                return model, load_tokenizer(self.arguments.model, **self._place)
+            except Exception as error:
+                return model, error
+
+    @property
+    def model_config(self) -> "PreTrainedConfig":
+        return self.loaded[0]
+
+    @property
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
+        if isinstance(self.loaded[1], Exception):
+            raise self.loaded[1]
+        return self.loaded[1]
+
+    @cached_property
+    def dtype(self) -> "torch.dtype":
+        """Data type of the weights, as `load_model` takes them."""
+        import torch
+
+        given = self.arguments.dtype
+        if given != "auto":
+            if not isinstance(getattr(torch, given, None), torch.dtype):
+                raise ValueError(f"`dtype` is {given!r}: use auto, float32, bfloat16 or float16.")
+            return getattr(torch, given)
+        return self.model_config.get_text_config().dtype or torch.float32
+
+    @cached_property
+    def model(self) -> "PreTrainedModel":
+        """The model without weights."""
+        from ..fitting import empty_model
+
+        return empty_model(self.model_config, self.dtype)
+
+    @cached_property
+    def lora(self) -> "LoraConfig":
+        return self.arguments.lora(self.model)
+
+    @cached_property
+    def concepts(self) -> "dict[str, Concept]":
+        return self.arguments.load_concepts(self.config.concepts)
+
+    @cached_property
+    def texts(self) -> "dict[str, Dataset]":
+        """Forget and retain sources by name, each read once."""
+        from .. import load_texts
+
+        names = dict.fromkeys([*self.arguments.forget, *self.arguments.retain])
+        seed = self.config.seed
+        return {name: load_texts(name, processing_class=self.tokenizer, seed=seed) for name in names}
+
+    @cached_property
+    def dataset(self) -> "Dataset":
+        from .. import ConceptSources, build_erasure_dataset
+
+        given = self.arguments.synthetic or ["none"] * len(self.concepts)
+        retain = [self.texts[name] for name in self.arguments.retain]
+        sources = {
+            name: ConceptSources(self.texts[forget], retain, None if pairs == "none" else pairs)
+            for name, forget, pairs in zip(self.concepts, self.arguments.forget, given, strict=True)
+        }
+        size, seed = self.arguments.dataset_size, self.config.seed
+        return build_erasure_dataset(sources, size=size, processing_class=self.tokenizer, seed=seed)
+
+    @cached_property
+    def device(self) -> "torch.device":
+        return self.config.device
+
+    @cached_property
+    def free(self) -> int:
+        """Free bytes of the device."""
+        from ..fitting import free_memory
+
+        return int(self.arguments.memory * 1e9) if self.arguments.memory else free_memory(self.device)
+
+    @property
+    def targets_dir(self) -> Path:
+        from ..methods.targets import default_targets_dir
+
+        return Path(self.config.targets_dir or default_targets_dir())
+
+    @cached_property
+    def prediction(self) -> "Prediction":
+        import torch
+
+        from ..rehearsal import rehearse
+
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision(self.arguments.matmul_precision)
+        try:
+            return rehearse(
+                self.model_config, self.config, self.dataset, self.tokenizer, self.lora, dtype=self.dtype,
+                attn_implementation=self.arguments.attn_implementation,
+                free_disk=shutil.disk_usage(existing(self.targets_dir)).free,
+            )  # fmt: skip
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+    @cached_property
+    def fitted(self) -> "FittedSettings":
+        from ..fitting import fitting_settings
+
+        return fitting_settings(self.model, memory=self.free, device=self.device)
+
+
+def ask_hub(seconds: float = HUB_SECONDS) -> Hub:
+    """Ask the Hub for a sign of life, without trying again."""
+    from huggingface_hub import constants, get_token
+    from huggingface_hub.utils import get_session
+
+    from ..hub.errors import first_line
+
+    token = get_token() is not None
+    if constants.HF_HUB_OFFLINE:
+        return Hub(False, "offline by HF_HUB_OFFLINE", token)
+    answer: list[str] = []
+
+    def ask() -> None:
+        try:
+            get_session().head(constants.ENDPOINT, timeout=seconds)
+            answer.append("")
+        except Exception as error:
+            answer.append(first_line(error))
+
+    # Names are looked up without a limit of time.
+    thread = Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    told = answer[0] if answer else f"no answer in {seconds:g} s"
+    return Hub(told == "", f"{constants.ENDPOINT} {'answers' if told == '' else f'is not reached: {told}'}", token)
+
+
+def existing(path: Path) -> Path:
+    """The folder, or the nearest above it that exists."""
+    return next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())

@@ -1,0 +1,334 @@
+"""Rehearse a run on a few of the model's layers and rows, and predict its memory and time from what that takes."""
+
+import copy
+import io
+import statistics
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass, replace
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging
+
+from .data.target_store import choose
+from .fitting import empty_model
+from .methods.contrast import contrast_directions
+from .methods.elm import ElmTrainer
+from .methods.elm_config import ElmConfig, stored_targets
+from .ops.head import CHUNK
+from .watch import Batches, Cut, Lap, Watch, now, peak_bytes, reset_peak
+
+
+# Batches of the rehearsal, each seen twice: the first time costs more where its shape is new.
+_BATCHES = 2
+_LENGTHS = 256
+# A forward for choosing directions sees more rows than this rarely; larger matrices are timed at this size and scaled.
+_WIDEST = 512
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a run will take. Bytes are of the process on a CPU, else of the accelerator; seconds of this machine, as busy
+    as it was.
+
+    Args:
+        measured (`str`): What was rehearsed.
+        weights (`int`): Bytes of the frozen weights.
+        adapter (`int`): Bytes of the adapter, its gradient and the optimizer.
+        activations (`int`): Bytes kept for the backward pass of the largest batch.
+        logits (`int`): Bytes of a chunk of logits with their gradient.
+        rest (`int`): Bytes of Python, the libraries and buffers.
+        targets_disk (`int`): Bytes of the targets on disk; 0 where they are made in each step.
+        tokens (`int`): Mean tokens of a forward pass, gaps included.
+        rows (`int`): Rows of it.
+        steps (`int`): Updates.
+        step_seconds (`float`): Mean seconds of an update.
+        targets_seconds (`float`): Seconds of the targets of all rows.
+        contrast_seconds (`float`): Seconds of the choice of the adapter's directions.
+    """
+
+    measured: str
+    weights: int
+    adapter: int
+    activations: int
+    logits: int
+    rest: int
+    targets_disk: int
+    tokens: int
+    rows: int
+    steps: int
+    step_seconds: float
+    targets_seconds: float
+    contrast_seconds: float
+
+    @property
+    def peak(self) -> int:
+        """Bytes at the peak."""
+        return self.weights + self.adapter + self.activations + self.logits + self.rest
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of targets and training, without loading and evaluation."""
+        return self.targets_seconds + self.contrast_seconds + self.steps * self.step_seconds
+
+
+def model_bytes(model: nn.Module) -> int:
+    """Bytes of a model's weights."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+
+
+def adapter_bytes(model: nn.Module, frozen_directions: bool) -> int:
+    """Bytes of an adapter in float32, with its gradient and two moments of Adam for what is trained of it."""
+    found = [(name, p.numel()) for name, p in model.named_parameters() if p.requires_grad]
+    return sum(numbers * (4 if frozen_directions and "lora_A" in name else 16) for name, numbers in found)
+
+
+def adapted(config: PreTrainedConfig, lora: LoraConfig, dtype: torch.dtype) -> nn.Module:
+    """The whole model with its adapter on the meta device."""
+    model = empty_model(config, dtype)
+    with torch.device("meta"):
+        return get_peft_model(model, copy.deepcopy(lora))
+
+
+def rehearse(
+    config: PreTrainedConfig,
+    args: ElmConfig,
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    lora: LoraConfig,
+    *,
+    dtype: torch.dtype,
+    attn_implementation: str | None = None,
+    free_disk: int = 2**62,
+    each: int = 2,
+) -> Prediction:
+    """Train a cut of the model, with random weights, on two batches twice, and scale what it takes to the whole run.
+
+    The cut is trained by [`ElmTrainer`] with the run's settings: it has two layers of each kind, those below the first
+    adapted one, those with an adapter, those above. Memory is the peak of the rehearsal, and for all that the run has
+    beyond the cut its weights, its adapter and what its layers keep for the backward pass, which is counted. Time is
+    that of the rehearsal, and for every further layer that of the last one of its kind. Batches of a shape that was not
+    seen before take longer on a CPU; how many there will be is drawn from the lengths of the texts.
+
+    Args:
+        config (`PreTrainedConfig`): Config of the model.
+        args ([`ElmConfig`]): Settings of the run.
+        dataset (`Dataset`): Its rows, of [`build_erasure_dataset`].
+        tokenizer (`PreTrainedTokenizerBase`): Tokenizer of the model.
+        lora (`LoraConfig`): Adapter of the whole model.
+        dtype (`torch.dtype`): Data type of the weights.
+        attn_implementation (`str`, *optional*): As for [`load_model`].
+        free_disk (`int`, *optional*): Free bytes where targets are kept.
+        each (`int`, *optional*, defaults to `2`): Layers of each kind in the cut; the last shows what one more costs.
+    """
+    text = config.get_text_config()
+    cut = Cut.of(text.num_hidden_layers, lora.layers_to_transform, each)
+    batch = args.per_device_train_batch_size
+    rows = [place * len(dataset) // (_BATCHES * batch) for place in range(_BATCHES * batch)]
+    sampled = [place * len(dataset) // _LENGTHS for place in range(_LENGTHS)] if len(dataset) > _LENGTHS else None
+    draws = Batches(args, tokenizer, text, dataset.select(sampled) if sampled else dataset)
+    seen = Batches(args, tokenizer, text, dataset.select(rows))
+
+    processes = args.world_size
+    update = batch * args.gradient_accumulation_steps * processes
+    steps = args.max_steps if args.max_steps > 0 else max(round(args.num_train_epochs * len(dataset) / update), 1)
+    layout = stored_targets(args, text.vocab_size, text.hidden_size).layout
+    disk = layout.total_bytes(draws.positions(len(dataset)), len(dataset)) if layout.fields else 0
+    stored = args.precompute_targets
+    if stored is None:
+        stored = choose(rows=len(dataset), visits=steps * update, needed=disk, missing=disk, free=free_disk).precompute
+    peft = copy.deepcopy(lora)
+    if peft.layers_to_transform is not None:
+        peft.layers_to_transform = cut.adapted_places
+    with TemporaryDirectory() as folder, _quietly():
+        reset_peak()
+        model = AutoModelForCausalLM.from_config(
+            cut.config(config), dtype=dtype, attn_implementation=attn_implementation
+        )
+        probe = _Probe(
+            model,
+            _rehearsal_args(args, folder, bool(stored)),
+            train_dataset=dataset.select(rows),
+            processing_class=tokenizer,
+            peft_config=peft,
+            frozen_directions=bool(args.contrast_rows),
+        )
+        targets_peak = peak_bytes()
+        reset_peak()
+        probe.train()
+        steps_peak = peak_bytes()
+        own = model_bytes(probe.model) - 4 * sum(p.numel() for n, p in probe.model.named_parameters() if ".lora_" in n)
+        own_adapter = probe.adapter_bytes
+        contrast = _contrast_seconds(probe, cut, args, min(args.contrast_rows, len(dataset)), draws, bool(stored))
+        leaders = len(cut.kinds["first"] + cut.kinds["adapted"])
+        moments = 8 * leaders * text.hidden_size**2 if args.contrast_rows else 0
+
+    whole = adapted(config, lora, dtype)
+    adapter = adapter_bytes(whole, bool(args.contrast_rows))
+    weights = model_bytes(whole) - 4 * sum(p.numel() for n, p in whole.named_parameters() if ".lora_" in n)
+    # By tokens, and for the largest batch that is likely.
+    larger = draws.largest / max(seen.largest, 1)
+    kept, in_cut = _kept(cut, probe.watch, larger)
+    outside = probe.watch.kept[None] + probe.watch.copied[None]
+    # Logits of a chunk in the model's type and in float32, their gradient, and the soft-max on the way to it.
+    logits = min(CHUNK, draws.largest * text.vocab_size) * (dtype.itemsize + 3 * 4)
+    growth = weights - own + adapter - own_adapter
+    peak = max(targets_peak + growth + moments, steps_peak + growth + kept - in_cut + (larger - 1) * outside)
+
+    step = _step_seconds(probe, cut, args, draws, seen.sizes[1], steps, adapter / max(own_adapter, 1))
+    return Prediction(
+        measured="the model's own size, with random weights"
+        if not any(cut.more.values())
+        else f"{len(cut.chosen)} of {text.num_hidden_layers} layers, with random weights, scaled",
+        weights=weights,
+        adapter=adapter,
+        activations=int(kept + larger * outside),
+        logits=logits,
+        rest=max(int(peak - weights - adapter - kept - larger * outside - logits), 0),
+        targets_disk=disk if stored else 0,
+        tokens=round(draws.mean),
+        rows=batch,
+        steps=steps,
+        step_seconds=step,
+        targets_seconds=probe.targets_seconds(cut) / len(rows) * len(dataset) / processes if stored else 0.0,
+        contrast_seconds=contrast,
+    )
+
+
+def _kept(cut: Cut, watch: Watch, larger: float) -> tuple[float, float]:
+    """Bytes that all layers keep for the backward pass of a batch so many times as large, and those of the cut's own."""
+    kept, in_cut = 0.0, 0.0
+    for kind, more in cut.more.items():
+        for place in cut.places(kind):
+            kept += watch.kept[place] * larger + watch.copied[place]
+            in_cut += watch.kept[place] + watch.copied[place]
+        if more:
+            last = cut.places(kind)[-1]
+            kept += more * (watch.kept[last] * larger + watch.copied[last])
+    return kept, in_cut
+
+
+def _step_seconds(
+    probe: "_Probe", cut: Cut, args: ElmConfig, draws: Batches, size: int, steps: int, adapters: float
+) -> float:
+    """Mean seconds of an update of the whole model, whose adapter is so many times that of the cut.
+
+    The second batch, of `size` tokens, tells what its new shape costs: it is the second and the fourth step.
+    """
+    first, fresh, warm, again = probe.laps
+    usual = again.scaled(cut)
+    more = max(fresh.scaled(cut) - usual, 0)
+    once = max(first.seconds - warm.seconds - (fresh.seconds - again.seconds), 0)
+    passed = usual * draws.mean / size + draws.fresh(steps) * more
+    return args.gradient_accumulation_steps * passed + again.optimizer * adapters + once / steps
+
+
+def _rehearsal_args(args: ElmConfig, folder: str, stored: bool) -> ElmConfig:
+    """The run's settings, but for its length, its files and what it tells others."""
+    args = copy.copy(args)
+    for name, value in {
+        "output_dir": folder, "targets_dir": folder, "precompute_targets": stored, "contrast_rows": 0,
+        "max_steps": 2 * _BATCHES, "num_train_epochs": 2, "gradient_accumulation_steps": 1, "logging_steps": 1000,
+        "logging_strategy": "no", "save_strategy": "no", "eval_strategy": "no", "load_best_model_at_end": False,
+        "report_to": [], "push_to_hub": False, "disable_tqdm": True, "train_sampling_strategy": "sequential",
+        "shuffle_dataset": False, "resume_from_checkpoint": None, "expert_steps": min(args.expert_steps, 1),
+        "novice_steps": min(args.novice_steps, 1), "concepts": args.concepts,
+    }.items():  # fmt: skip
+        setattr(args, name, value)
+    return args
+
+
+class _Probe(ElmTrainer):
+    """[`ElmTrainer`] on a cut, watched."""
+
+    def __init__(self, *args: Any, frozen_directions: bool, **kwargs: Any):
+        self._frozen_directions = frozen_directions
+        self._target_laps: list[Lap] = []
+        super().__init__(*args, **kwargs)
+
+    def set_up(self):
+        self.watch = Watch(self.model)
+        self.adapter_bytes = adapter_bytes(self.model, self._frozen_directions)
+        super().set_up()
+        self.add_callback(self.watch)
+        for name, parameter in self.model.named_parameters():
+            if self._frozen_directions and "lora_A" in name:
+                parameter.requires_grad_(False)
+
+    @property
+    def laps(self) -> list[Lap]:
+        return self.watch.laps
+
+    def target_plan(self):
+        plan = super().target_plan()
+
+        def compute(inputs):
+            lap, began = self.watch.new_lap(), now()
+            made = plan.compute(inputs)
+            lap.seconds = now() - began
+            self._target_laps.append(lap)
+            return made
+
+        return replace(plan, compute=compute)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if not self.watch.laps:
+            with torch.autograd.graph.saved_tensors_hooks(self.watch.keep, lambda kept: kept):
+                loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        else:
+            loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        self.watch.begin_backward()
+        return loss
+
+    def targets_seconds(self, cut: Cut) -> float:
+        """Seconds of the targets of all rows of the rehearsal, of the whole model."""
+        return sum(lap.scaled(cut) for lap in self._target_laps)
+
+    def reference_seconds(self) -> float:
+        """Seconds of one layer for the reference of one batch."""
+        laps = [*self._target_laps, *self.laps[-1:]]
+        return statistics.median([t for lap in laps for t in (lap.reference or lap.forward).values()])
+
+
+def _contrast_seconds(probe: _Probe, cut: Cut, args: ElmConfig, rows: int, draws: Batches, stored: bool) -> float:
+    """Seconds of choosing the adapter's directions: forwards over rows, products of inputs, and the eigenvectors."""
+    if not rows:
+        return 0.0
+    layers = sum(map(len, cut.kinds.values()))
+    batch = args.per_device_train_batch_size
+    forwards = rows / batch * layers * probe.reference_seconds()
+    if not stored:
+        forwards *= 2  # the weights of the erase term come from targets
+    hidden = probe.model.config.get_text_config().hidden_size
+    size = min(hidden, _WIDEST)
+    inputs = torch.randn(2 * size, size, device=probe.args.device)
+    began = now()
+    moment = inputs.T @ inputs / len(inputs)
+    product = (now() - began) / len(inputs) * (hidden / size) ** 2
+    began = now()
+    contrast_directions(moment, moment, 1, 0.1)
+    vectors = (now() - began) * (hidden / size) ** 3
+    adapted = len(cut.kinds["first"] + cut.kinds["adapted"])
+    return forwards + adapted * (vectors + product * rows * draws.mean / batch)
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Nothing of the rehearsal is told: the run itself will say the same."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.set_verbosity(before)
