@@ -3,6 +3,7 @@
 ```shell
 python -m benchmarks                           # all but time_to_quality
 python -m benchmarks --only growth --repeats 7
+python -m benchmarks --only doctor --threads 1
 python -m benchmarks --only time_to_quality --budget 2400
 ```
 """
@@ -15,6 +16,7 @@ from typing import Any
 from transformers import HfArgumentParser
 from transformers.utils import logging
 
+from .doctor import measure_doctor
 from .growth import REAL, REAL_SIZES, measure_growth
 from .measured import measure_prediction
 from .quality import measure_quality
@@ -36,8 +38,8 @@ class BenchmarkArguments:
     """
 
     only: list[str] = field(
-        default_factory=lambda: ["step", "growth", "prediction"],
-        metadata={"help": "step, growth, growth_real, prediction, time_to_quality."},
+        default_factory=lambda: ["step", "growth", "prediction", "doctor"],
+        metadata={"help": "step, growth, growth_real, prediction, doctor, time_to_quality."},
     )
     output_dir: str = field(default="outputs/bench", metadata={"help": "Where the report goes."})
     repeats: int = field(default=5, metadata={"help": "Rounds in which the sides take turns."})
@@ -61,6 +63,7 @@ SECTIONS: dict[str, Callable[[BenchmarkArguments], dict[str, Any]]] = {
     "growth": lambda arguments: {"growth": measure_growth(arguments.repeats, arguments.threads)},
     "growth_real": _growth_real,
     "prediction": lambda arguments: {"prediction": measure_prediction(arguments.repeats, arguments.threads)},
+    "doctor": lambda arguments: measure_doctor(arguments.threads),
     "time_to_quality": lambda arguments: {
         "time_to_quality_vs_released": measure_quality(arguments.threads, arguments.budget)
     },
