@@ -176,7 +176,9 @@ def fitting_settings(
     why = "activations fit" if fitting else "not even the activations of one row fit"
     checkpointing = choose("activation_checkpointing", not fitting, why)
     need = needed(rows, dtype, checkpointing)
-    return FittedSettings(**values, reasons=reasons, needed=need, fits=need <= usable)
+    return FittedSettings(
+        **values, reasons={name: reasons[name] for name in OPTIONS}, needed=need, fits=need <= usable
+    )
 
 
 def empty_model(config: PreTrainedConfig, dtype: str | torch.dtype | None = None) -> PreTrainedModel:

@@ -115,6 +115,7 @@ class Watch(TrainerCallback):
             shape for p in model.parameters() if p.dim() == 2 for shape in (tuple(p.shape), tuple(p.shape)[::-1])
         }
         self._found: set[int] = set()
+        self._vocabulary = model.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
         layers = decoder_layers(model)
         for place, layer in enumerate(layers):
             layer.register_forward_pre_hook(self._entering(place, layer), with_kwargs=True)
@@ -129,7 +130,8 @@ class Watch(TrainerCallback):
         """Count a tensor that autograd keeps."""
         storage = tensor.untyped_storage()
         key = storage.data_ptr()
-        if key not in self._weights and key not in self._found:
+        # Logits are dropped chunk by chunk within the forward, and their memory is used again.
+        if key not in self._weights and key not in self._found and tensor.shape[-1:] != (self._vocabulary,):
             self._found.add(key)
             # The weights of a layer in another type do not grow with the texts.
             counts = self.copied if tuple(tensor.shape) in self._shapes else self.kept
@@ -146,7 +148,8 @@ class Watch(TrainerCallback):
                 return
             self._since, self._place = now(), place
             states = args[0] if args else kwargs["hidden_states"]
-            if getattr(layer, "gradient_checkpointing", False) and not self.laps:
+            passed = states.requires_grad or any(parameter.requires_grad for parameter in layer.parameters())
+            if passed and getattr(layer, "gradient_checkpointing", False) and not self.laps:
                 self.keep(states)  # the one tensor that is kept of such a layer, which no hook of autograd sees
             if torch.is_grad_enabled() and states.requires_grad:
                 states.register_hook(lambda gradient: self._passed(place))

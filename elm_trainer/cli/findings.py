@@ -202,7 +202,7 @@ def check_memory(run: PlannedRun) -> Finding:
     found = run.prediction
     rows = config.per_device_train_batch_size
     text = (
-        f"{shown(found.peak)} at the peak, {shown(free)} free: weights {shown(found.weights)}, adapter and optimizer "
+        f"{shown(found.peak)} at the peak of training, {shown(free)} free: weights {shown(found.weights)}, adapter and optimizer "
         f"{shown(found.adapter)}, activations {shown(found.activations)} ({rows} rows, {found.tokens} tokens), logits "
         f"{shown(found.logits)}, libraries and buffers {shown(found.rest)}"
     )

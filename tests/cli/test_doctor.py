@@ -112,7 +112,7 @@ def test_a_sound_run_gets_a_page_and_nothing_is_in_the_way(kind, options, capsys
         ({"dtype": "float33"}, "model", "`dtype` is 'float33'"),
         ({"packing": "true"}, "settings", "`packing` is True"),
         ({"memory": 1e-6}, "memory", "weights, adapter and optimizer alone take"),
-        ({"memory": 0.05}, "memory", "at the peak, 50.0 MB free"),
+        ({"memory": 0.05}, "memory", "at the peak of training, 50.0 MB free"),
         ({"evaluate": "true", "bank": "absent.yaml"}, "questions", "absent.yaml"),
     ],
 )
@@ -215,6 +215,6 @@ def test_a_few_layers_predict_what_all_layers_take(tmp_path, checkpointing):
     assert cut.measured.startswith("7 of 12 layers") and whole.measured.startswith("the model's own size")
     assert cut.weights == whole.weights == model_bytes(AutoModelForCausalLM.from_config(config))
     assert cut.adapter == whole.adapter == 16 * 5 * 4 * (64 + 128)
-    assert cut.activations == pytest.approx(whole.activations, rel=0.02)
+    assert cut.activations == pytest.approx(whole.activations, rel=0.05)
     assert cut.peak == pytest.approx(whole.peak, rel=0.15)
     assert cut.targets_disk == whole.targets_disk > 0 and cut.targets_seconds > 0 and cut.step_seconds > 0
