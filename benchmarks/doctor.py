@@ -85,8 +85,8 @@ def measure_doctor(threads: int) -> dict[str, Any]:
 def predict(options: list[str]) -> dict[str, Any]:
     """What the doctor says, and the seconds that this takes a process from its start."""
     began = time.perf_counter()
+    from elm_trainer.cli.doctor import examine
     from elm_trainer.cli.erase_options import CommonSettings
-    from elm_trainer.cli.findings import examine
     from elm_trainer.cli.options import CommandLine
     from elm_trainer.cli.planned_run import DoctorArguments, PlannedRun
 

@@ -114,8 +114,8 @@ def fitting_settings(
     given = dict(given or {})
     if unknown := sorted(set(given) - set(OPTIONS)):
         raise ValueError(f"`given` names {unknown}, which are not chosen here: use {', '.join(OPTIONS)}.")
-    device = default_device() if device is None else torch.device(device)
-    memory = free_memory(device) if memory is None else memory
+    place = default_device() if device is None else torch.device(device)
+    memory = free_memory(place) if memory is None else memory
     if memory <= 0:
         raise ValueError(f"`memory` is {memory}: give the free bytes of the device.")
     model = model if isinstance(model, PreTrainedModel) else empty_model(model)
@@ -140,8 +140,8 @@ def fitting_settings(
     rank = choose("lora_rank", min(_RANK, narrow), why)
     choose("lora_alpha", rank, "as the rank")
 
-    fast = multiplies_in_bfloat16(device)
-    bf16 = choose("bf16", fast, f"this {device.type} {'multiplies' if fast else 'does not multiply'} in bfloat16")
+    fast = multiplies_in_bfloat16(place)
+    bf16 = choose("bf16", fast, f"this {place.type} {'multiplies' if fast else 'does not multiply'} in bfloat16")
     weights = sum(parameter.numel() for parameter in model.parameters())
     names = None if targets == "all-linear" else set(str(targets).split(","))
     adapter = sum(rank * sum(sizes(m)) for layer in layers[first : last + 1] for m in linear(layer, names).values())
@@ -155,11 +155,11 @@ def fitting_settings(
             for layer in passed
         )
         copies = 2 * sum(p.numel() for layer in passed for p in layer.parameters()) if bf16 and size == 4 else 0
-        process = _PROCESS if device.type == "cpu" else 0
+        process = _PROCESS if place.type == "cpu" else 0
         return process + _HEAD + weights * size + 16 * adapter + copies + rows * row_tokens * numbers * kept
 
     usable = int(USABLE * memory)
-    if device.type != "cpu" and fast:
+    if place.type != "cpu" and fast:
         dtype = choose("dtype", "bfloat16", "half the memory, and what the accelerator multiplies in")
     else:
         whole = needed(UPDATE_ROWS, "float32", False) <= usable

@@ -136,11 +136,11 @@ class PlannedRun:
 
     @cached_property
     def dataset(self) -> "Dataset":
-        from .. import ConceptSources, build_erasure_dataset
+        from .. import Concept, ConceptSources, build_erasure_dataset
 
         given = self.arguments.synthetic or ["none"] * len(self.concepts)
         retain = [self.texts[name] for name in self.arguments.retain]
-        sources = {
+        sources: dict[str | Concept, ConceptSources] = {
             name: ConceptSources(self.texts[forget], retain, None if pairs == "none" else pairs)
             for name, forget, pairs in zip(self.concepts, self.arguments.forget, given, strict=True)
         }

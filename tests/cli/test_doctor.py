@@ -11,9 +11,8 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPT2Config, GPT
 
 from elm_trainer import ElmConfig
 from elm_trainer.cli import planned_run
-from elm_trainer.cli.doctor import main
+from elm_trainer.cli.doctor import CHECKS, Check, Finding, check_output, examine, main
 from elm_trainer.cli.erase_options import CommonSettings
-from elm_trainer.cli.findings import CHECKS, Check, Finding, check_output, examine
 from elm_trainer.cli.options import CommandLine
 from elm_trainer.cli.planned_run import DoctorArguments, Hub, PlannedRun, ask_hub
 from elm_trainer.rehearsal import model_bytes, rehearse
@@ -215,6 +214,6 @@ def test_a_few_layers_predict_what_all_layers_take(tmp_path, checkpointing):
     assert cut.measured.startswith("7 of 12 layers") and whole.measured.startswith("the model's own size")
     assert cut.weights == whole.weights == model_bytes(AutoModelForCausalLM.from_config(config))
     assert cut.adapter == whole.adapter == 16 * 5 * 4 * (64 + 128)
-    assert cut.activations == pytest.approx(whole.activations, rel=0.05)
+    assert cut.activations == pytest.approx(whole.activations, rel=0.1 if checkpointing else 0.05)
     assert cut.peak == pytest.approx(whole.peak, rel=0.15)
     assert cut.targets_disk == whole.targets_disk > 0 and cut.targets_seconds > 0 and cut.step_seconds > 0
