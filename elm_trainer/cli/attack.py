@@ -10,7 +10,7 @@ nothing looks like; its models are trained once.
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .models import check_adapter, named
+from .models import check_adapter, check_dtype, named
 from .options import CommandLine
 from .recipes import shipped
 
@@ -68,6 +68,7 @@ def main(argv: list[str] | None = None) -> None:
     attacks = load_attacks(shipped(arguments.ladder)) if arguments.ladder else default_attacks(arguments.attacks)
     output = Path(arguments.output_dir)
     # Whatever can be wrong is found before a model is loaded.
+    check_dtype(arguments.dtype)
     bank, forget = None, ()
     if arguments.bank:
         bank = read_questions(arguments.bank)

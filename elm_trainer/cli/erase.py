@@ -79,8 +79,9 @@ def _check(
     from ..evaluation.measures import MEASURES, measurable
     from ..evaluation.suite import suite_from_files
     from ..modeling import layer_range, load_tokenizer
-    from .models import named
+    from .models import check_dtype, named
 
+    check_dtype(arguments.dtype)
     layer_range(arguments.lora_layers)
     concepts = arguments.load_concepts(config.concepts)
     asked = None
@@ -92,7 +93,7 @@ def _check(
     return concepts, asked, tokenizer
 
 
-def _sources(arguments: ErasureArguments, concepts: dict[str, "Concept"]) -> dict[str, "ConceptSources"]:
+def _sources(arguments: ErasureArguments, concepts: dict[str, "Concept"]) -> "dict[str | Concept, ConceptSources]":
     """The sources of each concept."""
     from .. import ConceptSources
 
@@ -107,7 +108,7 @@ def _sources(arguments: ErasureArguments, concepts: dict[str, "Concept"]) -> dic
 def _build(
     arguments: ErasureArguments,
     config: "ElmConfig",
-    sources: dict[str, "ConceptSources"],
+    sources: "dict[str | Concept, ConceptSources]",
     tokenizer: "PreTrainedTokenizerBase",
 ) -> "Dataset":
     from .. import build_erasure_dataset
@@ -145,7 +146,7 @@ def _sample(
     arguments: ErasureArguments,
     config: "ElmConfig",
     concepts: dict[str, "Concept"],
-    sources: dict[str, "ConceptSources"],
+    sources: "dict[str | Concept, ConceptSources]",
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
 ) -> bool:

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from ..checks import check_numbers
+
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -13,7 +15,11 @@ if TYPE_CHECKING:
 
 @dataclass
 class ErasureArguments:
-    """What is erased from which model; the settings of training are those of `ElmConfig`."""
+    """What is erased from which model; the settings of training are those of `ElmConfig`.
+
+    Raises:
+        ValueError: for a number out of its range.
+    """
 
     model: str = field(default="smollm2-135m-instruct", metadata={"help": "Hub id, folder, GGUF file or demo model."})
     model_revision: str | None = field(default=None, metadata={"help": "Commit, tag or branch on the Hub."})
@@ -54,6 +60,14 @@ class ErasureArguments:
         default=None, metadata={"help": "Worst dev accuracy (PMI) at which training stops."}
     )
     overwrite: bool = field(default=False, metadata={"help": "Remove an earlier run from output_dir."})
+
+    def __post_init__(self):
+        rules = (
+            ("at least 0", ("synthetic_size", "dev_every", "lora_alpha")),
+            ("at least 1", ("dataset_size", "lora_rank", "questions")),
+            ("from 0 to 1", ("lora_dropout", "dev_stop")),
+        )
+        check_numbers(self, rules)
 
     def lora(self, model: "PreTrainedModel") -> "LoraConfig":
         from peft import LoraConfig

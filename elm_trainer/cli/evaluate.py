@@ -6,7 +6,7 @@ An interrupted evaluation continues where it stopped. Under `accelerate launch` 
 
 from dataclasses import asdict, dataclass, field
 
-from .models import check_adapter, named
+from .models import check_adapter, check_dtype, named
 from .options import CommandLine
 
 
@@ -46,6 +46,7 @@ def main(argv: list[str] | None = None) -> None:
     from ..evaluation.suite import suite_from_files
 
     # Whatever can be wrong is found before a model is loaded.
+    check_dtype(arguments.dtype)
     suite = suite_from_files(arguments.concepts, arguments.bank, arguments.questions)
     measures = measurable(arguments.measures, suite)
     # Without the hint Accelerate takes several processes on CPUs for one.

@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
             table.add_row(*map(Text, cells(entry)))
         console.print(table)
     console.print(Text(NOTE))
-    for entry in skipped:
-        console.print(Text(f"Skipped {entry.repo}: {entry.reason}"))
+    for left_out in skipped:
+        console.print(Text(f"Skipped {left_out.repo}: {left_out.reason}"))
     if arguments.output:
         write_leaderboard(arguments.output, groups, skipped)

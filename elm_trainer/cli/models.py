@@ -32,6 +32,14 @@ def check_adapter(name: str) -> None:
         )
 
 
+def check_dtype(name: str) -> None:
+    """Raise `ValueError` for a `dtype` that is neither `auto` nor a data type of torch; torch is imported."""
+    import torch
+
+    if name != "auto" and not isinstance(getattr(torch, name, None), torch.dtype):
+        raise ValueError(f"`dtype` is {name!r}: use auto, float32, bfloat16 or float16.")
+
+
 @contextmanager
 def named(option: str, name: str) -> Iterator[None]:
     """Name the option whose model, or adapter, the block cannot load.

@@ -3,7 +3,7 @@
 import os
 import re
 import sys
-from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter, ArgumentError, Namespace
+from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter, ArgumentError, ArgumentParser, Namespace
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from importlib import import_module
@@ -14,7 +14,7 @@ import yaml
 from trl import TrlParser
 
 from ..checks import described, is_a
-from .errors import OneLineErrors, is_raised, one_line
+from .errors import OneLineParser, error_line, is_raised, one_line
 from .recipes import find_recipe, shipped
 
 
@@ -49,7 +49,7 @@ class CommandLine:
         self._command, self._config = command, config
         self._own = [kind for kind in (own,) if kind is not None]
         self._early = [*self._own, *(kind for kind in (common,) if kind is not None)]
-        first = OneLineErrors(f"elm {command}", add_help=False, allow_abbrev=False)
+        first = OneLineParser(f"elm {command}", add_help=False, allow_abbrev=False)
         _add_general(first, further=config is not None)
         given, self._args = first.parse_known_args(sys.argv[1:] if argv is None else list(argv))
         if "help" in given or "help_all" in given:
@@ -119,7 +119,7 @@ class CommandLine:
         parser.print_help()
 
 
-class OptionParser(OneLineErrors, TrlParser):
+class OptionParser(TrlParser):
     """[`~trl.TrlParser`] whose errors name option, value and fix in one line.
 
     Args:
@@ -150,7 +150,7 @@ class OptionParser(OneLineErrors, TrlParser):
             **kwargs,
         )
 
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Namespace, list[str]]:  # type: ignore[override]
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Namespace, list[str]]:
         try:
             found, rest = super().parse_known_args(args, namespace)
         except ArgumentError as error:
@@ -164,6 +164,10 @@ class OptionParser(OneLineErrors, TrlParser):
             self.error(told)
         self._check_types(found)
         return found, rest
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, error_line(self.prog, message))
+        raise AssertionError  # it has ended
 
     def refuse_unknown(self, names: Iterable[str]) -> None:
         """End the process where the file sets what is no option."""
@@ -220,7 +224,7 @@ class _Help(ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action)
 
 
-def _add_general(parser: OneLineErrors, *, further: bool) -> None:
+def _add_general(parser: ArgumentParser, *, further: bool) -> None:
     """The options of every subcommand, none of which is in the namespace where it was not given."""
     group = parser.add_argument_group("of every subcommand")
     group.add_argument("--config", metavar="FILE", default=SUPPRESS, help="YAML file of options.")

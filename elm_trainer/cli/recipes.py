@@ -6,7 +6,7 @@ from pathlib import Path
 
 import elm_trainer
 
-from .errors import OneLineErrors
+from .errors import OneLineParser
 from .main import COMMANDS
 
 
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    parser = OneLineErrors("elm recipes", description=__doc__, allow_abbrev=False)
+    parser = OneLineParser("elm recipes", description=__doc__, allow_abbrev=False)
     parser.add_argument("name", nargs="?", help="The recipe to print; all are listed without one.")
     name = parser.parse_args(argv).name
     if name is not None:

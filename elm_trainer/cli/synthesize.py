@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..concept import load_concept
-from .models import named
+from .models import check_dtype, named
 from .options import CommandLine
 
 
@@ -61,6 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     from ..files import write_text
 
     arguments, config = line.complete()
+    check_dtype(arguments.dtype)
     concept = load_concept(arguments.concept)
     prompts = load_texts(arguments.prompts, column=arguments.column)["text"][:]
     output = Path(arguments.output)
