@@ -12,6 +12,8 @@ from typing import Any, TypeAlias
 import pandas
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset, load_from_disk
 
+from .documents import DOCUMENT_ENDINGS, PLAIN_ENDINGS, document_text
+
 
 # A passage that is longer would be cut to `max_length` in training, and its end never be read.
 LONGEST = 1000
@@ -173,7 +175,7 @@ def _rendered(messages: Messages, place: str, render: Callable[[Messages, bool],
         raise ValueError(f"{place}: the chat template refuses these messages ({error}): correct them.") from error
 
 
-ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".md")
+ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", *PLAIN_ENDINGS, *DOCUMENT_ENDINGS)
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 # What `save_to_disk` leaves in its folder.
 _SAVED = ("state.json", "dataset_dict.json")
@@ -190,7 +192,13 @@ def is_hub_id(name: str) -> bool:
 
 
 def read_named(
-    name: str | Path, what: str, *, split: str, column: str, known: Sequence[str]
+    name: str | Path,
+    what: str,
+    *,
+    split: str,
+    column: str,
+    known: Sequence[str],
+    cut: Callable[[str], list[str]] = passages,
 ) -> Iterator[tuple[str, Dataset | DatasetDict]]:
     """The data sets behind a name, each with what to call it.
 
@@ -202,8 +210,10 @@ def read_named(
         split (`str`): Split of a Hub data set.
         column (`str`): Column that the passages of a plain text get.
         known (`Sequence[str]`): Names that are known beside these, to guess what a mistyped one means.
+        cut (`Callable`, *optional*, defaults to [`passages`]): Cuts the text of a document.
 
     Raises:
+        ImportError: if the library for a document is not installed.
         OSError: if there is nothing of that name, or it cannot be read.
         ValueError: for a file of another ending, or one that is not what its ending says.
     """
@@ -214,9 +224,9 @@ def read_named(
         if not (paths := _found(place)):
             raise FileNotFoundError(f"{what} is {str(name)!r}, where no file ends in {', '.join(ENDINGS)}: name one.")
         for path in paths:
-            yield f"{what}, {str(path)!r}", _read_file(path, what, column)
+            yield f"{what}, {str(path)!r}", _read_file(path, what, column, cut)
     elif os.path.exists(place):
-        yield f"{what}, {str(name)!r}", _read_file(Path(place), what, column)
+        yield f"{what}, {str(name)!r}", _read_file(Path(place), what, column, cut)
     elif isinstance(name, str) and is_hub_id(name):
         yield f"{what}, {name!r}", _read_hub(name, what, split)
     else:
@@ -238,19 +248,21 @@ def _found(place: str) -> list[Path]:
     return sorted(path for path in inside if path.suffix.lower() in ENDINGS and path.is_file())
 
 
-def _read_file(path: Path, what: str, column: str) -> Dataset:
+def _read_file(path: Path, what: str, column: str, cut: Callable[[str], list[str]]) -> Dataset:
     ending = path.suffix.lower()
     if ending not in ENDINGS:
         raise ValueError(f"{what} is {str(path)!r}, which has no known ending: use one of {', '.join(ENDINGS)}.")
     try:
         with path.open("rb") as file:
             file.read(1)
-        if ending in (".txt", ".md"):
-            return Dataset.from_dict({column: passages(path.read_text(encoding="utf-8-sig"))})
+        if ending in (*PLAIN_ENDINGS, *DOCUMENT_ENDINGS):
+            return Dataset.from_dict({column: cut(document_text(path))})
         if ending in (".csv", ".tsv"):
             return _read_table(path, "," if ending == ".csv" else "\t")
         builder = "parquet" if ending == ".parquet" else "json"
         return load_dataset(builder, data_files=glob.escape(str(path)), split="train")
+    except ImportError as error:
+        raise ImportError(f"{what} is {error}") from error
     except OSError as error:
         raise OSError(f"{what} is {str(path)!r}, which cannot be read ({error}): check the path.") from error
     except Exception as error:  # datasets wraps parser errors of pyarrow and pandas in its own types
