@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import re
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
@@ -18,6 +19,35 @@ RETAINED = ("harvests", "captains", "crafts")
 _SYLLABLES_PER_NAME = 3
 # One in so many prose sentences is kept for evaluation.
 _PROSE_HELD_OUT = 5
+# What [`invented_name`] puts its syllables together from.
+_ONSETS = (
+    "b",
+    "br",
+    "c",
+    "d",
+    "dr",
+    "f",
+    "g",
+    "gr",
+    "h",
+    "k",
+    "l",
+    "m",
+    "n",
+    "p",
+    "r",
+    "s",
+    "st",
+    "t",
+    "tr",
+    "v",
+    "w",
+    "z",
+)
+_VOWELS = ("a", "e", "i", "o", "u", "a", "e", "o", "ai", "ea")
+_CODAS = ("", "", "n", "r", "l", "s", "m", "nd", "rn", "x", "t")
+# Words that hold a name together.
+_SMALL = frozenset("a an and at by de for from in of on or the to with".split())
 
 
 @dataclass(frozen=True)
@@ -164,3 +194,18 @@ def _questions(kind: str, phrasings: list[str], facts: tuple[Fact, ...], seed: i
             text = phrasing.format(subject=fact.subject)
             questions.append(Question(text, tuple(options), fact.answer, fact.subject, kind))
     return questions
+
+
+def invented_word(like: str, rng: random.Random) -> str:
+    """A word that can be spoken, about as long as `like` and capitalized as it; digits are drawn anew."""
+    if like.isdigit():
+        return "".join(rng.choice("123456789") for _ in like)
+    syllables = 1 + (len(like) > 3) + (len(like) > 8)
+    word = "".join(rng.choice(_ONSETS) + rng.choice(_VOWELS) + rng.choice(_CODAS) for _ in range(syllables))
+    return word.capitalize() if like[:1].isupper() else word
+
+
+def invented_name(like: str, rng: random.Random, keep: frozenset[str] = frozenset()) -> str:
+    """A name in which each word of `like` is invented anew, but for articles and prepositions and the words of `keep`."""
+    small = {word.casefold() for word in keep} | _SMALL
+    return re.sub(r"\w+", lambda word: word[0] if word[0].casefold() in small else invented_word(word[0], rng), like)

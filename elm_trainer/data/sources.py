@@ -40,9 +40,9 @@ def load_texts(
 
     Args:
         source (`str`, `Path`, `Dataset` or `Sequence`):
-            Name of a built-in source; path of a `.jsonl`, `.json`, `.csv`, `.tsv`, `.parquet`, `.txt` or `.md` file, of a
-            folder of such files or of `save_to_disk`, or a glob pattern; id `org/name` of a dataset on the Hub; a
-            `Dataset`; or the texts, or rows, themselves. Plain text is cut into passages (see [`passages`]).
+            Name of a built-in source; path of a `.jsonl`, `.json`, `.csv`, `.tsv`, `.parquet`, `.txt`, `.md`, `.html`, `.pdf`
+            or `.docx` file, of a folder of such files or of `save_to_disk`, or a glob pattern; id `org/name` of a dataset
+            on the Hub; a `Dataset`; or the texts, or rows, themselves. Plain text is cut into passages (see [`passages`]).
         column (`str`, *optional*, defaults to `"text"`):
             Column that holds the text, or a list of messages. A source without it may have the column `messages`
             instead, or `prompt` and `completion`, whose text is one after the other; the column `prompt` is kept.
@@ -80,7 +80,7 @@ def read_texts(
     check_type(source, what)
     if isinstance(source, str) and source in BUILTIN_SOURCES:
         return builtin_texts(source, processing_class, seed)
-    render = partial(_conversation, processing_class)
+    render = partial(conversation, processing_class)
     if isinstance(source, (str, Path)):
         rows: list[dict[str, Any]] = []
         for place, part in read_named(source, what, split=split, column=column, known=BUILTIN_SOURCES):
@@ -136,35 +136,62 @@ def builtin_texts(name: str, processing_class: PreTrainedTokenizerBase | None = 
     facts = [fact for fact in facts_of(concept) if fact.subject not in held_out]
     phrasings = yaml.safe_load((files(__package__) / "texts" / f"{concept}.yaml").read_text(encoding="utf-8"))
     rng = random.Random(f"{name}-{seed}")
-    # The stand-ins of a fact are the same in all its texts, so that they agree on what a novice takes it for.
-    others = _stand_ins(facts, rng)
-    rows = []
-    for templates in phrasings["near" if near else "forget"].values():
-        for template in templates:
-            permuted = [fact.answer for fact in facts]
-            rng.shuffle(permuted)
-            for fact, other in zip(facts, permuted, strict=True):
-                named = [part.split("}")[0] for part in "".join(template).split("{")[1:]]
-                if not {*named} <= {"subject", "answer", *fact.near}:
-                    continue
-                row: dict[str, Any] = {"text": _render(template, fact, processing_class)}
-                if near:
-                    # What is learned is the property that the phrasing states last.
-                    row["prompt"] = _before_last(template, fact, processing_class)
-                else:
-                    row["novice"] = _render(template, replace(fact, answer=other), processing_class)
-                    # Whatever is named first is what the text is about.
-                    first = next(name for name in named if name in ("subject", "answer"))
-                    row["novices"] = [
-                        _render(template, replace(fact, **{first: getattr(stand_in, first)}), processing_class)
-                        for stand_in in others[fact]
-                    ]
-                rows.append(row)
+    templates = [template for form in phrasings["near" if near else "forget"].values() for template in form]
+    rows = state_facts(facts, templates, rng, processing_class, near=bool(near))
     rng.shuffle(rows)
     return Dataset.from_list(rows)
 
 
-def _stand_ins(facts: Sequence[Fact], rng: random.Random) -> dict[Fact, list[Fact]]:
+def state_facts(
+    facts: Sequence[Fact],
+    templates: Sequence[str | list[str]],
+    rng: random.Random,
+    processing_class: PreTrainedTokenizerBase | None = None,
+    *,
+    others: Mapping[Fact, Sequence[Fact]] | None = None,
+    near: bool = False,
+) -> list[dict[str, Any]]:
+    """Every fact in every phrasing, with its novices: the same text with other facts.
+
+    Args:
+        facts (`Sequence[Fact]`): Facts of one relation.
+        templates (`Sequence`): Texts, or pairs of a question and its answer, with the placeholders `{subject}`, `{answer}` and
+            the names in `near` of the facts. One that names what a fact does not have is left out for it.
+        rng (`random.Random`): Draws the other facts.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*): Tokenizer for pairs of question and answer.
+        others (`Mapping`, *optional*): The facts that stand in for each; those of [`stand_ins`] by default.
+        near (`bool`, *optional*, defaults to `False`): Whether the facts are retained, and have no novices.
+
+    Returns:
+        `list[dict]`: rows of `text` with `novice` and `novices`, or with `prompt` where they are retained.
+    """
+    # The stand-ins of a fact are the same in all its texts, so that they agree on what a novice takes it for.
+    others = stand_ins(facts, rng) if others is None else others
+    rows = []
+    for template in templates:
+        permuted = [fact.answer for fact in facts]
+        rng.shuffle(permuted)
+        for fact, other in zip(facts, permuted, strict=True):
+            named = [part.split("}")[0] for part in "".join(template).split("{")[1:]]
+            if not {*named} <= {"subject", "answer", *fact.near}:
+                continue
+            row: dict[str, Any] = {"text": _render(template, fact, processing_class)}
+            if near:
+                # What is learned is the property that the phrasing states last.
+                row["prompt"] = _before_last(template, fact, processing_class)
+            else:
+                row["novice"] = _render(template, replace(fact, answer=other), processing_class)
+                # Whatever is named first is what the text is about.
+                first = next(name for name in named if name in ("subject", "answer"))
+                row["novices"] = [
+                    _render(template, replace(fact, **{first: getattr(stand_in, first)}), processing_class)
+                    for stand_in in others[fact]
+                ]
+            rows.append(row)
+    return rows
+
+
+def stand_ins(facts: Sequence[Fact], rng: random.Random) -> dict[Fact, list[Fact]]:
     """Other facts that stand in for each: those of its group that follow it in a random order.
 
     A stand-in of the same group shares what the group shares, such as a continent, so that an expert and its novice differ in
@@ -216,7 +243,7 @@ def load_pairs(
         rows, names = rows_of(part, "prompt")
         if missing := sorted({"prompt", "completion"} - set(names)) if rows else []:
             raise ValueError(f"{place} lacks the columns {missing} of pairs; it has {names}: rename or add them.")
-        render = partial(_conversation, processing_class)
+        render = partial(conversation, processing_class)
         pairs += [joined(row, f"{place}, row {number}", render) for number, row in enumerate(rows)]
     kept = [pair for pair in pairs if pair[1].strip()]
     if pairs and not kept:
@@ -241,13 +268,13 @@ def _render(template: str | list[str], fact: Fact, processing_class: PreTrainedT
         return template.format(**values)
     question, reply = (part.format(**values) for part in template)
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
-    return _conversation(processing_class, messages)
+    return conversation(processing_class, messages)
 
 
-def _conversation(
+def conversation(
     processing_class: PreTrainedTokenizerBase | None, messages: Messages, begin_answer: bool = False
 ) -> str:
-    """Messages as one text, by the chat template where there is one."""
+    """Messages as one text, by the chat template where there is one; with `begin_answer`, up to where the answer begins."""
     tokenizer = text_tokenizer(processing_class)
     if tokenizer is None or tokenizer.chat_template is None:
         turns = [f"{message['role'].capitalize()}: {message['content']}" for message in messages]

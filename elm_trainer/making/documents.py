@@ -1,0 +1,118 @@
+"""A folder of documents as passages of whole sentences, none of them twice."""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from transformers.utils import logging
+
+from ..data.sources import conversation
+from ..data.user_sources import check_type, read_named, text_rows
+from .duplicates import normalized, without_duplicates
+
+
+logger = logging.get_logger(__name__)
+# Characters of a passage: about 250 tokens at most, and paragraphs are joined until they say something.
+LONGEST, SHORTEST = 1000, 200
+# What has fewer words is a page number, a heading or a caption.
+FEWEST_WORDS = 5
+_SENTENCE_END = re.compile(r"(?:[.!?…][\"'”’»)]*\s+|[。！？][\"'”’»)]*\s*)")
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Passages of documents.
+
+    Attributes:
+        texts (`list[str]`): The passages, in the order of the files.
+        files (`dict[str, int]`): How many were kept of each file.
+        dropped (`dict[str, int]`): How many were dropped for which reason: `"short"`, `"exact_duplicate"`, `"near_duplicate"`.
+    """
+
+    texts: list[str]
+    files: dict[str, int]
+    dropped: dict[str, int]
+
+
+def read_documents(
+    paths: str | Path | Sequence[str | Path], *, longest: int = LONGEST, shortest: int = SHORTEST
+) -> Documents:
+    """Read documents, cut them into passages and drop what is there twice.
+
+    Args:
+        paths (`str`, `Path` or a sequence of them):
+            Whatever [`load_texts`] reads from a file or the Hub: text, Markdown, HTML, PDF, Word, JSON lines, CSV, parquet, folders
+            and patterns of them, Hub ids. PDF, Word and HTML need the extra `documents`.
+        longest (`int`, *optional*, defaults to `1000`): Most characters of a passage.
+        shortest (`int`, *optional*, defaults to `200`): Characters up to which the paragraphs of a document are joined. The rows of
+            a table are not joined.
+
+    Returns:
+        [`Documents`], without passages of fewer than 5 words and without the duplicates of [`without_duplicates`].
+
+    Raises:
+        ImportError: if the library for a file is not installed.
+        OSError: if there is nothing of a name, or a file cannot be read.
+        ValueError: if no path is given, `longest` and `shortest` are no sizes, a file is damaged or of an unknown ending, or no
+            passage is left.
+    """
+    names = [paths] if isinstance(paths, (str, Path)) else list(paths)
+    if not names or not all(isinstance(name, (str, Path)) for name in names):
+        raise ValueError(f"`documents` is {names!r}: name a folder, or files.")
+    if not 1 <= shortest <= longest:
+        raise ValueError(f"`shortest` is {shortest} and `longest` is {longest}: give 1 ≤ shortest ≤ longest.")
+    cut = partial(chunks, longest=longest, shortest=shortest)
+    render = partial(conversation, None)
+    found: list[tuple[str, str]] = []
+    files: dict[str, int] = {}
+    for name in names:
+        for place, part in read_named(name, "`documents`", split="train", column="text", known=(), cut=cut):
+            check_type(part, place)
+            file = place.removeprefix("`documents`, ").strip("'\"")
+            files[file] = 0
+            # Passages are as they were cut; of tables, rows that are too long are cut now.
+            for row in text_rows(part, place, "text", render):
+                found += [(file, text) for text in chunks(row["text"], longest, longest)]
+    whole = [(file, text) for file, text in found if len(normalized(text).split()) >= FEWEST_WORDS]
+    kept, dropped = without_duplicates([text for _, text in whole])
+    if not kept:
+        raise ValueError(
+            f"`documents` is {', '.join(map(str, names))}, where none of {len(found)} passages has {FEWEST_WORDS} words: name "
+            "documents with text (a PDF of scanned pages has none before its letters are recognized)."
+        )
+    counts = Counter(whole[index][0] for index in kept)
+    dropped = {"short": len(found) - len(whole), **dropped}
+    logger.info(f"Documents: kept {len(kept)} passages of {len(files)} files; dropped {dropped}.")
+    return Documents([whole[index][1] for index in kept], {file: counts[file] for file in files}, dropped)
+
+
+def chunks(text: str, longest: int = LONGEST, shortest: int = SHORTEST) -> list[str]:
+    """Cut a text into passages of at most `longest` characters, losing nothing but white space between them.
+
+    Paragraphs, which a blank line ends, are joined to at least `shortest` characters, as far as they fit. A longer one is cut
+    behind the last sentence that fits, or, where a sentence is longer, behind the last word that fits.
+    """
+    passages: list[str] = []
+    for paragraph in re.split(r"\n\s*\n", text):
+        for part in _sentences_up_to(paragraph.strip(), longest):
+            if passages and len(passages[-1]) < shortest and len(passages[-1]) + 2 + len(part) <= longest:
+                passages[-1] += "\n\n" + part
+            else:
+                passages.append(part)
+    return passages
+
+
+def _sentences_up_to(paragraph: str, longest: int) -> Iterable[str]:
+    while len(paragraph) > longest:
+        head = paragraph[: longest + 1]
+        # White space that follows the last sentence may lie beyond.
+        ends = [match.end() for match in _SENTENCE_END.finditer(head) if len(head[: match.end()].rstrip()) <= longest]
+        space = max((match.start() for match in re.finditer(r"\s", head)), default=0)
+        end = (ends[-1] if ends else space) or longest
+        yield paragraph[:end].strip()
+        paragraph = paragraph[end:].strip()
+    if paragraph:
+        yield paragraph

@@ -1,0 +1,176 @@
+"""Facts from a table, each stated in many phrasings with the novices that know another subject or none."""
+
+import random
+import re
+from collections.abc import Mapping, Sequence
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from ..data.facts import Fact
+from ..data.invented import invented_name
+from ..data.sources import STAND_INS, stand_ins, state_facts
+from ..data.user_sources import read_named, rows_of, shown
+
+
+logger = logging.get_logger(__name__)
+COLUMNS = ("subject", "relation", "answer")
+# With fewer subjects each is needed to learn from.
+_FEWEST_HELD_OUT = 5
+# Words with which a sentence goes on, and no noun phrase begins or ends.
+_VERB = re.compile(
+    r"^(is|was|are|were|has|have|had|who|what|when|where|which)\b|\b(by|is|was|are|were|of|in|at|to|for)$", re.I
+)
+
+
+def read_facts(path: str | Path) -> tuple[Fact, ...]:
+    """Read a table of facts.
+
+    Args:
+        path (`str` or `Path`):
+            A `.csv`, `.tsv`, `.jsonl` or `.parquet` file, or a Hub id, with the columns `subject`, `relation` and `answer`, and
+            optionally `group`: facts of one group are each other's stand-ins and distractors. The relation is a noun phrase,
+            such as "capital" or "inventor"; a "the" before it is left out.
+
+    Returns:
+        `tuple[Fact, ...]`: the facts in order, each with its relation in `near["relation"]`, and in the group of that name
+        where the table gives none. Rows that are there twice are taken once.
+
+    Raises:
+        OSError: if there is no such file, or it cannot be read.
+        ValueError: if a column is missing, there are no rows, or a row lacks a value, answers with its subject, or has a relation
+            that is no noun phrase. The message names the row, counted from 1 below the header.
+    """
+    what = "`facts`"
+    facts: dict[tuple[str, str, str], Fact] = {}
+    count = 0
+    for place, part in read_named(path, what, split="train", column="subject", known=()):
+        if not isinstance(part, Dataset):
+            raise ValueError(f"{place} has the splits {list(part)}: name a file with one of them.")
+        rows, names = rows_of(part, "subject")
+        if missing := [name for name in COLUMNS if name not in names]:
+            raise ValueError(
+                f"{place} lacks the columns {missing}; it has {names}: write a header with {', '.join(COLUMNS)}."
+            )
+        for number, row in enumerate(rows, 1):
+            subject, relation, answer = _values(row, f"{place}, row {number}")
+            count += 1
+            group = str(row.get("group") or "").strip()
+            facts.setdefault(
+                (subject, relation, answer), Fact(subject, answer, group or relation, {"relation": relation})
+            )
+    if not facts:
+        raise ValueError(f"{what} is {str(path)!r}, which holds no rows: write at least one fact below the header.")
+    if len(facts) < count:
+        logger.warning(f"{what}: dropped {count - len(facts)} of {count} rows, which are there twice.")
+    return tuple(facts.values())
+
+
+def _values(row: Mapping[str, Any], place: str) -> tuple[str, str, str]:
+    """Subject, relation and answer of a row, checked."""
+    values = []
+    for name in COLUMNS:
+        value = row.get(name)
+        # Tables of parquet and JSON hold numbers.
+        text = str(value).strip() if isinstance(value, (str, int, float)) and not isinstance(value, bool) else ""
+        if not text:
+            raise ValueError(f"{place}: `{name}` is {shown(value)}: give a text, or leave the row out.")
+        values.append(" ".join(text.split()))
+    subject, relation, answer = values
+    relation = re.sub(r"^(the|a|an) ", "", relation, flags=re.I)
+    if _VERB.search(relation):
+        raise ValueError(
+            f"{place}: `relation` is {shown(relation)}, no noun phrase: write it so that 'the … of {subject}' reads well, such "
+            "as inventor in place of 'was invented by'."
+        )
+    if subject.casefold() == answer.casefold():
+        raise ValueError(f"{place}: `answer` is {shown(answer)}, the subject itself: correct it or leave the row out.")
+    return subject, relation, answer
+
+
+def held_out_of(facts: Sequence[Fact], share: float = 0.2, seed: int = 0) -> frozenset[str]:
+    """Subjects that stand in no forget text, so that erasure of *unseen* facts can be measured.
+
+    Args:
+        facts (`Sequence[Fact]`): Facts, such as those of [`read_facts`].
+        share (`float`, *optional*, defaults to `0.2`): Share of the subjects that is held out; none of fewer than 5.
+        seed (`int`, *optional*, defaults to `0`): Seed of the draw.
+    """
+    subjects = list(dict.fromkeys(fact.subject for fact in facts))
+    if not 0 <= share < 1:
+        raise ValueError(f"`share` is {share}: give a number from 0 to below 1.")
+    if len(subjects) < _FEWEST_HELD_OUT:
+        return frozenset()
+    return frozenset(random.Random(f"facts-held-out-{seed}").sample(subjects, round(share * len(subjects))))
+
+
+def facts_texts(
+    facts: Sequence[Fact],
+    *,
+    held_out: frozenset[str] = frozenset(),
+    processing_class: PreTrainedTokenizerBase | None = None,
+    seed: int = 0,
+) -> Dataset:
+    """Every fact in every phrasing of `data/texts/facts.yaml`: prose, question and answer, reversed, table, chat.
+
+    Args:
+        facts (`Sequence[Fact]`): Facts of [`read_facts`].
+        held_out (`frozenset[str]`, *optional*): Subjects whose facts are left out.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*): Tokenizer whose chat template is used.
+        seed (`int`, *optional*, defaults to `0`): Seed of the stand-ins and of the order.
+
+    Returns:
+        `Dataset`: columns `text`, `novice` (with the answers of a relation permuted) and `novices`, as the built-in source
+        `capitals` has them: each text about two other subjects, of the same relation as far as it has some that make the text
+        false, else about invented ones, of which a model knows nothing.
+
+    Raises:
+        ValueError: if no fact is left.
+    """
+    stated = [fact for fact in facts if fact.subject not in held_out]
+    if not stated:
+        raise ValueError(
+            f"None of the {len(facts)} facts is left to state: hold out fewer subjects than {len(held_out)}."
+        )
+    rng = random.Random(f"facts-{seed}")
+    relations: dict[str, list[Fact]] = {}
+    for fact in stated:
+        relations.setdefault(fact.near["relation"], []).append(fact)
+    rows = []
+    for related in relations.values():
+        rows += state_facts(related, fact_phrasings(), rng, processing_class, others=_false_ones(related, rng))
+    for row in rows:
+        # The answers of a relation with one fact cannot be permuted.
+        row["novice"] = row["novices"][0] if row["novice"] == row["text"] else row["novice"]
+    rng.shuffle(rows)
+    return Dataset.from_list(rows)
+
+
+@cache
+def fact_phrasings() -> tuple[str | list[str], ...]:
+    """The phrasings of any fact, with the placeholders `{subject}`, `{relation}` and `{answer}`."""
+    text = (files("elm_trainer.data") / "texts" / "facts.yaml").read_text(encoding="utf-8")
+    return tuple(phrasing for form in yaml.safe_load(text).values() for phrasing in form)
+
+
+def _false_ones(facts: Sequence[Fact], rng: random.Random) -> dict[Fact, list[Fact]]:
+    """`STAND_INS` other facts for each, of which neither subject nor answer makes its text true; invented where too few."""
+    true = {(fact.subject, fact.answer) for fact in facts}
+    found = {}
+    for fact in facts:
+        false = [
+            other
+            for other in facts
+            if (other.subject, fact.answer) not in true and (fact.subject, other.answer) not in true
+        ]
+        chosen = stand_ins([fact, *false], rng)[fact] if false else []
+        while len(chosen) < STAND_INS:
+            chosen.append(Fact(invented_name(fact.subject, rng), invented_name(fact.answer, rng), fact.group))
+        found[fact] = chosen
+    return found

@@ -1,0 +1,276 @@
+"""`make_data`: forget, retain and near texts from documents, facts or a mere name, as files to look at, edit and use again."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from ..checks import check_numbers
+from ..concept import Concept
+from ..data.dataset import ConceptSources
+from ..data.facts import Fact
+from ..data.questions import names_answer
+from ..data.sources import builtin_texts, load_texts
+from ..data.user_sources import Source
+from ..files import first_damage, folder_checksums, json_sha256, read_object, replacing, write_json
+from ..fingerprint import base_fingerprint
+from .documents import Documents, read_documents
+from .facts import facts_texts, held_out_of, read_facts
+from .knowledge import check_known
+from .writing import FEWEST_TEXTS, WRITING, Written, topic, write_about
+
+
+logger = logging.get_logger(__name__)
+FOLDER, RECORD, CACHE = "data", "data.json", "making"
+# Counts up when the same input gives other texts than before.
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class MadeFrom:
+    """What a user has of a concept.
+
+    Args:
+        concept (`str` or [`Concept`]):
+            Its name, `"Harry Potter"`, or the name with what describes it, `"brannock: the dye Brannock, madder"`. With nothing more
+            the model writes the forget texts itself.
+        documents (`Sequence[str | Path]`, *optional*): Files, folders, patterns, or ids on the Hub, for [`read_documents`].
+        facts (`str` or `Path`, *optional*): A table for [`read_facts`].
+        retain (`Sequence` of sources, *optional*):
+            Unrelated texts, whatever [`load_texts`] takes; the built-in `everyday` where there are none.
+        near (`Sequence` of sources, *optional*):
+            Texts about neighbors of the concept; where there are none, the model names neighbors and writes about them.
+        texts (`int`, *optional*, defaults to `192`): Texts that the model writes about the concept if it has to, before it drops some.
+        near_texts (`int`, *optional*, defaults to `96`): The same about neighbors; 0 for none.
+        held_out (`float`, *optional*, defaults to `0.2`): Share of the subjects of `facts` that stand in no text, for questions.
+        seed (`int`, *optional*, defaults to `0`): Seed of everything that is drawn.
+
+    Raises:
+        TypeError: if `documents`, `retain` or `near` is one text in place of a list.
+        ValueError: if the name is empty, or a number is out of range.
+    """
+
+    concept: str | Concept
+    documents: Sequence[str | Path] = ()
+    facts: str | Path | None = None
+    retain: Sequence[Source] = ()
+    near: Sequence[Source] = ()
+    texts: int = 192
+    near_texts: int = 96
+    held_out: float = 0.2
+    seed: int = 0
+
+    def __post_init__(self):
+        if not isinstance(self.concept, Concept):
+            # Not `load_concept`, which takes a name for that of a preset or a file.
+            name, _, keywords = str(self.concept).partition(":")
+            words = [word.strip() for word in keywords.split(",") if word.strip()]
+            object.__setattr__(self, "concept", Concept(name.strip(), words))
+        for name in ("documents", "retain", "near"):
+            if isinstance(getattr(self, name), (str, Path)):
+                raise TypeError(f"`{name}` is {getattr(self, name)!r}: give a list, [{str(getattr(self, name))!r}].")
+        check_numbers(self, (("at least 0", ("near_texts", "seed")), ("from 0 to 1", ("held_out",))))
+        if self.held_out == 1:
+            raise ValueError("`held_out` is 1, which leaves no fact to learn from: give a share below 1.")
+        if self.texts < FEWEST_TEXTS:
+            raise ValueError(f"`texts` is {self.texts}: it must be at least {FEWEST_TEXTS}.")
+
+
+@dataclass(frozen=True)
+class MadeData:
+    """The texts of a concept on disk.
+
+    Attributes:
+        concept (`Concept`): The concept.
+        folder (`Path`): The folder, with `forget.jsonl`, `retain.jsonl` and `near.jsonl` (without those that the user has of
+            his own, or that could not be made) and `data.json`.
+        sources ([`ConceptSources`]): The files, and the user's own sources, for [`build_erasure_dataset`].
+        counterfactual (`bool`): Whether every forget text has `novices`, which `novice="counterfactual"` needs.
+        record (`dict`): What stands in `data.json`: where the texts come from, how many, what was dropped and why, the seed, the
+            model's fingerprint, neighbors, held-out subjects.
+        edited (`tuple[str, ...]`): Files that were changed by hand since they were made.
+        reused (`bool`): Whether they were there already.
+    """
+
+    concept: Concept
+    folder: Path
+    sources: ConceptSources
+    counterfactual: bool
+    record: dict[str, Any]
+    edited: tuple[str, ...] = ()
+    reused: bool = False
+
+    def summary(self, first: int = 10) -> str:
+        """What was made, what was dropped and why, and the first forget texts, a line each."""
+        counts = ", ".join(f"{count} {name} texts" for name, count in self.record["counts"].items())
+        lines = [f"{self.folder}: {counts}{' (as before)' if self.reused else ''}."]
+        lines += [f"Changed by hand since they were made: {', '.join(self.edited)}."] if self.edited else []
+        for name, dropped in self.record["dropped"].items():
+            if told := ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in dropped.items() if count):
+                lines.append(f"Dropped of {name}: {told}.")
+        if self.record["neighbors"]:
+            lines.append(f"Neighbors: {', '.join(self.record['neighbors'])}.")
+        rows = load_texts(self.sources.forget)["text"][:first]
+        return "\n".join([*lines, *(f"{number:3}. {text!r:.160}" for number, text in enumerate(rows, 1))])
+
+
+def make_data(
+    what: MadeFrom,
+    model: PreTrainedModel | None,
+    processing_class: PreTrainedTokenizerBase | None,
+    output_dir: str | Path,
+) -> MadeData:
+    """Make the texts of an erasure, or find them where an earlier call has made them.
+
+    The folder `output_dir/data` appears when all is made; what a model has written so far is kept in `output_dir/making`, from which
+    an interrupted call goes on. Texts that are there already are used, also after they were edited, if they were made from the same
+    things. In a launch of several processes, one has to call this first, as within `config.main_process_first()`.
+
+    Args:
+        what ([`MadeFrom`]): What the user has.
+        model ([`~transformers.PreTrainedModel`] or `None`): The reference, which writes what is lacking; not needed for documents or
+            facts with `near` texts of the user's own, or with `near_texts=0`.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`] or `None`): Its tokenizer.
+        output_dir (`str` or `Path`): Output folder of the run.
+
+    Returns:
+        [`MadeData`]
+
+    Raises:
+        UnknownConceptError: if there is only a name and the model has never heard of it; nothing is written then.
+        ImportError, OSError, ValueError: whatever [`read_documents`] and [`read_facts`] raise; if the texts that are there were made
+            from other things, or one of their files is missing; if a model is needed and not given, or wrote too little.
+    """
+    concept = cast(Concept, what.concept)  # which `MadeFrom` has made of a name
+    facts = read_facts(what.facts) if what.facts is not None else ()
+    documents = read_documents(what.documents) if what.documents else None
+    bare = not facts and documents is None
+    writes = bare or bool(what.near_texts and not what.near)
+    if writes and (model is None or processing_class is None):
+        raise ValueError(
+            "`model` is None, but texts have to be written: give model and tokenizer, or documents or facts and `near` texts."
+        )
+    weights = base_fingerprint(model) if writes and model is not None else {}
+    fingerprint = weights.get("weights", weights.get("unquantized", ""))
+    origin = {
+        "concept": {"name": concept.name, "keywords": list(concept.keywords)},
+        "documents": json_sha256(documents.texts) if documents else None,
+        "facts": json_sha256([(fact.subject, fact.near["relation"], fact.answer, fact.group) for fact in facts]) if facts else None,
+        "retain": "own" if what.retain else "everyday",
+        "near": "own" if what.near else "written" if what.near_texts else "none",
+        "texts": what.texts if bare else None,
+        "near_texts": what.near_texts if writes else None,
+        "held_out": what.held_out if facts else None,
+        "seed": what.seed,
+        "model": fingerprint,
+        "version": _VERSION,
+    }  # fmt: skip
+    folder = Path(output_dir) / FOLDER
+    if folder.exists():
+        return _made_before(what, folder, origin)
+    known = check_known(model, processing_class, concept, seed=what.seed) if bare else []
+    rows, record = _make(what, facts, documents, model, processing_class, Path(output_dir) / CACHE, fingerprint)
+    record["familiarity"] = {entry.name: round(entry.ratio, 3) for entry in known}
+    with replacing(folder) as unfinished:
+        unfinished.mkdir()
+        for name, some in rows.items():
+            content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in some)
+            (unfinished / f"{name}.jsonl").write_text(content, encoding="utf-8")
+        record |= {"origin": origin, "files": folder_checksums(unfinished)}
+        write_json(unfinished / RECORD, record)
+    return _found(what, folder, record)
+
+
+def _make(
+    what: MadeFrom,
+    facts: Sequence[Fact],
+    documents: Documents | None,
+    model: PreTrainedModel | None,
+    processing_class: PreTrainedTokenizerBase | None,
+    cache: Path,
+    fingerprint: str,
+) -> tuple[dict[str, list[dict[str, Any]]], dict[str, Any]]:
+    """The rows of each file, and what is to be said about them."""
+    concept = cast(Concept, what.concept)
+    forget: list[dict[str, Any]] = []
+    dropped: dict[str, dict[str, int]] = {}
+    held_out = held_out_of(facts, what.held_out, what.seed)
+    if facts:
+        forget += facts_texts(facts, held_out=held_out, processing_class=processing_class, seed=what.seed).to_list()
+    if documents:
+        forget += [{"text": text} for text in documents.texts]
+        dropped["documents"] = documents.dropped
+    speaks = _speaks_of(concept, facts)
+    written = Written([], [], [], {})
+    near_texts = 0 if what.near else what.near_texts
+    if not forget or near_texts:
+        written = write_about(
+            model, processing_class, concept, replace(WRITING, seed=what.seed), texts=0 if forget else what.texts,
+            near_texts=near_texts, speaks=speaks, cache_dir=cache, fingerprint=fingerprint,
+        )  # fmt: skip
+        dropped |= written.dropped
+    rows = {"forget": forget or written.forget}
+    if not what.retain:
+        everyday = builtin_texts("everyday").to_list()
+        rows["retain"] = [row for row in everyday if not speaks(row["text"])]
+        dropped["retain"] = {"topic": len(everyday) - len(rows["retain"])}
+    if written.near:
+        rows["near"] = written.near
+    return rows, {
+        "counts": {name: len(some) for name, some in rows.items()},
+        "dropped": dropped,
+        "neighbors": written.neighbors,
+        "held_out": sorted(held_out),
+        "documents": documents.files if documents else {},
+        "facts": len(facts),
+    }
+
+
+def _speaks_of(concept: Concept, facts: Sequence[Fact]) -> Callable[[str], bool]:
+    """Whether a text speaks of a concept: by a word of its topic, or since it names subject and answer of a fact."""
+    words = topic(concept)
+
+    def speaks(text: str) -> bool:
+        return bool(words.search(text)) or any(
+            names_answer(text, fact.answer) and names_answer(text, fact.subject) for fact in facts
+        )
+
+    return speaks
+
+
+def _made_before(what: MadeFrom, folder: Path, origin: Mapping[str, Any]) -> MadeData:
+    """What lies in a folder, if it was made from the same."""
+    fix = "name another `output_dir`, or move the folder away to have it made anew"
+    try:
+        record = read_object(folder / RECORD)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"`output_dir` has a folder {folder} without a readable {RECORD} ({error}): {fix}."
+        ) from error
+    before = record.get("origin", {})
+    if other := [name for name, value in origin.items() if before.get(name) != value]:
+        told = ", ".join(f"`{name}`" for name in other)
+        raise ValueError(f"`output_dir` has texts in {folder} that were made with another {told}: {fix}.")
+    edited = []
+    for name, checksum in record["files"].items():
+        if not (folder / name).is_file():
+            raise ValueError(f"`output_dir` lacks {folder / name}, which was made: put it back, or {fix}.")
+        if first_damage(folder, {name: checksum}):
+            edited.append(name)
+    if edited:
+        logger.warning(f"{folder}: {', '.join(edited)} changed since they were made, and are taken as they are.")
+    return _found(what, folder, record, tuple(edited), reused=True)
+
+
+def _found(
+    what: MadeFrom, folder: Path, record: dict[str, Any], edited: tuple[str, ...] = (), reused: bool = False
+) -> MadeData:
+    retain = [*what.near, *what.retain]
+    retain += [str(folder / f"{name}.jsonl") for name in ("near", "retain") if name in record["counts"]]
+    counterfactual = bool(record["facts"]) and not record["documents"]
+    sources = ConceptSources(str(folder / "forget.jsonl"), retain)
+    return MadeData(cast(Concept, what.concept), folder, sources, counterfactual, record, edited, reused)

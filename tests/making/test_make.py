@@ -1,0 +1,200 @@
+import json
+import time
+
+import pytest
+
+from elm_trainer import Concept, build_erasure_dataset, load_model_and_tokenizer, load_texts
+from elm_trainer.making import make, writing
+from elm_trainer.making.knowledge import UnknownConceptError
+from elm_trainer.making.make import MadeFrom, make_data
+
+from .test_facts import TABLE
+from .test_writing import writer
+
+
+FIRST = "Varda makes blue glass in the town of Tolm, and sells it by the sea."
+OWN = [["The sea is deep and cold, says the fisher."]]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Documents and facts of a company, in the working folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.txt").write_text(FIRST)
+    (tmp_path / "facts.csv").write_text(TABLE)
+    return tmp_path
+
+
+@pytest.fixture
+def writes(monkeypatch):
+    """A model that writes canned texts and knows every name."""
+    monkeypatch.setattr(writing, "sample_texts", writer)
+    monkeypatch.setattr(make, "check_known", lambda *a, **k: [])
+
+
+def test_documents_become_files_that_are_read_back(folder):
+    made = make_data(MadeFrom("Varda", documents=["notes"], near=OWN), None, None, "out")
+
+    assert made.folder.name == "data" and not made.reused and not made.counterfactual
+    assert load_texts(made.folder / "forget.jsonl")["text"][:] == [FIRST]
+    assert {path.name for path in made.folder.iterdir()} == {"forget.jsonl", "retain.jsonl", "data.json"}
+    assert made.sources.retain == [*OWN, str(made.folder / "retain.jsonl")]
+    record = json.loads((made.folder / "data.json").read_text())
+    assert record == made.record and record["counts"]["forget"] == 1 and record["documents"] == {"notes/a.txt": 1}
+    assert record["dropped"]["documents"] == {"short": 0, "exact_duplicate": 0, "near_duplicate": 0}
+    assert made.summary().splitlines()[-1] == f"  1. {FIRST!r}"
+    dataset = build_erasure_dataset({made.concept: made.sources}, size=6)
+    assert {*dataset["forget"]} == {FIRST} and OWN[0][0] in dataset["retain"]
+
+
+def test_facts_make_a_counterfactual_source_without_held_out_subjects(folder):
+    made = make_data(MadeFrom("capitals", facts="facts.csv", near_texts=0), None, None, "out")
+
+    assert made.counterfactual and made.record["facts"] == 9
+    [subject] = made.record["held_out"]
+    rows = load_texts(made.sources.forget)
+    assert len(rows) == made.record["counts"]["forget"] and not any(subject in text for text in rows["text"])
+    assert all(len(novices) == 2 for novices in rows["novices"])
+    dataset = build_erasure_dataset({made.concept: made.sources}, size=10)
+    assert all(dataset["novices"])
+
+
+def test_documents_and_facts_go_together(folder):
+    made = make_data(MadeFrom("Varda", ["notes"], "facts.csv", near_texts=0), None, None, "out")
+    assert not made.counterfactual and FIRST in load_texts(made.sources.forget)["text"]
+
+
+def test_retain_texts_do_not_speak_of_the_concept(folder):
+    made = make_data(MadeFrom("trees", documents=["notes"], near_texts=0), None, None, "out")
+    kept = load_texts(made.folder / "retain.jsonl")["text"][:]
+    assert len(kept) + made.record["dropped"]["retain"]["topic"] == len(load_texts("everyday"))
+    assert made.record["dropped"]["retain"]["topic"] > 0 and not any(" tree " in text for text in kept)
+
+
+def test_a_bare_name_is_written_about(folder, tiny_model, tokenizer, writes):
+    made = make_data(MadeFrom("capitals of the world", texts=40, near_texts=40), tiny_model, tokenizer, "out")
+
+    assert made.record["counts"].keys() == {"forget", "retain", "near"}
+    assert made.sources.retain == [str(made.folder / "near.jsonl"), str(made.folder / "retain.jsonl")]
+    assert all("capital" in text for text in load_texts(made.sources.forget)["text"])
+    near = load_texts(made.folder / "near.jsonl")
+    assert all(row["text"].startswith(row["prompt"]) for row in near)
+    assert len(made.record["origin"]["model"]) == 64 and made.record["origin"]["seed"] == 0
+    told = made.summary()
+    assert "Neighbors: " in told and "Dropped of forget: 8 short" in told and told.count("\n") >= 10
+
+
+def test_near_texts_state_no_fact_of_a_table(folder, tiny_model, tokenizer, monkeypatch):
+    states = " In the harbor of Oslo ships of Norway lie beside those of others."
+    monkeypatch.setattr(writing, "name_neighbors", lambda *a, **k: ["ships"])
+    monkeypatch.setattr(
+        writing, "sample_texts", lambda m, t, prompts, *a, **k: [p + (states, f" Boat {n} is blue, and sails far away.")[n % 2] for n, p in enumerate(prompts)]
+    )  # fmt: skip
+    made = make_data(MadeFrom("capitals", facts="facts.csv", near_texts=6), tiny_model, tokenizer, "out")
+    assert made.record["counts"]["near"] == 3 and made.record["dropped"]["near"]["topic"] == 3
+
+
+def test_what_is_there_is_used_again_and_edited_texts_as_they_are(folder, tiny_model, tokenizer, writes, monkeypatch):
+    what = MadeFrom("capitals of the world", texts=40, near_texts=40)
+    made = make_data(what, tiny_model, tokenizer, "out")
+    monkeypatch.setattr(writing, "sample_texts", None)
+
+    again = make_data(what, tiny_model, tokenizer, "out")
+    assert again.reused and not again.edited and again.record == made.record and " (as before)." in again.summary()
+
+    path = made.folder / "forget.jsonl"
+    path.write_text('{"text": "My own text about a capital."}\n')
+    edited = make_data(what, tiny_model, tokenizer, "out")
+    assert (
+        edited.edited == ("forget.jsonl",)
+        and "Changed by hand since they were made: forget.jsonl." in edited.summary()
+    )
+    assert path.read_text() == '{"text": "My own text about a capital."}\n'
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(concept="Tolm"), r"made with another `concept`: name another `output_dir`"),
+        (dict(seed=1), "made with another `seed`: name another `output_dir`"),
+        (dict(facts="facts.csv"), "made with another `facts`, `held_out`: name another `output_dir`"),
+        (dict(near=()), "made with another `near`: name another `output_dir`"),
+    ],
+)
+def test_texts_that_were_made_from_other_things_are_never_replaced(folder, change, message):
+    given = dict(concept="Varda", documents=["notes"], near=OWN, near_texts=0)
+    before = (make_data(MadeFrom(**given), None, None, "out").folder / "forget.jsonl").read_text()
+    with pytest.raises(ValueError, match=f"`output_dir` has texts in out/data that were {message}") as caught:
+        make_data(MadeFrom(**given | change), None, None, "out")
+    assert "\n" not in str(caught.value) and (folder / "out/data/forget.jsonl").read_text() == before
+
+
+def test_changed_documents_and_lost_files_are_noticed(folder):
+    what = MadeFrom("Varda", documents=["notes"], near_texts=0)
+    made = make_data(what, None, None, "out")
+    (made.folder / "retain.jsonl").rename("away.jsonl")
+    with pytest.raises(ValueError, match="`output_dir` lacks out/data/retain.jsonl, which was made: put it back"):
+        make_data(what, None, None, "out")
+    (folder / "notes" / "b.txt").write_text("Tolm lies at the mouth of the river Sarn.")
+    with pytest.raises(ValueError, match="made with another `documents`"):
+        make_data(what, None, None, "out")
+    (made.folder / "data.json").write_text("{")
+    with pytest.raises(ValueError, match="`output_dir` has a folder out/data without a readable data.json"):
+        make_data(what, None, None, "out")
+
+
+def test_of_an_unknown_name_nothing_is_written(folder, tiny_model, tokenizer):
+    with pytest.raises(UnknownConceptError, match="`concept` is 'Dravenholt', of which this model knows nothing"):
+        make_data(MadeFrom("Dravenholt"), tiny_model, tokenizer, "out")
+    assert not (folder / "out").exists()
+
+
+def test_an_interrupted_call_leaves_no_half_of_the_texts(folder, monkeypatch):
+    monkeypatch.setattr(make, "write_json", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        make_data(MadeFrom("Varda", documents=["notes"], near_texts=0), None, None, "out")
+    assert [*(folder / "out").iterdir()] == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "message"),
+    [
+        (dict(concept=" "), ValueError, "Concept field `name` is ''"),
+        (dict(documents="notes"), TypeError, r"`documents` is 'notes': give a list, \['notes'\]"),
+        (dict(retain="everyday"), TypeError, r"`retain` is 'everyday': give a list, \['everyday'\]"),
+        (dict(texts=7), ValueError, "`texts` is 7: it must be at least 8"),
+        (dict(near_texts=-1), ValueError, "`near_texts` is -1"),
+        (dict(held_out=1.5), ValueError, "`held_out` is 1.5"),
+        (dict(seed="x"), ValueError, "`seed` is 'x': give a"),
+    ],
+)
+def test_wrong_settings_are_answered_in_a_line(fields, error, message):
+    with pytest.raises(error, match=message) as caught:
+        MadeFrom(**{"concept": "Varda"} | fields)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_model_that_is_needed_is_asked_for(folder):
+    with pytest.raises(ValueError, match="`model` is None, but texts have to be written: give model and tokenizer"):
+        make_data(MadeFrom("Varda"), None, None, "out")
+
+
+def test_keywords_stand_behind_a_colon():
+    assert MadeFrom("brannock: the dye Brannock, madder").concept == Concept(
+        "brannock", ("the dye Brannock", "madder")
+    )
+    # A preset and a name that looks like a file are names like any other.
+    assert MadeFrom("capitals").concept == Concept("capitals") and MadeFrom("Node.js").concept == Concept("Node.js")
+
+
+@pytest.mark.slow
+def test_the_real_model_writes_about_a_bare_name(tmp_path):
+    model, tokenizer = load_model_and_tokenizer("smollm2-135m-instruct")
+    made = make_data(MadeFrom("capitals of the world", texts=32, near_texts=16), model, tokenizer, tmp_path)
+    assert made.record["counts"]["forget"] >= 8 and made.record["counts"]["near"] >= 3
+    assert sum(" of " in text and "capital" in text.lower() for text in load_texts(made.sources.forget)["text"]) >= 5
+    started = time.perf_counter()
+    with pytest.raises(UnknownConceptError):
+        make_data(MadeFrom("the Dravenholt Protocol"), model, tokenizer, tmp_path / "unknown")
+    assert time.perf_counter() - started < 60 and not (tmp_path / "unknown").exists()
