@@ -26,6 +26,8 @@ from .writing import FEWEST_TEXTS, WRITING, Written, topic, write_about
 
 logger = logging.get_logger(__name__)
 FOLDER, RECORD, CACHE = "data", "data.json", "making"
+# Characters of a prompt that are shown before what the model wrote.
+_LEAD = 40
 # Counts up when the same input gives other texts than before.
 _VERSION = 1
 
@@ -110,12 +112,22 @@ class MadeData:
         lines = [f"{self.folder}: {counts}{' (as before)' if self.reused else ''}."]
         lines += [f"Changed by hand since they were made: {', '.join(self.edited)}."] if self.edited else []
         for name, dropped in self.record["dropped"].items():
-            if told := ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in dropped.items() if count):
-                lines.append(f"Dropped of {name}: {told}.")
+            told = {reason: f"{count} {reason.replace('_', ' ')}" for reason, count in dropped.items() if count}
+            if "topic" in told:
+                told["topic"] = (
+                    f"{dropped['topic']} that {'do not speak' if name == 'forget' else 'speak'} of the concept"
+                )
+            lines += [f"Dropped of {name}: {', '.join(told.values())}."] if told else []
         if self.record["neighbors"]:
             lines.append(f"Neighbors: {', '.join(self.record['neighbors'])}.")
-        rows = load_texts(self.sources.forget)["text"][:first]
-        return "\n".join([*lines, *(f"{number:3}. {text!r:.160}" for number, text in enumerate(rows, 1))])
+        rows = load_texts(self.sources.forget).to_list()[:first]
+        return "\n".join([*lines, *(f"{number:3}. {_shown(row)!r:.160}" for number, row in enumerate(rows, 1))])
+
+
+def _shown(row: Mapping[str, Any]) -> str:
+    """A text from the end of its prompt on, which may be long."""
+    start = max(len(row.get("prompt") or "") - _LEAD, 0)
+    return ("…" if start else "") + row["text"][start:]
 
 
 def make_data(

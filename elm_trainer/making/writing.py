@@ -35,8 +35,8 @@ class Written:
     """What a model wrote about a concept and its neighbors.
 
     Attributes:
-        forget (`list[dict]`): Rows of `text` about the concept.
-        near (`list[dict]`): Rows of `text` about the neighbors, each with its beginning as `prompt`.
+        forget (`list[dict]`): Rows of `text` about the concept, each with the beginning that the model was given as `prompt`.
+        near (`list[dict]`): The same about the neighbors.
         neighbors (`list[str]`): The neighbors, those that the model named most often first.
         dropped (`dict[str, dict[str, int]]`): How many texts of `"forget"` and of `"near"` were dropped for which reason.
     """
@@ -116,7 +116,7 @@ def write_about(
         near = write(asked, lambda text: not speaks(text), "near")
     elif near_texts:
         logger.warning(f"The model names no neighbor of {concept.name!r}: give retain text about some yourself.")
-    return Written([{"text": row["text"]} for row in forget], near, neighbors, dropped)
+    return Written(forget, near, neighbors, dropped)
 
 
 @cache

@@ -78,11 +78,16 @@ def test_a_bare_name_is_written_about(folder, tiny_model, tokenizer, writes):
     assert made.record["counts"].keys() == {"forget", "retain", "near"}
     assert made.sources.retain == [str(made.folder / "near.jsonl"), str(made.folder / "retain.jsonl")]
     assert all("capital" in text for text in load_texts(made.sources.forget)["text"])
+    assert sum("<|im_start|>assistant\\n" in line and "apital" in line for line in made.summary().splitlines()) >= 3
     near = load_texts(made.folder / "near.jsonl")
     assert all(row["text"].startswith(row["prompt"]) for row in near)
     assert len(made.record["origin"]["model"]) == 64 and made.record["origin"]["seed"] == 0
     told = made.summary()
-    assert "Neighbors: " in told and "Dropped of forget: 8 short" in told and told.count("\n") >= 10
+    assert (
+        "Neighbors: " in told
+        and "Dropped of forget: 8 short, 16 that do not speak of the concept, " in told
+        and told.count("\n") >= 10
+    )
 
 
 def test_near_texts_state_no_fact_of_a_table(folder, tiny_model, tokenizer, monkeypatch):
