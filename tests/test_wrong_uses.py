@@ -69,7 +69,8 @@ def own(tmp_path_factory, tokenizer):
     config = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **config))
     for name, text in {
-        "a.pdf": "Oslo",
+        "a.rtf": "Oslo",
+        "b.pdf": "Oslo",
         "numbers.jsonl": '{"text": 1814}',
         "columns.csv": "body\nOslo",
         "bank.yaml": "questions:\n- {question: When, answer: 1814, distractors: [a]}",
@@ -128,7 +129,8 @@ USES = [
     (lambda own: load_texts(own.folder / "number.jsonl"), "`source` is .*number.jsonl.*did you mean .*numbers.jsonl"),
     (lambda own: load_texts(TEXTS[0]), "`source` is 'Oslo is .*goes into a list"),
     (lambda own: load_texts(""), "`source` is ''.*no built-in source"),
-    (lambda own: load_texts(own.folder / "a.pdf"), "`source` is .*a.pdf.*use one of .jsonl"),
+    (lambda own: load_texts(own.folder / "a.rtf"), "`source` is .*a.rtf.*use one of .jsonl"),
+    (lambda own: load_texts(own.folder / "b.pdf"), "`source` is .*b.pdf.*which is no readable .pdf file.*correct it"),
     (lambda own: load_texts(own.folder / "empty"), "`source` is .*empty', where no file ends in"),
     (
         lambda own: load_texts(own.folder / "numbers.jsonl"),
