@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Collection, Iterable, Iterator
 from functools import cache, lru_cache
+from itertools import chain
 from pathlib import Path
 
 from .tokens import Hit
@@ -75,10 +76,14 @@ def find_paths(text: str, *, escaped: bool = False) -> Iterator[Hit]:
             start = match.start() - (match[0][0] == ":")
             if not _says_nothing(text[start : match.end()], text[text.rfind("\n", 0, start) + 1 :][:400]):
                 yield Hit(start, match.end(), "an absolute path of a machine", "take it out or make it relative")
+    end = -1
     for match in _ADDRESS.finditer(text):
+        if match.start() < end:  # within the one before
+            continue
         scheme = _SCHEME.search(text[max(0, match.start() - 10) : match.start()].lower())
         if scheme and scheme[0] in _STORAGE and not _says_nothing(match[0] + match[1], ""):
-            yield Hit(match.start() - len(scheme[0]), match.end(1), "an address of storage", _TAKE_OUT)
+            end = match.end(1)
+            yield Hit(match.start() - len(scheme[0]), end, "an address of storage", _TAKE_OUT)
 
 
 def _says_nothing(found: str, line: str) -> bool:
@@ -111,7 +116,7 @@ def _patterns(home: str, folder: str) -> list[re.Pattern[str]]:
 
 _HOST = r"((?:[A-Za-z0-9-]{1,63}(?:\.|\s?[\[(]\s?dot\s?[\])]\s?)){1,6}[A-Za-z]{2,24})(?![\w-]|\.\w|:[\w./-])"
 # From the @ on, which is what makes the search quick.
-_MAIL = re.compile(rf"@{_HOST}|[\[(]\s?at\s?[\])]\s{{0,2}}{_HOST}")
+_MAILS = (re.compile(rf"@{_HOST}"), re.compile(rf"[\[(]\s?at\s?[\])]\s{{0,2}}{_HOST}"))
 _MAILBOX = re.compile(r"(?<![\w.+%/-])[\w.+%-]{1,64}$")
 _OF_NOBODY = re.compile(
     r"(?:git|hg|svn|ssh|no-?reply|donotreply|user(?:name)?|you|your[\w.-]*|name|email|e-mail|someone|somebody|me|foo|test|author)",
@@ -121,8 +126,9 @@ _HOSTS_OF_NOBODY = re.compile(
     r"(?:.*[.-])?(?:example|localhost|invalid|test|local|noreply|domain)(?:\.\w+)*|.*\.(?:png|jpe?g|gif|svg|webp|py|js|json|ts|css|so)",
     re.IGNORECASE,
 )
-# Digits, apart by what stands between the groups of a number.
-_GROUPS = re.compile(r"\d(?:[ ().\-/\u2011\u00a0]{0,3}\d){6,24}(?![\w%]|[.,:]\d|-\w)")
+# Digits, apart by what stands between the groups of a number. One that follows another, or a point or a dash, begins none:
+# to try each of them would take 25 steps a digit in a long row.
+_GROUPS = re.compile(r"\d(?<![\d.-]\d)(?:[ ().\-/\u2011\u00a0]{0,3}\d){6,24}(?![\w%]|[.,:]\d|-\w)")
 _FIGURE = re.compile(r"\d*\.\d+")
 _BEFORE_GROUPS = re.compile(r"(?<![\w.,:/+#=-])\+?\(?$")
 _CALL = re.compile(
@@ -142,7 +148,7 @@ _SOCIAL = re.compile(r"(?!000|666|9)\d{3}-(?!00)\d\d-(?!0000)\d{4}")
 _CARDS = re.compile(
     r"(?:4\d{15}|5[1-5]\d{14}|2[2-7]\d{14}|3[47]\d{13}|3[068]\d{12}|6(?:011|5\d\d|4[4-9]\d)\d{12}|35\d{14}|62\d{14})"
 )
-_IBAN = re.compile(r"(?<![A-Za-z0-9])[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,4})?(?![A-Za-z0-9])")
+_IBAN = re.compile(r"[A-Z](?<![A-Za-z0-9][A-Z])[A-Z]\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,4})?(?![A-Za-z0-9])")
 _IPV4 = re.compile(r"(\d{1,3})\.(\d{1,3})\.(\d{1,3})\.(\d{1,3})(?![\w-]|\.\w)")
 _VERSION = re.compile(
     r"(?:version|release|driver|section|chapter|==|>=|<=|~=|[<>^=]|\bv|cuda|§|build)[ :]{0,2}$", re.IGNORECASE
@@ -180,9 +186,9 @@ def find_persons(text: str) -> Iterator[Hit]:
 
     Addresses and numbers that are set aside for documentation, and those of no machine in particular, do not count.
     """
-    for match in _MAIL.finditer(text):
+    for match in chain.from_iterable(pattern.finditer(text) for pattern in _MAILS):
         before = text[max(0, match.start() - 66) : match.start()].rstrip(" ")
-        box, host = _MAILBOX.search(before), match[1] or match[2]
+        box, host = _MAILBOX.search(before), match[1]
         if box and not (
             _OF_NOBODY.fullmatch(box[0]) or _HOSTS_OF_NOBODY.fullmatch(host) or "noreply" in box[0] + host
         ):
@@ -224,6 +230,10 @@ def find_names(text: str, names: Collection[str]) -> Iterator[Hit]:
         patterns.append(
             rf"(?:home|users)[/\\]{{1,2}}{own}|~{own}(?=/)|(?<![^\W_]){own}@[a-z][\w-]{{2,}}|{_IDENTITY}{own}"
         )
+    # A search for the name alone is quicker; other scripts have letters whose small form is longer.
+    lower = text.lower() if text.isascii() else None
+    if lower is not None and not any(name.lower() in lower for name in names):
+        return
     for pattern in patterns:
         for match in re.finditer(pattern, text, re.IGNORECASE):
             yield Hit(match.start(), match.end(), "a user or host name of this machine", _TAKE_OUT)
