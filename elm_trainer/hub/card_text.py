@@ -24,7 +24,7 @@ from ..evaluation.tables import (
 from ..evaluation.verdict import CONTENT_RULES, CRITERIA, UNCERTAIN, counts, read_verdict
 from .info import ATTACKS_PLOT, INSIDE_PLOT, REPORT_PLOT
 from .passages import MASK
-from .published_report import LOCAL_FILE
+from .published_report import LOCAL_FILE, PRIVATE_DATASET
 from .untrusted import code, fenced, inline, table
 
 
@@ -210,6 +210,8 @@ def _reproduce(report: Mapping[str, Any]) -> str:
         lines.append(
             f"Where it says {code(LOCAL_FILE)}, the author's own texts were used, whose SHA-256 stands above."
         )
+    if PRIVATE_DATASET in block:
+        lines.append(f"{code(PRIVATE_DATASET)} is one of the Hub that not everybody may see.")
     return f"{_list(lines)}\n\n<details>\n<summary>Settings</summary>\n\n{fenced(block, 'yaml')}\n\n</details>"
 
 

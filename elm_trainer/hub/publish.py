@@ -24,11 +24,11 @@ from ..modeling import load_model_and_tokenizer
 from .card import make_card, validate_card
 from .card_text import PICTURES
 from .commit import Publication, check_options, commit_folder, open_repository, read_text
-from .errors import BaseMismatchError, bounded_waits, named_errors, retried
+from .errors import BaseMismatchError, HubError, bounded_waits, named_errors, retried
 from .info import CARD, PUBLISHED_FILES, BaseModel, check_base, make_probes
 from .passages import without_template
 from .persons import machine_names, names_in
-from .published_report import mask_samples
+from .published_report import hub_sources, mask_samples
 from .safety import check_names
 from .scan import check_allowed, raise_findings, scan_folder
 from .stage import check_reload, stage_adapter
@@ -81,7 +81,8 @@ class PublishOptions(_Group):
             id. The reasons are logged, and those of an adapter go up in `erasure.json`.
         dry_run (`bool`, *optional*, defaults to `False`): Whether to stop before anything is sent. The folder is left
             in `staging_dir`; neither the repository nor, with `license` and a commit as `base_revision`, the base's is
-            looked at.
+            looked at, nor are data sets asked
+            for: each of the Hub reads `(private data set)` in it, public ones too.
         staging_dir (`str` or `Path`, *optional*): Where the folder is staged and kept; a temporary one by default.
             What a person wrote into a `README.md` in it goes up where the repository has none of its own.
 
@@ -217,6 +218,7 @@ def publish_adapter(
                 method=details.method,
                 questions=asked,
                 allowed=allow,
+                public_sources=() if options.dry_run else _public_sources(api, report),
             )
         with _lap(seconds, "reload"):
             check_reload(erased, tokenizer, staged, probes)
@@ -272,6 +274,19 @@ def _find_base(api: HfApi, erased: PeftModel, details: CardDetails) -> BaseModel
             raise ValueError(f"`license` is None, and {base_model} states none: say under which the adapter goes.")
     assert base_revision is not None
     return BaseModel(base_model, base_revision, base_fingerprint(erased), license, details.gguf_file)
+
+
+def _public_sources(api: HfApi, report: Mapping[str, Any]) -> set[str]:
+    """Which data sets of the recipe anybody may see, as the Hub says to one who shows no token."""
+    public = set()
+    for name in sorted(hub_sources(report.get("recipe", {}))):
+        try:
+            with bounded_waits(), named_errors(name, f"Asking whether the data set {name} is public"):
+                if not retried(lambda name=name: api.dataset_info(name, token=False)).private:
+                    public.add(name)
+        except HubError:
+            logger.warning(f"The data set {name} is private, or the Hub did not say: the card does not name it.")
+    return public
 
 
 def _check_hub_base(erased: PeftModel, base: BaseModel, token: str | bool | None) -> PreTrainedTokenizerBase:

@@ -27,6 +27,9 @@ from .secrets import readings
 
 logger = logging.get_logger(__name__)
 LOCAL_FILE = "(local file)"
+PRIVATE_DATASET = "(private data set)"
+# Settings that name where texts come from.
+SOURCES = ("forget", "retain", "synthetic", "bank", "anchors")
 # The seed, and fields of TRL's config whose default some method changes.
 ALWAYS = ("seed", "learning_rate", "lr_scheduler_type", "max_grad_norm", "max_steps", "per_device_train_batch_size")
 
@@ -78,12 +81,28 @@ def _mapping(known: Mapping[str, Public]) -> Public:
     return of_entries
 
 
-def _source(value: Any) -> Any:
-    """What was read: built in, or on the Hub; anything else is a file here."""
-    if not isinstance(value, str):
-        return None
-    built_in = (*BUILTIN_SOURCES, *BUILTIN_PAIRS, *concept_presets(), "none")
-    return value if value in built_in or is_hub_id(value) else LOCAL_FILE
+def hub_sources(recipe: Mapping[str, Any]) -> set[str]:
+    """The sources of a recipe that have the form of a Hub id."""
+    given = [recipe.get(key) or () for key in SOURCES]
+    named = [part for value in given for part in ([value] if isinstance(value, str) else value)]
+    return {name for name in named if isinstance(name, str) and name not in _built_in() and is_hub_id(name)}
+
+
+def _built_in() -> set[str]:
+    return {*BUILTIN_SOURCES, *BUILTIN_PAIRS, *concept_presets(), "none"}
+
+
+def _source_of(public_sources: Collection[str]) -> Public:
+    """What was read: built in, or public on the Hub, by its name; of anything else the kind alone."""
+
+    def source(value: Any) -> Any:
+        if not isinstance(value, str):
+            return None
+        if value in _built_in() or value in public_sources:
+            return value
+        return PRIVATE_DATASET if is_hub_id(value) else LOCAL_FILE
+
+    return source
 
 
 _DTYPE = _one_of("auto", "float32", "bfloat16", "float16", "float64")
@@ -100,7 +119,6 @@ _NUMBERS = (
 ).split()
 _KNOWN: Mapping[str, Public] = {
     **dict.fromkeys(_NUMBERS, _or_list(_number_or_flag)),
-    **dict.fromkeys(("forget", "retain", "synthetic", "bank", "anchors", "chat_template_path"), _or_list(_source)),
     "dtype": _DTYPE,
     "attn_implementation": _ATTENTION,
     "matmul_precision": _one_of("highest", "high", "medium"),
@@ -211,11 +229,13 @@ def published_report(
     attacks: Mapping[str, Any] | None = None,
     recipe: Mapping[str, Any] | None = None,
     questions: Sequence[Question] = (),
+    public_sources: Collection[str] = (),
 ) -> dict[str, Any]:
     """Turn the local reports into the one that is published.
 
     Only known keys go up, and of the recipe only known settings, each of its own type (see [`published_recipe`]). A source
-    that is a file here reads `(local file)`: the SHA-256 of its texts stands in `datasets`. Samples lose the right answer,
+    that is a file here reads `(local file)`, a data set of the Hub that is not among `public_sources` `(private data set)`:
+    number and SHA-256 of the texts stand in `datasets`. Samples lose the right answer,
     and where a model gives it about what was erased, it is masked with `▇▇▇`.
 
     Args:
@@ -225,6 +245,7 @@ def published_report(
         attacks (`Mapping`, *optional*): The attack report on the same models.
         recipe (`Mapping`, *optional*): Settings of the training. The report's own `recipe` by default.
         questions (`Sequence[Question]`, *optional*): Questions whose aliases of a right answer are masked too.
+        public_sources (`Collection[str]`, *optional*): Ids of data sets on the Hub that anybody may see.
 
     Returns:
         `dict`: an evaluation report with the further keys `concepts` (`list[str]`), `method`, `base_model` (a `dict` of
@@ -272,7 +293,7 @@ def published_report(
         "concepts": concepts,
         "method": method,
         "base_model": asdict(base_model),
-        "recipe": published_recipe(recipe, base_model, concepts),
+        "recipe": published_recipe(recipe, base_model, concepts, public_sources),
         "attacks": None if attacks is None else _public_attacks(attacks),
     }
 
@@ -310,7 +331,9 @@ def _without_paths(value: Any) -> Any:
     return LOCAL_FILE if isinstance(value, str) and _PATH.match(value) else value
 
 
-def published_recipe(recipe: Mapping[str, Any], base_model: BaseModel, concepts: Sequence[str]) -> dict[str, Any]:
+def published_recipe(
+    recipe: Mapping[str, Any], base_model: BaseModel, concepts: Sequence[str], public_sources: Collection[str] = ()
+) -> dict[str, Any]:
     """The settings of a training as they go up.
 
     Fields at TRL's default and settings of the machine are left out. So are fields that nobody here knows, and values of
@@ -321,8 +344,12 @@ def published_recipe(recipe: Mapping[str, Any], base_model: BaseModel, concepts:
         recipe (`Mapping`): Settings of the training.
         base_model ([`BaseModel`]): Stands in for the model that was trained on.
         concepts (`Sequence[str]`): What was erased, which names the output folder.
+        public_sources (`Collection[str]`, *optional*): Ids of data sets on the Hub that anybody may see. Any other reads
+            `(private data set)`, since its name may say what nobody should know.
     """
+    source = _or_list(_source_of(public_sources))
     known = {**_declared(), **_KNOWN, "concepts": _or_list(_one_of(*concepts))}
+    known |= dict.fromkeys((*SOURCES, "chat_template_path"), source)
     defaults: dict[str, Any] = {}
     for field in fields(SFTConfig):
         default = field.default_factory() if field.default_factory is not MISSING else field.default

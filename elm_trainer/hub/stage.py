@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,6 +66,7 @@ def stage_adapter(
     method: str | None = None,
     questions: Sequence[Question] = (),
     allowed: Mapping[str, str] | None = None,
+    public_sources: Collection[str] = (),
 ) -> Staged:
     """Write the folder that goes up, all but its card.
 
@@ -85,6 +86,7 @@ def stage_adapter(
             default.
         questions: Questions whose aliases of a right answer are masked in samples.
         allowed: Reasons why findings of the scan may be published, by their ids.
+        public_sources: Ids of data sets on the Hub that anybody may see: their names go up.
 
     Returns:
         [`Staged`]: `output_dir`, with the adapter's config and the report as they were written.
@@ -101,7 +103,14 @@ def stage_adapter(
     config, tensors = _read_adapter(adapter)
     _check_measured(tensors, config, report)
     method = method or _method_of(adapter)
-    published = published_report(report, base_model=base_model, method=method, attacks=attacks, questions=questions)
+    published = published_report(
+        report,
+        base_model=base_model,
+        method=method,
+        attacks=attacks,
+        questions=questions,
+        public_sources=public_sources,
+    )
     tokenizer = _changed_tokenizer(adapter, base_tokenizer)
     config = _published_config(config, base_model)
 

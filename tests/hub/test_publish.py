@@ -149,6 +149,20 @@ def test_a_dry_run_with_base_and_licence_given_asks_the_hub_nothing(hub, publish
     assert (tmp_path / "staged" / "README.md").exists()
 
 
+def test_a_data_set_is_named_only_where_anybody_may_see_it(hub, hub_api, local, publish, tmp_path):
+    hub_api.create_repo("alice/open-texts", repo_type="dataset")
+    hub_api.create_repo("alice/secret-texts", repo_type="dataset", private=True)
+    sources = ["everyday", "alice/open-texts", "alice/secret-texts", "alice/no-texts"]
+    report = local.report | {"recipe": local.report["recipe"] | {"retain": sources}}
+
+    publish(report=report)
+
+    recipe = json.loads(hub.files(REPO)["report.json"])["recipe"]
+    assert recipe["retain"] == ["everyday", "alice/open-texts", "(private data set)", "(private data set)"]
+    card = hub.files(REPO)["README.md"].decode()
+    assert "- alice/open-texts\n" in card and "secret-texts" not in card and "not everybody may see" in card
+
+
 def test_what_is_planted_in_the_card_is_stopped_before_the_repository_is_made(hub, publish, tmp_path):
     publish(dry_run=True, staging_dir=tmp_path / "staged")
     card = tmp_path / "staged" / "README.md"

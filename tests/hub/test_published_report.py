@@ -23,7 +23,8 @@ from .reports import BASE, RECIPE
 
 
 def publish(report, **settings):
-    return published_report(report, **{"base_model": BASE, "method": "ElmTrainer"} | settings)
+    public = {"public_sources": {"org/retain-texts", "org/texts"}}
+    return published_report(report, **{"base_model": BASE, "method": "ElmTrainer"} | public | settings)
 
 
 @pytest.fixture
@@ -134,6 +135,21 @@ PLANTED = {
     "metric_for_best_model": "SENT", "include_for_metrics": ["SENT"], "label_names": ["SENT"], "torch_compile_backend": "SENT",
     "targets_dir": "SENT", "accelerator_config": {"SENT": "SENT"}, "deepspeed": "SENT.json", "dataset_text_field": "SENT",
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("key", ["forget", "retain", "synthetic", "bank", "anchors"])
+def test_of_a_data_set_of_the_hub_that_is_not_public_the_kind_alone_is_published(report, key):
+    recipe = {"seed": 0, "forget": ["capitals"], key: ["org/texts", "SENT-corp/private-dataset", "none"]}
+    assert publish(report, recipe=recipe)["recipe"][key] == ["org/texts", "(private data set)", "none"]
+    assert publish(report, recipe=recipe, public_sources=())["recipe"][key][0] == "(private data set)"
+
+
+@pytest.mark.parametrize("flag", ["eval_on_start", "group_by_length", "packing", "tf32"])
+def test_a_flag_of_trls_config_says_nothing_of_anybody_and_is_published(report, flag):
+    if flag in SFTConfig.__dataclass_fields__:
+        recipe = {"seed": 0, "forget": ["capitals"], flag: True}
+        assert publish(report, recipe=recipe)["recipe"][flag] is True
+        assert flag not in publish(report, recipe=recipe | {flag: "SENT"})["recipe"]
 
 
 @pytest.mark.parametrize("name", PLANTED)
