@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 SAMPLES = 64
 
 
-def base_fingerprint(model: PreTrainedModel | PeftModel) -> dict[str, str]:
+def base_fingerprint(model: PreTrainedModel | PeftModel, rows: int | None = None) -> dict[str, str]:
     """SHA-256 over names, shapes and evenly spaced samples of the base model's tensors.
 
     It is the same with and without an adapter, and with weights loaded as bfloat16 or float32, since the samples are
@@ -28,6 +28,8 @@ def base_fingerprint(model: PreTrainedModel | PeftModel) -> dict[str, str]:
 
     Args:
         model: The base, or an adapter on it.
+        rows: Rows of embeddings and head that count, where the model has further ones for tokens that were added. All by
+            default.
 
     Returns:
         `dict[str, str]`: `"weights"` over all tensors, and `"unquantized"` over embeddings, output head, norms and
@@ -40,12 +42,15 @@ def base_fingerprint(model: PreTrainedModel | PeftModel) -> dict[str, str]:
     head = base.get_output_embeddings()
     kept = {id(tensor) for tensor in head.parameters()} if head is not None else set()
     quantized = is_quantized(base)
+    tokens = base.get_input_embeddings().weight.shape[0]
     found: list[tuple[str, bool, torch.Tensor]] = []
     for name, module, tensor in _base_tensors(base):
         is_small = tensor.dim() < 2 and name.rpartition(".")[2] in ("weight", "bias")
         stays = is_small or isinstance(module, nn.Embedding) or id(tensor) in kept
         if quantized and not stays:
             continue
+        if (isinstance(module, nn.Embedding) or id(tensor) in kept) and tensor.shape[0] == tokens:
+            tensor = tensor[:rows]
         if tensor.device.type == "meta":
             raise ValueError(
                 f"`{name}` was offloaded to disk or to the processor, and cannot be read for the fingerprint: load the "

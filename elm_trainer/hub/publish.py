@@ -203,7 +203,9 @@ def publish_adapter(
             names = machine_names(public=names_in(repo_id, base.id))
             report, whole = mask_samples(report, forget=forget_texts, names=names)
             probes = make_probes(erased, tokenizer, {**report, "samples": whole})
-            hub_tokenizer = tokenizer if options.dry_run else _check_hub_base(erased, base, api.token)
+            hub_tokenizer = tokenizer
+            if not options.dry_run:
+                hub_tokenizer, base = _check_hub_base(erased, base, api.token)
         with _lap(seconds, "stage"):
             if staging_dir is None:
                 staging_dir = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "adapter"
@@ -289,13 +291,21 @@ def _public_sources(api: HfApi, report: Mapping[str, Any]) -> set[str]:
     return public
 
 
-def _check_hub_base(erased: PeftModel, base: BaseModel, token: str | bool | None) -> PreTrainedTokenizerBase:
-    """Hold the base on the Hub to the fingerprint of the one at hand, and return its tokenizer."""
+def _check_hub_base(
+    erased: PeftModel, base: BaseModel, token: str | bool | None
+) -> tuple[PreTrainedTokenizerBase, BaseModel]:
+    """Hold the base on the Hub to the fingerprint of the one at hand, and return its tokenizer and what it is.
+
+    Where tokens were added, the one at hand has further rows, which the adapter's file brings along.
+    """
     # Loaded even where the one at hand came from the Hub: transformers does not keep which commit that was.
     with named_errors(base.id, f"Loading the base {base.id}"):
         hub_model, hub_tokenizer = load_model_and_tokenizer(
             base.id, revision=base.revision, gguf_file=base.gguf_file, token=token if isinstance(token, str) else None
         )
+    rows = hub_model.get_input_embeddings().weight.shape[0]
+    if rows < erased.get_base_model().get_input_embeddings().weight.shape[0]:
+        base = replace(base, fingerprint=base_fingerprint(erased, rows))
     try:
         check_base(hub_model, base.fingerprint, base.id)
     except BaseMismatchError as error:
@@ -304,7 +314,7 @@ def _check_hub_base(erased: PeftModel, base: BaseModel, token: str | bool | None
             f"{erased.get_base_model().config._name_or_path!r}): name the repository, `base_revision` and `gguf_file` "
             "that they came from."
         ) from error
-    return hub_tokenizer
+    return hub_tokenizer, base
 
 
 @contextmanager

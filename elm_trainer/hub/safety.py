@@ -100,6 +100,14 @@ def add_tokens(path: Path, config: Mapping[str, Any], base: PreTrainedModel, tok
     return True
 
 
+def holds_embeddings(path: Path, base: PreTrainedModel) -> bool:
+    """Whether a file holds whole embeddings, as PEFT saves them along where tokens were added."""
+    given = base.get_input_embeddings()
+    places = tuple(f"base_model.model.{name}." for name, module in base.named_modules() if module is given)
+    shape = tuple(given.weight.shape)
+    return any(name.startswith(places) and found == shape for name, found in read_header(path).items())
+
+
 def check_tensors(path: Path, config: Mapping[str, Any], base: PreTrainedModel, *, embeddings: bool = False) -> None:
     """Check that the tensors of a file are those that an adapter of this configuration has on this base, all finite.
 

@@ -39,7 +39,7 @@ from .info import (
     Probe,
 )
 from .published_report import published_report
-from .safety import check_folder, check_tensors
+from .safety import check_folder, check_tensors, holds_embeddings
 
 
 logger = logging.get_logger(__name__)
@@ -160,7 +160,14 @@ def check_reload(
     erased: PeftModel, tokenizer: PreTrainedTokenizerBase, staged: Staged, probes: Sequence[Probe]
 ) -> None:
     """Raise `ReloadError` unless the staged adapter gives the logits of the one at hand, bit for bit."""
-    check_tensors(staged.folder / ADAPTER_WEIGHTS, staged.config, erased.get_base_model())
+    weights = staged.folder / ADAPTER_WEIGHTS
+    try:
+        check_tensors(weights, staged.config, erased.get_base_model())
+    except UnsafeAdapterError:
+        # Where tokens were added, PEFT saves the embeddings along.
+        if not holds_embeddings(weights, erased.get_base_model()):
+            raise
+        check_tensors(weights, staged.config, erased.get_base_model(), embeddings=True)
     texts = ["Once upon a time there was a town.", *(probe.prompt + probe.answer for probe in probes[:3])]
     batches = [tokenizer(text, return_tensors="pt").to(erased.device) for text in texts]
     active = erased.active_adapter
