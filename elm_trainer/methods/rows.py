@@ -21,6 +21,23 @@ COLUMNS = (
 )  # fmt: skip
 
 
+def check_texts(dataset: Dataset, name: str) -> None:
+    """Raise `ValueError` unless a dataset called `name` holds text in each row, and not empty texts alone."""
+    plain = dataset.with_format(None)
+    completions = plain["completion"][:]
+    for column in ("concept", "forget", "retain", "prompt", "completion"):
+        values = plain[column][:]
+        for row, (value, completion) in enumerate(zip(values, completions, strict=True)):
+            without_pair = value is None and not completion and column in ("prompt", "completion")
+            if not isinstance(value, str) and not without_pair:
+                raise ValueError(
+                    f"`{name}`, row {row}: `{column}` is {str(value)[:60]}, of type {type(value).__name__}, where text is "
+                    "needed: correct the row or leave it out."
+                )
+        if column in ("forget", "retain") and not any(map(str.strip, values)):
+            raise ValueError(f"`{name}` has only empty texts in its column {column!r}: fill the {column} set.")
+
+
 def tokenize_row(
     example: Mapping[str, Any], processing_class: PreTrainedTokenizerBase, limit: int | None
 ) -> dict[str, Any]:
@@ -83,7 +100,7 @@ def tokenize_dataset(
         return tokens | ({length: sum(len(tokens[f"{side}_ids"]) for side in SIDES)} if length else {})
 
     # Names of the texts are kept apart from their tokens, which alone stay in the dataset.
-    dataset = dataset.map(
+    dataset = dataset.with_format(None).map(
         tokenize,
         remove_columns=dataset.column_names,
         num_proc=args.dataset_num_proc,

@@ -19,6 +19,7 @@ from trl.trainer.utils import create_model_from_path
 
 from ..data.tokens import text_tokenizer
 from ..modeling import LINEAR, adapter_disabled, evaluating, is_partitioned
+from .rows import check_texts
 
 
 logger = logging.get_logger(__name__)
@@ -175,9 +176,8 @@ def check_columns(datasets: Mapping[str, Any]) -> None:
             )
         if len(dataset) == 0:
             raise ValueError(f"`{name}` is empty: it needs forget and retain texts.")
-        for column in ("forget", "retain"):
-            if column in dataset.column_names and not any(text and text.strip() for text in dataset[column]):
-                raise ValueError(f"`{name}` has only empty texts in its column {column!r}: fill the {column} set.")
+        if "forget_ids" not in dataset.column_names:
+            check_texts(dataset, name)
 
 
 def check_adapter(model: PreTrainedModel | PeftModel, peft_config: PeftConfig | None) -> None:
