@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -284,7 +285,7 @@ def _public_sources(api: HfApi, report: Mapping[str, Any]) -> set[str]:
     for name in sorted(hub_sources(report.get("recipe", {}))):
         try:
             with bounded_waits(), named_errors(name, f"Asking whether the data set {name} is public"):
-                if not retried(lambda name=name: api.dataset_info(name, token=False)).private:
+                if not retried(partial(api.dataset_info, name, token=False)).private:
                     public.add(name)
         except HubError:
             logger.warning(f"The data set {name} is private, or the Hub did not say: the card does not name it.")
