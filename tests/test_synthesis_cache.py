@@ -11,12 +11,13 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from elm_trainer.concept import Concept
 from elm_trainer.files import sealed
 from elm_trainer.synthesis import PIVOTS, SynthesisConfig, _resumable, synthesize_completions
+from tests.fuzz import fuzz
 
 
 BATCHES = 4
@@ -95,7 +96,7 @@ def test_what_a_damaged_file_lacks_is_sampled_again_and_nothing_else(how, end, t
     assert resume(tmp_path, calls) == EXPECTED and len(calls) == lacking
 
 
-@settings(max_examples=int(os.environ.get("ELM_FUZZ", 60)), deadline=None)
+@fuzz(60)
 @given(data=st.data())
 def test_no_damage_whatever_makes_wrong_rows_or_another_error(data):
     content = bytearray("".join(line + "\n" for line in LINES).encode())

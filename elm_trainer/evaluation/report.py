@@ -27,6 +27,18 @@ KINDS = ("evaluation", "attacks", "comparison", "gold-standard")
 PACKAGES = ("elm-trainer", "torch", "transformers", "trl", "peft", "datasets", "accelerate")
 
 
+# Parts of a report, and what each of their own parts must be.
+_FORMS: dict[str, tuple[type, type | None]] = {
+    "reference_sha256": (str, None),
+    "erased_sha256": (str, None),
+    "figures": (dict, dict),
+    "items": (dict, dict),
+    "datasets": (dict, dict),
+    "roles": (dict, str),
+    "samples": (list, dict),
+}
+
+
 def read_report(path: str | Path, kind: str = "evaluation") -> dict[str, Any]:
     """Read a report.
 
@@ -49,13 +61,20 @@ def read_report(path: str | Path, kind: str = "evaluation") -> dict[str, Any]:
 
 
 def check_report(report: Mapping[str, Any], kind: str = "evaluation", *, name: str = "The report") -> None:
-    """Raise `ValueError`, which calls the report `name`, unless it has this version's schema and is of a kind."""
+    """Raise `ValueError`, which calls the report `name`, unless it has this version's schema and form and is of a kind."""
     found = report.get("schema_version")
     if found != SCHEMA_VERSION:
         fix = "upgrade elm-trainer" if isinstance(found, int) and found > SCHEMA_VERSION else "measure again"
         raise ValueError(f"{name} has schema_version {found}, but this version reads {SCHEMA_VERSION}: {fix}.")
     if report.get("kind") != kind:
         raise ValueError(f"{name} is of the kind {report.get('kind')!r}, not {kind!r}: name another file.")
+    for key, (form, parts) in _FORMS.items():
+        value = report.get(key, form())
+        entries = value.values() if isinstance(value, dict) else value
+        if not isinstance(value, form) or parts and not all(isinstance(part, parts) for part in entries):
+            raise ValueError(
+                f"{name} has a `{key}` of another form than its own: name another file, or measure again."
+            )
 
 
 def environment(seconds: Mapping[str, float]) -> dict[str, Any]:
@@ -128,6 +147,8 @@ def compare_reports(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict
                 f"`{name}` is of type {type(report).__name__}: give a report, such as `read_report(path)`."
             )
         check_report(report, name=f"`{name}`")
+        if missing := sorted({"reference_sha256", "datasets", "figures", "items"} - report.keys()):
+            raise ValueError(f"`{name}` is a report without `{missing[0]}`: measure again.")
     if first["reference_sha256"] != second["reference_sha256"]:
         raise ValueError(
             f"The reports have different reference models (`reference_sha256` {first['reference_sha256'][:12]} and "
@@ -135,7 +156,9 @@ def compare_reports(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict
         )
     one, other = first["datasets"], second["datasets"]
     # The training data are there too, and may differ.
-    asked = {name for name in one.keys() | other.keys() if name.split()[0] in ("bank", "open", "cloze", "texts")}
+    asked = {
+        name for name in one.keys() | other.keys() if name.partition(" ")[0] in ("bank", "open", "cloze", "texts")
+    }
     if different := sorted(name for name in asked if one.get(name) != other.get(name)):
         name = different[0]
         raise ValueError(
@@ -146,9 +169,14 @@ def compare_reports(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict
     for name in first["figures"]:
         # Those of all ways of asking together are made of the others' items.
         if name in second["figures"] and name in first["items"]:
-            statistic = first["figures"][name]["statistic"]
-            sides = [Items(statistic, **report["items"][name]["erased"]) for report in (first, second)]
-            compared[name] = {"first": sides[0].estimate().to_dict(), "second": sides[1].estimate().to_dict()}
-            compared[name] |= change(*sides)
+            try:
+                statistic = first["figures"][name]["statistic"]
+                sides = [Items(statistic, **report["items"][name]["erased"]) for report in (first, second)]
+                compared[name] = {"first": sides[0].estimate().to_dict(), "second": sides[1].estimate().to_dict()}
+                compared[name] |= change(*sides)
+            except (KeyError, TypeError, ValueError, IndexError, AttributeError, ArithmeticError) as error:
+                raise ValueError(
+                    f"What the reports say of {name!r} cannot be compared ({error!r}): measure again."
+                ) from error
     correct_p(compared)
     return compared

@@ -5,12 +5,12 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
-import hypothesis
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from elm_trainer.files import Journal, sealed
+from tests.fuzz import fuzz
 
 
 def test_finished_work_is_not_done_again(tmp_path):
@@ -126,7 +126,7 @@ def test_what_cannot_be_read_or_written_is_named(tmp_path, monkeypatch):
     assert Journal(tmp_path / "full.jsonl", {}).once("a", {}, lambda: 0)["result"] == 1
 
 
-@hypothesis.settings(max_examples=int(os.environ.get("ELM_FUZZ", 60)), deadline=None)
+@fuzz(60)
 @given(data=st.data())
 def test_no_damage_whatever_makes_a_wrong_row_or_another_error(data):
     expected = {f"row {number}": [number, "text é"] for number in range(3)}

@@ -4,7 +4,6 @@ A row says which file holds what, which error is raised, and a word of its messa
 """
 
 import json
-import os
 import pickle
 import re
 import shutil
@@ -17,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
@@ -27,13 +26,13 @@ from elm_trainer.hub.errors import BaseMismatchError, HubError, UnsafeAdapterErr
 from elm_trainer.hub.info import ErasureInfo
 from elm_trainer.hub.load import load_base, load_erased
 from elm_trainer.hub.safety import read_header
+from tests.fuzz import fuzz
 
 from .data.make_adapter import FOLDER, tiny_base
 from .published import adapt, edit_json, seal, write_published
 
 
 SECONDS = 5
-EXAMPLES = int(os.environ.get("ELM_FUZZ_EXAMPLES", "40"))
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -46,12 +45,7 @@ TOKENIZER_FILES = (
 )
 EVIL = r"([a-z_.0-9]+)+!"
 TIGHT = "".join(f"({c}|{c})" for c in "model_layers_1_self_attn_q_proj")
-FUZZ = settings(
-    max_examples=EXAMPLES,
-    deadline=None,
-    derandomize=EXAMPLES == 40,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
+FUZZ = fuzz(40)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import time
 
 import pytest
 from huggingface_hub.utils import yaml_dump
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
@@ -15,6 +15,7 @@ from elm_trainer.hub.card import keep_written, make_card
 from elm_trainer.hub.leaderboard import SORTS, find_cards, rank, read_entries, write_leaderboard
 from elm_trainer.hub.untrusted import MOST_YAML_BYTES as MOST_BYTES
 from elm_trainer.hub.untrusted import read_metadata
+from tests.fuzz import fuzz
 
 from .cards import example_report, small_report
 
@@ -188,7 +189,7 @@ scalars = st.one_of(
 )  # fmt: skip
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@fuzz(60)
 @given(st.data())
 def test_metadata_of_any_kind_in_any_place_end_in_a_row_or_a_reason(tmp_path, data):
     meta = read_metadata(GOOD)
@@ -206,7 +207,7 @@ def test_metadata_of_any_kind_in_any_place_end_in_a_row_or_a_reason(tmp_path, da
     assert len(entries) + len(skipped) == 2 and entries[0].repo == "alice/good"
 
 
-@settings(max_examples=60, deadline=None)
+@fuzz(60)
 @given(st.text(st.sampled_from("---\n\r:-[]{}&*!|>'\"%@`#,? ab1\t\x00\ud800\ufeff"), max_size=80))
 def test_text_of_any_kind_ends_in_a_row_or_a_reason(text):
     entries, skipped = read_entries([("mallory/odd", text), ("mallory/more", head(text + "\n"))])
