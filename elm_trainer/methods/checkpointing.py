@@ -33,13 +33,13 @@ logger = logging.get_logger(__name__)
 # Written last, when every process has written its part. It holds the launch, and the checksums of all files.
 FINISHED_FILE = "erasure_checkpoint.json"
 _ASIDE = ".former"
-# What the Trainer resumes from, where one process holds it all.
+# What the Trainer resumes from, where one process holds it all. An adapter with a name of its own is a folder deeper.
 _NEEDED = {
-    "adapter_model.safetensors": "*model*.safetensors",
-    "trainer_state.json": "trainer_state.json",
-    "optimizer.pt": "optimizer.pt",
-    "scheduler.pt": "scheduler.pt",
-    "rng_state.pth": "rng_state*.pth",
+    "adapter_model.safetensors": ("*model*.safetensors", "*/adapter_model.safetensors"),
+    "trainer_state.json": ("trainer_state.json",),
+    "optimizer.pt": ("optimizer.pt",),
+    "scheduler.pt": ("scheduler.pt",),
+    "rng_state.pth": ("rng_state*.pth",),
 }
 
 
@@ -228,15 +228,15 @@ def damage(checkpoint: Path) -> str | None:
         return reason
     if launch.sharding == "none":
         # FSDP and DeepSpeed have names of their own.
-        for name, pattern in _NEEDED.items():
-            if not any(path.is_file() for path in checkpoint.glob(pattern)):
+        for name, patterns in _NEEDED.items():
+            if not any(path.is_file() for pattern in patterns for path in checkpoint.glob(pattern)):
                 return f"{name} is missing"
     return _unreadable(checkpoint) if files is None else None
 
 
 def _unreadable(checkpoint: Path) -> str | None:
     """What can be seen of damage where there are no checksums."""
-    for path in sorted(path for path in checkpoint.iterdir() if path.is_file()):
+    for path in sorted(path for path in checkpoint.rglob("*") if path.is_file()):
         try:
             if path.suffix == ".json":
                 json.loads(path.read_bytes())

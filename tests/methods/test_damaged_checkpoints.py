@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 
 from elm_trainer import ConceptSources, ElmConfig, ElmTrainer, build_erasure_dataset
 from elm_trainer.files import UNFINISHED
@@ -31,6 +31,7 @@ from elm_trainer.methods.checkpointing import (
     rotate,
 )
 from elm_trainer.run_lock import FolderInUseError
+from tests.fuzz import fuzz
 from tests.test_run_lock import start
 
 from .methods import tiny, trained
@@ -58,7 +59,7 @@ DAMAGES = {
 }
 
 
-def make(output, tokenizer, **options):
+def make(output, tokenizer, name=None, **options):
     dataset = build_erasure_dataset(
         {"capitals": ConceptSources(["Oslo is the capital of Norway.", "Rome is the capital."], [["Bread is good."]])},
         size=8,
@@ -72,10 +73,10 @@ def make(output, tokenizer, **options):
         )
         | options,
     )  # fmt: skip
-    return ElmTrainer(
-        tiny("llama", len(tokenizer)), args, train_dataset=dataset, processing_class=tokenizer,
-        peft_config=LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.1),
-    )  # fmt: skip
+    model, lora = tiny("llama", len(tokenizer)), LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.1)
+    if name is not None:
+        model, lora = get_peft_model(model, lora, adapter_name=name), None
+    return ElmTrainer(model, args, train_dataset=dataset, processing_class=tokenizer, peft_config=lora)
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +139,7 @@ def test_a_folder_in_place_of_a_file_and_a_mark_of_another_kind_are_damage(run):
         assert FINISHED_FILE in damage(run / "checkpoint-4")
 
 
-@settings(max_examples=int(os.environ.get("ELM_FUZZ", 40)), deadline=None, suppress_health_check=list(HealthCheck))
+@fuzz(40)
 @given(data=st.data())
 def test_no_flipped_bit_of_any_file_is_overlooked(data, whole):
     checkpoint = whole[0] / "checkpoint-4"
@@ -177,6 +178,18 @@ def test_a_run_goes_back_behind_a_damaged_checkpoint_to_the_same_result(whole, r
     again = resumes(run, tokenizer, whole[1], save_total_limit=1)
     assert [path.name for path in checkpoints(run)] == ["checkpoint-4"]
     assert again.args.save_total_limit == 1
+
+
+def test_a_run_with_a_named_adapter_goes_on_and_sees_damage_in_its_folder(tokenizer, tmp_path):
+    first = make(tmp_path, tokenizer, "mine")
+    first.train()
+    weights = tmp_path / "checkpoint-2" / "mine" / "adapter_model.safetensors"
+    content = weights.read_bytes()
+    spoil(weights, "a flipped bit")
+    assert "mine/adapter_model.safetensors" in damage(tmp_path / "checkpoint-2")
+    weights.write_bytes(content)
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    resumes(tmp_path, tokenizer, trained(first.model), name="mine")
 
 
 def test_a_run_goes_on_from_a_checkpoint_of_before(whole, run, tokenizer):
