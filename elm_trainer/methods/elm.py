@@ -11,6 +11,7 @@ from transformers.utils import logging
 
 from ..concept import Concept, load_concept
 from ..data.collator import ElmDataCollator
+from ..modeling import decoder_layers, reentrant
 from ..ops import (
     STATES,
     LogTarget,
@@ -34,6 +35,17 @@ from .base import ErasureTrainer
 from .contrast import contrast_adapter
 from .elm_config import ElmConfig, stored_targets
 from .forward import SUB_BATCHES, batch_mean, nll_reading, weighted_batches
+from .novice_states import (
+    check_novices,
+    check_state_layers,
+    default_state_layers,
+    layer_outputs,
+    measure_scale,
+    novice_mean,
+    state_loss,
+    states_at,
+    supervised_places,
+)
 from .targets import TargetPlan, Teacher, precompute_targets
 
 
@@ -43,11 +55,11 @@ logger = logging.get_logger(__name__)
 class ElmTrainer(ErasureTrainer):
     """Trainer for Erasure of Language Memory (ELM).
 
-    `Loss = λe·erase + λr·retain + λc·consistency`, each the mean over rows of the mean over their text's positions (0 for a
+    `Loss = λe·erase + λs·state + λr·retain + λc·consistency`, each the mean over rows of the mean over their text's positions (0 for a
     row without a synthetic pair; those of the erase term include what follows the text's last token, but for a
     counterfactual novice):
     soft cross-entropy with [`erasure_target`] on forget text (with `log_tokens`: [`log_space_divergence`] and
-    [`log_space_loss`] to [`log_space_target`]); KL, argmax cross-entropy or [`log_space_divergence`] to the reference on
+    [`log_space_loss`] to [`log_space_target`]), or [`state_loss`] to a counterfactual novice's states; KL, argmax cross-entropy or [`log_space_divergence`] to the reference on
     retain text; negative log-likelihood of the completion of synthetic pairs.
 
     Takes the arguments of [`~trl.SFTTrainer`] and raises what [`ErasureTrainer`] raises.
@@ -79,6 +91,13 @@ class ElmTrainer(ErasureTrainer):
                     f"`consistency_weight` is {args.consistency_weight}, but no row of the dataset has a synthetic pair (columns "
                     "`prompt` and `completion`), so there is no consistency term: add pairs, or set it to 0."
                 )
+        # Layers of the state term, and its scale, `[layers, hidden]`.
+        self._state_layers: list[int] = []
+        if args.state_weight:
+            depth = len(decoder_layers(self.accelerator.unwrap_model(self.model)))
+            self._state_layers = args.state_layers or default_state_layers(depth)
+            if self.train_dataset is not None:
+                self._state_scale = measure_scale(self, self._state_layers)
         if stored := precompute_targets(self, self.target_plan()):
             self.data_collator.targets = stored
         if args.contrast_rows and self.train_dataset is not None:
@@ -91,8 +110,13 @@ class ElmTrainer(ErasureTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         args = self.args
-        weights = {"erase": args.erase_weight, "retain": args.retain_weight, "consistency": args.consistency_weight}
-        batches = weighted_batches(inputs, weights)
+        weights = {
+            "erase": args.erase_weight,
+            "state": args.state_weight,
+            "retain": args.retain_weight,
+            "consistency": args.consistency_weight,
+        }
+        batches = weighted_batches(inputs, _by_batch(weights))
         targets = {
             term: batches[term].get("target") or self.target(model, term, batches[term])
             for term in ("erase", "retain")
@@ -100,13 +124,19 @@ class ElmTrainer(ErasureTrainer):
         }
         readings = {term: self._position_loss(term, batch, targets.get(term)) for term, batch in batches.items()}
         further = {term: [target["states"]] for term, target in targets.items() if "states" in target}
-        losses = self.forward_positions(model, batches, readings, further)  # [positions] each
-        if "erase" in losses:
-            losses["erase"] = losses["erase"] * targets["erase"]["weights"]
+        with layer_outputs(self, model, self._state_layers) as outputs:
+            losses = self.forward_positions(model, batches, readings, further)  # [positions] each
+        if self._state_layers:
+            losses["state"] = self._state_losses(model, batches, outputs, targets["erase"]["novice_states"])
+        if not args.erase_weight:
+            losses.pop("erase", None)
+        for term in {"erase", "state"} & losses.keys():
+            losses[term] = losses[term] * targets["erase"]["weights"]
         if "retain" in losses and args.retain_focus:
             moved = losses["retain"].detach().clamp(min=1e-6)
             losses["retain"] = losses["retain"] * _weights(moved, batches["retain"], args.retain_focus)
         rows = inputs["forget"]["input_ids"].size(0)
+        batches["state"] = batches.get("erase")
         terms = {term: batch_mean(values, batches[term], rows) for term, values in losses.items()}
         if self._consistent and "consistency" not in terms:
             # Logged as it counts: a batch without pairs is one whose rows add nothing.
@@ -120,6 +150,8 @@ class ElmTrainer(ErasureTrainer):
         """The loss of each position of a term, as a function of its logits."""
         if target is None:
             return nll_reading(batch)
+        if term == "erase" and not self.args.erase_weight:
+            return STATES  # no logits are read where the state term stands alone
         if term == "retain" and self.args.retain_loss == "log":
             return lambda logits, where, reference: log_space_divergence(logits, reference)
         if term == "erase" and self.args.log_tokens:
@@ -149,7 +181,8 @@ class ElmTrainer(ErasureTrainer):
 
         Returns:
             `dict[str, torch.Tensor]`: for each position, `indices` with `probs` or `log_probs`, `[positions, tokens]`, or
-            what enters the reference's head, `states`, `[positions, hidden]`; of the erase term also `weights`.
+            what enters the reference's head, `states`, `[positions, hidden]`; of the erase term also `weights`, and for
+            the state term `novice_states`, `[positions, layers·hidden]`.
         """
         if term == "erase":
             return self._erase_target(model, batch)
@@ -176,31 +209,51 @@ class ElmTrainer(ErasureTrainer):
                 # Without a novice of its own, the reference is the novice.
                 expert, novice = mean_log_probs(experts), mean_log_probs(novices or [base])
             apart = disagreement(expert, novice)
+            if not args.erase_weight:
+                return (apart,)
             if args.log_tokens:
-                return (*log_space_target(base, expert, novice, eta=eta[where], tokens=args.log_tokens), apart)
+                return (apart, *log_space_target(base, expert, novice, eta=eta[where], tokens=args.log_tokens))
             assert args.tau is not None  # `ElmConfig.__post_init__` has filled what was left out.
             target = erasure_target(
                 base, expert, novice, eta=eta[where], temperature=args.tau, top_k=args.top_k,
                 plausibility=args.plausibility,
             )  # fmt: skip
-            return (*target, apart)
+            return (apart, *target)
 
         batches, readings = {"base": batch}, dict[str, Reading](base=read)
-        states = ("base",) if args.log_tokens else ()
+        states = ("base",) if args.log_tokens and args.erase_weight else ()
+        outputs: list[torch.Tensor] = []
         with self.reference(model):
             if counterfactual:
                 if "extra" in counterfactual:
                     batches["extra"], readings["extra"] = counterfactual["extra"], STATES
                 beside = {"base": counterfactual["index"]}
-                found = self.forward_positions(model, batches, readings, beside=beside, states=states)["base"]
+                with layer_outputs(self, model, self._state_layers) as outputs:
+                    found = self.forward_positions(model, batches, readings, beside=beside, states=states)["base"]
             else:
                 others = {f"{side}s": self._states(model, side, batch) for side in ("expert", "novice")}
                 found = self.forward_positions(model, batches, readings, {"base": others}, states=states)["base"]
-        indices, values, apart, *kept = found
-        weights = _weights(apart, batch, args.fact_share)
-        if args.log_tokens:
-            return {"indices": indices, "log_probs": values, "weights": weights, "states": kept[0]}
-        return {"indices": indices, "probs": values, "weights": weights}
+        target = dict(
+            zip(("apart", "indices", "log_probs" if args.log_tokens else "probs", "states"), found, strict=False)
+        )
+        target["weights"] = _weights(target.pop("apart"), batch, args.fact_share)
+        if counterfactual and outputs:
+            slots = self.pack(model, list(batches.values())).slots
+            novices = novice_mean(outputs, slots, counterfactual["index"])
+            target["novice_states"] = novices.flatten(1)
+        return target
+
+    def _state_losses(
+        self,
+        model: nn.Module,
+        batches: Mapping[str, Mapping[str, Any]],
+        outputs: Sequence[torch.Tensor],
+        novice: torch.Tensor,
+    ) -> torch.Tensor:
+        """The [`state_loss`] of each position of forget text, which is the first of the sub-batches."""
+        slots = self.pack(model, list(batches.values())).slots
+        hidden = states_at(outputs, slots[supervised_places(batches["erase"])])
+        return state_loss(hidden, novice.view(hidden.shape), self._state_scale)
 
     def _eta(self, batch: Mapping[str, Any]) -> torch.Tensor:
         """η of each position of the forget text, `[positions]`: that of the token which predicts the next, as released."""
@@ -230,15 +283,18 @@ class ElmTrainer(ErasureTrainer):
     def target_plan(self) -> TargetPlan:
         """What is computed once for all training rows: the targets of both terms."""
         args, config = self.args, self.model.config.get_text_config()
-        layout, settings, columns = stored_targets(args, config.vocab_size, config.hidden_size)
+        layout, settings, columns = stored_targets(args, config.vocab_size, config.hidden_size, self._state_layers)
 
         def compute(inputs: dict[str, Any]) -> list[dict[str, torch.Tensor]]:
             parts: list[dict[str, torch.Tensor]] = [{} for _ in inputs["forget"]["lengths"]]
-            batches = weighted_batches(inputs, {"erase": args.erase_weight, "retain": args.retain_weight})
+            weights = {"erase": args.erase_weight, "state": args.state_weight, "retain": args.retain_weight}
+            batches = weighted_batches(inputs, _by_batch(weights))
             for term, batch in batches.items():
                 counts = torch.bincount(batch["rows"], minlength=len(parts)).tolist()
                 for key, values in self.target(self.model, term, batch).items():
                     name = f"{SUB_BATCHES[term]}_{key}"
+                    if name not in layout.fields:
+                        continue
                     if values.dim() == 2:
                         values = values[:, : layout.fields[name].width]
                     for part, piece in zip(parts, values.cpu().split(counts), strict=True):
@@ -295,10 +351,25 @@ class ElmTrainer(ErasureTrainer):
                 "and never used: leave its `concepts` out, or set `expert_steps` to 0."
             )
         if _is_counterfactual(args):
-            _check_novices(datasets)
+            check_novices(datasets)
+        if args.state_weight:
+            if reentrant(args):
+                raise ValueError(
+                    "`gradient_checkpointing_kwargs` has `use_reentrant=True` (DeepSpeed ZeRO-3 forces it), through which no "
+                    "gradient reaches what layers give: set it to False, `gradient_checkpointing=False`, or `state_weight=0`."
+                )
+            depth = len(decoder_layers(model))
+            check_state_layers(args.state_layers or default_state_layers(depth), depth)
         vocabulary = model.config.get_text_config().vocab_size
         if args.top_k > vocabulary:
             raise ValueError(f"`top_k` is {args.top_k}, but the vocabulary has {vocabulary} tokens: lower it.")
+
+
+def _by_batch(weights: Mapping[str, float]) -> dict[str, float]:
+    """The weights by sub-batch: the state term reads that of the erase term."""
+    return {"erase": max(weights["erase"], weights["state"])} | {
+        term: weight for term, weight in weights.items() if term not in ("erase", "state")
+    }
 
 
 def _weights(values: torch.Tensor, batch: Mapping[str, Any], share: float) -> torch.Tensor:
@@ -306,20 +377,7 @@ def _weights(values: torch.Tensor, batch: Mapping[str, Any], share: float) -> to
 
 
 def _is_counterfactual(args: ElmConfig) -> bool:
-    return args.novice == "counterfactual" and args.erase_weight > 0
-
-
-def _check_novices(datasets: Mapping[str, Dataset]) -> None:
-    """Raise `ValueError` unless every row has counterfactual novices, and all rows of a dataset as many."""
-    for name, dataset in datasets.items():
-        if "aligned" in dataset.column_names:
-            continue
-        counts = {len(novices) for novices in dataset["novices"]} if "novices" in dataset.column_names else {0}
-        if counts != {max(counts)} or counts == {0}:
-            raise ValueError(
-                f'`{name}` has rows with {sorted(counts)} `novices`, but `novice="counterfactual"` needs as many for every '
-                "forget text: make them with `counterfactuals`, or use the contexts."
-            )
+    return args.novice == "counterfactual" and max(args.erase_weight, args.state_weight) > 0
 
 
 def _concepts(args: ElmConfig, datasets: Mapping[str, Dataset]) -> dict[str, Concept]:

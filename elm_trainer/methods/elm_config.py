@@ -1,5 +1,6 @@
 """`ElmConfig`: the settings of ELM, and which targets they ask for."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -50,6 +51,11 @@ class ElmConfig(ErasureConfig):
             term. `0` gives the paper's loss.
         log_strength (`float`, *optional*, defaults to `2.0`): Weight of those tokens ([`log_space_loss`]) beside all
             others in the erase term.
+        state_weight (`float`, *optional*, defaults to `0.0`): Weight of the state term: on forget text, layers are to
+            give what they give the counterfactual novice ([`state_loss`]). It reads no logits. With `erase_weight=0` it
+            stands in place of the erase term, whose weights of positions it takes.
+        state_layers (`list[int]`, *optional*): Layers of the state term, from 0, rising. By default four of the upper
+            third, the last among them ([`default_state_layers`]).
         contrast_rows (`int`, *optional*, defaults to `0`): Rows on which the adapter's input directions are chosen
             before training ([`contrast_adapter`]): those that are strong on forget text and weak on retain text. They
             are then kept, so that only LoRA's B is trained, and the adapter can hardly answer to anything else. `0`
@@ -108,6 +114,8 @@ class ElmConfig(ErasureConfig):
     )
     log_tokens: int = field(default=0, metadata={"help": "Tokens matched in log space; 0 gives the paper's loss."})
     log_strength: float = field(default=2.0, metadata={"help": "Weight of those tokens."})
+    state_weight: float = field(default=0.0, metadata={"help": "Weight of the state term."})
+    state_layers: list[int] | None = field(default=None, metadata={"help": "Layers of the state term."})
     contrast_rows: int = field(default=0, metadata={"help": "Rows that choose the adapter's directions; 0 for none."})
     contrast_damping: float = field(default=0.1, metadata={"help": "Damping of the choice of directions."})
     erase_weight: float = field(default=1.0, metadata={"help": "Weight of the erase term."})
@@ -142,6 +150,11 @@ class ElmConfig(ErasureConfig):
                 "from 0 to 1": ("plausibility", "fact_share", "retain_focus"),
             },
         )
+        if self.state_weight and self.novice != "counterfactual":
+            raise ValueError(
+                f"`state_weight` is {self.state_weight} with `novice={self.novice!r}`: states are matched with those of a "
+                'counterfactual novice, so set `novice="counterfactual"`, or the weight to 0.'
+            )
         if self.novice_steps and not self.expert_steps:
             raise ValueError(
                 f"`novice_steps` is {self.novice_steps} without an expert adapter: set `expert_steps` too."
@@ -181,16 +194,24 @@ class StoredTargets(NamedTuple):
     columns: list[str]
 
 
-def stored_targets(args: ElmConfig, vocab_size: int, hidden_size: int) -> StoredTargets:
-    """What a run with this config keeps for a model of these sizes."""
+def stored_targets(
+    args: ElmConfig, vocab_size: int, hidden_size: int, state_layers: Sequence[int] = ()
+) -> StoredTargets:
+    """What a run with this config keeps for a model of these sizes, with the layers of its state term."""
     kept: dict[str, Field] = {}
     columns: list[str] = []
     names = ["eta", "eta_end", "tau", "top_k", "plausibility", "fact_share", "retain_loss", "novice", "log_tokens"]
-    if args.erase_weight:
+    more: dict[str, Any] = {}
+    if args.erase_weight or args.state_weight:
         columns += ["concept", "forget_ids", *(["novice_ids"] if args.novice_steps else [])]
         columns += ["novices_ids"] if args.novice == "counterfactual" else []
         kept["forget_weights"] = Field("floats")
-        if args.log_tokens:
+        if args.state_weight:
+            kept["forget_novice_states"] = Field("halves", len(state_layers) * hidden_size)
+            more["state_layers"] = [*state_layers]
+        if not args.erase_weight:
+            more["erase_weight"] = 0.0
+        elif args.log_tokens:
             kept["forget_states"] = Field("halves", hidden_size)
             kept["forget_indices"] = Field("ids", args.log_tokens)
             kept["forget_log_probs"] = Field("floats", args.log_tokens)
@@ -213,5 +234,5 @@ def stored_targets(args: ElmConfig, vocab_size: int, hidden_size: int) -> Stored
             top_k = 1 if args.retain_loss == "argmax" else args.top_k
             kept |= {"retain_indices": Field("ids", top_k), "retain_probs": Field("probs", top_k)}
     # The version is that of what is made from the settings.
-    settings = {"method": "ELM", "version": 3, **{name: getattr(args, name) for name in names}}
+    settings = {"method": "ELM", "version": 3, **{name: getattr(args, name) for name in names}, **more}
     return StoredTargets(TargetLayout(kept, vocab_size), settings, columns)

@@ -1,0 +1,175 @@
+"""Hold hidden states to the novice's: on forget text, a layer is to give what it gives a counterfactual novice."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from datasets import Dataset
+from torch import nn
+
+from ..data.collator import ElmDataCollator
+from ..modeling import decoder_layers, is_partitioned
+from .targets import place_model
+
+
+if TYPE_CHECKING:
+    from .elm import ElmTrainer
+
+# Share of the mean spread that is added in every dimension, so that those in which expert and novice hardly differ do not count
+# for more than those in which they do.
+_DAMPING = 0.3
+_ROWS, _BATCH = 64, 16
+
+
+def default_state_layers(depth: int) -> list[int]:
+    """Four layers of the upper third, the last among them: for 30 layers 20, 24, 27 and 29."""
+    return sorted({min(depth - 1, round(depth * share)) for share in (2 / 3, 0.8, 0.9)} | {depth - 1})
+
+
+def state_loss(hidden: torch.Tensor, novice: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """`Σ_l Σ_d s_ld·(h_ld − n_ld)²` of each position, the squared distance to the novice's states.
+
+    The paper matches the novice's distribution of tokens; this matches what the layers pass on to it. With the scale of
+    [`state_scale`], a model that answers as the expert has a loss of 1 on average, and one that is the novice has 0.
+
+    Args:
+        hidden (`torch.Tensor`): What the layers of the trained model give, `[positions, layers, hidden]`.
+        novice (`torch.Tensor`): The same of the novice.
+        scale (`torch.Tensor`): s, `[layers, hidden]`.
+
+    Returns:
+        `torch.Tensor`: `[positions]` in float32, or in float64 for such states.
+    """
+    kept = torch.promote_types(hidden.dtype, torch.float32)
+    return ((hidden.to(kept) - novice.to(kept)).square() * scale.to(kept)).sum((-2, -1))
+
+
+def state_scale(spread: torch.Tensor, damping: float = _DAMPING) -> torch.Tensor:
+    """`s_ld = 1 / (v_ld + δ·mean_d v_ld)`, divided by `L·Σ_d v_ld·s_ld`, so that the spread itself has a loss of 1.
+
+    A few dimensions of a residual stream are larger than all others by orders of magnitude; without a scale they alone would
+    be matched.
+
+    Args:
+        spread (`torch.Tensor`): v, the mean of `(e − n)²` over positions, `[layers, hidden]`.
+        damping (`float`, *optional*, defaults to `0.3`): δ, above 0.
+    """
+    mean = spread.mean(-1, keepdim=True).clamp(min=torch.finfo(spread.dtype).tiny)
+    scale = 1 / (spread + damping * mean)
+    share = (spread * scale).sum(-1, keepdim=True)
+    # Where expert and novice do not differ at all, nothing is to be matched.
+    return torch.where(share > 0, scale / (len(spread) * share).clamp(min=torch.finfo(spread.dtype).tiny), 0.0)
+
+
+@contextmanager
+def layer_outputs(trainer: "ElmTrainer", model: nn.Module, layers: Sequence[int]) -> Iterator[list[torch.Tensor]]:
+    """While this holds, a forward leaves what the layers give in the list, in their order, `[rows, width, hidden]` each.
+
+    Args:
+        trainer ([`ElmTrainer`]): Trainer.
+        model (`nn.Module`): Model, as the Trainer wrapped it.
+        layers (`Sequence[int]`): Numbers of decoder layers, rising, from 0.
+    """
+    outputs: list[torch.Tensor] = []
+    if not layers:
+        yield outputs
+        return
+    # Both are measured by forwards of their own, which must not be watched.
+    trainer.final_logits(model)
+    trainer.texts_interact(model)
+
+    def keep(_, args: Any, output: Any) -> None:
+        outputs.append(output[0] if isinstance(output, tuple) else output)
+
+    stack = decoder_layers(trainer.accelerator.unwrap_model(model))
+    handles = [stack[layer].register_forward_hook(keep) for layer in layers]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def states_at(outputs: Sequence[torch.Tensor], slots: torch.Tensor) -> torch.Tensor:
+    """What the layers gave in some slots of the packed rows, `[slots, layers, hidden]`."""
+    return torch.stack([output.flatten(0, 1).index_select(0, slots) for output in outputs], dim=1)
+
+
+def measure_scale(trainer: "ElmTrainer", layers: Sequence[int]) -> torch.Tensor:
+    """The [`state_scale`] of a model and its training rows, `[layers, hidden]` in float32.
+
+    It is measured on at most 64 rows, taken evenly from the dataset, at each position as the erase term weighs it. All processes
+    of a launch measure it on the same rows.
+
+    Args:
+        trainer ([`ElmTrainer`]): Trainer, before its model is wrapped.
+        layers (`Sequence[int]`): See [`layer_outputs`].
+
+    Raises:
+        ValueError: if ZeRO-3 has split the weights.
+    """
+    if is_partitioned(trainer.model):
+        raise ValueError(
+            f"`state_weight` is {trainer.args.state_weight}, but ZeRO-3 has already split the model's weights: set it to 0, "
+            "or train with ZeRO-2, DDP or FSDP."
+        )
+    dataset, collator = trainer.train_dataset, trainer.data_collator
+    if isinstance(collator, ElmDataCollator):
+        collator = replace(collator, targets=None)  # novices are run here, since experts are too
+    place_model(trainer)
+    rows = min(_ROWS, len(dataset))
+    chosen = [row * len(dataset) // rows for row in range(rows)]
+    spread, total = torch.zeros((), device=trainer.args.device), torch.zeros((), device=trainer.args.device)
+    for start in range(0, rows, _BATCH):
+        examples = [dataset[row] for row in chosen[start : start + _BATCH]]
+        batch = trainer.on_device(collator(examples))["forget"]
+        model, counterfactual = trainer.model, batch["counterfactual"]
+        with trainer.accelerator.autocast(), layer_outputs(trainer, model, layers) as outputs:
+            target = trainer.target(model, "erase", batch)
+        parts = [batch, counterfactual["extra"]] if "extra" in counterfactual else [batch]
+        expert = states_at(outputs, trainer.pack(model, parts).slots[supervised_places(batch)]).float()
+        weights = target["weights"].float()
+        apart = (expert - target["novice_states"].float().view_as(expert)).square()
+        spread = spread + (weights[:, None, None] * apart).sum(0)
+        total = total + weights.sum()
+    return state_scale(spread / total)
+
+
+def check_state_layers(layers: Sequence[int], depth: int) -> None:
+    """Raise `ValueError` unless the layers are some of a model's, each once and rising."""
+    if not layers or list(layers) != sorted(set(layers)) or not 0 <= layers[0] <= layers[-1] < depth:
+        raise ValueError(
+            f"`state_layers` is {list(layers)}, but the model has the layers 0 to {depth - 1}: name some of them, each once "
+            "and in rising order."
+        )
+
+
+def novice_mean(outputs: Sequence[torch.Tensor], slots: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """The mean of the novices' states over draws, `[positions, layers, hidden]` in float32.
+
+    Args:
+        outputs (`Sequence[torch.Tensor]`): See [`layer_outputs`].
+        slots (`torch.Tensor`): Slot of each token of the sub-batches, one after the other.
+        index (`torch.Tensor`): Tokens of the novices, `[draws, positions]` (see [`ElmDataCollator`]).
+    """
+    return torch.stack([states_at(outputs, slots[draw]).float() for draw in index]).mean(0)
+
+
+def supervised_places(batch: Mapping[str, Any]) -> torch.Tensor:
+    """Places of a sub-batch's supervised positions in its flattened tokens, `[positions]`."""
+    return batch["rows"] * batch["input_ids"].size(1) + batch["columns"]
+
+
+def check_novices(datasets: Mapping[str, Dataset]) -> None:
+    """Raise `ValueError` unless every row has counterfactual novices, and all rows of a dataset as many."""
+    for name, dataset in datasets.items():
+        if "aligned" in dataset.column_names:
+            continue
+        counts = {len(novices) for novices in dataset["novices"]} if "novices" in dataset.column_names else {0}
+        if counts != {max(counts)} or counts == {0}:
+            raise ValueError(
+                f'`{name}` has rows with {sorted(counts)} `novices`, but `novice="counterfactual"` needs as many for every '
+                "forget text: make them with `counterfactuals`, or use the contexts."
+            )
