@@ -3,14 +3,11 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import gguf
-import numpy as np
 from peft import LoraConfig, PeftModel
 from torch import nn
 from transformers import (
@@ -24,6 +21,8 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import is_bitsandbytes_available
+
+from .gguf_files import reading_gguf_once
 
 
 # Modules that an adapter takes for linear ones; GPT-2 has its own kind.
@@ -295,33 +294,6 @@ def is_partitioned(model: nn.Module) -> bool:
     """Whether DeepSpeed ZeRO-3 has split the parameters over the processes."""
     # DeepSpeed marks such a parameter by this attribute.
     return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
-
-
-class _QuickReader(gguf.GGUFReader):
-    """Reads what the parent class reads, without making a memory map of every number and letter of a vocabulary."""
-
-    def _get(self, offset, dtype, count=1, override_order=None):
-        if override_order is not None or self.byte_order != "I":
-            return super()._get(offset, dtype, count, override_order)
-        return np.frombuffer(self.data, dtype, int(count), offset)
-
-
-@contextmanager
-def reading_gguf_once() -> Iterator[None]:
-    """While this holds, transformers parses a GGUF file once, and makes the map of a model's tensor names once.
-
-    Otherwise it parses the file for the config, for the weights and for the tokenizer, and makes the map for every
-    module: 19 s of loading the demo model on two cores, in place of 3.
-    """
-    usual = gguf.GGUFReader, gguf.get_tensor_name_map
-    if not isinstance(gguf.GGUFReader, type):  # within another of these
-        yield
-        return
-    gguf.GGUFReader, gguf.get_tensor_name_map = cache(_QuickReader), cache(usual[1])
-    try:
-        yield
-    finally:
-        gguf.GGUFReader, gguf.get_tensor_name_map = usual
 
 
 def _locate(name_or_path: str, gguf_file: str | None) -> tuple[str | Path, str | None]:

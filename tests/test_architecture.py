@@ -12,11 +12,21 @@ import elm_trainer
 
 
 PACKAGE = Path(elm_trainer.__file__).parent
-MOST_FILES, MOST_LINES = 132, 400
+MOST_FILES, MOST_LINES = 133, 400
 
 # The modules and folders of each layer, and the layers below that it may import, the lowest layer first.
 LAYERS = {
-    "base": ("checks", "files", "run_lock", "distributed", "fingerprint", "concept", "modeling", "fitting"),
+    "base": (
+        "checks",
+        "files",
+        "run_lock",
+        "distributed",
+        "fingerprint",
+        "concept",
+        "gguf_files",
+        "modeling",
+        "fitting",
+    ),
     "ops": ("ops",),
     "data": ("data",),
     "evaluation": ("evaluation",),

@@ -41,7 +41,9 @@ def installed(built, tmp_path_factory):
     scripts = place / ("Scripts" if os.name == "nt" else "bin")
     [wheel] = built.glob("*.whl")
     pip = [sys.executable, "-m", "pip", "--python", str(scripts / "python"), "--disable-pip-version-check", "install"]
-    subprocess.run([*pip, "--quiet", "--no-deps", "--no-index", str(wheel)], check=True)
+    # Away from this checkout, which pip would take for an installed package.
+    installing = run([*pip, "--quiet", "--no-deps", "--no-index", str(wheel)], place)
+    assert not installing.returncode, installing.stderr
     # Only what stands in this folder is found, not what it installs in editable form.
     [package] = place.glob("**/site-packages/elm_trainer")
     (package.parent / "libraries.pth").write_text(sysconfig.get_path("purelib"))

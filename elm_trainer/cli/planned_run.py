@@ -79,7 +79,8 @@ class PlannedRun:
     @cached_property
     def loaded(self) -> "tuple[PreTrainedConfig, PreTrainedTokenizerBase | Exception]":
         """The config of the model, and its tokenizer, or why there is none."""
-        from ..modeling import load_config, load_tokenizer, reading_gguf_once
+        from ..gguf_files import reading_gguf_once
+        from ..modeling import load_config, load_tokenizer
 
         with reading_gguf_once():
             model = load_config(self.arguments.model, **self._place)

@@ -85,7 +85,7 @@ def _other(field):
         if kind in kinds:
             return value
     texts = {
-        "concepts": ["capitals"], "layers": [3, 5], "target_module": "mlp.down_proj", "anchors": ["capitals"],
+        "concepts": ["capitals"], "layers": [3, 5], "state_layers": [2, 4], "target_module": "mlp.down_proj", "anchors": ["capitals"],
         "retain_loss": "kl", "preset": "released",
     }  # fmt: skip
     return texts[field.name]
