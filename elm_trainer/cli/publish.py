@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from .. import publish_adapter, read_questions
+    from .. import CardDetails, PublishOptions, publish_adapter, read_questions
 
     folder = Path(arguments.adapter).parent
     attacks = arguments.attacks or (folder / "attacks.json" if (folder / "attacks.json").exists() else None)
@@ -54,17 +54,21 @@ def main(argv: list[str] | None = None) -> None:
         attacks=attacks,
         questions=arguments.bank and [question for path in arguments.bank for question in read_questions(path)],
         model=arguments.model,
-        base_model=arguments.base_model,
-        base_revision=arguments.base_revision,
-        gguf_file=arguments.gguf_file,
-        license=arguments.license,
-        private=arguments.private,
-        revision=arguments.revision,
-        create_pr=arguments.create_pr,
-        tag=arguments.tag,
-        allow=dict(entry.partition("=")[::2] for entry in arguments.allow or ()),
-        dry_run=arguments.dry_run,
-        staging_dir=arguments.staging_dir,
+        details=CardDetails(
+            base_model=arguments.base_model,
+            base_revision=arguments.base_revision,
+            gguf_file=arguments.gguf_file,
+            license=arguments.license,
+        ),
+        options=PublishOptions(
+            private=arguments.private,
+            revision=arguments.revision,
+            create_pr=arguments.create_pr,
+            tag=arguments.tag,
+            allow=dict(entry.partition("=")[::2] for entry in arguments.allow or ()),
+            dry_run=arguments.dry_run,
+            staging_dir=arguments.staging_dir,
+        ),
     )
     table = Table("file", "bytes", title=arguments.staging_dir)
     for path in sorted(Path(arguments.staging_dir).iterdir()):
