@@ -82,8 +82,7 @@ class PublishOptions(_Group):
             id. The reasons are logged, and those of an adapter go up in `erasure.json`.
         dry_run (`bool`, *optional*, defaults to `False`): Whether to stop before anything is sent. The folder is left
             in `staging_dir`; neither the repository nor, with `license` and a commit as `base_revision`, the base's is
-            looked at, nor are data sets asked
-            for: each of the Hub reads `(private data set)` in it, public ones too.
+            looked at, nor are data sets asked for: each of the Hub reads `(private data set)` in it, public ones too.
         staging_dir (`str` or `Path`, *optional*): Where the folder is staged and kept; a temporary one by default.
             What a person wrote into a `README.md` in it goes up where the repository has none of its own.
 
