@@ -12,7 +12,6 @@ from pathlib import Path
 
 from transformers import HfArgumentParser
 
-from elm_trainer.evaluation.plots import plot_pareto
 from elm_trainer.scripts import hush_libraries
 
 
@@ -29,6 +28,7 @@ def main() -> None:
     hush_libraries()
     # After the options are read, so that --help need not wait for torch.
     from elm_trainer import read_report
+    from elm_trainer.evaluation.plots import plot_pareto
 
     reports = {}
     for value in arguments.values:

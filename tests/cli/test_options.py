@@ -146,4 +146,5 @@ def test_the_commands_of_the_pages_exist():
     for command, rest in named:
         assert command in COMMANDS, command
         for recipe in re.findall(r"--recipe[ =](\S+)", rest):
-            assert command_of(recipe) == command and find_recipe(recipe, command)
+            wanted = {"doctor": "erase"}.get(command, command)  # it looks at what `erase` would do
+            assert command_of(recipe) == wanted and find_recipe(recipe, wanted)

@@ -1,8 +1,6 @@
 import copy
 import json
 import re
-import runpy
-from pathlib import Path
 
 import jinja2
 import jinja2.meta
@@ -15,6 +13,7 @@ from hypothesis import strategies as st
 from trl import TrlParser
 
 from elm_trainer import ElmConfig
+from elm_trainer.cli.erase_options import ErasureArguments
 from elm_trainer.evaluation.evaluate import write_evaluation
 from elm_trainer.evaluation.tables import check_rows, metric_rows, verdict_lines
 from elm_trainer.evaluation.verdict import CRITERIA
@@ -37,7 +36,6 @@ from .cards import (
 )
 
 
-ROOT = Path(__file__).parents[2]
 PICTURES = ("report.png", "attacks.png", "inside.png")
 # What a card says with digits and does not take from the report; nothing else may be typed into the template.
 CONSTANTS = (
@@ -357,8 +355,7 @@ def test_the_recipe_is_one_that_the_script_reads_as_it_stands(report, card, tmp_
     recipe = re.search(r"```yaml\n(.*?)```", card.text, re.DOTALL)[1]
     assert yaml.safe_load(recipe) == report["recipe"]
     (tmp_path / "recipe.yaml").write_text(recipe)
-    arguments = runpy.run_path(str(ROOT / "examples" / "erase.py"))["ErasureArguments"]
-    parsed, config = TrlParser((arguments, ElmConfig)).parse_args_and_config(
+    parsed, config = TrlParser((ErasureArguments, ElmConfig)).parse_args_and_config(
         ["--config", str(tmp_path / "recipe.yaml")]
     )
     for name, value in report["recipe"].items():

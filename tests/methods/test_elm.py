@@ -140,7 +140,7 @@ def test_a_preset_fills_what_is_left_out_and_a_field_overrides_it(preset, config
         ({"novice_steps": 5}, "`novice_steps` is 5 without an expert"),
         (
             {"erase_weight": 0.0, "retain_weight": 0.0, "consistency_weight": 0.0},
-            "All of `erase_weight`, `retain_weight`, `consistency_weight` are 0: raise one",
+            "All of `state_weight`, `erase_weight`, `retain_weight`, `consistency_weight` are 0: raise one",
         ),
     ],
 )
