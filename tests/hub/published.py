@@ -1,11 +1,14 @@
 """Folders as they are published, for the tests of loading."""
 
+import copy
 import hashlib
 import json
 
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
+from elm_trainer import ConceptSources, GradDiffConfig, GradDiffTrainer, build_erasure_dataset
 from elm_trainer.fingerprint import base_fingerprint
 from elm_trainer.hub.info import BaseModel, ErasureInfo, make_probes
 
@@ -69,3 +72,32 @@ def logits(model, ids=((5, 9, 200, 31),)):
     """Logits of a few tokens."""
     with torch.no_grad():
         return model(torch.tensor(ids)).logits
+
+
+def trained_with_tokens(folder, tokenizer, adapter):
+    """A trainer of an adapter on the base in `folder/base` with two further tokens, saved to `folder/adapter`; and the tokenizer.
+
+    `adapter` are further fields of the `LoraConfig`.
+    """
+    larger = copy.deepcopy(tokenizer)
+    larger.add_tokens(["<a>", "<b>"], special_tokens=True)
+    base = AutoModelForCausalLM.from_pretrained(folder / "base")
+    base.resize_token_embeddings(len(larger), mean_resizing=False)
+    dataset = build_erasure_dataset(
+        {"capitals": ConceptSources(["<a>Oslo is the capital.", "Rome is.<b>"], [["Bread needs flour.", "A cat."]])},
+        size=4,
+    )
+    trainer = GradDiffTrainer(
+        base,
+        GradDiffConfig(
+            str(folder / "run"), max_steps=2, learning_rate=1e-2, bf16=False, gradient_checkpointing=False,
+            report_to="none", save_strategy="no", disable_tqdm=True,
+        ),
+        train_dataset=dataset,
+        processing_class=larger,
+        peft_config=LoraConfig(r=4, target_modules=["q_proj"], **adapter),
+    )  # fmt: skip
+    trainer.train()
+    trainer.save_model(str(folder / "adapter"))
+    trainer.model.eval()
+    return trainer, larger

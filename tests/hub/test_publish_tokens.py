@@ -1,23 +1,17 @@
 """An adapter with tokens of its own, from training to the Hub and back."""
 
-import copy
-
 import pytest
 import torch
-from peft import LoraConfig
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from elm_trainer import (
-    ConceptSources,
-    GradDiffConfig,
-    GradDiffTrainer,
-    build_erasure_dataset,
     evaluate_erasure,
     load_erased,
 )
 from elm_trainer.hub.errors import BaseMismatchError
 from elm_trainer.hub.publish import publish_adapter
 
+from .published import trained_with_tokens
 from .reports import _suite
 
 
@@ -49,28 +43,7 @@ def train(small, tied, adapter, hub_api, folder):
     (folder / "base" / "README.md").write_text("---\nlicense: apache-2.0\n---\nA tiny base.\n")
     hub_api.create_repo(BASE)
     hub_api.upload_folder(repo_id=BASE, folder_path=folder / "base")
-    larger = copy.deepcopy(small)
-    larger.add_tokens(["<a>", "<b>"], special_tokens=True)
-    base = AutoModelForCausalLM.from_pretrained(folder / "base")
-    base.resize_token_embeddings(len(larger), mean_resizing=False)
-    dataset = build_erasure_dataset(
-        {"capitals": ConceptSources(["<a>Oslo is the capital.", "Rome is.<b>"], [["Bread needs flour.", "A cat."]])},
-        size=4,
-    )
-    trainer = GradDiffTrainer(
-        base,
-        GradDiffConfig(
-            str(folder / "run"), max_steps=2, learning_rate=1e-2, bf16=False, gradient_checkpointing=False,
-            report_to="none", save_strategy="no", disable_tqdm=True,
-        ),
-        train_dataset=dataset,
-        processing_class=larger,
-        peft_config=LoraConfig(r=4, target_modules=["q_proj"], **adapter),
-    )  # fmt: skip
-    trainer.train()
-    trainer.save_model(str(folder / "adapter"))
-    trainer.model.eval()
-    return trainer, larger
+    return trained_with_tokens(folder, small, adapter)
 
 
 def measured(trainer, tokenizer):

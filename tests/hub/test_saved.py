@@ -19,7 +19,7 @@ from elm_trainer import (
 )
 from elm_trainer.hub.errors import UnsafeAdapterError
 
-from .published import logits
+from .published import logits, trained_with_tokens
 
 
 ADAPTERS = {
@@ -85,30 +85,11 @@ def test_tokens_that_were_added_are_saved_and_loaded(adapter, tied, tiny_model, 
     config.tie_word_embeddings = tied
     LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
-    tokenizer = copy.deepcopy(tokenizer)
     assert len(tokenizer) == 49152
-    tokenizer.add_tokens(["<a>", "<b>"], special_tokens=True)
-    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    base.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    dataset = build_erasure_dataset(
-        {"capitals": ConceptSources(["<a>Oslo is the capital.", "Rome is.<b>"], [["Bread needs flour.", "A cat."]])},
-        size=4,
-    )
-    trainer = GradDiffTrainer(
-        base,
-        GradDiffConfig(
-            str(tmp_path / "run"), max_steps=2, learning_rate=1e-2, bf16=False, gradient_checkpointing=False,
-            report_to="none", save_strategy="no", disable_tqdm=True,
-        ),
-        train_dataset=dataset,
-        processing_class=tokenizer,
-        peft_config=LoraConfig(r=4, target_modules=["q_proj"], **adapter),
-    )  # fmt: skip
-    trainer.train()
-    trainer.save_model(str(tmp_path / "adapter"))
+    trainer, tokenizer = trained_with_tokens(tmp_path, tokenizer, adapter)
     ids = torch.tensor([tokenizer("<a>Oslo is<b>")["input_ids"]])
     with torch.no_grad():
-        live = trainer.model.eval()(ids).logits
+        live = trainer.model(ids).logits
 
         model, loaded = load_erased(tmp_path / "adapter")
         torch.testing.assert_close(model(ids).logits, live)

@@ -4,7 +4,9 @@ import logging
 import pytest
 from peft import LoraConfig
 
-from elm_trainer import ConceptSources, ElmConfig, build_erasure_dataset
+from elm_trainer import ConceptSources, ElmConfig, ElmTrainer, build_erasure_dataset
+
+from .methods import tiny
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -69,3 +71,24 @@ def config(settings):
 @pytest.fixture
 def lora():
     return LoraConfig(r=4, target_modules="all-linear")
+
+
+@pytest.fixture
+def rows(tokenizer):
+    """Built-in rows, whose forget texts have counterfactual novices."""
+    return build_erasure_dataset(
+        {"capitals": ConceptSources("capitals", ["capitals-near"])}, size=6, processing_class=tokenizer
+    )
+
+
+@pytest.fixture
+def make_elm(tokenizer, rows, config, lora):
+    """Makes a trainer of a tiny model on `rows`, or other ones."""
+
+    def make(dataset=rows, shape="llama", **fields):
+        return ElmTrainer(
+            tiny(shape, len(tokenizer)), config(**fields), train_dataset=dataset, processing_class=tokenizer,
+            peft_config=lora,
+        )  # fmt: skip
+
+    return make

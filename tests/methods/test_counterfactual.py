@@ -1,31 +1,15 @@
 import pytest
 import torch
 
-from elm_trainer import ConceptSources, ElmTrainer, build_erasure_dataset
 from elm_trainer.ops import LogTarget
-
-from .methods import tiny
 
 
 PLAIN = dict(novice="counterfactual", eta=1.5, log_tokens=7, retain_loss="log", fact_share=0.4)
 
 
 @pytest.fixture
-def rows(tokenizer):
-    return build_erasure_dataset(
-        {"capitals": ConceptSources("capitals", ["capitals-near"])}, size=6, processing_class=tokenizer
-    )
-
-
-@pytest.fixture
-def make(tokenizer, rows, config, lora):
-    def build(dataset=rows, shape="llama", **fields):
-        return ElmTrainer(
-            tiny(shape, len(tokenizer)), config(**(PLAIN | fields)), train_dataset=dataset,
-            processing_class=tokenizer, peft_config=lora,
-        )  # fmt: skip
-
-    return build
+def make(make_elm):
+    return lambda *args, **fields: make_elm(*args, **(PLAIN | fields))
 
 
 def log_probs(model, ids):

@@ -3,10 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elm_trainer import ConceptSources, ElmTrainer, build_erasure_dataset
 from elm_trainer.methods.novice_states import default_state_layers, state_loss, state_scale
-
-from .methods import tiny
 
 
 ONLY_STATES = dict(
@@ -15,22 +12,9 @@ ONLY_STATES = dict(
 )  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def rows(tokenizer):
-    return build_erasure_dataset(
-        {"capitals": ConceptSources("capitals", ["capitals-near"])}, size=6, processing_class=tokenizer
-    )
-
-
 @pytest.fixture
-def make(tokenizer, rows, config, lora):
-    def build(dataset=rows, shape="llama", **fields):
-        return ElmTrainer(
-            tiny(shape, len(tokenizer)), config(**(ONLY_STATES | fields)), train_dataset=dataset,
-            processing_class=tokenizer, peft_config=lora,
-        )  # fmt: skip
-
-    return build
+def make(make_elm):
+    return lambda *args, **fields: make_elm(*args, **(ONLY_STATES | fields))
 
 
 def states(model, ids, layers):
