@@ -87,6 +87,11 @@ def model_bytes(model: nn.Module) -> int:
     return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 
+def frozen_bytes(model: nn.Module) -> int:
+    """Bytes of a model's weights without those of its adapter, which are in float32."""
+    return model_bytes(model) - 4 * sum(p.numel() for name, p in model.named_parameters() if ".lora_" in name)
+
+
 def adapter_bytes(model: nn.Module, frozen_directions: bool) -> int:
     """Bytes of an adapter in float32, with its gradient and two moments of Adam for what is trained of it."""
     found = [(name, p.numel()) for name, p in model.named_parameters() if p.requires_grad]
@@ -167,7 +172,7 @@ def rehearse(
         reset_peak()
         probe.train()
         steps_peak = peak_bytes()
-        own = model_bytes(probe.model) - 4 * sum(p.numel() for n, p in probe.model.named_parameters() if ".lora_" in n)
+        own = frozen_bytes(probe.model)
         own_adapter = probe.adapter_bytes
         contrast = _contrast_seconds(probe, cut, args, min(args.contrast_rows, len(dataset)), draws, bool(stored))
         leaders = len(cut.kinds["first"] + cut.kinds["adapted"])
@@ -175,7 +180,7 @@ def rehearse(
 
     whole = adapted(config, lora, dtype)
     adapter = adapter_bytes(whole, bool(args.contrast_rows))
-    weights = model_bytes(whole) - 4 * sum(p.numel() for n, p in whole.named_parameters() if ".lora_" in n)
+    weights = frozen_bytes(whole)
     # By tokens, and for the largest batch that is likely.
     larger = draws.largest / max(seen.largest, 1)
     kept, in_cut = _kept(cut, probe.watch, larger)

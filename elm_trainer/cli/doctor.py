@@ -102,22 +102,16 @@ def check_tokenizer(run: PlannedRun) -> Finding:
 
 def check_adapter(run: PlannedRun) -> Finding:
     """The adapter matches modules, in layers that exist."""
-    import torch
-    from peft import get_peft_model
     from peft.tuners.lora import LoraLayer
 
     from ..methods.validation import check_adapter as check
 
     check(run.model, run.lora)
     count = run.model_config.get_text_config().num_hidden_layers
-    from ..fitting import empty_model
-
-    with torch.device("meta"):
-        model = get_peft_model(empty_model(run.model_config, run.dtype), run.arguments.lora(run.model))
-    names = [name for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+    names = [name for name, module in run.adapted.named_modules() if isinstance(module, LoraLayer)]
     trained = sum(
         parameter.numel()
-        for name, parameter in model.named_parameters()
+        for name, parameter in run.adapted.named_parameters()
         if parameter.requires_grad and not (run.config.contrast_rows and "lora_A" in name)
     )
     kinds = ", ".join(sorted({name.rpartition(".")[2] for name in names}))
@@ -165,16 +159,12 @@ def check_texts(run: PlannedRun) -> Finding:
 
 def check_questions(run: PlannedRun) -> Finding:
     """There are questions that can tell whether the concept is gone."""
-    from ..evaluation.measures import MEASURES, measurable
-    from ..evaluation.suite import suite_from_files
-
-    arguments = run.arguments
-    if not arguments.evaluate:
+    asked = run.arguments.asked(run.concepts) if run.arguments.evaluate else None
+    if asked is None:
         return Finding("note", "nothing is measured (`evaluate` is false)", "`elm evaluate` can do it afterwards")
-    suite = suite_from_files(list(run.concepts), arguments.bank, arguments.questions)
-    measures = measurable(arguments.measures or list(MEASURES), suite)
-    asked = sum(map(len, suite.banks.values()))
-    text = f"{asked:,} questions of {len(suite.banks)} banks; {', '.join(measures)}"
+    suite, measures = asked
+    count = sum(map(len, suite.banks.values()))
+    text = f"{count:,} questions of {len(suite.banks)} banks; {', '.join(measures)}"
     if missing := [name for name in run.concepts if not suite.banks.get(name)]:
         return Finding("note", text, f"none about {', '.join(missing)}: give a `bank`, or nobody knows if it is gone")
     return Finding("ok", text)
@@ -201,12 +191,10 @@ def check_device(run: PlannedRun) -> Finding:
 def check_memory(run: PlannedRun) -> Finding:
     """What the run holds at its peak fits."""
     from ..fitting import shown
-    from ..rehearsal import Cut, adapted, adapter_bytes, model_bytes
+    from ..rehearsal import Cut, adapter_bytes, model_bytes
 
     free, config = run.free, run.config
-    least = model_bytes(run.model) + adapter_bytes(
-        adapted(run.model_config, run.lora, run.dtype), bool(config.contrast_rows)
-    )
+    least = model_bytes(run.model) + adapter_bytes(run.adapted, bool(config.contrast_rows))
     if least > free:
         text = f"weights, adapter and optimizer alone take {shown(least)}, and {shown(free)} are free"
         return Finding("problem", text, "`dtype: bfloat16`, a smaller model, or more devices (docs/scale.md)")

@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments, config = line.complete()
     clock = Clock()
     concepts, asked, tokenizer = _check(arguments, config)
-    sources = _sources(arguments, concepts)
+    sources = arguments.sources(concepts)
     dataset = _build(arguments, config, sources, tokenizer)
     clock.lap("data")
     model, lora = _load(arguments, config)
@@ -76,33 +76,16 @@ def _check(
     Returns:
         The concepts by name, the questions with what is measured (`None` without an evaluation), and the tokenizer.
     """
-    from ..evaluation.measures import MEASURES, measurable
-    from ..evaluation.suite import suite_from_files
     from ..modeling import layer_range, load_tokenizer
     from .models import check_dtype, named
 
     check_dtype(arguments.dtype)
     layer_range(arguments.lora_layers)
     concepts = arguments.load_concepts(config.concepts)
-    asked = None
-    if arguments.evaluate:
-        suite = suite_from_files(list(concepts), arguments.bank, arguments.questions)
-        asked = suite, measurable(arguments.measures or list(MEASURES), suite)
+    asked = arguments.asked(concepts)
     with named("model", arguments.model):
         tokenizer = load_tokenizer(arguments.model, revision=arguments.model_revision, gguf_file=arguments.gguf_file)
     return concepts, asked, tokenizer
-
-
-def _sources(arguments: ErasureArguments, concepts: dict[str, "Concept"]) -> "dict[str | Concept, ConceptSources]":
-    """The sources of each concept."""
-    from .. import ConceptSources
-
-    given = arguments.synthetic or ["none"] * len(concepts)
-    synthetic = [None if source == "none" else source for source in given]
-    return {
-        name: ConceptSources(forget, arguments.retain, pairs)
-        for name, forget, pairs in zip(concepts, arguments.forget, synthetic, strict=True)
-    }
 
 
 def _build(
@@ -152,7 +135,7 @@ def _sample(
 ) -> bool:
     """Let the reference write synthetic pairs for the concepts that have none, and say whether there were any."""
     from .. import SynthesisConfig, load_texts, synthesize_completions
-    from ..evaluation.report import model_fingerprint
+    from ..fingerprint import model_fingerprint
 
     without = [name for name in concepts if sources[name].synthetic is None]
     for name in without:

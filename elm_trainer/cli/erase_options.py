@@ -1,5 +1,6 @@
 """The options of `elm erase`: what is erased from which model, and the most used settings of training."""
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,8 @@ if TYPE_CHECKING:
     from peft import LoraConfig
     from transformers import PreTrainedModel
 
-    from .. import Concept
+    from .. import Concept, ConceptSources, EvaluationSuite
+    from ..data.user_sources import Source
 
 
 @dataclass
@@ -70,18 +72,16 @@ class ErasureArguments:
         check_numbers(self, rules)
 
     def lora(self, model: "PreTrainedModel") -> "LoraConfig":
-        from peft import LoraConfig
+        """The adapter of a model."""
+        from ..modeling import lora_config
 
-        from ..modeling import adapter_targets
-
-        targets, layers = adapter_targets(model, self.lora_targets, self.lora_layers)
-        return LoraConfig(
-            r=self.lora_rank,
-            lora_alpha=self.lora_alpha,
-            lora_dropout=self.lora_dropout,
-            layers_to_transform=layers,
-            target_modules=targets,
-            task_type="CAUSAL_LM",
+        return lora_config(
+            model,
+            rank=self.lora_rank,
+            alpha=self.lora_alpha,
+            dropout=self.lora_dropout,
+            targets=self.lora_targets,
+            layers=self.lora_layers,
         )
 
     def load_concepts(self, names: list[str] | None) -> dict[str, "Concept"]:
@@ -106,6 +106,28 @@ class ErasureArguments:
                 f"`dev_every` is {self.dev_every}, but no dev questions about {own} are built in: set it to 0."
             )
         return concepts
+
+    def sources(
+        self, concepts: Iterable[str], read: "Callable[[str], Source]" = str
+    ) -> "dict[str | Concept, ConceptSources]":
+        """The sources of each concept; `read` gives what stands for a source of texts, which is its name by default."""
+        from .. import ConceptSources
+
+        pairs = self.synthetic or ["none"] * len(self.forget)
+        return {
+            name: ConceptSources(read(forget), list(map(read, self.retain)), None if given == "none" else given)
+            for name, forget, given in zip(concepts, self.forget, pairs, strict=True)
+        }
+
+    def asked(self, concepts: Iterable[str]) -> "tuple[EvaluationSuite, list[str]] | None":
+        """The questions about the concepts, and what is measured; `None` without an evaluation."""
+        from ..evaluation.measures import MEASURES, measurable
+        from ..evaluation.suite import suite_from_files
+
+        if not self.evaluate:
+            return None
+        suite = suite_from_files(list(concepts), self.bank, self.questions)
+        return suite, measurable(self.measures or list(MEASURES), suite)
 
 
 @dataclass

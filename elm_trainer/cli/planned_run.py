@@ -8,12 +8,14 @@ from threading import Thread
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .erase_options import ErasureArguments
+from .models import check_dtype
 
 
 if TYPE_CHECKING:
     import torch
     from datasets import Dataset
     from peft import LoraConfig
+    from torch import nn
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from .. import Concept, ElmConfig
@@ -105,9 +107,8 @@ class PlannedRun:
         import torch
 
         given = self.arguments.dtype
+        check_dtype(given)
         if given != "auto":
-            if not isinstance(getattr(torch, given, None), torch.dtype):
-                raise ValueError(f"`dtype` is {given!r}: use auto, float32, bfloat16 or float16.")
             return getattr(torch, given)
         return self.model_config.get_text_config().dtype or torch.float32
 
@@ -121,6 +122,13 @@ class PlannedRun:
     @cached_property
     def lora(self) -> "LoraConfig":
         return self.arguments.lora(self.model)
+
+    @cached_property
+    def adapted(self) -> "nn.Module":
+        """The model with its adapter, without weights."""
+        from ..rehearsal import adapted
+
+        return adapted(self.model_config, self.lora, self.dtype)
 
     @cached_property
     def concepts(self) -> "dict[str, Concept]":
@@ -137,14 +145,9 @@ class PlannedRun:
 
     @cached_property
     def dataset(self) -> "Dataset":
-        from .. import Concept, ConceptSources, build_erasure_dataset
+        from .. import build_erasure_dataset
 
-        given = self.arguments.synthetic or ["none"] * len(self.concepts)
-        retain = [self.texts[name] for name in self.arguments.retain]
-        sources: dict[str | Concept, ConceptSources] = {
-            name: ConceptSources(self.texts[forget], retain, None if pairs == "none" else pairs)
-            for name, forget, pairs in zip(self.concepts, self.arguments.forget, given, strict=True)
-        }
+        sources = self.arguments.sources(self.concepts, self.texts.__getitem__)
         size, seed = self.arguments.dataset_size, self.config.seed
         return build_erasure_dataset(sources, size=size, processing_class=self.tokenizer, seed=seed)
 

@@ -57,8 +57,8 @@ def main(argv: list[str] | None = None) -> None:
 
     hush_libraries()
     from .. import load_model_and_tokenizer, load_texts, synthesize_completions
-    from ..evaluation.report import model_fingerprint
     from ..files import write_text
+    from ..fingerprint import model_fingerprint
 
     arguments, config = line.complete()
     check_dtype(arguments.dtype)

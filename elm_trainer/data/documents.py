@@ -14,7 +14,7 @@ _BLOCKS = (
     "h6", "header", "hr", "main", "ol", "p", "pre", "section", "table", "ul",
 )  # fmt: skip
 # A line that is shorter was not wrapped.
-_WRAPPED = 40
+WRAPPED = 40
 
 
 def document_text(path: Path) -> str:
@@ -98,7 +98,7 @@ def unwrapped(text: str) -> str:
         before = lines[-1] if lines else ""
         if line[:1].islower() and re.search(r"\w-$", before):
             lines[-1] = before[:-1] + line
-        elif line and len(before) > _WRAPPED and not re.search(r"[.!?:;|]$", before):
+        elif line and len(before) > WRAPPED and not re.search(r"[.!?:;|]$", before):
             lines[-1] = f"{before} {line}"
         else:
             lines.append(line)

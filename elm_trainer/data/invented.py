@@ -47,7 +47,7 @@ _ONSETS = (
 _VOWELS = ("a", "e", "i", "o", "u", "a", "e", "o", "ai", "ea")
 _CODAS = ("", "", "n", "r", "l", "s", "m", "nd", "rn", "x", "t")
 # Words that hold a name together.
-_SMALL = frozenset("a an and at by de for from in of on or the to with".split())
+SMALL_WORDS = frozenset("a an and at by de for from in of on or the to with".split())
 
 
 @dataclass(frozen=True)
@@ -207,5 +207,5 @@ def invented_word(like: str, rng: random.Random) -> str:
 
 def invented_name(like: str, rng: random.Random, keep: frozenset[str] = frozenset()) -> str:
     """A name in which each word of `like` is invented anew, but for articles and prepositions and the words of `keep`."""
-    small = {word.casefold() for word in keep} | _SMALL
+    small = {word.casefold() for word in keep} | SMALL_WORDS
     return re.sub(r"\w+", lambda word: word[0] if word[0].casefold() in small else invented_word(word[0], rng), like)

@@ -12,13 +12,11 @@ from typing import Any, TypeAlias
 import pandas
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset, load_from_disk
 
-from .documents import DOCUMENT_ENDINGS, PLAIN_ENDINGS, document_text
+from .documents import DOCUMENT_ENDINGS, PLAIN_ENDINGS, WRAPPED, document_text
 
 
 # A passage that is longer would be cut to `max_length` in training, and its end never be read.
 LONGEST = 1000
-# A line that is shorter was not wrapped.
-_WRAPPED = 40
 _SENTENCE_END = re.compile(r"[.!?…。！？][\"'”’»)]*\s")
 
 
@@ -31,7 +29,7 @@ def passages(text: str, longest: int = LONGEST) -> list[str]:
     """
     blocks = re.split(r"\n\s*\n", text.strip())
     lines = text.strip().split("\n")
-    continued = sum(len(before) > _WRAPPED and line[:1].islower() for before, line in pairwise(lines))
+    continued = sum(len(before) > WRAPPED and line[:1].islower() for before, line in pairwise(lines))
     if len(blocks) == 1 and 2 * continued < len(lines):
         blocks = lines
     return [passage for block in blocks for passage in _cut(block.strip(), longest) if passage]

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..concept import Concept
+from ..data.invented import SMALL_WORDS
 from ..evaluation.fluency import as_prompt, repetition
 from ..synthesis import SynthesisConfig, sample_texts
 from .duplicates import without_duplicates
@@ -26,7 +27,6 @@ WRITING = SynthesisConfig(plausibility=0.0, temperature=0.8, max_new_tokens=48, 
 _NAMING_DRAWS, _NAME_TOKENS = 12, 24
 NEIGHBORS, _WORDS_OF_A_NAME = 8, 4
 FEWEST_TEXTS = 8
-_SMALL = frozenset("a an and at by de for from in of on or the to with".split())
 _SENTENCE = re.compile(r"[.!?][\"')]*(?=\s|$)|\n")
 
 
@@ -187,7 +187,7 @@ def topic(concept: Concept) -> re.Pattern[str]:
     words = []
     for keyword in concept.keywords:
         parts = re.findall(r"[^\W_]+(?:[-'’][^\W_]+)*", keyword)
-        names = [part for part in parts if part[:1].isupper() and part.lower() not in _SMALL]
+        names = [part for part in parts if part[:1].isupper() and part.lower() not in SMALL_WORDS]
         # The first preposition behind a word ends the main phrase; its last word is what it is about.
         main = re.split(r"(?<=\w)\s+(?:of|in|on|at|by|for|from|with|to)\s+", keyword)[0]
         words += names or re.findall(r"[^\W_]+(?:[-'’][^\W_]+)*", main)[-1:] or [keyword]

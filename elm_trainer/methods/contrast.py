@@ -11,6 +11,7 @@ from transformers.utils import logging
 from ..modeling import is_partitioned
 from ..ops import STATES
 from .base import ErasureTrainer
+from .forward import supervised_places
 from .targets import place_model
 
 
@@ -96,7 +97,7 @@ def contrast_adapter(
                 batch = trainer.on_device(trainer.data_collator(examples))[side]
                 with trainer.accelerator.autocast():
                     texts = batch["rows"]
-                    places = trainer.pack(model, [batch]).slots[texts * batch["input_ids"].size(1) + batch["columns"]]
+                    places = trainer.pack(model, [batch]).slots[supervised_places(batch)]
                     weights = erase_weights(batch) if side == "forget" else torch.ones(len(texts), device=texts.device)
                     counts = torch.bincount(texts, minlength=len(batch["lengths"]))[texts]
                     moments.begin(side, places, weights / counts)

@@ -34,17 +34,15 @@ from ..ops import (
 from .base import ErasureTrainer
 from .contrast import contrast_adapter
 from .elm_config import ElmConfig, stored_targets
-from .forward import SUB_BATCHES, batch_mean, nll_reading, weighted_batches
+from .forward import SUB_BATCHES, batch_mean, nll_reading, supervised_places, weighted_batches
 from .novice_states import (
     check_novices,
-    check_state_layers,
-    default_state_layers,
+    chosen_state_layers,
     layer_outputs,
     measure_scale,
     novice_mean,
     state_loss,
     states_at,
-    supervised_places,
 )
 from .targets import TargetPlan, Teacher, precompute_targets
 
@@ -95,7 +93,7 @@ class ElmTrainer(ErasureTrainer):
         self._state_layers: list[int] = []
         if args.state_weight:
             depth = len(decoder_layers(self.accelerator.unwrap_model(self.model)))
-            self._state_layers = args.state_layers or default_state_layers(depth)
+            self._state_layers = chosen_state_layers(args.state_layers, depth)
             if self.train_dataset is not None:
                 self._state_scale = measure_scale(self, self._state_layers)
         if stored := precompute_targets(self, self.target_plan()):
@@ -358,8 +356,7 @@ class ElmTrainer(ErasureTrainer):
                     "`gradient_checkpointing_kwargs` has `use_reentrant=True` (DeepSpeed ZeRO-3 forces it), through which no "
                     "gradient reaches what layers give: set it to False, `gradient_checkpointing=False`, or `state_weight=0`."
                 )
-            depth = len(decoder_layers(model))
-            check_state_layers(args.state_layers or default_state_layers(depth), depth)
+            chosen_state_layers(args.state_layers, len(decoder_layers(model)))
         vocabulary = model.config.get_text_config().vocab_size
         if args.top_k > vocabulary:
             raise ValueError(f"`top_k` is {args.top_k}, but the vocabulary has {vocabulary} tokens: lower it.")

@@ -61,6 +61,11 @@ def kl_reading(logits: torch.Tensor, where: slice, reference: torch.Tensor) -> t
     return kl_divergence(logits, reference)
 
 
+def supervised_places(batch: Mapping[str, Any]) -> torch.Tensor:
+    """Places of a sub-batch's supervised positions in its flattened tokens, `[positions]`."""
+    return batch["rows"] * batch["input_ids"].size(1) + batch["columns"]
+
+
 def batch_mean(values: torch.Tensor, batch: Mapping[str, torch.Tensor], rows: int | None = None) -> torch.Tensor:
     """Mean over the texts of a sub-batch of the mean over each text's positions, of `values` `[positions]`.
 
@@ -203,7 +208,7 @@ class PackedForward:
         packing = self.pack(model, parts)
         supervised, offset = [], 0
         for batch in parts:
-            supervised.append(batch["rows"] * batch["input_ids"].size(1) + batch["columns"] + offset)
+            supervised.append(supervised_places(batch) + offset)
             offset += batch["input_ids"].numel()
         plans = [
             Plan(

@@ -11,6 +11,7 @@ from torch import nn
 
 from ..data.collator import ElmDataCollator
 from ..modeling import decoder_layers, is_partitioned
+from .forward import supervised_places
 from .targets import place_model
 
 
@@ -137,13 +138,19 @@ def measure_scale(trainer: "ElmTrainer", layers: Sequence[int]) -> torch.Tensor:
     return state_scale(spread / total)
 
 
-def check_state_layers(layers: Sequence[int], depth: int) -> None:
-    """Raise `ValueError` unless the layers are some of a model's, each once and rising."""
-    if not layers or list(layers) != sorted(set(layers)) or not 0 <= layers[0] <= layers[-1] < depth:
+def chosen_state_layers(given: Sequence[int] | None, depth: int) -> list[int]:
+    """The layers of the state term: those that are given, or else [`default_state_layers`].
+
+    Raises:
+        ValueError: unless they are some of a model's, each once and rising.
+    """
+    layers = list(given or default_state_layers(depth))
+    if layers != sorted(set(layers)) or not 0 <= layers[0] <= layers[-1] < depth:
         raise ValueError(
-            f"`state_layers` is {list(layers)}, but the model has the layers 0 to {depth - 1}: name some of them, each once "
+            f"`state_layers` is {layers}, but the model has the layers 0 to {depth - 1}: name some of them, each once "
             "and in rising order."
         )
+    return layers
 
 
 def novice_mean(outputs: Sequence[torch.Tensor], slots: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -155,11 +162,6 @@ def novice_mean(outputs: Sequence[torch.Tensor], slots: torch.Tensor, index: tor
         index (`torch.Tensor`): Tokens of the novices, `[draws, positions]` (see [`ElmDataCollator`]).
     """
     return torch.stack([states_at(outputs, slots[draw]).float() for draw in index]).mean(0)
-
-
-def supervised_places(batch: Mapping[str, Any]) -> torch.Tensor:
-    """Places of a sub-batch's supervised positions in its flattened tokens, `[positions]`."""
-    return batch["rows"] * batch["input_ids"].size(1) + batch["columns"]
 
 
 def check_novices(datasets: Mapping[str, Dataset]) -> None:
