@@ -90,8 +90,9 @@ SILENCE_SECONDS = 120.0
 LONGEST_WAIT = 300
 # 501, 505 and 507 say of the request itself that it will not be served; other server errors may be over soon.
 _LASTING = (501, 505, 507)
-# What the client makes of an answer that was cut, or comes from something between it and the Hub.
-UNREADABLE = (json.JSONDecodeError, UnicodeDecodeError, LookupError, TypeError, AttributeError)
+# What the client makes of an answer that was cut, or comes from something between it and the Hub. It stumbles with a NameError
+# over an upload that names a file it did not announce.
+UNREADABLE = (json.JSONDecodeError, UnicodeDecodeError, LookupError, TypeError, AttributeError, NameError)
 # Whoever has the signed URL of a storage may read or write there for a while.
 _SIGNED = re.compile(r"(https?://[^\s?'\"]*)\?[^\s'\"]*")
 Result = TypeVar("Result")

@@ -92,6 +92,7 @@ FAULTS = {
     "batch 500 always": (lambda: status("POST", BATCH, 500, 999), UploadError),
     "batch of another form": (lambda: status("POST", BATCH, 200, 9), UploadError),
     "batch cut off": (lambda: then("POST", BATCH, Truncate(9, consistent=True), 9), UploadError),
+    "batch of another file": (lambda: then("POST", BATCH, Corrupt(50), 9), UploadError),
     "verify 500": (lambda: status("POST", VERIFY, 500), None),
     "verify 500 always": (lambda: status("POST", VERIFY, 500, 999), UploadError),
     "verify 404": (lambda: status("POST", VERIFY, 404, 999), UploadError),

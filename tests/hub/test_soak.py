@@ -103,8 +103,8 @@ def test_every_repository_is_whole_at_the_end(hub, hub_api, versions, client_wai
     done = {"published": 0, "loaded": 0, "named": 0}
 
     # Which request meets which fault depends on how the client's threads take turns, so a short run may load nothing: it then
-    # goes on until it has done both, within four times the rounds.
-    for number in range(4 * ROUNDS):
+    # goes on until it has done both, for at most 40 rounds more.
+    for number in range(ROUNDS + 40):
         if number >= ROUNDS and done["published"] and done["loaded"]:
             break
         repo = rng.choice(REPOS)
@@ -137,7 +137,9 @@ def test_every_repository_is_whole_at_the_end(hub, hub_api, versions, client_wai
 
     faults.on = False
     longest = max([0, *waits, *client_waits])
-    logging.getLogger(__name__).warning(f"{sum(done.values())} rounds, {faults.count} requests, {done}, longest wait {longest} s")
+    logging.getLogger(__name__).warning(
+        f"{sum(done.values())} rounds, {faults.count} requests, {done}, longest wait {longest} s"
+    )
     assert done["published"] and done["loaded"]
     for repo in REPOS:
         commits = hub.commits(repo)
