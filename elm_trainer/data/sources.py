@@ -42,7 +42,9 @@ def load_texts(
         source (`str`, `Path`, `Dataset` or `Sequence`):
             Name of a built-in source; path of a `.jsonl`, `.json`, `.csv`, `.tsv`, `.parquet`, `.txt`, `.md`, `.html`, `.pdf`
             or `.docx` file, of a folder of such files or of `save_to_disk`, or a glob pattern; id `org/name` of a dataset
-            on the Hub; a `Dataset`; or the texts, or rows, themselves. Plain text is cut into passages (see [`passages`]).
+            on the Hub, with its config, split and column where these are not the usual ones
+            (`org/name:config,split=train[:100],column=body`); a `Dataset`; or the texts, or rows, themselves. Plain text
+            is cut into passages (see [`passages`]).
         column (`str`, *optional*, defaults to `"text"`):
             Column that holds the text, or a list of messages. A source without it may have the column `messages`
             instead, or `prompt` and `completion`, whose text is one after the other; the column `prompt` is kept.

@@ -174,7 +174,9 @@ def _rendered(messages: Messages, place: str, render: Callable[[Messages, bool],
 
 
 ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", *PLAIN_ENDINGS, *DOCUMENT_ENDINGS)
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_HUB_NAME = re.compile(
+    r"(?P<id>[\w-][\w.-]*/[\w-][\w.-]*)(:(?P<config>[\w.-]+))?(,split=(?P<split>[^,]+))?(,column=(?P<column>\w+))?"
+)
 # What `save_to_disk` leaves in its folder.
 _SAVED = ("state.json", "dataset_dict.json")
 
@@ -185,8 +187,15 @@ def is_file_name(text: str) -> bool:
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name is asked of the Hub: it has the form `org/name`, and no file of that name is here."""
-    return bool(_HUB_ID.fullmatch(name)) and not is_file_name(name) and not os.path.exists(name)
+    """Whether a name is asked of the Hub: it has the form `org/name`, with `:config`, `,split=…` or `,column=…` behind it
+    or without, and no file of that name is here."""
+    return bool(_HUB_NAME.fullmatch(name)) and not is_file_name(name) and not os.path.exists(name)
+
+
+def hub_id(name: str) -> str:
+    """The data set's id, `org/name`, in the name of a source on the Hub."""
+    found = _HUB_NAME.fullmatch(name)
+    return found["id"] if found else name
 
 
 def read_named(
@@ -203,10 +212,11 @@ def read_named(
     Nothing is asked of the network unless a name has the form of a Hub id, `org/name`, and no file is there.
 
     Args:
-        name (`str` or `Path`): A file, a folder of them, a glob pattern, a folder of `save_to_disk`, or a Hub id.
+        name (`str` or `Path`): A file, a folder of them, a glob pattern, a folder of `save_to_disk`, or a Hub id, which may
+            say more: `org/name:config,split=train[:100],column=body`.
         what (`str`): What the source is for, to begin an error with.
-        split (`str`): Split of a Hub data set.
-        column (`str`): Column that the passages of a plain text get.
+        split (`str`): Split of a Hub data set whose name says none.
+        column (`str`): Column that the passages of a plain text get, and the column that a Hub id names.
         known (`Sequence[str]`): Names that are known beside these, to guess what a mistyped one means.
         cut (`Callable`, *optional*, defaults to [`passages`]): Cuts the text of a document.
 
@@ -218,6 +228,8 @@ def read_named(
     place = os.path.expanduser(name)
     if os.path.isdir(place) and any(os.path.exists(os.path.join(place, saved)) for saved in _SAVED):
         yield f"{what}, {str(name)!r}", load_from_disk(place)
+    elif isinstance(name, str) and is_hub_id(name):  # before a pattern, for a split may have brackets
+        yield f"{what}, {name!r}", _read_hub(name, what, split, column)
     elif os.path.isdir(place) or (glob.has_magic(place) and not os.path.exists(place)):
         if not (paths := _found(place)):
             raise FileNotFoundError(f"{what} is {str(name)!r}, where no file ends in {', '.join(ENDINGS)}: name one.")
@@ -225,8 +237,6 @@ def read_named(
             yield f"{what}, {str(path)!r}", _read_file(path, what, column, cut)
     elif os.path.exists(place):
         yield f"{what}, {str(name)!r}", _read_file(Path(place), what, column, cut)
-    elif isinstance(name, str) and is_hub_id(name):
-        yield f"{what}, {name!r}", _read_hub(name, what, split)
     else:
         raise FileNotFoundError(_is_none(str(name), what, known))
 
@@ -278,16 +288,25 @@ def _read_table(path: Path, separator: str) -> Dataset:
     return Dataset.from_pandas(table, preserve_index=False)
 
 
-def _read_hub(name: str, what: str, split: str) -> Dataset:
+def _read_hub(name: str, what: str, split: str, column: str) -> Dataset:
+    parts = _HUB_NAME.fullmatch(name)
+    assert parts is not None
+    split = parts["split"] or split
     try:
-        return load_dataset(name, split=split)
+        found = load_dataset(parts["id"], parts["config"], split=split)
     except Exception as error:  # whatever the Hub, the network or the data set's own files make of it
         told = " ".join(str(error).split())
         kind = OSError if isinstance(error, OSError) else ValueError
         raise kind(
             f"{what} is {name!r}, for which there is no file here and which cannot be loaded from the Hub with the split "
-            f"{split!r} ({told}): check name, split and network."
+            f"{split!r} ({told}): check name, split and network. A config, split or column is named behind the id, "
+            "'org/name:config,split=train,column=text'."
         ) from error
+    if (given := parts["column"]) is None:
+        return found
+    if given not in found.column_names:
+        raise ValueError(f"{what} is {name!r}, which has the columns {found.column_names}: name one of them.")
+    return found.select_columns([given]).rename_columns({given: column})
 
 
 def _is_none(name: str, what: str, known: Sequence[str]) -> str:

@@ -15,7 +15,7 @@ from huggingface_hub.repocard import RepoCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from huggingface_hub.utils import validate_repo_id
 
-from ..data.user_sources import is_hub_id
+from ..data.user_sources import hub_id, is_hub_id
 from ..evaluation.tables import NOT_MEASURED
 from ..evaluation.verdict import CRITERIA, FAILS, UNCERTAIN, read_verdict
 from .card_text import PICTURES, body
@@ -83,7 +83,7 @@ def make_card(
         base_model=base["id"],
         base_model_relation="adapter",
         language=_language(report),
-        datasets=list(dict.fromkeys(filter(is_hub_id, sources))) or None,
+        datasets=list(dict.fromkeys(map(hub_id, filter(is_hub_id, sources)))) or None,
         tags=[*TAGS, *(CONCEPT_TAG + plain(concept) for concept in report["concepts"])],
         model_name=repo_id.split("/")[-1],
         eval_results=_results(report),

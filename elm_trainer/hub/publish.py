@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 from ..data.questions import BANKS, Question, load_bank
 from ..data.sources import load_texts
+from ..data.user_sources import hub_id
 from ..evaluation.report import read_report
 from ..fingerprint import base_fingerprint, model_fingerprint
 from ..modeling import load_model_and_tokenizer
@@ -284,7 +285,7 @@ def _public_sources(api: HfApi, report: Mapping[str, Any]) -> set[str]:
     for name in sorted(hub_sources(report.get("recipe", {}))):
         try:
             with bounded_waits(), named_errors(name, f"Asking whether the data set {name} is public"):
-                if not retried(partial(api.dataset_info, name, token=False)).private:
+                if not retried(partial(api.dataset_info, hub_id(name), token=False)).private:
                     public.add(name)
         except HubError:
             logger.warning(f"The data set {name} is private, or the Hub did not say: the card does not name it.")

@@ -4,7 +4,8 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from elm_trainer import load_texts
-from elm_trainer.data.user_sources import passages
+from elm_trainer.data import user_sources
+from elm_trainer.data.user_sources import hub_id, is_hub_id, passages
 
 
 @pytest.fixture(autouse=True)
@@ -119,3 +120,29 @@ def test_a_long_passage_is_cut_behind_a_sentence_and_loses_nothing():
 
 def test_a_text_without_a_place_to_cut_is_cut_all_the_same():
     assert [len(passage) for passage in passages("x" * 2500)] == [1000, 1000, 500]
+
+
+def test_config_split_and_column_of_a_hub_data_set_stand_in_its_name(monkeypatch):
+    asked = []
+
+    def load(name, config=None, *, split):
+        asked.append((name, config, split))
+        return Dataset.from_dict({"body": ["Oslo", "Rome"], "text": ["no", "no"], "id": [1, 2]})
+
+    monkeypatch.setattr(user_sources, "load_dataset", load)
+    assert load_texts("org/texts:towns,split=train[:2],column=body")["text"][:] == ["Oslo", "Rome"]
+    assert load_texts("org/texts,column=body")["text"][:] == ["Oslo", "Rome"]
+    assert load_texts("org/texts:towns")["text"][:] == ["no", "no"]
+    assert asked == [
+        ("org/texts", "towns", "train[:2]"),
+        ("org/texts", None, "train"),
+        ("org/texts", "towns", "train"),
+    ]
+    assert hub_id("org/texts:towns,split=train[:2]") == "org/texts"
+    with pytest.raises(ValueError, match=r"'org/texts,column=place', which has the columns .*'body'.*name one"):
+        load_texts("org/texts,column=place")
+
+
+def test_what_is_no_name_of_a_hub_data_set_is_not_asked_of_the_hub():
+    for name in ("org/texts:", "org/texts,rows=3", "org/texts:a:b", "org/a/b:c", "texts:towns"):
+        assert not is_hub_id(name)
