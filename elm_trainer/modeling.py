@@ -1,6 +1,7 @@
 """Load a model and its tokenizer (Hub, folder, GGUF file, package), find its layers, keep the frozen ones out of the graph."""
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -271,13 +272,23 @@ def lora_config(
     """
     modules, chosen = adapter_targets(model, targets, layers)
     return LoraConfig(
-        r=rank,
-        lora_alpha=rank if alpha is None else alpha,
-        lora_dropout=dropout,
-        layers_to_transform=chosen,
-        target_modules=modules,
-        task_type="CAUSAL_LM",
-    )
+        r=rank, lora_alpha=rank if alpha is None else alpha, lora_dropout=dropout, layers_to_transform=chosen,
+        target_modules=modules, exclude_modules=_beside_the_decoder(model, modules), task_type="CAUSAL_LM",
+    )  # fmt: skip
+
+
+def _beside_the_decoder(model: nn.Module, targets: str | list[str]) -> str | None:
+    """Pattern of what has targeted modules beside the decoder, such as a vision tower: no text would train them."""
+    if not isinstance(model, PreTrainedModel) or (decoder := model.get_decoder()) is model:
+        return None
+    paths = {module: name.split(".") for name, module in model.named_modules()}
+    inside, head = paths[decoder], model.get_output_embeddings()
+    linear = [path for module, path in paths.items() if isinstance(module, LINEAR) and module is not head]
+    outside = [
+        path for path in linear if path[: len(inside)] != inside and (targets == "all-linear" or path[-1] in targets)
+    ]
+    tops = {".".join(path[: len(os.path.commonprefix([inside, path])) + 1]) for path in outside}
+    return "|".join(rf"{re.escape(top)}\..*" for top in sorted(tops)) or None
 
 
 def layer_range(layers: str | None) -> list[int] | None:

@@ -1,4 +1,5 @@
 import sys
+from pathlib import Path
 
 import gguf
 import numpy as np
@@ -16,6 +17,7 @@ from transformers import (
 )
 
 from elm_trainer.data.collator import ElmDataCollator, pack_batches
+from elm_trainer.hub.adapter_config import check_adapter_config
 from elm_trainer.modeling import adapter_targets, decoder_layers, load_model, load_model_and_tokenizer, lora_config
 from elm_trainer.ops import ReadHead, final_logits
 from elm_trainer.ops.head import Plan
@@ -199,6 +201,30 @@ def test_layers_of_all_linear_modules_are_those_of_the_text_decoder():
     }
     modules = ("mlp.down_proj", "mlp.gate_proj", "mlp.up_proj", *(f"self_attn.{part}_proj" for part in "kqvo"))
     assert found >= {f"{layer}.{module}" for layer in (1, 2) for module in modules}
+
+
+@pytest.mark.parametrize("targets", ["all-linear", "q_proj,v_proj"])
+@pytest.mark.parametrize("layers", ["1-2", None])
+def test_an_adapter_lies_in_the_text_decoder_alone(targets, layers):
+    """A vision tower has layers and modules of the same names, which no text would train."""
+    vision = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2)
+    text = dict(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4)
+    text |= {"num_key_value_heads": 1, "head_dim": 8}
+    config = Gemma3Config(
+        text_config=Gemma3TextConfig(**text), vision_config=SiglipVisionConfig(**vision, image_size=28, patch_size=14),
+        mm_tokens_per_image=4,
+    )  # fmt: skip
+    lora = lora_config(Gemma3ForConditionalGeneration(config), rank=2, targets=targets, layers=layers)
+    check_adapter_config({**lora.to_dict(), "target_modules": None}, Path("config.json"))
+    adapted = get_peft_model(Gemma3ForConditionalGeneration(config), lora)
+    names = [name for name, _ in adapted.named_parameters() if "lora_A" in name]
+    assert len(names) == (2 if targets != "all-linear" else 7) * (2 if layers else 3)
+    assert all(".language_model.layers." in name for name in names)
+
+
+def test_nothing_is_left_out_where_there_is_but_a_decoder(tiny_model):
+    assert lora_config(tiny_model).exclude_modules is None
+    assert lora_config(tiny_model, layers="1").exclude_modules is None
 
 
 def test_all_linear_modules_are_named_by_peft_where_no_layers_are(tiny_model):
