@@ -39,7 +39,10 @@ class ErasureArguments:
     )
     forget: list[str] = field(default_factory=lambda: ["capitals"], metadata={"help": "Forget source per concept."})
     retain: list[str] = field(default_factory=lambda: ["everyday"], metadata={"help": "Retain sources."})
-    dataset_size: int = field(default=512, metadata={"help": "Rows per concept."})
+    dataset_size: int = field(default=512, metadata={"help": "Rows per concept, times its share."})
+    shares: list[int] | None = field(
+        default=None, metadata={"help": "Rows of each concept in a turn, such as 2 1; one of each by default."}
+    )
     synthetic: list[str] | None = field(
         default=None, metadata={"help": "Source of synthetic pairs per concept, or none."}
     )
@@ -95,7 +98,7 @@ class ErasureArguments:
                 "--forget texts.jsonl`."
             )
         concepts = {concept.name: concept for concept in map(load_concept, names or self.forget)}
-        for name in ("forget", "synthetic", "bank"):
+        for name in ("forget", "shares", "synthetic", "bank"):
             given = getattr(self, name)
             if given is not None and len(given) != len(concepts):
                 raise ValueError(
@@ -113,10 +116,12 @@ class ErasureArguments:
         """The sources of each concept; `read` gives what stands for a source of texts, which is its name by default."""
         from .. import ConceptSources
 
-        pairs = self.synthetic or ["none"] * len(self.forget)
+        pairs, shares = self.synthetic or ["none"] * len(self.forget), self.shares or [1] * len(self.forget)
         return {
-            name: ConceptSources(read(forget), list(map(read, self.retain)), None if given == "none" else given)
-            for name, forget, given in zip(concepts, self.forget, pairs, strict=True)
+            name: ConceptSources(
+                read(forget), list(map(read, self.retain)), None if given == "none" else given, share=share
+            )
+            for name, forget, given, share in zip(concepts, self.forget, pairs, shares, strict=True)
         }
 
     def asked(self, concepts: Iterable[str]) -> "tuple[EvaluationSuite, list[str]] | None":

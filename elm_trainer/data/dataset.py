@@ -31,11 +31,14 @@ class ConceptSources:
             many. Texts themselves are a list in this list.
         synthetic (source or `Sequence[tuple[str, str]]`, *optional*):
             Pairs of a forget prefix and fluent text that moves on: whatever [`load_pairs`] takes.
+        share (`int`, *optional*, defaults to `1`):
+            Rows of this concept in a turn. With shares of 2 and 1, rows go first, first, second, and so on.
     """
 
     forget: Source
     retain: Source | Sequence[Source]
     synthetic: Source | Sequence[tuple[str, str]] = ()
+    share: int = 1
 
 
 def build_erasure_dataset(
@@ -53,7 +56,8 @@ def build_erasure_dataset(
             Sources by name of the concept, or by the [`Concept`] itself, whose keywords then stand in the contexts of
             [`ElmTrainer`]. Several concepts interleave row by row.
         size (`int`, *optional*):
-            Rows per concept; sources cycle up to it or are cut to it. Defaults to the longest source of the concept.
+            Rows per concept, times its share; sources cycle up to it or are cut to it. Defaults to the longest source of
+            the concept.
         column (`str` or `Mapping[str, str]`, *optional*, defaults to `"text"`):
             Column of the sources that holds the text, or `{"forget": …, "retain": …}` where they differ.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
@@ -73,7 +77,7 @@ def build_erasure_dataset(
     Raises:
         TypeError: if `concepts` does not map names to [`ConceptSources`], or a source is not one of texts.
         ValueError: if there are no concepts, two have the same name, one has custom contexts, a forget or retain set is
-            empty, `size` is below 1, `column` names something else, and whatever [`load_texts`] refuses.
+            empty, `size` or a share is below 1, `column` names something else, and whatever [`load_texts`] refuses.
         OSError: if there is nothing of a source's name, or a file cannot be read.
     """
     columns = _columns(column)
@@ -97,9 +101,11 @@ def build_erasure_dataset(
         synthetic = () if sources.synthetic is None else sources.synthetic
         what = f"The synthetic set of concept {name!r}"
         pairs = load_pairs(synthetic, processing_class=processing_class, what=what) or [("", "")]
-        rows = size or max(len(forget), len(pairs), *(len(retain) * len(retains) for retain in retains))
-        if size and size < len(forget):
-            logger.info(f"Concept {name!r}: {len(forget) - size} of {len(forget)} forget texts lie beyond `size`.")
+        rows = (size or 0) * sources.share or max(
+            len(forget), len(pairs), *(len(retain) * len(retains) for retain in retains)
+        )
+        if size and rows < len(forget):
+            logger.info(f"Concept {name!r}: {len(forget) - rows} of {len(forget)} forget texts lie beyond `size`.")
         # Each source is repeated from where it was, one that is listed twice too.
         texts = {id(retain): cycle(retain) for retain in retains}
         made = []
@@ -119,7 +125,8 @@ def build_erasure_dataset(
                     **({"keywords": keywords} if described else {}),
                 }
             )
-        parts.append(Dataset.from_list(made))
+        # Dealt out, so that the rows of a turn follow one another when these parts interleave.
+        parts += [Dataset.from_list(made[place :: sources.share]) for place in range(min(sources.share, rows))]
     return parts[0] if len(parts) == 1 else interleave_datasets(parts, stopping_strategy="all_exhausted")
 
 
@@ -152,6 +159,8 @@ def _by_name(
             raise ValueError(f"`concepts` holds {name!r} twice: give all its sources in one `ConceptSources`.")
         if not isinstance(sources, ConceptSources):
             raise TypeError(f"`concepts[{name!r}]` is of type {type(sources).__name__}: {fix}.")
+        if type(sources.share) is not int or sources.share < 1:
+            raise ValueError(f"`share` of {name!r} is {sources.share}: it must be a whole number of at least 1.")
         named[name] = keywords, sources
     if size is not None and (type(size) is not int or size < 1):
         raise ValueError(

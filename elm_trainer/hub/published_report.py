@@ -111,7 +111,7 @@ _SCHEDULER = "num_cycles power lr_end min_lr min_lr_rate min_lr_ratio num_decay_
 _LIGER = "rope swiglu geglu rms_norm layer_norm cross_entropy fused_linear_cross_entropy".split()
 # Settings of `examples/erase.py` and of the methods that are numbers or flags.
 _NUMBERS = (
-    "dataset_size synthetic_size lora_rank lora_alpha lora_dropout evaluate questions dev_every dev_stop "
+    "dataset_size shares synthetic_size lora_rank lora_alpha lora_dropout evaluate questions dev_every dev_stop "
     "eta eta_end tau top_k plausibility fact_share log_tokens log_strength state_weight state_layers contrast_rows contrast_damping erase_weight "
     "retain_weight retain_focus consistency_weight contexts_per_sample expert_steps novice_steps teacher_learning_rate "
     "teacher_rank teacher_batch_size precompute_targets precompute_ref_log_probs alpha beta delta faithful layer layers "

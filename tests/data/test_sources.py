@@ -28,6 +28,23 @@ def test_several_concepts_interleave_and_short_sources_cycle():
     assert dataset["completion"][:] == [" c", ""] * 3
 
 
+def test_a_concept_of_a_larger_share_has_more_rows_in_every_turn():
+    def rows(size, **shares):
+        sources = {
+            name: ConceptSources([f"{name}{place}" for place in range(5)], [["r"]], share=share)
+            for name, share in shares.items()
+        }
+        return build_erasure_dataset(sources, size=size)["forget"][:]
+
+    # The released code's order, whose data sets are "0,0,1".
+    assert rows(3, a=2, b=1) == ["a0", "a1", "b0", "a2", "a3", "b1", "a4", "a0", "b2"]
+    assert rows(1, b=1, a=3) == ["b0", "a0", "a1", "a2"]
+    assert rows(2, a=2) == ["a0", "a1", "a2", "a3"]
+    for share in (0, 1.5):
+        with pytest.raises(ValueError, match=f"`share` of 'a' is {share}: it must be a whole number of at least 1"):
+            rows(1, a=share)
+
+
 def test_a_retain_source_that_is_listed_twice_gives_twice_as_many_texts(tmp_path):
     path = tmp_path / "near.txt"
     path.write_text("n1\nn2\nn3\n")
