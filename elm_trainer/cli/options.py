@@ -234,23 +234,34 @@ def _add_general(parser: ArgumentParser, *, further: bool) -> None:
         group.add_argument("--help-all", action="store_true", default=SUPPRESS, help="Show all options and exit.")
 
 
-def _read(path: str | Path) -> dict[str, Any]:
-    """The options in a YAML file; what it has under `env` goes into the environment, as TRL does it."""
+def _read(path: str | Path, what: str = "config") -> dict[str, Any]:
+    """The options in a YAML file and in the one that it names under `base`, before which they come; what is under `env` goes
+    into the environment, as TRL does it."""
     try:
         found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise OSError(
-            f"`config` is {str(path)!r}, which cannot be read ({error.strerror}): check the path."
+            f"`{what}` is {str(path)!r}, which cannot be read ({error.strerror}): check the path."
         ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"`config` is {str(path)!r}, which is no valid YAML ({error}): correct it.") from error
+        raise ValueError(f"`{what}` is {str(path)!r}, which is no valid YAML ({error}): correct it.") from error
     if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
-        raise ValueError(f"`config` is {str(path)!r}, which holds no mapping: write lines like `seed: 0`.")
+        raise ValueError(f"`{what}` is {str(path)!r}, which holds no mapping: write lines like `seed: 0`.")
+    below: dict[str, Any] = {}
+    if (base := found.pop("base", None)) is not None:
+        # One file alone, so that whoever reads a recipe has two to read at most.
+        if what == "base":
+            raise ValueError(f"`base` is {base!r} in {str(path)!r}, which is a base itself: put its options there.")
+        if not isinstance(base, str):
+            raise ValueError(
+                f"`base` is {base!r} in {str(path)!r}: write the path of one file, from where that one is."
+            )
+        below = _read(Path(path).parent / base, "base")
     variables = found.pop("env", {})
     if not isinstance(variables, dict):
         raise ValueError(f"`env` is {variables!r} in {str(path)!r}: write a mapping of variables to values.")
     os.environ.update({str(name): str(value) for name, value in variables.items()})
-    return found
+    return below | found
 
 
 def _fix(value: Any, kind: Any) -> str:

@@ -1,5 +1,6 @@
 """List the recipes that ship with the package, or print one: `elm recipes smollm2-135m-capitals`."""
 
+import re
 import sys
 from difflib import get_close_matches
 from pathlib import Path
@@ -57,17 +58,34 @@ def shipped(path: str) -> str:
     return str(inside) if first == "recipes" and not Path(path).exists() and inside.is_file() else path
 
 
+def recipe_text(path: Path) -> str:
+    """A recipe that stands alone: in place of the line `base`, at its end what it takes from there."""
+    own = path.read_text(encoding="utf-8")
+    named = re.search(r"^base: *(\S+)\n", own, re.MULTILINE)
+    if named is None:
+        return own
+    here = set(re.findall(r"^(\w+):", own, re.MULTILINE))
+    taken, takes = [], True
+    for line in (path.parent / named[1]).read_text(encoding="utf-8").splitlines(keepends=True):
+        # What is indented belongs to the key above it.
+        if not line.startswith((" ", "-")):
+            key = re.match(r"(\w+):", line)
+            takes = key is None or key[1] not in here
+        taken.append(line if takes else "")
+    return own.replace(named[0], "") + "\n" + "".join(taken)
+
+
 def main(argv: list[str] | None = None) -> None:
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     parser = OneLineParser("elm recipes", description=__doc__, allow_abbrev=False)
     parser.add_argument("name", nargs="?", help="The recipe to print; all are listed without one.")
     name = parser.parse_args(argv).name
     if name is not None:
-        sys.stdout.write(find_recipe(name).read_text(encoding="utf-8"))
+        sys.stdout.write(recipe_text(find_recipe(name)))
         return
-    table = Table("name", "subcommand", "what it does", box=None)
+    table = Table(*(Column(name, no_wrap=True) for name in ("name", "subcommand")), "what it does", box=None)
     for found in recipe_names():
         table.add_row(found, command_of(found), _about(find_recipe(found)))
     Console().print(table)

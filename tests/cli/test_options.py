@@ -16,12 +16,22 @@ from elm_trainer.cli.compare import ComparisonSettings
 from elm_trainer.cli.erase_options import CommonSettings, ErasureArguments
 from elm_trainer.cli.main import COMMANDS, main
 from elm_trainer.cli.options import CommandLine
-from elm_trainer.cli.recipes import command_of, find_recipe, recipe_names, shipped
+from elm_trainer.cli.recipes import command_of, find_recipe, recipe_names, recipe_text, shipped
 from elm_trainer.cli.synthesize import SamplerSettings
 
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+class NoDuplicates(yaml.SafeLoader):
+    """Refuses a key that stands twice, of which YAML takes the last."""
+
+    def compose_mapping_node(self, anchor):
+        node = super().compose_mapping_node(anchor)
+        keys = [key.value for key, _ in node.value]
+        assert len(set(keys)) == len(keys), keys
+        return node
 
 
 def options(*words):
@@ -43,13 +53,47 @@ def test_a_recipe_by_name_is_the_file():
 
 
 @pytest.mark.parametrize("name", recipe_names())
-def test_every_recipe_is_found_with_its_subcommand_and_sets_what_it_can(name, capsys):
+def test_every_recipe_is_found_with_its_subcommand_and_is_printed_whole(name, capsys, tmp_path):
     main(["recipes", name])
-    assert capsys.readouterr().out == (ROOT / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
+    printed = capsys.readouterr().out
+    written = (ROOT / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
+    assert printed == written or ("\nbase: " in written and "\nbase: " not in printed)
+    # What is printed into a file of one's own is the same run.
+    (tmp_path / "own.yaml").write_text(printed)
+    if command_of(name) == "erase":
+        assert options("--config", str(tmp_path / "own.yaml")) == options("--recipe", name)
+    assert yaml.compose(printed, Loader=NoDuplicates)
     assert command_of(name) == ("compare" if "methods" in yaml.safe_load(find_recipe(name).read_text()) else "erase")
 
 
-def test_the_recipes_are_listed(capsys):
+def test_options_come_before_those_of_the_base(tmp_path):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "below.yaml").write_text("# Below.\nseed: 1\nforget:\n  - elements\nlora_rank: 4\n# End.\n")
+    (tmp_path / "own.yaml").write_text("# Own.\nbase: base/below.yaml\nseed: 2\nforget: [capitals]\n")
+    own, common = options("--config", str(tmp_path / "own.yaml"))
+    assert (own.lora_rank, common.seed, own.forget) == (4, 2, ["capitals"])
+    whole = "# Own.\nseed: 2\nforget: [capitals]\n\n# Below.\nlora_rank: 4\n# End.\n"
+    assert recipe_text(tmp_path / "own.yaml") == whole
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("base: [a.yaml, b.yaml]", r"`base` is .'a.yaml', 'b.yaml'. in .*own.yaml.*: write the path of one file"),
+        ("base: absent.yaml", r"`base` is '.*absent.yaml', which cannot be read"),
+        ("base: own.yaml", r"`base` is 'own.yaml' in .*own.yaml.*, which is a base itself: put its options there"),
+    ],
+)
+def test_a_base_that_is_none_is_an_error_of_one_line(text, message, tmp_path, capsys):
+    (tmp_path / "own.yaml").write_text(text)
+    with pytest.raises(SystemExit) as ended:
+        options("--config", str(tmp_path / "own.yaml"))
+    printed = capsys.readouterr().err
+    assert ended.value.code == 2 and re.search(message, printed) and printed.count("\n") == 1
+
+
+def test_the_recipes_are_listed(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     main(["recipes"])
     printed = capsys.readouterr().out
     assert recipe_names() == sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml"))
