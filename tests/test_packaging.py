@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from elm_trainer.cli.recipes import recipe_text
+
 
 ROOT = Path(__file__).parents[1]
 
@@ -62,8 +64,12 @@ def test_the_wheel_has_the_recipes_and_the_console_script_finds_them(installed, 
     assert float(seconds) <= 0.3
     assert len(found) == 2 and all(Path(path).is_relative_to(installed.parent) for path in found)
 
-    for path in (ROOT / "recipes").glob("*.yaml"):
-        assert run([installed / "elm", "recipes", path.stem], tmp_path).stdout == path.read_text(encoding="utf-8")
+    recipes = Path(found[1]).parents[1]
+    for path in (ROOT / "recipes").rglob("*.yaml"):
+        assert (recipes / path.relative_to(ROOT / "recipes")).read_bytes() == path.read_bytes()
+    for name in ("smollm2-135m-capitals", "zephyr-7b-beta-bio-cyber-released"):
+        printed = run([installed / "elm", "recipes", name], tmp_path).stdout
+        assert printed == recipe_text(ROOT / "recipes" / f"{name}.yaml")
     wrong = run([installed / "elm", "erase", "--recipe", "smollm2-135m-capital"], tmp_path)
     assert wrong.returncode == 2 and wrong.stderr.endswith("did you mean 'smollm2-135m-capitals'?\n")
 
