@@ -8,9 +8,20 @@ LM head runs on supervised positions, a chunk at a time.
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from transformers import AutoConfig
+
+from elm_trainer.cli.erase_options import ErasureArguments
+from elm_trainer.cli.options import CommandLine
+from elm_trainer.cli.recipes import recipe_names
+from elm_trainer.fitting import empty_model
+from elm_trainer.modeling import layer_range
 from elm_trainer.ops.head import CHUNK
 
 from .shapes import Adapter, ModelShape
+
+
+# Matrices that read what another one does.
+SHARES = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
 
 
 @dataclass(frozen=True)
@@ -96,15 +107,16 @@ def kept_bytes(shape: ModelShape, adapter: Adapter | None, step: StepShape) -> f
     its two factors.
     """
     h, i = shape.hidden, shape.intermediate
-    kept = 2 * h * 4 + (2 * h + 2 * shape.kv_width + 3 * i) * step.bytes
+    kept = 2 * h * 4 + (2 * shape.q_width + 2 * shape.kv_width + 3 * i) * step.bytes
     if adapter is None:
         return kept
-    inputs = [inputs for inputs, _ in shape.projections.values()]
+    inputs = [shape.projections[name][0] for name in adapter.targets]
     if adapter.dropout:
         kept += sum(inputs) * (step.bytes + step.mask_bytes)
     else:
         # Queries, keys and values share their input, and so do the two matrices of the gate.
-        kept += (3 * h + i) * step.bytes
+        shared = {SHARES.get(name, name): shape.projections[name][0] for name in adapter.targets}
+        kept += sum(shared.values()) * step.bytes
     return kept + len(inputs) * adapter.rank * step.bytes
 
 
@@ -156,7 +168,7 @@ def step_flops(shape: ModelShape, adapter: Adapter, step: StepShape) -> float:
     if step.checkpointing:
         forward += layers
     matrices = 2 * shape.layer_parameters * (forward + back)
-    attention = 4 * step.text * shape.hidden * (forward + 2 * back)
+    attention = 4 * step.text * shape.q_width * (forward + 2 * back)
     own = (8 if step.checkpointing else 6) * adapter.parameters(shape)
     return step.tokens * (matrices + attention + own) + step.positions * 4 * shape.hidden * shape.vocab
 
@@ -172,8 +184,7 @@ def moved_bytes(shape: ModelShape, adapter: Adapter, step: StepShape) -> float:
     forward = shape.layers + (layers if step.checkpointing else 0)
     elements = 24 * shape.hidden + 5 * shape.intermediate
     moved = step.tokens * elements * (forward + 2 * layers) * step.bytes
-    outputs = sum(outputs for _, outputs in shape.projections.values())
-    inputs = sum(inputs for inputs, _ in shape.projections.values())
+    inputs, outputs = (sum(shape.projections[name][side] for name in adapter.targets) for side in (0, 1))
     own = step.tokens * len(adapter.layers) * (9 * outputs + (9 * inputs if adapter.dropout else 0)) * step.bytes
     logits = 8 * 4 * step.positions * shape.vocab
     return moved + own + logits + 28 * adapter.parameters(shape)
@@ -268,15 +279,77 @@ def _row(name: str, shape: ModelShape, layout: str, devices: int, sharded: bool,
     return "| " + " | ".join([*cells, f"{devices * SAMPLES / seconds:.1f}"]) + " |"
 
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "scale.md"
-BEGIN, END = "<!-- predictions: python -m benchmarks.prediction -->\n", "\n<!-- end of predictions -->"
+# As above, but for products of float32, of which the data sheet has 67 TFLOP/s.
+H100_FLOAT32 = replace(H100, flops=0.4 * 67e12)
+ROOT = Path(__file__).resolve().parents[1]
 
 
-def with_table(page: str) -> str:
-    """The page with the table between its two marks renewed."""
-    before, rest = page.split(BEGIN)
-    return before + BEGIN + table() + END + rest.split(END)[1]
+def recipe_table() -> str:
+    """Predictions for the recipes of large models as a table in Markdown, with texts of `max_length` tokens each."""
+    configs = {path.stem: path for path in sorted((ROOT / "tests" / "recipes" / "configs").glob("*.json"))}
+    lines = [
+        "| recipe | trained weights | weights | adapter, optimizer | activations | head, working | total of 80 GB "
+        "| s an update | updates | training |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, path in configs.items():
+        config = AutoConfig.from_pretrained(path)
+        weights = empty_model(config).num_parameters()
+        shape = ModelShape.of(config.get_text_config())
+        recipes = [recipe for recipe in recipe_names() if recipe.startswith(f"{name}-")]
+        lines += [_recipe_row(recipe, shape, weights) for recipe in recipes]
+    return "\n".join(lines)
+
+
+def _recipe_row(recipe: str, shape: ModelShape, weights: int) -> str:
+    line = CommandLine(
+        "erase", "", ["--recipe", recipe, "--use_cpu=true"], own=ErasureArguments, config="elm_trainer.ElmConfig"
+    )
+    given, args = line.complete()
+    layers = tuple(layer_range(given.lora_layers) or range(shape.layers))
+    adapter = Adapter(
+        given.lora_rank, layers, given.lora_alpha, given.lora_dropout, tuple(given.lora_targets.split(","))
+    )
+    size = 4 if given.dtype == "float32" else 2
+    texts = args.per_device_train_batch_size * (3 if args.consistency_weight else 2)
+    tokens = texts * args.max_length
+    step = StepShape(
+        tokens,
+        tokens - texts,
+        args.max_length,
+        size,
+        2 if args.bf16 else size,
+        checkpointing=args.activation_checkpointing,
+    )
+    need = memory(shape, adapter, step)
+    # With directions that are chosen, LoRA's A is neither trained nor has it moments.
+    outputs = sum(adapter.rank * shape.projections[name][1] for name in adapter.targets) * len(layers)
+    trained = outputs if args.contrast_rows else adapter.parameters(shape)
+    parts = [
+        weights * size,
+        16 * trained + 4 * (adapter.parameters(shape) - trained),
+        need.activations,
+        need.head + need.working,
+    ]
+    rows = given.dataset_size * sum(given.shares or [1] * len(given.forget)) * args.num_train_epochs
+    updates = round(rows / args.per_device_train_batch_size / args.gradient_accumulation_steps)
+    device = H100 if args.bf16 else H100_FLOAT32
+    seconds = args.gradient_accumulation_steps * step_seconds(shape, adapter, step, device)
+    cells = [f"`{recipe}`", f"{trained:,}", *(f"{part / 1e9:.1f} GB" for part in (*parts, sum(parts)))]
+    return "| " + " | ".join([*cells, f"{seconds:.2f}", f"{updates:,}", f"{updates * seconds / 60:.0f} min"]) + " |"
+
+
+PAGE = ROOT / "docs" / "scale.md"
+BEGIN, END = "<!-- {}: python -m benchmarks.prediction -->\n", "\n<!-- end of {} -->"
+
+
+def with_tables(page: str) -> str:
+    """The page with the tables between their marks renewed."""
+    for name, made in (("predictions", table()), ("recipes", recipe_table())):
+        before, rest = page.split(BEGIN.format(name))
+        page = before + BEGIN.format(name) + made + END.format(name) + rest.split(END.format(name))[1]
+    return page
 
 
 if __name__ == "__main__":
-    PAGE.write_text(with_table(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    PAGE.write_text(with_tables(PAGE.read_text(encoding="utf-8")), encoding="utf-8")

@@ -20,6 +20,7 @@ class ModelShape:
         heads (`int`), kv_heads (`int`): Heads of the queries, and of keys and values.
         vocab (`int`): Rows of the embeddings.
         tied (`bool`, *optional*, defaults to `True`): Whether the LM head shares the embeddings.
+        head (`int`, *optional*): Width of a head; of all of them that of the residual stream by default.
     """
 
     hidden: int
@@ -29,25 +30,33 @@ class ModelShape:
     kv_heads: int
     vocab: int
     tied: bool = True
+    head: int | None = None
 
     @classmethod
     def of(cls, config: PreTrainedConfig) -> "ModelShape":
         """The sizes that a model's config names."""
+        head = getattr(config, "head_dim", None)
         return cls(
             config.hidden_size, config.intermediate_size, config.num_hidden_layers, config.num_attention_heads,
             config.num_key_value_heads, config.vocab_size, config.tie_word_embeddings,
+            head if head != config.hidden_size // config.num_attention_heads else None,
         )  # fmt: skip
+
+    @property
+    def q_width(self) -> int:
+        """Width of queries, and of what attention gives."""
+        return self.head * self.heads if self.head else self.hidden
 
     @property
     def kv_width(self) -> int:
         """Width of keys, and of values."""
-        return self.hidden * self.kv_heads // self.heads
+        return self.q_width * self.kv_heads // self.heads
 
     @property
     def projections(self) -> dict[str, tuple[int, int]]:
         """Inputs and outputs of a layer's matrices."""
-        h, kv, i = self.hidden, self.kv_width, self.intermediate
-        return dict(zip(PROJECTIONS, [(h, h), (h, kv), (h, kv), (h, h), (h, i), (h, i), (i, h)], strict=True))
+        h, q, kv, i = self.hidden, self.q_width, self.kv_width, self.intermediate
+        return dict(zip(PROJECTIONS, [(h, q), (h, kv), (h, kv), (q, h), (h, i), (h, i), (i, h)], strict=True))
 
     @property
     def layer_parameters(self) -> int:
@@ -69,6 +78,7 @@ class ModelShape:
                 num_hidden_layers=self.layers,
                 num_attention_heads=self.heads,
                 num_key_value_heads=self.kv_heads,
+                head_dim=self.head,
                 vocab_size=self.vocab,
                 tie_word_embeddings=self.tied,
                 pad_token_id=pad_token_id,

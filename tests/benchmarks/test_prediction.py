@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from peft import get_peft_model
@@ -18,7 +20,7 @@ from benchmarks.prediction import (
     step_flops,
     step_seconds,
     target_bytes,
-    with_table,
+    with_tables,
 )
 from benchmarks.shapes import Adapter, ModelShape
 from elm_trainer.data.target_store import Field, TargetLayout
@@ -28,19 +30,27 @@ BATCH, TEXT = 3, 64
 TOKENS = BATCH * TEXT
 
 
-@pytest.fixture
-def shape():
-    return ModelShape(hidden=96, intermediate=256, layers=6, heads=6, kv_heads=2, vocab=512)
+@pytest.fixture(params=[None, 24], ids=["llama", "wide heads"])
+def shape(request):
+    return ModelShape(hidden=96, intermediate=256, layers=6, heads=6, kv_heads=2, vocab=512, head=request.param)
 
 
-@pytest.fixture(params=[0.0, 0.05], ids=["plain", "dropout"])
+@pytest.fixture(
+    params=[{}, {"dropout": 0.05}, {"targets": ("gate_proj", "up_proj")}], ids=["plain", "dropout", "gate and up"]
+)
 def adapter(request):
-    return Adapter(rank=8, layers=(2, 3), dropout=request.param)
+    return Adapter(rank=8, layers=(2, 3), **request.param)
 
 
 @pytest.fixture
 def step():
     return StepShape(TOKENS, TOKENS, TEXT, weight_bytes=4, bytes=4, mask_bytes=4)
+
+
+def spared(adapter):
+    """What the formulas count too much at most, of four layers with gradient: the attention of the first, which comes before
+    the feed-forward part and needs none where that alone is adapted."""
+    return 0.0 if "q_proj" in adapter.targets else 0.12
 
 
 def test_weights_are_counted_as_they_are(shape, adapter):
@@ -52,7 +62,7 @@ def test_weights_are_counted_as_they_are(shape, adapter):
 
 
 def test_untied_embeddings_count_twice(shape):
-    untied = ModelShape(96, 256, 6, 6, 2, 512, tied=False)
+    untied = replace(shape, tied=False)
     assert untied.parameters == untied.model().num_parameters() == shape.parameters + 512 * 96
 
 
@@ -74,7 +84,7 @@ def test_activations_are_what_autograd_keeps(shape, adapter, step):
     assert layers_with_gradient(shape, adapter) == 4
     formula = TOKENS * (2 * kept_bytes(shape, None, step) + 2 * kept_bytes(shape, adapter, step))
     assert formula == memory(shape, adapter, step).activations
-    assert formula == pytest.approx(measured, rel=0.05)
+    assert 0.95 <= formula / measured <= 1.05 + spared(adapter)
 
 
 def test_operations_are_what_torch_counts(shape, adapter, step):
@@ -84,7 +94,7 @@ def test_operations_are_what_torch_counts(shape, adapter, step):
     model = get_peft_model(model, adapter.lora()).train()
     with FlopCounterMode(display=False) as counter:
         model(torch.randint(0, 512, (BATCH, TEXT)), use_cache=False).logits.sum().backward()
-    assert step_flops(shape, adapter, step) == pytest.approx(counter.get_total_flops(), rel=0.03)
+    assert 0.97 <= step_flops(shape, adapter, step) / counter.get_total_flops() <= 1.03 + spared(adapter)
 
 
 def test_checkpointing_trades_activations_for_operations(shape, adapter, step):
@@ -143,7 +153,7 @@ def test_stored_targets_take_the_bytes_of_their_layout(vocab, width):
 
 def test_the_page_holds_the_predictions_of_the_formulas():
     page = PAGE.read_text(encoding="utf-8")
-    assert with_table(page) == page, "Run `python -m benchmarks.prediction`."
+    assert with_tables(page) == page, "Run `python -m benchmarks.prediction`."
 
 
 def test_sizes_are_read_from_a_config():
