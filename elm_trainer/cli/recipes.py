@@ -43,7 +43,7 @@ def find_recipe(name: str, command: str | None = None) -> Path:
         if Path(name).is_file():
             raise ValueError(f"`recipe` is {name!r}, a file: give it as `--config {name}`.")
         near = get_close_matches(name, names, n=1)
-        fix = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(names)}."
+        fix = f"did you mean {near[0]!r}?" if near else "`elm recipes` lists those that do."
         raise ValueError(f"`recipe` is {name!r}, which does not exist; {fix}")
     # What `elm doctor` looks at is an erasure.
     if command not in (None, command_of(name)) and (command, command_of(name)) != ("doctor", "erase"):
