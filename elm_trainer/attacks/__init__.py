@@ -11,7 +11,7 @@ from .prompting import (
     TranslationAttack,
 )
 from .report import markdown_attacks, render_attacks
-from .run import ATTACKS, attack_erasure, built_in_target, default_attacks, load_attacks
+from .run import ATTACKS, attack_erasure, built_in_target, built_in_wordings, default_attacks, load_attacks
 from .weights import LayerRemovalAttack, QuantizationAttack, RelearningAttack, ScalingAttack
 
 
@@ -33,6 +33,7 @@ __all__ = [
     "TranslationAttack",
     "attack_erasure",
     "built_in_target",
+    "built_in_wordings",
     "default_attacks",
     "load_attacks",
     "markdown_attacks",

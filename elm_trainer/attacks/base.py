@@ -178,6 +178,26 @@ class Attack(ABC):
         """Why this attack has no meaning for the target, or `None` where it has."""
         return None
 
+    def rewrite(
+        self,
+        processing_class: PreTrainedTokenizerBase,
+        question: Question,
+        wordings: Mapping[str, Mapping[str, str]],
+        questions: Sequence[Question] = (),
+    ) -> dict[str, str]:
+        """The prompts with which this attack asks one question, in their final form and by `<attack>.<variant>`.
+
+        There are none of an attack that changes weights, searches or samples, and of a wording that needs the subject
+        of a question without one.
+
+        Args:
+            processing_class: Tokenizer, whose chat template stands around what is asked.
+            question: The question; its `subject` may be empty.
+            wordings: As those of an [`AttackTarget`].
+            questions: Questions about the same concept, of which examples may be drawn.
+        """
+        return {}
+
     def settings(self) -> dict[str, Any]:
         """The settings, as they stand in the report."""
         return asdict(self)

@@ -1,5 +1,6 @@
 """Attacks by the prompt: other words, languages, filler, examples, a begun answer, many samples, a searched suffix (GCG)."""
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
@@ -25,12 +26,29 @@ class WordingAttack(Attack):
 
     kind: ClassVar[str]
 
-    def wordings(self, target: AttackTarget) -> Mapping[str, str]:
-        """The wordings by name, each with placeholders for the subject or the question."""
-        return target.wordings.get(self.kind, {})
+    def wordings(self, given: Mapping[str, Mapping[str, str]]) -> Mapping[str, str]:
+        """Those of a target's wordings that belong here, by name, each with placeholders for the subject or the question."""
+        return given.get(self.kind, {})
 
     def inapplicable(self, target: AttackTarget) -> str | None:
-        return None if self.wordings(target) else f"the target's `wordings` hold no {self.kind}"
+        return None if self.wordings(target.wordings) else f"the target's `wordings` hold no {self.kind}"
+
+    def rewrite(
+        self,
+        processing_class: PreTrainedTokenizerBase,
+        question: Question,
+        wordings: Mapping[str, Mapping[str, str]],
+        questions: Sequence[Question] = (),
+    ) -> dict[str, str]:
+        return {
+            f"{self.name}.{variant}": self.prompt(processing_class, question, wording)
+            for variant, wording in self.wordings(wordings).items()
+            if question.subject or "{subject}" not in wording
+        }
+
+    @abstractmethod
+    def prompt(self, processing_class: PreTrainedTokenizerBase, question: Question, wording: str) -> str:
+        """The prompt that asks a question in a wording."""
 
 
 @dataclass
@@ -44,14 +62,18 @@ class RewordingAttack(WordingAttack):
 
     max_new_tokens: int = ANSWER_TOKENS
 
+    def reworded(self, question: Question, wording: str) -> Question:
+        """The question in a wording."""
+        return replace(question, text=wording.format(subject=question.subject, question=question.text))
+
+    def prompt(self, processing_class: PreTrainedTokenizerBase, question: Question, wording: str) -> str:
+        return as_prompt(processing_class, self.reworded(question, wording).text)
+
     def run(self, target: AttackTarget) -> list[AttackResult]:
         results = []
-        for variant, wording in self.wordings(target).items():
-            asked = [
-                replace(question, text=wording.format(subject=question.subject, question=question.text))
-                for question in target.questions
-            ]
-            prompts = [as_prompt(target.processing_class, question.text) for question in asked]
+        for variant, wording in self.wordings(target.wordings).items():
+            asked = [self.reworded(question, wording) for question in target.questions]
+            prompts = [self.prompt(target.processing_class, question, wording) for question in target.questions]
             results += target.ask_both(f"{self.name}.{variant}", asked, prompts, max_new_tokens=self.max_new_tokens)
         return results
 
@@ -78,7 +100,7 @@ class FillerAttack(RewordingAttack):
 
     name = "filler"
 
-    def wordings(self, target: AttackTarget) -> Mapping[str, str]:
+    def wordings(self, given: Mapping[str, Mapping[str, str]]) -> Mapping[str, str]:
         text = (files("elm_trainer.data") / "attacks" / "fillers.yaml").read_text(encoding="utf-8")
         return yaml.safe_load(text)
 
@@ -109,13 +131,30 @@ class FewShotAttack(Attack):
             )
         solved, asked = draw_subjects(target.questions, self.shots, self.seed)
         questions = [target.questions[index] for index in asked]
-        examples = "".join(f"{PROMPT.format(question=q.text)} {q.answer}\n\n" for q in solved)
-        prompt = examples.replace("{", "{{").replace("}", "}}") + PROMPT
+        prompt = self.examples(solved)
         prompts = [prompt.format(question=question.text) for question in questions]
         return target.ask_both(
             f"{self.name}.{self.shots}", questions, prompts,
             indices=asked, prompt=prompt, max_new_tokens=self.max_new_tokens,
         )  # fmt: skip
+
+    def examples(self, solved: Sequence[Question]) -> str:
+        """Solved questions, and behind them the place of the one to ask, `{question}`."""
+        examples = "".join(f"{PROMPT.format(question=q.text)} {q.answer}\n\n" for q in solved)
+        return examples.replace("{", "{{").replace("}", "}}") + PROMPT
+
+    def rewrite(
+        self,
+        processing_class: PreTrainedTokenizerBase,
+        question: Question,
+        wordings: Mapping[str, Mapping[str, str]],
+        questions: Sequence[Question] = (),
+    ) -> dict[str, str]:
+        others = [other for other in questions if other.subject and other.subject != question.subject]
+        if not 0 < self.shots <= len(subjects_of(others)):
+            return {}
+        solved, _ = draw_subjects(others, self.shots, self.seed)
+        return {f"{self.name}.{self.shots}": self.examples(solved).format(question=question.text)}
 
 
 @dataclass
@@ -134,13 +173,13 @@ class PrefillingAttack(WordingAttack):
     def __post_init__(self):
         self._require_positive("max_new_tokens")
 
+    def prompt(self, processing_class: PreTrainedTokenizerBase, question: Question, wording: str) -> str:
+        return as_prompt(processing_class, question.text) + wording.format(subject=question.subject)
+
     def run(self, target: AttackTarget) -> list[AttackResult]:
         results = []
-        for variant, wording in self.wordings(target).items():
-            prompts = [
-                as_prompt(target.processing_class, question.text) + wording.format(subject=question.subject)
-                for question in target.questions
-            ]
+        for variant, wording in self.wordings(target.wordings).items():
+            prompts = [self.prompt(target.processing_class, question, wording) for question in target.questions]
             said = {side: target.answer(prompts, side=side, max_new_tokens=self.max_new_tokens) for side in SIDES}
             results.append(AttackResult(f"{self.name}.{variant}", "names_answer", said["erased"], said["reference"]))
         return results

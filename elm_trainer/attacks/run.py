@@ -151,7 +151,7 @@ def built_in_target(
             )
         read = frozenset(fact.subject for fact in facts_of(concept)) - held_out_subjects(concept)
         bank = load_bank(concept, subjects=read, split="test")
-        wordings = yaml.safe_load((files("elm_trainer.data") / "attacks" / f"{concept}.yaml").read_text("utf-8"))
+        wordings = built_in_wordings(concept)
         sources = {"forget": concept, "near": f"{concept}-near"}
         texts = {
             kind: load_texts(name, processing_class=processing_class)["text"][:] for kind, name in sources.items()
@@ -160,6 +160,13 @@ def built_in_target(
     texts["unrelated"] = load_texts("everyday", processing_class=processing_class)["text"][:]
     asked = draw_questions(bank, questions, random.Random(seed))
     return AttackTarget(pair, processing_class, asked, wordings, texts, batch_size, revision)
+
+
+def built_in_wordings(concept: str) -> dict[str, dict[str, str]]:
+    """The `wordings` of an [`AttackTarget`] for a concept with built-in facts, `"capitals"` or `"elements"`; none for others."""
+    if concept not in FACTS:
+        return {}
+    return yaml.safe_load((files("elm_trainer.data") / "attacks" / f"{concept}.yaml").read_text("utf-8"))
 
 
 def attack_erasure(

@@ -132,7 +132,7 @@ def generate_answers(
             "`seed` is None, so that each process would draw its own answers: give one with `over_ranks`."
         )
     processing_class = text_tokenizer(processing_class)
-    ends = _end_tokens(model, processing_class)
+    ends = end_tokens(model, processing_class)
     # Padding is masked, so any token will do where there is no end token either.
     pad = (ends or [0])[0] if processing_class.pad_token_id is None else processing_class.pad_token_id
     config = GenerationConfig(
@@ -172,7 +172,7 @@ def generate_answers(
     return Generations([text for text, _ in answers], [truncated for _, truncated in answers])
 
 
-def _end_tokens(model: PreTrainedModel, processing_class: PreTrainedTokenizerBase) -> list[int]:
+def end_tokens(model: PreTrainedModel, processing_class: PreTrainedTokenizerBase) -> list[int]:
     """The tokenizer's end token and those of the model's own settings, such as the end of a chat turn."""
     configured = model.generation_config.eos_token_id
     more = configured if isinstance(configured, list) else [configured]

@@ -132,10 +132,44 @@ def stack_erasures(
     access = Access(token, cache_dir, local_files_only)
     found = {name: find_adapter(place, None, access) for name, place in adapters.items()}
     _check_combination(found, combination)
+    model, tokenizer = load_found(
+        found,
+        base_model,
+        access,
+        allow_mismatch=allow_mismatch,
+        dtype=dtype,
+        device_map=device_map,
+        quantization_config=quantization_config,
+    )
+    _combine(model, strengths, combination, density, svd_rank)
+    model.set_adapter(STACK)
+    model.requires_grad_(False)  # `set_adapter` made the stack trainable
+    return model.eval(), tokenizer
+
+
+def load_found(
+    found: Mapping[str, FoundAdapter],
+    base_model: str | PreTrainedModel | None,
+    access: Access,
+    *,
+    allow_mismatch: bool = False,
+    dtype: str = "auto",
+    device_map: str | dict[str, Any] | None = None,
+    quantization_config: Any = None,
+) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    """Put adapters that [`find_adapter`] found on one base, each under its name; takes and raises what [`load_erased`] does.
+
+    Returns:
+        `tuple`: the model in evaluation mode with the first adapter active, and the first adapter's tokenizer.
+    """
     _check_bases(found, allow_mismatch)
-    first = next(iter(found.values()))
     base, tokenizer = load_base(
-        first, base_model, access, dtype=dtype, device_map=device_map, quantization_config=quantization_config
+        next(iter(found.values())),
+        base_model,
+        access,
+        dtype=dtype,
+        device_map=device_map,
+        quantization_config=quantization_config,
     )
     for adapter in found.values():
         check_fit(adapter, base, tokenizer, allow_mismatch=allow_mismatch)
@@ -146,9 +180,6 @@ def stack_erasures(
                 model = PeftModel.from_pretrained(base, adapter.folder, adapter_name=name, torch_device="cpu")
             else:
                 model.load_adapter(adapter.folder, name, torch_device="cpu")
-    _combine(model, strengths, combination, density, svd_rank)
-    model.set_adapter(STACK)
-    model.requires_grad_(False)  # `set_adapter` made the stack trainable
     return model.eval(), tokenizer
 
 
@@ -252,7 +283,7 @@ def _check_bases(found: Mapping[str, FoundAdapter], allow_mismatch: bool) -> Non
             continue
         message = (
             f"{first_name} was trained on {first.id} ({first.revision[:12]}), {name} on {other.id} "
-            f"({other.revision[:12]}), and their weights differ: stack erasures of one base, or pass "
+            f"({other.revision[:12]}), and their weights differ: take erasures of one base, or pass "
             "`allow_mismatch=True`."
         )
         if not allow_mismatch:
