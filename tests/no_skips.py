@@ -1,5 +1,5 @@
 """In continuous integration (where `CI` is set) a skipped test is a failed one, unless a marker says that it may be skipped:
-`gpu`, or `gemma` for the weights that come under terms of their own.
+`gpu`, `gemma` for the weights that come under terms of their own, or `chat` for the page's extra and a browser.
 """
 
 import os
@@ -7,7 +7,7 @@ import os
 import pytest
 
 
-MAY_BE_SKIPPED = ("gpu", "gemma")
+MAY_BE_SKIPPED = ("gpu", "gemma", "chat")
 
 
 @pytest.hookimpl(wrapper=True)

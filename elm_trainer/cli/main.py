@@ -26,6 +26,9 @@ COMMANDS = {
     "attack": Command("elm_trainer.cli.attack", "try to bring the knowledge back"),
     "compare": Command("elm_trainer.cli.compare", "compare all methods on the same data"),
     "publish": Command("elm_trainer.cli.publish", "publish an adapter with its report and card"),
+    "chat": Command(
+        "elm_trainer.cli.chat", "ask reference and erased model side by side, on a page or in the terminal"
+    ),
     "synthesize": Command("elm_trainer.cli.synthesize", "write fluent completions, for the consistency term"),
     "leaderboard": Command("elm_trainer.cli.leaderboard", "published adapters side by side"),
     "recipes": Command("elm_trainer.cli.recipes", "list the recipes that ship with the package, or print one"),

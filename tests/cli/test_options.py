@@ -173,7 +173,7 @@ def test_help_and_the_package_need_neither_torch_nor_seconds():
         "    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):\n"
         "        main([name, '--help'] if name else ['--help'])\n"
         "    seconds[name] = time.process_time() - started\n"
-        "print(json.dumps([seconds, [name for name in ('torch', 'datasets', 'peft') if name in sys.modules]]))\n"
+        "print(json.dumps([seconds, [name for name in ('torch', 'datasets', 'peft', 'gradio') if name in sys.modules]]))\n"
     )
     printed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     seconds, heavy = json.loads(printed.stdout)

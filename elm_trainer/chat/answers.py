@@ -1,0 +1,248 @@
+"""Both models answer one prompt in one loop, a token each at a time, and say how probable the concept's terms are there."""
+
+import copy
+import math
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+
+from ..data.tokens import continuation_text, text_ids, text_tokenizer
+from ..evaluation.fluency import end_tokens
+from ..evaluation.pair import SIDES, ModelPair, Side
+from ..ops import KeepPositions
+from .concept import term_tokens
+
+
+# As `generate_answers` samples.
+_TOP_K = 50
+# A term that begins with less cannot have more.
+_LEAST_FIRST = 1e-3
+
+
+@dataclass(frozen=True)
+class AnswerToken:
+    """A token of an answer.
+
+    Attributes:
+        id (`int`): Token id.
+        text (`str`): What it adds to the text; empty where only the next token completes a character.
+        probability (`float`): Of the token, under the model that wrote it and at temperature 1.
+        concept (`float`, *optional*): Probability that the model would have gone on with one of the concept's terms in
+            its place; `None` where there are no terms.
+    """
+
+    id: int
+    text: str
+    probability: float
+    concept: float | None
+
+
+@dataclass
+class Answer:
+    """An answer as far as it has come.
+
+    Attributes:
+        tokens (`list[AnswerToken]`): Its tokens, without the one that ends it.
+        state (`str`): `"writing"`, `"ended"` by the model, or `"cut off"` at the longest length.
+        end_concept (`float`, *optional*): The concept's probability in place of the token that ended the answer.
+    """
+
+    tokens: list[AnswerToken] = field(default_factory=list)
+    state: str = "writing"
+    end_concept: float | None = None
+
+    @property
+    def text(self) -> str:
+        return "".join(token.text for token in self.tokens)
+
+    @property
+    def highest(self) -> float | None:
+        """The largest probability of the concept at any position, the last one included."""
+        values = [token.concept for token in self.tokens] + [self.end_concept]
+        return max((value for value in values if value is not None), default=None)
+
+
+def percent(probability: float | None) -> str:
+    """A probability in percent, to one digit below ten; `"–"` where there is none."""
+    if probability is None or math.isnan(probability):
+        return "–"
+    return f"{100 * probability:.0f}" if probability >= 0.0995 else f"{100 * probability:.1f}"
+
+
+class ErasureChat:
+    """Adapters on one base, each of which answers beside the base.
+
+    Several threads may use it: a step takes the model for itself, and sets what it needs.
+
+    Args:
+        model (`PeftModel`): Base with one or more adapters.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`]): Tokenizer.
+        adapters (`Mapping[str, str]`, *optional*): By the name that a user sees, the name of each adapter in the model.
+            All, by the latter, by default.
+
+    Raises:
+        ValueError: if `adapters` names one that the model does not have.
+    """
+
+    def __init__(
+        self, model: PeftModel, processing_class: PreTrainedTokenizerBase, adapters: Mapping[str, str] | None = None
+    ):
+        self.pair = ModelPair(model)
+        self.model = model
+        self.processing_class = text_tokenizer(processing_class)
+        self.adapters = {name: name for name in model.peft_config} if adapters is None else dict(adapters)
+        if missing := sorted(set(self.adapters.values()) - model.peft_config.keys()):
+            raise ValueError(f"`adapters` names {missing}, but the model has {sorted(model.peft_config)}: load them.")
+        self._turn = threading.Lock()
+
+    def answer(
+        self,
+        prompt: str,
+        terms: Sequence[str] = (),
+        *,
+        adapter: str | None = None,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> Iterator[dict[Side, Answer]]:
+        """Answer a prompt with both models, with their keys and values cached.
+
+        Args:
+            prompt (`str`): In its final form, as of [`~elm_trainer.evaluation.fluency.as_prompt`].
+            terms (`Sequence[str]`, *optional*): Terms of the concept, whose probability is computed at every token.
+            adapter (`str`, *optional*): One of `adapters`; the first by default.
+            max_new_tokens (`int`, *optional*, defaults to `64`): Longest answer, in tokens.
+            temperature (`float`, *optional*, defaults to `0.0`): Of sampling among the 50 likeliest tokens; `0` is greedy.
+            seed (`int`, *optional*, defaults to `0`): Of sampling, the same for both.
+
+        Returns:
+            `Iterator[dict]`: both answers after each token of either; the same two objects, which grow.
+
+        Raises:
+            ValueError: at once, for an adapter that is not there, an empty prompt, a prompt that leaves no room for the
+                answer, a length below 1 or a temperature below 0.
+        """
+        adapter = next(iter(self.adapters)) if adapter is None else adapter
+        if adapter not in self.adapters:
+            raise ValueError(f"`adapter` is {adapter!r}: use one of {', '.join(self.adapters)}.")
+        if max_new_tokens < 1:
+            raise ValueError(f"`max_new_tokens` is {max_new_tokens}: it must be at least 1.")
+        if not 0 <= temperature < float("inf"):
+            raise ValueError(f"`temperature` is {temperature}: it must be at least 0, which is greedy.")
+        ids = text_ids(self.processing_class, prompt)
+        if not prompt.strip() or not ids:
+            raise ValueError("The prompt is empty: ask something.")
+        most = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if most is not None and len(ids) + max_new_tokens > most:
+            raise ValueError(
+                f"`max_new_tokens` is {max_new_tokens} and the prompt has {len(ids)} tokens, but the model reads {most} in "
+                "all: shorten one of them."
+            )
+        sequences = term_tokens(self.processing_class, terms)
+        writers = [
+            _Writer(self, side, self.adapters[adapter], ids, sequences, max_new_tokens, temperature, seed)
+            for side in SIDES
+        ]
+        return self._answers(writers)
+
+    def _answers(self, writers: "Sequence[_Writer]") -> Iterator[dict[Side, Answer]]:
+        while any(writer.answer.state == "writing" for writer in writers):
+            for writer in writers:
+                if writer.answer.state == "writing":
+                    with self._turn:
+                        writer.step()
+                    yield {other.side: other.answer for other in writers}
+
+
+class _Writer:
+    """One side's answer, with its cache."""
+
+    def __init__(
+        self,
+        chat: ErasureChat,
+        side: Side,
+        adapter: str,
+        ids: list[int],
+        terms: Sequence[tuple[int, ...]],
+        max_new_tokens: int,
+        temperature: float,
+        seed: int,
+    ):
+        self.side, self.answer = side, Answer()
+        self._chat, self._adapter, self._prompt, self._terms = chat, adapter, ids, terms
+        self._most, self._temperature = max_new_tokens, temperature
+        self._random = torch.Generator().manual_seed(seed)
+        self._ends = set(end_tokens(chat.model, chat.processing_class))
+        self._cache: Any = None
+        self._next, self._said = list(ids), ""
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Write a token, or end."""
+        chat = self._chat
+        if chat.model.active_adapters != [self._adapter]:
+            chat.model.set_adapter(self._adapter)
+            chat.model.requires_grad_(False)  # `set_adapter` made it trainable
+        with chat.pair.use(self.side) as model:
+            logits = self._forward(model)
+            probabilities = logits.softmax(-1)
+            concept = self._concept(model, probabilities)
+        token = self._choose(logits)
+        if token in self._ends:
+            self.answer.state, self.answer.end_concept = "ended", concept
+            return
+        written = [*(said.id for said in self.answer.tokens), token]
+        text = continuation_text(chat.processing_class, self._prompt, written)
+        # A character of several tokens is shown once it is whole.
+        whole = text.rstrip("\ufffd") if len(written) < self._most else text
+        new = whole[len(self._said) :] if whole.startswith(self._said) else ""
+        self._said += new
+        self.answer.tokens.append(AnswerToken(token, new, float(probabilities[token]), concept))
+        self._next = [token]
+        if len(written) >= self._most:
+            self.answer.state = "cut off"
+
+    def _forward(self, model: Any) -> torch.Tensor:
+        """Logits of the next token, `[vocab]`; what was said last goes into the cache."""
+        ids = torch.tensor([self._next], device=model.device)
+        last = torch.tensor([len(self._next) - 1], device=model.device)
+        with KeepPositions(model.get_output_embeddings(), last):
+            output = model(input_ids=ids, past_key_values=self._cache, use_cache=True)
+        self._cache = getattr(output, "past_key_values", None)
+        if self._cache is None:
+            raise ValueError(
+                f"The model, a {model.config.model_type}, keeps no keys and values to go on from: chat with one that does."
+            )
+        return output.logits[0, -1].float().cpu()
+
+    def _concept(self, model: Any, probabilities: torch.Tensor) -> float | None:
+        """Sum over the terms of the product of their tokens' probabilities."""
+        if not self._terms:
+            return None
+        likely = [term for term in self._terms if probabilities[term[0]] >= _LEAST_FIRST]
+        total = sum((float(probabilities[term[0]]) for term in likely if len(term) == 1), 0.0)
+        longer = [term for term in likely if len(term) > 1]
+        if longer:
+            # Each goes on from a copy of the cache; what pads the shorter ones stands behind and is not seen.
+            width = max(map(len, longer)) - 1
+            rows = torch.tensor([[*term[:-1], *[0] * (width - len(term) + 1)] for term in longer], device=model.device)
+            cache = copy.deepcopy(self._cache)
+            cache.batch_repeat_interleave(len(longer))
+            output = model(input_ids=rows, past_key_values=cache, use_cache=True)
+            found = output.logits.float().log_softmax(-1).cpu()  # [terms, width, vocab]
+            for row, term in enumerate(longer):
+                rest = sum(float(found[row, place, token]) for place, token in enumerate(term[1:]))
+                total += float(probabilities[term[0]]) * float(torch.tensor(rest).exp())
+        return min(total, 1.0)  # rounding
+
+    def _choose(self, logits: torch.Tensor) -> int:
+        if self._temperature == 0:
+            return int(logits.argmax())
+        top = logits.topk(min(_TOP_K, len(logits)))
+        weights = (top.values / self._temperature).softmax(-1)
+        return int(top.indices[torch.multinomial(weights, 1, generator=self._random)])
