@@ -1,8 +1,9 @@
-"""The arithmetic of the released ELM code, written anew as the baseline: what it computes, in the order it computes it.
+"""The arithmetic of the released ELM code, written anew: what it computes, in the order it computes it.
 
 Three reference forwards, three forwards with gradient, three backwards, each of one text; targets in float64 over
-`[seq, vocab]`; no schedule, no clipping. Its known faults (a consistency token that is never supervised, the last partial
-accumulation dropped) are left out: they would make the baseline no slower.
+`[seq, vocab]`; gradients summed over the texts of an update; no schedule, no clipping. Whatever follows a text's last
+token has a target in the erase and the retain term, and the first token of a completion has none, as there. It is the
+baseline of speed, and what `faithful=True` is held to.
 """
 
 import random
@@ -15,7 +16,7 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from elm_trainer import Concept
-from elm_trainer.data.tokens import tokenize_pair
+from elm_trainer.data.tokens import behind_context, text_ids, tokenize_pair
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class ReleasedSample:
     """Tokens of one sample.
 
     Args:
-        forget, expert, novice (`list[int]`): The forget text, and the contexts that stand before it.
+        forget, expert, novice (`list[int]`): The forget text, alone and behind either context.
         retain (`list[int]`): The retain text.
         synthetic (`list[int]`), completion_start (`int`): A synthetic pair, and where its completion begins.
     """
@@ -40,16 +41,16 @@ def tokenize_samples(
     rows: Sequence[dict[str, str]], concept: Concept, processing_class: PreTrainedTokenizerBase, seed: int = 0,
     max_length: int | None = None,
 ) -> list[ReleasedSample]:  # fmt: skip
-    """Tokenise rows of an erasure dataset, each with an expert and a novice context drawn at random."""
+    """Tokenise rows of an erasure dataset, each with an expert and a novice context, either drawn at random."""
     rng = random.Random(seed)
     samples = []
     for row in rows:
         pair, start = tokenize_pair(processing_class, row["prompt"], row["completion"])
+        forget, retain = (text_ids(processing_class, row[name])[:max_length] for name in ("forget", "retain"))
         expert, novice = (
-            processing_class(context + "\n")["input_ids"]
-            for context in rng.choice(list(zip(concept.expert_contexts, concept.novice_contexts, strict=True)))
+            behind_context(processing_class, rng.choice(contexts), forget)[0]
+            for contexts in (concept.expert_contexts, concept.novice_contexts)
         )
-        forget, retain = (processing_class(row[name])["input_ids"][:max_length] for name in ("forget", "retain"))
         samples.append(ReleasedSample(forget, expert, novice, retain, pair[:max_length], start))
     return samples
 
@@ -67,17 +68,16 @@ def released_target(
     """Erase target of one text: `b − η·(e − n)` in float64, η growing along the text, then its `top_k` largest.
 
     Args:
-        base, expert, novice (`torch.Tensor`): Logits of the predictions of one text's tokens after the first,
-            `[seq - 1, vocab]`.
+        base, expert, novice (`torch.Tensor`): Logits behind each token of one text, `[seq, vocab]`.
         eta, eta_end (`float`): η behind the text's first and last token.
         tau (`float`): Temperature.
         top_k (`int`): Tokens kept.
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: token ids and probabilities, `[seq - 1, top_k]`.
+        `tuple[torch.Tensor, torch.Tensor]`: token ids and probabilities, `[seq, top_k]`.
     """
     b, e, n = (F.log_softmax(logits.double() / tau, dim=-1) for logits in (base, expert, novice))
-    ramp = torch.linspace(eta, eta_end, base.size(0) + 1, dtype=torch.float64, device=base.device)[:-1, None]
+    ramp = torch.linspace(eta, eta_end, base.size(0), dtype=torch.float64, device=base.device)[:, None]
     values, indices = (b - ramp * (e - n)).topk(top_k, dim=-1)
     return indices, values.softmax(dim=-1)
 
@@ -93,8 +93,12 @@ def released_updates(
     tau: float = 1.2,
     top_k: int = 50,
     on_update: Callable[[], bool],
+    on_losses: Callable[[float, float, float], None] | None = None,
 ) -> None:
-    """Train over the samples again and again, until `on_update`, called after every update, says false."""
+    """Train over the samples again and again, until `on_update`, called after every update, says false.
+
+    `on_losses`, if given, takes the erase, retain and consistency loss of every sample.
+    """
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=learning_rate)
     device = next(model.parameters()).device
     model.train()
@@ -102,32 +106,31 @@ def released_updates(
     for sample in _forever(samples):
         forget = torch.tensor([sample.forget], device=device)
         with torch.no_grad(), model.disable_adapter():
-            base = model(input_ids=forget).logits[0, :-1]
-            expert, novice = (
-                # Tokens of the context are dropped.
-                model(input_ids=torch.cat([torch.tensor([context], device=device), forget], 1)).logits[
-                    0, len(context) : -1
-                ]
-                for context in (sample.expert, sample.novice)
+            base, expert, novice = (
+                # Positions of the context are dropped, as many as the text is longer with it.
+                model(input_ids=torch.tensor([ids], device=device)).logits[0, -len(sample.forget) :]
+                for ids in (sample.forget, sample.expert, sample.novice)
             )
             indices, probs = released_target(base, expert, novice, eta=eta, eta_end=eta_end, tau=tau, top_k=top_k)
-        log_probs = model(input_ids=forget).logits[0, :-1].double().log_softmax(-1)
-        loss = -(probs * log_probs.gather(-1, indices)).sum(-1).mean()
-        (loss / accumulation).backward()
+        logits = model(input_ids=forget).logits[0]
+        target = torch.zeros_like(logits).scatter(-1, indices, probs.to(logits.dtype))
+        erase = F.cross_entropy(logits, target)
+        erase.backward()
 
         retain = torch.tensor([sample.retain], device=device)
         with torch.no_grad(), model.disable_adapter():
-            labels = model(input_ids=retain).logits[0, :-1].argmax(-1)
-        loss = F.cross_entropy(model(input_ids=retain).logits[0, :-1], labels)
-        (loss / accumulation).backward()
+            labels = model(input_ids=retain).logits[0].argmax(-1)
+        kept = F.cross_entropy(model(input_ids=retain).logits[0], labels)
+        kept.backward()
 
         synthetic = torch.tensor([sample.synthetic], device=device)
-        targets = synthetic.clone()
-        targets[:, : sample.completion_start] = -100
-        loss = F.cross_entropy(model(input_ids=synthetic).logits[0, :-1], targets[0, 1:])
-        (loss / accumulation).backward()
+        first = sample.completion_start
+        consistency = F.cross_entropy(model(input_ids=synthetic).logits[0, first:-1], synthetic[0, first + 1 :])
+        consistency.backward()
 
         done += 1
+        if on_losses is not None:
+            on_losses(erase.item(), kept.item(), consistency.item())
         if done % accumulation == 0:
             optimizer.step()
             optimizer.zero_grad()

@@ -195,6 +195,10 @@ class ElmDataCollator(DataCollatorMixin):
         past_end (`bool`, *optional*, defaults to `False`):
             Whether the position behind a forget text's last token, which has no label, is supervised too, as in the
             released code. Not with `counterfactual`.
+        faithful (`bool`, *optional*, defaults to `False`):
+            Whether to do what the released code does beside that: supervise the position behind a retain text's last
+            token too, leave out the first token of a completion, and draw expert and novice contexts each by itself
+            rather than in pairs.
         targets ([`RowTargets`], *optional*):
             What was stored for the rows.
     """
@@ -206,6 +210,7 @@ class ElmDataCollator(DataCollatorMixin):
     seed: int = 0
     counterfactual: bool = False
     past_end: bool = False
+    faithful: bool = False
     targets: RowTargets | None = None
     return_tensors: str = "pt"
 
@@ -218,10 +223,15 @@ class ElmDataCollator(DataCollatorMixin):
             [[place[0] + 1 for place in row["aligned"]] for row in examples] if self.counterfactual else None,
             past_end=self.past_end,
         )
-        retain = self.pad([(row["retain_ids"], row.get("retain_start", 0)) for row in examples])
+        retain = self.pad(
+            [(row["retain_ids"], row.get("retain_start", 0)) for row in examples], past_end=self.faithful
+        )
         batch = {"forget": forget, "retain": retain}
         # A concept without synthetic pairs has no part in the consistency term; a batch without any lacks it altogether.
-        if pairs := [(row["synthetic_ids"], row["completion_start"]) for row in examples if row["synthetic_ids"]]:
+        pairs = [
+            (row["synthetic_ids"], row["completion_start"] + self.faithful) for row in examples if row["synthetic_ids"]
+        ]
+        if pairs:
             batch["synthetic"] = self.pad(pairs)
         if self.targets is not None:
             stored = [self.targets[row] for row in examples]
@@ -276,7 +286,7 @@ class ElmDataCollator(DataCollatorMixin):
         for example in examples:
             contexts = getattr(self.concepts[example["concept"]], side)
             # The same for both sides, so that they draw contexts of the same places, which come in pairs.
-            rng = random.Random(f"{self.seed}-{example['row']}")
+            rng = random.Random(f"{self.seed}-{example['row']}" + (f"-{side}" if self.faithful else ""))
             for context in rng.choices(contexts, k=self.contexts_per_sample):
                 rows.append(behind_context(self.processing_class, context, example["forget_ids"]))
         return self.pad(rows, past_end=self.past_end)
@@ -297,9 +307,8 @@ class ElmDataCollator(DataCollatorMixin):
 
     def contexts_digest(self) -> str:
         """SHA-256 over the tokens of all contexts, and over what decides which of them a row draws."""
-        return json_sha256(
-            [self._context_ids(), self.contexts_per_sample, self.seed, self.processing_class.bos_token_id]
-        )
+        drawn = [self._context_ids(), self.contexts_per_sample, self.seed, self.processing_class.bos_token_id]
+        return json_sha256(drawn + (["apart"] if self.faithful else []))
 
     def pad(
         self,

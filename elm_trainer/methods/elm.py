@@ -332,6 +332,7 @@ class ElmTrainer(ErasureTrainer):
             concepts=None if args.expert_steps or counterfactual else _concepts(args, datasets),
             counterfactual=counterfactual,
             past_end=not counterfactual,
+            faithful=args.faithful,
             contexts_per_sample=args.contexts_per_sample,
             pad_to_multiple_of=args.pad_to_multiple_of,
             seed=args.seed,

@@ -36,6 +36,9 @@ class ElmConfig(ErasureConfig):
             probable token; or `"log"`: KL and half the variance of the change of log-probabilities over the vocabulary
             ([`log_space_divergence`]), which keeps the ranking of improbable tokens too. A stored target of `"log"` is
             `hidden` numbers a position.
+        faithful (`bool`, *optional*, defaults to `False`): Do what the released code does beside the objective: supervise
+            in the retain term also the position behind a text's last token, leave the first token of a completion out of
+            the consistency term, and draw the expert and the novice context of a row each by itself, not in pairs.
         plausibility (`float`, *optional*, defaults to `0.0`): Drop tokens less probable than this share of the most
             probable one under reference and novice. `0` gives the paper's target.
         fact_share (`float`, *optional*, defaults to `0.0`): Share of the erase term's weight that goes to positions in
@@ -107,6 +110,7 @@ class ElmConfig(ErasureConfig):
     retain_loss: str | None = field(
         default=None, metadata={"help": "Retain term.", "choices": ["kl", "argmax", "log"]}
     )
+    faithful: bool = field(default=False, metadata={"help": "Repeat the quirks of the released code."})
     plausibility: float = field(default=0.0, metadata={"help": "Plausibility constraint; 0 switches it off."})
     fact_share: float = field(default=0.0, metadata={"help": "Share of weight by KL(expert, novice)."})
     novice: str = field(
@@ -233,6 +237,7 @@ def stored_targets(
         else:
             top_k = 1 if args.retain_loss == "argmax" else args.top_k
             kept |= {"retain_indices": Field("ids", top_k), "retain_probs": Field("probs", top_k)}
+        more |= {"faithful": True} if args.faithful else {}
     # The version is that of what is made from the settings.
     settings = {"method": "ELM", "version": 3, **{name: getattr(args, name) for name in names}, **more}
     return StoredTargets(TargetLayout(kept, vocab_size), settings, columns)

@@ -138,3 +138,31 @@ def test_contexts_are_known_by_their_tokens_and_by_what_draws_them(tokenizer):
         digest({"capitals": CONCEPT}, 1, 1),
     ]
     assert len({found, *others}) == 6
+
+
+def test_faithful_supervises_what_the_released_code_does_and_draws_contexts_apart(tokenizer):
+    rows = [row(tokenizer, index, f"text number {index}") for index in range(12)]
+    concepts = {"capitals": load_concept("capitals")}
+    plain = ElmDataCollator(tokenizer, concepts=concepts, past_end=True)
+    faithful = replace(plain, faithful=True)
+    batch = faithful(rows)
+    for index, example in enumerate(rows):
+        # As in the forget text: one prediction behind each token.
+        retain = batch["retain"]["columns"][batch["retain"]["rows"] == index]
+        assert retain.tolist() == list(range(len(example["retain_ids"])))
+        labels = batch["synthetic"]["labels"][index]
+        assert labels[labels != -100].tolist() == example["synthetic_ids"][example["completion_start"] + 1 :] != []
+
+    def places(collator):
+        forget = collator(rows)["forget"]
+        texts = {side: tokenizer.batch_decode(forget[side]["input_ids"]) for side in ("expert", "novice")}
+        return {
+            side: [
+                [context in text for context in getattr(concepts["capitals"], f"{side}_contexts")] for text in found
+            ]
+            for side, found in texts.items()
+        }
+
+    assert places(plain)["expert"] == places(plain)["novice"]
+    assert places(faithful)["expert"] != places(faithful)["novice"]
+    assert plain.contexts_digest() != faithful.contexts_digest()
