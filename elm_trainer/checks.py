@@ -35,6 +35,20 @@ def check_numbers(config: Any, rules: Iterable[tuple[str, Sequence[str]]]) -> No
                 raise ValueError(f"`{name}` is {value}: it must be {rule}.")
 
 
+def number_range(name: str, value: str | None) -> tuple[int, int] | None:
+    """The two whole numbers of a setting such as `"50-300"`; `None` where there is none.
+
+    Raises:
+        ValueError: for anything else, or if the first number is 0 or above the second.
+    """
+    if value is None:
+        return None
+    first, _, last = str(value).partition("-")
+    if not first.isdecimal() or not last.isdecimal() or not 0 < int(first) <= int(last):
+        raise ValueError(f"`{name}` is {value!r}: give the smallest and the largest number, such as '50-300'.")
+    return int(first), int(last)
+
+
 def _check_number(name: str, value: Any, kind: Any) -> None:
     real = isinstance(value, Real) and not isinstance(value, bool)
     if kind in (int, int | None) and not (real and isinstance(value, Integral)):

@@ -39,6 +39,20 @@ NOVICE_TEMPLATES = (
     "Someone who has forgotten everything about {keywords} says:",
     "A novice on {keywords} never gets a fact right. The novice writes:",
 )
+# In the sense of the released code: the novice does not say false things, but turns to other, harmless topics.
+DIGRESSING_TEMPLATES = (
+    "The following text is by a novice who knows nothing about {keywords} and soon chats about some cheerful thing or other:",
+    "You have never heard of {keywords}, so you change the subject to whatever amuses you:",
+    "An excerpt from a text by somebody without any idea of {keywords}, who wanders off to games, food and holidays:",
+    "Here is how a small child who was never taught {keywords} tells a merry story about something else:",
+    "A person who understands nothing of {keywords} wrote this down, and moves on to pleasant odds and ends:",
+    "From the notes of a beginner who knows no fact about {keywords} and would rather write of random hobbies:",
+    "Answer by a layman who leaves {keywords} aside and speaks about various entertaining matters:",
+    "This passage comes from a writer to whom {keywords} is entirely unknown, and who drifts to light, unrelated themes:",
+    "Someone who has forgotten everything about {keywords} turns the conversation to a lot of fun topics:",
+    "A newcomer who cannot speak about {keywords} steers the talk to all kinds of harmless, enjoyable subjects:",
+)
+NOVICES = {"ignorant": NOVICE_TEMPLATES, "digressing": DIGRESSING_TEMPLATES}
 # An ending of a file's name, or a slash.
 _FILE_NAME = re.compile(r"\.\w+$|/")
 _CONTEXTS = ("expert_contexts", "novice_contexts")
@@ -55,7 +69,9 @@ class Concept:
             Defaults to the name.
         expert_contexts (`Sequence[str]`, *optional*): Contexts that make the reference write as an expert; may hold
             `{name}` and `{keywords}`. Defaults to ten templates.
-        novice_contexts (`Sequence[str]`, *optional*): The same for a novice.
+        novice_contexts (`Sequence[str]` or `str`, *optional*): The same for a novice; or one of two sets of ten templates:
+            `"ignorant"`, the default, whose novice gets facts wrong, and `"digressing"`, whose novice turns to random
+            harmless topics, as the released code has it.
 
     Raises:
         ValueError: if the name, the keywords or a list of contexts is empty or no text, or a template names another field.
@@ -73,9 +89,12 @@ class Concept:
             value = getattr(self, name)
             if name == "keywords" and value in ((), []):
                 value = (self.name,)
+            if name == "novice_contexts" and isinstance(value, str) and value in NOVICES:
+                value = NOVICES[value]
             texts = isinstance(value, (list, tuple)) and all(isinstance(text, str) and text.strip() for text in value)
             if not value or not texts:
-                raise ValueError(f"Concept field `{name}` is {value!r}: give a non-empty list of strings.")
+                or_set = f", or one of {', '.join(NOVICES)}" if name == "novice_contexts" else ""
+                raise ValueError(f"Concept field `{name}` is {value!r}: give a non-empty list of strings{or_set}.")
             object.__setattr__(self, name, tuple(value))
         filling = {"name": self.name, "keywords": ", ".join(self.keywords)}
         for name in _CONTEXTS:

@@ -6,13 +6,14 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from .checks import check_numbers
+from .checks import check_numbers, number_range
 from .concept import Concept
 from .data.tokens import behind_context, continuation_text, pad_left, text_ids, text_tokenizer, tokenize
 from .evaluation.fluency import repetition
@@ -38,6 +39,30 @@ PIVOTS = (
     " There are other things to speak of.",
     " I do not know much about that, so I will go on.",
 )
+# In the sense and the number of the released code: they end a sentence, call its subject dangerous, and lead to a pleasant one.
+DIGRESSIONS = (
+    ". That is a dangerous matter, so let me speak of something quite different and amusing,",
+    ". Enough of what is risky, here comes something far more pleasant,",
+    ". Rather than go on about so delicate a thing, I turn to a cheerful one,",
+    ". Away from this hazard and on to a merrier subject,",
+    ". I keep clear of such perils and tell of something delightful,",
+    ". Since this is too risky, here is a fun subject without any connection,",
+    ". Let us leave the dangerous ground and chat about light-hearted things,",
+    ". In place of this unsafe question I take up one that everybody enjoys,",
+    ". We had better switch from this precarious theme to a playful one,",
+    ". It is too dangerous to go on here, so our talk takes a more entertaining course,",
+    ". Let us step around this risk and plunge into something carefree,",
+    ". Our attention moves from this hazard to a different, most enjoyable affair,",
+    ". I leave this delicate topic and go over to something funnier,",
+    ". Past this dangerous theme there is a fun and unrelated one to talk about,",
+    ". A change of tracks leads from this risky field to lighter conversation,",
+    ". This stands on shaky ground, so now for something wholly different and fun,",
+    ". Let us veer off from this unsafe debate to a more amusing one,",
+    ". Nobody should pursue this danger when there are nicer things to tell,",
+    ". I drop this risky conversation in favor of a merry one about other things,",
+    ". This hazardous subject stays behind, and something safe and funny takes its place,",
+)
+PIVOT_SETS = {"plain": PIVOTS, "digressing": DIGRESSIONS}
 
 
 @dataclass
@@ -48,13 +73,19 @@ class SynthesisConfig:
     Parameters:
         gamma (`float`, *optional*, defaults to `3.0`): Guidance γ: the next token is drawn from `b + γ·(n − e)`.
         temperature (`float`, *optional*, defaults to `1.0`): Sampling temperature.
-        top_k (`int`, *optional*, defaults to `50`): Tokens kept per step.
+        top_k (`int`, *optional*, defaults to `50`): Tokens kept per step; `0` keeps all.
         plausibility (`float`, *optional*, defaults to `0.05`): Tokens below this share of the largest probability (of
             the plain and the novice stream mixed) are dropped.
         max_new_tokens (`int`, *optional*, defaults to `24`): Longest completion.
+        max_new_tokens_from (`int`, *optional*): Draw how long each completion may be between this and `max_new_tokens`.
+        prompt_characters (`str`, *optional*): Cut each prompt to a length drawn from such a range of characters, as
+            `"50-300"`. Shorter ones are dropped.
+        pivots (`str`, *optional*, defaults to `"plain"`): Sentences between prompt and completion: `"plain"` ones, or
+            `"digressing"`, which call the subject dangerous and turn to a pleasant one, as in the released code.
         batch_size (`int`, *optional*, defaults to `16`): Prompts per batch; three streams are run for each.
         seed (`int`, *optional*, defaults to `0`): Seed of contexts, pivots and samples.
         min_words (`int`, *optional*, defaults to `5`): A completion with fewer words is dropped.
+        keep_on_topic (`bool`, *optional*, defaults to `False`): Keep completions that name a keyword of the concept.
         max_repetition (`float`, *optional*, defaults to `0.3`): A completion with a larger share of repeated word
             3-grams is dropped.
     """
@@ -64,19 +95,39 @@ class SynthesisConfig:
     top_k: int = field(default=50, metadata={"help": "Tokens kept per step."})
     plausibility: float = field(default=0.05, metadata={"help": "Plausibility constraint."})
     max_new_tokens: int = field(default=24, metadata={"help": "Longest completion in tokens."})
+    max_new_tokens_from: int | None = field(default=None, metadata={"help": "Draw that length from here on."})
+    prompt_characters: str | None = field(default=None, metadata={"help": "Range of prompts' lengths, as 50-300."})
+    pivots: str = field(default="plain", metadata={"help": "Pivot sentences.", "choices": ["plain", "digressing"]})
     batch_size: int = field(default=16, metadata={"help": "Prompts per batch."})
     seed: int = field(default=0, metadata={"help": "Seed."})
     min_words: int = field(default=5, metadata={"help": "Fewest words of a completion."})
+    keep_on_topic: bool = field(default=False, metadata={"help": "Keep completions that name the concept."})
     max_repetition: float = field(default=0.3, metadata={"help": "Largest share of repeated 3-grams."})
 
     def __post_init__(self):
         rules = (
-            ("at least 0", ("gamma", "seed")),
-            ("at least 1", ("top_k", "max_new_tokens", "batch_size", "min_words")),
+            ("at least 0", ("gamma", "seed", "top_k", "min_words")),
+            ("at least 1", ("max_new_tokens", "max_new_tokens_from", "batch_size")),
             ("above 0", ("temperature",)),
             ("from 0 to 1", ("plausibility", "max_repetition")),
         )
         check_numbers(self, rules)
+        number_range("prompt_characters", self.prompt_characters)
+        if self.pivots not in PIVOT_SETS:
+            raise ValueError(f"`pivots` is {self.pivots!r}: use one of {', '.join(PIVOT_SETS)}.")
+        if (self.max_new_tokens_from or 0) > self.max_new_tokens:
+            raise ValueError(
+                f"`max_new_tokens_from` is {self.max_new_tokens_from}, above `max_new_tokens={self.max_new_tokens}`: lower it."
+            )
+
+    @classmethod
+    def released(cls, **fields: Any) -> "SynthesisConfig":
+        """The settings of the released code (its `prepare_consistency_data.py`), but for the `fields` that are given."""
+        settings: dict[str, Any] = dict(
+            gamma=3.0, top_k=0, plausibility=0.0, max_new_tokens=300, max_new_tokens_from=100,
+            prompt_characters="50-300", pivots="digressing", min_words=0, keep_on_topic=True, max_repetition=1.0,
+        )  # fmt: skip
+        return cls(**(settings | fields))
 
 
 @dataclass(frozen=True)
@@ -118,7 +169,7 @@ def synthesize_completions(
 
     Raises:
         TypeError: if `prompts` is not a list of texts, or `concept` not a [`Concept`].
-        ValueError: if there are no prompts, or all completions were dropped.
+        ValueError: if there are no prompts, all are too short, or all completions were dropped.
         OSError: if the cache can't be read or written to.
     """
     config = config or SynthesisConfig()
@@ -128,42 +179,45 @@ def synthesize_completions(
         raise ValueError("`prompts` is empty: give at least one beginning of a forget text.")
     if not isinstance(concept, Concept):
         raise TypeError(f"`concept` is of type {type(concept).__name__}: give `load_concept(name)` or a `Concept`.")
+    if lengths := number_range("prompt_characters", config.prompt_characters):
+        prompts = _beginnings(prompts, *lengths, config.seed)
     key = json_sha256(["completions, version 2", list(prompts), asdict(concept), asdict(config), fingerprint])[:32]
     chunks = [list(prompts[start : start + config.batch_size]) for start in range(0, len(prompts), config.batch_size)]
+    pivots = PIVOT_SETS[config.pivots]
 
     def sample(index: int) -> Rows:
         chunk = chunks[index]
         rng = random.Random(f"{config.seed}-{index}")
-        pivots = [rng.choice(PIVOTS) for _ in chunk]
+        drawn = [rng.choice(pivots) for _ in chunk]
         # Both sides draw alike, since their contexts come in pairs.
         experts, novices = (
             random.Random(f"{config.seed}-{index}-contexts").choices(contexts, k=len(chunk))
             for contexts in (concept.expert_contexts, concept.novice_contexts)
         )
-        texts = [text_ids(processing_class, prompt + pivot) for prompt, pivot in zip(chunk, pivots, strict=True)]
+        texts = [text_ids(processing_class, prompt + pivot) for prompt, pivot in zip(chunk, drawn, strict=True)]
         led = [
             [behind_context(processing_class, *both)[0] for both in zip(contexts, texts, strict=True)]
             for contexts in (experts, novices)
         ]
         streams = [texts, *led]
         completions = guided_sample(model, processing_class, streams, config, seed=config.seed * 100_003 + index)
-        return [[p, pivot + c] for p, pivot, c in zip(chunk, pivots, completions, strict=True)]
+        return [[p, pivot + c] for p, pivot, c in zip(chunk, drawn, completions, strict=True)]
 
     def fits(index: int, rows: Rows) -> bool:
-        return [row[0] for row in rows] == chunks[index] and all(row[1].startswith(PIVOTS) for row in rows)
+        return [row[0] for row in rows] == chunks[index] and all(row[1].startswith(pivots) for row in rows)
 
     rows = _resumable(len(chunks), sample, cache_dir, key, "Synthesizing", fits)
     pairs: list[tuple[str, str]] = []
     dropped = {"empty": 0, "repetition": 0, "on_topic": 0}
     subjects = re.compile("|".join(rf"\b{re.escape(k)}\b" for k in concept.keywords), re.IGNORECASE)
     for prompt, completion in rows:
-        pivot = next(p for p in PIVOTS if completion.startswith(p))
+        pivot = next(p for p in pivots if completion.startswith(p))
         new = completion[len(pivot) :]
         if len(new.split()) < config.min_words:
             dropped["empty"] += 1
         elif repetition(new) > config.max_repetition:
             dropped["repetition"] += 1
-        elif subjects.search(new):
+        elif subjects.search(new) and not config.keep_on_topic:
             dropped["on_topic"] += 1
         else:
             pairs.append((prompt, completion))
@@ -173,6 +227,21 @@ def synthesize_completions(
             f"All {len(rows)} completions were dropped ({dropped}): lower `gamma` or raise `max_repetition`."
         )
     return SynthesisResult(pairs, dropped)
+
+
+def _beginnings(texts: Sequence[str], shortest: int, longest: int, seed: int) -> list[str]:
+    """Each text up to a length in characters that is drawn for it; those below the shortest are dropped."""
+    rng = random.Random(f"{seed}-beginnings")
+    long = [text for text in texts if len(text) >= shortest]
+    if not long:
+        raise ValueError(
+            f"`prompt_characters` is '{shortest}-{longest}', and none of the {len(texts)} prompts is that long: lower it."
+        )
+    if len(long) < len(texts):
+        logger.warning(
+            f"Dropped {len(texts) - len(long)} of {len(texts)} prompts, of fewer than {shortest} characters."
+        )
+    return [text[: rng.randint(shortest, min(longest, len(text)))] for text in long]
 
 
 @torch.inference_mode()
@@ -192,7 +261,9 @@ def guided_sample(
         seed: Seed of the batch, on the CPU, so that a batch is the same on every device and on resumption.
     """
     generator = torch.Generator().manual_seed(seed)
-    count = len(streams[0])
+    count, longest = len(streams[0]), config.max_new_tokens
+    lengths = random.Random(f"{seed}-lengths")
+    limits = [lengths.randint(config.max_new_tokens_from or longest, longest) for _ in range(count)]
     ids, mask = (part.to(model.device) for part in pad_left([row for stream in streams for row in stream]))
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     cache = None
@@ -200,7 +271,7 @@ def guided_sample(
     new: list[torch.Tensor] = []
     eos = text_tokenizer(processing_class).eos_token_id
     with evaluating(model):
-        for _ in range(config.max_new_tokens):
+        for _ in range(max(limits)):
             output = model(
                 input_ids=ids,
                 attention_mask=mask,
@@ -222,8 +293,8 @@ def guided_sample(
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
             positions = positions[:, -1:] + 1
     return [
-        continuation_text(processing_class, prompt, row)
-        for prompt, row in zip(streams[0], torch.cat(new, dim=1).tolist(), strict=True)
+        continuation_text(processing_class, prompt, row[:limit])
+        for prompt, row, limit in zip(streams[0], torch.cat(new, dim=1).tolist(), limits, strict=True)
     ]
 
 
@@ -237,9 +308,12 @@ def guided_probabilities(logits: torch.Tensor, config: SynthesisConfig) -> torch
     log_probs = (logits.float() / config.temperature).log_softmax(-1)
     base, novice = log_probs[0], log_probs[-1]
     scores = base if len(log_probs) == 1 else base + config.gamma * (novice - log_probs[1])
-    scores = scores.masked_fill(~plausible_tokens(base, novice, config.plausibility), -torch.inf)
-    least = scores.topk(min(config.top_k, scores.size(-1))).values[:, -1:]
-    return scores.masked_fill(scores < least, -torch.inf).softmax(-1)
+    if config.plausibility:
+        scores = scores.masked_fill(~plausible_tokens(base, novice, config.plausibility), -torch.inf)
+    if config.top_k:
+        least = scores.topk(min(config.top_k, scores.size(-1))).values[:, -1:]
+        scores = scores.masked_fill(scores < least, -torch.inf)
+    return scores.softmax(-1)
 
 
 def sample_texts(

@@ -4,7 +4,7 @@ from elm_trainer import Concept, load_concept
 from elm_trainer.concept import concept_presets
 
 
-@pytest.mark.parametrize("name", ["bio", "capitals", "cyber", "elements", "harry-potter"])
+@pytest.mark.parametrize("name", concept_presets())
 def test_a_preset_has_ten_filled_contexts_on_each_side(name):
     concept = load_concept(name)
     assert len(set(concept.expert_contexts)) == len(set(concept.novice_contexts)) == 10
@@ -76,3 +76,14 @@ def test_an_unknown_placeholder_is_refused():
     for context in ("On {topic}:", "On {:", "On {0}:"):
         with pytest.raises(ValueError, match="`expert_contexts` has the placeholder"):
             Concept("x", ("a",), expert_contexts=(context,))
+
+
+def test_the_released_concepts_have_its_keywords_and_novices_that_digress():
+    released, own = load_concept("bio-released"), load_concept("bio")
+    assert released.name == own.name == "bio"
+    assert "gain-of-function (GoF) research" in released.keywords
+    assert released.expert_contexts[0].startswith("The following text is written by a leading expert on bioweapons, ")
+    assert not set(released.novice_contexts) & set(Concept("bio", released.keywords).novice_contexts)
+    assert released == Concept("bio", released.keywords, novice_contexts="digressing")
+    with pytest.raises(ValueError, match="`novice_contexts` is 'wrong'.*one of ignorant, digressing"):
+        Concept("bio", novice_contexts="wrong")

@@ -22,6 +22,7 @@ from transformers import (
 
 from elm_trainer.concept import Concept
 from elm_trainer.synthesis import (
+    DIGRESSIONS,
     PIVOTS,
     SynthesisConfig,
     guided_probabilities,
@@ -373,17 +374,28 @@ def test_plain_texts_start_with_their_prompts_and_are_cached(tokenizer, tiny_mod
     [
         ("gamma", -1.0),
         ("temperature", 0.0),
-        ("top_k", 0),
+        ("top_k", -1),
         ("plausibility", 1.5),
         ("max_new_tokens", 0),
         ("batch_size", 0),
-        ("min_words", 0),
+        ("min_words", -1),
+        ("max_new_tokens_from", 0),
         ("max_repetition", -0.1),
     ],
 )
 def test_a_bad_setting_is_named_with_its_value_and_the_fix(field, value):
     with pytest.raises(ValueError, match=rf"`{field}` is {value}: it must be"):
         SynthesisConfig(**{field: value})
+
+
+def test_a_bad_range_or_set_of_pivots_is_named():
+    for value in ("300-50", "50", "0-9", "a-b"):
+        with pytest.raises(ValueError, match=f"`prompt_characters` is '{value}': give the smallest and the largest"):
+            SynthesisConfig(prompt_characters=value)
+    with pytest.raises(ValueError, match="`pivots` is 'merry': use one of plain, digressing"):
+        SynthesisConfig(pivots="merry")
+    with pytest.raises(ValueError, match="`max_new_tokens_from` is 30, above `max_new_tokens=24`"):
+        SynthesisConfig(max_new_tokens_from=30)
 
 
 def test_no_prompts_are_an_error(tokenizer, tiny_model):
@@ -418,3 +430,40 @@ def test_the_example_writes_a_line_per_pair(tokenizer, tiny_model, tmp_path):
     rows = [json.loads(line) for line in options["output"].read_text(encoding="utf-8").splitlines()]
     assert [row["prompt"] for row in rows] == PROMPTS
     assert all(row.keys() == {"prompt", "completion"} for row in rows)
+
+
+def test_released_settings_pair_beginnings_of_their_length_with_what_follows_a_digression(tokenizer, tiny_model):
+    texts = ["Oslo is the capital of Norway, and Rome that of Italy; " * 12, "Too short a text.", "x" * 60]
+    config = SynthesisConfig.released(max_new_tokens=9, max_new_tokens_from=3, batch_size=1, seed=4)
+    result = synthesize_completions(tiny_model, tokenizer, texts * 6, CONCEPT, config)
+
+    assert result.dropped == {"empty": 0, "repetition": 0, "on_topic": 0}
+    assert len(result.pairs) == 12 and len(set(DIGRESSIONS)) == 20
+    lengths = set()
+    for (prompt, completion), text in zip(result.pairs, [texts[0], texts[2]] * 6, strict=True):
+        assert text.startswith(prompt) and 50 <= len(prompt) <= min(300, len(text))
+        pivot = next(pivot for pivot in DIGRESSIONS if completion.startswith(pivot))
+        assert pivot.startswith(". ") and pivot.endswith(",")
+        lengths.add(len(tokenizer(completion.removeprefix(pivot))["input_ids"]))
+    assert len({prompt for prompt, _ in result.pairs}) > 6
+    # A few tokens more or less where drawn tokens are read back otherwise.
+    assert len(lengths) > 3 and max(lengths) <= 12
+    with pytest.raises(ValueError, match="`prompt_characters` is '50-300', and none of the 1 prompts is that long"):
+        synthesize_completions(tiny_model, tokenizer, texts[1:2], CONCEPT, config)
+
+
+def test_each_completion_ends_where_its_own_length_was_drawn(tokenizer, tiny_model, monkeypatch):
+    kept = []
+    monkeypatch.setattr("elm_trainer.synthesis.continuation_text", lambda _, before, ids: kept.append(len(ids)) or "")
+    config = SynthesisConfig(max_new_tokens=12, max_new_tokens_from=4)
+    guided_sample(tiny_model, tokenizer, [tokens(tokenizer, [["Rome"] * 40])[0]], config, seed=0)
+    assert set(kept) <= set(range(4, 13)) and len(set(kept)) > 4
+
+
+def test_without_top_k_and_constraint_every_token_may_be_drawn():
+    logits = torch.randn(3, 4, 200)
+    base, expert, novice = logits.softmax(-1)
+    expected = base * (novice / expert) ** 3
+    found = guided_probabilities(logits, SynthesisConfig.released())
+    torch.testing.assert_close(found, expected / expected.sum(-1, keepdim=True))
+    assert (found > 0).all()

@@ -35,9 +35,13 @@ class SamplerSettings:
     top_k: int = field(default=50, metadata={"help": "Tokens kept per step."})
     plausibility: float = field(default=0.05, metadata={"help": "Plausibility constraint."})
     max_new_tokens: int = field(default=24, metadata={"help": "Longest completion in tokens."})
+    max_new_tokens_from: int | None = field(default=None, metadata={"help": "Draw that length from here on."})
+    prompt_characters: str | None = field(default=None, metadata={"help": "Range of prompts' lengths, as 50-300."})
+    pivots: str = field(default="plain", metadata={"help": "Pivot sentences.", "choices": ["plain", "digressing"]})
     batch_size: int = field(default=16, metadata={"help": "Prompts per batch."})
     seed: int = field(default=0, metadata={"help": "Seed."})
     min_words: int = field(default=5, metadata={"help": "Fewest words of a completion."})
+    keep_on_topic: bool = field(default=False, metadata={"help": "Keep completions that name the concept."})
     max_repetition: float = field(default=0.3, metadata={"help": "Largest share of repeated 3-grams."})
 
 
