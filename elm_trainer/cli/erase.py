@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..checks import number_range
 from .erase_options import CommonSettings, ErasureArguments
 from .options import CommandLine
 
@@ -96,7 +97,13 @@ def _build(
 ) -> "Dataset":
     from .. import build_erasure_dataset
 
-    return build_erasure_dataset(sources, size=arguments.dataset_size, processing_class=tokenizer, seed=config.seed)
+    return build_erasure_dataset(
+        sources,
+        size=arguments.dataset_size,
+        characters=number_range("characters", arguments.characters),
+        processing_class=tokenizer,
+        seed=config.seed,
+    )
 
 
 def _load(arguments: ErasureArguments, config: "ElmConfig") -> tuple["PreTrainedModel", "LoraConfig"]:
@@ -140,16 +147,23 @@ def _sample(
     without = [name for name in concepts if sources[name].synthetic is None]
     for name in without:
         texts = load_texts(sources[name].forget, processing_class=None, seed=config.seed)["text"][:]
-        prefixes = random.Random(config.seed).sample(texts, min(arguments.synthetic_size, len(texts)))
-        prefixes = [" ".join(text.split()[:6]) for text in prefixes]
+        if config.faithful:
+            # The first texts, of which the sampler takes the beginnings.
+            shortest, _ = number_range("characters", arguments.characters) or (1, 0)
+            prompts = [text for text in texts if len(text) >= shortest][: arguments.synthetic_size]
+            sampler = SynthesisConfig.released(seed=config.seed)
+        else:
+            prompts = random.Random(config.seed).sample(texts, min(arguments.synthetic_size, len(texts)))
+            prompts = [" ".join(text.split()[:6]) for text in prompts]
+            sampler = SynthesisConfig(seed=config.seed)
         # The first process stores them, and the others find them there.
         with config.main_process_first():
             result = synthesize_completions(
                 model,
                 tokenizer,
-                prefixes,
+                prompts,
                 concepts[name],
-                SynthesisConfig(seed=config.seed),
+                sampler,
                 cache_dir=Path(config.output_dir) / "synthesis",
                 fingerprint=model_fingerprint(model),
             )

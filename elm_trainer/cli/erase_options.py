@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from ..checks import check_numbers
+from ..checks import check_numbers, number_range
 
 
 if TYPE_CHECKING:
@@ -39,6 +39,13 @@ class ErasureArguments:
     )
     forget: list[str] = field(default_factory=lambda: ["capitals"], metadata={"help": "Forget source per concept."})
     retain: list[str] = field(default_factory=lambda: ["everyday"], metadata={"help": "Retain sources."})
+    own_retain: bool = field(
+        default=False, metadata={"help": "Whether there is one retain source per concept, in order, not all for each."}
+    )
+    characters: str | None = field(
+        default=None,
+        metadata={"help": "Range of texts' lengths in characters: shorter ones drop, longer ones are cut."},
+    )
     dataset_size: int = field(default=512, metadata={"help": "Rows per concept, times its share."})
     shares: list[int] | None = field(
         default=None, metadata={"help": "Rows of each concept in a turn, such as 2 1; one of each by default."}
@@ -73,6 +80,7 @@ class ErasureArguments:
             ("from 0 to 1", ("lora_dropout", "dev_stop")),
         )
         check_numbers(self, rules)
+        number_range("characters", self.characters)
 
     def lora(self, model: "PreTrainedModel") -> "LoraConfig":
         """The adapter of a model."""
@@ -98,7 +106,7 @@ class ErasureArguments:
                 "--forget texts.jsonl`."
             )
         concepts = {concept.name: concept for concept in map(load_concept, names or self.forget)}
-        for name in ("forget", "shares", "synthetic", "bank"):
+        for name in ("forget", *(["retain"] if self.own_retain else []), "shares", "synthetic", "bank"):
             given = getattr(self, name)
             if given is not None and len(given) != len(concepts):
                 raise ValueError(
@@ -117,11 +125,12 @@ class ErasureArguments:
         from .. import ConceptSources
 
         pairs, shares = self.synthetic or ["none"] * len(self.forget), self.shares or [1] * len(self.forget)
+        retains = [[source] for source in self.retain] if self.own_retain else [self.retain] * len(self.forget)
         return {
             name: ConceptSources(
-                read(forget), list(map(read, self.retain)), None if given == "none" else given, share=share
+                read(forget), list(map(read, retain)), None if given == "none" else given, share=share
             )
-            for name, forget, given, share in zip(concepts, self.forget, pairs, shares, strict=True)
+            for name, forget, retain, given, share in zip(concepts, self.forget, retains, pairs, shares, strict=True)
         }
 
     def asked(self, concepts: Iterable[str]) -> "tuple[EvaluationSuite, list[str]] | None":

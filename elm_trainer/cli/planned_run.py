@@ -7,6 +7,7 @@ from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ..checks import number_range
 from .erase_options import ErasureArguments
 from .models import check_dtype
 
@@ -148,8 +149,13 @@ class PlannedRun:
         from .. import build_erasure_dataset
 
         sources = self.arguments.sources(self.concepts, self.texts.__getitem__)
-        size, seed = self.arguments.dataset_size, self.config.seed
-        return build_erasure_dataset(sources, size=size, processing_class=self.tokenizer, seed=seed)
+        return build_erasure_dataset(
+            sources,
+            size=self.arguments.dataset_size,
+            characters=number_range("characters", self.arguments.characters),
+            processing_class=self.tokenizer,
+            seed=self.config.seed,
+        )
 
     @cached_property
     def device(self) -> "torch.device":

@@ -46,6 +46,7 @@ def build_erasure_dataset(
     *,
     size: int | None = None,
     column: str | Mapping[str, str] = "text",
+    characters: tuple[int, int] | None = None,
     processing_class: PreTrainedTokenizerBase | None = None,
     seed: int = 0,
 ) -> Dataset:
@@ -60,6 +61,8 @@ def build_erasure_dataset(
             the concept.
         column (`str` or `Mapping[str, str]`, *optional*, defaults to `"text"`):
             Column of the sources that holds the text, or `{"forget": …, "retain": …}` where they differ.
+        characters (`tuple[int, int]`, *optional*):
+            Shortest and longest forget and retain text in characters: shorter ones are dropped, longer ones cut.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             Tokenizer whose chat template is used for messages, and for the conversational phrasings of built-in sources.
         seed (`int`, *optional*, defaults to `0`):
@@ -77,7 +80,7 @@ def build_erasure_dataset(
     Raises:
         TypeError: if `concepts` does not map names to [`ConceptSources`], or a source is not one of texts.
         ValueError: if there are no concepts, two have the same name, one has custom contexts, a forget or retain set is
-            empty, `size` or a share is below 1, `column` names something else, and whatever [`load_texts`] refuses.
+            empty or all too short, `size` or a share is below 1, `column` names something else, and whatever [`load_texts`] refuses.
         OSError: if there is nothing of a source's name, or a file cannot be read.
     """
     columns = _columns(column)
@@ -86,7 +89,8 @@ def build_erasure_dataset(
     parts = []
     for name, (keywords, sources) in named.items():
         read = partial(read_texts, processing_class=processing_class, seed=seed)
-        forget = read(sources.forget, f"The forget set of concept {name!r}", column=columns["forget"]).to_list()
+        what = f"The forget set of concept {name!r}"
+        forget = _cut(read(sources.forget, what, column=columns["forget"]).to_list(), characters, what)
         what = f"The retain set of concept {name!r}"
         given = list(sources.retain) if isinstance(sources.retain, (list, tuple)) else [sources.retain]
         if not given:
@@ -96,7 +100,7 @@ def build_erasure_dataset(
         for source in given:
             key = str(source) if isinstance(source, (str, Path)) else id(source)
             if key not in loaded:
-                loaded[key] = read(source, what, column=columns["retain"]).to_list()
+                loaded[key] = _cut(read(source, what, column=columns["retain"]).to_list(), characters, what)
             retains.append(loaded[key])
         synthetic = () if sources.synthetic is None else sources.synthetic
         what = f"The synthetic set of concept {name!r}"
@@ -128,6 +132,27 @@ def build_erasure_dataset(
         # Dealt out, so that the rows of a turn follow one another when these parts interleave.
         parts += [Dataset.from_list(made[place :: sources.share]) for place in range(min(sources.share, rows))]
     return parts[0] if len(parts) == 1 else interleave_datasets(parts, stopping_strategy="all_exhausted")
+
+
+def _cut(rows: list[dict[str, Any]], characters: tuple[int, int] | None, what: str) -> list[dict[str, Any]]:
+    """The rows whose text is long enough, with all of their texts cut."""
+    if characters is None:
+        return rows
+    shortest, longest = characters
+    kept = [row for row in rows if len(row["text"]) >= shortest]
+    if not kept:
+        raise ValueError(
+            f"{what} has {len(rows)} texts, all of fewer than {shortest} characters: lower the first number of `characters`."
+        )
+    if len(kept) < len(rows):
+        logger.info(
+            f"{what}: dropped {len(rows) - len(kept)} of {len(rows)} texts, of fewer than {shortest} characters."
+        )
+
+    def cut(value: Any) -> Any:
+        return [text[:longest] for text in value] if isinstance(value, list) else value and value[:longest]
+
+    return [row | {name: cut(row.get(name)) for name in ("text", "prompt", "novice", "novices")} for row in kept]
 
 
 def _columns(column: str | Mapping[str, str]) -> Mapping[str, str]:

@@ -111,7 +111,7 @@ _SCHEDULER = "num_cycles power lr_end min_lr min_lr_rate min_lr_ratio num_decay_
 _LIGER = "rope swiglu geglu rms_norm layer_norm cross_entropy fused_linear_cross_entropy".split()
 # Settings of `examples/erase.py` and of the methods that are numbers or flags.
 _NUMBERS = (
-    "dataset_size shares synthetic_size lora_rank lora_alpha lora_dropout evaluate questions dev_every dev_stop "
+    "own_retain dataset_size shares synthetic_size lora_rank lora_alpha lora_dropout evaluate questions dev_every dev_stop "
     "eta eta_end tau top_k plausibility fact_share log_tokens log_strength state_weight state_layers contrast_rows contrast_damping erase_weight "
     "retain_weight retain_focus consistency_weight contexts_per_sample expert_steps novice_steps teacher_learning_rate "
     "teacher_rank teacher_batch_size precompute_targets precompute_ref_log_probs alpha beta delta faithful layer layers "
@@ -122,6 +122,7 @@ _KNOWN: Mapping[str, Public] = {
     "dtype": _DTYPE,
     "attn_implementation": _ATTENTION,
     "matmul_precision": _one_of("highest", "high", "medium"),
+    "characters": _matching(r"\d+-\d+"),
     "lora_layers": _matching(r"\d+(-\d+)?"),
     "lora_targets": _matching(rf"all-linear|{_MODULES}(, ?{_MODULES})*"),
     "target_module": _matching(_MODULES),
@@ -348,7 +349,7 @@ def published_recipe(
             `(private data set)`, since its name may say what nobody should know.
     """
     source = _or_list(_source_of(public_sources))
-    known = {**_declared(), **_KNOWN, "concepts": _or_list(_one_of(*concepts))}
+    known = {**_declared(), **_KNOWN, "concepts": _or_list(_one_of(*concepts, *concept_presets()))}
     known |= dict.fromkeys((*SOURCES, "chat_template_path"), source)
     defaults: dict[str, Any] = {}
     for field in fields(SFTConfig):

@@ -155,3 +155,14 @@ def test_pairs_of_ones_own_reach_the_dataset(tmp_path):
     path.write_text('{"prompt": "The capital"}\n')
     with pytest.raises(ValueError, match=r"lacks the columns \['completion'\]"):
         load_pairs(str(path))
+
+
+def test_texts_outside_a_range_of_characters_are_dropped_or_cut():
+    forget = Dataset.from_list([{"text": text, "novices": [text.upper()]} for text in ("abcdefgh", "abc", "abcdef")])
+    retain = Dataset.from_list([{"prompt": "uvw", "completion": "xyzuvw"}, {"prompt": "u", "completion": "v"}])
+    rows = build_erasure_dataset({"a": ConceptSources(forget, [retain])}, characters=(4, 6))
+    assert rows["forget"][:] == ["abcdef", "abcdef"]
+    assert rows["novices"][:] == [["ABCDEF"], ["ABCDEF"]]
+    assert (rows["retain"][0], rows["retain_prompt"][0]) == ("uvwxyz", "uvw")
+    with pytest.raises(ValueError, match=r"The forget set of concept 'a' has 3 texts, all of fewer than 9 characters"):
+        build_erasure_dataset({"a": ConceptSources(forget, [retain])}, characters=(9, 20))

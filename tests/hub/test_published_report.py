@@ -106,7 +106,7 @@ def test_a_published_recipe_gives_back_every_setting_of_any_method(report, name)
 def test_the_settings_of_the_example_script_are_all_published(report):
     settings = {
         "dtype": "bfloat16", "attn_implementation": "sdpa", "matmul_precision": "medium", "forget": ["elements"],
-        "retain": ["everyday", "org/texts"], "synthetic": ["capitals-fluent", "none"], "synthetic_size": 5, "dataset_size": 9,
+        "retain": ["everyday", "org/texts"], "own_retain": True, "characters": "51-700", "synthetic": ["capitals-fluent", "none"], "synthetic_size": 5, "dataset_size": 9,
         "lora_rank": 8, "lora_alpha": 4, "lora_dropout": 0.1, "lora_layers": "4-7", "lora_targets": "q_proj,mlp.down_proj",
         "evaluate": False, "bank": ["none"], "questions": 30, "measures": ["cloze", "inside"], "dev_every": 3, "dev_stop": 0.3,
         "optim": "adamw_torch", "lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"num_cycles": 0.5},
