@@ -68,9 +68,9 @@ def plausible_tokens(base: torch.Tensor, novice: torch.Tensor, plausibility: flo
         `torch.Tensor`: Boolean mask `[positions, vocab]` of tokens whose probability under the even mixture of `base`
         and `novice` is at least `plausibility` times the largest.
     """
-    mixture = torch.logaddexp(base, novice)
     if plausibility == 0:
-        return torch.ones_like(mixture, dtype=torch.bool)
+        return torch.ones_like(base, dtype=torch.bool)
+    mixture = torch.logaddexp(base, novice)
     threshold = torch.as_tensor(plausibility, dtype=mixture.dtype, device=mixture.device).log()
     return mixture >= mixture.amax(-1, keepdim=True) + threshold
 
@@ -102,7 +102,8 @@ def erasure_target(
         (logits.float() / temperature).log_softmax(-1) for logits in (base_logits, expert_logits, novice_logits)
     )
     scores = base - _column(eta) * (expert - novice)
-    scores = scores.masked_fill(~plausible_tokens(base, novice, plausibility), -torch.inf)
+    if plausibility:
+        scores = scores.masked_fill(~plausible_tokens(base, novice, plausibility), -torch.inf)
     top = scores.topk(top_k or scores.size(-1), dim=-1)
     return SparseDistribution(top.indices, top.values.softmax(-1))
 

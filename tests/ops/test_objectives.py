@@ -237,3 +237,12 @@ def test_sums_and_means_of_a_text_without_positions_are_zero():
     values, text = torch.tensor([1.0, 2.0, 6.0]), torch.tensor([2, 2, 0])
     assert text_sums(values, text, 3).tolist() == [6.0, 0.0, 3.0]
     assert text_means(values, text, 3).tolist() == [6.0, 0.0, 1.5]
+
+
+def test_without_the_constraint_no_mixture_is_made(monkeypatch):
+    logits = torch.randn(3, 4, 20)
+    expected = erasure_target(*logits, eta=3.0, plausibility=1e-30)
+    monkeypatch.setattr(torch, "logaddexp", lambda *_: pytest.fail("a mixture was made"))
+    found = erasure_target(*logits, eta=3.0)
+    assert torch.equal(found.indices, expected.indices) and torch.equal(found.probs, expected.probs)
+    assert plausible_tokens(*logits[:2], 0.0).all()
