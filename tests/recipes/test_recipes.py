@@ -134,7 +134,7 @@ def test_what_the_released_code_sets_is_set(folders):
         0,
     )
     assert (args.max_grad_norm, args.per_device_train_batch_size, args.gradient_accumulation_steps) == (0, 1, 4)
-    assert (args.adam_beta1, args.adam_beta2, args.adam_epsilon) == (0.9, 0.999, 1e-8)
+    assert (args.adam_beta1, args.adam_beta2, args.adam_epsilon) == (0.9, 0.999, 1e-8 / 4)
     assert (args.eta, args.eta_end, args.tau, args.top_k, args.retain_loss) == (1, 1000, 1.2, 50, "argmax")
     assert (args.erase_weight, args.retain_weight, args.consistency_weight, args.bf16) == (1, 1, 1, False)
     lora = run.lora
