@@ -15,7 +15,7 @@ _EXPORTS = {
     "ElmConfig": ".methods.elm",
     "ElmDataCollator": ".data.collator",
     "ElmTrainer": ".methods.elm",
-    "ErasureEvaluationCallback": ".evaluation.evaluate",
+    "ErasureEvaluationCallback": ".evaluation.callback",
     "ErasureTrainer": ".methods.base",
     "EvaluationSuite": ".evaluation.suite",
     "GradDiffConfig": ".methods.graddiff",
@@ -62,7 +62,8 @@ if TYPE_CHECKING:
     from .data.dataset import ConceptSources, build_erasure_dataset
     from .data.questions import load_bank, read_questions
     from .data.sources import load_texts
-    from .evaluation.evaluate import ErasureEvaluationCallback, evaluate_erasure
+    from .evaluation.callback import ErasureEvaluationCallback
+    from .evaluation.evaluate import evaluate_erasure
     from .evaluation.pair import ModelPair
     from .evaluation.report import compare_reports, read_report
     from .evaluation.suite import EvaluationSuite, built_in_suite

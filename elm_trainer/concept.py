@@ -114,6 +114,15 @@ def concept_presets() -> list[str]:
     return sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
 
 
+def described_concept(text: str) -> Concept:
+    """The concept of a name, `"Harry Potter"`, or of a name with what describes it, `"brannock: the dye Brannock, madder"`.
+
+    Not [`load_concept`], which takes a name for that of a preset or of a file.
+    """
+    name, _, keywords = text.partition(":")
+    return Concept(name.strip(), [word.strip() for word in keywords.split(",") if word.strip()])
+
+
 def load_concept(name_or_path: str | Path | Concept) -> Concept:
     """Load a concept preset by name or a concept from a YAML file, or make one of any other name.
 
@@ -136,7 +145,7 @@ def load_concept(name_or_path: str | Path | Concept) -> Concept:
         )
     path, presets = Path(name_or_path), concept_presets()
     if path.suffix not in (".yaml", ".yml"):
-        name, colon, keywords = str(name_or_path).partition(":")
+        name, colon, _ = str(name_or_path).partition(":")
         near = get_close_matches(name.lower(), presets, n=1, cutoff=0.75)
         if not colon and name not in presets and (near or _FILE_NAME.search(name)):
             fix = f"did you mean {near[0]!r}?" if near else "name your own without an ending or a slash."
@@ -150,7 +159,7 @@ def load_concept(name_or_path: str | Path | Concept) -> Concept:
                 f"`concepts` of the config, '{name}: keyword, keyword'."
             )
         if colon or name not in presets:
-            return Concept(name.strip(), [word.strip() for word in keywords.split(",") if word.strip()])
+            return described_concept(str(name_or_path))
         text = (files(__package__) / "concepts" / f"{name}.yaml").read_text(encoding="utf-8")
     else:
         try:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import torch
@@ -29,6 +29,30 @@ OPTIONS = (
     "lora_layers", "lora_targets", "lora_rank", "lora_alpha", "per_device_train_batch_size",
     "gradient_accumulation_steps", "per_device_eval_batch_size", "dtype", "bf16", "activation_checkpointing",
 )  # fmt: skip
+# Objective and schedule by what the novice is. The first is that of recipes/smollm2-135m-capitals.yaml, which
+# tests/test_fitting.py holds to it; the second the paper's, with the schedule of recipes/smollm2-135m-capitals-released.yaml.
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "counterfactual": {
+        "novice": "counterfactual", "eta": 1.3, "log_tokens": 8, "log_strength": 3.0, "fact_share": 0.7,
+        "retain_loss": "log", "retain_focus": 0.5, "retain_weight": 6.0, "consistency_weight": 0.0, "contrast_rows": 384,
+        "contrast_damping": 0.03, "learning_rate": 3e-3, "adam_beta2": 0.98, "lr_scheduler_type": "linear",
+        "warmup_steps": 8, "max_grad_norm": 1.0,
+    },
+    "contexts": {
+        "novice": "contexts", "preset": "paper", "synthetic_size": 48, "learning_rate": 1e-3,
+        "lr_scheduler_type": "linear", "warmup_steps": 5, "max_grad_norm": 1.0,
+    },
+}  # fmt: skip
+_TESTED = {
+    "counterfactual": "every text has novices: the best found on dev questions of SmolLM2-135M",
+    "contexts": "not every text has novices: the paper's, at a rate for LoRA",
+}
+# Short rows are fastest attended to by plain products, of few shapes; in bfloat16 they need `use_cpu`.
+_ON_CPU = {"use_cpu": True, "attn_implementation": "eager", "pad_to_multiple_of": 8}
+# Fewest and most rows, and how often each is seen.
+_ROWS, _EPOCHS = (512, 1024), 2
+# Bounds of the longest text in tokens.
+_LENGTHS = (80, 256)
 
 
 @dataclass(frozen=True)
@@ -179,6 +203,62 @@ def fitting_settings(
     return FittedSettings(
         **values, reasons={name: reasons[name] for name in OPTIONS}, needed=need, fits=need <= usable
     )
+
+
+class Choice(NamedTuple):
+    """A setting that was chosen, and why."""
+
+    value: Any
+    reason: str
+
+
+def machine_settings(fitted: FittedSettings, device: torch.device) -> dict[str, Choice]:
+    """The settings of [`fitting_settings`] with those that go with the device, by name."""
+    found = {name: Choice(value, fitted.reasons[name]) for name, value in fitted.options().items()}
+    if device.type == "cpu":
+        found |= {name: Choice(value, "least time on a CPU") for name, value in _ON_CPU.items()}
+        found["bf16_full_eval"] = Choice(fitted.bf16, fitted.reasons["bf16"])
+    return found
+
+
+def objective_settings(
+    texts: int, longest: int, *, counterfactual: bool, given: Mapping[str, Any] | None = None
+) -> dict[str, Choice]:
+    """Choose objective, rows, epochs, length and checkpoints by the forget texts.
+
+    The rules:
+
+    - **objective and schedule**: those of `OBJECTIVES` for the counterfactual novice where every text has `novices`, else
+      those for contexts; a given `novice` or `preset` decides instead.
+    - **rows**: as many as there are forget texts, at least 512 and at most 1024. Fewer texts are repeated.
+    - **steps**: two passes over the rows; a given `max_steps` decides instead.
+    - **length**: that of the longest forget text in tokens, rounded up to a multiple of 8, at least 80 and at most 256.
+    - **checkpoints**: one after each quarter of the steps, of which the last is kept, so that a run can go on.
+
+    Args:
+        texts (`int`): Number of forget texts.
+        longest (`int`): Tokens of the longest.
+        counterfactual (`bool`): Whether every one has `novices`.
+        given (`Mapping[str, Any]`, *optional*): Settings that are given; none of them is chosen.
+
+    Returns:
+        `dict[str, Choice]`: by name of the option.
+    """
+    given = dict(given or {})
+    novice = given.get("novice") or ("counterfactual" if counterfactual and "preset" not in given else "contexts")
+    why = f"`{'novice' if given.get('novice') else 'preset'}` is given" if {"novice", "preset"} & given.keys() else ""
+    found = {name: Choice(value, why or _TESTED[novice]) for name, value in OBJECTIVES[novice].items()}
+    low, high = _ROWS
+    rows = min(max(texts, low), high)
+    found["dataset_size"] = Choice(rows, f"{texts} forget texts, at least {low} and at most {high} rows")
+    if given.get("max_steps", -1) <= 0:
+        found["num_train_epochs"] = Choice(float(_EPOCHS), f"every row is seen {_EPOCHS} times")
+    low, high = _LENGTHS
+    length = min(max(-(-longest // 8) * 8, low), high)
+    found["max_length"] = Choice(length, f"the longest forget text has {longest} tokens; at most {high}")
+    why = "one after each quarter, the last is kept, so that `--resume` can go on"
+    found |= {"save_steps": Choice(0.25, why), "save_total_limit": Choice(1, why)}
+    return {name: choice for name, choice in found.items() if name not in given}
 
 
 def empty_model(config: PreTrainedConfig, dtype: str | torch.dtype | None = None) -> PreTrainedModel:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from .concept import check_folder
 from .erase_options import CommonSettings
 from .options import CommandLine
 from .planned_run import DoctorArguments, PlannedRun, existing
@@ -126,6 +127,8 @@ def check_settings(run: PlannedRun) -> Finding:
     """Options that an erasure cannot follow."""
     from ..methods.validation import check_options
 
+    if run.unchosen is not None:
+        raise run.unchosen
     check_options(run.config, {})
     config = run.config
     rows = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
@@ -138,22 +141,29 @@ def check_texts(run: PlannedRun) -> Finding:
     from ..data.sources import BUILTIN_SOURCES
     from ..data.user_sources import is_hub_id
 
-    named = [*dict.fromkeys([*run.arguments.forget, *run.arguments.retain])]
-    far = [name for name in named if name not in BUILTIN_SOURCES and is_hub_id(name)]
+    if run.made is None:
+        named = [*run.arguments.forget, *run.arguments.retain]
+    else:
+        named = [
+            *map(str, run.made.made_from.documents),
+            *map(str, (*run.made.made_from.near, *run.made.made_from.retain)),
+        ]
+    far = [name for name in dict.fromkeys(named) if name not in BUILTIN_SOURCES and is_hub_id(name)]
     if far and not run.hub.reachable:
         return Finding("problem", f"{', '.join(far)}: the Hub is not reached ({run.hub.text})", "name a file here")
     counts = {name: len(texts) for name, texts in run.texts.items()}
     rows = run.dataset
-    forget = sum(counts[name] for name in run.arguments.forget)
+    forget = sum(counts[name] for name in run.forget)
     told = ", ".join(f"{name} {count:,}" for name, count in counts.items())
     text = f"{len(rows):,} rows of {told}"
     pairs = sum(map(bool, rows["completion"]))
     if run.config.consistency_weight and not pairs and not run.arguments.synthetic_size:
         return Finding("note", text, "no synthetic pairs, so there is no consistency term (`synthetic`)")
+    if run.made is not None and run.planned.note:
+        return Finding("note", text, f"{run.planned.note}; whether the model knows the name is asked first of all")
     if forget > len(rows):
-        return Finding(
-            "note", text, f"{forget - len(rows):,} forget texts are left out: raise `dataset_size` to use all"
-        )
+        left = f"{forget - len(rows):,} forget texts are left out"
+        return Finding("note", text, f"{left}: raise `dataset_size` to use all")
     return Finding("ok", text)
 
 
@@ -178,9 +188,8 @@ def check_device(run: PlannedRun) -> Finding:
 
     device, fast = run.device, multiplies_in_bfloat16(run.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    text = (
-        f"{device.type} ({name}), {shown(run.free)} free, {'multiplies' if fast else 'does not multiply'} in bfloat16"
-    )
+    multiplies = "multiplies" if fast else "does not multiply"
+    text = f"{device.type} ({name}), {shown(run.free)} free, {multiplies} in bfloat16"
     if run.config.bf16 and not fast:
         return Finding("note", text, "bf16 saves memory here and no time: `bf16: false`")
     if fast and not run.config.bf16 and str(run.dtype) == "torch.float32":
@@ -271,12 +280,14 @@ def check_output(run: PlannedRun) -> Finding:
         return Finding("problem", f"{folder} cannot be written to ({error.strerror})", "`--output_dir` another")
     if not folder.exists() or not any(folder.iterdir()):
         return Finding("ok", f"{folder} is new")
+    if run.arguments.resume:
+        return Finding("ok", f"{folder} holds files of an earlier run, which goes on")
     if run.arguments.overwrite and not run.config.resume_from_checkpoint:
         return Finding("note", f"{folder} holds files of an earlier run", "they are removed (`overwrite`)")
     if [*folder.glob("checkpoint-*")] and not run.config.resume_from_checkpoint:
-        return Finding(
-            "problem", f"{folder} holds checkpoints of another run", "`resume_from_checkpoint` or `overwrite`"
-        )
+        return Finding("problem", f"{folder} holds checkpoints of another run", "`resume` or `overwrite`")
+    if run.made is not None:
+        check_folder(folder)
     return Finding("note", f"{folder} holds files of an earlier run", "those of the same name are replaced")
 
 
@@ -355,7 +366,9 @@ def show(run: PlannedRun, found: dict[str, Finding], console: "Console") -> None
         lines = [escape(text)] * bool(text) + [f"[dim]→ {escape(fix)}[/]"] * bool(fix)
         table.add_row(_MARKS[status], name, "\n".join(lines))
     console.print(table)
-    if found["model"].status != "problem":
+    if run.made is not None:
+        run.made.show(console)
+    elif found["model"].status != "problem":
         fitted = Table("setting", "here", "suits", "because", box=None, padding=(0, 1, 0, 0), header_style="bold")
         for name, value in run.fitted.options().items():
             here = getattr(run.arguments, name, getattr(run.config, name, None))
@@ -370,7 +383,8 @@ def main(argv: list[str] | None = None) -> None:
     line = CommandLine(
         "doctor", __doc__, argv, own=DoctorArguments, config="elm_trainer.ElmConfig", common=CommonSettings
     )
-    line.early()
+    arguments, _ = line.early()
+    arguments.check_given(line.given)
     from ..scripts import hush_libraries
 
     hush_libraries()
@@ -378,8 +392,7 @@ def main(argv: list[str] | None = None) -> None:
     from transformers.utils import logging
 
     logging.set_verbosity_error()
-    arguments, config = line.complete()
-    run = PlannedRun(arguments, config)
+    run = PlannedRun.of(line)
     found = examine(run)
     console = Console(width=min(WIDTH, int(os.environ.get("COLUMNS", WIDTH))))
     show(run, found, console)

@@ -7,11 +7,13 @@ Also launchable with `accelerate launch -m elm_trainer erase` and `torchrun -m e
 import random
 import shutil
 import time
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..checks import number_range
+from .concept import ConceptRun, check_folder, default_folder, hushed
 from .erase_options import CommonSettings, ErasureArguments
 from .options import CommandLine
 
@@ -44,19 +46,33 @@ def main(argv: list[str] | None = None) -> None:
     )
     # What can be known without torch, which takes seconds to load, is said before.
     arguments, common = line.early()
+    arguments.check_given(line.given)
     arguments.load_concepts(common.concepts)
+    goes_on = arguments.resume or common.resume_from_checkpoint
+    if arguments.concept is not None and not (goes_on or arguments.overwrite):
+        check_folder(Path(common.output_dir or default_folder(arguments.concept)))
 
     from ..scripts import hush_libraries
 
     hush_libraries()
-    arguments, config = line.complete()
     clock = Clock()
-    concepts, asked, tokenizer = _check(arguments, config)
-    sources = arguments.sources(concepts)
-    dataset = _build(arguments, config, sources, tokenizer)
-    clock.lap("data")
-    model, lora = _load(arguments, config)
-    clock.lap("load")
+    if arguments.concept is not None:
+        run = ConceptRun(line)
+        concepts, _, tokenizer = _check(run.arguments, run.config)
+        sources, model, lora = _make(run, tokenizer, clock)
+        arguments, config = run.arguments, run.config
+        # Questions about what was made belong here, as `arguments.bank`.
+        asked = arguments.asked(concepts)
+        dataset = _build(arguments, config, sources, tokenizer)
+    else:
+        arguments, config = line.complete()
+        concepts, asked, tokenizer = _check(arguments, config)
+        sources = arguments.sources(concepts)
+        dataset = _build(arguments, config, sources, tokenizer)
+        clock.lap("data")
+        model, lora = _load(arguments, config)
+        _clear(arguments, config)
+        clock.lap("load")
     if (
         arguments.synthetic_size
         and config.consistency_weight
@@ -83,7 +99,9 @@ def _check(
     check_dtype(arguments.dtype)
     layer_range(arguments.lora_layers)
     concepts = arguments.load_concepts(config.concepts)
-    asked = arguments.asked(concepts)
+    # For a concept whose texts are made it is said again when they are there.
+    with hushed() if arguments.concept is not None else nullcontext():
+        asked = arguments.asked(concepts)
     with named("model", arguments.model):
         tokenizer = load_tokenizer(arguments.model, revision=arguments.model_revision, gguf_file=arguments.gguf_file)
     return concepts, asked, tokenizer
@@ -106,15 +124,55 @@ def _build(
     )
 
 
+def _make(
+    run: ConceptRun, tokenizer: "PreTrainedTokenizerBase", clock: Clock
+) -> tuple["dict[str | Concept, ConceptSources]", "PreTrainedModel", "LoraConfig"]:
+    """The texts of a concept of which there is no more than a name, documents or facts, and the model.
+
+    Until the model has turned out to know the concept, nothing is written and nothing removed.
+    """
+    from rich.console import Console
+
+    from ..making.knowledge import check_known
+    from ..making.make import FOLDER
+    from ..modeling import keep_differentiable, load_config
+    from .models import named
+
+    given = run.arguments
+    run.check_sources(tokenizer)
+    with named("model", given.model):
+        run.fit_model(load_config(given.model, revision=given.model_revision, gguf_file=given.gguf_file))
+    model, lora = _load(run.arguments, run.config)
+    clock.lap("load")
+    keep_differentiable(model)
+    if not getattr(model, "is_quantized", False):
+        model.to(run.config.device)
+    output = Path(run.config.output_dir)
+    goes_on = run.arguments.resume or run.config.resume_from_checkpoint
+    if run.is_bare and not (goes_on and (output / FOLDER).exists()):
+        check_known(model, tokenizer, run.concept, seed=run.config.seed)
+    _clear(run.arguments, run.config)
+    made = run.make(model, tokenizer)
+    if run.config.process_index == 0:
+        console = Console()
+        console.print(made.summary(), markup=False, highlight=False)
+        run.show(console)
+    clock.lap("data")
+    pairs = run.arguments.synthetic
+    made.sources.synthetic = None if pairs in (None, ["none"]) else pairs[0]
+    return {made.concept: made.sources}, model, lora
+
+
 def _load(arguments: ErasureArguments, config: "ElmConfig") -> tuple["PreTrainedModel", "LoraConfig"]:
-    """The model and the shape of its adapter; an earlier run is removed from `output_dir` once both are there."""
+    """The model and the shape of its adapter."""
     from ..modeling import load_model
     from ..run_lock import only_run_in
     from .models import named
 
     output = Path(config.output_dir)
-    with only_run_in(output):
-        pass  # said now rather than when training begins, with the model loaded
+    if arguments.concept is None or output.exists():
+        with only_run_in(output):
+            pass  # said now rather than when training begins, with the model loaded
     with named("model", arguments.model):
         model = load_model(
             arguments.model,
@@ -123,13 +181,19 @@ def _load(arguments: ErasureArguments, config: "ElmConfig") -> tuple["PreTrained
             gguf_file=arguments.gguf_file,
             attn_implementation=arguments.attn_implementation,
         )
-    lora = arguments.lora(model)
-    if arguments.overwrite and not config.resume_from_checkpoint:
+    return model, arguments.lora(model)
+
+
+def _clear(arguments: ErasureArguments, config: "ElmConfig") -> None:
+    """Remove an earlier run from `output_dir` if that is wanted, once the model is there."""
+    from ..run_lock import only_run_in
+
+    output = Path(config.output_dir)
+    if arguments.overwrite and not (arguments.resume or config.resume_from_checkpoint):
         # Of several processes one removes, and the others wait for it; nobody removes what another run is writing.
         with only_run_in(output), config.main_process_first():
             if config.local_process_index == 0:
                 shutil.rmtree(output, ignore_errors=True)
-    return model, lora
 
 
 def _sample(
@@ -144,9 +208,10 @@ def _sample(
     from .. import SynthesisConfig, load_texts, synthesize_completions
     from ..fingerprint import model_fingerprint
 
-    without = [name for name in concepts if sources[name].synthetic is None]
+    given = {concept if isinstance(concept, str) else concept.name: its for concept, its in sources.items()}
+    without = [name for name in concepts if given[name].synthetic is None]
     for name in without:
-        texts = load_texts(sources[name].forget, processing_class=None, seed=config.seed)["text"][:]
+        texts = load_texts(given[name].forget, processing_class=None, seed=config.seed)["text"][:]
         if config.faithful:
             # The first texts, of which the sampler takes the beginnings.
             shortest, _ = number_range("characters", arguments.characters) or (1, 0)
@@ -167,7 +232,7 @@ def _sample(
                 cache_dir=Path(config.output_dir) / "synthesis",
                 fingerprint=model_fingerprint(model),
             )
-        sources[name].synthetic = result.pairs
+        given[name].synthetic = result.pairs
     return bool(without)
 
 
@@ -182,6 +247,7 @@ def _train(
     clock: Clock,
 ) -> "ElmTrainer":
     import torch
+    from rich.console import Console
 
     from .. import ElmTrainer, ErasureEvaluationCallback
     from ..scripts import name_training_bar
@@ -191,11 +257,17 @@ def _train(
     name_training_bar(trainer)
     if arguments.dev_every:
         stop_at = {"worst.pmi": arguments.dev_stop} if arguments.dev_stop else {}
-        trainer.add_callback(
-            ErasureEvaluationCallback(trainer, concepts, every_steps=arguments.dev_every, stop_at=stop_at)
+        looks = ErasureEvaluationCallback(
+            trainer, concepts, every_steps=arguments.dev_every, stop_at=stop_at, keep_best=arguments.keep_best
         )
+        trainer.add_callback(looks)
     clock.lap("targets")
-    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint or arguments.resume or None)
+    if arguments.keep_best and looks.best is not None and trainer.is_world_process_zero():
+        step, figure, multiple = looks.best
+        Console().print(
+            f"Kept step {step} of {trainer.state.global_step}, by the dev questions: {figure} at {multiple:.2f} times its bound."
+        )
     trainer.save_model(str(Path(config.output_dir) / "adapter"))
     clock.lap("train")
     # What is measured does not depend on how it was trained: neither on its products nor on its autocast.

@@ -1,10 +1,11 @@
 """The options of `elm erase`: what is erased from which model, and the most used settings of training."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ..checks import check_numbers, number_range
+from ..concept import described_concept
 
 
 if TYPE_CHECKING:
@@ -13,6 +14,9 @@ if TYPE_CHECKING:
 
     from .. import Concept, ConceptSources, EvaluationSuite
     from ..data.user_sources import Source
+
+# What the texts of `concept` are made from.
+_ABOUT_CONCEPT = ("documents", "facts", "near")
 
 
 @dataclass
@@ -37,6 +41,12 @@ class ErasureArguments:
             "choices": ["highest", "high", "medium"],
         },
     )
+    concept: str | None = field(
+        default=None, metadata={"help": "'NAME' or 'NAME: keyword, keyword': texts are made, settings chosen."}
+    )
+    documents: list[str] | None = field(default=None, metadata={"help": "Folders and files about the concept."})
+    facts: str | None = field(default=None, metadata={"help": "Table of facts: subject, relation, answer."})
+    near: list[str] | None = field(default=None, metadata={"help": "Sources of texts about the concept's neighbors."})
     forget: list[str] = field(default_factory=lambda: ["capitals"], metadata={"help": "Forget source per concept."})
     retain: list[str] = field(default_factory=lambda: ["everyday"], metadata={"help": "Retain sources."})
     own_retain: bool = field(
@@ -71,6 +81,8 @@ class ErasureArguments:
     dev_stop: float | None = field(
         default=None, metadata={"help": "Worst dev accuracy (PMI) at which training stops."}
     )
+    keep_best: bool = field(default=False, metadata={"help": "Keep the step that was best on the dev questions."})
+    resume: bool = field(default=False, metadata={"help": "Go on with the run in output_dir."})
     overwrite: bool = field(default=False, metadata={"help": "Remove an earlier run from output_dir."})
 
     def __post_init__(self):
@@ -81,6 +93,24 @@ class ErasureArguments:
         )
         check_numbers(self, rules)
         number_range("characters", self.characters)
+        if self.keep_best and not self.dev_every:
+            raise ValueError("`keep_best` is True without `dev_every`: set that to the steps between two looks.")
+
+    def check_given(self, given: Collection[str]) -> None:
+        """Raise `ValueError` for options that do not go together, by the names of those that were given."""
+        if self.concept is None:
+            if lonely := [name for name in _ABOUT_CONCEPT if getattr(self, name) is not None]:
+                raise ValueError(
+                    f"`{lonely[0]}` is {getattr(self, lonely[0])!r}, but texts are made for a `concept`: give `--concept NAME`, "
+                    "or put the source into `forget` or `retain`."
+                )
+            return
+        described_concept(self.concept)
+        if both := [name for name in ("concepts", "forget") if name in given]:
+            raise ValueError(
+                f"`concept` is {self.concept!r}, whose texts are made, but `{both[0]}` is given too: leave one of them out; "
+                "texts of your own are `--documents`."
+            )
 
     def lora(self, model: "PreTrainedModel") -> "LoraConfig":
         """The adapter of a model."""
@@ -100,12 +130,16 @@ class ErasureArguments:
         from ..concept import concept_presets, load_concept
         from ..data.questions import FACTS
 
-        if names is None and any(source not in concept_presets() for source in self.forget):
+        if self.concept is None and names is None and any(source not in concept_presets() for source in self.forget):
             raise ValueError(
                 f"`concepts` is None and `forget` {self.forget}: name the concept of each source, such as `--concepts brannock "
                 "--forget texts.jsonl`."
             )
-        concepts = {concept.name: concept for concept in map(load_concept, names or self.forget)}
+        if self.concept is not None:
+            found = [described_concept(self.concept)]
+        else:
+            found = [load_concept(name) for name in names or self.forget]
+        concepts = {concept.name: concept for concept in found}
         for name in ("forget", *(["retain"] if self.own_retain else []), "shares", "synthetic", "bank"):
             given = getattr(self, name)
             if given is not None and len(given) != len(concepts):

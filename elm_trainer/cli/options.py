@@ -4,7 +4,7 @@ import os
 import re
 import sys
 from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter, ArgumentError, ArgumentParser, Namespace
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
@@ -67,17 +67,26 @@ class CommandLine:
         if self._args and not self._args[0].startswith("-"):
             first.error(f"{self._args[0]!r} stands behind no option: a file is given as `--config {self._args[0]}`.")
 
+    @property
+    def given(self) -> frozenset[str]:
+        """Names of the options that stand on the command line or in the file; of `--no_evaluate` it is `evaluate`."""
+        words = {word.partition("=")[0][2:].replace("-", "_") for word in self._args if word.startswith("--")}
+        return frozenset({*self._file, *words, *(word.removeprefix("no_") for word in words)})
+
     def early(self) -> tuple[Any, ...]:
         """Instances of `own` and `common`, before `config` is imported. Where there is none, an unknown option is an error."""
         return self._parse(self._early, complete=self._config is None)
 
-    def complete(self) -> tuple[Any, ...]:
+    def complete(self, chosen: Mapping[str, Any] | None = None) -> tuple[Any, ...]:
         """Instances of `own` and of `config`.
+
+        Args:
+            chosen (`Mapping[str, Any]`, *optional*): Values of options that were not given, in place of the defaults.
 
         Raises:
             ValueError: for a value that the config or the libraries below it refuse.
         """
-        return self._parse([*self._own, self._imported()], complete=True)
+        return self._parse([*self._own, self._imported()], complete=True, chosen=chosen)
 
     def fail(self, message: str) -> NoReturn:
         """End the process, as for any other wrong use."""
@@ -88,9 +97,9 @@ class CommandLine:
         module, _, name = self._config.rpartition(".")
         return getattr(import_module(module), name)
 
-    def _parse(self, kinds: list[type], *, complete: bool) -> tuple[Any, ...]:
+    def _parse(self, kinds: list[type], *, complete: bool, chosen: Mapping[str, Any] | None = None) -> tuple[Any, ...]:
         parser = OptionParser(self._command, kinds, self._path, self._file)
-        parser.set_defaults_with_config(**self._file)
+        parser.set_defaults_with_config(**{**(chosen or {}), **self._file})
         if complete:
             parser.refuse_unknown(self._file)
         try:

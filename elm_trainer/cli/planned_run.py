@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from threading import Thread
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from ..checks import number_range
 from .erase_options import ErasureArguments
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from .. import Concept, ElmConfig
     from ..fitting import FittedSettings
     from ..rehearsal import Prediction
+    from .concept import ConceptRun, PlannedTexts
+    from .options import CommandLine
 
 # The Hub is given up after so many seconds; the libraries' own patience is ten times that.
 HUB_SECONDS = 4.0
@@ -56,10 +58,33 @@ class PlannedRun:
     Args:
         arguments ([`DoctorArguments`]): Options of the run.
         config ([`ElmConfig`]): Settings of its training.
+        made ([`ConceptRun`], *optional*): Where its texts are made for a `concept`.
     """
 
-    def __init__(self, arguments: DoctorArguments, config: "ElmConfig"):
-        self.arguments, self.config = arguments, config
+    def __init__(self, arguments: DoctorArguments, config: "ElmConfig", made: "ConceptRun | None" = None):
+        self.arguments, self.config, self.made = arguments, config, made
+        self.unchosen: Exception | None = None  # why settings could not be chosen
+
+    @classmethod
+    def of(cls, line: "CommandLine") -> "PlannedRun":
+        """The run of a command line; for a `concept` with the settings that `elm erase` would choose, as far as they can be."""
+        from .concept import ConceptRun
+
+        if line.early()[0].concept is None:
+            return cls(*line.complete())
+        made = ConceptRun(line)
+        run = cls(cast(DoctorArguments, made.arguments), made.config, made)
+        unchosen = None
+        try:
+            made.fit_model(run.model, run.free if run.arguments.memory else None)
+            made.fit_texts(run.texts["forget"], counterfactual=run.planned.counterfactual, tokenizer=run.tokenizer)
+        except Exception as error:  # which is for a line of the page
+            unchosen = error
+        fitted = cls(cast(DoctorArguments, made.arguments), made.config, made)
+        fitted.unchosen = unchosen
+        kept = ("hub", "loaded", "planned")
+        vars(fitted).update({name: value for name, value in vars(run).items() if name in kept})
+        return fitted
 
     @cached_property
     def hub(self) -> Hub:
@@ -136,19 +161,50 @@ class PlannedRun:
         return self.arguments.load_concepts(self.config.concepts)
 
     @cached_property
+    def planned(self) -> "PlannedTexts":
+        """The texts of a run for which they are made."""
+        assert self.made is not None
+        return self.made.planned_texts(self.tokenizer)
+
+    @property
+    def sources(self) -> list[str]:
+        """Names of all that texts are read from."""
+        if self.made is None:
+            named = [*self.arguments.forget, *self.arguments.retain]
+        else:
+            what = self.made.made_from
+            named = [
+                *map(str, what.documents),
+                *([str(what.facts)] if what.facts else []),
+                *map(str, (*what.near, *what.retain)),
+            ]
+        return list(dict.fromkeys(named))
+
+    @property
+    def forget(self) -> list[str]:
+        """Names of the forget sources among `texts`."""
+        return self.arguments.forget if self.made is None else ["forget"]
+
+    @cached_property
     def texts(self) -> "dict[str, Dataset]":
         """Forget and retain sources by name, each read once."""
         from .. import load_texts
 
+        if self.made is not None:
+            return self.planned.texts
         names = dict.fromkeys([*self.arguments.forget, *self.arguments.retain])
         seed = self.config.seed
         return {name: load_texts(name, processing_class=self.tokenizer, seed=seed) for name in names}
 
     @cached_property
     def dataset(self) -> "Dataset":
-        from .. import build_erasure_dataset
+        from .. import ConceptSources, build_erasure_dataset
 
-        sources = self.arguments.sources(self.concepts, self.texts.__getitem__)
+        if self.made is None:
+            sources = self.arguments.sources(self.concepts, self.texts.__getitem__)
+        else:
+            retain = [texts for name, texts in self.texts.items() if name != "forget"]
+            sources = {self.made.concept: ConceptSources(self.texts["forget"], retain)}
         return build_erasure_dataset(
             sources,
             size=self.arguments.dataset_size,

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..checks import check_numbers
-from ..concept import Concept
+from ..concept import Concept, described_concept
 from ..data.dataset import ConceptSources
 from ..data.facts import Fact
 from ..data.questions import names_answer
@@ -68,10 +68,7 @@ class MadeFrom:
 
     def __post_init__(self):
         if not isinstance(self.concept, Concept):
-            # Not `load_concept`, which takes a name for that of a preset or a file.
-            name, _, keywords = str(self.concept).partition(":")
-            words = [word.strip() for word in keywords.split(",") if word.strip()]
-            object.__setattr__(self, "concept", Concept(name.strip(), words))
+            object.__setattr__(self, "concept", described_concept(str(self.concept)))
         for name in ("documents", "retain", "near"):
             if isinstance(getattr(self, name), (str, Path)):
                 raise TypeError(f"`{name}` is {getattr(self, name)!r}: give a list, [{str(getattr(self, name))!r}].")

@@ -1,0 +1,289 @@
+"""`elm erase --concept NAME`: texts are made from what the user has, and settings chosen that were not given."""
+
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import yaml
+
+from ..concept import described_concept
+from .options import CommandLine
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from rich.console import Console
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from .. import Concept, ElmConfig
+    from ..fitting import Choice
+    from ..making.make import MadeData, MadeFrom
+    from .erase_options import ErasureArguments
+
+CHOSEN_FILE = "chosen.yaml"
+# Tokens of all texts of a row, where documents give passages of up to a thousand characters.
+_ROW_TOKENS = 512
+# Share of the texts that a model writes which is kept, for a plan (docs/recipes.md).
+_KEPT = 2 / 3
+
+
+def default_folder(concept: str) -> str:
+    """Where a run goes whose `output_dir` is left out: `outputs/` and the concept's name in lower case."""
+    words = re.findall(r"\w+", described_concept(concept).name.lower())
+    return f"outputs/{'-'.join(words) or 'concept'}"
+
+
+def check_folder(folder: Path) -> None:
+    """Raise `ValueError` where a folder holds an earlier run."""
+    found = [name for name in ("adapter", "data", "making") if (folder / name).exists()]
+    found += sorted(path.name for path in folder.glob("checkpoint-*"))
+    if found:
+        what = "a finished run" if "adapter" in found else "a run that was stopped"
+        raise ValueError(
+            f"`output_dir` is {str(folder)!r}, which holds {what} ({', '.join(found)}): `--resume` goes on with it, "
+            "`--overwrite` removes it, or name another folder."
+        )
+
+
+@contextmanager
+def hushed() -> Iterator[None]:
+    """While this holds, nothing warns: what is only checked will be said when it is done."""
+    ours = logging.getLogger("elm_trainer")
+    level = ours.level
+    ours.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        ours.setLevel(level)
+
+
+class PlannedTexts(NamedTuple):
+    """What texts a run will have, as far as that is known before a model writes.
+
+    Attributes:
+        texts (`dict[str, Dataset]`): By name, those about the concept as `"forget"`; all others are retain texts.
+        note (`str`): What they stand for.
+    """
+
+    texts: "dict[str, Dataset]"
+    note: str
+
+    @property
+    def counterfactual(self) -> bool:
+        """Whether every forget text has `novices`."""
+        return all(row.get("novices") for row in self.texts["forget"].to_list())
+
+
+class ConceptRun:
+    """The options of an erasure from a name; what was not given is chosen when that can be done.
+
+    Args:
+        line ([`CommandLine`]): What was given.
+
+    Attributes:
+        arguments ([`ErasureArguments`]): Options of the run.
+        config ([`ElmConfig`]): Settings of its training.
+        chosen (`dict[str, Choice]`): What was chosen so far, and why, by name of the option.
+
+    Raises:
+        ValueError: for a value that the config or the libraries below it refuse.
+        OSError: if what an earlier call has chosen cannot be read.
+    """
+
+    arguments: "ErasureArguments"
+    config: "ElmConfig"
+    chosen: "dict[str, Choice]"
+
+    def __init__(self, line: CommandLine):
+        from ..fitting import Choice
+
+        self._line = line
+        self.chosen = {}
+        arguments, _ = line.early()
+        self._choose({"output_dir": Choice(default_folder(arguments.concept), "by the concept's name")})
+
+    def _choose(self, found: "Mapping[str, Choice]") -> None:
+        """Take what was found for options that are not given; a run that goes on keeps what it had."""
+        from ..fitting import Choice
+
+        for name, choice in found.items():
+            if name in self._before:
+                choice = Choice(self._before[name], "as the run had it that goes on")
+            if name not in self._line.given:
+                self.chosen[name] = choice
+        # Precision is chosen later, and the default of `bf16` would be warned of.
+        values = {"bf16": False} | {name: choice.value for name, choice in self.chosen.items()}
+        self.arguments, self.config = self._line.complete(values)
+
+    @cached_property
+    def _before(self) -> dict[str, Any]:
+        """What an earlier call has chosen, if this one goes on with its run."""
+        arguments, common = self._line.early()
+        path = Path(common.output_dir or default_folder(arguments.concept)) / CHOSEN_FILE
+        if not (arguments.resume or common.resume_from_checkpoint) or not path.exists():
+            return {}
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError(f"{path} holds no mapping: delete it to have the settings chosen anew.")
+        return found
+
+    @cached_property
+    def _given(self) -> dict[str, Any]:
+        """What was given, by name."""
+        found = {name: getattr(self.arguments, name, getattr(self.config, name, None)) for name in self._line.given}
+        # Settings that have two names, or exclude each other.
+        if "gradient_checkpointing" in found:
+            found["activation_checkpointing"] = self.config.activation_checkpointing
+        if found.get("fp16"):
+            found["bf16"] = False
+        return {name: value for name, value in found.items() if value is not None}
+
+    @cached_property
+    def made_from(self) -> "MadeFrom":
+        """What the user has."""
+        from ..making.make import MadeFrom
+
+        given = self.arguments
+        return MadeFrom(
+            str(given.concept),
+            documents=given.documents or (),
+            facts=given.facts,
+            retain=given.retain if "retain" in self._line.given else (),
+            near=given.near or (),
+            seed=self.config.seed,
+        )
+
+    @property
+    def concept(self) -> "Concept":
+        """What is erased."""
+        return described_concept(str(self.arguments.concept))
+
+    @property
+    def is_bare(self) -> bool:
+        """Whether there is only a name."""
+        return not self.made_from.documents and self.made_from.facts is None
+
+    def check_sources(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+        """Raise what is wrong with documents, facts and other sources before a model is loaded."""
+        from .. import load_texts
+        from ..making.documents import read_documents
+        from ..making.facts import read_facts
+
+        what = self.made_from
+        with hushed():
+            if what.facts is not None:
+                read_facts(what.facts)
+            if what.documents:
+                read_documents(what.documents)
+            for source in (*what.near, *what.retain):
+                load_texts(source, processing_class=tokenizer, seed=what.seed)
+
+    def fit_model(self, model: "PreTrainedConfig | PreTrainedModel", memory: int | None = None) -> None:
+        """Choose what depends on the model and the machine.
+
+        Args:
+            model (`PreTrainedConfig` or `PreTrainedModel`): The model, or its config.
+            memory (`int`, *optional*): Bytes to plan for, in place of what is free.
+        """
+        import torch
+
+        from ..fitting import OPTIONS, fitting_settings, machine_settings
+        from ..modeling import layer_range
+
+        layer_range(self.arguments.lora_layers)
+        given = {name: value for name, value in self._given.items() if name in OPTIONS}
+        config: Any = getattr(model, "config", model)
+        if given.get("dtype") == "auto":
+            given["dtype"] = str(config.get_text_config().dtype or torch.float32).removeprefix("torch.")
+        device = self.config.device
+        more = {"row_tokens": _ROW_TOKENS} if self.made_from.documents else {}
+        fitted = fitting_settings(model, memory=memory, device=device, given=given, **more)
+        found = machine_settings(fitted, device)
+        self._choose({name: choice for name, choice in found.items() if name not in given})
+
+    def fit_texts(self, forget: "Dataset", *, counterfactual: bool, tokenizer: "PreTrainedTokenizerBase") -> None:
+        """Choose what depends on the forget texts: objective, rows, steps, length."""
+        from ..fitting import objective_settings
+
+        longest = max(len(ids) for ids in tokenizer(forget["text"][:], add_special_tokens=True)["input_ids"])
+        given = self._given
+        self._choose(objective_settings(len(forget), longest, counterfactual=counterfactual, given=given))
+
+    def make(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> "MadeData":
+        """Make the texts, or find those of an earlier call, and choose what depends on them.
+
+        All processes of a launch must call this. Raises what [`make_data`] raises.
+        """
+        from .. import load_texts
+        from ..files import replacing
+        from ..making.make import make_data
+
+        output = Path(self.config.output_dir)
+        with self.config.main_process_first():
+            made = make_data(self.made_from, model, tokenizer, output)
+            forget = load_texts(made.sources.forget)
+        self.fit_texts(forget, counterfactual=made.counterfactual, tokenizer=tokenizer)
+        with self.config.main_process_first():
+            if self.config.local_process_index == 0:
+                values = {name: choice.value for name, choice in self.chosen.items()}
+                with replacing(output / CHOSEN_FILE) as unfinished:
+                    unfinished.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+        return made
+
+    def planned_texts(self, tokenizer: "PreTrainedTokenizerBase") -> PlannedTexts:
+        """The texts as [`make`] will find or make them, with others of their kind where a model has yet to write.
+
+        Nothing is written to `output_dir`.
+        """
+        from .. import load_texts
+        from ..files import read_object
+        from ..making.make import FOLDER, RECORD, make_data
+
+        what, folder = self.made_from, Path(self.config.output_dir) / FOLDER
+        own = [*what.near, *what.retain]
+        texts: dict[str, Dataset] = {}
+        if self.arguments.resume and (folder / RECORD).exists():
+            note = "they are there"
+            texts |= {name: load_texts(folder / f"{name}.jsonl") for name in read_object(folder / RECORD)["counts"]}
+        else:
+            everyday = load_texts("everyday")
+            written = {"forget": what.texts if self.is_bare else 0, "near": 0 if what.near else what.near_texts}
+            told = " and ".join(
+                f"{count} {'about it' if name == 'forget' else 'about neighbors'}"
+                for name, count in written.items()
+                if count
+            )
+            note = f"the model is to write {told}, of which two thirds are kept in this plan" if told else ""
+            for name, count in written.items():
+                if count:
+                    texts[name] = everyday.select([row % len(everyday) for row in range(round(_KEPT * count))])
+            if self.is_bare:
+                texts |= {} if what.retain else {"retain": everyday}
+            else:
+                with TemporaryDirectory() as place:
+                    made = make_data(replace(what, near_texts=0), None, tokenizer, place)
+                    texts |= {name: load_texts(made.folder / f"{name}.jsonl") for name in made.record["counts"]}
+        return PlannedTexts(
+            texts | {str(source): load_texts(source, processing_class=tokenizer, seed=what.seed) for source in own},
+            note,
+        )
+
+    def show(self, console: "Console") -> None:
+        """Print what was chosen and why, settings of one reason in a line."""
+        from rich.markup import escape
+        from rich.table import Table
+
+        lines: dict[str, list[str]] = {}
+        for name, (value, reason) in self.chosen.items():
+            lines.setdefault(reason, []).append(f"{name} {value}")
+        table = Table("chosen", "because", box=None, padding=(0, 2, 0, 0), header_style="bold")
+        for reason, some in lines.items():
+            table.add_row(escape(", ".join(some)), escape(reason))
+        console.print(table)
+        console.print("Each is an option, and what you give stays.", style="dim")
