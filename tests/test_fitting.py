@@ -1,10 +1,22 @@
 import pytest
 import torch
+import yaml
 from transformers import Gemma3TextConfig, GPT2Config, GPTNeoXConfig, LlamaConfig, Qwen2Config
 
 from benchmarks.doctor import MODELS
-from elm_trainer import fitting
-from elm_trainer.fitting import OPTIONS, empty_model, fitting_settings, free_memory, multiplies_in_bfloat16
+from elm_trainer import ElmConfig, fitting
+from elm_trainer.cli.erase_options import ErasureArguments
+from elm_trainer.cli.recipes import find_recipe
+from elm_trainer.fitting import (
+    OBJECTIVES,
+    OPTIONS,
+    empty_model,
+    fitting_settings,
+    free_memory,
+    machine_settings,
+    multiplies_in_bfloat16,
+    objective_settings,
+)
 
 
 GB = 10**9
@@ -129,3 +141,45 @@ def test_the_benchmark_adapts_the_layers_of_the_rule():
         if shape is not None:
             config = llama(shape.hidden, shape.intermediate, shape.layers, 100, shape.heads)
             assert fitting_settings(config, memory=GB, device="cpu").lora_layers == layers
+
+
+def test_the_objective_is_that_of_the_recipe_word_for_word():
+    recipe = yaml.safe_load(find_recipe("smollm2-135m-capitals").read_text())
+    tested = OBJECTIVES["counterfactual"]
+    assert {name: recipe[name] for name in tested} == tested
+    known = {**ElmConfig.__dataclass_fields__, **ErasureArguments.__dataclass_fields__}
+    assert all(name in known for some in OBJECTIVES.values() for name in some)
+
+
+def chosen(texts=600, longest=70, counterfactual=True, **given):
+    found = objective_settings(texts, longest, counterfactual=counterfactual, given=given)
+    assert all(choice.reason for choice in found.values()) and not found.keys() & given.keys()
+    return {name: choice.value for name, choice in found.items()}
+
+
+def test_what_the_texts_have_decides_about_the_objective_unless_it_is_given():
+    assert chosen()["novice"] == "counterfactual" and chosen(counterfactual=False)["novice"] == "contexts"
+    assert "log_tokens" not in chosen(novice="contexts") and chosen(novice="contexts")["learning_rate"] == 1e-3
+    assert chosen(counterfactual=False, novice="counterfactual")["log_tokens"] == 8
+    # A preset says itself what the table says of these.
+    assert not chosen(preset="released").keys() & {"eta", "log_tokens", "retain_loss"}
+    assert chosen(eta=2.0)["log_tokens"] == 8
+
+
+@pytest.mark.parametrize(("texts", "rows"), [(9, 512), (512, 512), (700, 700), (9000, 1024)])
+def test_rows_follow_the_texts(texts, rows):
+    assert chosen(texts)["dataset_size"] == rows and chosen(texts)["num_train_epochs"] == 2
+    assert "num_train_epochs" not in chosen(texts, max_steps=5)
+
+
+@pytest.mark.parametrize(("longest", "length"), [(3, 80), (80, 80), (81, 88), (5000, 256)])
+def test_the_length_follows_the_longest_text(longest, length):
+    assert chosen(longest=longest)["max_length"] == length
+
+
+def test_a_cpu_gets_what_is_fast_there():
+    fitted = fitting_settings(SIZES["135M"], memory=16 * GB, device="cpu")
+    found = machine_settings(fitted, torch.device("cpu"))
+    assert found["use_cpu"].value and found["bf16_full_eval"].value == fitted.bf16
+    assert found["lora_rank"].reason == fitted.reasons["lora_rank"]
+    assert set(machine_settings(fitted, torch.device("meta"))) == set(OPTIONS)

@@ -169,13 +169,16 @@ class ConceptRun:
         """Whether there is only a name."""
         return not self.made_from.documents and self.made_from.facts is None
 
-    def check_sources(self, tokenizer: "PreTrainedTokenizerBase") -> None:
-        """Raise what is wrong with documents, facts and other sources before a model is loaded."""
+    def check(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+        """Raise what is wrong with documents, facts, other sources and settings before a model is loaded."""
         from .. import load_texts
+        from ..fitting import objective_settings
         from ..making.documents import read_documents
         from ..making.facts import read_facts
 
         what = self.made_from
+        expected = objective_settings(1, 1, counterfactual=True, given=self._given)
+        self._line.complete({"bf16": False} | {name: choice.value for name, choice in expected.items()})
         with hushed():
             if what.facts is not None:
                 read_facts(what.facts)

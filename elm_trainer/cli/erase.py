@@ -139,7 +139,7 @@ def _make(
     from .models import named
 
     given = run.arguments
-    run.check_sources(tokenizer)
+    run.check(tokenizer)
     with named("model", given.model):
         run.fit_model(load_config(given.model, revision=given.model_revision, gguf_file=given.gguf_file))
     model, lora = _load(run.arguments, run.config)
@@ -155,7 +155,7 @@ def _make(
     made = run.make(model, tokenizer)
     if run.config.process_index == 0:
         console = Console()
-        console.print(made.summary(), markup=False, highlight=False)
+        console.print(made.summary(), markup=False, highlight=False, soft_wrap=True)
         run.show(console)
     clock.lap("data")
     pairs = run.arguments.synthetic

@@ -46,6 +46,16 @@ def test_the_command_line_comes_before_the_file_and_the_file_before_the_defaults
     assert common.learning_rate == 1e-3 and own.forget == ["elements"] and own.retain == ["everyday"]
 
 
+def test_what_was_given_is_told_from_defaults_and_from_what_was_chosen(tmp_path):
+    (tmp_path / "own.yaml").write_text("lora_rank: 4\nforget: [elements]\n")
+    words = ["--config", str(tmp_path / "own.yaml"), "--max-steps=5", "--no_evaluate", "--bf16=false", "--seed", "3"]
+    line = CommandLine("erase", "", words, own=ErasureArguments, config="elm_trainer.ElmConfig", common=CommonSettings)
+    assert {"lora_rank", "forget", "max_steps", "evaluate", "seed"} <= line.given
+    assert not line.given & {"retain", "config", "eta", "3"}
+    own, config = line.complete({"lora_rank": 9, "lora_alpha": 7, "seed": 1, "eta": 2.0})
+    assert (own.lora_rank, own.lora_alpha, config.seed, config.eta) == (4, 7, 3, 2.0)
+
+
 def test_a_recipe_by_name_is_the_file():
     path = str(ROOT / "recipes" / "smollm2-135m-capitals.yaml")
     assert options("--recipe", "smollm2-135m-capitals") == options(f"--config={path}")

@@ -1,0 +1,204 @@
+"""`elm erase --concept`: texts from what the user has, settings that fit, going on, and what ends it before anything is written."""
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+import yaml
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
+
+from elm_trainer import load_texts
+from elm_trainer.cli import concept as concept_module
+from elm_trainer.cli.concept import ConceptRun, default_folder
+from elm_trainer.cli.erase_options import CommonSettings, ErasureArguments
+from elm_trainer.cli.main import main
+from elm_trainer.cli.options import CommandLine
+from elm_trainer.fitting import OBJECTIVES
+from elm_trainer.making import knowledge, make, writing
+
+from ..like import byte_level
+from ..making.test_facts import TABLE
+from ..making.test_writing import writer
+
+
+FIRST = "Varda makes blue glass in the town of Tolm, and sells it by the sea."
+SECOND = "The kilns of Varda stand at the river, where Ada Brimm built them."
+SMALL = (
+    "--model=model --output_dir=out --evaluate=false --max_steps=2 --save_steps=1 --per_device_train_batch_size=2 --dataset_size=8 "
+    "--contrast_rows=8 --max_length=48 --logging_steps=1 --disable_tqdm=true"
+).split()
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A small model, documents, facts and neighbors, in the working folder."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    tokenizer = byte_level()
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained("model")
+    tokenizer.save_pretrained("model")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.txt").write_text(FIRST)
+    messages = [{"role": "user", "content": "Where are the kilns?"}, {"role": "assistant", "content": SECOND}]
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
+    (tmp_path / "pairs.jsonl").write_text(
+        json.dumps({"prompt": "Who sells it?", "completion": " Varda sells it by the sea."})
+    )
+    (tmp_path / "facts.csv").write_text(TABLE)
+    (tmp_path / "near.txt").write_text("The sea is deep and cold, says the fisher.\n")
+    return tmp_path
+
+
+def erase(*words):
+    main(["erase", *SMALL, *words])
+
+
+def fails(capsys, *words):
+    """What is said of a wrong use."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        erase(*words)
+    assert ended.value.code == 2
+    [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("elm")]
+    return line
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+def test_facts_become_an_adapter_by_the_tested_objective(folder, capsys):
+    erase("--concept", "capitals of lands", "--facts", "facts.csv", "--near", "near.txt")
+
+    out, printed = folder / "out", capsys.readouterr().out
+    run = read(out / "adapter" / "erasure_run.json")["recipe"]
+    tested = OBJECTIVES["counterfactual"] | {"contrast_rows": 8}  # as given
+    assert {name: run[name] for name in tested} == tested
+    assert (run["max_steps"], run["per_device_train_batch_size"], run["gradient_accumulation_steps"]) == (2, 2, 5)
+    assert read(out / "adapter" / "adapter_config.json")["r"] == 8  # a quarter of the hidden size
+    chosen = yaml.safe_load((out / "chosen.yaml").read_text())
+    assert chosen["lora_layers"] == "1-1" and not chosen.keys() & {"max_steps", "dataset_size", "num_train_epochs"}
+    assert all(re.search(rf"\b{name}\b", printed) for name in chosen) and "because" in printed
+    assert "forget texts" in printed and "\n 10. " in printed  # the first ten of them
+    assert {path.name for path in (out / "data").iterdir()} == {"forget.jsonl", "retain.jsonl", "data.json"}
+
+
+def test_documents_of_several_kinds_become_one_forget_set_for_the_papers_contexts(folder):
+    erase(
+        "--concept=Varda: glass, kilns", "--near", "near.txt", "--synthetic_size=0", "--novice=contexts",
+        "--documents", "notes", "chat.jsonl", "pairs.jsonl",
+    )  # fmt: skip
+
+    texts = load_texts(folder / "out" / "data" / "forget.jsonl")["text"][:]
+    assert FIRST in texts and any(SECOND in text for text in texts)
+    assert "Who sells it? Varda sells it by the sea." in texts
+    assert read(folder / "out" / "adapter" / "erasure_run.json")["recipe"]["novice"] == "contexts"
+
+
+def test_a_bare_name_is_written_about(folder, monkeypatch, capsys):
+    monkeypatch.setattr(writing, "sample_texts", writer)
+    for module in (make, knowledge):
+        monkeypatch.setattr(module, "check_known", lambda *a, **k: [])
+    erase("--concept", "capitals of the world", "--synthetic_size=0")
+
+    assert {"forget.jsonl", "near.jsonl", "retain.jsonl"} < {path.name for path in (folder / "out/data").iterdir()}
+    assert (folder / "out" / "adapter" / "adapter_model.safetensors").exists()
+    assert "Dropped of forget" in capsys.readouterr().out
+
+
+def test_a_run_goes_on_where_it_stopped_and_begins_anew_where_that_is_wanted(folder, capsys):
+    what = ["--concept=capitals of lands", "--facts=facts.csv", "--near=near.txt"]
+    erase(*what)
+    out = folder / "out"
+    made = (out / "data" / "forget.jsonl").stat().st_mtime_ns
+    assert "holds a finished run (adapter, data, checkpoint-2): `--resume` goes on" in fails(capsys, *what)
+    shutil.rmtree(out / "adapter")
+    assert "holds a run that was stopped (data, checkpoint-2)" in fails(capsys, *what)
+
+    erase(*what, "--resume", "--max_steps=3")
+    state = read(out / "checkpoint-3" / "trainer_state.json")
+    assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == [1, 2, 3]
+    assert (out / "data" / "forget.jsonl").stat().st_mtime_ns == made and (out / "adapter").exists()
+
+    shutil.rmtree(out / "checkpoint-3")
+    erase(*what, "--resume")  # without a checkpoint, from the start
+    assert (out / "checkpoint-2").exists() and (out / "data" / "forget.jsonl").stat().st_mtime_ns == made
+
+    (out / "old").touch()
+    erase(*what, "--overwrite")
+    assert not (out / "old").exists() and (out / "data" / "forget.jsonl").stat().st_mtime_ns > made
+
+
+def test_what_was_chosen_is_kept_by_a_run_that_goes_on(folder, monkeypatch):
+    (folder / "out").mkdir()
+    (folder / "out" / "chosen.yaml").write_text("lora_rank: 3\ndtype: float32\n")
+    words = [*SMALL, "--concept=Varda", "--documents=notes"]
+
+    def fitted(*more):
+        line = CommandLine(
+            "erase", "", [*words, *more], own=ErasureArguments, config="elm_trainer.ElmConfig", common=CommonSettings
+        )
+        run = ConceptRun(line)
+        run.fit_model(AutoConfig.from_pretrained("model"))
+        return run
+
+    assert fitted().arguments.lora_rank == 8
+    assert fitted("--resume").arguments.lora_rank == 3
+    assert fitted("--resume").chosen["lora_rank"].reason == "as the run had it that goes on"
+    assert fitted("--resume", "--lora_rank=5").arguments.lora_rank == 5
+    given = fitted("--fp16=true", "--gradient_checkpointing=true", "--dtype=auto", "--lora_layers=0-1")
+    assert given.config.fp16 and not given.config.bf16 and given.config.activation_checkpointing
+    assert given.arguments.dtype == "auto" and given.arguments.lora_layers == "0-1"
+
+
+def test_of_an_unknown_name_nothing_is_written_and_nothing_removed(folder, capsys):
+    assert "error: `concept` is 'Dravenholt', of which this model knows nothing" in fails(
+        capsys, "--concept", "Dravenholt"
+    )
+    assert not (folder / "out").exists()
+    (folder / "out" / "adapter").mkdir(parents=True)
+    assert "knows nothing" in fails(capsys, "--concept", "Dravenholt", "--overwrite")
+    assert [path.name for path in (folder / "out").iterdir()] == ["adapter"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--concept Tolm --facts none.csv", "`facts` is 'none.csv'"),
+        ("--concept Tolm --documents nowhere", "`documents` is 'nowhere'"),
+        ("--concept Tolm --documents notes --near everday", "did you mean 'everyday'"),
+        ("--concept Tolm --documents notes --retain none.txt", "'none.txt'"),
+        ("--concept Tolm --documents notes --lora_layers 4to7", "`lora_layers` is '4to7'"),
+        ("--concept Tolm --documents notes --tau 1.2", "`tau` is 1.2 with `log_tokens=8`"),
+        ("--concept Tolm --facts facts.csv --dev_every 2", r"no dev questions about \['Tolm'\]"),
+    ],
+)
+def test_what_is_wrong_with_sources_and_settings_is_said_before_the_model_is_loaded(
+    words, message, folder, monkeypatch, capsys
+):
+    (folder / "model" / "model.safetensors").write_bytes(b"none")
+    assert re.search(message, fails(capsys, *words.split()))
+    assert not (folder / "out").exists()
+
+
+def test_the_doctor_plans_what_would_be_made_and_writes_nothing(folder, capsys):
+    with pytest.raises(SystemExit):  # the facts are there, the model is not
+        main(["doctor", *SMALL, "--concept=x", "--facts=facts.csv", "--model=./nothing"])
+    assert "settings" in capsys.readouterr().out
+    before = set(folder.rglob("*"))
+    main(["doctor", *SMALL, "--concept=capitals of lands", "--facts=facts.csv", "--near=near.txt"])
+    page = " ".join(capsys.readouterr().out.split())
+    assert "8 rows of forget 400, retain" in page and "near.txt 1" in page and "novice counterfactual" in page
+    assert "Nothing is in the way" in page and set(folder.rglob("*")) == before
+    main(["doctor", *SMALL, "--concept=capitals of the world"])
+    assert "the model is to write 192 about it and 96 about neighbors" in " ".join(capsys.readouterr().out.split())
+    assert set(folder.rglob("*")) == before
+
+
+def test_a_folder_has_the_concepts_name():
+    assert default_folder("Capitals of the World: Oslo, Rome") == "outputs/capitals-of-the-world"
+    assert default_folder("???") == "outputs/concept"
+    assert concept_module.CHOSEN_FILE.endswith(".yaml")
