@@ -170,6 +170,8 @@ def test_what_the_texts_have_decides_about_the_objective_unless_it_is_given():
 def test_rows_follow_the_texts(texts, rows):
     assert chosen(texts)["dataset_size"] == rows and chosen(texts)["num_train_epochs"] == 2
     assert "num_train_epochs" not in chosen(texts, max_steps=5)
+    few = chosen(texts, counterfactual=False)
+    assert few["dataset_size"] == min(max(texts, 128), 1024) and few["num_train_epochs"] == 3
 
 
 @pytest.mark.parametrize(("longest", "length"), [(3, 80), (80, 80), (81, 88), (5000, 256)])

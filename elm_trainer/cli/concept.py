@@ -196,6 +196,7 @@ class ConceptRun:
         """
         import torch
 
+        from ..distributed import from_first
         from ..fitting import OPTIONS, fitting_settings, machine_settings
         from ..modeling import layer_range
 
@@ -207,7 +208,8 @@ class ConceptRun:
         device = self.config.device
         more = {"row_tokens": _ROW_TOKENS} if self.made_from.documents else {}
         fitted = fitting_settings(model, memory=memory, device=device, given=given, **more)
-        found = machine_settings(fitted, device)
+        # Free memory may differ between processes, and their settings must not.
+        found = from_first(machine_settings(fitted, device))
         self._choose({name: choice for name, choice in found.items() if name not in given})
 
     def fit_texts(self, forget: "Dataset", *, counterfactual: bool, tokenizer: "PreTrainedTokenizerBase") -> None:

@@ -10,7 +10,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ..checks import number_range
 from .concept import ConceptRun, check_folder, default_folder, hushed
@@ -61,6 +61,9 @@ def main(argv: list[str] | None = None) -> None:
         concepts, _, tokenizer = _check(run.arguments, run.config)
         sources, model, lora = _make(run, tokenizer, clock)
         arguments, config = run.arguments, run.config
+        # What was learned from, for the report.
+        [its] = sources.values()
+        arguments.forget, arguments.retain = [str(its.forget)], [str(source) for source in cast(list, its.retain)]
         # Questions about what was made belong here, as `arguments.bank`.
         asked = arguments.asked(concepts)
         dataset = _build(arguments, config, sources, tokenizer)

@@ -29,14 +29,14 @@ logger = logging.get_logger(__name__)
 LOCAL_FILE = "(local file)"
 PRIVATE_DATASET = "(private data set)"
 # Settings that name where texts come from.
-SOURCES = ("forget", "retain", "synthetic", "bank", "anchors")
+SOURCES = ("forget", "retain", "synthetic", "bank", "anchors", "documents", "facts", "near")
 # The seed, and fields of TRL's config whose default some method changes.
 ALWAYS = ("seed", "learning_rate", "lr_scheduler_type", "max_grad_norm", "max_steps", "per_device_train_batch_size")
 
 # Settings of this machine, its trackers and its Hub account: they do not change what is learned.
 _OF_THE_MACHINE = re.compile(
     r"(hub_|push_to_hub|logging_|log_level|log_on_|save_|trackio_|ddp_|fsdp|deepspeed|accelerator_config|parallelism_config).*"
-    r"|report_to|run_name|project|disable_tqdm|local_rank|resume_from_checkpoint|overwrite.*|adapter|reference|debug"
+    r"|report_to|run_name|project|disable_tqdm|local_rank|resume.*|overwrite.*|adapter|reference|debug"
     r"|targets_dir|.*_dir|(.*_)?(token|secret|password|key)"
 )
 _MODULES = r"[A-Za-z_][\w.]*"
@@ -111,7 +111,7 @@ _SCHEDULER = "num_cycles power lr_end min_lr min_lr_rate min_lr_ratio num_decay_
 _LIGER = "rope swiglu geglu rms_norm layer_norm cross_entropy fused_linear_cross_entropy".split()
 # Settings of `examples/erase.py` and of the methods that are numbers or flags.
 _NUMBERS = (
-    "own_retain dataset_size shares synthetic_size lora_rank lora_alpha lora_dropout evaluate questions dev_every dev_stop "
+    "own_retain dataset_size shares synthetic_size lora_rank lora_alpha lora_dropout evaluate questions dev_every dev_stop keep_best "
     "eta eta_end tau top_k plausibility fact_share log_tokens log_strength state_weight state_layers contrast_rows contrast_damping erase_weight "
     "retain_weight retain_focus consistency_weight contexts_per_sample expert_steps novice_steps teacher_learning_rate "
     "teacher_rank teacher_batch_size precompute_targets precompute_ref_log_probs alpha beta delta faithful layer layers "
@@ -349,7 +349,10 @@ def published_recipe(
             `(private data set)`, since its name may say what nobody should know.
     """
     source = _or_list(_source_of(public_sources))
-    known = {**_declared(), **_KNOWN, "concepts": _or_list(_one_of(*concepts, *concept_presets()))}
+    erased = _one_of(*concepts, *concept_presets())
+    known = {**_declared(), **_KNOWN, "concepts": _or_list(erased)}
+    # Without keywords, which may be private.
+    known["concept"] = lambda value: _one_of(*concepts)(str(value).partition(":")[0].strip())
     known |= dict.fromkeys((*SOURCES, "chat_template_path"), source)
     defaults: dict[str, Any] = {}
     for field in fields(SFTConfig):

@@ -16,7 +16,7 @@ from elm_trainer.evaluation.plots import plot_report
 from elm_trainer.evaluation.tables import write_markdown
 from elm_trainer.files import write_json
 from elm_trainer.hub.card import make_card
-from elm_trainer.hub.published_report import ALWAYS, published_report
+from elm_trainer.hub.published_report import ALWAYS, LOCAL_FILE, PRIVATE_DATASET, published_report
 
 from ..methods.methods import METHODS
 from .reports import BASE, RECIPE
@@ -109,11 +109,28 @@ def test_the_settings_of_the_example_script_are_all_published(report):
         "retain": ["everyday", "org/texts"], "own_retain": True, "characters": "51-700", "synthetic": ["capitals-fluent", "none"], "synthetic_size": 5, "dataset_size": 9,
         "lora_rank": 8, "lora_alpha": 4, "lora_dropout": 0.1, "lora_layers": "4-7", "lora_targets": "q_proj,mlp.down_proj",
         "evaluate": False, "bank": ["none"], "questions": 30, "measures": ["cloze", "inside"], "dev_every": 3, "dev_stop": 0.3,
+        "keep_best": True, "documents": ["org/texts"], "near": ["everyday"],
         "optim": "adamw_torch", "lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"num_cycles": 0.5},
         "model_init_kwargs": {"dtype": "float32"}, "max_length": 77, "warmup_steps": 3, "seed": 3, "bf16": False,
     }  # fmt: skip
     recipe = publish(report, recipe=settings)["recipe"]
     assert {name: recipe.get(name) for name in settings} == settings
+
+
+def test_of_what_texts_were_made_from_goes_up_what_anybody_may_see(report, caplog):
+    made = {
+        "concept": "capitals: Oslo SENT",
+        "documents": ["SENT/notes"],
+        "facts": "./SENT.csv",
+        "resume": True,
+        "seed": 0,
+    }
+    recipe = publish(report, recipe=made)["recipe"]
+    assert recipe["concept"] == "capitals" and "SENT" not in str(recipe) and "resume" not in recipe
+    assert {recipe["facts"], *recipe["documents"]} <= {
+        LOCAL_FILE,
+        PRIVATE_DATASET,
+    } and "not published" not in caplog.text
 
 
 PLANTED = {
