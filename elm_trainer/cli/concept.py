@@ -68,7 +68,7 @@ class PlannedTexts(NamedTuple):
 
     Attributes:
         texts (`dict[str, Dataset]`): By name, those about the concept as `"forget"`; all others are retain texts.
-        note (`str`): What they stand for.
+        note (`str`): What is not there yet, and how it is planned.
     """
 
     texts: "dict[str, Dataset]"
@@ -254,7 +254,7 @@ class ConceptRun:
         own = [*what.near, *what.retain]
         texts: dict[str, Dataset] = {}
         if self.arguments.resume and (folder / RECORD).exists():
-            note = "they are there"
+            note = ""
             texts |= {name: load_texts(folder / f"{name}.jsonl") for name in read_object(folder / RECORD)["counts"]}
         else:
             everyday = load_texts("everyday")
@@ -265,6 +265,7 @@ class ConceptRun:
                 if count
             )
             note = f"the model is to write {told}, of which two thirds are kept in this plan" if told else ""
+            note += "; whether it knows the name is asked first of all" if self.is_bare else ""
             for name, count in written.items():
                 if count:
                     texts[name] = everyday.select([row % len(everyday) for row in range(round(_KEPT * count))])

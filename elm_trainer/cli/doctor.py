@@ -160,7 +160,7 @@ def check_texts(run: PlannedRun) -> Finding:
     if run.config.consistency_weight and not pairs and not run.arguments.synthetic_size:
         return Finding("note", text, "no synthetic pairs, so there is no consistency term (`synthetic`)")
     if run.made is not None and run.planned.note:
-        return Finding("note", text, f"{run.planned.note}; whether the model knows the name is asked first of all")
+        return Finding("note", text, run.planned.note)
     if forget > len(rows):
         left = f"{forget - len(rows):,} forget texts are left out"
         return Finding("note", text, f"{left}: raise `dataset_size` to use all")

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from .. import Concept, ConceptSources, ElmConfig, ElmTrainer, EvaluationSuite
+    from ..making.make import MadeData
 
 
 class Clock:
@@ -59,18 +60,22 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.concept is not None:
         run = ConceptRun(line)
         concepts, _, tokenizer = _check(run.arguments, run.config)
-        sources, model, lora = _make(run, tokenizer, clock)
+        made, model, lora = _make(run, tokenizer, clock)
         arguments, config = run.arguments, run.config
+        sources: dict[str | Concept, ConceptSources] = {made.concept: made.sources}
         # What was learned from, for the report.
-        [its] = sources.values()
-        arguments.forget, arguments.retain = [str(its.forget)], [str(source) for source in cast(list, its.retain)]
-        # Questions about what was made belong here, as `arguments.bank`.
-        asked = arguments.asked(concepts)
+        arguments.forget, arguments.retain = (
+            [str(made.sources.forget)],
+            list(map(str, cast(list, made.sources.retain))),
+        )
+        # Questions about what was made belong here, as `arguments.bank`; those of their dev split as `looked_at`.
+        asked, looked_at = arguments.asked(concepts), list(concepts)
         dataset = _build(arguments, config, sources, tokenizer)
     else:
         arguments, config = line.complete()
         concepts, asked, tokenizer = _check(arguments, config)
         sources = arguments.sources(concepts)
+        looked_at = list(concepts)
         dataset = _build(arguments, config, sources, tokenizer)
         clock.lap("data")
         model, lora = _load(arguments, config)
@@ -83,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
     ):
         dataset = _build(arguments, config, sources, tokenizer)
         clock.lap("synthesis")
-    trainer = _train(arguments, config, list(concepts), model, lora, dataset, tokenizer, clock)
+    trainer = _train(arguments, config, looked_at, model, lora, dataset, tokenizer, clock)
     if asked is not None:
         _evaluate(arguments, config, asked, trainer, dataset, tokenizer, clock)
 
@@ -129,8 +134,8 @@ def _build(
 
 def _make(
     run: ConceptRun, tokenizer: "PreTrainedTokenizerBase", clock: Clock
-) -> tuple["dict[str | Concept, ConceptSources]", "PreTrainedModel", "LoraConfig"]:
-    """The texts of a concept of which there is no more than a name, documents or facts, and the model.
+) -> tuple["MadeData", "PreTrainedModel", "LoraConfig"]:
+    """The texts of a concept from its name, documents or facts; the model and the shape of its adapter.
 
     Until the model has turned out to know the concept, nothing is written and nothing removed.
     """
@@ -139,12 +144,14 @@ def _make(
     from ..making.knowledge import check_known
     from ..making.make import FOLDER
     from ..modeling import keep_differentiable, load_config
+    from ..run_lock import only_run_in
     from .models import named
 
     given = run.arguments
     run.check(tokenizer)
     with named("model", given.model):
-        run.fit_model(load_config(given.model, revision=given.model_revision, gguf_file=given.gguf_file))
+        model_config = load_config(given.model, revision=given.model_revision, gguf_file=given.gguf_file)
+    run.fit_model(model_config)
     model, lora = _load(run.arguments, run.config)
     clock.lap("load")
     keep_differentiable(model)
@@ -155,7 +162,8 @@ def _make(
     if run.is_bare and not (goes_on and (output / FOLDER).exists()):
         check_known(model, tokenizer, run.concept, seed=run.config.seed)
     _clear(run.arguments, run.config)
-    made = run.make(model, tokenizer)
+    with only_run_in(output):
+        made = run.make(model, tokenizer)
     if run.config.process_index == 0:
         console = Console()
         console.print(made.summary(), markup=False, highlight=False, soft_wrap=True)
@@ -163,7 +171,7 @@ def _make(
     clock.lap("data")
     pairs = run.arguments.synthetic
     made.sources.synthetic = None if pairs in (None, ["none"]) else pairs[0]
-    return {made.concept: made.sources}, model, lora
+    return made, model, lora
 
 
 def _load(arguments: ErasureArguments, config: "ElmConfig") -> tuple["PreTrainedModel", "LoraConfig"]:
@@ -242,7 +250,7 @@ def _sample(
 def _train(
     arguments: ErasureArguments,
     config: "ElmConfig",
-    concepts: list[str],
+    looked_at: "list[str] | EvaluationSuite",
     model: "PreTrainedModel",
     lora: "LoraConfig",
     dataset: "Dataset",
@@ -261,7 +269,7 @@ def _train(
     if arguments.dev_every:
         stop_at = {"worst.pmi": arguments.dev_stop} if arguments.dev_stop else {}
         looks = ErasureEvaluationCallback(
-            trainer, concepts, every_steps=arguments.dev_every, stop_at=stop_at, keep_best=arguments.keep_best
+            trainer, looked_at, every_steps=arguments.dev_every, stop_at=stop_at, keep_best=arguments.keep_best
         )
         trainer.add_callback(looks)
     clock.lap("targets")
