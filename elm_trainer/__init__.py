@@ -48,7 +48,7 @@ _EXPORTS = {
     "merge_erased": ".hub.combine",
     "publish_adapter": ".hub.publish",
     "publish_dataset": ".hub.publish_dataset",
-    "read_questions": ".data.questions",
+    "read_questions": ".data.question_files",
     "read_report": ".evaluation.report",
     "stack_erasures": ".hub.combine",
     "synthesize_completions": ".synthesis",
@@ -60,7 +60,8 @@ if TYPE_CHECKING:
     from .concept import Concept, load_concept
     from .data.collator import ElmDataCollator
     from .data.dataset import ConceptSources, build_erasure_dataset
-    from .data.questions import load_bank, read_questions
+    from .data.question_files import read_questions
+    from .data.questions import load_bank
     from .data.sources import load_texts
     from .evaluation.callback import ErasureEvaluationCallback
     from .evaluation.evaluate import evaluate_erasure

@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> None:
     check_dtype(arguments.dtype)
     bank, forget = None, ()
     if arguments.bank:
-        bank = read_questions(arguments.bank)
+        bank = read_questions(arguments.bank, "test")
         check_asked(bank)
         forget = load_texts(arguments.forget)["text"][:] if arguments.forget else ()
     elif arguments.concept not in FACTS:

@@ -177,6 +177,26 @@ class ErasureArguments:
         suite = suite_from_files(list(concepts), self.bank, self.questions)
         return suite, measurable(self.measures or list(MEASURES), suite)
 
+    def dev_suite(self, concepts: Iterable[str], questions: int = 60) -> "EvaluationSuite":
+        """The questions that are asked during training: the dev split of built-in ones, and of the folders in `bank`.
+
+        Raises:
+            ValueError: for a concept that has neither. A file of questions belongs to the report alone.
+        """
+        from pathlib import Path
+
+        from ..data.questions import FACTS
+        from ..evaluation.suite import suite_from_files
+
+        names = list(concepts)
+        banks = [path if Path(path).is_dir() else "none" for path in self.bank or ["none"] * len(names)]
+        if lacking := [name for name, path in zip(names, banks, strict=True) if path == "none" and name not in FACTS]:
+            raise ValueError(
+                f"`dev_every` is {self.dev_every}, but {lacking[0]!r} has no questions of a dev split: give a folder that "
+                "`make_questions` wrote as `bank`, or leave it out."
+            )
+        return suite_from_files(names, banks, questions, split="dev")
+
 
 @dataclass
 class CommonSettings:

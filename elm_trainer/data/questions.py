@@ -1,7 +1,6 @@
 """Multiple-choice question banks, and whether a free answer names the right one."""
 
 import hashlib
-import json
 import random
 import re
 import unicodedata
@@ -10,7 +9,6 @@ from dataclasses import dataclass
 from difflib import SequenceMatcher
 from functools import cache
 from importlib.resources import files
-from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import yaml
@@ -114,7 +112,7 @@ def load_bank(
         questions = _questions_of_family(name, record, family, seed)
     else:
         questions = [
-            _shuffled(q["question"], q["answer"], q["distractors"], seed, topic=q["topic"])
+            shuffled_question(q["question"], q["answer"], q["distractors"], seed, topic=q["topic"])
             for q in record["questions"]
         ]
     if name == "geography":
@@ -153,60 +151,6 @@ def split_of(question: Question) -> str:
 def _split(subject: str) -> str:
     digest = hashlib.sha256(subject.encode()).digest()
     return "dev" if digest[0] % _DEV_SHARE == 0 else "test"
-
-
-def read_questions(path: str | Path) -> list[Question]:
-    """Read a custom bank: YAML with a list `questions`, or JSON lines.
-
-    Each record has `question`, `answer` and `distractors`, and may have `subject`, `topic` and `aliases`.
-
-    Raises:
-        OSError: if the file cannot be read.
-        ValueError: for malformed YAML or JSON, a record without an answer key, and whatever [`check_questions`]
-            refuses.
-    """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise OSError(f"Question bank {path} cannot be read ({error}): check the path.") from error
-    try:
-        if path.suffix == ".jsonl":
-            records: Any = [json.loads(line) for line in text.splitlines() if line.strip()]
-        else:
-            records = yaml.safe_load(text)
-            records = records.get("questions") if isinstance(records, dict) else records
-    except (yaml.YAMLError, json.JSONDecodeError) as error:
-        told = " ".join(str(error).split())
-        raise ValueError(f"Question bank {path} cannot be parsed ({told}): correct it.") from error
-    if not isinstance(records, list):
-        raise ValueError(
-            f"Question bank {path} holds no list `questions`: write one, or JSON lines into a .jsonl file."
-        )
-    questions = [_read_question(record, f"Question bank {path}, question {n}") for n, record in enumerate(records, 1)]
-    check_questions(str(path), questions)
-    return questions
-
-
-def _read_question(record: Any, where: str) -> Question:
-    if not isinstance(record, dict):
-        raise ValueError(f"{where} is {record!r}: give a mapping with `question`, `answer` and `distractors`.")
-    if missing := {"question", "answer", "distractors"} - {key for key, value in record.items() if value}:
-        raise ValueError(f"{where} lacks {sorted(missing)}: add them.")
-    lists = {key: record.get(key) or [] for key in ("distractors", "aliases")}
-    for key, value in lists.items():
-        # YAML reads `No` and 1814 as other things than text, and a lone string would be split into letters.
-        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-            raise ValueError(
-                f"{where}: `{key}` is {value!r}: give a list of texts, quoted where YAML reads them otherwise."
-            )
-    for key in ("question", "answer", "subject", "topic"):
-        if not isinstance(value := record.get(key) or "", str):
-            raise ValueError(f"{where}: `{key}` is {value!r}, of type {type(value).__name__}: put it in quotes.")
-    asked: dict[str, Any] = {"subject": record.get("subject") or "", "topic": record.get("topic") or ""}
-    return _shuffled(
-        record["question"], record["answer"], lists["distractors"], aliases=tuple(lists["aliases"]), **asked
-    )
 
 
 def check_questions(name: str, questions: Sequence[Question]) -> None:
@@ -284,7 +228,7 @@ def _questions_of_family(name: str, record: Mapping[str, Any], family: str, seed
                 "form": spec["form"],
             }
             questions.append(
-                _shuffled(text, right, wrong, seed, subject=fact.subject, family=family, cue=cue, **other)
+                shuffled_question(text, right, wrong, seed, subject=fact.subject, family=family, cue=cue, **other)
             )
     return questions
 
@@ -310,7 +254,7 @@ def _options(fact: Fact, facts: Sequence[Fact], kind: str | None, seed: int) -> 
 def _continents(seed: int) -> list[Question]:
     names = ("Africa", "Asia", "Europe", "South America", "Oceania")
     return [
-        _shuffled(
+        shuffled_question(
             f"On which continent does {fact.subject} lie?",
             fact.near["continent"],
             random.Random(fact.subject).sample([n for n in names if n != fact.near["continent"]], 3),
@@ -324,7 +268,7 @@ def _continents(seed: int) -> list[Question]:
     ]
 
 
-def _shuffled(text: str, answer: str, distractors: Sequence[str], seed: int = 0, **fields: Any) -> Question:
+def shuffled_question(text: str, answer: str, distractors: Sequence[str], seed: int = 0, **fields: Any) -> Question:
     """A question with its options in a random order, and these other fields."""
     options = [answer, *distractors]
     random.Random(f"{text}-{seed}").shuffle(options)

@@ -5,10 +5,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
 from transformers.utils import logging
 
+from ..data.question_files import read_made, read_questions
 from ..data.questions import (
     BANKS,
     FACTS,
@@ -20,7 +22,6 @@ from ..data.questions import (
     facts_of,
     held_out_subjects,
     load_bank,
-    read_questions,
 )
 from ..data.sources import load_texts
 
@@ -110,7 +111,7 @@ def built_in_suite(
     *,
     split: str = "test",
     seed: int = 0,
-    banks: Mapping[str, Sequence[Question]] | None = None,
+    banks: Mapping[str, Sequence[Question] | Path] | None = None,
 ) -> EvaluationSuite:
     """All that the built-in banks, and your own, ask about an erasure.
 
@@ -126,9 +127,10 @@ def built_in_suite(
         split (`str`, *optional*, defaults to `"test"`): `"dev"`, for choosing settings and for stopping, or `"test"`,
             which nothing else may look at.
         seed (`int`, *optional*, defaults to `0`): Seed of the draw.
-        banks (`Mapping[str, Sequence[Question]]`, *optional*): Your own questions about concepts, by name, such as
+        banks (`Mapping[str, Sequence[Question] | Path]`, *optional*): Your own questions about concepts, by name, such as
             [`read_questions`] returns: they take the place of the built-in ones and belong to no split. An empty list
-            stands for a concept that cannot be asked about.
+            stands for a concept that cannot be asked about. The folder of [`make_questions`] has questions of every role in both
+            splits; where each concept has one, no built-in bank is asked.
 
     Raises:
         ValueError: if a concept has no questions, `banks` names another one, or the split is unknown.
@@ -151,8 +153,11 @@ def built_in_suite(
     suite.concepts = concepts
     near: set[str] = set()
     for concept in concepts:
-        if concept in banks:
-            _ask_own(suite, concept, banks[concept], questions, rng)
+        if isinstance(own := banks.get(concept), Path):
+            _ask_made(suite, concept, own, questions, split, rng)
+            continue
+        if own is not None:
+            _ask_own(suite, concept, own, questions, rng)
             continue
         held_out = held_out_subjects(concept)
         seen = {fact.subject for fact in facts_of(concept)} - held_out
@@ -178,7 +183,7 @@ def built_in_suite(
             suite.concept_prompts.append(prompts[index % len(prompts)].format(subject=question.subject))
         suite.forget_texts += _draw(load_texts(concept)["text"][:], len(suite.retain_texts), rng)
     for name in BANKS:
-        if name not in concepts:
+        if name not in concepts and not all(isinstance(banks.get(concept), Path) for concept in concepts):
             bank = load_bank(name, split=split)
             suite.banks[name] = _draw(bank, questions, rng)
             suite.roles[name] = "near" if name in near else "far"
@@ -189,28 +194,67 @@ def built_in_suite(
     return suite
 
 
-def suite_from_files(concepts: Sequence[str], banks: Sequence[str] | None, questions: int = 120) -> EvaluationSuite:
+def suite_from_files(
+    concepts: Sequence[str], banks: Sequence[str] | None, questions: int = 120, split: str = "test"
+) -> EvaluationSuite:
     """The suite of a script, which names concepts and files. A concept without questions is warned about, not refused.
 
     Args:
-        banks: File of [`read_questions`] for each concept in order; `"none"` for the built-in questions, if there are
-            any.
+        banks: For each concept in order a file of [`read_questions`], or a folder of [`make_questions`], whose questions of all
+            roles are asked; `"none"` for the built-in questions, if there are any.
         questions: Questions drawn from each bank.
+        split: `"dev"` or `"test"`, of built-in questions and of folders.
 
     Raises:
         OSError: if a file cannot be read.
-        ValueError: if there is not one for each concept, and what [`read_questions`] refuses.
+        ValueError: if there is not one for each concept, and what [`read_questions`] and [`read_made`] refuse.
     """
     if banks is not None and len(banks) != len(concepts):
         raise ValueError(f"`bank` is {banks}, but the concepts are {concepts}: give one for each, in order, or none.")
-    own = {name: read_questions(path) for name, path in zip(concepts, banks or (), strict=False) if path != "none"}
+    own: dict[str, Sequence[Question] | Path] = {
+        name: Path(path) if Path(path).is_dir() else read_questions(path)
+        for name, path in zip(concepts, banks or (), strict=False)
+        if path != "none"
+    }
     for name in concepts:
         if name not in FACTS and name not in own:
             own[name] = []
             logger.warning(
                 f"There are no questions about {name!r}, so that no metric will say whether it was forgotten: give a `bank`."
             )
-    return built_in_suite(concepts, questions, banks=own)
+    return built_in_suite(concepts, questions, split=split, banks=own)
+
+
+def _ask_made(
+    suite: EvaluationSuite, concept: str, path: Path, questions: int, split: str, rng: random.Random
+) -> None:
+    """Put the questions of a folder into a suite, each way of asking as a bank of its own, as those of a built-in concept."""
+    roles, record = read_made(path, split)
+    if "erased" not in roles:
+        raise ValueError(
+            f"Question bank {path} has none about {concept!r} in the split {split!r}: add some to its concept.jsonl."
+        )
+    names = {"erased": concept, "unseen": f"{concept}-unseen", "near": f"{concept}-near", "far": "general"}
+    for role in get_args(Role):
+        families: dict[str, list[Question]] = {}
+        for question in roles.get(role, ()):
+            families.setdefault(question.family, []).append(question)
+        for family, bank in families.items():
+            name = names[role] if family == PLAIN else f"{names[role]}-{family}"
+            suite.banks[name] = draw_questions(bank, bank_size(questions, role, family), rng)
+            suite.roles[name] = role
+            kept = role in ("near", "far")
+            alone = _first_wording(bank, max(questions // 10, 1) if kept else questions // 2, rng)
+            asked = [OpenQuestion(q.text, q.answer, q.aliases) for q in alone]
+            if family == PLAIN:
+                suite.open_questions[name] = asked
+            elif family == "cloze" and not kept:
+                suite.cloze[names[role]] = asked
+    # Without a question in plain words, beginnings of texts are continued for the judgment of fluency.
+    plain = [q for q in roles["erased"] if q.family == PLAIN] or roles["erased"]
+    suite.concept_prompts += [question.text for question in _first_wording(plain, max(1, questions // 3), rng)]
+    texts = [text for text in record.get("forget_texts", ()) if isinstance(text, str)]
+    suite.forget_texts += _draw(texts, len(suite.retain_texts), rng)
 
 
 def _ask_own(

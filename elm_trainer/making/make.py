@@ -19,8 +19,10 @@ from ..data.user_sources import Source
 from ..files import first_damage, folder_checksums, json_sha256, read_object, replacing, write_json
 from ..fingerprint import base_fingerprint
 from .documents import Documents, read_documents
+from .fact_writing import write_facts
 from .facts import facts_texts, held_out_of, read_facts
 from .knowledge import check_known
+from .writer import Writer
 from .writing import FEWEST_TEXTS, WRITING, Written, topic, write_about
 
 
@@ -29,7 +31,7 @@ FOLDER, RECORD, CACHE = "data", "data.json", "making"
 # Characters of a prompt that are shown before what the model wrote.
 _LEAD = 40
 # Counts up when the same input gives other texts than before.
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ class MadeData:
         sources ([`ConceptSources`]): The files, and the user's own sources, for [`build_erasure_dataset`].
         counterfactual (`bool`): Whether every forget text has `novices`, which `novice="counterfactual"` needs.
         record (`dict`): What stands in `data.json`: where the texts come from, how many, what was dropped and why, the seed, the
-            model's fingerprint, neighbors, held-out subjects.
+            model's fingerprint, neighbors, held-out subjects, and what [`write_facts`] stated.
         edited (`tuple[str, ...]`): Files that were changed by hand since they were made.
         reused (`bool`): Whether they were there already.
     """
@@ -132,6 +134,8 @@ def make_data(
     model: PreTrainedModel | None,
     processing_class: PreTrainedTokenizerBase | None,
     output_dir: str | Path,
+    *,
+    writer: Writer | None = None,
 ) -> MadeData:
     """Make the texts of an erasure, or find them where an earlier call has made them.
 
@@ -145,9 +149,10 @@ def make_data(
             facts with `near` texts of the user's own, or with `near_texts=0`.
         processing_class ([`~transformers.PreTrainedTokenizerBase`] or `None`): Its tokenizer.
         output_dir (`str` or `Path`): Output folder of the run.
+        writer ([`Writer`], *optional*): Who states the facts about a mere name; the reference by default.
 
     Returns:
-        [`MadeData`]
+        [`MadeData`]. Of a mere name, the facts that [`write_facts`] finds become forget texts as those of a table do, beside the free ones.
 
     Raises:
         UnknownConceptError: if there is only a name and the model has never heard of it; nothing is written then.
@@ -176,13 +181,16 @@ def make_data(
         "held_out": what.held_out if facts else None,
         "seed": what.seed,
         "model": fingerprint,
+        "writer": writer.name if writer and bare else "",
         "version": _VERSION,
     }  # fmt: skip
     folder = Path(output_dir) / FOLDER
     if folder.exists():
         return _made_before(what, folder, origin)
     known = check_known(model, processing_class, concept, seed=what.seed) if bare else []
-    rows, record = _make(what, facts, documents, model, processing_class, Path(output_dir) / CACHE, fingerprint)
+    rows, record = _make(
+        what, facts, documents, model, processing_class, Path(output_dir) / CACHE, fingerprint, writer
+    )
     record["familiarity"] = {entry.name: round(entry.ratio, 3) for entry in known}
     with replacing(folder) as unfinished:
         unfinished.mkdir()
@@ -202,11 +210,19 @@ def _make(
     processing_class: PreTrainedTokenizerBase | None,
     cache: Path,
     fingerprint: str,
+    writer: Writer | None,
 ) -> tuple[dict[str, list[dict[str, Any]]], dict[str, Any]]:
     """The rows of each file, and what is to be said about them."""
     concept = cast(Concept, what.concept)
     forget: list[dict[str, Any]] = []
     dropped: dict[str, dict[str, int]] = {}
+    bare = not facts and documents is None
+    stated: tuple[Fact, ...] = ()
+    if bare and model is not None and processing_class is not None:
+        stated = write_facts(
+            model, processing_class, concept, writer=writer, seed=what.seed, cache_dir=cache, fingerprint=fingerprint
+        )
+    facts, given = facts or stated, len(facts)
     held_out = held_out_of(facts, what.held_out, what.seed)
     if facts:
         forget += facts_texts(facts, held_out=held_out, processing_class=processing_class, seed=what.seed).to_list()
@@ -216,13 +232,18 @@ def _make(
     speaks = _speaks_of(concept, facts)
     written = Written([], [], [], {})
     near_texts = 0 if what.near else what.near_texts
-    if not forget or near_texts:
+    if bare or near_texts:
         written = write_about(
-            model, processing_class, concept, replace(WRITING, seed=what.seed), texts=0 if forget else what.texts,
+            model, processing_class, concept, replace(WRITING, seed=what.seed), texts=what.texts if bare else 0,
             near_texts=near_texts, speaks=speaks, cache_dir=cache, fingerprint=fingerprint,
         )  # fmt: skip
         dropped |= written.dropped
-    rows = {"forget": forget or written.forget}
+    # Facts that are held out stand in no text.
+    unseen = [fact for fact in facts if fact.subject in held_out]
+    free = [row for row in written.forget if not _states(row["text"], unseen)]
+    if len(free) < len(written.forget):
+        dropped["forget"]["held_out"] = len(written.forget) - len(free)
+    rows = {"forget": forget + free}
     if not what.retain:
         everyday = builtin_texts("everyday").to_list()
         rows["retain"] = [row for row in everyday if not speaks(row["text"])]
@@ -235,7 +256,9 @@ def _make(
         "neighbors": written.neighbors,
         "held_out": sorted(held_out),
         "documents": documents.files if documents else {},
-        "facts": len(facts),
+        "facts": given,
+        "stated": [[fact.subject, fact.near["relation"], fact.answer] for fact in stated],
+        "counterfactual": all(row.get("novices") for row in rows["forget"]),
     }
 
 
@@ -244,11 +267,14 @@ def _speaks_of(concept: Concept, facts: Sequence[Fact]) -> Callable[[str], bool]
     words = topic(concept)
 
     def speaks(text: str) -> bool:
-        return bool(words.search(text)) or any(
-            names_answer(text, fact.answer) and names_answer(text, fact.subject) for fact in facts
-        )
+        return bool(words.search(text)) or _states(text, facts)
 
     return speaks
+
+
+def _states(text: str, facts: Sequence[Fact]) -> bool:
+    """Whether a text names subject and answer of one of these facts."""
+    return any(names_answer(text, fact.answer) and names_answer(text, fact.subject) for fact in facts)
 
 
 def _made_before(what: MadeFrom, folder: Path, origin: Mapping[str, Any]) -> MadeData:
@@ -280,6 +306,5 @@ def _found(
 ) -> MadeData:
     retain = [*what.near, *what.retain]
     retain += [str(folder / f"{name}.jsonl") for name in ("near", "retain") if name in record["counts"]]
-    counterfactual = bool(record["facts"]) and not record["documents"]
     sources = ConceptSources(str(folder / "forget.jsonl"), retain)
-    return MadeData(cast(Concept, what.concept), folder, sources, counterfactual, record, edited, reused)
+    return MadeData(cast(Concept, what.concept), folder, sources, record["counterfactual"], record, edited, reused)

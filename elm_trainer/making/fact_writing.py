@@ -1,0 +1,269 @@
+"""A model states the facts that it knows about a name, in answers that agree with each other."""
+
+import random
+import re
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from ..concept import Concept
+from ..data.facts import Fact
+from ..data.questions import names_answer
+from .duplicates import normalized
+from .writer import Writer
+
+
+logger = logging.get_logger(__name__)
+# Draws of each kind, and their tokens.
+_DRAWS, _TOKENS, _LIST_TOKENS, _COLUMN_TOKENS, _ANSWER_TOKENS = 8, 64, 48, 12, 8
+# Relations that are followed, draws of further subjects of each, and how often from what was drawn before.
+_RELATIONS, _FURTHER, _ROUNDS = 3, 12, 2
+# Most subjects of a relation that are asked about.
+_SUBJECTS = 120
+_WORDS_OF_SUBJECT, _WORDS_OF_ANSWER, _WORDS_OF_RELATION = 4, 4, 3
+# Largest share of the subjects of a relation that may have one answer: what is true of most tells nothing of each.
+_COMMON = 0.2
+FEWEST_FACTS = 8
+_STATED = re.compile(
+    r"\bthe ([a-z][a-z -]{2,30}?) of (?:the )?([^\n.;:?]{2,40}?) (?:is|was|are) (?:called |named )?([^\n;:?]{1,40}?)(?=[.\n]|, (?:a|an|the|which|and|with)\b|$)",
+    re.IGNORECASE,
+)
+# Words that say nothing of what is stated, or no name.
+_EMPTY = frozenset(
+    "name one part number kind type example list set use use result most color it this that they he she".split()
+)
+_NO_NAME = re.compile(
+    r"^(?:it|this|that|these|those|they|he|she|we|you|all|many|some|each|every|a|an|one|any|not|also|very)\b", re.I
+)
+
+
+@cache
+def asking_prompts() -> dict[str, Any]:
+    """The prompts and wordings of `data/texts/asking.yaml`."""
+    return yaml.safe_load((files("elm_trainer.data") / "texts" / "asking.yaml").read_text(encoding="utf-8"))
+
+
+def write_facts(
+    model: PreTrainedModel,
+    processing_class: PreTrainedTokenizerBase,
+    concept: Concept,
+    *,
+    writer: Writer | None = None,
+    seed: int = 0,
+    cache_dir: str | Path | None = None,
+    fingerprint: str = "",
+) -> tuple[Fact, ...]:
+    """Facts about a concept, as the model states them.
+
+    It writes sentences "The … of … is …." about the name, lists members of what is named, and names what is told of each. Relations
+    that it states of most subjects are followed: it goes on with a list of what it has stated, which names further subjects. Then each
+    answer is asked for again, in two wordings behind other examples. What is answered alike each time is a fact.
+
+    Nothing here knows the truth: a fact is what the model holds true, which is what an erasure has to remove. A second model as
+    `writer` states the facts in place of it; whether the model knows them is told by questions ([`make_questions`]).
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): The reference.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
+        concept ([`Concept`]): The concept.
+        writer ([`Writer`], *optional*): Who states the facts; the reference by default.
+        seed (`int`, *optional*, defaults to `0`): Seed of all draws.
+        cache_dir (`str` or `Path`, *optional*): Where finished batches of the reference are kept.
+        fingerprint (`str`, *optional*): What identifies the reference there, such as [`model_fingerprint`].
+
+    Returns:
+        `tuple[Fact, ...]`: facts with their relation in `near["relation"]` and as their group, as [`read_facts`] gives them; none
+        where fewer than 8 are left of each relation.
+    """
+    writer = writer or Writer("reference", model, processing_class, cache_dir=cache_dir, fingerprint=fingerprint)
+    votes = _first_statements(writer, concept, seed)
+    members = _members(writer, concept, seed)
+    facts: list[Fact] = []
+    for relation in _relations(writer, concept, votes, members, seed):
+        found = _of_relation(writer, relation, votes.get(relation, {}), members, seed)
+        if len(found) >= FEWEST_FACTS:
+            facts += found
+    logger.info(
+        f"Facts about {concept.name!r}: {len(facts)} of the relations {sorted({fact.group for fact in facts})}."
+    )
+    return tuple(facts)
+
+
+# Votes: by relation and subject, how often each answer was given.
+Votes = dict[str, dict[str, Counter[str]]]
+
+
+def _first_statements(writer: Writer, concept: Concept, seed: int) -> Votes:
+    prompts = [
+        begin.format(name=concept.name, Name=_capital(concept.name))
+        for begin in asking_prompts()["statements"]
+        for _ in range(_DRAWS)
+    ]
+    votes: Votes = {}
+    for prompt, text in zip(prompts, writer.write(prompts, max_new_tokens=_TOKENS, seed=seed), strict=True):
+        for relation, subject, answer in statements("The" + text.split("\n\n")[0]):
+            if not (named := normalized(prompt)) or normalized(subject) not in named:
+                votes.setdefault(relation, {}).setdefault(subject, Counter())[answer] += 1
+    return votes
+
+
+def statements(text: str) -> list[tuple[str, str, str]]:
+    """Relation, subject and answer of each sentence "The … of … is …." that can be a fact."""
+    found = []
+    for relation, subject, answer in _STATED.findall(text):
+        relation = relation.lower().strip()
+        subject, answer = (part.strip(" \"'*,.") for part in (subject, answer))
+        answer = re.sub(r"^(?:the|a|an) (?=[a-z])", "", answer)
+        usable = (
+            len(relation.split()) <= _WORDS_OF_RELATION
+            and relation.split()[-1] not in _EMPTY
+            and is_name(subject, _WORDS_OF_SUBJECT)
+            and is_name(answer, _WORDS_OF_ANSWER)
+            and not names_answer(subject, answer)
+            and not names_answer(answer, subject)
+        )
+        if usable:
+            found.append((relation, subject, answer))
+    return found
+
+
+def is_name(text: str, words: int) -> bool:
+    """Whether a text can be a subject or an answer: of few words, and not the beginning of a sentence."""
+    return 0 < len(text.split()) <= words and bool(re.search(r"\w", text)) and not _NO_NAME.match(text)
+
+
+def _members(writer: Writer, concept: Concept, seed: int) -> list[str]:
+    """Members of what is named, those that are listed most often first."""
+    prompts = [begin.format(name=concept.name) for begin in asking_prompts()["members"] for _ in range(_DRAWS)]
+    votes: Counter[str] = Counter()
+    spelled: dict[str, str] = {}
+    for prompt, text in zip(prompts, writer.write(prompts, max_new_tokens=_LIST_TOKENS, seed=seed), strict=True):
+        for name in _listed(text):
+            key = normalized(name)
+            if key not in normalized(prompt) and key != normalized(concept.name):
+                votes[key] += 1
+                spelled.setdefault(key, name)
+    return [spelled[key] for key, count in votes.most_common() if count >= 2][:_SUBJECTS]
+
+
+def _listed(text: str) -> list[str]:
+    """The names in the rest of a line, each once."""
+    line, whole, _ = text.partition("\n")
+    # The last one is cut off where the line has no end.
+    names = [name.strip(" ,.;\"'*") for name in re.split(r",(?: and)? ", line)[: None if whole else -1]]
+    return [name for name in dict.fromkeys(names) if is_name(name, _WORDS_OF_SUBJECT)]
+
+
+def _relations(writer: Writer, concept: Concept, votes: Votes, members: Sequence[str], seed: int) -> list[str]:
+    """The relations that are followed: those that were stated of most subjects, and those that are told of members."""
+    shown = {relation for _, relation, _ in asking_prompts()["examples"]}
+    stated = {
+        relation: len(subjects) for relation, subjects in votes.items() if len(subjects) >= 3 and relation not in shown
+    }
+    found = sorted(stated, key=lambda relation: -stated[relation])[:_RELATIONS]
+    if len(members) < FEWEST_FACTS:
+        return found
+    prompts = [
+        begin.format(name=concept.name, Name=_capital(concept.name))
+        for begin in asking_prompts()["columns"]
+        for _ in range(_DRAWS)
+    ]
+    named: Counter[str] = Counter()
+    for text in writer.write(prompts, max_new_tokens=_COLUMN_TOKENS, seed=seed):
+        for column in {
+            part.strip(" .\"'*").lower() for part in re.split(r",| and ", text.split("\n")[0].split(".")[0])
+        }:
+            column = re.sub(r"^(?:the|a|an|its|their) ", "", column)
+            if (
+                re.fullmatch(r"[a-z][a-z -]{2,30}", column)
+                and len(column.split()) <= 2
+                and column.split()[-1] not in _EMPTY
+            ):
+                named[column] += 1
+    named_most = [column for column, count in named.most_common() if count >= 2 and column not in {*found, *shown}]
+    return (found + named_most)[: _RELATIONS + 1]
+
+
+def _of_relation(
+    writer: Writer, relation: str, votes: Mapping[str, Counter[str]], members: Sequence[str], seed: int
+) -> list[Fact]:
+    """The facts of a relation: further subjects, then the answers that agree."""
+    rng = random.Random(f"{relation}-{seed}")
+    given = {subject: Counter(answers) for subject, answers in votes.items()}
+    for subject in members if not votes else ():
+        given.setdefault(subject, Counter())
+    for turn in range(_ROUNDS):
+        prompts = []
+        for _ in range(_FURTHER):
+            some = rng.sample(list(given), min(6, len(given)))
+            prompts.append(asking_prompts()["further"].format(some=", ".join(some)))
+        named: Counter[str] = Counter()
+        for text in writer.write(prompts, max_new_tokens=_LIST_TOKENS, temperature=1.0, seed=seed + 10 + turn):
+            named.update(_listed(text))
+        known = set(map(normalized, given))
+        for name, _ in named.most_common():
+            if normalized(name) not in known:
+                known.add(normalized(name))
+                given[name] = Counter()
+    subjects = list(given)[:_SUBJECTS]
+    answers = _answers(writer, relation, subjects, given, rng, seed)
+    common = Counter(normalized(answer) for answer in answers.values())
+    most = max(1, round(_COMMON * len(subjects)))
+    return [
+        Fact(subject, answer, relation, {"relation": relation})
+        for subject, answer in answers.items()
+        if common[normalized(answer)] <= most
+    ]
+
+
+def _answers(
+    writer: Writer,
+    relation: str,
+    subjects: Sequence[str],
+    votes: Mapping[str, Counter[str]],
+    rng: random.Random,
+    seed: int,
+) -> dict[str, str]:
+    """The answer about each subject, where it is the same in every wording and the most frequent so far."""
+    prompts = asking_prompts()
+    asked, whose = [], []
+    firm = [(subject, votes[subject].most_common(1)[0][0]) for subject in subjects if votes[subject]]
+    firm.sort(key=lambda pair: -votes[pair[0]][pair[1]])
+    for number, begin in enumerate(prompts["answered"]):
+        for subject in subjects:
+            others = [pair for pair in firm[:12] if pair[0] != subject]
+            if len(others) >= 4:
+                shown = [(relation, *pair) for pair in rng.sample(others, 4)]
+            else:
+                shown = [(kind, about, answer) for about, kind, answer in prompts["examples"]]
+            end = "." if number == 0 else ""
+            lines = [f"{begin.format(relation=kind, subject=about)} {answer}{end}" for kind, about, answer in shown]
+            asked.append("\n".join([*lines, begin.format(relation=relation, subject=subject)]))
+            whose.append(subject)
+    # Cold, so that it says what it holds true.
+    texts = writer.write(asked, max_new_tokens=_ANSWER_TOKENS, temperature=0.05, seed=seed + 2)
+    given: defaultdict[str, list[str]] = defaultdict(list)
+    for subject, text in zip(whose, texts, strict=True):
+        answer = re.split(r"\n|\.(?:\s|$)|;|, (?=[a-z])| \(", text)[0].strip(" .,\"'*")
+        given[subject].append(re.sub(r"^(?:the|a|an) (?=[a-z])", "", answer))
+    found = {}
+    for subject, answers in given.items():
+        first = answers[0]
+        alike = {normalized(answer) for answer in answers}
+        usable = (
+            is_name(first, _WORDS_OF_ANSWER) and not names_answer(subject, first) and not names_answer(first, subject)
+        )
+        if usable and len(alike) == 1 and alike != {""}:
+            found[subject] = first
+    return found
+
+
+def _capital(name: str) -> str:
+    return name[:1].upper() + name[1:]

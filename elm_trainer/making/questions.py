@@ -1,0 +1,360 @@
+"""`make_questions`: questions about a concept of one's own and what is near it, with checked answers, as files to edit and use again."""
+
+import json
+import random
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from ..concept import Concept
+from ..data.facts import Fact
+from ..data.question_files import RECORD, ROLE_FILES, question_record
+from ..data.questions import SPLITS, Question, load_bank, names_answer, overlap_verdicts, shuffled_question, split_of
+from ..data.sources import load_texts
+from ..evaluation.multiple_choice import score_choices
+from ..files import first_damage, folder_checksums, read_object, replacing, write_json
+from .cloze import Asked, cloze_questions, kind_of, written_questions
+from .documents import read_documents
+from .fact_writing import asking_prompts
+from .facts import read_facts
+from .make import MadeData, MadeFrom
+from .writer import Writer
+from .writing import topic
+
+
+logger = logging.get_logger(__name__)
+FOLDER = "questions"
+# Facts with a question in the test split, below which a warning says that little can be measured.
+FEWEST = 24
+_DISTRACTORS, _DEV_SHARE = 3, 4
+# Texts about the concept that a report looks inside the model with, and the share of right guesses that chance allows.
+_FORGET_TEXTS, _CHANCE = 64, 0.25
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class MadeQuestions:
+    """Questions on disk.
+
+    Attributes:
+        folder (`Path`): The folder, which `--bank` and [`suite_from_files`] take, with a file of JSON lines for each role that has
+            questions (`concept.jsonl`, `unseen.jsonl`, `near.jsonl`, `far.jsonl`), and `questions.json`.
+        record (`dict`): What stands in `questions.json`: by role the counts of questions and of facts in each split, how many
+            candidates there were, and how many were dropped for which reason.
+        edited (`tuple[str, ...]`): Files that were changed by hand since they were made.
+        reused (`bool`): Whether they were there already.
+    """
+
+    folder: Path
+    record: dict[str, Any]
+    edited: tuple[str, ...] = ()
+    reused: bool = False
+
+    def summary(self) -> str:
+        """What was made, and what was dropped and why, a line each."""
+        lines = [f"{self.folder}{' (as before)' if self.reused else ''}:"]
+        lines += [f"Changed by hand since they were made: {', '.join(self.edited)}."] if self.edited else []
+        for role, counts in self.record["counts"].items():
+            facts, dropped = self.record["facts"][role], self.record["dropped"].get(role, {})
+            told = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in dropped.items() if count)
+            lines.append(
+                f"{role}: {counts['dev']} questions about {facts['dev']} facts in dev, {counts['test']} about {facts['test']} in test"
+                + (f"; dropped: {told}." if told else ".")
+            )
+        return "\n".join(lines)
+
+
+def make_questions(
+    what: MadeFrom,
+    made: MadeData,
+    model: PreTrainedModel,
+    processing_class: PreTrainedTokenizerBase,
+    output_dir: str | Path,
+    *,
+    writer: Writer | None = None,
+    batch_size: int = 16,
+) -> MadeQuestions:
+    """Make questions about a concept, or find those of an earlier call.
+
+    Facts of a table, or those that [`write_facts`] found, are asked for in wordings that stand in no training text, in several
+    families; sentences of documents are continued with a name, a number or a date, and a `writer` asks about their passages.
+    Questions about neighbors are made of the near texts in the second way, and far ones are the built-in bank `general`.
+
+    A question is kept only where the reference ranks its answer first of four, by log-likelihood and by PMI. **The reference's
+    accuracy on them is therefore 1 by selection**, and a model that is merely disturbed falls below it; far questions are not selected.
+    Of those that a text-only rule answers (letters like the subject's, the longest option, the commonest answer, the likeliest option
+    without the question), no more are kept than chance allows: were all dropped, being none of these would give the answer away.
+
+    Args:
+        what ([`MadeFrom`]): What the user has, as for [`make_data`].
+        made ([`MadeData`]): The texts that were made of it.
+        model ([`~transformers.PreTrainedModel`]): The reference.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
+        output_dir (`str` or `Path`): Output folder of the run; questions go to `data/questions` in it.
+        writer ([`Writer`], *optional*): Who asks about passages of documents; without one there are cloze questions alone.
+        batch_size (`int`, *optional*, defaults to `16`): Questions per batch.
+
+    Returns:
+        [`MadeQuestions`]. Where fewer than 24 facts of the concept are left in the test split, a warning says what to give.
+
+    Raises:
+        OSError: whatever the `writer` and the reading of documents and facts raise.
+        ValueError: if no question about the concept is left, or those that are there were made from other things.
+    """
+    concept = cast(Concept, what.concept)
+    folder = Path(output_dir) / made.folder.name / FOLDER
+    origin = {"data": made.record["origin"], "writer": writer.name if writer else "", "version": _VERSION}
+    if folder.exists():
+        return _made_before(folder, origin)
+    candidates, refused = _candidates(what, made, writer)
+    rows: dict[str, list[dict[str, Any]]] = {}
+    record: dict[str, Any] = {"concept": concept.name, "counts": {}, "facts": {}, "candidates": {}, "dropped": {}}
+    for role, asked in candidates.items():
+        with_options, without = _with_options(asked, what.seed)
+        kept, dropped = _checked(model, processing_class, with_options, batch_size, what.seed)
+        record["candidates"][role] = len(asked)
+        record["dropped"][role] = {**refused.get(role, {}), "without_distractors": without, **dropped}
+        rows[role] = [question_record(question, split) for _, split, question in kept]
+        record["facts"][role] = {split: len({key for key, its, _ in kept if its == split}) for split in SPLITS}
+    words = topic(concept)
+    far = [q for q in load_bank("general") if not words.search(" ".join((q.text, *q.options)))]
+    rows["far"] = [question_record(question, split_of(question)) for question in far]
+    record["facts"]["far"] = {split: sum(split_of(q) == split for q in far) for split in SPLITS}
+    rows = {role: some for role, some in rows.items() if some}
+    record["counts"] = {
+        role: {split: sum(row["split"] == split for row in some) for split in SPLITS} for role, some in rows.items()
+    }
+    _check_enough(concept, rows, record)
+    texts = load_texts(made.sources.forget)["text"][:]
+    record |= {
+        "reference_accuracy": "1 by selection, but for far questions",
+        "forget_texts": random.Random(what.seed).sample(texts, min(_FORGET_TEXTS, len(texts))),
+        "writer": writer.name if writer else None,
+        "origin": origin,
+    }
+    with replacing(folder) as unfinished:
+        unfinished.mkdir()
+        for role, some in rows.items():
+            content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in some)
+            (unfinished / ROLE_FILES[role]).write_text(content, encoding="utf-8")
+        record["files"] = folder_checksums(unfinished)
+        write_json(unfinished / RECORD, record)
+    return MadeQuestions(folder, record)
+
+
+def _candidates(
+    what: MadeFrom, made: MadeData, writer: Writer | None
+) -> tuple[dict[str, list[tuple[str, Asked]]], dict[str, dict[str, int]]]:
+    """What can be asked in each role, with its split, and how much was refused for which reason."""
+    facts = (
+        read_facts(what.facts)
+        if what.facts is not None
+        else tuple(
+            Fact(subject, answer, relation, {"relation": relation})
+            for subject, relation, answer in made.record["stated"]
+        )
+    )
+    held_out = set(made.record["held_out"])
+    splits = _splits([fact.subject for fact in facts], what.seed)
+    candidates: dict[str, list[tuple[str, Asked]]] = {"erased": [], "unseen": [], "near": []}
+    for fact in facts:
+        role = "unseen" if fact.subject in held_out else "erased"
+        split = splits[fact.subject]
+        candidates[role] += [(split, asked) for asked in fact_questions(fact, facts, split)]
+    refused: dict[str, dict[str, int]] = {}
+    asked: list[Asked] = []
+    if what.documents:
+        passages = read_documents(what.documents).texts
+        asked = cloze_questions(passages, seed=what.seed)
+        if writer is not None:
+            written, count = written_questions(writer, passages, seed=what.seed)
+            asked += written
+            refused["erased"] = {"answer_not_in_passage": count}
+    elif not facts:
+        asked = cloze_questions(load_texts(made.sources.forget)["text"][:], seed=what.seed)
+    candidates["erased"] += _with_splits(asked, what.seed)
+    near = [str(made.folder / "near.jsonl")] if "near" in made.record["counts"] else list(what.near)
+    texts = [text for source in near for text in load_texts(source)["text"][:]]
+    candidates["near"] = _with_splits(cloze_questions(texts, seed=what.seed), what.seed)
+    return {role: some for role, some in candidates.items() if some}, refused
+
+
+def fact_questions(fact: Fact, facts: Sequence[Fact], split: str) -> list[Asked]:
+    """A fact in the wordings that a split has; asked back only where no other fact of its relation has the same answer."""
+    relation = fact.near["relation"]
+    same = [other for other in facts if other.near["relation"] == relation]
+    true = tuple(other.answer for other in same if other.subject == fact.subject)
+    found = []
+    for family, spec in asking_prompts()["families"].items():
+        asked_back = spec.get("options") == "subjects"
+        if asked_back and sum(other.answer == fact.answer for other in same) > 1:
+            continue
+        for wording in spec.get(split, ()):
+            text = wording.format(relation=relation, subject=fact.subject, answer=fact.answer)
+            answer, subject = (fact.subject, fact.answer) if asked_back else (fact.answer, fact.subject)
+            pool = tuple(dict.fromkeys(other.subject if asked_back else other.answer for other in same))
+            close = {other.subject if asked_back else other.answer for other in same if other.group == fact.group}
+            found.append(
+                Asked(
+                    text, answer, relation, fact.subject, subject, spec["form"], family,
+                    untrue=pool, true=() if asked_back else true, close=frozenset(close),
+                )
+            )  # fmt: skip
+    return found
+
+
+def _splits(keys: Sequence[str], seed: int) -> dict[str, str]:
+    """A split for each key: every fourth is in dev, and none of fewer than four."""
+    distinct = sorted(set(keys))
+    random.Random(f"splits-{seed}").shuffle(distinct)
+    return {key: "dev" if index % _DEV_SHARE == _DEV_SHARE - 1 else "test" for index, key in enumerate(distinct)}
+
+
+def _with_splits(asked: Sequence[Asked], seed: int) -> list[tuple[str, Asked]]:
+    splits = _splits([one.key for one in asked], seed)
+    return [(splits[one.key], one) for one in asked]
+
+
+# A question with the key of its fact and its split.
+Kept = tuple[str, str, Question]
+
+
+def _with_options(asked: Sequence[tuple[str, Asked]], seed: int) -> tuple[list[Kept], int]:
+    """Questions with three distractors, the same in every wording of a fact, and how many have too few."""
+    kinds: defaultdict[str, list[str]] = defaultdict(list)
+    for _, one in asked:
+        kinds[kind_of(one.answer)].append(one.answer)
+    found = []
+    for split, one in asked:
+        rng = random.Random(f"{one.key}-{one.answer}-{seed}")
+        pool = rng.sample(one.untrue, len(one.untrue))
+        pool.sort(key=lambda option, close=one.close: option not in close)  # type: ignore[misc]
+        # Of other sentences, or relations, those that look most like the answer: as many words, about as many letters.
+        others = sorted(set(kinds[kind_of(one.answer)]))
+        rng.shuffle(others)
+        pool += sorted(others, key=lambda option, answer=one.answer: _unlike(option, answer))  # type: ignore[misc]
+        right = {one.answer.casefold(), *(other.casefold() for other in one.true)}
+        wrong = [
+            option
+            for option in dict.fromkeys(pool)
+            if option.casefold() not in right
+            and not names_answer(one.text, option)
+            and not names_answer(option, one.answer)
+            and not names_answer(one.answer, option)
+        ][:_DISTRACTORS]
+        if len(wrong) == _DISTRACTORS and not names_answer(one.text, one.answer):
+            question = shuffled_question(
+                one.text,
+                one.answer,
+                wrong,
+                seed,
+                subject=one.subject,
+                topic=one.kind,
+                form=one.form,
+                family=one.family,
+            )
+            found.append((one.key, split, question))
+    return found, len(asked) - len(found)
+
+
+def _unlike(option: str, answer: str) -> tuple[bool, bool]:
+    return len(option.split()) != len(answer.split()), abs(len(option) - len(answer)) > 2
+
+
+def _checked(
+    model: PreTrainedModel,
+    processing_class: PreTrainedTokenizerBase,
+    asked: Sequence[Kept],
+    batch_size: int,
+    seed: int,
+) -> tuple[list[Kept], dict[str, int]]:
+    """The questions that the reference answers and text-only rules do not, and how many were dropped for which reason."""
+    if not asked:
+        return [], {"not_answered_by_reference": 0, "answered_by_a_rule": 0}
+    scores = score_choices(
+        model,
+        processing_class,
+        [question for *_, question in asked],
+        batch_size=batch_size,
+        description="Checking answers",
+    )
+    right = [both for (*both,) in zip(scores.log_likelihood, scores.pmi, strict=True)]
+    known = [index for index, verdicts in enumerate(right) if all(verdicts)]
+    questions = [asked[index][2] for index in known]
+    common = Counter(question.answer for question in questions)
+    rules = {
+        "letters": overlap_verdicts(questions),
+        "longest": [len(q.answer) > max(len(o) for o in q.options if o != q.answer) for q in questions],
+        "commonest": [common[q.answer] > max(common[o] for o in q.options if o != q.answer) > 0 for q in questions],
+        "removed": [scores.removed[index] for index in known],
+    }
+    left = set(range(len(questions)))
+    rng = random.Random(f"rules-{seed}")
+    for _ in rules:  # what one rule drops changes the share of another
+        for verdicts in rules.values():
+            # Wordings of one fact have the same options, and count once.
+            groups: defaultdict[tuple[str, frozenset[str]], list[int]] = defaultdict(list)
+            for index in sorted(left):
+                groups[questions[index].answer, frozenset(questions[index].options)].append(index)
+            hit = [some for some in groups.values() if any(verdicts[index] for index in some)]
+            # With k of n dropped, (hits - k) / (n - k) is at most chance.
+            excess = max(0, -int(-(len(hit) - _CHANCE * len(groups)) // (1 - _CHANCE)))
+            for some in rng.sample(hit, excess):
+                left -= set(some)
+    kept = [asked[known[index]] for index in sorted(left)]
+    return kept, {"not_answered_by_reference": len(asked) - len(known), "answered_by_a_rule": len(known) - len(left)}
+
+
+def _check_enough(concept: Concept, rows: Mapping[str, Any], record: Mapping[str, Any]) -> None:
+    """Raise `ValueError` where nothing is left to ask about a concept, and warn where it is little."""
+    fix = (
+        "give a table of facts (`facts`), documents that name people, places, numbers or dates, or a stronger `writer`"
+    )
+    counts = record["facts"].get("erased", dict.fromkeys(SPLITS, 0))
+    if not counts["test"]:
+        raise ValueError(
+            f"`concept` is {concept.name!r}, about which no question is left of {record['candidates'].get('erased', 0)} "
+            f"({record['dropped'].get('erased', {})}): {fix}."
+        )
+    if counts["test"] < FEWEST:
+        logger.warning(
+            f"Questions about {concept.name!r} ask for {counts['test']} facts in the test split, where {FEWEST} are needed for narrow "
+            f"intervals: {fix}."
+        )
+    if not counts["dev"]:
+        logger.warning(
+            f"No question about {concept.name!r} is left in the dev split, so that training cannot stop by it: {fix}."
+        )
+    if "near" not in rows:
+        logger.warning(
+            f"No question near {concept.name!r} is left: give `near` texts that name people, places, numbers or dates."
+        )
+
+
+def _made_before(folder: Path, origin: Mapping[str, Any]) -> MadeQuestions:
+    """What lies in a folder, if it was made from the same; edited files as they are."""
+    fix = "name another `output_dir`, or move the folder away to have them made anew"
+    try:
+        record = read_object(folder / RECORD)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"`output_dir` has a folder {folder} without a readable {RECORD} ({error}): {fix}."
+        ) from error
+    if other := [name for name, value in origin.items() if record.get("origin", {}).get(name) != value]:
+        raise ValueError(
+            f"`output_dir` has questions in {folder} that were made with another {', '.join(other)}: {fix}."
+        )
+    edited = []
+    for name, checksum in record["files"].items():
+        if not (folder / name).is_file():
+            raise ValueError(f"`output_dir` lacks {folder / name}, which was made: put it back, or {fix}.")
+        if first_damage(folder, {name: checksum}):
+            edited.append(name)
+    if edited:
+        logger.warning(f"{folder}: {', '.join(edited)} changed since they were made, and are taken as they are.")
+    return MadeQuestions(folder, record, tuple(edited), reused=True)
