@@ -22,11 +22,11 @@ from .writer import Writer
 
 logger = logging.get_logger(__name__)
 # Draws of each kind, and their tokens.
-_DRAWS, _TOKENS, _LIST_TOKENS, _COLUMN_TOKENS, _ANSWER_TOKENS = 8, 64, 48, 12, 8
-# Relations that are followed, draws of further subjects of each, and how often from what was drawn before.
-_RELATIONS, _FURTHER, _ROUNDS = 3, 12, 2
+_DRAWS, _TOKENS, _LIST_TOKENS, _COLUMN_TOKENS, _ANSWER_TOKENS = 8, 64, 48, 12, 6
+# Relations of each kind that are followed, draws of further subjects of each, and how often from what was drawn before.
+_RELATIONS, _FURTHER, _ROUNDS = 1, 8, 2
 # Most subjects of a relation that are asked about.
-_SUBJECTS = 120
+_SUBJECTS = 80
 _WORDS_OF_SUBJECT, _WORDS_OF_ANSWER, _WORDS_OF_RELATION = 4, 4, 3
 # Largest share of the subjects of a relation that may have one answer: what is true of most tells nothing of each.
 _COMMON = 0.2
@@ -188,7 +188,7 @@ def _relations(writer: Writer, concept: Concept, votes: Votes, members: Sequence
             ):
                 named[column] += 1
     named_most = [column for column, count in named.most_common() if count >= 2 and column not in {*found, *shown}]
-    return (found + named_most)[: _RELATIONS + 1]
+    return found + named_most[:_RELATIONS]
 
 
 def _of_relation(

@@ -1,0 +1,239 @@
+import json
+
+import pytest
+
+from elm_trainer import Concept, EvaluationSuite, load_model_and_tokenizer, read_questions
+from elm_trainer.data.question_files import read_made
+from elm_trainer.data.questions import overlap_verdicts
+from elm_trainer.evaluation.multiple_choice import ChoiceScores
+from elm_trainer.evaluation.suite import suite_from_files
+from elm_trainer.making import questions as module
+from elm_trainer.making.cloze import cloze_questions, kind_of, written_questions
+from elm_trainer.making.fact_writing import asking_prompts, statements, write_facts
+from elm_trainer.making.facts import fact_phrasings
+from elm_trainer.making.make import MadeFrom, make_data
+from elm_trainer.making.questions import make_questions
+from elm_trainer.making.writer import Writer
+
+
+CITIES = "Oslo Lima Cairo Quito Bogota Madrid Paris Rome Tokyo Seoul Hanoi Dakar Accra Nairobi Lisbon Vienna".split()
+LANDS = "Norway Peru Egypt Ecuador Colombia Spain France Italy Japan Korea Vietnam Senegal Ghana Kenya Portugal Austria".split()
+TRUTH = dict(zip(LANDS, CITIES, strict=True))
+
+
+class Told(Writer):
+    """Writes by a rule."""
+
+    def __init__(self, rule):
+        super().__init__("told")
+        self.rule = rule
+
+    def write(self, prompts, *, max_new_tokens=64, temperature=0.7, seed=0):
+        return [self.rule(prompt, number) for number, prompt in enumerate(prompts)]
+
+
+@pytest.fixture
+def knows(monkeypatch):
+    """A reference that knows all answers but those in the set that is given back; and which option it likes best without a question."""
+    unknown: set[str] = set()
+
+    def score(model, processing_class, questions, **settings):
+        right = [question.answer not in unknown for question in questions]
+        # Without the question, the first option.
+        removed = [question.options[0] == question.answer for question in questions]
+        return ChoiceScores(right, right, right, removed, [], [])
+
+    monkeypatch.setattr(module, "score_choices", score)
+    return unknown
+
+
+@pytest.fixture
+def table(tmp_path):
+    rows = [f"{land},capital,{city}" for land, city in TRUTH.items()]
+    (tmp_path / "facts.csv").write_text("subject,relation,answer\n" + "\n".join(rows) + "\n")
+    (tmp_path / "near.txt").write_text(
+        "\n\n".join(f"Near the old harbor of {n} stands the tower of Brimm{n}ar." for n in LANDS)
+    )
+    return tmp_path
+
+
+def made_of(table, **more):
+    what = MadeFrom("capitals", facts=table / "facts.csv", near=[table / "near.txt"], **more)
+    return what, make_data(what, None, None, table / "out")
+
+
+def test_facts_are_asked_for_in_both_splits_and_never_in_the_words_of_a_training_text(table, knows):
+    what, made = made_of(table)
+    asked = make_questions(what, made, None, None, table / "out")
+
+    assert asked.folder == table / "out/data/questions" and not asked.reused
+    held_out = set(made.record["held_out"])
+    wordings = "\n".join(
+        text for phrasing in fact_phrasings() for text in ([phrasing] if isinstance(phrasing, str) else phrasing)
+    )
+    for spec in asking_prompts()["families"].values():
+        assert not set(spec.get("dev", ())) & set(spec.get("test", ()))
+        assert not any(wording in wordings for split in ("dev", "test") for wording in spec.get(split, ()))
+    dev, test = (read_made(asked.folder, split)[0] for split in ("dev", "test"))
+    # Asked back, the answer is the subject of the fact.
+    about = [
+        {TRUTH.get(q.subject, q.subject) for some in roles.values() for q in some if q.topic == "capital"}
+        for roles in (dev, test)
+    ]
+    assert about[0] and about[1] and not about[0] & about[1]
+    assert {q.family for q in test["erased"]} == {"question-answer", "chat", "cloze", "reversed"}
+    assert all((q.subject in held_out or q.answer in held_out) for q in test["unseen"])
+    assert not any(q.subject in held_out or q.answer in held_out for q in test["erased"])
+    assert all(
+        len(set(q.options)) == 4 and q.answer in q.options
+        for roles in (dev, test)
+        for some in roles.values()
+        for q in some
+    )
+    assert test["near"] and not any("capital" in q.text.lower() for q in test["far"])
+
+
+def test_what_the_reference_does_not_answer_is_dropped_and_counted(table, knows, caplog):
+    knows.update(CITIES[:10])
+    what, made = made_of(table)
+    asked = make_questions(what, made, None, None, table / "out")
+    answers = {q.answer for q in read_made(asked.folder)[0]["erased"]}
+    assert answers and not answers & knows
+    assert asked.record["dropped"]["erased"]["not_answered_by_reference"] > 0
+    assert "1 by selection" in asked.record["reference_accuracy"] and "not answered by reference" in asked.summary()
+    assert "facts in the test split, where 24 are needed" in caplog.text
+
+
+def test_where_nothing_is_left_an_error_says_what_to_give(table, knows):
+    knows.update(CITIES + LANDS)
+    what, made = made_of(table)
+    with pytest.raises(
+        ValueError, match="`concept` is 'capitals', about which no question is left of .*give a table of facts"
+    ):
+        make_questions(what, made, None, None, table / "out")
+    assert not (table / "out/data/questions").exists()
+
+
+def test_text_only_rules_are_right_no_more_often_than_by_chance(table, knows):
+    rows = [f"{land},capital,{land[:4]}burg" for land in LANDS[:10]] + [
+        f"Land{n},capital,{'x' * n}town" for n in range(10)
+    ]
+    (table / "facts.csv").write_text("subject,relation,answer\n" + "\n".join(rows) + "\n")
+    what, made = made_of(table)
+    asked = make_questions(what, made, None, None, table / "out")
+    bank = read_made(asked.folder)[0]["erased"]
+    once = list({(q.answer, frozenset(q.options)): q for q in bank}.values())
+    assert asked.record["dropped"]["erased"]["answered_by_a_rule"] > 0
+    assert sum(overlap_verdicts(once)) <= 0.25 * len(once)
+    longest = [len(q.answer) > max(len(o) for o in q.options if o != q.answer) for q in once]
+    assert sum(longest) <= 0.25 * len(once)
+
+
+def test_questions_are_used_again_and_edited_ones_as_they_are(table, knows, caplog):
+    what, made = made_of(table)
+    first = make_questions(what, made, None, None, table / "out")
+    again = make_questions(what, made, None, None, table / "out")
+    assert again.reused and again.record == first.record and not again.edited
+    path = first.folder / "concept.jsonl"
+    path.write_text(path.read_text().splitlines()[0] + "\n")
+    assert make_questions(what, made, None, None, table / "out").edited == ("concept.jsonl",)
+    assert len(read_questions(first.folder)) == 1
+    with pytest.raises(ValueError, match="made with another writer"):
+        make_questions(what, made, None, None, table / "out", writer=Told(lambda *_: ""))
+    (first.folder / "near.jsonl").unlink()
+    with pytest.raises(ValueError, match=r"lacks near.jsonl, which was made"):
+        suite_from_files(["capitals"], [str(first.folder)])
+
+
+def test_a_folder_makes_a_suite_of_all_roles_in_each_split(table, knows):
+    what, made = made_of(table)
+    asked = make_questions(what, made, None, None, table / "out")
+    # The run's own folder will do.
+    dev, test = (suite_from_files(["capitals"], [str(table / "out")], split=split) for split in ("dev", "test"))
+    assert isinstance(test, EvaluationSuite) and test.concepts == ["capitals"]
+    assert {"capitals", "capitals-chat", "capitals-cloze", "capitals-reversed"} == set(test.named("erased"))
+    assert test.named("unseen") and test.named("near") == ["capitals-near-cloze"] and test.named("far") == ["general"]
+    assert "elements" not in test.banks and test.open_questions["capitals"] and test.cloze["capitals"]
+    assert test.concept_prompts and test.forget_texts and set(dev.concept_prompts).isdisjoint(test.concept_prompts)
+    for name in set(dev.banks) & set(test.banks):
+        assert not {q.text for q in dev.banks[name]} & {q.text for q in test.banks[name]}
+    (asked.folder / "questions.json").unlink()
+    with pytest.raises(
+        ValueError, match="is a folder without a questions.json: name a file, or a folder that `make_questions`"
+    ):
+        suite_from_files(["capitals"], [str(asked.folder)])
+
+
+def test_cloze_spans_are_names_numbers_and_dates_that_were_not_given():
+    passage = "Hanna Ruud founded the mill at Ostrow in 1871. It burned down again on 3 May 1902, and Hanna Ruud left for Tolm with 40 sacks."
+    found = {(q.answer, q.kind): q for q in cloze_questions([passage])}
+    assert set(found) == {("Ostrow", "name"), ("1871", "year"), ("3 May 1902", "date"), ("Tolm", "name")} or set(found) == {
+        ("Ostrow", "name"), ("1871", "year"), ("3 May 1902", "date"), ("Hanna Ruud", "name")
+    }  # fmt: skip
+    assert (
+        found["1871", "year"].text == "Hanna Ruud founded the mill at Ostrow in"
+        and found["1871", "year"].subject == "Hanna Ruud"
+    )
+    # What names nothing so far is shown behind the sentence before it.
+    assert found["3 May 1902", "date"].text.startswith("Hanna Ruud founded the mill")
+    assert kind_of("Hanna Ruud") == "name" and kind_of("blue glass") == "words"
+
+
+def test_a_writers_answers_stand_in_the_passage():
+    written = (
+        " Who founded the mill?\nAnswer: Hanna Ruud\nQuestion: What is it made of?\nAnswer: oak\n\nPassage: other"
+    )
+    asked, dropped = written_questions(Told(lambda *_: written), ["Hanna Ruud founded the mill at Ostrow."])
+    assert [(q.text, q.answer, q.form) for q in asked] == [
+        ("Who founded the mill?", "Hanna Ruud", "question")
+    ] and dropped == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("The capital of France is Paris.\n2. The capital of Peru is Lima, a large city", [("capital", "France", "Paris"), ("capital", "Peru", "Lima")]),
+        ("The capital of Mexico is Mexico City.", []),
+        ("The name of it is Bob. The best part of the day is that we sleep.", []),
+        ("The symbol of gold is called Au.", [("symbol", "gold", "Au")]),
+    ],
+)  # fmt: skip
+def test_sentences_are_read_as_statements(text, found):
+    assert statements(text) == found
+
+
+def test_facts_are_what_is_answered_alike_each_time():
+    def rule(prompt, number):
+        if "facts about" in prompt or "Novels." in prompt:
+            land = LANDS[number % 4]
+            return f" capital of {land} is {TRUTH[land]}."
+        if "A long list of different" in prompt:
+            return " " + ", ".join([*LANDS, "unfin"])
+        if "capital of" in prompt:
+            land = next(
+                land
+                for land in reversed(LANDS)
+                if f"{land} is" in prompt.split("\n")[-1] or f"{land}?" in prompt.split("\n")[-2:][0]
+            )
+            # Of Kenya it says something else each time.
+            return f" {CITIES[number % 7]}." if land == "Kenya" else f" {TRUTH[land]}."
+        return " a, b"
+
+    facts = write_facts(None, None, Concept("capitals of the world"), writer=Told(rule))
+    assert {fact.subject: fact.answer for fact in facts} == {
+        land: city for land, city in TRUTH.items() if land != "Kenya"
+    }
+    assert {fact.near["relation"] for fact in facts} == {"capital"}
+    assert write_facts(None, None, Concept("capitals of the world"), writer=Told(lambda *_: " nothing")) == ()
+
+
+@pytest.mark.slow
+def test_the_real_reference_answers_what_is_kept(tmp_path, table):
+    model, tokenizer = load_model_and_tokenizer("smollm2-135m-instruct")
+    what, made = made_of(table)
+    asked = make_questions(what, made, model, tokenizer, table / "out")
+    assert asked.record["facts"]["erased"]["test"] >= 4
+    assert asked.record["dropped"]["erased"]["not_answered_by_reference"] > 0
+    for line in (asked.folder / "concept.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        assert record["split"] in ("dev", "test") and len(record["distractors"]) == 3
