@@ -4,6 +4,7 @@ import time
 import pytest
 
 from elm_trainer import Concept, build_erasure_dataset, load_model_and_tokenizer, load_texts
+from elm_trainer.data.facts import Fact
 from elm_trainer.making import make, writing
 from elm_trainer.making.knowledge import UnknownConceptError
 from elm_trainer.making.make import MadeFrom, make_data
@@ -31,6 +32,7 @@ def writes(monkeypatch):
     """A model that writes canned texts and knows every name."""
     monkeypatch.setattr(writing, "sample_texts", writer)
     monkeypatch.setattr(make, "check_known", lambda *a, **k: [])
+    monkeypatch.setattr(make, "write_facts", lambda *a, **k: ())
 
 
 def test_documents_become_files_that_are_read_back(folder):
@@ -88,6 +90,22 @@ def test_a_bare_name_is_written_about(folder, tiny_model, tokenizer, writes):
         and "Dropped of forget: 8 short, 16 that do not speak of the concept, " in told
         and told.count("\n") >= 10
     )
+
+
+def test_facts_about_a_bare_name_become_texts_with_novices_but_for_those_held_out(
+    folder, tiny_model, tokenizer, writes, monkeypatch
+):
+    stated = [Fact(f"Land {n}", f"Town{n}", "capital", {"relation": "capital"}) for n in range(10)]
+    monkeypatch.setattr(make, "write_facts", lambda *a, **k: tuple(stated))
+    made = make_data(MadeFrom("capitals of the world", texts=40, near_texts=0), tiny_model, tokenizer, "out")
+
+    held_out = made.record["held_out"]
+    rows = load_texts(made.sources.forget).to_list()
+    assert len(held_out) == 2 and not any(subject in row["text"] for row in rows for subject in held_out)
+    assert sum(bool(row.get("novices")) for row in rows) == 8 * 50 < len(rows)
+    assert made.record["stated"][0] == ["Land 0", "capital", "Town0"] and made.record["facts"] == 0
+    # The free texts have none, and `novice="counterfactual"` wants them for all.
+    assert not made.counterfactual
 
 
 def test_near_texts_state_no_fact_of_a_table(folder, tiny_model, tokenizer, monkeypatch):
