@@ -22,6 +22,7 @@ from .documents import Documents, read_documents
 from .fact_writing import write_facts
 from .facts import facts_texts, held_out_of, read_facts
 from .knowledge import check_known
+from .novices import Novices, with_novices
 from .writer import Writer
 from .writing import FEWEST_TEXTS, WRITING, Written, topic, write_about
 
@@ -31,7 +32,7 @@ FOLDER, RECORD, CACHE = "data", "data.json", "making"
 # Characters of a prompt that are shown before what the model wrote.
 _LEAD = 40
 # Counts up when the same input gives other texts than before.
-_VERSION = 2
+_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -223,11 +224,13 @@ def _make(
             model, processing_class, concept, writer=writer, seed=what.seed, cache_dir=cache, fingerprint=fingerprint
         )
     facts, given = facts or stated, len(facts)
+    novices = Novices([])
     held_out = held_out_of(facts, what.held_out, what.seed)
     if facts:
         forget += facts_texts(facts, held_out=held_out, processing_class=processing_class, seed=what.seed).to_list()
     if documents:
-        forget += [{"text": text} for text in documents.texts]
+        novices = with_novices([{"text": text} for text in documents.texts], concept, seed=what.seed)
+        forget += novices.rows
         dropped["documents"] = documents.dropped
     speaks = _speaks_of(concept, facts)
     written = Written([], [], [], {})
@@ -243,7 +246,10 @@ def _make(
     free = [row for row in written.forget if not _states(row["text"], unseen)]
     if len(free) < len(written.forget):
         dropped["forget"]["held_out"] = len(written.forget) - len(free)
-    rows = {"forget": forget + free}
+    if free:
+        novices = with_novices(free, concept, cut=False, seed=what.seed)
+        forget += novices.rows
+    rows = {"forget": forget}
     if not what.retain:
         everyday = builtin_texts("everyday").to_list()
         rows["retain"] = [row for row in everyday if not speaks(row["text"])]
@@ -258,7 +264,8 @@ def _make(
         "documents": documents.files if documents else {},
         "facts": given,
         "stated": [[fact.subject, fact.near["relation"], fact.answer] for fact in stated],
-        "counterfactual": all(row.get("novices") for row in rows["forget"]),
+        "novices": novices.record,
+        "counterfactual": all(row.get("novices") for row in forget),
     }
 
 

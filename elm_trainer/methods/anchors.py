@@ -239,6 +239,7 @@ def find_terms(
     language: str = "en",
     max_zipf: float = 3.5,
     min_count: int = 2,
+    common_zipf: float = _COMMON,
 ) -> list[str]:
     """Terms that make texts idiosyncratic: names (runs of words that are capitalized within sentences) and rare words.
 
@@ -249,6 +250,7 @@ def find_terms(
         language: Language of the texts, as wordfreq names it.
         max_zipf: Zipf frequency below which a word is rare; 3 is once in a million words, 6 once in a thousand.
         min_count: Fewest occurrences of a term.
+        common_zipf: Zipf frequency from which a single capitalized word is no name.
 
     Returns:
         `list[str]`: the terms, the most frequent in the texts first.
@@ -271,7 +273,7 @@ def find_terms(
     for row in words:
         for (is_name, _), group in groupby(_runs(row, names), key=lambda entry: entry[:2]):
             run = [word for _, _, word in group]
-            if is_name and (len(run) > 1 or zipf_frequency(run[0], language) < _COMMON):
+            if is_name and (len(run) > 1 or zipf_frequency(run[0], language) < common_zipf):
                 counts[" ".join(run)] += 1
             elif not is_name:
                 counts.update(word for word in run if word.islower() and zipf_frequency(word, language) < max_zipf)

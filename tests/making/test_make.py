@@ -38,7 +38,7 @@ def writes(monkeypatch):
 def test_documents_become_files_that_are_read_back(folder):
     made = make_data(MadeFrom("Varda", documents=["notes"], near=OWN), None, None, "out")
 
-    assert made.folder.name == "data" and not made.reused and not made.counterfactual
+    assert made.folder.name == "data" and not made.reused and made.counterfactual
     assert load_texts(made.folder / "forget.jsonl")["text"][:] == [FIRST]
     assert {path.name for path in made.folder.iterdir()} == {"forget.jsonl", "retain.jsonl", "data.json"}
     assert made.sources.retain == [*OWN, str(made.folder / "retain.jsonl")]
@@ -64,7 +64,7 @@ def test_facts_make_a_counterfactual_source_without_held_out_subjects(folder):
 
 def test_documents_and_facts_go_together(folder):
     made = make_data(MadeFrom("Varda", ["notes"], "facts.csv", near_texts=0), None, None, "out")
-    assert not made.counterfactual and FIRST in load_texts(made.sources.forget)["text"]
+    assert made.counterfactual and FIRST in load_texts(made.sources.forget)["text"]
 
 
 def test_retain_texts_do_not_speak_of_the_concept(folder):
