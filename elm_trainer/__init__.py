@@ -50,6 +50,7 @@ _EXPORTS = {
     "publish_dataset": ".hub.publish_dataset",
     "read_questions": ".data.question_files",
     "read_report": ".evaluation.report",
+    "shrink_adapter": ".hub.shrink",
     "stack_erasures": ".hub.combine",
     "synthesize_completions": ".synthesis",
 }
@@ -73,6 +74,7 @@ if TYPE_CHECKING:
     from .hub.load import load_erased
     from .hub.publish import CardDetails, PublishOptions, publish_adapter
     from .hub.publish_dataset import publish_dataset
+    from .hub.shrink import shrink_adapter
     from .methods.anchors import counterfactuals
     from .methods.base import ErasureTrainer, NonFiniteLossError
     from .methods.elm import ElmConfig, ElmTrainer

@@ -11,12 +11,12 @@ from .options import CommandLine
 
 
 @dataclass
-class EvaluationArguments:
+class AskedArguments:
+    """Of every subcommand that measures an adapter: the base, and what is asked."""
+
     model: str = field(
         default="smollm2-135m-instruct", metadata={"help": "Base of the adapter, or erased checkpoint."}
     )
-    adapter: list[str] = field(default_factory=list, metadata={"help": "Folder or Hub id; several are stacked."})
-    reference: str | None = field(default=None, metadata={"help": "Model that an erased checkpoint came from."})
     dtype: str = field(default="auto", metadata={"help": "Data type of the weights."})
     concepts: list[str] = field(default_factory=lambda: ["capitals"], metadata={"help": "What was erased."})
     bank: list[str] | None = field(
@@ -24,6 +24,12 @@ class EvaluationArguments:
     )
     questions: int = field(default=120, metadata={"help": "Questions per bank."})
     measures: list[str] | None = field(default=None, metadata={"help": "What is measured; everything by default."})
+
+
+@dataclass
+class EvaluationArguments(AskedArguments):
+    adapter: list[str] = field(default_factory=list, metadata={"help": "Folder or Hub id; several are stacked."})
+    reference: str | None = field(default=None, metadata={"help": "Model that an erased checkpoint came from."})
     judges: list[str] = field(default_factory=list, metadata={"help": "Further judges of fluency."})
     output_dir: str = field(default="outputs/evaluation", metadata={"help": "Where the report goes."})
 
