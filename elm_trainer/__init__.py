@@ -40,6 +40,8 @@ _EXPORTS = {
     "compare_reports": ".evaluation.report",
     "counterfactuals": ".methods.anchors",
     "evaluate_erasure": ".evaluation.evaluate",
+    "export_gguf": ".hub.export",
+    "export_gguf_adapter": ".hub.export",
     "load_bank": ".data.questions",
     "load_concept": ".concept",
     "load_erased": ".hub.load",
@@ -70,6 +72,7 @@ if TYPE_CHECKING:
     from .evaluation.report import compare_reports, read_report
     from .evaluation.suite import EvaluationSuite, built_in_suite
     from .hub.combine import merge_erased, stack_erasures
+    from .hub.export import export_gguf, export_gguf_adapter
     from .hub.info import BaseModel
     from .hub.load import load_erased
     from .hub.publish import CardDetails, PublishOptions, publish_adapter

@@ -98,7 +98,7 @@ def load_model(
         ImportError: if the model's package is not installed.
         ValueError: if a GGUF file is to be quantized.
     """
-    place, gguf_file = _locate(name_or_path, gguf_file)
+    place, gguf_file = locate(name_or_path, gguf_file)
     options: dict[str, Any] = dict(
         revision=revision,
         token=token,
@@ -147,7 +147,7 @@ def load_tokenizer(
     local_files_only: bool = False,
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of [`load_model_and_tokenizer`]; takes what [`load_model`] takes."""
-    place, gguf_file = _locate(name_or_path, gguf_file)
+    place, gguf_file = locate(name_or_path, gguf_file)
     # A GGUF tokenizer is made of what the file holds, and some versions of transformers mind being told there is none.
     of_gguf = {} if gguf_file is None else {"gguf_file": gguf_file}
     with reading_gguf_once():
@@ -172,7 +172,7 @@ def load_config(
     local_files_only: bool = False,
 ) -> PreTrainedConfig:
     """The config of the model of [`load_model`]; takes what [`load_tokenizer`] takes."""
-    place, gguf_file = _locate(name_or_path, gguf_file)
+    place, gguf_file = locate(name_or_path, gguf_file)
     options: dict[str, Any] = dict(revision=revision, token=token, local_files_only=local_files_only)
     if gguf_file is None:
         return AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code, **options)
@@ -307,8 +307,8 @@ def is_partitioned(model: nn.Module) -> bool:
     return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
-def _locate(name_or_path: str, gguf_file: str | None) -> tuple[str | Path, str | None]:
-    """Repository or folder, and the GGUF file in it, if it is one."""
+def locate(name_or_path: str, gguf_file: str | None) -> tuple[str | Path, str | None]:
+    """Repository or folder of a model of [`load_model`], and the GGUF file in it, if it is one."""
     path = PACKAGED_MODELS[name_or_path]() if name_or_path in PACKAGED_MODELS else Path(name_or_path)
     if path.suffix == ".gguf":
         return path.parent, path.name

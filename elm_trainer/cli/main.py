@@ -29,6 +29,7 @@ COMMANDS = {
     "chat": Command(
         "elm_trainer.cli.chat", "ask reference and erased model side by side, on a page or in the terminal"
     ),
+    "export": Command("elm_trainer.cli.export", "write an adapter for llama.cpp, or merged into full weights"),
     "shrink": Command("elm_trainer.cli.shrink", "write the nearest adapter of a smaller rank, as servers take it"),
     "synthesize": Command("elm_trainer.cli.synthesize", "write fluent completions, for the consistency term"),
     "leaderboard": Command("elm_trainer.cli.leaderboard", "published adapters side by side"),

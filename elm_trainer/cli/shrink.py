@@ -116,12 +116,12 @@ def _evaluate(arguments: ShrinkArguments, suite: "EvaluationSuite", measures: An
 def _table(reports: Mapping[str, Mapping[str, Any]]) -> "Table":
     """The metrics that a reader looks at first, of the base and both adapters, and how the adapters differ item by item."""
     from .. import compare_reports
-    from ..evaluation.tables import cell, main_metrics, metric_label, terminal_table
+    from ..evaluation.tables import cell, metric_label, summary_metrics, terminal_table
 
     before, after = reports["before"], reports["after"]
     compared = compare_reports(before, after)
     table = terminal_table("What shrinking costs", "about", "measured by", "base", "before", "after", "change")
-    for name in main_metrics(before["figures"], before["roles"]):
+    for name in summary_metrics(before["figures"], before["roles"]):
         values = [before["figures"][name]["reference"], *(one["figures"][name]["erased"] for one in (before, after))]
         # Of all ways of asking together there is no list of items to be compared.
         changed = cell(compared[name]["change"]) if name in compared else ""

@@ -123,6 +123,17 @@ def main_metrics(names: Mapping[str, object], roles: Mapping[str, str]) -> list[
     return sorted(places, key=places.__getitem__)
 
 
+def summary_metrics(names: Mapping[str, object], roles: Mapping[str, str]) -> list[str]:
+    """Those of [`main_metrics`] that fit a terminal: of many ways of asking, all of them together are enough."""
+    together = {bank for kind, bank, _ in map(split_name, names) if kind == "families"}
+    kept = []
+    for name in main_metrics(names, roles):
+        kind, bank, rule = split_name(name)
+        if rule not in ("commonest", "normalized") and not (kind == "multiple_choice" and roles.get(bank) in together):
+            kept.append(name)
+    return kept
+
+
 def verdict_lines(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The verdict on each criterion, what fails first, and its worst check with value, interval and bound."""
     verdict = read_verdict(report)
@@ -168,15 +179,8 @@ def render_summary(report: Mapping[str, Any]) -> Table:
     """Before and after in few metrics, as a table that fits a terminal of 80 columns."""
     columns = (Column("measured by", overflow="fold"), Column("before", no_wrap=True), Column("after", no_wrap=True))
     table = terminal_table("Before and after (95 % intervals)", *columns)
-    # Of many ways of asking, all of them together are enough here.
-    together = {bank for kind, bank, _ in map(split_name, report["figures"]) if kind == "families"}
     about = None
-    for name in main_metrics(report["figures"], report["roles"]):
-        kind, bank, rule = split_name(name)
-        if rule in ("commonest", "normalized") or (
-            kind == "multiple_choice" and report["roles"].get(bank) in together
-        ):
-            continue
+    for name in summary_metrics(report["figures"], report["roles"]):
         heading, measured = metric_label(name, report["roles"])
         if heading != about:
             about = heading

@@ -119,7 +119,7 @@ def load_base(
     if isinstance(base_model, PreTrainedModel):
         name = base_model.config._name_or_path or adapter.base_id or ""
     else:
-        name = base_model or _named_base(adapter)
+        name = base_model or named_base(adapter)
     revision = gguf_file = None
     if adapter.info is not None and name == adapter.info.base_model.id:
         revision, gguf_file = adapter.info.base_model.revision, adapter.info.base_model.gguf_file
@@ -179,7 +179,7 @@ def check_fit(
         )
 
 
-def _named_base(adapter: FoundAdapter) -> str:
+def named_base(adapter: FoundAdapter) -> str:
     """What the adapter calls its base, if that is something to load here."""
     name = adapter.base_id
     if not name:
