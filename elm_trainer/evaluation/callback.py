@@ -1,11 +1,14 @@
 """Dev questions during training: they are logged, and choose the step at which to stop, or the one to keep."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pandas import DataFrame
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from transformers import Trainer, TrainerCallback
+from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 from transformers.utils import logging
 
 from ..files import read_object, write_json
@@ -13,11 +16,13 @@ from .evaluate import compared
 from .measures import MEASURES, Items, Setting
 from .pair import ModelPair, Side, in_shards
 from .suite import EvaluationSuite, built_in_suite
+from .tables import markdown_table
 from .verdict import CRITERIA, RANKING_RULES, Criteria, counted, judge, multiple
 
 
 logger = logging.get_logger(__name__)
 BEST_FOLDER, BEST_FILE = "best", "best.json"
+TRACKERS = (TensorBoardCallback, WandbCallback, TrackioCallback)
 
 
 class BestStep(NamedTuple):
@@ -55,14 +60,16 @@ class ErasureEvaluationCallback(TrainerCallback):
             least beyond its bound: of all checks of the verdict ([`judge`]) that are measured and count, of innocence as
             of specificity, the largest multiple of its bound is held against that of other steps.
         criteria ([`Criteria`], *optional*): Bounds by which the best step is chosen.
+        samples (`int`, *optional*, defaults to `3`): Open questions of each bank whose answers go to the trackers of
+            `report_to` (TensorBoard, Weights & Biases, trackio) as the table `dev_samples`. Without a tracker none is asked.
 
     Attributes:
         best ([`BestStep`]): The best step so far; `None` without `keep_best`, before the first look, and where the dev
             questions can tell nothing about innocence, since the reference does not know their answers.
 
     Raises:
-        ValueError: for an unknown measure, a `stop_at` that is not measured, `every_steps` below 1, or `keep_best` with
-            weights in shards.
+        ValueError: for an unknown measure, a `stop_at` that is not measured, `every_steps` below 1, `samples` below 0, or
+            `keep_best` with weights in shards.
     """
 
     def __init__(
@@ -76,6 +83,7 @@ class ErasureEvaluationCallback(TrainerCallback):
         stop_at: Mapping[str, float] | None = None,
         keep_best: bool = False,
         criteria: Criteria | None = None,
+        samples: int = 3,
     ):
         if every_steps < 1:
             raise ValueError(f"`every_steps` is {every_steps}: it must be at least 1.")
@@ -83,10 +91,14 @@ class ErasureEvaluationCallback(TrainerCallback):
             measures = ("multiple-choice", "specificity") if keep_best else ("multiple-choice",)
         if unknown := [name for name in measures if name not in MEASURES]:
             raise ValueError(f"`measures` names {unknown}, which do not exist; use: {', '.join(MEASURES)}.")
+        if samples < 0:
+            raise ValueError(f"`samples` is {samples}: it must be at least 0.")
         self._trainer = trainer
         if not isinstance(concepts, EvaluationSuite):
             concepts = built_in_suite(concepts, questions, split="dev")
         self._suite: EvaluationSuite = concepts
+        shown = {name: asked[:samples] for name, asked in self._suite.open_questions.items()}
+        self._sampled = replace(self._suite, open_questions=shown)
         self._every_steps = every_steps
         self._measures = list(measures)
         self._stop_at = dict(stop_at or {})
@@ -122,6 +134,12 @@ class ErasureEvaluationCallback(TrainerCallback):
         if missing := sorted(self._stop_at.keys() - figures.keys()):
             raise ValueError(f"`stop_at` names {missing}, which are not measured; use: {', '.join(figures)}.")
         self._log({f"dev_{name}": value for name, value in figures.items()}, control)
+        # Every process has the trackers' callbacks, and all must ask; only those of the first have something to write to.
+        trackers = [one for one in self._trainer.callback_handler.callbacks if isinstance(one, TRACKERS)]
+        if trackers and any(self._sampled.open_questions.values()):
+            rows = self._samples(replace(setting, suite=self._sampled))
+            if state.is_world_process_zero:
+                log_table(trackers, "dev_samples", rows, state.global_step)
         if self._keep_best:
             self._before = self._before or self._measured(setting, "reference")
             self._look(items, state.global_step)
@@ -151,6 +169,15 @@ class ErasureEvaluationCallback(TrainerCallback):
             if not key.endswith(".removed")
         }
 
+    def _samples(self, setting: Setting) -> list[dict[str, str]]:
+        items = MEASURES["open-answers"](setting, "erased")
+        return [
+            {"bank": bank, "question": question.prompt, "right": question.answer, "written": written}
+            for bank, questions in setting.suite.open_questions.items()
+            if questions
+            for question, written in zip(questions, items[f"open_answers.{bank}"].texts, strict=True)
+        ]
+
     def _look(self, items: Mapping[str, Items], step: int) -> None:
         """Keep the adapter as it is now if it is better than what was kept."""
         roles = self._suite.roles
@@ -179,3 +206,23 @@ class ErasureEvaluationCallback(TrainerCallback):
         finally:
             model.train()
         control.should_log = should_log
+
+
+def log_table(trackers: Sequence[TrainerCallback], name: str, rows: Sequence[Mapping[str, str]], step: int) -> None:
+    """Give a table to the trackers that are open: as text to TensorBoard, as their own kind of table to the others.
+
+    Args:
+        trackers: Callbacks of transformers, of the kinds in `TRACKERS`.
+        name: Name of the table.
+        rows: Its rows, all with the same keys.
+        step: Step of the training.
+    """
+    for tracker in trackers:
+        if isinstance(tracker, TensorBoardCallback) and tracker.tb_writer is not None:
+            cells = [[" ".join(text.replace("|", r"\|").split()) for text in row.values()] for row in rows]
+            tracker.tb_writer.add_text(name, "\n".join(markdown_table(list(rows[0]), cells)), step)
+        elif not isinstance(tracker, TensorBoardCallback):
+            # Which is how TRL logs tables; transformers gives the library no public name.
+            library: Any = tracker._wandb if isinstance(tracker, WandbCallback) else tracker._trackio
+            if library is not None:
+                library.log({name: library.Table(dataframe=DataFrame(rows)), "train/global_step": step})

@@ -4,6 +4,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from transformers import TrainerCallback
+from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 
 from elm_trainer import (
     ConceptSources,
@@ -13,8 +14,8 @@ from elm_trainer import (
     build_erasure_dataset,
     built_in_suite,
 )
-from elm_trainer.evaluation.callback import BestStep
-from elm_trainer.evaluation.measures import Items
+from elm_trainer.evaluation.callback import BestStep, log_table
+from elm_trainer.evaluation.measures import MEASURES, Items
 
 
 @pytest.fixture
@@ -63,10 +64,65 @@ def test_training_stops_when_the_target_is_reached(bound, steps, trainer):
     assert trainer.model.training
 
 
+def test_tensorboard_shows_terms_dev_figures_and_answers(trainer, tmp_path, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
+    trainer.add_callback(TensorBoardCallback())
+    trainer.add_callback(ErasureEvaluationCallback(trainer, ["capitals"], every_steps=2, questions=4, samples=2))
+    trainer.train()
+    [file] = (tmp_path / "board").rglob("events.*")
+    events = EventAccumulator(str(file)).Reload()
+    figures = {name: [event.step for event in events.Scalars(name)] for name in events.Tags()["scalars"]}
+    for name in ("erase_loss", "retain_loss", "dev_multiple_choice.capitals.pmi"):
+        assert figures[f"train/{name}"] == [2, 4]
+    [tag] = [tag for tag in events.Tags()["tensors"] if "dev_samples" in tag]
+    tables = events.Tensors(tag)
+    assert [event.step for event in tables] == [2, 4]
+    lines = tables[0].tensor_proto.string_val[0].decode().splitlines()
+    assert lines[0] == "| bank | question | right | written |" and len(lines) == 2 + 3 * 2
+    assert sum(line.startswith("| capitals |") for line in lines) == 2 and all(
+        line.count(" | ") == 3 for line in lines
+    )
+
+
+class Library:
+    """What wandb and trackio have in common."""
+
+    def __init__(self):
+        self.logged = []
+
+    def Table(self, dataframe):
+        return dataframe
+
+    def log(self, values):
+        self.logged.append(values)
+
+
+@pytest.mark.parametrize(("kind", "attribute"), [(WandbCallback, "_wandb"), (TrackioCallback, "_trackio")])
+def test_other_trackers_get_a_table_of_their_own_kind(kind, attribute):
+    tracker, closed = kind.__new__(kind), kind.__new__(kind)
+    library = Library()
+    setattr(tracker, attribute, library)
+    setattr(closed, attribute, None)
+    rows = [{"question": "Where?", "written": "a | b"}]
+    log_table([closed, tracker], "dev_samples", rows, 7)
+    [values] = library.logged
+    assert values["train/global_step"] == 7 and values["dev_samples"].to_dict("records") == rows
+
+
+def test_without_a_tracker_nothing_is_written_for_it(trainer, monkeypatch):
+    monkeypatch.setitem(MEASURES, "open-answers", None)
+    trainer.add_callback(ErasureEvaluationCallback(trainer, ["capitals"], every_steps=4, questions=4))
+    trainer.train()
+    assert dev_entries(trainer)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"every_steps": 0}, "`every_steps` is 0"),
+        ({"samples": -1}, "`samples` is -1"),
         ({"measures": ["magic"]}, r"`measures` names \['magic'\].*multiple-choice"),
         ({"stop_at": {"magic": 0.1}}, r"`stop_at` names \['magic'\]"),
     ],
