@@ -80,10 +80,9 @@ def test_tensorboard_shows_terms_dev_figures_and_answers(trainer, tmp_path, monk
     tables = events.Tensors(tag)
     assert [event.step for event in tables] == [2, 4]
     lines = tables[0].tensor_proto.string_val[0].decode().splitlines()
-    assert lines[0] == "| bank | question | right | written |" and len(lines) == 2 + 3 * 2
-    assert sum(line.startswith("| capitals |") for line in lines) == 2 and all(
-        line.count(" | ") == 3 for line in lines
-    )
+    assert lines[0] == "| bank | question | right | written |" and all(line.count(" | ") == 3 for line in lines)
+    for bank, questions in built_in_suite("capitals", 4, split="dev").open_questions.items():
+        assert sum(line.startswith(f"| {bank} |") for line in lines) == min(2, len(questions))
 
 
 class Library:
