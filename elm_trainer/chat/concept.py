@@ -9,7 +9,8 @@ from transformers import PreTrainedTokenizerBase
 
 from ..attacks import ATTACKS, built_in_wordings, default_attacks
 from ..concept import load_concept
-from ..data.questions import FACTS, Question, load_bank, names_answer, read_questions
+from ..data.question_files import read_questions
+from ..data.questions import FACTS, Question, load_bank, names_answer
 from ..data.tokens import continuation_ids
 
 

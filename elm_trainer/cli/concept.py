@@ -24,8 +24,10 @@ if TYPE_CHECKING:
     from .. import Concept, ElmConfig
     from ..fitting import Choice
     from ..making.make import MadeData, MadeFrom
+    from ..making.writer import Writer
     from .erase_options import ErasureArguments
 
+logger = logging.getLogger(__name__)
 CHOSEN_FILE = "chosen.yaml"
 # Tokens of all texts of a row, where documents give passages of up to a thousand characters.
 _ROW_TOKENS = 512
@@ -231,7 +233,7 @@ class ConceptRun:
 
         output = Path(self.config.output_dir)
         with self.config.main_process_first():
-            made = make_data(self.made_from, model, tokenizer, output)
+            made = make_data(self.made_from, model, tokenizer, output, writer=self._writer)
             forget = load_texts(made.sources.forget)
         self.fit_texts(forget, counterfactual=made.counterfactual, tokenizer=tokenizer)
         with self.config.main_process_first():
@@ -240,6 +242,36 @@ class ConceptRun:
                 with replacing(output / CHOSEN_FILE) as unfinished:
                     unfinished.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
         return made
+
+    def ask(self, made: "MadeData", model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> str | None:
+        """Make questions about the concept, and say in which folder they are; `None`, with a warning, where there are none to ask.
+
+        All processes of a launch must call this.
+        """
+        from rich.console import Console
+
+        from ..making.questions import NoQuestionsError, make_questions
+
+        with self.config.main_process_first():
+            try:
+                questions = make_questions(
+                    self.made_from, made, model, tokenizer, self.config.output_dir, writer=self._writer
+                )
+            except NoQuestionsError as error:
+                logger.warning(f"What is erased will not be measured: {error}")
+                return None
+        if self.config.process_index == 0:
+            Console().print(questions.summary(), markup=False, highlight=False)
+        return str(questions.folder)
+
+    @cached_property
+    def _writer(self) -> "Writer | None":
+        """Who writes in the model's place."""
+        from ..making.writer import load_writer
+
+        name = self.arguments.writer
+        cache = Path(self.config.output_dir) / "making"
+        return load_writer(name, cache_dir=cache, device=self.config.device) if name else None
 
     def planned_texts(self, tokenizer: "PreTrainedTokenizerBase") -> PlannedTexts:
         """The texts as [`make`] will find or make them, with others of their kind where a model has yet to write.

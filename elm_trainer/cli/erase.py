@@ -68,14 +68,17 @@ def main(argv: list[str] | None = None) -> None:
             [str(made.sources.forget)],
             list(map(str, cast(list, made.sources.retain))),
         )
-        # Questions about what was made belong here, as `arguments.bank`; those of their dev split as `looked_at`.
-        asked, looked_at = arguments.asked(concepts), list(concepts)
+        if arguments.evaluate and arguments.bank is None:
+            questions = run.ask(made, model, tokenizer)
+            arguments.bank = [questions] if questions else None
+            arguments.dev_every = arguments.dev_every if questions else 0
+            clock.lap("questions")
+        asked = arguments.asked(concepts)
         dataset = _build(arguments, config, sources, tokenizer)
     else:
         arguments, config = line.complete()
         concepts, asked, tokenizer = _check(arguments, config)
         sources = arguments.sources(concepts)
-        looked_at = list(concepts)
         dataset = _build(arguments, config, sources, tokenizer)
         clock.lap("data")
         model, lora = _load(arguments, config)
@@ -88,6 +91,7 @@ def main(argv: list[str] | None = None) -> None:
     ):
         dataset = _build(arguments, config, sources, tokenizer)
         clock.lap("synthesis")
+    looked_at = arguments.dev_suite(concepts) if arguments.dev_every else None
     trainer = _train(arguments, config, looked_at, model, lora, dataset, tokenizer, clock)
     if asked is not None:
         _evaluate(arguments, config, asked, trainer, dataset, tokenizer, clock)
@@ -250,7 +254,7 @@ def _sample(
 def _train(
     arguments: ErasureArguments,
     config: "ElmConfig",
-    looked_at: "list[str] | EvaluationSuite",
+    looked_at: "EvaluationSuite | None",
     model: "PreTrainedModel",
     lora: "LoraConfig",
     dataset: "Dataset",
@@ -266,7 +270,7 @@ def _train(
     torch.set_float32_matmul_precision(arguments.matmul_precision)
     trainer = ElmTrainer(model, config, train_dataset=dataset, processing_class=tokenizer, peft_config=lora)
     name_training_bar(trainer)
-    if arguments.dev_every:
+    if looked_at is not None:
         stop_at = {"worst.pmi": arguments.dev_stop} if arguments.dev_stop else {}
         looks = ErasureEvaluationCallback(
             trainer, looked_at, every_steps=arguments.dev_every, stop_at=stop_at, keep_best=arguments.keep_best
@@ -274,7 +278,7 @@ def _train(
         trainer.add_callback(looks)
     clock.lap("targets")
     trainer.train(resume_from_checkpoint=config.resume_from_checkpoint or arguments.resume or None)
-    if arguments.keep_best and looks.best is not None and trainer.is_world_process_zero():
+    if looked_at is not None and looks.best is not None and trainer.is_world_process_zero():
         step, figure, multiple = looks.best
         Console().print(
             f"Kept step {step} of {trainer.state.global_step}, by the dev questions: {figure} at {multiple:.2f} times its bound."

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ..data.user_sources import Source
 
 # What the texts of `concept` are made from.
-_ABOUT_CONCEPT = ("documents", "facts", "near")
+_ABOUT_CONCEPT = ("documents", "facts", "near", "writer")
 
 
 @dataclass
@@ -47,6 +47,10 @@ class ErasureArguments:
     documents: list[str] | None = field(default=None, metadata={"help": "Folders and files about the concept."})
     facts: str | None = field(default=None, metadata={"help": "Table of facts: subject, relation, answer."})
     near: list[str] | None = field(default=None, metadata={"help": "Sources of texts about the concept's neighbors."})
+    writer: str | None = field(
+        default=None,
+        metadata={"help": "Model or server that states facts and asks questions; the model itself by default."},
+    )
     forget: list[str] = field(default_factory=lambda: ["capitals"], metadata={"help": "Forget source per concept."})
     retain: list[str] = field(default_factory=lambda: ["everyday"], metadata={"help": "Retain sources."})
     own_retain: bool = field(
@@ -146,9 +150,11 @@ class ErasureArguments:
                 raise ValueError(
                     f"`{name}` is {given}, but the concepts are {list(concepts)}: give one for each, in order."
                 )
-        if self.dev_every and (own := [name for name in concepts if name not in FACTS]):
+        asks = self.bank is not None or (self.concept is not None and self.evaluate)
+        if self.dev_every and not asks and (own := [name for name in concepts if name not in FACTS]):
             raise ValueError(
-                f"`dev_every` is {self.dev_every}, but no dev questions about {own} are built in: set it to 0."
+                f"`dev_every` is {self.dev_every}, but no dev questions about {own} are built in: set it to 0, or give a folder of "
+                "questions as `bank`."
             )
         return concepts
 

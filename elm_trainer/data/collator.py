@@ -277,7 +277,9 @@ class ElmDataCollator(DataCollatorMixin):
             places += [
                 [begin + place for begin, place in zip(starts, others, strict=True)] for _, *others in row["aligned"]
             ]
-        found: dict[str, Any] = {"index": torch.tensor(places).T.contiguous()}
+        # No place at all where every text of the batch was cut before its first name.
+        draws = len(examples[0]["novices_ids"])
+        found: dict[str, Any] = {"index": torch.tensor(places, dtype=torch.long).view(-1, draws).T.contiguous()}
         return found if batch is None else found | {"extra": batch}
 
     def _in_context(self, examples: list[dict[str, Any]], side: str) -> dict[str, Any]:

@@ -37,6 +37,10 @@ _FORGET_TEXTS, _CHANCE = 64, 0.25
 _VERSION = 1
 
 
+class NoQuestionsError(ValueError):
+    """No question about a concept is left that its reference answers."""
+
+
 @dataclass(frozen=True)
 class MadeQuestions:
     """Questions on disk.
@@ -104,7 +108,8 @@ def make_questions(
 
     Raises:
         OSError: whatever the `writer` and the reading of documents and facts raise.
-        ValueError: if no question about the concept is left, or those that are there were made from other things.
+        NoQuestionsError: if no question about the concept is left.
+        ValueError: if questions are there that were made from other things.
     """
     concept = cast(Concept, what.concept)
     folder = Path(output_dir) / made.folder.name / FOLDER
@@ -311,13 +316,13 @@ def _checked(
 
 
 def _check_enough(concept: Concept, rows: Mapping[str, Any], record: Mapping[str, Any]) -> None:
-    """Raise `ValueError` where nothing is left to ask about a concept, and warn where it is little."""
+    """Raise [`NoQuestionsError`] where nothing is left to ask about a concept, and warn where it is little."""
     fix = (
         "give a table of facts (`facts`), documents that name people, places, numbers or dates, or a stronger `writer`"
     )
     counts = record["facts"].get("erased", dict.fromkeys(SPLITS, 0))
     if not counts["test"]:
-        raise ValueError(
+        raise NoQuestionsError(
             f"`concept` is {concept.name!r}, about which no question is left of {record['candidates'].get('erased', 0)} "
             f"({record['dropped'].get('erased', {})}): {fix}."
         )

@@ -16,7 +16,7 @@ from elm_trainer.cli.erase_options import CommonSettings, ErasureArguments
 from elm_trainer.cli.main import main
 from elm_trainer.cli.options import CommandLine
 from elm_trainer.fitting import OBJECTIVES
-from elm_trainer.making import knowledge, make, writing
+from elm_trainer.making import knowledge, make, questions, writing
 
 from ..like import byte_level
 from ..making.test_facts import TABLE
@@ -86,6 +86,34 @@ def test_facts_become_an_adapter_by_the_tested_objective(folder, capsys):
     assert {path.name for path in (out / "data").iterdir()} == {"forget.jsonl", "retain.jsonl", "data.json"}
 
 
+ASKED = [
+    "--concept=capitals of lands", "--facts=facts.csv", "--near=near.txt", "--evaluate=true", "--questions=4",
+    "--measures", "multiple-choice", "--dev_every=1",
+]  # fmt: skip
+
+
+def test_its_own_questions_are_made_and_asked_during_and_after_training(folder, capsys, monkeypatch):
+    # A random model knows no answer: all questions are taken for known.
+    monkeypatch.setattr(questions, "_checked", lambda model, tokenizer, asked, *rest: (asked, {}))
+    erase(*ASKED)
+
+    out = folder / "out"
+    rows = [json.loads(line) for line in (out / "data" / "questions" / "concept.jsonl").read_text().splitlines()]
+    assert {row["split"] for row in rows} == {"dev", "test"}
+    report = read(out / "report.json")
+    assert any("capitals of lands" in name for name in report["figures"])
+    assert report["recipe"]["bank"] == ["out/data/questions"]
+    log = read(out / "checkpoint-2" / "trainer_state.json")["log_history"]
+    assert any("dev_worst.pmi" in entry for entry in log)
+    assert "questions about" in capsys.readouterr().out
+
+
+def test_without_a_question_that_the_model_answers_it_is_erased_and_said(folder, caplog):
+    erase(*ASKED)
+    assert (folder / "out" / "adapter" / "adapter_model.safetensors").exists()
+    assert "What is erased will not be measured" in caplog.text
+
+
 def test_documents_of_several_kinds_become_one_forget_set_for_the_papers_contexts(folder):
     erase(
         "--concept=Varda: glass, kilns", "--near", "near.txt", "--synthetic_size=0", "--novice=contexts",
@@ -100,6 +128,7 @@ def test_documents_of_several_kinds_become_one_forget_set_for_the_papers_context
 
 def test_a_bare_name_is_written_about(folder, monkeypatch, capsys):
     monkeypatch.setattr(writing, "sample_texts", writer)
+    monkeypatch.setattr(make, "write_facts", lambda *a, **k: ())
     for module in (make, knowledge):
         monkeypatch.setattr(module, "check_known", lambda *a, **k: [])
     erase("--concept", "capitals of the world", "--synthetic_size=0")
