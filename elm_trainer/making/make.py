@@ -248,7 +248,11 @@ def _make(
         dropped["forget"]["held_out"] = len(written.forget) - len(free)
     if free:
         novices = with_novices(free, concept, cut=False, seed=what.seed)
-        forget += novices.rows
+        if novices.why_none and forget:
+            # Without them the texts of facts, all of which have novices, would be trained on by contexts too.
+            dropped["forget"]["no_novices"] = len(free)
+        else:
+            forget += novices.rows
     rows = {"forget": forget}
     if not what.retain:
         everyday = builtin_texts("everyday").to_list()
