@@ -134,8 +134,10 @@ def export_gguf(
         base_file (`str` or `Path`, *optional*): The base as a GGUF file; by default the one on which the adapter was
             trained. It must be the same model: only the shapes of the tensors are compared.
         dtype (`str`, *optional*, defaults to `"f16"`): Type of the changed tensors, in `TYPES`.
-        revision (`str`, *optional*), token (`str`, *optional*), cache_dir (`str` or `Path`, *optional*),
-        local_files_only (`bool`, *optional*, defaults to `False`): See [`export_gguf_adapter`].
+        revision (`str`, *optional*): See [`export_gguf_adapter`], as the next three.
+        token (`str`, *optional*): Token for the Hub.
+        cache_dir (`str` or `Path`, *optional*): Cache of huggingface_hub.
+        local_files_only (`bool`, *optional*, defaults to `False`): Whether to load from the cache alone.
 
     Returns:
         `Path`: the file.
