@@ -7,8 +7,9 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -218,6 +219,12 @@ def file_sha256(path: Path) -> str:
 def json_sha256(value: Any) -> str:
     """SHA-256 of a value as JSON, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def settings_of(settings: Any, later: Sequence[str]) -> dict[str, Any]:
+    """The fields of a dataclass for a key of a cache; those of `later` are left out at their defaults, so that caches of before serve."""
+    defaults = {one.name: one.default for one in fields(settings) if one.name in later}
+    return {name: value for name, value in asdict(settings).items() if name not in defaults or value != defaults[name]}
 
 
 logger = logging.get_logger(__name__)

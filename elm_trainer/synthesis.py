@@ -17,15 +17,15 @@ from .checks import check_numbers, number_range
 from .concept import Concept
 from .data.tokens import behind_context, continuation_text, pad_left, text_ids, text_tokenizer, tokenize
 from .evaluation.fluency import repetition
-from .files import append_line, json_sha256, read_lines, sealed, unsealed, write_text
+from .files import append_line, json_sha256, read_lines, sealed, settings_of, unsealed, write_text
 from .modeling import evaluating
 from .ops import plausible_tokens
 from .run_lock import waiting_turn
 
 
 logger = logging.get_logger(__name__)
-# Of prompt and completion.
-Rows = list[list[str]]
+_LATER = ("max_new_tokens_from", "prompt_characters", "pivots", "keep_on_topic")  # fields that older caches lack
+Rows = list[list[str]]  # of prompt and completion
 # Sentences that turn away from the subject; the completion continues from there.
 PIVOTS = (
     " By the way, let us talk about something else.",
@@ -116,9 +116,8 @@ class SynthesisConfig:
         if self.pivots not in PIVOT_SETS:
             raise ValueError(f"`pivots` is {self.pivots!r}: use one of {', '.join(PIVOT_SETS)}.")
         if (self.max_new_tokens_from or 0) > self.max_new_tokens:
-            raise ValueError(
-                f"`max_new_tokens_from` is {self.max_new_tokens_from}, above `max_new_tokens={self.max_new_tokens}`: lower it."
-            )
+            told = f"`max_new_tokens_from` is {self.max_new_tokens_from}, above `max_new_tokens={self.max_new_tokens}`"
+            raise ValueError(f"{told}: lower it.")
 
     @classmethod
     def released(cls, **fields: Any) -> "SynthesisConfig":
@@ -181,7 +180,8 @@ def synthesize_completions(
         raise TypeError(f"`concept` is of type {type(concept).__name__}: give `load_concept(name)` or a `Concept`.")
     if lengths := number_range("prompt_characters", config.prompt_characters):
         prompts = _beginnings(prompts, *lengths, config.seed)
-    key = json_sha256(["completions, version 2", list(prompts), asdict(concept), asdict(config), fingerprint])[:32]
+    depends = [list(prompts), asdict(concept), settings_of(config, _LATER), fingerprint]
+    key = json_sha256(["completions, version 2", *depends])[:32]
     chunks = [list(prompts[start : start + config.batch_size]) for start in range(0, len(prompts), config.batch_size)]
     pivots = PIVOT_SETS[config.pivots]
 
@@ -327,7 +327,7 @@ def sample_texts(
 ) -> list[str]:
     """The reference's own texts: each prompt with its plain continuation, cached and resumable in the same way."""
     config = config or SynthesisConfig()
-    key = json_sha256(["texts", list(prompts), asdict(config), fingerprint])[:32]
+    key = json_sha256(["texts", list(prompts), settings_of(config, _LATER), fingerprint])[:32]
     chunks = [list(prompts[start : start + config.batch_size]) for start in range(0, len(prompts), config.batch_size)]
 
     def sample(index: int) -> Rows:

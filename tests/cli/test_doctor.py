@@ -214,6 +214,8 @@ def test_a_few_layers_predict_what_all_layers_take(tmp_path, checkpointing):
     assert cut.measured.startswith("7 of 12 layers") and whole.measured.startswith("the model's own size")
     assert cut.weights == whole.weights == model_bytes(AutoModelForCausalLM.from_config(config))
     assert cut.adapter == whole.adapter == 16 * 5 * 4 * (64 + 128)
-    assert cut.activations == pytest.approx(whole.activations, rel=0.1 if checkpointing else 0.05)
+    # With checkpointing they are so few that what Python frees late counts.
+    late = 2**17 if checkpointing else 0
+    assert cut.activations == pytest.approx(whole.activations, rel=0.05, abs=late)
     assert cut.peak == pytest.approx(whole.peak, rel=0.15)
     assert cut.targets_disk == whole.targets_disk > 0 and cut.targets_seconds > 0 and cut.step_seconds > 0
