@@ -187,19 +187,14 @@ def make_data(
     }  # fmt: skip
     folder = Path(output_dir) / FOLDER
     if folder.exists():
-        return _made_before(what, folder, origin)
+        return _found(what, folder, *made_before(folder, RECORD, origin, "texts", quote="`"), reused=True)
     known = check_known(model, processing_class, concept, seed=what.seed) if bare else []
     rows, record = _make(
         what, facts, documents, model, processing_class, Path(output_dir) / CACHE, fingerprint, writer
     )
     record["familiarity"] = {entry.name: round(entry.ratio, 3) for entry in known}
-    with replacing(folder) as unfinished:
-        unfinished.mkdir()
-        for name, some in rows.items():
-            content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in some)
-            (unfinished / f"{name}.jsonl").write_text(content, encoding="utf-8")
-        record |= {"origin": origin, "files": folder_checksums(unfinished)}
-        write_json(unfinished / RECORD, record)
+    record["origin"] = origin
+    store_made(folder, {f"{name}.jsonl": some for name, some in rows.items()}, record, RECORD)
     return _found(what, folder, record)
 
 
@@ -288,28 +283,52 @@ def _states(text: str, facts: Sequence[Fact]) -> bool:
     return any(names_answer(text, fact.answer) and names_answer(text, fact.subject) for fact in facts)
 
 
-def _made_before(what: MadeFrom, folder: Path, origin: Mapping[str, Any]) -> MadeData:
-    """What lies in a folder, if it was made from the same."""
+def store_made(
+    folder: Path, files: Mapping[str, Sequence[Mapping[str, Any]]], record: dict[str, Any], name: str
+) -> None:
+    """Write rows, by name of their file, and a record with the checksums of these; the folder appears when all is there."""
+    with replacing(folder) as unfinished:
+        unfinished.mkdir()
+        for file, rows in files.items():
+            content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            (unfinished / file).write_text(content, encoding="utf-8")
+        record["files"] = folder_checksums(unfinished)
+        write_json(unfinished / name, record)
+
+
+def made_before(
+    folder: Path, name: str, origin: Mapping[str, Any], what: str, *, quote: str = ""
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The record of what [`store_made`] has written, and the files that were edited since, which are taken as they are.
+
+    Args:
+        folder (`Path`): The folder.
+        name (`str`): File of the record.
+        origin (`Mapping`): What it must have been made from.
+        what (`str`): What is there, for the messages.
+        quote (`str`, *optional*): What stands around the names of `origin` there.
+
+    Raises:
+        ValueError: if it was made from other things, or a file is missing or the record cannot be read.
+    """
     fix = "name another `output_dir`, or move the folder away to have it made anew"
     try:
-        record = read_object(folder / RECORD)
+        record = read_object(folder / name)
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"`output_dir` has a folder {folder} without a readable {RECORD} ({error}): {fix}."
-        ) from error
+        raise ValueError(f"`output_dir` has a folder {folder} without a readable {name} ({error}): {fix}.") from error
     before = record.get("origin", {})
-    if other := [name for name, value in origin.items() if before.get(name) != value]:
-        told = ", ".join(f"`{name}`" for name in other)
-        raise ValueError(f"`output_dir` has texts in {folder} that were made with another {told}: {fix}.")
+    if other := [key for key, value in origin.items() if before.get(key) != value]:
+        told = ", ".join(f"{quote}{key}{quote}" for key in other)
+        raise ValueError(f"`output_dir` has {what} in {folder} that were made with another {told}: {fix}.")
     edited = []
-    for name, checksum in record["files"].items():
-        if not (folder / name).is_file():
-            raise ValueError(f"`output_dir` lacks {folder / name}, which was made: put it back, or {fix}.")
-        if first_damage(folder, {name: checksum}):
-            edited.append(name)
+    for file, checksum in record["files"].items():
+        if not (folder / file).is_file():
+            raise ValueError(f"`output_dir` lacks {folder / file}, which was made: put it back, or {fix}.")
+        if first_damage(folder, {file: checksum}):
+            edited.append(file)
     if edited:
         logger.warning(f"{folder}: {', '.join(edited)} changed since they were made, and are taken as they are.")
-    return _found(what, folder, record, tuple(edited), reused=True)
+    return record, tuple(edited)
 
 
 def _found(

@@ -1,6 +1,5 @@
 """`make_questions`: questions about a concept of one's own and what is near it, with checked answers, as files to edit and use again."""
 
-import json
 import random
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -17,12 +16,11 @@ from ..data.question_files import RECORD, ROLE_FILES, question_record
 from ..data.questions import SPLITS, Question, load_bank, names_answer, overlap_verdicts, shuffled_question, split_of
 from ..data.sources import load_texts
 from ..evaluation.multiple_choice import score_choices
-from ..files import first_damage, folder_checksums, read_object, replacing, write_json
 from .cloze import Asked, cloze_questions, kind_of, written_questions
 from .documents import read_documents
 from .fact_writing import asking_prompts
 from .facts import read_facts
-from .make import MadeData, MadeFrom
+from .make import MadeData, MadeFrom, made_before, store_made
 from .writer import Writer
 from .writing import topic
 
@@ -115,7 +113,7 @@ def make_questions(
     folder = Path(output_dir) / made.folder.name / FOLDER
     origin = {"data": made.record["origin"], "writer": writer.name if writer else "", "version": _VERSION}
     if folder.exists():
-        return _made_before(folder, origin)
+        return MadeQuestions(folder, *made_before(folder, RECORD, origin, "questions"), reused=True)
     candidates, refused = _candidates(what, made, writer)
     rows: dict[str, list[dict[str, Any]]] = {}
     record: dict[str, Any] = {"concept": concept.name, "counts": {}, "facts": {}, "candidates": {}, "dropped": {}}
@@ -142,13 +140,7 @@ def make_questions(
         "writer": writer.name if writer else None,
         "origin": origin,
     }
-    with replacing(folder) as unfinished:
-        unfinished.mkdir()
-        for role, some in rows.items():
-            content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in some)
-            (unfinished / ROLE_FILES[role]).write_text(content, encoding="utf-8")
-        record["files"] = folder_checksums(unfinished)
-        write_json(unfinished / RECORD, record)
+    store_made(folder, {ROLE_FILES[role]: some for role, some in rows.items()}, record, RECORD)
     return MadeQuestions(folder, record)
 
 
@@ -339,27 +331,3 @@ def _check_enough(concept: Concept, rows: Mapping[str, Any], record: Mapping[str
         logger.warning(
             f"No question near {concept.name!r} is left: give `near` texts that name people, places, numbers or dates."
         )
-
-
-def _made_before(folder: Path, origin: Mapping[str, Any]) -> MadeQuestions:
-    """What lies in a folder, if it was made from the same; edited files as they are."""
-    fix = "name another `output_dir`, or move the folder away to have them made anew"
-    try:
-        record = read_object(folder / RECORD)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"`output_dir` has a folder {folder} without a readable {RECORD} ({error}): {fix}."
-        ) from error
-    if other := [name for name, value in origin.items() if record.get("origin", {}).get(name) != value]:
-        raise ValueError(
-            f"`output_dir` has questions in {folder} that were made with another {', '.join(other)}: {fix}."
-        )
-    edited = []
-    for name, checksum in record["files"].items():
-        if not (folder / name).is_file():
-            raise ValueError(f"`output_dir` lacks {folder / name}, which was made: put it back, or {fix}.")
-        if first_damage(folder, {name: checksum}):
-            edited.append(name)
-    if edited:
-        logger.warning(f"{folder}: {', '.join(edited)} changed since they were made, and are taken as they are.")
-    return MadeQuestions(folder, record, tuple(edited), reused=True)
