@@ -95,6 +95,8 @@ def main(argv: list[str] | None = None) -> None:
     trainer = _train(arguments, config, looked_at, model, lora, dataset, tokenizer, clock)
     if asked is not None:
         _evaluate(arguments, config, asked, trainer, dataset, tokenizer, clock)
+    # A launched process that ends within its group may be aborted by the threads of its backend.
+    trainer.end()
 
 
 def _check(

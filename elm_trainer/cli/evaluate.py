@@ -85,3 +85,5 @@ def main(argv: list[str] | None = None) -> None:
     )
     if state.is_main_process:
         write_evaluation(arguments.output_dir, report)
+    # A launched process that ends within its group may be aborted by the threads of its backend.
+    state.destroy_process_group()

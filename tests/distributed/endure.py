@@ -73,6 +73,7 @@ def main() -> None:
     )
     trainer.train()
     (output / "seen.json").write_text(json.dumps(watch.seen))
+    trainer.end()
 
 
 if __name__ == "__main__":

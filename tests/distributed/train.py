@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from peft import LoraConfig
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
@@ -150,6 +151,8 @@ def main() -> None:
         if int(os.environ.get("RANK", 0)) == 0:
             (output / run.name).mkdir(exist_ok=True)
             (output / run.name / "result.json").write_text(json.dumps(result))
+    # Threads of gloo abort a process now and then that ends within its group.
+    PartialState().destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """What every script in `examples/` does alike."""
 
+import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -50,6 +52,59 @@ def test_a_run_prints_nothing_that_nobody_can_act_on(tiny_folder, tmp_path):
     names = {bar["name"].strip() for bar in bars}
     assert names >= {"Computing targets", "Training", "reference: multiple choice"} and "" not in names
     assert "WARNING" not in run.stdout and "Warning" not in run.stdout
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("command", ["erase", "evaluate"])
+def test_a_launched_process_leaves_its_group_before_it_ends(command, tiny_folder, tmp_path):
+    # One that ends within its group may be aborted by the threads of gloo (SIGABRT, "terminate called without an active exception").
+    options = [
+        f"--model={tiny_folder}",
+        f"--output_dir={tmp_path / 'out'}",
+        "--questions=4",
+        "--measures=multiple-choice",
+    ]
+    if command == "evaluate":
+        options += [f"--reference={tiny_folder}"]
+    else:
+        options += [
+            "--evaluate=false",
+            "--dataset_size=4",
+            "--max_steps=1",
+            "--per_device_train_batch_size=2",
+            "--bf16=false",
+        ]
+        options += [
+            "--concepts=capitals",
+            "--forget=capitals",
+            "--retain=everyday",
+            "--use_cpu=true",
+            "--report_to=none",
+        ]
+        options += [f"--targets_dir={tmp_path / 'targets'}"]
+    code = "import sys, torch.distributed as group\nfrom elm_trainer.cli.main import main\njoined, join = [], group.init_process_group\n"
+    code += "group.init_process_group = lambda *args, **options: (joined.append(1), join(*args, **options))\n"
+    code += "main(sys.argv[1:])\nprint('joined', len(joined), 'left', not group.is_initialized())"
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        port = listener.getsockname()[1]
+    launched = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(port),
+    }
+    run = subprocess.run(
+        [sys.executable, "-c", code, command, *options],
+        cwd=ROOT,
+        env=os.environ | launched | {"ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stdout.endswith("joined 1 left True\n")
 
 
 def test_the_leaderboard_offers_every_column_that_can_be_ranked_by():
