@@ -87,6 +87,7 @@ def main() -> None:
     logged = [entry for entry in trainer.state.log_history if "dev_multiple_choice.capitals.pmi" in entry]
     found = {"report": report, "logged": logged, "forwards": len(calls), "refused": refused}
     (output / f"{trainer.args.process_index}.json").write_text(json.dumps(found))
+    trainer.end()
 
 
 if __name__ == "__main__":

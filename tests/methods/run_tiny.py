@@ -10,6 +10,7 @@ import signal
 import time
 from pathlib import Path
 
+from accelerate import PartialState
 from peft import LoraConfig
 from transformers import TrainerCallback
 
@@ -85,6 +86,8 @@ def main() -> None:
         )
         trainer.train(resume_from_checkpoint=options.resume or None)
         trainer.save_model(str(options.output / name / "final"))
+    # Threads of gloo abort a process now and then that ends within its group.
+    PartialState().destroy_process_group()
 
 
 if __name__ == "__main__":
