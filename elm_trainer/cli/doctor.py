@@ -138,8 +138,7 @@ def check_settings(run: PlannedRun) -> Finding:
 
 def check_texts(run: PlannedRun) -> Finding:
     """Every source of texts is there; how many rows it has."""
-    from ..data.sources import BUILTIN_SOURCES
-    from ..data.user_sources import is_hub_id
+    from ..data.sources import is_asked_of_the_hub
 
     if run.made is None:
         named = [*run.arguments.forget, *run.arguments.retain]
@@ -148,7 +147,7 @@ def check_texts(run: PlannedRun) -> Finding:
             *map(str, run.made.made_from.documents),
             *map(str, (*run.made.made_from.near, *run.made.made_from.retain)),
         ]
-    far = [name for name in dict.fromkeys(named) if name not in BUILTIN_SOURCES and is_hub_id(name)]
+    far = [name for name in dict.fromkeys(named) if is_asked_of_the_hub(name)]
     if far and not run.hub.reachable:
         return Finding("problem", f"{', '.join(far)}: the Hub is not reached ({run.hub.text})", "name a file here")
     counts = {name: len(texts) for name, texts in run.texts.items()}

@@ -14,10 +14,22 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from .benchmarks import benchmark_hub_id, is_benchmark, read_benchmark_texts
 from .facts import Fact
 from .questions import facts_of, held_out_subjects
 from .tokens import text_tokenizer
-from .user_sources import Messages, Source, check_type, is_file_name, joined, read_named, rows_of, shown, text_rows
+from .user_sources import (
+    Messages,
+    Source,
+    check_type,
+    is_file_name,
+    is_hub_id,
+    joined,
+    read_named,
+    rows_of,
+    shown,
+    text_rows,
+)
 
 
 logger = logging.get_logger(__name__)
@@ -43,8 +55,9 @@ def load_texts(
             Name of a built-in source; path of a `.jsonl`, `.json`, `.csv`, `.tsv`, `.parquet`, `.txt`, `.md`, `.html`, `.pdf`
             or `.docx` file, of a folder of such files or of `save_to_disk`, or a glob pattern; id `org/name` of a dataset
             on the Hub, with its config, split and column where these are not the usual ones
-            (`org/name:config,split=train[:100],column=body`); a `Dataset`; or the texts, or rows, themselves. Plain text
-            is cut into passages (see [`passages`]).
+            (`org/name:config,split=train[:100],column=body`); texts of a benchmark, such as `tofu:forget10` (see
+            [`read_benchmark_texts`]); a `Dataset`; or the texts, or rows, themselves. Plain text is cut into passages (see
+            [`passages`]).
         column (`str`, *optional*, defaults to `"text"`):
             Column that holds the text, or a list of messages. A source without it may have the column `messages`
             instead, or `prompt` and `completion`, whose text is one after the other; the column `prompt` is kept.
@@ -85,7 +98,12 @@ def read_texts(
     render = partial(conversation, processing_class)
     if isinstance(source, (str, Path)):
         rows: list[dict[str, Any]] = []
-        for place, part in read_named(source, what, split=split, column=column, known=BUILTIN_SOURCES):
+        parts: Iterable[tuple[str, Any]]
+        if is_benchmark(source):
+            parts = [(f"{what}, {source!r}", read_benchmark_texts(str(source), what))]
+        else:
+            parts = read_named(source, what, split=split, column=column, known=BUILTIN_SOURCES)
+        for place, part in parts:
             check_type(part, place)
             rows += text_rows(part, place, column, render)
     else:
@@ -98,6 +116,13 @@ def read_texts(
         logger.warning(f"{what}: dropped {len(rows) - len(kept)} empty texts of {len(rows)}.")
     names = ["text", *(name for name in ("prompt", "novice", "novices") if any(name in row for row in kept))]
     return Dataset.from_dict({name: [row.get(name) for row in kept] for name in names})
+
+
+def is_asked_of_the_hub(name: str) -> bool:
+    """Whether reading a source needs the Hub: it is a data set there, or a benchmark without a place of its own."""
+    if name in BUILTIN_SOURCES:
+        return False
+    return is_hub_id(name) or (is_benchmark(name) and benchmark_hub_id(name) is not None)
 
 
 def _refuse_names(source: Dataset | Sequence[Any], what: str) -> None:

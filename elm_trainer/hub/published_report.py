@@ -14,6 +14,7 @@ from transformers.utils import logging
 from trl import SFTConfig
 
 from ..concept import concept_presets
+from ..data.benchmarks import is_benchmark
 from ..data.questions import Question
 from ..data.sources import BUILTIN_PAIRS, BUILTIN_SOURCES
 from ..data.user_sources import is_hub_id
@@ -100,6 +101,8 @@ def _source_of(public_sources: Collection[str]) -> Public:
             return None
         if value in _built_in() or value in public_sources:
             return value
+        if is_benchmark(value):
+            return value.partition(",from=")[0]
         return PRIVATE_DATASET if is_hub_id(value) else LOCAL_FILE
 
     return source
