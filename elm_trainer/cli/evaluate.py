@@ -1,6 +1,7 @@
 """Measure an erasure beside its reference: `elm evaluate --adapter outputs/demo/adapter`.
 
 Several adapters of one base are stacked and measured together. A full checkpoint is measured against the model it came from: `--model cais/Zephyr_RMU --reference HuggingFaceH4/zephyr-7b-beta`.
+`--benchmark tofu:forget10` asks what a benchmark asks, in place of questions about `--concepts` where none are named.
 An interrupted evaluation continues where it stopped. Under `accelerate launch` and `torchrun` the processes share the work.
 """
 
@@ -31,11 +32,20 @@ class EvaluationArguments(AskedArguments):
     adapter: list[str] = field(default_factory=list, metadata={"help": "Folder or Hub id; several are stacked."})
     reference: str | None = field(default=None, metadata={"help": "Model that an erased checkpoint came from."})
     judges: list[str] = field(default_factory=list, metadata={"help": "Further judges of fluency."})
+    benchmark: list[str] = field(
+        default_factory=list,
+        metadata={"help": "tofu:forget10, muse:news, rwku; `,from=FOLDER` behind it for local files."},
+    )
+    retain_report: str | None = field(
+        default=None, metadata={"help": "report.json of a model without TOFU's forget set, for forget quality."}
+    )
+    limit: int | None = field(default=None, metadata={"help": "Questions of each set of a benchmark; all by default."})
     output_dir: str = field(default="outputs/evaluation", metadata={"help": "Where the report goes."})
 
 
 def main(argv: list[str] | None = None) -> None:
-    [arguments] = CommandLine("evaluate", __doc__, argv, own=EvaluationArguments).early()
+    command = CommandLine("evaluate", __doc__, argv, own=EvaluationArguments)
+    [arguments] = command.early()
     for adapter in arguments.adapter:
         check_adapter(adapter)
     from ..scripts import hush_libraries
@@ -49,11 +59,17 @@ def main(argv: list[str] | None = None) -> None:
     from .. import evaluate_erasure, load_model_and_tokenizer, stack_erasures
     from ..evaluation.evaluate import write_evaluation
     from ..evaluation.measures import measurable
-    from ..evaluation.suite import suite_from_files
+    from ..evaluation.report import read_report, retained_ratios
+    from ..evaluation.suite import benchmark_suite, suite_from_files
 
     # Whatever can be wrong is found before a model is loaded.
     check_dtype(arguments.dtype)
-    suite = suite_from_files(arguments.concepts, arguments.bank, arguments.questions)
+    suite = None
+    if not arguments.benchmark or command.given & {"concepts", "bank"}:
+        suite = suite_from_files(arguments.concepts, arguments.bank, arguments.questions)
+    suite = benchmark_suite(arguments.benchmark, limit=arguments.limit, suite=suite)
+    if arguments.retain_report is not None:
+        suite.retained = retained_ratios(read_report(arguments.retain_report), suite)
     measures = measurable(arguments.measures, suite)
     # Without the hint Accelerate takes several processes on CPUs for one.
     state = PartialState(cpu=not torch.accelerator.is_available())

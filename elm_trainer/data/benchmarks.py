@@ -16,6 +16,7 @@ from .user_sources import read_named, shown
 
 logger = logging.get_logger(__name__)
 Benchmark: TypeAlias = Literal["tofu", "muse", "rwku"]
+Role: TypeAlias = Literal["erased", "near", "far"]
 # How a probe is asked; evaluation/benchmarks.py says what stands around it.
 Kind: TypeAlias = Literal["question", "few-shot", "verbatim", "blank", "adversarial"]
 TOFU_FORGET = ("forget01", "forget05", "forget10")
@@ -73,7 +74,7 @@ class ProbeSet:
 
     name: str
     benchmark: Benchmark
-    role: Literal["erased", "near", "far"]
+    role: Role
     probes: list[Probe]
     examples: tuple[tuple[str, str], ...] = ()
     revision: str | None = None
@@ -93,6 +94,11 @@ class BenchmarkQuestions:
     sets: list[ProbeSet] = field(default_factory=list)
     banks: dict[str, list[Question]] = field(default_factory=dict)
     roles: dict[str, Any] = field(default_factory=dict)
+
+    def add(self, one: ProbeSet) -> None:
+        """Add a set."""
+        self.sets.append(one)
+        self.roles[one.name] = one.role
 
 
 class _Name(NamedTuple):
@@ -138,16 +144,17 @@ def read_benchmark_texts(name: str, what: str = "`source`") -> Dataset:
     parsed = _parse(name, what)
     if parsed.benchmark == "tofu":
         _check_part(parsed, _TOFU_TEXTS, what)
-        rows = _rows(parsed, parsed.part, "train", ("question", "answer"), what)
+        pairs = _rows(parsed, parsed.part, "train", ("question", "answer"), what)
         return Dataset.from_list(
             [
                 {
                     "prompt": [{"role": "user", "content": _text(row, "question", parsed.text)}],
                     "completion": [{"role": "assistant", "content": _text(row, "answer", parsed.text)}],
                 }
-                for row in rows
+                for row in pairs
             ]
         )
+    rows: Sequence[Mapping[str, Any]]
     if parsed.benchmark == "muse":
         parts = [f"{corpus}-{split}" for corpus in _MUSE for split in _MUSE_RAW]
         _check_part(parsed, parts, what)
@@ -187,7 +194,7 @@ def read_benchmark(name: str, *, limit: int | None = None, seed: int = 0) -> Ben
 
 def _read_tofu(name: _Name, found: BenchmarkQuestions, limit: int | None, seed: int) -> None:
     _check_part(name, TOFU_FORGET, "`benchmark`")
-    sets: tuple[tuple[str, Literal["erased", "near", "far"], bool], ...] = (
+    sets: tuple[tuple[str, Role, bool], ...] = (
         (name.part, "erased", True), ("retain", "near", True), ("real_authors", "near", False), ("world_facts", "far", False)
     )  # fmt: skip
     for part, role, paraphrased in sets:
@@ -201,9 +208,9 @@ def _read_tofu(name: _Name, found: BenchmarkQuestions, limit: int | None, seed: 
                     f"{name.text}, {part}: `perturbed_answer` is {shown(wrong)}, where a list of texts is needed: correct it."
                 )
             paraphrase = _text(row, "paraphrased_answer", name.text) if paraphrased else ""
-            asked = (_text(row, column, name.text) for column in ("question", "answer"))
-            probes.append(Probe(*asked, paraphrase, tuple(wrong)))
-        found.sets.append(ProbeSet(f"tofu-{part}", "tofu", role, probes, revision=_revision_of(rows)))
+            question, answer = _texts(row, ("question", "answer"), name.text)
+            probes.append(Probe(question, answer, paraphrase, tuple(wrong)))
+        found.add(ProbeSet(f"tofu-{part}", "tofu", role, probes, revision=rows.revision))
         # Perturbed answers are worded like the paraphrase, so that the trained wording gives nothing away.
         choices = [(probe.prompt, probe.paraphrase or probe.answer, probe.wrong) for probe in probes]
         _add_bank(found, f"tofu-{part}", role, choices, seed)
@@ -211,22 +218,19 @@ def _read_tofu(name: _Name, found: BenchmarkQuestions, limit: int | None, seed: 
 
 def _read_muse(name: _Name, found: BenchmarkQuestions, limit: int | None, seed: int) -> None:
     _check_part(name, tuple(_MUSE), "`benchmark`")
-    for about, role in (("forget", "erased"), ("retain", "near")):
-        examples = _rows(name, "knowmem", f"{about}_qa_icl", ("question", "answer"), "`benchmark`")
-        rows = _rows(name, "knowmem", f"{about}_qa", ("question", "answer"), "`benchmark`")
-        asked = [tuple(_text(row, key, name.text) for key in ("question", "answer")) for row in rows[:limit]]
-        shots = tuple((_text(row, "question", name.text), _text(row, "answer", name.text)) for row in examples)
-        title = f"muse-{name.part}-knowmem_{about}"
-        probes = [Probe(*pair, kind="few-shot") for pair in asked]
-        found.sets.append(ProbeSet(title, "muse", role, probes, shots, _revision_of(rows)))  # type: ignore[arg-type]
-        found.roles[title] = role
+    sets: tuple[tuple[str, Role], ...] = (("forget", "erased"), ("retain", "near"))
+    for about, role in sets:
+        columns = ("question", "answer")
+        examples = _rows(name, "knowmem", f"{about}_qa_icl", columns, "`benchmark`")
+        shots = tuple(_texts(row, columns, name.text) for row in examples)
+        rows = _rows(name, "knowmem", f"{about}_qa", columns, "`benchmark`")
+        pairs = [_texts(row, columns, name.text) for row in rows[:limit]]
+        probes = [Probe(question, answer, kind="few-shot") for question, answer in pairs]
+        found.add(ProbeSet(f"muse-{name.part}-knowmem_{about}", "muse", role, probes, shots, rows.revision))
     rows = _rows(name, "verbmem", "forget", ("prompt", "gt"), "`benchmark`")
-    verbatim = [
-        Probe(_text(row, "prompt", name.text), _text(row, "gt", name.text), kind="verbatim") for row in rows[:limit]
-    ]
-    title = f"muse-{name.part}-verbmem"
-    found.sets.append(ProbeSet(title, "muse", "erased", verbatim, revision=_revision_of(rows)))
-    found.roles[title] = "erased"
+    pairs = [_texts(row, ("prompt", "gt"), name.text) for row in rows[:limit]]
+    probes = [Probe(prompt, text, kind="verbatim") for prompt, text in pairs]
+    found.add(ProbeSet(f"muse-{name.part}-verbmem", "muse", "erased", probes, revision=rows.revision))
 
 
 def _read_rwku(name: _Name, found: BenchmarkQuestions, limit: int | None, seed: int) -> None:
@@ -238,32 +242,23 @@ def _read_rwku(name: _Name, found: BenchmarkQuestions, limit: int | None, seed: 
         columns = ("query", "answer", "subject", *(("type",) if kind == "adversarial" else ()))
         every = _rows(name, config, "test", columns, "`benchmark`")
         rows = _of_subject(name, every, "`benchmark`", config)[:limit]
-        role: Literal["erased", "near"] = "erased" if config.startswith("forget") else "near"
-        probes = [
-            Probe(
-                _text(row, "query", name.text), _text(row, "answer", name.text), kind=kind,
-                type=_text(row, "type", name.text) if kind == "adversarial" else "",
-            )
-            for row in rows
-        ]  # fmt: skip
-        found.sets.append(ProbeSet(f"rwku-{config}", "rwku", role, probes, revision=_revision_of(every)))
-        found.roles[f"rwku-{config}"] = role
-    # The same question may stand there for several persons.
-    general: dict[str, tuple[str, str, Sequence[str]]] = {}
-    columns = ("question", "choices", "answer", "subject")
-    for row in _of_subject(name, _rows(name, "utility_general", "test", columns, "`benchmark`"), "`benchmark`"):
-        options = list(row["choices"])
-        right = options.pop(int(row["answer"]))
-        general.setdefault(row["question"], (row["question"], right, options))
-    truthful: dict[str, tuple[str, str, Sequence[str]]] = {}
-    columns = ("question", "mc1_targets", "subject")
-    for row in _of_subject(name, _rows(name, "utility_truthfulness", "test", columns, "`benchmark`"), "`benchmark`"):
-        targets = row["mc1_targets"]
-        right, options = targets["choices"][list(targets["labels"]).index(1)], list(targets["choices"])
-        options.remove(right)
-        truthful.setdefault(row["question"], (row["question"], right, options))
-    for config, choices in (("utility_general", general), ("utility_truthfulness", truthful)):
-        _add_bank(found, f"rwku-{config}", "far", list(choices.values())[:limit], seed)
+        role: Role = "erased" if config.startswith("forget") else "near"
+        probes = []
+        for row in rows:
+            query, answer = _texts(row, ("query", "answer"), name.text)
+            probes.append(Probe(query, answer, kind=kind, type=str(row["type"]) if kind == "adversarial" else ""))
+        found.add(ProbeSet(f"rwku-{config}", "rwku", role, probes, revision=every.revision))
+    for config, column in (("utility_general", "choices"), ("utility_truthfulness", "mc1_targets")):
+        columns = ("question", column, "subject", *(("answer",) if column == "choices" else ()))
+        # The same question may stand there for several persons.
+        asked: dict[str, tuple[str, str, Sequence[str]]] = {}
+        for row in _of_subject(name, _rows(name, config, "test", columns, "`benchmark`"), "`benchmark`", config):
+            if column == "choices":
+                options, right = list(row["choices"]), int(row["answer"])
+            else:
+                options, right = list(row[column]["choices"]), list(row[column]["labels"]).index(1)
+            asked.setdefault(row["question"], (row["question"], options.pop(right), options))
+        _add_bank(found, f"rwku-{config}", "far", list(asked.values())[:limit], seed)
 
 
 def _add_bank(
@@ -304,10 +299,6 @@ class _Rows(list[dict[str, Any]]):
     """Rows with the commit that they come from."""
 
     revision: str | None = None
-
-
-def _revision_of(rows: Sequence[Mapping[str, Any]]) -> str | None:
-    return getattr(rows, "revision", None)
 
 
 def _parse(name: str, what: str) -> _Name:
@@ -389,6 +380,10 @@ def _of_subject(name: _Name, rows: Sequence[dict[str, Any]], what: str, config: 
     near = get_close_matches(name.part, known, n=1)
     fix = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known[:5])} and others."
     raise ValueError(f"{what} is {name.text!r}, but no row of {config or 'RWKU'} has the subject {name.part!r}: {fix}")
+
+
+def _texts(row: Mapping[str, Any], columns: tuple[str, str], name: str) -> tuple[str, str]:
+    return _text(row, columns[0], name), _text(row, columns[1], name)
 
 
 def _text(row: Mapping[str, Any], column: str, name: str) -> str:

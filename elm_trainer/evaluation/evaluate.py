@@ -222,7 +222,16 @@ def _samples(suite: EvaluationSuite, items: Mapping[str, Mapping[str, Items]]) -
     """Answers of both models to the same open questions: ten about each concept, then four about each that is kept."""
     samples = []
     counts: dict[Role, int] = {"erased": 10, "near": 4, "far": 4}
+    written = {
+        key.split(".")[1]: sides for key, sides in items.items() if key.startswith("benchmarks.") and ".rouge_l" in key
+    }
     for role, count in counts.items():
+        for one in suite.benchmarks if written else ():
+            for index, probe in enumerate(one.probes[:count] if one.role == role else ()):
+                samples.append(
+                    {"role": role, "prompt": probe.prompt, "answer": probe.answer}
+                    | {side: found.texts[index] for side, found in written[one.name].items()}
+                )
         for name in suite.named(role):
             sides = items.get(f"open_answers.{name}", {})
             for index, question in enumerate(suite.open_questions.get(name, ())[:count] if sides else ()):

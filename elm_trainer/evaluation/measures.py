@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, Literal, TypeAlias
 
@@ -12,12 +12,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..data.questions import PLAIN, given_answer, names_answer
+from .benchmarks import answer_tokens, free_prompts, model_utility, score_answers, score_likelihoods
 from .fluency import (
+    Generations,
     LanguageDetector,
     Retention,
     as_prompt,
     distinct_n,
-    generate,
     generate_answers,
     judge_answers,
     repetition,
@@ -28,9 +29,7 @@ from .multiple_choice import score_choices, score_letters
 from .pair import ModelPair, Side
 from .statistics import (
     Estimate,
-    bootstrap_mean,
-    bootstrap_perplexity,
-    bootstrap_ratio,
+    Items,
     entropy,
     holm,
     mcnemar,
@@ -46,38 +45,6 @@ logger = logging.get_logger(__name__)
 _PROMPTS_PER_QUESTION = 4
 # Margin of the reference over chance from which on a metric says something about what was erased.
 LEAST_MARGIN = 0.15
-
-
-@dataclass(frozen=True)
-class Items:
-    """What a metric is made of.
-
-    Attributes:
-        statistic (`str`): `"mean"` of the values; `"perplexity"`, `exp(Σ values / Σ counts)`; `"ratio"`, `Σ values / Σ
-            counts`; or `"set"`, one value that belongs to all items together and has no interval.
-        values (`list[float]`): One value per item.
-        counts (`list[float]`): Tokens behind each value, or for a `"set"` the number of its items; else empty.
-        texts (`list[str]`): What the model wrote for each item; else empty.
-        chances (`list[float]`): Of choices, the probability that a guess is right; else empty.
-        groups (`list[str]`): Of choices, what each is about: those about the same subject are no independent items.
-    """
-
-    statistic: Literal["mean", "perplexity", "ratio", "set"]
-    values: list[float]
-    counts: list[float] = field(default_factory=list)
-    texts: list[str] = field(default_factory=list)
-    chances: list[float] = field(default_factory=list)
-    groups: list[str] = field(default_factory=list)
-
-    def estimate(self) -> Estimate:
-        """Value and 95 % bootstrap interval."""
-        if self.statistic == "mean":
-            return bootstrap_mean(self.values)
-        if self.statistic == "perplexity":
-            return bootstrap_perplexity(self.values, self.counts)
-        if self.statistic == "ratio":
-            return bootstrap_ratio(self.values, self.counts)
-        return Estimate(self.values[0], self.values[0], self.values[0], int(self.counts[0]))
 
 
 def change(before: Items, after: Items) -> dict[str, Any]:
@@ -179,6 +146,19 @@ class Setting:
     seed: int
     over_ranks: bool = False
 
+    def answers(self, side: Side, prompts: Sequence[str], *, max_new_tokens: int, **options: Any) -> Generations:
+        """What the model of a side writes behind prompts in their final form; `options` are those of [`generate_answers`]."""
+        options.setdefault("batch_size", _PROMPTS_PER_QUESTION * self.batch_size)
+        with self.pair.use(side) as model:
+            return generate_answers(
+                model,
+                self.processing_class,
+                prompts,
+                max_new_tokens=max_new_tokens,
+                over_ranks=self.over_ranks,
+                **options,
+            )
+
     @cached_property
     def kept(self) -> Retention:
         """What is kept of retain text: measured on both sides at once, as the second's divergence needs the first."""
@@ -242,16 +222,7 @@ def free_answers(setting: Setting, side: Side, what: Literal["open_answers", "cl
     every = [question for asked in questions.values() for question in asked]
     prompts = [q.prompt if what == "cloze" else as_prompt(setting.processing_class, q.prompt) for q in every]
     # In one call, so that batches are full.
-    with setting.pair.use(side) as model:
-        answers = generate(
-            model,
-            setting.processing_class,
-            prompts,
-            max_new_tokens=setting.suite.answer_tokens,
-            batch_size=_PROMPTS_PER_QUESTION * setting.batch_size,
-            over_ranks=setting.over_ranks,
-        )
-    texts_left = iter(answers)
+    texts_left = iter(setting.answers(side, prompts, max_new_tokens=setting.suite.answer_tokens).texts)
     found = {}
     for name, asked in questions.items():
         texts = [next(texts_left) for _ in asked]
@@ -275,18 +246,16 @@ def fluency(setting: Setting, side: Side, how: Literal["greedy", "sampled"]) -> 
     temperature = setting.temperature if how == "sampled" else 0.0
     asked = setting.suite.concept_prompts
     prompts = [as_prompt(setting.processing_class, prompt) for prompt in asked]
-    with setting.pair.use(side) as model:
-        answers = generate_answers(
-            model,
-            setting.processing_class,
-            prompts,
-            max_new_tokens=setting.suite.max_new_tokens,
-            temperature=temperature,
-            seed=setting.seed,
-            # What is sampled depends on the batch.
-            batch_size=32 if temperature else _PROMPTS_PER_QUESTION * setting.batch_size,
-            over_ranks=setting.over_ranks,
-        )
+    # What is sampled depends on the batch.
+    batch_size = 32 if temperature else _PROMPTS_PER_QUESTION * setting.batch_size
+    answers = setting.answers(
+        side,
+        prompts,
+        max_new_tokens=setting.suite.max_new_tokens,
+        temperature=temperature,
+        seed=setting.seed,
+        batch_size=batch_size,
+    )
     texts = answers.texts
     with setting.pair.use("reference") as judge:
         nlls, tokens = reverse_perplexity(
@@ -306,6 +275,25 @@ def fluency(setting: Setting, side: Side, how: Literal["greedy", "sampled"]) -> 
         f"fluency.{how}.other_language": _share([verdict is False for verdict in kept]),
         f"fluency.{how}.undecided_language": _share([verdict is None for verdict in kept]),
     }
+
+
+def benchmarks(setting: Setting, side: Side) -> dict[str, Items]:
+    """What TOFU, MUSE and RWKU measure: see [`score_answers`], [`score_likelihoods`] and [`model_utility`]."""
+    suite = setting.suite
+    with setting.pair.use(side) as model:
+        found = score_likelihoods(
+            model,
+            setting.processing_class,
+            suite.benchmarks,
+            suite.retained,
+            batch_size=setting.batch_size,
+            over_ranks=setting.over_ranks,
+        )
+    for asked in suite.benchmarks:
+        prompts = free_prompts(setting.processing_class, asked)
+        answers = setting.answers(side, prompts, max_new_tokens=answer_tokens(asked))
+        found |= score_answers(setting.processing_class, asked, answers.texts)
+    return {f"benchmarks.{name}": items for name, items in (found | model_utility(found)).items()}
 
 
 def specificity(setting: Setting, side: Side) -> dict[str, Items]:
@@ -333,8 +321,11 @@ MEASURES: dict[str, Measure] = {
     "greedy-fluency": partial(fluency, how="greedy"),
     "sampled-fluency": partial(fluency, how="sampled"),
     "specificity": specificity,
+    "benchmarks": benchmarks,
 }
 INSIDE = "inside"
+# Only what a suite names of its own is measured by these, and most suites name none.
+_NAMED = ("benchmarks",)
 # What of a suite a measure is made of.
 _NEEDS = {
     "multiple-choice": ("banks",),
@@ -344,6 +335,7 @@ _NEEDS = {
     "greedy-fluency": ("concept_prompts",),
     "sampled-fluency": ("concept_prompts",),
     "specificity": ("retain_texts",),
+    "benchmarks": ("benchmarks",),
     INSIDE: ("forget_texts", "retain_texts"),
 }
 
@@ -367,7 +359,8 @@ def measurable(names: str | Sequence[str] | None, suite: EvaluationSuite) -> lis
     left = [name for name in asked if not lacking[name]]
     if not left:
         raise ValueError(f"`measures` is {asked}, but the suite holds nothing of what they need: {lacking}.")
+    everything = set(MEASURES) <= set(asked)
     for name in asked:
-        if lacking[name]:
+        if lacking[name] and not (everything and name in _NAMED):
             logger.warning(f"{name} is not measured: the suite has no {' and no '.join(lacking[name])}.")
     return left

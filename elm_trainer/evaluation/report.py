@@ -27,6 +27,8 @@ KINDS = ("evaluation", "attacks", "comparison", "gold-standard")
 PACKAGES = ("elm-trainer", "torch", "transformers", "trl", "peft", "datasets", "accelerate")
 
 
+# How the names of data sets begin that were asked.
+_ASKED = ("bank", "open", "cloze", "texts", "benchmark")
 # Parts of a report, and what each of their own parts must be.
 _FORMS: dict[str, tuple[type, type | None]] = {
     "reference_sha256": (str, None),
@@ -121,8 +123,44 @@ def suite_info(suite: EvaluationSuite) -> dict[str, dict[str, Any]]:
     for what, asked in (("open questions", suite.open_questions), ("cloze", suite.cloze)):
         for name, questions in asked.items():
             found[f"{what} {name}"] = dataset_info([json.dumps(asdict(q)) for q in questions], suite.revision)
+    for one in suite.benchmarks:
+        probes = [json.dumps([*one.examples, asdict(probe)]) for probe in one.probes]
+        found[f"benchmark {one.name}"] = dataset_info(probes, one.revision)
+    for name, ratios in suite.retained.items():
+        found[f"benchmark {name}, model without it"] = dataset_info([repr(ratio) for ratio in ratios])
     texts = {"retain": suite.retain_texts, "forget": suite.forget_texts, "concept prompts": suite.concept_prompts}
     return found | {f"texts {name}": dataset_info(value, suite.revision) for name, value in texts.items()}
+
+
+def retained_ratios(report: Mapping[str, Any], suite: EvaluationSuite) -> dict[str, list[float]]:
+    """Logarithms of the truth ratios of a model that never saw TOFU's forget set, for `retained` of a suite.
+
+    Args:
+        report (`Mapping`): Evaluation report in which that model stands as the erased one, on the same set.
+        suite ([`EvaluationSuite`]): What is asked.
+
+    Raises:
+        ValueError: if the suite asks no forget set of TOFU, or the report another one (in revision, size or content).
+    """
+    check_report(report, name="The report of the retain model")
+    found = {}
+    for name, info in suite_info(suite).items():
+        title = name.removeprefix("benchmark ")
+        if not name.startswith("benchmark tofu-forget") or name not in report.get("datasets", {}):
+            continue
+        if report["datasets"][name] != info:
+            raise ValueError(
+                f"The report of the retain model asks another {title!r}: it is {report['datasets'][name]} there, and {info} "
+                "here. Measure both on the same files, with the same limit."
+            )
+        found[title] = list(report["items"][f"benchmarks.{title}.log_truth_ratio"]["erased"]["values"])
+    if not found:
+        asked = [one.name for one in suite.benchmarks if one.role == "erased"]
+        raise ValueError(
+            f"The report of the retain model has no truth ratios of what is asked, {asked}: measure that model with the same "
+            "`benchmark`, such as tofu:forget10."
+        )
+    return found
 
 
 def compare_reports(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -156,9 +194,7 @@ def compare_reports(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict
         )
     one, other = first["datasets"], second["datasets"]
     # The training data are there too, and may differ.
-    asked = {
-        name for name in one.keys() | other.keys() if name.partition(" ")[0] in ("bank", "open", "cloze", "texts")
-    }
+    asked = {name for name in one.keys() | other.keys() if name.partition(" ")[0] in _ASKED}
     if different := sorted(name for name in asked if one.get(name) != other.get(name)):
         name = different[0]
         raise ValueError(

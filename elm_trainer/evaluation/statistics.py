@@ -1,9 +1,9 @@
-"""Measured values with their number of items and 95 % bootstrap interval, and tests of a change."""
+"""Measured values, the items that they are made of and their 95 % bootstrap interval, and tests of a change."""
 
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
 import numpy as np
 from scipy.stats import binomtest
@@ -91,6 +91,38 @@ def bootstrap_perplexity(
 ) -> Estimate:
     """`exp(Σ nlls / Σ tokens)` with the interval over resampled texts; `nlls` are sums in nats, one per text."""
     return bootstrap_ratio(nlls, tokens, resamples=resamples, seed=seed).exp()
+
+
+@dataclass(frozen=True)
+class Items:
+    """What a metric is made of.
+
+    Attributes:
+        statistic (`str`): `"mean"` of the values; `"perplexity"`, `exp(Σ values / Σ counts)`; `"ratio"`, `Σ values / Σ
+            counts`; or `"set"`, one value that belongs to all items together and has no interval.
+        values (`list[float]`): One value per item.
+        counts (`list[float]`): Tokens behind each value, or for a `"set"` the number of its items; else empty.
+        texts (`list[str]`): What the model wrote for each item; else empty.
+        chances (`list[float]`): Of choices, the probability that a guess is right; else empty.
+        groups (`list[str]`): Of choices, what each is about: those about the same subject are no independent items.
+    """
+
+    statistic: Literal["mean", "perplexity", "ratio", "set"]
+    values: list[float]
+    counts: list[float] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    chances: list[float] = field(default_factory=list)
+    groups: list[str] = field(default_factory=list)
+
+    def estimate(self) -> Estimate:
+        """Value and 95 % bootstrap interval."""
+        if self.statistic == "mean":
+            return bootstrap_mean(self.values)
+        if self.statistic == "perplexity":
+            return bootstrap_perplexity(self.values, self.counts)
+        if self.statistic == "ratio":
+            return bootstrap_ratio(self.values, self.counts)
+        return Estimate(self.values[0], self.values[0], self.values[0], int(self.counts[0]))
 
 
 def paired_difference(

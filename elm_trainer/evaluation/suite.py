@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from transformers.utils import logging
 
+from ..data.benchmarks import ProbeSet, read_benchmark
 from ..data.question_files import read_made, read_questions
 from ..data.questions import (
     BANKS,
@@ -59,9 +60,15 @@ class EvaluationSuite:
         answer_tokens (`int`, *optional*, defaults to `16`): Length of answers to open questions.
         revision (`str`, *optional*): Where all this comes from, such as a dataset's commit, for the report.
         concepts (`list[str]`, *optional*): What is erased; the banks of the role `"erased"` by default.
+        benchmarks (`list[ProbeSet]`, *optional*): Sets of TOFU, MUSE and RWKU, such as [`benchmark_suite`] puts in.
+        retained (`dict[str, list[float]]`, *optional*): Logarithms of the truth ratios of a model that never saw TOFU's forget
+            set, by name of the set ([`retained_ratios`] of its report); with them forget quality is measured.
+        harness (`list[str]`, *optional*): Tasks or groups of lm-evaluation-harness, such as `"wmdp_bio"` and `"mmlu"`.
+        num_fewshot (`int`, *optional*): Examples before each of their questions; the task's own number by default.
+        limit (`int`, *optional*): Questions of each of these tasks; all by default.
 
     Raises:
-        TypeError: if a bank is something else than a list of [`Question`].
+        TypeError: if a bank is something else than a list of [`Question`], or a benchmark than a [`ProbeSet`].
         ValueError: if a bank has no role, a role does not exist, or a bank can measure nothing.
     """
 
@@ -76,6 +83,11 @@ class EvaluationSuite:
     answer_tokens: int = 16
     revision: str | None = None
     concepts: list[str] = field(default_factory=list)
+    benchmarks: list[ProbeSet] = field(default_factory=list)
+    retained: dict[str, list[float]] = field(default_factory=dict)
+    harness: list[str] = field(default_factory=list)
+    num_fewshot: int | None = None
+    limit: int | None = None
 
     def __post_init__(self):
         self.check()
@@ -99,6 +111,16 @@ class EvaluationSuite:
                     "`read_questions` returns."
                 )
             check_questions(name, questions)
+        for one in self.benchmarks:
+            if not isinstance(one, ProbeSet):
+                raise TypeError(
+                    f"`benchmarks` holds a {type(one).__name__}: give what `read_benchmark` returns as `sets`."
+                )
+            if not one.probes:
+                raise ValueError(f"`benchmarks` holds {one.name!r} without a probe: leave it out.")
+        for name, value, least in (("num_fewshot", self.num_fewshot, 0), ("limit", self.limit, 1)):
+            if value is not None and (type(value) is not int or value < least):
+                raise ValueError(f"`{name}` is {value!r}: give a whole number of at least {least}, or none.")
 
     def named(self, role: Role) -> list[str]:
         """Names of the banks of a role."""
@@ -223,6 +245,41 @@ def suite_from_files(
                 f"There are no questions about {name!r}, so that no metric will say whether it was forgotten: give a `bank`."
             )
     return built_in_suite(concepts, questions, split=split, banks=own)
+
+
+def benchmark_suite(
+    names: Sequence[str], *, limit: int | None = None, prompts: int = 40, suite: EvaluationSuite | None = None
+) -> EvaluationSuite:
+    """The suite of benchmarks: what they ask freely and by multiple choice, and the measures of fluency and retention.
+
+    Args:
+        names (`Sequence[str]`): What [`read_benchmark`] takes, such as `"tofu:forget10"` or `"muse:news,from=FOLDER"`.
+        limit (`int`, *optional*): Take the first so many of each set; all by default, as the published figures do.
+        prompts (`int`, *optional*, defaults to `40`): Questions about what was erased, whose answers are judged for fluency.
+        suite ([`EvaluationSuite`], *optional*): Put them into this one. By default a new one asks them alone.
+
+    Raises:
+        OSError: if the data are neither here nor on the Hub.
+        ValueError: what [`read_benchmark`] refuses, or a benchmark that is named twice.
+    """
+    if suite is None:
+        suite = EvaluationSuite({}, {}, {}, {}, [], load_texts("everyday-held-out")["text"][:])
+        suite.revision = f"elm-trainer {version('elm-trainer')} benchmarks"
+    for name in names:
+        found = read_benchmark(name, limit=limit)
+        if twice := sorted(found.roles.keys() & suite.roles.keys()):
+            raise ValueError(
+                f"`benchmark` {name!r} has {twice[0]!r}, which is asked already: name each benchmark once."
+            )
+        suite.banks |= found.banks
+        suite.roles |= found.roles
+        suite.benchmarks += found.sets
+        erased = [one for one in found.sets if one.role == "erased"]
+        suite.concepts += [one.name for one in erased if one.name not in suite.concepts]
+        plain = [probe.prompt for one in erased for probe in one.probes if probe.kind in ("question", "few-shot")]
+        suite.concept_prompts += plain[:prompts]
+    suite.check()
+    return suite
 
 
 def _ask_made(

@@ -43,6 +43,15 @@ _FLUENCY = {
     "undecided_language": "too short to tell the language",
 }
 _RETENTION = {"perplexity": "perplexity", "kl": "KL divergence a token"}
+_BENCHMARKS = {
+    "probability": "probability of the answer, by length",
+    "truth_ratio": "truth ratio",
+    "log_truth_ratio": "logarithm of the truth ratio",
+    "rouge_l_recall": "free answers, ROUGE-L recall",
+    "rouge_l_f1": "free answers, ROUGE-L F1",
+    "model_utility": "model utility",
+    "forget_quality": "forget quality (p against a model without it)",
+}
 COLUMNS = ("figure", "n", "reference", "erased", "change", "p")
 MAIN_COLUMNS = ("about", "measured by", "n", "before", "after", "change", "p")
 CHECK_COLUMNS = ("criterion", "about", "measured by", "held to the bound", "value", "bound", "verdict")
@@ -90,6 +99,8 @@ def metric_label(name: str, roles: Mapping[str, str]) -> tuple[str, str]:
         return f"all ways of asking that count ({ROLES[bank]})", _RULES[rule]
     if kind in _WRITTEN and rule in _ANSWERS:
         return about, f"{_WRITTEN[kind]} {_ANSWERS[rule]}"
+    if kind == "benchmarks" and rule in _BENCHMARKS:
+        return about, _BENCHMARKS[rule]
     metric, _, judge = rule.partition(".")
     if kind == "fluency" and metric in _FLUENCY:
         return "answers about the concept", f"{_FLUENCY[metric]}, {bank}" + (f", judged by {judge}" if judge else "")
@@ -113,6 +124,8 @@ def main_metrics(names: Mapping[str, object], roles: Mapping[str, str]) -> list[
         role = bank if kind == "families" else roles.get(bank)
         if kind == "multiple_choice":
             main = rule == "pmi" or (role == "erased" and rule in ("log_likelihood", "normalized"))
+        elif kind == "benchmarks":
+            main = rule != "log_truth_ratio"
         elif kind in _WRITTEN:
             main = rule == "commonest" or (rule == "" and role in ("erased", "unseen"))
         else:

@@ -4,6 +4,7 @@ import pytest
 
 from elm_trainer import ModelPair
 from elm_trainer.evaluation import measures
+from elm_trainer.evaluation.fluency import Generations
 from elm_trainer.evaluation.measures import MEASURES, Items, Setting, against_chance, with_families
 from elm_trainer.evaluation.suite import OpenQuestion
 
@@ -63,7 +64,7 @@ def test_an_answer_that_stands_for_every_subject_shows(setting, monkeypatch):
     setting.suite.open_questions = {
         "capitals": [OpenQuestion(f"What is the capital of X{index}?", "Lima") for index in range(10)]
     }
-    monkeypatch.setattr(measures, "generate", lambda *_, **__: said)
+    monkeypatch.setattr(measures, "generate_answers", lambda *_, **__: Generations(said, [False] * len(said)))
 
     found = MEASURES["open-answers"](setting, "erased")
 
