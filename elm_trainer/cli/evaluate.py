@@ -1,7 +1,7 @@
 """Measure an erasure beside its reference: `elm evaluate --adapter outputs/demo/adapter`.
 
 Several adapters of one base are stacked and measured together. A full checkpoint is measured against the model it came from: `--model cais/Zephyr_RMU --reference HuggingFaceH4/zephyr-7b-beta`.
-`--benchmark tofu:forget10` asks what a benchmark asks, in place of questions about `--concepts` where none are named.
+`--benchmark tofu:forget10` and `--harness wmdp_bio` ask these in place of questions about `--concepts` where none are named.
 An interrupted evaluation continues where it stopped. Under `accelerate launch` and `torchrun` the processes share the work.
 """
 
@@ -39,7 +39,13 @@ class EvaluationArguments(AskedArguments):
     retain_report: str | None = field(
         default=None, metadata={"help": "report.json of a model without TOFU's forget set, for forget quality."}
     )
-    limit: int | None = field(default=None, metadata={"help": "Questions of each set of a benchmark; all by default."})
+    harness: list[str] = field(
+        default_factory=list, metadata={"help": "Tasks of lm-evaluation-harness, such as wmdp_bio wmdp_cyber mmlu."}
+    )
+    num_fewshot: int | None = field(
+        default=None, metadata={"help": "Examples before each of their questions; the task's own number by default."}
+    )
+    limit: int | None = field(default=None, metadata={"help": "Questions of each such set or task; all by default."})
     output_dir: str = field(default="outputs/evaluation", metadata={"help": "Where the report goes."})
 
 
@@ -65,9 +71,11 @@ def main(argv: list[str] | None = None) -> None:
     # Whatever can be wrong is found before a model is loaded.
     check_dtype(arguments.dtype)
     suite = None
-    if not arguments.benchmark or command.given & {"concepts", "bank"}:
+    if not (arguments.benchmark or arguments.harness) or command.given & {"concepts", "bank"}:
         suite = suite_from_files(arguments.concepts, arguments.bank, arguments.questions)
     suite = benchmark_suite(arguments.benchmark, limit=arguments.limit, suite=suite)
+    suite.harness, suite.num_fewshot, suite.limit = arguments.harness, arguments.num_fewshot, arguments.limit
+    suite.check()
     if arguments.retain_report is not None:
         suite.retained = retained_ratios(read_report(arguments.retain_report), suite)
     measures = measurable(arguments.measures, suite)

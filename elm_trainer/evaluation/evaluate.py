@@ -20,7 +20,7 @@ from ..run_lock import only_run_in
 from .measures import INSIDE, MEASURES, Items, Setting, against_chance, change, correct_p, measurable, with_families
 from .pair import SIDES, ModelPair, Side, in_shards
 from .plots import plot_inside, plot_report
-from .report import SCHEMA_VERSION, environment, pair_fingerprint, suite_info
+from .report import SCHEMA_VERSION, environment, harness_results, pair_fingerprint, suite_info
 from .statistics import bootstrap_mean
 from .suite import EvaluationSuite, Role, built_in_suite
 from .tables import render_summary, verdict_lines, write_markdown, write_samples
@@ -113,7 +113,10 @@ def _evaluate(
 ) -> dict[str, Any]:
     pair, suite = setting.pair, setting.suite
     started = time.perf_counter()
-    identity = {**pair_fingerprint(pair), "datasets": suite_info(suite)}
+    # What the harness asks is known when its data are loaded, before anything is measured.
+    tasks = setting.tasks.info() if "harness" in measures else {}
+    asked = suite_info(suite) | {f"harness {name}": info for name, info in tasks.items()}
+    identity: dict[str, Any] = {**pair_fingerprint(pair), "datasets": asked}
     path = None if output_dir is None else Path(output_dir) / "report.partial.jsonl"
     journal = Journal(path, identity, over_ranks=True)
     kept = journal
@@ -178,6 +181,7 @@ def _evaluate(
         },
         "samples": _samples(suite, items),
         "inside": inside,
+        **({"harness": harness_results(tasks, items)} if tasks else {}),
         "settings": settings,
         **identity,
         **environment(seconds | {"evaluation": time.perf_counter() - started}),

@@ -25,6 +25,7 @@ from .fluency import (
     retention,
     reverse_perplexity,
 )
+from .harness import HarnessTasks, sample_scores
 from .multiple_choice import score_choices, score_letters
 from .pair import ModelPair, Side
 from .statistics import (
@@ -165,6 +166,12 @@ class Setting:
         return retention(self.pair, self.processing_class, self.suite.retain_texts, over_ranks=self.over_ranks)
 
     @cached_property
+    def tasks(self) -> HarnessTasks:
+        """The suite's tasks of lm-evaluation-harness, whose data may come from the Hub."""
+        suite = self.suite
+        return HarnessTasks(suite.harness, num_fewshot=suite.num_fewshot, limit=suite.limit)
+
+    @cached_property
     def languages(self) -> LanguageDetector:
         """Takes about a second to load."""
         return LanguageDetector()
@@ -296,6 +303,15 @@ def benchmarks(setting: Setting, side: Side) -> dict[str, Items]:
     return {f"benchmarks.{name}": items for name, items in (found | model_utility(found)).items()}
 
 
+def harness(setting: Setting, side: Side) -> dict[str, Items]:
+    """What tasks of lm-evaluation-harness score, document by document."""
+    with setting.pair.use(side) as model:
+        found = setting.tasks.run(
+            model, setting.processing_class, batch_size=setting.batch_size, over_ranks=setting.over_ranks
+        )
+    return {f"harness.{name}": Items("mean", values) for name, values in sample_scores(setting.tasks, found).items()}
+
+
 def specificity(setting: Setting, side: Side) -> dict[str, Items]:
     """Perplexity on retain text, and the KL from the reference per token."""
     kept = setting.kept
@@ -322,10 +338,11 @@ MEASURES: dict[str, Measure] = {
     "sampled-fluency": partial(fluency, how="sampled"),
     "specificity": specificity,
     "benchmarks": benchmarks,
+    "harness": harness,
 }
 INSIDE = "inside"
 # Only what a suite names of its own is measured by these, and most suites name none.
-_NAMED = ("benchmarks",)
+_NAMED = ("benchmarks", "harness")
 # What of a suite a measure is made of.
 _NEEDS = {
     "multiple-choice": ("banks",),
@@ -336,6 +353,7 @@ _NEEDS = {
     "sampled-fluency": ("concept_prompts",),
     "specificity": ("retain_texts",),
     "benchmarks": ("benchmarks",),
+    "harness": ("harness",),
     INSIDE: ("forget_texts", "retain_texts"),
 }
 

@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from peft import get_peft_model_state_dict
 from peft.utils.integrations import gather_params_ctx
@@ -28,7 +29,7 @@ PACKAGES = ("elm-trainer", "torch", "transformers", "trl", "peft", "datasets", "
 
 
 # How the names of data sets begin that were asked.
-_ASKED = ("bank", "open", "cloze", "texts", "benchmark")
+_ASKED = ("bank", "open", "cloze", "texts", "benchmark", "harness")
 # Parts of a report, and what each of their own parts must be.
 _FORMS: dict[str, tuple[type, type | None]] = {
     "reference_sha256": (str, None),
@@ -132,6 +133,38 @@ def suite_info(suite: EvaluationSuite) -> dict[str, dict[str, Any]]:
     return found | {f"texts {name}": dataset_info(value, suite.revision) for name, value in texts.items()}
 
 
+def harness_results(
+    asked: Mapping[str, Mapping[str, Any]], items: Mapping[str, Mapping[str, Items]]
+) -> dict[str, dict[str, Any]]:
+    """What tasks of lm-evaluation-harness found, with what identifies them.
+
+    Args:
+        asked (`Mapping`): [`HarnessTasks.info`].
+        items (`Mapping`): Items of both sides by name of the metric, such as `"harness.wmdp_bio.acc"`.
+
+    Returns:
+        `dict`: of each task what `asked` says, the version of `lm_eval`, and by metric and side `value`, `stderr` and `n`. The
+        standard error is that of a mean of independent documents, as the harness computes it for a task.
+    """
+    found = {}
+    for task, info in asked.items():
+        figures = {}
+        for name, sides in items.items():
+            if name.startswith(f"harness.{task}."):
+                figures[name.removeprefix(f"harness.{task}.")] = {
+                    side: {
+                        "value": float(np.mean(one.values)),
+                        "stderr": float(np.std(one.values, ddof=1) / len(one.values) ** 0.5)
+                        if len(one.values) > 1
+                        else None,
+                        "n": len(one.values),
+                    }
+                    for side, one in sides.items()
+                }
+        found[task] = {**info, "lm_eval": version("lm_eval"), "metrics": figures}
+    return found
+
+
 def retained_ratios(report: Mapping[str, Any], suite: EvaluationSuite) -> dict[str, list[float]]:
     """Logarithms of the truth ratios of a model that never saw TOFU's forget set, for `retained` of a suite.
 
@@ -199,7 +232,7 @@ def compare_reports(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict
         name = different[0]
         raise ValueError(
             f"The reports ask different things ({', '.join(different)}): {name!r} is {one.get(name)} in the first "
-            f"and {other.get(name)} in the second. Measure both with the same version and suite."
+            f"and {other.get(name)} in the second. Measure both with the same version, revision and suite."
         )
     compared: dict[str, dict[str, Any]] = {}
     for name in first["figures"]:

@@ -101,6 +101,8 @@ def metric_label(name: str, roles: Mapping[str, str]) -> tuple[str, str]:
         return about, f"{_WRITTEN[kind]} {_ANSWERS[rule]}"
     if kind == "benchmarks" and rule in _BENCHMARKS:
         return about, _BENCHMARKS[rule]
+    if kind == "harness":
+        return bank, f"lm-evaluation-harness, {rule}"
     metric, _, judge = rule.partition(".")
     if kind == "fluency" and metric in _FLUENCY:
         return "answers about the concept", f"{_FLUENCY[metric]}, {bank}" + (f", judged by {judge}" if judge else "")
@@ -124,7 +126,7 @@ def main_metrics(names: Mapping[str, object], roles: Mapping[str, str]) -> list[
         role = bank if kind == "families" else roles.get(bank)
         if kind == "multiple_choice":
             main = rule == "pmi" or (role == "erased" and rule in ("log_likelihood", "normalized"))
-        elif kind == "benchmarks":
+        elif kind in ("benchmarks", "harness"):
             main = rule != "log_truth_ratio"
         elif kind in _WRITTEN:
             main = rule == "commonest" or (rule == "" and role in ("erased", "unseen"))
@@ -223,11 +225,19 @@ def write_markdown(path: str | Path, report: Mapping[str, Any]) -> None:
         "\n## What was asked\n",
     ]
     asked = [
-        (name, info.get("revision") or "–", str(info["size"]), f"`{info['sha256'][:12]}`")
+        (name, _revision(info), str(info["size"]), f"`{info['sha256'][:12]}`")
         for name, info in report["datasets"].items()
     ]
     lines += markdown_table(("what", "revision", "size", "SHA-256"), asked)
     write_text(path, "\n".join(lines) + "\n")
+
+
+def _revision(info: Mapping[str, Any]) -> str:
+    """Revision of a data set, and of a task of the harness its version and examples."""
+    parts = [info["revision"]] if info.get("revision") else []
+    if "version" in info:
+        parts.append(f"task version {info['version']}, {info['num_fewshot']} examples")
+    return "; ".join(parts) or "–"
 
 
 def left_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:

@@ -327,8 +327,8 @@ def _asked(name: str) -> tuple[str, str, str]:
     if kind in ("open_answers", "cloze"):
         asked = "open questions" if kind == "open_answers" else "cloze"
         return f"{asked} {bank}", bank, own.partition(".")[0] or "accuracy"
-    if kind == "benchmarks":
-        return f"benchmark {bank}", bank, own
+    if kind in ("benchmarks", "harness"):
+        return f"{'benchmark' if kind == 'benchmarks' else kind} {bank}", bank, own
     config = "texts retain" if kind == "retention" else "texts concept prompts"
     metric = own.partition(".")[0] if kind == "fluency" else rest
     return config, bank, {"r_ppl": "perplexity", "kl": "kl_divergence"}.get(metric, metric)

@@ -214,7 +214,8 @@ _SHARED = (
     "peak_memory_bytes", "peak_device_memory_bytes",
 )  # fmt: skip
 _EVALUATION = (
-    *_SHARED, "verdict", "flags", "roles", "shortcuts", "items", "samples", "inside", "settings", "training_log",
+    *_SHARED, "verdict", "flags", "roles", "shortcuts", "items", "samples", "inside", "harness", "generator", "settings",
+    "training_log",
 )  # fmt: skip
 _ATTACKS = (*_SHARED, "chance", "worst_case", "families", "curves", "attacks", "skipped")
 

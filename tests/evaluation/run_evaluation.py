@@ -20,6 +20,8 @@ from elm_trainer import (
     evaluate_erasure,
     load_bank,
 )
+from elm_trainer.data.benchmarks import Probe, ProbeSet
+from elm_trainer.evaluation import benchmarks
 from elm_trainer.evaluation.measures import MEASURES
 from elm_trainer.evaluation.suite import OpenQuestion
 from elm_trainer.modeling import DEMO_MODEL, load_tokenizer
@@ -61,6 +63,8 @@ def main() -> None:
     trainer.train()
 
     questions = [OpenQuestion(f"What is the capital of country {n}?", "Lima") for n in range(5)]
+    probes = [Probe(f"Where does river {n} rise?", f"In hill {n}.", f"Hill {n}.", ("Lima.",)) for n in range(8)]
+    benchmarks._TOFU_TOKENS = 3
     suite = EvaluationSuite(
         banks={"capitals": load_bank("capitals")[:8], "geography": load_bank("geography")[:6]},
         roles={"capitals": "erased", "geography": "near"},
@@ -70,6 +74,9 @@ def main() -> None:
         retain_texts=[f"Bread needs {n} pounds of flour." for n in range(10)],
         max_new_tokens=4,
         answer_tokens=3,
+        benchmarks=[ProbeSet("tofu-forget10", "tofu", "erased", probes)],
+        harness=["elm_general"],
+        limit=4,
     )
     model = trainer.accelerator.unwrap_model(trainer.model)
     calls: list[int] = []

@@ -3,13 +3,18 @@ import os
 import subprocess
 import sys
 
+import datasets
 import pytest
+from datasets import Dataset, DatasetDict
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM
 
+from elm_trainer import EvaluationSuite, evaluate_erasure
 from elm_trainer.data.questions import BANKS, load_bank
-from elm_trainer.evaluation.harness import TASKS, evaluate_with_harness, export_banks, harness_tasks
+from elm_trainer.evaluation.evaluate import write_evaluation
+from elm_trainer.evaluation.harness import TASKS, HarnessTasks, evaluate_with_harness, export_banks, harness_tasks
 from elm_trainer.evaluation.multiple_choice import score_choices
+from elm_trainer.evaluation.report import compare_reports
 
 
 pytest.importorskip("lm_eval")
@@ -53,6 +58,81 @@ def test_the_model_is_handed_back_in_the_mode_it_came_in(tiny_model, tokenizer):
     evaluate_with_harness(tiny_model, tokenizer, ["elm_general"], limit=1)
 
     assert tiny_model.training
+
+
+def test_a_report_has_what_the_harness_says_and_is_compared_with_no_other_revision(adapted_model, tokenizer, tmp_path):
+    tasks = ["elm_general", "elm_geography"]
+    suite = EvaluationSuite({}, {}, {}, {}, [], [], harness=tasks, limit=9)
+    report = evaluate_erasure(adapted_model, None, suite, tokenizer, measures=["harness"])
+    theirs = evaluate_with_harness(adapted_model, tokenizer, tasks, limit=9)
+
+    for task in tasks:
+        found = report["harness"][task]
+        assert (found["size"], found["version"], found["num_fewshot"], found["revision"]) == (9, 1.0, 0, None)
+        acc = found["metrics"]["acc"]["erased"]
+        assert acc["n"] == 9 and acc["value"] == pytest.approx(theirs["results"][task]["acc,none"])
+        assert acc["stderr"] == pytest.approx(theirs["results"][task]["acc_stderr,none"])
+        assert report["figures"][f"harness.{task}.acc"]["erased"]["value"] == acc["value"]
+    assert report["figures"]["harness.elm_general.acc"]["p"] is not None
+    assert compare_reports(report, report)["harness.elm_general.acc"]["change"]["value"] == 0.0
+    for other in ({"revision": "b" * 40}, {"version": 2.0}, {"num_fewshot": 5}, {"size": 8}):
+        changed = report["datasets"] | {"harness elm_general": report["datasets"]["harness elm_general"] | other}
+        [(key, value)] = other.items()
+        with pytest.raises(ValueError, match=f"'harness elm_general' is .*'{key}': '?{value}.*same version, revision"):
+            compare_reports(report, {**report, "datasets": changed})
+    write_evaluation(tmp_path, report)
+    told = (tmp_path / "report.md").read_text()
+    assert "| elm_general | lm-evaluation-harness, acc | 9 |" in told
+    assert "| harness elm_general | task version 1.0, 0 examples | 9 |" in told
+
+
+def test_a_reference_that_answered_another_revision_is_asked_again(adapted_model, tokenizer, tmp_path, monkeypatch):
+    suite = EvaluationSuite({}, {}, {}, {}, [], [], harness=["elm_general"], limit=2)
+    asked = []
+    run = HarnessTasks.run
+    monkeypatch.setattr(HarnessTasks, "run", lambda self, *args, **kw: asked.append(1) or run(self, *args, **kw))
+
+    def evaluate():
+        asked.clear()
+        evaluate_erasure(adapted_model, None, suite, tokenizer, measures=["harness"], reference_dir=tmp_path)
+        return len(asked)
+
+    assert (evaluate(), evaluate()) == (2, 1)
+    monkeypatch.setattr("elm_trainer.evaluation.harness.dataset_revision", lambda data: "b" * 40)
+    assert evaluate() == 2
+
+
+@pytest.mark.slow  # the harness reads its thousands of task files first
+def test_the_harness_own_wmdp_and_mmlu_stand_in_a_report(adapted_model, tokenizer, tmp_path, monkeypatch):
+    rows = {
+        "question": [f"Which number is {n}?" for n in range(3)],
+        "choices": [["0", "1", "2", "3"]] * 3,
+        "answer": [0, 1, 2],
+    }
+    commit = "c" * 40
+    Dataset.from_dict(rows).save_to_disk(tmp_path / commit)
+    data = Dataset.load_from_disk(tmp_path / commit)
+    loaded = []
+
+    def load(path, name=None, **kwargs):
+        loaded.append(path)
+        return DatasetDict(test=data, validation=data, dev=data)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    tasks = HarnessTasks(["wmdp_bio", "mmlu"], num_fewshot=2, limit=2)
+    found = tasks.run(adapted_model, tokenizer)
+    info = tasks.info()
+
+    assert set(loaded) == {"cais/wmdp", "cais/mmlu"}
+    assert (info["wmdp_bio"]["size"], info["mmlu"]["size"]) == (2, 114)
+    assert info["mmlu"]["revision"] == info["wmdp_bio"]["revision"] == commit
+    assert info["mmlu"]["num_fewshot"] == 2
+    suite = EvaluationSuite({}, {}, {}, {}, [], [], harness=["wmdp_bio", "mmlu"], num_fewshot=2, limit=2)
+    report = evaluate_erasure(adapted_model, None, suite, tokenizer, measures=["harness"])
+    for name in ("wmdp_bio", "mmlu"):
+        ours = report["harness"][name]["metrics"]["acc"]["erased"]["value"]
+        assert ours == pytest.approx(found["results"][name]["acc,none"])
+    assert report["datasets"]["harness mmlu"] == info["mmlu"]
 
 
 @pytest.mark.slow  # the harness reads its thousands of task files first

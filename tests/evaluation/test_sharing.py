@@ -14,7 +14,7 @@ from elm_trainer.evaluation.pair import in_shards, run_batches
 
 
 ROOT = Path(__file__).parents[2]
-MEASURED = ("figures", "items", "samples", "verdict", "flags", "shortcuts", "datasets")
+MEASURED = ("figures", "items", "samples", "verdict", "flags", "shortcuts", "datasets", "harness")
 
 
 def test_one_process_runs_every_batch_in_order(tiny_model):
@@ -96,6 +96,7 @@ def test_two_processes_share_the_work_and_both_report_what_one_does(evaluated):
         assert found["forwards"] < 0.7 * alone["forwards"]
     assert sum(found["forwards"] for found in both) == alone["forwards"]
     assert both[0]["report"]["seconds"].keys() == alone["report"]["seconds"].keys()
+    assert {"benchmarks erased", "harness erased"} < alone["report"]["seconds"].keys()
 
 
 @pytest.mark.distributed
