@@ -46,6 +46,9 @@ class EvaluationArguments(AskedArguments):
         default=None, metadata={"help": "Examples before each of their questions; the task's own number by default."}
     )
     limit: int | None = field(default=None, metadata={"help": "Questions of each such set or task; all by default."})
+    generator: str = field(
+        default="transformers", metadata={"help": "Who writes free answers: transformers, or vllm with an adapter."}
+    )
     output_dir: str = field(default="outputs/evaluation", metadata={"help": "Where the report goes."})
 
 
@@ -54,6 +57,10 @@ def main(argv: list[str] | None = None) -> None:
     [arguments] = command.early()
     for adapter in arguments.adapter:
         check_adapter(adapter)
+    if arguments.generator not in ("transformers", "vllm"):
+        command.fail(f"--generator is {arguments.generator!r}: use transformers or vllm.")
+    if arguments.generator == "vllm" and (len(arguments.adapter) != 1 or arguments.reference):
+        command.fail("--generator is 'vllm', which needs one --adapter on --model: give it, or use transformers.")
     from ..scripts import hush_libraries
 
     hush_libraries()
@@ -64,6 +71,7 @@ def main(argv: list[str] | None = None) -> None:
 
     from .. import evaluate_erasure, load_model_and_tokenizer, stack_erasures
     from ..evaluation.evaluate import write_evaluation
+    from ..evaluation.generators import VllmGenerator
     from ..evaluation.measures import measurable
     from ..evaluation.report import read_report, retained_ratios
     from ..evaluation.suite import benchmark_suite, suite_from_files
@@ -97,6 +105,9 @@ def main(argv: list[str] | None = None) -> None:
     reference = None
     if arguments.reference:
         reference, _ = load("reference", arguments.reference)
+    generator = None
+    if arguments.generator == "vllm":
+        generator = VllmGenerator(arguments.model, arguments.adapter[0], dtype=arguments.dtype)
     report = evaluate_erasure(
         model,
         reference,
@@ -106,6 +117,7 @@ def main(argv: list[str] | None = None) -> None:
         judges={name: load("judges", name) for name in arguments.judges},
         output_dir=arguments.output_dir,
         details={"recipe": asdict(arguments)},
+        generator=generator,
     )
     if state.is_main_process:
         write_evaluation(arguments.output_dir, report)

@@ -17,6 +17,7 @@ from ..data.questions import PLAIN, Question, overlap_verdicts
 from ..distributed import processes_and_rank
 from ..files import Journal, write_json
 from ..run_lock import only_run_in
+from .generators import Generator, transformers_name
 from .measures import INSIDE, MEASURES, Items, Setting, against_chance, change, correct_p, measurable, with_families
 from .pair import SIDES, ModelPair, Side, in_shards
 from .plots import plot_inside, plot_report
@@ -42,6 +43,7 @@ def evaluate_erasure(
     output_dir: str | Path | None = None,
     reference_dir: str | Path | None = None,
     details: Mapping[str, Any] | None = None,
+    generator: Generator | None = None,
 ) -> dict[str, Any]:
     """Measure innocence, seamlessness and specificity of an erasure.
 
@@ -73,6 +75,8 @@ def evaluate_erasure(
             measure the erased model alone.
         details (`Mapping`, *optional*): What else the report should hold, such as the recipe, its training datasets
             and the training log.
+        generator ([`Generator`], *optional*): Who writes free answers, such as a [`VllmGenerator`] of the same models;
+            transformers by default. The report names it.
 
     Returns:
         `dict`: the report. `figures` maps a name to `reference`, `erased`, `change` (a difference, for perplexities a
@@ -98,7 +102,17 @@ def evaluate_erasure(
             f"`measures` names {INSIDE!r}, but the model's weights lie in shards (FSDP, ZeRO-3), so that no layer can be "
             "looked into by itself: leave it out, or measure the saved adapter without shards (examples/evaluate.py)."
         )
-    setting = Setting(pair, processing_class, suite, judges or {}, temperature, batch_size, seed, over_ranks=True)
+    setting = Setting(
+        pair,
+        processing_class,
+        suite,
+        judges or {},
+        temperature,
+        batch_size,
+        seed,
+        over_ranks=True,
+        generator=generator,
+    )
     with only_run_in(output_dir):
         return _evaluate(setting, measures, criteria, output_dir, reference_dir, details or {})
 
@@ -128,12 +142,15 @@ def _evaluate(
             "arithmetic": _arithmetic(pair),
         }
         kept = Journal(Path(reference_dir) / "reference.jsonl", same, over_ranks=True)
-    settings = {
+    settings: dict[str, Any] = {
         "temperature": setting.temperature,
         "seed": setting.seed,
         "judges": sorted(setting.judges),
         "tokens": [suite.max_new_tokens, suite.answer_tokens],
     }
+    # What one has written is not taken for the other's.
+    if setting.generator is not None:
+        settings["generator"] = setting.generator.name
 
     items: dict[str, dict[str, Items]] = {}
     seconds = {}
@@ -182,6 +199,7 @@ def _evaluate(
         "samples": _samples(suite, items),
         "inside": inside,
         **({"harness": harness_results(tasks, items)} if tasks else {}),
+        "generator": transformers_name() if setting.generator is None else setting.generator.name,
         "settings": settings,
         **identity,
         **environment(seconds | {"evaluation": time.perf_counter() - started}),

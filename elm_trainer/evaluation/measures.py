@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..data.questions import PLAIN, given_answer, names_answer
+from ..data.tokens import text_tokenizer
 from .benchmarks import answer_tokens, free_prompts, model_utility, score_answers, score_likelihoods
 from .fluency import (
     Generations,
@@ -19,12 +20,14 @@ from .fluency import (
     Retention,
     as_prompt,
     distinct_n,
+    end_tokens,
     generate_answers,
     judge_answers,
     repetition,
     retention,
     reverse_perplexity,
 )
+from .generators import Generator
 from .harness import HarnessTasks, sample_scores
 from .multiple_choice import score_choices, score_letters
 from .pair import ModelPair, Side
@@ -136,6 +139,7 @@ class Setting:
         batch_size (`int`): Questions per batch.
         seed (`int`): Seed of sampled answers.
         over_ranks (`bool`): Whether the processes of a launch share the work; then all of them must measure.
+        generator ([`Generator`], *optional*): Who writes free answers; transformers by default.
     """
 
     pair: ModelPair
@@ -146,11 +150,22 @@ class Setting:
     batch_size: int
     seed: int
     over_ranks: bool = False
+    generator: Generator | None = None
 
     def answers(self, side: Side, prompts: Sequence[str], *, max_new_tokens: int, **options: Any) -> Generations:
         """What the model of a side writes behind prompts in their final form; `options` are those of [`generate_answers`]."""
-        options.setdefault("batch_size", _PROMPTS_PER_QUESTION * self.batch_size)
         with self.pair.use(side) as model:
+            if self.generator is not None:
+                return self.generator(
+                    side,
+                    self.processing_class,
+                    prompts,
+                    max_new_tokens=max_new_tokens,
+                    temperature=options.get("temperature", 0.0),
+                    seed=options.get("seed"),
+                    ends=end_tokens(model, text_tokenizer(self.processing_class)),
+                )
+            options.setdefault("batch_size", _PROMPTS_PER_QUESTION * self.batch_size)
             return generate_answers(
                 model,
                 self.processing_class,

@@ -211,7 +211,10 @@ def write_markdown(path: str | Path, report: Mapping[str, Any]) -> None:
     lines = ["# Evaluation of an erasure\n"]
     lines += [f"- **{state}** {why}" for state, why in verdict_lines(report)]
     lines += [f"- **{flag['flag']}**: {flag['why']}" for flag in report["flags"]]
-    lines += ["\nIn brackets stand 95 % bootstrap intervals.\n", "## Before and after\n"]
+    lines += ["\nIn brackets stand 95 % bootstrap intervals."]
+    # Reports of an earlier version name no generator.
+    lines += [f"Free answers were written by {report['generator']}."] if "generator" in report else []
+    lines += ["\n## Before and after\n"]
     lines += [*markdown_table(MAIN_COLUMNS, main_rows(report)), "\n## What the verdict rests on\n", f"{LEGEND}\n"]
     lines += markdown_table(CHECK_COLUMNS, check_rows(report))
     if left := left_rows(report):
