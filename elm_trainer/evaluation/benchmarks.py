@@ -171,7 +171,7 @@ def score_likelihoods(
 
 
 def answer_probability(per_token: float) -> float:
-    """`P(a|q)^(1/|a|)` of the log-probability per token of an answer, `(Σ log p)/|a|` (TOFU, arXiv 2401.06121, §2.2).
+    """`P(a|q)^(1/|a|)` of the log-probability per token of an answer, `(Σ log p)/|a|` (TOFU, arXiv 2401.06121).
 
     The released code counts an end token behind the answer as well.
     """
@@ -179,7 +179,10 @@ def answer_probability(per_token: float) -> float:
 
 
 def choice_probability(right: float, wrong: Sequence[float]) -> float:
-    """Of real authors and world facts: `P(a) / (P(a) + Σ P(â))`, each `P` normalized by length (TOFU, arXiv 2401.06121, §2.2).
+    """Of real authors and world facts: `P(a) / (P(a) + Σ P(â))` (TOFU, arXiv 2401.06121).
+
+    Each `P` is normalized by length, as in the released code and OpenUnlearning; the paper takes them as they are (issue 26 of
+    OpenUnlearning).
 
     Args:
         right: Log-probability per token of the answer.
@@ -189,10 +192,10 @@ def choice_probability(right: float, wrong: Sequence[float]) -> float:
 
 
 def log_truth_ratio(paraphrase: float, wrong: Sequence[float]) -> float:
-    """`log R`, where `R = mean of P(â|q)^(1/|â|) over false answers / P(ã|q)^(1/|ã|)` (TOFU, arXiv 2401.06121, §2.2).
+    """`log R`, where `R = mean of P(â|q)^(1/|â|) over false answers / P(ã|q)^(1/|ã|)` (TOFU, arXiv 2401.06121).
 
     The mean is the arithmetic one of the paper; the released `aggregate_eval_stat.py` and OpenUnlearning average log-probabilities
-    instead, which gives a geometric one.
+    instead, which gives a geometric one (issue 26 of OpenUnlearning).
 
     Args:
         paraphrase: Log-probability per token of the true answer in other words.
@@ -202,13 +205,13 @@ def log_truth_ratio(paraphrase: float, wrong: Sequence[float]) -> float:
 
 
 def truth_score(log_ratio: float, *, erased: bool) -> float:
-    """What TOFU reports of a truth ratio R: `min(R, 1/R)` of the forget set, which is 1 where true and false answers are
-    equally likely, and `max(0, 1 − R)` of all others, which is 1 where false ones are impossible."""
+    """What TOFU's released code reports of a truth ratio R: `min(R, 1/R)` of the forget set, which is 1 where true and false
+    answers are equally likely, and `max(0, 1 − R)` of all others, which is 1 where false ones are impossible."""
     return math.exp(-abs(log_ratio)) if erased else max(0.0, -math.expm1(log_ratio))
 
 
 def model_utility(figures: Mapping[str, Items]) -> dict[str, Items]:
-    """TOFU's model utility (arXiv 2401.06121, §2.2): the harmonic mean of probability, ROUGE-L recall and truth ratio of the
+    """TOFU's model utility (arXiv 2401.06121): the harmonic mean of probability, ROUGE-L recall and truth ratio of the
     retain set, real authors and world facts. Empty unless all nine are there."""
     names = [f"{name}.{metric}" for name in _UTILITY for metric in ("probability", "rouge_l_recall", "truth_ratio")]
     if not all(name in figures for name in names):
@@ -220,5 +223,5 @@ def model_utility(figures: Mapping[str, Items]) -> dict[str, Items]:
 
 def forget_quality(ratios: Sequence[float], retained: Sequence[float]) -> float:
     """TOFU's forget quality: the p of a two-sample Kolmogorov–Smirnov test between the truth ratios of a model and those of
-    one that never saw the forget set (arXiv 2401.06121, §2.2). Logarithms give the same p as the ratios."""
+    one that never saw the forget set (arXiv 2401.06121). Logarithms give the same p as the ratios."""
     return float(ks_2samp(ratios, retained).pvalue)
