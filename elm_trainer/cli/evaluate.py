@@ -6,6 +6,7 @@ An interrupted evaluation continues where it stopped. Under `accelerate launch` 
 """
 
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 
 from .models import check_adapter, check_dtype, named
 from .options import CommandLine
@@ -57,6 +58,8 @@ def main(argv: list[str] | None = None) -> None:
     [arguments] = command.early()
     for adapter in arguments.adapter:
         check_adapter(adapter)
+    if arguments.generator == "vllm" and find_spec("vllm") is None:
+        command.fail("--generator is 'vllm', which is not installed: `pip install vllm`, or use transformers.")
     if arguments.generator not in ("transformers", "vllm"):
         command.fail(f"--generator is {arguments.generator!r}: use transformers or vllm.")
     if arguments.generator == "vllm" and (len(arguments.adapter) != 1 or arguments.reference):
@@ -72,6 +75,7 @@ def main(argv: list[str] | None = None) -> None:
     from .. import evaluate_erasure, load_model_and_tokenizer, stack_erasures
     from ..evaluation.evaluate import write_evaluation
     from ..evaluation.generators import VllmGenerator
+    from ..evaluation.harness import task_manager
     from ..evaluation.measures import measurable
     from ..evaluation.report import read_report, retained_ratios
     from ..evaluation.suite import benchmark_suite, suite_from_files
@@ -84,6 +88,8 @@ def main(argv: list[str] | None = None) -> None:
     suite = benchmark_suite(arguments.benchmark, limit=arguments.limit, suite=suite)
     suite.harness, suite.num_fewshot, suite.limit = arguments.harness, arguments.num_fewshot, arguments.limit
     suite.check()
+    if suite.harness:
+        task_manager(suite.harness)
     if arguments.retain_report is not None:
         suite.retained = retained_ratios(read_report(arguments.retain_report), suite)
     measures = measurable(arguments.measures, suite)

@@ -29,6 +29,28 @@ def harness_tasks() -> Path:
     return Path(str(files("elm_trainer.data") / "harness"))
 
 
+def task_manager(names: Sequence[str], include_path: str | Path | None = None) -> Any:
+    """The harness's `TaskManager`, which knows all these tasks; no data are loaded.
+
+    Raises:
+        ImportError: where lm-eval is not installed.
+        ValueError: for an unknown task (the message lists ours).
+    """
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise ImportError("The harness is missing: `pip install 'elm-trainer[eval]'`.") from error
+    folders = [str(harness_tasks()), *([str(include_path)] if include_path else [])]
+    # Reading the harness's own thousands of task files takes seconds, which our tasks do without.
+    manager = TaskManager(include_path=folders, include_defaults=not set(names) <= set(TASKS))
+    if unknown := [name for name in names if not manager.match_tasks([name])]:
+        raise ValueError(
+            f"`tasks` names {unknown}, which the harness does not know: use one of {', '.join(TASKS)}, or of "
+            "`lm_eval ls tasks`."
+        )
+    return manager
+
+
 class HarnessTasks:
     """Tasks of lm-evaluation-harness with their data, loaded once for both sides of a pair.
 
@@ -52,18 +74,7 @@ class HarnessTasks:
         limit: int | None = None,
         include_path: str | Path | None = None,
     ):
-        try:
-            from lm_eval.tasks import TaskManager
-        except ImportError as error:
-            raise ImportError("The harness is missing: `pip install 'elm-trainer[eval]'`.") from error
-        folders = [str(harness_tasks()), *([str(include_path)] if include_path else [])]
-        # Reading the harness's own thousands of task files takes seconds, which our tasks do without.
-        manager = TaskManager(include_path=folders, include_defaults=not set(names) <= set(TASKS))
-        if unknown := [name for name in names if not manager.match_tasks([name])]:
-            raise ValueError(
-                f"`tasks` names {unknown}, which the harness does not know: use one of {', '.join(TASKS)}, or of "
-                "`lm_eval ls tasks`."
-            )
+        manager = task_manager(names, include_path)
         self.limit = limit
         # Of each name its tasks, in order; a group may hold many.
         self.tasks: dict[str, dict[str, Any]] = {}

@@ -63,7 +63,7 @@ def main() -> None:
     trainer.train()
 
     questions = [OpenQuestion(f"What is the capital of country {n}?", "Lima") for n in range(5)]
-    probes = [Probe(f"Where does river {n} rise?", f"In hill {n}.", f"Hill {n}.", ("Lima.",)) for n in range(8)]
+    probes = [Probe(f"Where does river {n} rise?", f"In hill {n}.", f"Hill {n}.", ("Lima.",)) for n in range(4)]
     benchmarks._TOFU_TOKENS = 3
     suite = EvaluationSuite(
         banks={"capitals": load_bank("capitals")[:8], "geography": load_bank("geography")[:6]},
@@ -76,7 +76,7 @@ def main() -> None:
         answer_tokens=3,
         benchmarks=[ProbeSet("tofu-forget10", "tofu", "erased", probes)],
         harness=["elm_general"],
-        limit=4,
+        limit=2,
     )
     model = trainer.accelerator.unwrap_model(trainer.model)
     calls: list[int] = []
