@@ -194,6 +194,8 @@ def sample_scores(tasks: HarnessTasks, found: Mapping[str, Any]) -> dict[str, li
         samples = [
             sample for task in members for sample in sorted(found["samples"][task], key=lambda one: one["doc_id"])
         ]
+        # A task may score the same answers behind several filters; the first is the task's main one.
+        samples = [sample for sample in samples if sample["filter"] == samples[0]["filter"]]
         for metric in samples[0]["metrics"]:
             values = [sample.get(metric) for sample in samples]
             if all(isinstance(value, (bool, int, float)) for value in values):

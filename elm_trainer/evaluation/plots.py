@@ -183,5 +183,6 @@ def _accuracy(report: Mapping[str, Any], side: str) -> float:
 
 
 def _ranked(report: Mapping[str, Any], role: str) -> list[Mapping[str, Any]]:
-    """PMI accuracy of each bank of a role."""
-    return [report["figures"][f"multiple_choice.{bank}.pmi"] for bank, its in report["roles"].items() if its == role]
+    """PMI accuracy of each bank of a role; sets of benchmarks that are only answered freely have none."""
+    names = [f"multiple_choice.{bank}.pmi" for bank, its in report["roles"].items() if its == role]
+    return [report["figures"][name] for name in names if name in report["figures"]]

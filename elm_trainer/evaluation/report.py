@@ -186,7 +186,9 @@ def retained_ratios(report: Mapping[str, Any], suite: EvaluationSuite) -> dict[s
                 f"The report of the retain model asks another {title!r}: it is {report['datasets'][name]} there, and {info} "
                 "here. Measure both on the same files, with the same limit."
             )
-        found[title] = list(report["items"][f"benchmarks.{title}.log_truth_ratio"]["erased"]["values"])
+        sides = report.get("items", {}).get(f"benchmarks.{title}.log_truth_ratio")
+        if sides is not None:
+            found[title] = list(sides["erased"]["values"])
     if not found:
         asked = [one.name for one in suite.benchmarks if one.role == "erased"]
         raise ValueError(

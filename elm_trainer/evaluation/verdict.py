@@ -179,6 +179,9 @@ def raise_flags(
         asked = [f"multiple_choice.{bank}.{rule}" for rule in CONTENT_RULES] + [
             f"open_answers.{bank}",
             f"cloze.{bank}",
+            # Free answers of benchmarks.
+            f"benchmarks.{bank}.rouge_l_recall",
+            f"benchmarks.{bank}.rouge_l_f1",
         ]
         content = [figures[name] for name in asked if name in figures and counts(figures[name])]
         fell = any(map(_fell, content))

@@ -185,6 +185,10 @@ def test_a_report_has_the_figures_of_all_benchmarks_and_compares_by_them(
     assert figures["multiple_choice.tofu-forget10.pmi"]["erased"]["n"] == 3
     assert report["datasets"]["benchmark tofu-forget10"]["size"] == 3
     assert report["concepts"][0] == "tofu-forget10"
+    # Free answers of benchmarks count where it is flagged that nothing was erased.
+    assert "Nothing that the bank muse-news-verbmem asks fell significantly." in [
+        flag["why"] for flag in report["flags"]
+    ]
     sample = next(sample for sample in report["samples"] if sample["answer"] == "Nakuva")
     assert sample["role"] == "erased" and isinstance(sample["reference"], str)
     assert compare_reports(report, report)["benchmarks.tofu.model_utility"]["change"]["value"] == 0.0
@@ -207,6 +211,8 @@ def test_a_report_has_the_figures_of_all_benchmarks_and_compares_by_them(
         retained_ratios(report, benchmark_suite([names["tofu"]], limit=2))
     with pytest.raises(ValueError, match="no truth ratios of what is asked, .*muse-news-verbmem"):
         retained_ratios(report, benchmark_suite([names["muse"]]))
+    with pytest.raises(ValueError, match="no truth ratios of what is asked, .*tofu-forget10.*measure that model"):
+        retained_ratios({**report, "items": {}}, benchmark_suite([names["tofu"]]))
 
 
 def test_a_benchmark_is_asked_once_and_needs_probes(names, suite):
