@@ -2,7 +2,7 @@ PYTHON ?= python3
 STAMP := .venv/.stamp
 PIP := .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo gemma attack compare bench test lint format docs clean
+.PHONY: demo gemma attack compare bench gpu test lint format docs clean
 
 demo: $(STAMP)  ## erase the world's capitals from SmolLM2 and show before and after
 	.venv/bin/python examples/erase.py --config recipes/smollm2-135m-capitals.yaml
@@ -21,6 +21,9 @@ compare: $(STAMP)  ## train all methods on the demo's concept and compare them; 
 
 bench: $(STAMP)  ## measure speed and memory against their baselines; the sections not run by default: python -m benchmarks --help
 	.venv/bin/python -m benchmarks
+
+gpu: $(STAMP)  ## on a CUDA card: the tests marked gpu, and steps of 7B and 8B beside their prediction, within nine minutes
+	.venv/bin/python -m benchmarks --only gpu
 
 # One file to a worker, those that take minutes first (tests/conftest.py). Much of the time goes into imports, which keep to one
 # thread: two workers are faster than two threads. TORCHDYNAMO_DISABLE: bitsandbytes prepares the compiler on import, which

@@ -5,6 +5,8 @@ python -m benchmarks                           # all but time_to_quality
 python -m benchmarks --only growth --repeats 7
 python -m benchmarks --only doctor --threads 1
 python -m benchmarks --only time_to_quality --budget 2400
+python -m benchmarks --only gpu                # `make gpu`: on a card, into gpu.json
+python -m benchmarks --only gpu --device cpu --size tiny
 ```
 """
 
@@ -17,6 +19,7 @@ from transformers import HfArgumentParser
 from transformers.utils import logging
 
 from .doctor import measure_doctor
+from .gpu import LIMITS, measure_gpu
 from .growth import REAL, REAL_SIZES, measure_growth
 from .measured import measure_prediction
 from .quality import measure_quality
@@ -29,26 +32,36 @@ class BenchmarkArguments:
     """What is measured.
 
     Args:
-        only (`list[str]`): Sections to measure. `time_to_quality` and `growth_real` train the real model for many minutes
-            and are measured only where they are named.
+        only (`list[str]`): Sections to measure. `time_to_quality` and `growth_real` train the real model for many minutes,
+            and `gpu` needs a card: these are measured only where they are named.
         output_dir (`str`): Where `report.json` and `report.png` go; figures that are there and not measured again are kept.
         repeats (`int`): Rounds in which the sides take turns.
         threads (`int`): Threads of every side.
         budget (`float`): Seconds of training that the released loop gets at most in `time_to_quality`.
+        device (`str`): Device of `gpu`: `"cuda"`, or `"cpu"` for the same code without a card.
+        size (`str`): Models of `gpu`: `"full"` ones of 7 and 8 billion weights, or `"tiny"` ones.
+        parts (`list[str]`): Parts of `gpu`.
     """
 
     only: list[str] = field(
         default_factory=lambda: ["step", "growth", "prediction", "doctor"],
-        metadata={"help": "step, growth, growth_real, prediction, doctor, time_to_quality."},
+        metadata={"help": "step, growth, growth_real, prediction, doctor, time_to_quality, gpu."},
     )
     output_dir: str = field(default="outputs/bench", metadata={"help": "Where the report goes."})
     repeats: int = field(default=5, metadata={"help": "Rounds in which the sides take turns."})
     threads: int = field(default=2, metadata={"help": "Threads of every side."})
     budget: float = field(default=1800.0, metadata={"help": "Seconds of the released loop in time_to_quality."})
 
+    device: str = field(default="cuda", metadata={"help": "Device of gpu.", "choices": ["cuda", "cpu"]})
+    size: str = field(default="full", metadata={"help": "Models of gpu.", "choices": ["full", "tiny"]})
+    parts: list[str] = field(
+        default_factory=lambda: [*LIMITS], metadata={"help": f"Parts of gpu: {', '.join(LIMITS)}."}
+    )
+
     def __post_init__(self):
-        if unknown := sorted(set(self.only) - set(SECTIONS)):
-            raise ValueError(f"`only` names {unknown}, which do not exist; use: {', '.join(SECTIONS)}.")
+        for name, known in (("only", [*SECTIONS, GPU]), ("parts", [*LIMITS])):
+            if unknown := sorted(set(getattr(self, name)) - set(known)):
+                raise ValueError(f"`{name}` names {unknown}, which do not exist; use: {', '.join(known)}.")
         for name in ("repeats", "threads", "budget"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"`{name}` is {getattr(self, name)}: it must be above 0.")
@@ -58,6 +71,8 @@ def _growth_real(arguments: BenchmarkArguments) -> dict[str, Any]:
     return {"growth_real": measure_growth(arguments.repeats, arguments.threads, REAL, REAL_SIZES)}
 
 
+# Beside the sections, as it has a report of its own.
+GPU = "gpu"
 SECTIONS: dict[str, Callable[[BenchmarkArguments], dict[str, Any]]] = {
     "step": lambda arguments: measure_step(arguments.repeats, arguments.threads),
     "growth": lambda arguments: {"growth": measure_growth(arguments.repeats, arguments.threads)},
@@ -75,7 +90,11 @@ def main(arguments: BenchmarkArguments) -> None:
     if (folder / "report.json").exists():
         read_report(folder / "report.json")  # of another schema: better said now than after the measurements
     settings = {"repeats": arguments.repeats, "threads": arguments.threads}
+    complete = True
     for section in arguments.only:
+        if section == GPU:
+            complete = measure_gpu(folder, arguments.device, arguments.size, arguments.parts)["complete"]
+            continue
         figures = SECTIONS[section](arguments)
         # After each section, so that a later one that fails costs nothing.
         report = read_report(write_report(folder, figures, settings))
@@ -88,6 +107,8 @@ def main(arguments: BenchmarkArguments) -> None:
             ]
             sign = "≥ " if figure["bound"] else ""
             print(f"{key:28} {sign}{figure['value']:.3f} ({low:.3f} to {high:.3f})  {', '.join(goals)}")  # noqa: T201
+    if not complete:
+        raise SystemExit(f"Some of it failed: see {folder / 'gpu.json'}.")
 
 
 if __name__ == "__main__":

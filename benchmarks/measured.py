@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import combinations
 from typing import Any
 
@@ -123,11 +123,15 @@ def train_with_rates(pacer: Pacer, folder: str, side: Side, step: StepShape) -> 
     train(pacer, folder, side)
 
 
-def rates(shape: ModelShape, step: StepShape, seconds: float = 1.0) -> dict[str, float]:
-    """Operations per second of the model's own matrix products, and bytes per second of a sum of two tensors."""
-    states = torch.randn(step.tokens, shape.hidden)
-    matrices = [torch.randn(shape.intermediate, shape.hidden), torch.randn(shape.hidden, shape.hidden)]
-    wide = torch.randn(step.tokens, shape.intermediate)
+def rates(shape: ModelShape, step: StepShape, seconds: float = 1.0, device: str = "cpu") -> dict[str, float]:
+    """Operations per second of the model's own matrix products, and bytes per second of a sum of two tensors.
+
+    Numbers have as many bytes as the step's activations: two are bfloat16.
+    """
+    made: dict[str, Any] = {"device": device, "dtype": torch.bfloat16 if step.bytes == 2 else torch.float32}
+    states = torch.randn(step.tokens, shape.hidden, **made)
+    matrices = [torch.randn(shape.intermediate, shape.hidden, **made), torch.randn(shape.hidden, shape.hidden, **made)]
+    wide = torch.randn(step.tokens, shape.intermediate, **made)
 
     def products() -> None:
         for matrix in matrices:
@@ -136,19 +140,28 @@ def rates(shape: ModelShape, step: StepShape, seconds: float = 1.0) -> dict[str,
 
     operations = 2 * step.tokens * shape.hidden * (2 * shape.intermediate + shape.hidden)
     # Larger than any cache, as are the activations of a step together.
-    large, other, out = torch.ones(3, 2**24)
+    large, other, out = torch.ones(3, 2**24 if device == "cpu" else 2**28, device=device)
     moved = 3 * large.numel() * large.element_size()
+    wait = torch.cuda.synchronize if device == "cuda" else _no_wait
     return {
-        "flops": operations / _seconds_of(products, seconds),
-        "bandwidth": moved / _seconds_of(lambda: torch.add(large, other, out=out), seconds),
+        "flops": operations / _seconds_of(products, seconds, wait),
+        "bandwidth": moved / _seconds_of(lambda: torch.add(large, other, out=out), seconds, wait),
     }
 
 
-def _seconds_of(work: Any, seconds: float) -> float:
+def _no_wait() -> None:
+    """A CPU has done what it was told when a call returns."""
+
+
+def _seconds_of(work: Callable[[], Any], seconds: float, wait: Callable[[], None]) -> float:
     """Mean seconds of a call, over as many calls as fit: a step has its share of what disturbs the machine too."""
     work()
+    wait()
     calls, started = 0, time.perf_counter()
     while time.perf_counter() < started + seconds:
-        work()
-        calls += 1
+        # As many at a time as hide what it costs to wait for the device.
+        for _ in range(4):
+            work()
+        wait()
+        calls += 4
     return (time.perf_counter() - started) / calls

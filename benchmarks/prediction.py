@@ -17,6 +17,7 @@ from elm_trainer.fitting import empty_model
 from elm_trainer.modeling import layer_range
 from elm_trainer.ops.head import CHUNK
 
+from .gpu import page_table
 from .shapes import Adapter, ModelShape
 
 
@@ -340,12 +341,15 @@ def _recipe_row(recipe: str, shape: ModelShape, weights: int) -> str:
 
 
 PAGE = ROOT / "docs" / "scale.md"
+# What `make gpu` wrote, where it is committed.
+MEASURED = ROOT / "docs" / "gpu.json"
 BEGIN, END = "<!-- {}: python -m benchmarks.prediction -->\n", "\n<!-- end of {} -->"
 
 
 def with_tables(page: str) -> str:
     """The page with the tables between their marks renewed."""
-    for name, made in (("predictions", table()), ("recipes", recipe_table())):
+    tables = {"predictions": table(), "recipes": recipe_table(), "measured": page_table(MEASURED)}
+    for name, made in tables.items():
         before, rest = page.split(BEGIN.format(name))
         page = before + BEGIN.format(name) + made + END.format(name) + rest.split(END.format(name))[1]
     return page

@@ -1,9 +1,12 @@
 """Texts that benchmarks train on: three to a sample, of one length."""
 
+import json
 import random
 from collections.abc import Sequence
 
 from datasets import Dataset
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from elm_trainer import ConceptSources, build_erasure_dataset, load_texts
 
@@ -34,6 +37,25 @@ def short_texts(samples: int, words: int = 12, seed: int = 0) -> Dataset:
     forget, retain, more = draw(), draw(), draw()
     pairs = [(prompt, f" {completion}") for prompt, completion in zip(_halves(forget), _halves(more), strict=True)]
     return _dataset(forget, retain, pairs, samples)
+
+
+def cut_vocabulary(tokenizer: PreTrainedTokenizerBase, size: int) -> PreTrainedTokenizerBase:
+    """A byte-pair tokenizer of the first `size` tokens, which is what it was after so many merges were learned.
+
+    Args:
+        tokenizer: Tokenizer, which is given back if it has no more tokens than that.
+        size (`int`): Tokens that are kept; those of single bytes must be among them.
+    """
+    if len(tokenizer) <= size:
+        return tokenizer
+    record = json.loads(tokenizer.backend_tokenizer.to_str())
+    tokens = {token: index for token, index in record["model"]["vocab"].items() if index < size}
+    pairs = (pair.split(" ") if isinstance(pair, str) else pair for pair in record["model"]["merges"])
+    kept = [pair for pair in pairs if {*pair, "".join(pair)} <= tokens.keys()]
+    record["model"] |= {"vocab": tokens, "merges": kept}
+    record["added_tokens"] = [token for token in record["added_tokens"] if token["id"] < size]
+    special = {name: token for name, token in tokenizer.special_tokens_map.items() if token in tokens}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(record)), **special)
 
 
 def _halves(texts: Sequence[str]) -> list[str]:

@@ -23,6 +23,11 @@ def pytest_collection_modifyitems(config, items):
         items.sort(key=lambda item: item.path not in long)
 
 
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("there is no CUDA device")
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     return load_tokenizer(DEMO_MODEL)
