@@ -87,6 +87,8 @@ def run_part(name: str, device: str, size: str, limit: float, command: Sequence[
         "HF_HUB_OFFLINE": "1",  # nothing is downloaded
         "HF_DATASETS_CACHE": f"{folder}/datasets",
         "TOKENIZERS_PARALLELISM": "false",
+        # Nothing here uses DeepSpeed, but where it is installed accelerate imports it, and then it looks for a CUDA compiler.
+        "DS_ACCELERATOR": "cpu",
         # One device: the others would be used side by side.
         "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0] if device == "cuda" else "",
     }

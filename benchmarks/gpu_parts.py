@@ -124,10 +124,11 @@ def qlora(run: Run) -> None:
         return
     config = narrowed(run, "mistral-7b")
     four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    place = {"": 0 if run.device == "cuda" else "cpu"}  # accelerate wants the number of the card
     base = random_model(run, config)
     weights = base.state_dict()
     model = type(base).from_pretrained(
-        None, config=config, state_dict=weights, quantization_config=four_bits, device_map={"": run.device},
+        None, config=config, state_dict=weights, quantization_config=four_bits, device_map=place,
         dtype=torch.bfloat16, attn_implementation="sdpa",
     )  # fmt: skip
     del base, weights

@@ -312,7 +312,8 @@ def check_reference(model: PeftModel, tokens: Sequence[int], base: torch.Tensor 
     rounding = max(1e-3, 4 * torch.finfo(model.dtype).eps)
 
     def differs(logits: torch.Tensor) -> bool:
-        return bool((logits - reference).abs().max() > rounding * reference.abs().max())
+        # The base was run where it was given, and the Trainer may have brought it to its device since.
+        return bool((logits.to(reference.device) - reference).abs().max() > rounding * reference.abs().max())
 
     start = getattr(model.peft_config[name], "init_lora_weights", True)
     if base is not None and differs(base):

@@ -199,7 +199,7 @@ def test_an_adapter_trains_on_a_base_of_four_bits(make, tokenizer, tmp_path, dev
     LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(tmp_path / "base")
     four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
     model = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "base", quantization_config=four_bits, device_map={"": device}
+        tmp_path / "base", quantization_config=four_bits, device_map={"": 0 if device == "cuda" else "cpu"}
     )
     trainer = make(model=model, precompute_targets=True)
     before = trained(trainer.model)
