@@ -58,9 +58,10 @@ def test_stored_targets_are_those_that_a_step_makes(make, retain_loss):
     assert "target" in (batch := batch_of(stored))["forget"]
     expected, direction = gradient(live, batch_of(live))
     found, own = gradient(stored, batch)
-    # Stored probabilities have three bytes.
-    assert found == pytest.approx(expected, rel=1e-4)
-    torch.testing.assert_close(own, direction, rtol=1e-2, atol=1e-3 * direction.abs().max().item())
+    # Stored probabilities have three bytes, and at η = 500 a target is as exact as five hundred times its logits.
+    assert found == pytest.approx(expected, rel=1e-3)
+    assert torch.cosine_similarity(own, direction, dim=0) > 0.999
+    assert own.norm().item() == pytest.approx(direction.norm().item(), rel=1e-2)
 
 
 WAITING = {
@@ -88,10 +89,15 @@ class Waits(TorchDispatchMode):
         # Kept, so that no other takes its place in memory.
         self._storages |= {tensor.untyped_storage().data_ptr(): tensor for tensor in tensors(values)}
 
+    def _knows(self, tensor):
+        return tensor.untyped_storage().data_ptr() in self._storages
+
     def __enter__(self):
         def to(tensor, *args, **kwargs):
             moved = self._to(tensor, *args, **kwargs)
             if "device" in kwargs or any(isinstance(value, (str, torch.device)) for value in args):
+                if tensors(moved) and not self._knows(tensor) and not kwargs.get("non_blocking"):
+                    self._note()
                 self._add([moved])
             return moved
 
@@ -103,7 +109,7 @@ class Waits(TorchDispatchMode):
         return super().__exit__(*error)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        taken = [t for t in tensors((args, kwargs)) if t.untyped_storage().data_ptr() in self._storages]
+        taken = [tensor for tensor in tensors((args, kwargs)) if self._knows(tensor)]
         if taken:
             name = func.overloadpacket.__name__
             mask = name in ("index", "index_put", "index_put_") and any(
@@ -123,7 +129,9 @@ def host_waits(device, given):
     """Lists the places, in files other than PyTorch's, where the host waits for what was `given` to the device."""
     places = []
 
-    def note(*_, **__):
+    def note(message="", *_, **__):
+        if message and "synchroniz" not in str(message):
+            return  # a warning of another kind
         frames = [frame for frame in traceback.extract_stack()[:-1] if not frame.filename.startswith(TORCH)]
         frames = [frame for frame in frames if frame.filename not in (__file__, warnings.__file__)]
         places.append(f"{frames[-1].filename}:{frames[-1].lineno}")
@@ -148,10 +156,18 @@ def test_a_wait_is_noticed(device):
     with host_waits(device, [values]) as places:
         (values * 2).sum()
         assert places == []
-        for wait in ((values + 1).max().item, (values > 1).nonzero, lambda: values[values > 2]):
+        host = torch.arange(4.0)
+        assert places == []
+        waiting = (
+            (values + 1).max().item,
+            (values > 1).nonzero,
+            lambda: values[values > 2],
+            lambda: host.to(values.device),
+        )
+        for wait in waiting:
             wait()
     # This file is left out of the places, so that what called the test stands there.
-    assert len(places) >= 3
+    assert len(places) >= 4
 
 
 @pytest.mark.parametrize("name", METHODS)
