@@ -178,6 +178,10 @@ def marked_tests(run: Run, folder: str = "tests/gpu") -> None:
         ],
         cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
     )  # fmt: skip
+    if not found.exists():
+        raise RuntimeError(
+            f"pytest ended with {done.returncode} before it ran a test:\n{(done.stdout + done.stderr)[-4000:]}"
+        )
     outcomes: dict[str, list[str]] = {"passed": [], "failure": [], "error": [], "skipped": []}
     for case in ElementTree.parse(found).iter("testcase"):
         [outcome] = {child.tag for child in case if child.tag in outcomes} or {"passed"}
