@@ -150,7 +150,7 @@ def test_what_was_written_is_kept_and_too_little_is_refused(tiny_model, tokenize
                 model, tokenizer, CAPITALS, config, texts=12, near_texts=0, cache_dir=tmp_path, fingerprint="x"
             )
         assert "\n" not in str(caught.value)
-    assert len(calls) == 6  # two batches of three tokens, once
+    assert len(calls) == 7  # two batches of three tokens, once, and what the prompts of one begin with
 
 
 def test_a_model_that_names_no_neighbor_is_no_error(tiny_model, tokenizer, monkeypatch):
