@@ -286,21 +286,25 @@ def main() -> None:
     if not (taught / "config.json").exists():
         write_documents(texts["erased"], output / "documents")
         teach(companies, taught, arguments.steps, arguments.known)
-    report: dict[str, Any] = {}
+    # What an earlier call has finished is not done again.
+    place = output / "report.json"
+    report: dict[str, Any] = json.loads(place.read_text(encoding="utf-8")) if place.exists() else {}
 
     def keep(name: str, found: dict[str, Any]) -> None:
         report[name] = found
-        (output / "report.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
+        place.write_text(json.dumps(report, indent=2), encoding="utf-8")
 
     model, tokenizer = load_model_and_tokenizer(str(taught))
-    keep("taught", measure(model, tokenizer, companies))
-    for novice in arguments.novices:
+    if "taught" not in report:
+        keep("taught", measure(model, tokenizer, companies))
+    for novice in [novice for novice in arguments.novices if novice not in report]:
         erased = output / f"erased-{novice}"
         said = erase(taught, output / "documents", erased, novice, arguments.erase)
         adapted = PeftModel.from_pretrained(model, str(erased / "adapter"))
         keep(novice, {"erase": said} | measure(adapted, tokenizer, companies))
         model = adapted.unload()
-    keep("untaught", measure(*load_model_and_tokenizer(DEMO_MODEL), companies))
+    if "untaught" not in report:
+        keep("untaught", measure(*load_model_and_tokenizer(DEMO_MODEL), companies))
     lines = [f"| | {' | '.join(report)} |", f"| --- {'| --- ' * len(report)}|"]
     for key in report["taught"]:
         lines.append(f"| {key} | {' | '.join(f'{side[key]:.2f}' for side in report.values())} |")
@@ -319,7 +323,7 @@ def erase(taught: Path, documents: Path, folder: Path, novice: str, options: Seq
     command = [
         sys.executable, "-m", "elm_trainer", "erase", "--model", str(taught), "--concept",
         f"the {COMPANIES['erased']} company: {COMPANIES['erased']}", "--documents", str(documents), "--output_dir", str(folder),
-        "--measures", "multiple-choice", "--overwrite", "true", "--novice", novice, *options,
+        "--measures", "multiple-choice", "--resume", "true", "--novice", novice, *options,
     ]  # fmt: skip
     begun = time.perf_counter()
     subprocess.run(command, check=True)
