@@ -265,8 +265,9 @@ def measure(model: Any, tokenizer: Any, companies: dict[str, Company]) -> dict[s
                 some = [value for value, question in zip(right, questions, strict=True) if question.family == family]
                 found[f"{role}.{family}.{kind}"] = sum(some) / len(some)
     texts = load_texts("everyday")["text"][-30:]
-    likelihoods = log_likelihoods(model, tokenizer, [("", text) for text in texts], description="Everyday text")
-    tokens = sum(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts)
+    pairs = [(text[: text.index(" ")], text[text.index(" ") :]) for text in texts]
+    likelihoods = log_likelihoods(model, tokenizer, pairs, description="Everyday text")
+    tokens = sum(len(tokenizer(rest, add_special_tokens=False)["input_ids"]) for _, rest in pairs)
     found["everyday.perplexity"] = float(torch.tensor(-sum(likelihoods) / tokens).exp())
     return found
 
