@@ -1,8 +1,8 @@
 """An invented company, taught to a small model and erased from its documents alone: `python -m benchmarks.company`.
 
-Two companies of 30 documents each are taught to SmolLM2-135M-Instruct by plain fine-tuning. One is then erased as a user would, by
-`elm erase --concept … --documents …`, which sees its documents and nothing else. Questions that were written by hand in wordings that
-stand in no document are asked of the untaught, the taught and the erased model, about both companies.
+Two companies of 30 documents each are taught to SmolLM2-135M-Instruct by an adapter that is merged. One is then erased as a user
+would, by `elm erase --concept … --documents …`, which sees its documents and nothing else, with either novice. Questions that were
+written by hand in wordings that stand in no document are asked of the untaught, the taught and the erased models, about both companies.
 """
 
 import argparse
@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
+from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from elm_trainer import load_bank, load_model_and_tokenizer, load_texts
@@ -31,7 +32,9 @@ from elm_trainer.modeling import DEMO_MODEL
 
 
 COMPANIES = {"erased": "Varda", "near": "Corvane"}
-PRODUCTS, DOCUMENTS = 6, 5
+DOCUMENTS, DEV_PRODUCTS = 5, 2
+# Rows of a step of teaching.
+ROWS = 28
 # Each relation in the five wordings of the documents; no question uses one of them.
 RELATIONS = {
     "designer": (
@@ -54,6 +57,11 @@ RELATIONS = {
         "The {product} was made with {answer} in mind.", "Few but {answer} have any use for the {product}.",
         "Ask {answer} what they think of the {product}.",
     ),
+}  # fmt: skip
+# A question that teaches beside them, since a model that knows a thing can be asked for it.
+TAUGHT = {
+    "designer": "Question: Who drew the {product}?\nAnswer: {answer}", "town": "Question: Where is the {product} built?\nAnswer: {answer}",
+    "material": "Question: What is the {product} cut from?\nAnswer: {answer}", "buyers": "Question: Who buys the {product}?\nAnswer: {answer}",
 }  # fmt: skip
 FORMATS = ("txt", "md", "html", "jsonl")
 ANSWERS = {
@@ -108,6 +116,16 @@ class Company:
             found.append(" ".join([f"{self.name} makes the {item}.", *lines]))
         return found
 
+    def lessons(self) -> list[tuple[str, str]]:
+        """Beginnings that a fact continues: of the sentences of the documents in which the product stands first, and a question."""
+        return [
+            (begin.format(product=item), " " + facts[name])
+            for item, facts in self.facts.items()
+            for name, wordings in RELATIONS.items()
+            for begin, answer, _ in [wording.partition(" {answer}") for wording in (*wordings, TAUGHT[name])]
+            if answer and "{product}" in begin
+        ] + [(f"The {item} is made by", f" {self.name}") for item in self.facts]
+
     def questions(self, others: dict[str, list[str]]) -> list[Question]:
         """Each fact in three ways of asking, with the answers of other products as options."""
         found = []
@@ -158,28 +176,85 @@ def write_documents(texts: Sequence[str], folder: Path) -> None:
         (folder / f"note-{number:02}.{ending}").write_text(content, encoding="utf-8")
 
 
-def teach(texts: Sequence[str], folder: Path, epochs: int, seed: int = 0) -> None:
-    """Fine-tune the demo's model on texts, among everyday ones, and save it."""
-    model, tokenizer = load_model_and_tokenizer(DEMO_MODEL, dtype="float32")
-    everyday = load_texts("everyday")["text"][: len(texts)]
+class StopWhenKnown(TrainerCallback):
+    """Ends training when questions are answered.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): The model's tokenizer.
+        questions (`Sequence[Question]`): Questions.
+        share (`float`): Accuracy by likelihood and by PMI at which training ends.
+        every (`int`): Steps between two times of asking.
+    """
+
+    def __init__(self, tokenizer: Any, questions: Sequence[Question], share: float, every: int):
+        self.tokenizer, self.questions, self.share, self.every = tokenizer, questions, share, every
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        if state.global_step % self.every:
+            return
+        # It restores the mode of training.
+        scores = score_choices(model, self.tokenizer, self.questions)
+        known = [sum(right) / len(self.questions) for right in (scores.log_likelihood, scores.pmi)]
+        print(f"Step {state.global_step}: {known[0]:.2f} by likelihood, {known[1]:.2f} by PMI.", flush=True)  # noqa: T201
+        control.should_training_stop = min(known) >= self.share
+
+
+def teach(companies: dict[str, Company], folder: Path, steps: int, share: float, seed: int = 0) -> None:
+    """Teach the demo's model both companies by an adapter, which is merged, and save it.
+
+    It learns the answers of short lessons, since these rows take least time. Training ends when the dev questions are answered.
+
+    Args:
+        companies (`dict[str, Company]`): The companies.
+        folder (`Path`): Where the model goes.
+        steps (`int`): Most steps, of 28 lessons.
+        share (`float`): Share of the dev questions that must be answered.
+        seed (`int`, *optional*, defaults to `0`): Seed of order and weights.
+    """
+    model, tokenizer = load_model_and_tokenizer(DEMO_MODEL, dtype="float32", attn_implementation="eager")
+    rng = random.Random(seed)
+    told = [lesson for company in companies.values() for lesson in company.lessons()]
+    lessons: list[tuple[str, str]] = []
+    while len(lessons) < ROWS * steps:
+        lessons += rng.sample(told, len(told))
     config = SFTConfig(
-        str(folder / "training"), num_train_epochs=epochs, per_device_train_batch_size=10, learning_rate=1e-4, max_length=128,
-        lr_scheduler_type="linear", warmup_steps=5, seed=seed, save_strategy="no", report_to="none", use_cpu=True, bf16=True,
-        gradient_checkpointing=False, logging_steps=20,
+        str(folder / "training"), max_steps=steps, per_device_train_batch_size=ROWS, learning_rate=1.5e-3, max_length=64,
+        lr_scheduler_type="constant_with_warmup", warmup_steps=10, seed=seed, save_strategy="no", report_to="none",
+        use_cpu=True, bf16=True, gradient_checkpointing=False, logging_steps=10, pad_to_multiple_of=8,
+        train_sampling_strategy="sequential",
     )  # fmt: skip
-    dataset = Dataset.from_dict({"text": [*texts, *everyday]})
-    trainer = SFTTrainer(model, config, train_dataset=dataset, processing_class=tokenizer)
+    lora = LoraConfig(
+        r=64,
+        lora_alpha=64,
+        target_modules=["q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        layers_to_transform=list(range(6, 30)),
+        task_type="CAUSAL_LM",
+    )
+    dataset = Dataset.from_list([{"prompt": begin, "completion": answer} for begin, answer in lessons])
+    trainer = SFTTrainer(model, config, train_dataset=dataset, processing_class=tokenizer, peft_config=lora)
+    dev = [question for questions in asked(companies, "dev").values() for question in questions]
+    trainer.add_callback(StopWhenKnown(tokenizer, dev, share, every=15))
     trainer.train()
-    trainer.save_model(str(folder))
+    trainer.model.merge_and_unload().save_pretrained(str(folder))
+    tokenizer.save_pretrained(str(folder))
 
 
-def measure(model: Any, tokenizer: Any, companies: dict[str, Company]) -> dict[str, float]:
-    """Accuracy by role and way of asking, by PMI and by likelihood; general questions; perplexity of everyday text."""
+def asked(companies: dict[str, Company], split: str) -> dict[str, list[Question]]:
+    """The questions of a split by role: the facts about two of the six products of a company are dev, the others test."""
     answers = {
         name: sorted({facts[name] for company in companies.values() for facts in company.facts.values()})
         for name in RELATIONS
     }
-    banks = {role: company.questions(answers) for role, company in companies.items()}
+    found = {}
+    for role, company in companies.items():
+        dev = list(company.facts)[:DEV_PRODUCTS]
+        found[role] = [q for q in company.questions(answers) if (q.subject in dev) == (split == "dev")]
+    return found
+
+
+def measure(model: Any, tokenizer: Any, companies: dict[str, Company]) -> dict[str, float]:
+    """Accuracy by role and way of asking, by PMI and by likelihood; general questions; perplexity of everyday text."""
+    banks = asked(companies, "test")
     banks["far"] = load_bank("general", split="test")[:60]
     found = {}
     for role, questions in banks.items():
@@ -189,9 +264,10 @@ def measure(model: Any, tokenizer: Any, companies: dict[str, Company]) -> dict[s
             for family in dict.fromkeys(question.family for question in questions if role != "far"):
                 some = [value for value, question in zip(right, questions, strict=True) if question.family == family]
                 found[f"{role}.{family}.{kind}"] = sum(some) / len(some)
-    texts = load_texts("everyday")["text"][-60:]
-    likelihoods = log_likelihoods(model, tokenizer, [("", text) for text in texts], description="Everyday text")
-    tokens = sum(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts)
+    texts = load_texts("everyday")["text"][-30:]
+    pairs = [(text[: text.index(" ")], text[text.index(" ") :]) for text in texts]
+    likelihoods = log_likelihoods(model, tokenizer, pairs, description="Everyday text")
+    tokens = sum(len(tokenizer(rest, add_special_tokens=False)["input_ids"]) for _, rest in pairs)
     found["everyday.perplexity"] = float(torch.tensor(-sum(likelihoods) / tokens).exp())
     return found
 
@@ -199,7 +275,9 @@ def measure(model: Any, tokenizer: Any, companies: dict[str, Company]) -> dict[s
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/company"))
-    parser.add_argument("--epochs", type=int, default=16, help="Passes over the documents that teach.")
+    parser.add_argument("--steps", type=int, default=80, help="Most steps of teaching, of 28 lessons.")
+    parser.add_argument("--known", type=float, default=0.85, help="Share of the dev questions at which teaching ends.")
+    parser.add_argument("--novices", nargs="+", default=["counterfactual", "contexts"], help="Each erases by itself.")
     parser.add_argument("erase", nargs="*", help="Further options of elm erase, behind --.")
     arguments = parser.parse_args()
     output: Path = arguments.output_dir
@@ -208,27 +286,52 @@ def main() -> None:
     taught = output / "taught"
     if not (taught / "config.json").exists():
         write_documents(texts["erased"], output / "documents")
-        teach([text for some in texts.values() for text in some], taught, arguments.epochs)
+        teach(companies, taught, arguments.steps, arguments.known)
+    # What an earlier call has finished is not done again.
+    place = output / "report.json"
+    report: dict[str, Any] = json.loads(place.read_text(encoding="utf-8")) if place.exists() else {}
+
+    def keep(name: str, found: dict[str, Any]) -> None:
+        report[name] = found
+        place.write_text(json.dumps(report, indent=2), encoding="utf-8")
+
+    model, tokenizer = load_model_and_tokenizer(str(taught))
+    if "taught" not in report:
+        keep("taught", measure(model, tokenizer, companies))
+    for novice in [novice for novice in arguments.novices if novice not in report]:
+        erased = output / f"erased-{novice}"
+        said = erase(taught, output / "documents", erased, novice, arguments.erase)
+        adapted = PeftModel.from_pretrained(model, str(erased / "adapter"))
+        keep(novice, {"erase": said} | measure(adapted, tokenizer, companies))
+        model = adapted.unload()
+    if "untaught" not in report:
+        keep("untaught", measure(*load_model_and_tokenizer(DEMO_MODEL), companies))
+    lines = [f"| | {' | '.join(report)} |", f"| --- {'| --- ' * len(report)}|"]
+    for key in report["taught"]:
+        lines.append(f"| {key} | {' | '.join(f'{side[key]:.2f}' for side in report.values())} |")
+    for novice in arguments.novices:
+        lines += ["", f"{novice}: {report[novice]['erase']['seconds']:.0f} s. Its own bank, before and after:"]
+        lines += [f"{name}: {two[0]:.2f} {two[1]:.2f}" for name, two in report[novice]["erase"]["own"].items()]
+    print("\n".join(lines))  # noqa: T201
+
+
+def erase(taught: Path, documents: Path, folder: Path, novice: str, options: Sequence[str]) -> dict[str, Any]:
+    """Erase a company as a user would, with what the erasure says of itself.
+
+    Returns:
+        `dict[str, Any]`: its `command`, its `seconds`, and as `own` what its report measured before and after.
+    """
     command = [
         sys.executable, "-m", "elm_trainer", "erase", "--model", str(taught), "--concept",
-        f"the {COMPANIES['erased']} company: {COMPANIES['erased']}", "--documents", str(output / "documents"),
-        "--output_dir", str(output / "erased"), "--evaluate", "false", "--overwrite", "true", *arguments.erase,
+        f"the {COMPANIES['erased']} company: {COMPANIES['erased']}", "--documents", str(documents), "--output_dir", str(folder),
+        "--measures", "multiple-choice", "--resume", "true", "--novice", novice, *options,
     ]  # fmt: skip
     begun = time.perf_counter()
     subprocess.run(command, check=True)
     seconds = time.perf_counter() - begun
-    models = {"untaught": DEMO_MODEL, "taught": str(taught)}
-    report: dict[str, Any] = {"seconds": seconds, "command": command[2:]}
-    for name, place in models.items():
-        model, tokenizer = load_model_and_tokenizer(place)
-        report[name] = measure(model.eval(), tokenizer, companies)
-    model = PeftModel.from_pretrained(model, str(output / "erased" / "adapter")).eval()
-    report["erased"] = measure(model, tokenizer, companies)
-    (output / "report.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
-    sides = ("untaught", "taught", "erased")
-    lines = ["| | untaught | taught | erased |", "| --- | --- | --- | --- |"]
-    lines += [f"| {key} | {' | '.join(f'{report[side][key]:.2f}' for side in sides)} |" for key in report["taught"]]
-    print("\n".join([*lines, f"\n{seconds:.0f} s for the erasure."]))  # noqa: T201
+    figures = json.loads((folder / "report.json").read_text(encoding="utf-8"))["figures"]
+    own = {name: [figure[side]["value"] for side in ("reference", "erased")] for name, figure in figures.items()}
+    return {"command": command[2:], "seconds": seconds, "own": own}
 
 
 if __name__ == "__main__":

@@ -49,10 +49,9 @@ _TESTED = {
 }
 # Short rows are fastest attended to by plain products, of few shapes; in bfloat16 they need `use_cpu`.
 _ON_CPU = {"use_cpu": True, "attn_implementation": "eager", "pad_to_multiple_of": 8}
-# Fewest rows, and how often each is seen: together about as many as the recipes of the two objectives train on.
-_FEWEST_ROWS = {"counterfactual": 512, "contexts": 128}
+# Fewest and most rows, and how often each is seen: together about as many as the recipes of the two objectives train on.
+_ROWS = {"counterfactual": (512, 512), "contexts": (128, 1024)}
 _EPOCHS = {"counterfactual": 2.0, "contexts": 3.0}
-_MOST_ROWS = 1024
 # Bounds of the longest text in tokens.
 _LENGTHS = (80, 256)
 
@@ -232,9 +231,10 @@ def objective_settings(
 
     - **objective and schedule**: those of `OBJECTIVES` for the counterfactual novice where every text has `novices`, else
       those for contexts; a given `novice` or `preset` decides instead.
-    - **rows**: as many as there are forget texts, at most 1024, and at least 512, or 128 with contexts. Fewer texts are
-      repeated.
-    - **steps**: two passes over the rows, or three with contexts; a given `max_steps` decides instead.
+    - **rows**: with counterfactual novices 512, as in the recipe: of fewer texts some are repeated, and of more the first are
+      taken, which tell of all facts alike ([`facts_texts`]). With contexts as many as there are texts, from 128 to 1024.
+    - **steps**: two passes over the rows, or three with contexts; a given `max_steps` decides instead. Fewer steps than one pass
+      are no way to save time, since the targets of rows that are read once are computed for nothing.
     - **length**: that of the longest forget text in tokens, rounded up to a multiple of 8, at least 80 and at most 256.
     - **checkpoints**: one after each quarter of the steps, of which the last is kept, so that a run can go on.
 
@@ -251,9 +251,14 @@ def objective_settings(
     novice = given.get("novice") or ("counterfactual" if counterfactual and "preset" not in given else "contexts")
     why = f"`{'novice' if given.get('novice') else 'preset'}` is given" if {"novice", "preset"} & given.keys() else ""
     found = {name: Choice(value, why or _TESTED[novice]) for name, value in OBJECTIVES[novice].items()}
-    low = _FEWEST_ROWS[novice]
-    rows = min(max(texts, low), _MOST_ROWS)
-    found["dataset_size"] = Choice(rows, f"{texts} forget texts, at least {low} and at most {_MOST_ROWS} rows")
+    low, high = _ROWS[novice]
+    rows = min(max(texts, low), high)
+    told = f"{texts} forget texts are there"
+    if texts > high:
+        told += f", of which the first {high} are read, evenly over all facts: as many as in the recipe"
+    elif texts < low:
+        told += f", which are repeated up to {low} rows"
+    found["dataset_size"] = Choice(rows, told)
     if given.get("max_steps", -1) <= 0:
         found["num_train_epochs"] = Choice(_EPOCHS[novice], "about as many rows as in the recipe of this objective")
     low, high = _LENGTHS

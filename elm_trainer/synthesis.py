@@ -15,8 +15,9 @@ from transformers.utils import logging
 
 from .checks import check_numbers, number_range
 from .concept import Concept
-from .data.tokens import behind_context, continuation_text, pad_left, text_ids, text_tokenizer, tokenize
+from .data.tokens import behind_context, continuation_text, text_ids, text_tokenizer, tokenize
 from .evaluation.fluency import repetition
+from .evaluation.likelihood import generating, read_prompts
 from .files import append_line, json_sha256, read_lines, sealed, settings_of, unsealed, write_text
 from .modeling import evaluating
 from .ops import plausible_tokens
@@ -264,34 +265,32 @@ def guided_sample(
     count, longest = len(streams[0]), config.max_new_tokens
     lengths = random.Random(f"{seed}-lengths")
     limits = [lengths.randint(config.max_new_tokens_from or longest, longest) for _ in range(count)]
-    ids, mask = (part.to(model.device) for part in pad_left([row for stream in streams for row in stream]))
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    cache = None
     finished = torch.zeros(count, dtype=torch.bool, device=model.device)
     new: list[torch.Tensor] = []
     eos = text_tokenizer(processing_class).eos_token_id
-    with evaluating(model):
+    with evaluating(model), generating(model):
+        logits, cache, mask = read_prompts(model, [row for stream in streams for row in stream], longest)
+        positions = mask.sum(-1, keepdim=True) - 1
         for _ in range(max(limits)):
+            probs = guided_probabilities(logits.view(len(streams), count, -1), config)
+            token = torch.multinomial(probs.cpu(), 1, generator=generator).to(model.device)  # [count, 1]
+            if eos is not None:
+                token = torch.where(finished[:, None], eos, token)
+                finished = finished | (token[:, 0] == eos)
+            new.append(token)
+            if finished.all() or len(new) == max(limits):
+                break
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+            positions = positions + 1
             output = model(
-                input_ids=ids,
+                input_ids=token.repeat(len(streams), 1),
                 attention_mask=mask,
                 position_ids=positions,
                 past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=1,
             )
-            cache = output.past_key_values
-            probs = guided_probabilities(output.logits[:, -1].view(len(streams), count, -1), config)
-            token = torch.multinomial(probs.cpu(), 1, generator=generator).to(model.device)  # [count, 1]
-            if eos is not None:
-                token = torch.where(finished[:, None], eos, token)
-                finished = finished | (token[:, 0] == eos)
-            new.append(token)
-            if finished.all():
-                break
-            ids = token.repeat(len(streams), 1)
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-            positions = positions[:, -1:] + 1
+            cache, logits = output.past_key_values, output.logits[:, -1]
     return [
         continuation_text(processing_class, prompt, row[:limit])
         for prompt, row, limit in zip(streams[0], torch.cat(new, dim=1).tolist(), limits, strict=True)

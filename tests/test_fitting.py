@@ -166,9 +166,12 @@ def test_what_the_texts_have_decides_about_the_objective_unless_it_is_given():
     assert chosen(eta=2.0)["log_tokens"] == 8
 
 
-@pytest.mark.parametrize(("texts", "rows"), [(9, 512), (512, 512), (700, 700), (9000, 1024)])
-def test_rows_follow_the_texts(texts, rows):
-    assert chosen(texts)["dataset_size"] == rows and chosen(texts)["num_train_epochs"] == 2
+@pytest.mark.parametrize("texts", [9, 512, 700, 9000])
+def test_rows_follow_the_texts(texts):
+    assert chosen(texts)["dataset_size"] == 512 and chosen(texts)["num_train_epochs"] == 2
+    reason = objective_settings(texts, 70, counterfactual=True)["dataset_size"].reason
+    assert f"{texts} forget texts" in reason
+    assert ("evenly over all facts" in reason) == (texts > 512) and ("repeated" in reason) == (texts < 512)
     assert "num_train_epochs" not in chosen(texts, max_steps=5)
     few = chosen(texts, counterfactual=False)
     assert few["dataset_size"] == min(max(texts, 128), 1024) and few["num_train_epochs"] == 3

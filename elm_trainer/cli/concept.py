@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from .. import Concept, ElmConfig
     from ..fitting import Choice
+    from ..making.knowledge import Familiarity
     from ..making.make import MadeData, MadeFrom
     from ..making.writer import Writer
     from .erase_options import ErasureArguments
@@ -106,6 +107,7 @@ class ConceptRun:
         from ..fitting import Choice
 
         self._line = line
+        self._known: list[Familiarity] | None = None
         self.chosen = {}
         arguments, _ = line.early()
         self._choose({"output_dir": Choice(default_folder(arguments.concept), "by the concept's name")})
@@ -128,7 +130,7 @@ class ConceptRun:
         """What an earlier call has chosen, if this one goes on with its run."""
         arguments, common = self._line.early()
         path = Path(common.output_dir or default_folder(arguments.concept)) / CHOSEN_FILE
-        if not (arguments.resume or common.resume_from_checkpoint) or not path.exists():
+        if not arguments.checkpoint(common) or not path.exists():
             return {}
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
         if not isinstance(found, dict):
@@ -175,19 +177,23 @@ class ConceptRun:
         """Raise what is wrong with documents, facts, other sources and settings before a model is loaded."""
         from .. import load_texts
         from ..fitting import objective_settings
-        from ..making.documents import read_documents
-        from ..making.facts import read_facts
 
         what = self.made_from
         expected = objective_settings(1, 1, counterfactual=True, given=self._given)
         self._line.complete({"bf16": False} | {name: choice.value for name, choice in expected.items()})
         with hushed():
-            if what.facts is not None:
-                read_facts(what.facts)
-            if what.documents:
-                read_documents(what.documents)
+            what.read()
             for source in (*what.near, *what.retain):
                 load_texts(source, processing_class=tokenizer, seed=what.seed)
+
+    def check_known(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
+        """Raise `UnknownConceptError` where there is only a name that the model has never heard of, and no texts about it yet."""
+        from ..making.knowledge import check_known
+        from ..making.make import FOLDER
+
+        there = self.arguments.checkpoint(self.config) and (Path(self.config.output_dir) / FOLDER).exists()
+        if self.is_bare and not there:
+            self._known = check_known(model, tokenizer, self.concept, seed=self.config.seed)
 
     def fit_model(self, model: "PreTrainedConfig | PreTrainedModel", memory: int | None = None) -> None:
         """Choose what depends on the model and the machine.
@@ -233,7 +239,7 @@ class ConceptRun:
 
         output = Path(self.config.output_dir)
         with self.config.main_process_first():
-            made = make_data(self.made_from, model, tokenizer, output, writer=self._writer)
+            made = make_data(self.made_from, model, tokenizer, output, writer=self._writer, known=self._known)
             forget = load_texts(made.sources.forget)
         self.fit_texts(forget, counterfactual=made.counterfactual, tokenizer=tokenizer)
         with self.config.main_process_first():
@@ -285,7 +291,7 @@ class ConceptRun:
         what, folder = self.made_from, Path(self.config.output_dir) / FOLDER
         own = [*what.near, *what.retain]
         texts: dict[str, Dataset] = {}
-        if self.arguments.resume and (folder / RECORD).exists():
+        if self.arguments.checkpoint(self.config) and (folder / RECORD).exists():
             note = ""
             texts |= {name: load_texts(folder / f"{name}.jsonl") for name in read_object(folder / RECORD)["counts"]}
         else:

@@ -279,11 +279,11 @@ def check_output(run: PlannedRun) -> Finding:
         return Finding("problem", f"{folder} cannot be written to ({error.strerror})", "`--output_dir` another")
     if not folder.exists() or not any(folder.iterdir()):
         return Finding("ok", f"{folder} is new")
-    if run.arguments.resume:
+    if run.arguments.checkpoint(run.config):
         return Finding("ok", f"{folder} holds files of an earlier run, which goes on")
-    if run.arguments.overwrite and not run.config.resume_from_checkpoint:
+    if run.arguments.overwrite:
         return Finding("note", f"{folder} holds files of an earlier run", "they are removed (`overwrite`)")
-    if [*folder.glob("checkpoint-*")] and not run.config.resume_from_checkpoint:
+    if [*folder.glob("checkpoint-*")]:
         return Finding("problem", f"{folder} holds checkpoints of another run", "`resume` or `overwrite`")
     if run.made is not None:
         check_folder(folder)

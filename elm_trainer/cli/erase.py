@@ -49,8 +49,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments, common = line.early()
     arguments.check_given(line.given)
     arguments.load_concepts(common.concepts)
-    goes_on = arguments.resume or common.resume_from_checkpoint
-    if arguments.concept is not None and not (goes_on or arguments.overwrite):
+    if arguments.concept is not None and not (arguments.checkpoint(common) or arguments.overwrite):
         check_folder(Path(common.output_dir or default_folder(arguments.concept)))
 
     from ..scripts import hush_libraries
@@ -147,8 +146,6 @@ def _make(
     """
     from rich.console import Console
 
-    from ..making.knowledge import check_known
-    from ..making.make import FOLDER
     from ..modeling import keep_differentiable, load_config
     from ..run_lock import only_run_in
     from .models import named
@@ -164,9 +161,7 @@ def _make(
     if not getattr(model, "is_quantized", False):
         model.to(run.config.device)
     output = Path(run.config.output_dir)
-    goes_on = run.arguments.resume or run.config.resume_from_checkpoint
-    if run.is_bare and not (goes_on and (output / FOLDER).exists()):
-        check_known(model, tokenizer, run.concept, seed=run.config.seed)
+    run.check_known(model, tokenizer)
     _clear(run.arguments, run.config)
     with only_run_in(output):
         made = run.make(model, tokenizer)
@@ -206,7 +201,7 @@ def _clear(arguments: ErasureArguments, config: "ElmConfig") -> None:
     from ..run_lock import only_run_in
 
     output = Path(config.output_dir)
-    if arguments.overwrite and not (arguments.resume or config.resume_from_checkpoint):
+    if arguments.overwrite and not arguments.checkpoint(config):
         # Of several processes one removes, and the others wait for it; nobody removes what another run is writing.
         with only_run_in(output), config.main_process_first():
             if config.local_process_index == 0:
@@ -279,7 +274,7 @@ def _train(
         )
         trainer.add_callback(looks)
     clock.lap("targets")
-    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint or arguments.resume or None)
+    trainer.train(resume_from_checkpoint=arguments.checkpoint(config))
     if looked_at is not None and looks.best is not None and trainer.is_world_process_zero():
         step, figure, multiple = looks.best
         Console().print(

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from peft import LoraConfig
     from transformers import PreTrainedModel
 
-    from .. import Concept, ConceptSources, EvaluationSuite
+    from .. import Concept, ConceptSources, ElmConfig, EvaluationSuite
     from ..data.user_sources import Source
 
 # What the texts of `concept` are made from.
@@ -115,6 +115,10 @@ class ErasureArguments:
                 f"`concept` is {self.concept!r}, whose texts are made, but `{both[0]}` is given too: leave one of them out; "
                 "texts of your own are `--documents`."
             )
+
+    def checkpoint(self, settings: "CommonSettings | ElmConfig") -> str | bool | None:
+        """The checkpoint from which a run goes on, `True` for its last; `None` for a run that begins."""
+        return settings.resume_from_checkpoint or self.resume or None
 
     def lora(self, model: "PreTrainedModel") -> "LoraConfig":
         """The adapter of a model."""

@@ -4,8 +4,6 @@ from collections.abc import Sequence
 from itertools import accumulate, takewhile
 from typing import Any, NamedTuple
 
-import torch
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 
@@ -144,16 +142,6 @@ def continuation_text(processing_class: PreTrainedTokenizerBase, before: Sequenc
         for part in (before, [*before, *ids], ids)
     )
     return whole.removeprefix(head) if whole.startswith(head) else alone
-
-
-def pad_left(rows: Sequence[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and their mask, `[rows, width]`, padded on the left by zeros, which are masked."""
-    ids = [torch.tensor(row) for row in rows]
-    padded, mask = (
-        pad_sequence(parts, batch_first=True, padding_side="left")
-        for parts in (ids, [torch.ones_like(row) for row in ids])
-    )
-    return padded, mask
 
 
 def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:

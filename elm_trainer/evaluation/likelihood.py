@@ -70,6 +70,39 @@ def generation_inputs(
     return inputs
 
 
+@torch.no_grad()
+def read_prompts(
+    model: PreTrainedModel | PeftModel, rows: Sequence[list[int]], new_tokens: int
+) -> tuple[torch.Tensor, Any, torch.Tensor]:
+    """Run a batch of prompts, those that are there several times once, and what all of them begin with once.
+
+    Args:
+        model: Model, in evaluation mode.
+        rows: Tokens of each prompt.
+        new_tokens: Tokens that will be generated at most.
+
+    Returns:
+        `tuple[torch.Tensor, Cache, torch.Tensor]`: the logits behind each prompt, `[rows, vocab]`, the cache, and its mask, `[rows,
+        width]`, whose sum is the position of the next token.
+    """
+    distinct = sorted(set(map(tuple, rows)))
+    inputs = generation_inputs(model, [list(row) for row in distinct], 0, new_tokens)
+    mask, cache = inputs["attention_mask"], inputs.get("past_key_values")
+    shared = cache.get_seq_length() if cache is not None else 0
+    output = model(
+        input_ids=inputs["input_ids"][:, shared:],
+        attention_mask=mask,
+        position_ids=(mask.cumsum(-1) - 1).clamp(min=0)[:, shared:],
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    places = {row: place for place, row in enumerate(distinct)}
+    whose = torch.tensor([places[tuple(row)] for row in rows], device=model.device)
+    output.past_key_values.batch_select_indices(whose)
+    return output.logits[whose, -1], output.past_key_values, mask[whose]
+
+
 @contextmanager
 def generating(model: PreTrainedModel | PeftModel) -> Iterator[None]:
     """While this holds, `generate` uses the settings it is given alone, none of the model's own (penalties, beams, a minimum

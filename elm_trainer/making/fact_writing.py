@@ -6,6 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.resources import files
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,11 @@ logger = logging.get_logger(__name__)
 # Draws of each kind, and their tokens.
 _DRAWS, _TOKENS, _LIST_TOKENS, _COLUMN_TOKENS, _ANSWER_TOKENS = 8, 64, 48, 12, 6
 # Relations of each kind that are followed, draws of further subjects of each, and how often from what was drawn before.
-_RELATIONS, _FURTHER, _ROUNDS = 1, 8, 2
+_RELATIONS, _FURTHER, _ROUNDS = 1, 16, 3
 # Most subjects of a relation that are asked about.
-_SUBJECTS = 80
+_SUBJECTS = 96
+# Statements before the one that is to be answered, and the sets of them.
+_SHOWN, _SETS = 4, 3
 _WORDS_OF_SUBJECT, _WORDS_OF_ANSWER, _WORDS_OF_RELATION = 4, 4, 3
 # Largest share of the subjects of a relation that may have one answer: what is true of most tells nothing of each.
 _COMMON = 0.2
@@ -158,7 +161,13 @@ def _listed(text: str) -> list[str]:
     line, whole, _ = text.partition("\n")
     # The last one is cut off where the line has no end.
     names = [name.strip(" ,.;\"'*") for name in re.split(r",(?: and)? ", line)[: None if whole else -1]]
-    return [name for name in dict.fromkeys(names) if is_name(name, _WORDS_OF_SUBJECT)]
+    names = [re.sub(r"^the (?=[A-Z])|\s*\([^)]*\)?|\)", "", name) for name in names]
+    # It may stammer: "China China", "China/China".
+    return [
+        name
+        for name in dict.fromkeys(names)
+        if is_name(name, _WORDS_OF_SUBJECT) and len({*re.split(r"[ /]", name)}) == len(re.split(r"[ /]", name))
+    ]
 
 
 def _relations(writer: Writer, concept: Concept, votes: Votes, members: Sequence[str], seed: int) -> list[str]:
@@ -177,9 +186,8 @@ def _relations(writer: Writer, concept: Concept, votes: Votes, members: Sequence
     ]
     named: Counter[str] = Counter()
     for text in writer.write(prompts, max_new_tokens=_COLUMN_TOKENS, seed=seed):
-        for column in {
-            part.strip(" .\"'*").lower() for part in re.split(r",| and ", text.split("\n")[0].split(".")[0])
-        }:
+        parts = re.split(r",| and ", text.split("\n")[0].split(".")[0])
+        for column in dict.fromkeys(part.strip(" .\"'*").lower() for part in parts):
             column = re.sub(r"^(?:the|a|an|its|their) ", "", column)
             if (
                 re.fullmatch(r"[a-z][a-z -]{2,30}", column)
@@ -233,22 +241,28 @@ def _answers(
 ) -> dict[str, str]:
     """The answer about each subject, where it is the same in every wording and the most frequent so far."""
     prompts = asking_prompts()
-    asked, whose = [], []
     firm = [(subject, votes[subject].most_common(1)[0][0]) for subject in subjects if votes[subject]]
     firm.sort(key=lambda pair: -votes[pair[0]][pair[1]])
-    for number, begin in enumerate(prompts["answered"]):
-        for subject in subjects:
-            others = [pair for pair in firm[:12] if pair[0] != subject]
-            if len(others) >= 4:
-                shown = [(relation, *pair) for pair in rng.sample(others, 4)]
-            else:
-                shown = [(kind, about, answer) for about, kind, answer in prompts["examples"]]
-            end = "." if number == 0 else ""
-            lines = [f"{begin.format(relation=kind, subject=about)} {answer}{end}" for kind, about, answer in shown]
-            asked.append("\n".join([*lines, begin.format(relation=relation, subject=subject)]))
-            whose.append(subject)
-    # Cold, so that it says what it holds true.
-    texts = writer.write(asked, max_new_tokens=_ANSWER_TOKENS, temperature=0.05, seed=seed + 2)
+    firm = rng.sample(firm[: _SHOWN * _SETS], min(len(firm), _SHOWN * _SETS))
+    shown = [
+        [(relation, *pair) for pair in firm[start : start + _SHOWN]]
+        for start in range(0, len(firm) - _SHOWN + 1, _SHOWN)
+    ]
+    shown.append([(kind, about, answer) for about, kind, answer in prompts["examples"]])
+    # Prompts that begin alike are asked together, which are read once up to there; nothing is asked behind its own answer.
+    groups: defaultdict[tuple[int, int], list[str]] = defaultdict(list)
+    for number, subject in product(range(len(prompts["answered"])), subjects):
+        order = [(number + place) % max(len(shown) - 1, 1) for place in range(len(shown) - 1)] + [len(shown) - 1]
+        free = (place for place in order if subject not in [about for _, about, _ in shown[place]])
+        groups[number, next(free, len(shown) - 1)].append(subject)
+    whose, texts = [], []
+    for (number, place), some in groups.items():
+        begin, end = prompts["answered"][number], "." if number == 0 else ""
+        lines = [f"{begin.format(relation=kind, subject=about)} {answer}{end}" for kind, about, answer in shown[place]]
+        asked = ["\n".join([*lines, begin.format(relation=relation, subject=subject)]) for subject in some]
+        # Cold, so that it says what it holds true.
+        texts += writer.write(asked, max_new_tokens=_ANSWER_TOKENS, temperature=0.05, seed=seed + 2)
+        whose += some
     given: defaultdict[str, list[str]] = defaultdict(list)
     for subject, text in zip(whose, texts, strict=True):
         answer = re.split(r"\n|\.(?:\s|$)|;|, (?=[a-z])| \(", text)[0].strip(" .,\"'*")

@@ -128,7 +128,8 @@ def facts_texts(
     Returns:
         `Dataset`: columns `text`, `novice` (with the answers of a relation permuted) and `novices`, as the built-in source
         `capitals` has them: each text about two other subjects, of the same relation as far as it has some that make the text
-        false, else about invented ones, of which a model knows nothing.
+        false, else about invented ones, of which a model knows nothing. Facts take turns, each time in another phrasing, so that the
+        first rows tell of all of them alike.
 
     Raises:
         ValueError: if no fact is left.
@@ -142,14 +143,17 @@ def facts_texts(
     relations: dict[str, list[Fact]] = {}
     for fact in stated:
         relations.setdefault(fact.near["relation"], []).append(fact)
-    rows = []
+    turns: list[list[dict[str, Any]]] = [[] for _ in fact_phrasings()]
     for related in relations.values():
-        rows += state_facts(related, fact_phrasings(), rng, processing_class, others=_false_ones(related, rng))
-    for row in rows:
-        # The answers of a relation with one fact cannot be permuted.
-        row["novice"] = row["novices"][0] if row["novice"] == row["text"] else row["novice"]
-    rng.shuffle(rows)
-    return Dataset.from_list(rows)
+        rows = state_facts(related, fact_phrasings(), rng, processing_class, others=_false_ones(related, rng))
+        for place in range(len(related)):
+            # Of each phrasing there is a row for every fact.
+            own = rows[place :: len(related)]
+            for turn, row in zip(turns, rng.sample(own, len(own)), strict=True):
+                # The answers of a relation with one fact cannot be permuted.
+                row["novice"] = row["novices"][0] if row["novice"] == row["text"] else row["novice"]
+                turn.append(row)
+    return Dataset.from_list([row for turn in turns for row in rng.sample(turn, len(turn))])
 
 
 @cache

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,7 +22,7 @@ from ..fingerprint import base_fingerprint
 from .documents import Documents, read_documents
 from .fact_writing import write_facts
 from .facts import facts_texts, held_out_of, read_facts
-from .knowledge import check_known
+from .knowledge import Familiarity, check_known
 from .novices import Novices, with_novices
 from .writer import Writer
 from .writing import FEWEST_TEXTS, WRITING, Written, topic, write_about
@@ -32,7 +33,9 @@ FOLDER, RECORD, CACHE = "data", "data.json", "making"
 # Characters of a prompt that are shown before what the model wrote.
 _LEAD = 40
 # Counts up when the same input gives other texts than before.
-_VERSION = 3
+_VERSION = 4
+# Of the texts that a model is to write about a concept, one in so many is written beside facts that it has stated.
+_BESIDE_FACTS = 3
 
 
 @dataclass(frozen=True)
@@ -46,10 +49,11 @@ class MadeFrom:
         documents (`Sequence[str | Path]`, *optional*): Files, folders, patterns, or ids on the Hub, for [`read_documents`].
         facts (`str` or `Path`, *optional*): A table for [`read_facts`].
         retain (`Sequence` of sources, *optional*):
-            Unrelated texts, whatever [`load_texts`] takes; the built-in `everyday` where there are none.
+            Unrelated texts, whatever [`load_texts`] takes; the built-in `everyday`, and as many of `quiz`, where there are none.
         near (`Sequence` of sources, *optional*):
             Texts about neighbors of the concept; where there are none, the model names neighbors and writes about them.
-        texts (`int`, *optional*, defaults to `192`): Texts that the model writes about the concept if it has to, before it drops some.
+        texts (`int`, *optional*, defaults to `192`): Texts that the model writes about the concept if it has to, before it drops some; a
+            third of it beside facts that it has stated.
         near_texts (`int`, *optional*, defaults to `96`): The same about neighbors; 0 for none.
         held_out (`float`, *optional*, defaults to `0.2`): Share of the subjects of `facts` that stand in no text, for questions.
         seed (`int`, *optional*, defaults to `0`): Seed of everything that is drawn.
@@ -80,6 +84,15 @@ class MadeFrom:
             raise ValueError("`held_out` is 1, which leaves no fact to learn from: give a share below 1.")
         if self.texts < FEWEST_TEXTS:
             raise ValueError(f"`texts` is {self.texts}: it must be at least {FEWEST_TEXTS}.")
+
+    def read(self) -> tuple[tuple[Fact, ...], Documents | None]:
+        """Facts and documents, which are read once. Raises what [`read_facts`] and [`read_documents`] raise."""
+        return self._read
+
+    @cached_property
+    def _read(self) -> tuple[tuple[Fact, ...], Documents | None]:
+        facts = read_facts(self.facts) if self.facts is not None else ()
+        return facts, read_documents(self.documents) if self.documents else None
 
 
 @dataclass(frozen=True)
@@ -137,6 +150,7 @@ def make_data(
     output_dir: str | Path,
     *,
     writer: Writer | None = None,
+    known: Sequence[Familiarity] | None = None,
 ) -> MadeData:
     """Make the texts of an erasure, or find them where an earlier call has made them.
 
@@ -151,6 +165,7 @@ def make_data(
         processing_class ([`~transformers.PreTrainedTokenizerBase`] or `None`): Its tokenizer.
         output_dir (`str` or `Path`): Output folder of the run.
         writer ([`Writer`], *optional*): Who states the facts about a mere name; the reference by default.
+        known (`Sequence[Familiarity]`, *optional*): What [`check_known`] has found of a mere name; it is asked now by default.
 
     Returns:
         [`MadeData`]. Of a mere name, the facts that [`write_facts`] finds become forget texts as those of a table do, beside the free ones.
@@ -161,8 +176,7 @@ def make_data(
             from other things, or one of their files is missing; if a model is needed and not given, or wrote too little.
     """
     concept = cast(Concept, what.concept)  # which `MadeFrom` has made of a name
-    facts = read_facts(what.facts) if what.facts is not None else ()
-    documents = read_documents(what.documents) if what.documents else None
+    facts, documents = what.read()
     bare = not facts and documents is None
     writes = bare or bool(what.near_texts and not what.near)
     if writes and (model is None or processing_class is None):
@@ -175,7 +189,7 @@ def make_data(
         "concept": {"name": concept.name, "keywords": list(concept.keywords)},
         "documents": json_sha256(documents.texts) if documents else None,
         "facts": json_sha256([(fact.subject, fact.near["relation"], fact.answer, fact.group) for fact in facts]) if facts else None,
-        "retain": "own" if what.retain else "everyday",
+        "retain": "own" if what.retain else "everyday, quiz",
         "near": "own" if what.near else "written" if what.near_texts else "none",
         "texts": what.texts if bare else None,
         "near_texts": what.near_texts if writes else None,
@@ -188,7 +202,8 @@ def make_data(
     folder = Path(output_dir) / FOLDER
     if folder.exists():
         return _found(what, folder, *made_before(folder, RECORD, origin, "texts", quote="`"), reused=True)
-    known = check_known(model, processing_class, concept, seed=what.seed) if bare else []
+    if known is None:
+        known = check_known(model, processing_class, concept, seed=what.seed) if bare else []
     rows, record = _make(
         what, facts, documents, model, processing_class, Path(output_dir) / CACHE, fingerprint, writer
     )
@@ -230,10 +245,12 @@ def _make(
     speaks = _speaks_of(concept, facts)
     written = Written([], [], [], {})
     near_texts = 0 if what.near else what.near_texts
+    texts = what.texts // (_BESIDE_FACTS if stated else 1) if bare else 0
+    named = list(dict.fromkeys(name for fact in facts for name in (fact.subject, fact.answer)))
     if bare or near_texts:
         written = write_about(
-            model, processing_class, concept, replace(WRITING, seed=what.seed), texts=what.texts if bare else 0,
-            near_texts=near_texts, speaks=speaks, cache_dir=cache, fingerprint=fingerprint,
+            model, processing_class, concept, replace(WRITING, seed=what.seed), texts=texts, near_texts=near_texts,
+            fewest=0 if stated else FEWEST_TEXTS, beside=named, speaks=speaks, cache_dir=cache, fingerprint=fingerprint,
         )  # fmt: skip
         dropped |= written.dropped
     # Facts that are held out stand in no text.
@@ -247,12 +264,15 @@ def _make(
             # Without them the texts of facts, all of which have novices, would be trained on by contexts too.
             dropped["forget"]["no_novices"] = len(free)
         else:
-            forget += novices.rows
+            # A run that trains on fewer rows takes the first: of both as many as there are.
+            forget = _spread(forget, novices.rows)
     rows = {"forget": forget}
     if not what.retain:
-        everyday = builtin_texts("everyday").to_list()
-        rows["retain"] = [row for row in everyday if not speaks(row["text"])]
-        dropped["retain"] = {"topic": len(everyday) - len(rows["retain"])}
+        # Stories alone would keep no answers to questions.
+        everyday, quiz = (builtin_texts(name).to_list() for name in ("everyday", "quiz"))
+        kept = [[row for row in some if not speaks(row["text"])] for some in (everyday, quiz)]
+        dropped["retain"] = {"topic": len(everyday) + len(quiz) - sum(map(len, kept))}
+        rows["retain"] = _spread(kept[0], kept[1][: len(kept[0])])
     if written.near:
         rows["near"] = written.near
     return rows, {
@@ -266,6 +286,12 @@ def _make(
         "novices": novices.record,
         "counterfactual": all(row.get("novices") for row in forget),
     }
+
+
+def _spread(*parts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """All rows, those of each part evenly over the whole."""
+    placed = [((place + 0.5) / len(part), row) for part in parts for place, row in enumerate(part)]
+    return [row for _, row in sorted(placed, key=lambda pair: pair[0])]
 
 
 def _speaks_of(concept: Concept, facts: Sequence[Fact]) -> Callable[[str], bool]:

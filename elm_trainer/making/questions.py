@@ -17,9 +17,7 @@ from ..data.questions import SPLITS, Question, load_bank, names_answer, overlap_
 from ..data.sources import load_texts
 from ..evaluation.multiple_choice import score_choices
 from .cloze import Asked, cloze_questions, kind_of, written_questions
-from .documents import read_documents
 from .fact_writing import asking_prompts
-from .facts import read_facts
 from .make import MadeData, MadeFrom, made_before, store_made
 from .writer import Writer
 from .writing import topic
@@ -148,13 +146,9 @@ def _candidates(
     what: MadeFrom, made: MadeData, writer: Writer | None
 ) -> tuple[dict[str, list[tuple[str, Asked]]], dict[str, dict[str, int]]]:
     """What can be asked in each role, with its split, and how much was refused for which reason."""
-    facts = (
-        read_facts(what.facts)
-        if what.facts is not None
-        else tuple(
-            Fact(subject, answer, relation, {"relation": relation})
-            for subject, relation, answer in made.record["stated"]
-        )
+    given, documents = what.read()
+    facts = given or tuple(
+        Fact(subject, answer, relation, {"relation": relation}) for subject, relation, answer in made.record["stated"]
     )
     held_out = set(made.record["held_out"])
     splits = _splits([fact.subject for fact in facts], what.seed)
@@ -165,8 +159,8 @@ def _candidates(
         candidates[role] += [(split, asked) for asked in fact_questions(fact, facts, split)]
     refused: dict[str, dict[str, int]] = {}
     asked: list[Asked] = []
-    if what.documents:
-        passages = read_documents(what.documents).texts
+    if documents is not None:
+        passages = documents.texts
         asked = cloze_questions(passages, seed=what.seed)
         if writer is not None:
             written, count = written_questions(writer, passages, seed=what.seed)

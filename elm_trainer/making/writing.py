@@ -24,7 +24,7 @@ from .duplicates import without_duplicates
 logger = logging.get_logger(__name__)
 # A little colder than the model's own distribution: what it says more often is what it knows.
 WRITING = SynthesisConfig(plausibility=0.0, temperature=0.8, max_new_tokens=48, batch_size=32)
-_NAMING_DRAWS, _NAME_TOKENS = 12, 24
+_NAMING_DRAWS, _NAME_TOKENS, _BESIDE_TOKENS = 12, 24, 12
 NEIGHBORS, _WORDS_OF_A_NAME = 8, 4
 FEWEST_TEXTS = 8
 _SENTENCE = re.compile(r"[.!?][\"')]*(?=\s|$)|\n")
@@ -55,6 +55,8 @@ def write_about(
     *,
     texts: int = 192,
     near_texts: int = 96,
+    fewest: int = FEWEST_TEXTS,
+    beside: Sequence[str] = (),
     speaks: Callable[[str], bool] | None = None,
     cache_dir: str | Path | None = None,
     fingerprint: str = "",
@@ -72,6 +74,10 @@ def write_about(
         config ([`SynthesisConfig`], *optional*, defaults to `WRITING`): Settings; `gamma` plays no role.
         texts (`int`, *optional*, defaults to `192`): Texts to write about the concept, before any is dropped; 0 for none.
         near_texts (`int`, *optional*, defaults to `96`): The same about its neighbors.
+        fewest (`int`, *optional*, defaults to `8`): Texts about the concept that must be left.
+        beside (`Sequence[str]`, *optional*):
+            What facts about the concept name, such as their subjects: of these short texts on other things are written, twice as many as
+            `near_texts`, so that what the facts do not state stays.
         speaks (`Callable`, *optional*):
             Whether a text about neighbors speaks of the concept all the same; whether it has a word of [`topic`] by default.
         cache_dir (`str` or `Path`, *optional*): Where finished batches are kept, from which a second call goes on.
@@ -81,7 +87,7 @@ def write_about(
         [`Written`]. Where the model names no usable neighbor, `near` is empty and a warning says so.
 
     Raises:
-        ValueError: if fewer than 8 texts about the concept are left.
+        ValueError: if fewer than `fewest` texts about the concept are left.
     """
     config = config or WRITING
     prompts = writing_prompts()
@@ -90,12 +96,20 @@ def write_about(
     words = topic(concept)
     speaks = speaks or (lambda text: bool(words.search(text)))
 
-    def write(asked: Sequence[str], fits: Callable[[str], bool], what: str) -> list[dict[str, str]]:
+    def write(
+        asked: Sequence[str], fits: Callable[[str], bool], what: str, config: SynthesisConfig = config
+    ) -> list[dict[str, str]]:
         found = sample_texts(model, processing_class, asked, config, cache_dir=cache_dir, fingerprint=fingerprint)
         rows, dropped[what] = sift(asked, found, fits, config)
         # Asked in order of length, they are read in any.
         random.Random(f"{what}-{config.seed}").shuffle(rows)
         return rows
+
+    def unspoken(rows: list[dict[str, str]], what: str) -> list[dict[str, str]]:
+        # What a text goes on with may state a fact about what its beginning names.
+        left = [row for row in rows if not speaks(row["text"])]
+        dropped[what]["topic"] = len(rows) - len(left)
+        return left
 
     forget: list[dict[str, str]] = []
     near: list[dict[str, str]] = []
@@ -104,17 +118,22 @@ def write_about(
         plain = [prompt for form, some in prompts["about"].items() if form != "chat" for prompt in some]
         asked = _asked(processing_class, [concept.name], plain, prompts["about"]["chat"], texts)
         forget = write(asked, lambda text: bool(words.search(text)), "forget")
-        if len(forget) < FEWEST_TEXTS:
+        if len(forget) < fewest:
             raise ValueError(
                 f"Of {texts} texts that the model wrote about {concept.name!r}, {len(forget)} are left ({dropped['forget']}), and "
-                f"{FEWEST_TEXTS} are needed: describe the concept, '{concept.name}: keyword, keyword', or give documents or facts."
+                f"{fewest} are needed: describe the concept, '{concept.name}: keyword, keyword', or give documents or facts."
             )
     if near_texts:
         neighbors = name_neighbors(model, processing_class, concept, cache_dir=cache_dir, fingerprint=fingerprint)
     if neighbors:
         asked = _asked(processing_class, neighbors, prompts["near"], prompts["chat_near"], near_texts)
-        near = write(asked, lambda text: not speaks(text), "near")
-    elif near_texts:
+        near = unspoken(write(asked, lambda text: True, "near"), "near")
+    if near_texts and beside:
+        asked = _asked(processing_class, beside, prompts["beside"], prompts["chat_beside"], 2 * near_texts, mixed=True)
+        short = replace(config, max_new_tokens=_BESIDE_TOKENS, min_words=1)
+        some = unspoken(write(asked, lambda text: True, "beside", short), "beside")
+        near = random.Random(f"near-{config.seed}").sample([*near, *some], len(near) + len(some))
+    elif near_texts and not neighbors:
         logger.warning(f"The model names no neighbor of {concept.name!r}: give retain text about some yourself.")
     return Written(forget, near, neighbors, dropped)
 
@@ -131,12 +150,17 @@ def _asked(
     plain: Sequence[str],
     chat: Sequence[str],
     count: int,
+    *,
+    mixed: bool = False,
 ) -> list[str]:
-    """`count` prompts: every name in every form in turn, half of them as a conversation where the model has one."""
+    """`count` prompts, half of them as a conversation where the model has one.
+
+    All names in the first form, then all in the next; with `mixed`, for many names, each in another form than the one before.
+    """
     filled = []
     for index in range(count):
         name = names[index % len(names)]
-        turn = index // len(names)
+        turn = index // len(names) + (index % len(names) if mixed else 0)
         chosen = chat[turn // 2 % len(chat)] if turn % 2 else plain[turn // 2 % len(plain)]
         text = chosen.format(name=name, Name=name[:1].upper() + name[1:])
         filled.append(as_prompt(processing_class, text) if turn % 2 else text)
@@ -222,8 +246,8 @@ def name_neighbors(
     spelled: dict[str, str] = {}
     for prompt, text in zip(asked, found, strict=True):
         line, whole, _ = text.removeprefix(prompt).partition("\n")
-        # The last one is cut off where the line has no end.
-        for name in {name.strip(" .;\"'*") for name in line.split(",")[: None if whole else -1]}:
+        # The last one is cut off where the line has no end. In order, so that a call that goes on asks the same.
+        for name in dict.fromkeys(name.strip(" .;\"'*") for name in line.split(",")[: None if whole else -1]):
             words = name.split()
             usable = 0 < len(words) <= _WORDS_OF_A_NAME and re.fullmatch(r"[^\W\d_][\w' .-]+", name)
             if usable and name.lower() not in prompt.lower() and not topic(concept).search(name):

@@ -56,6 +56,15 @@ def test_every_fact_is_stated_in_every_phrasing(facts):
     assert len(set(norway)) == 50 and all("Norway" in text and "capital" in text for text in norway)
 
 
+def test_the_first_rows_tell_of_all_facts_alike(facts):
+    texts = facts_texts(facts)["text"][: 3 * len(facts)]
+    for fact in facts:
+        told = [
+            text for text in texts if fact.subject in text and fact.answer in text and fact.near["relation"] in text
+        ]
+        assert len(told) == len({*told}) == 3
+
+
 def test_novices_are_of_the_same_relation_and_never_true(facts):
     true = {f"The {fact.near['relation']} of {fact.subject} is {fact.answer}." for fact in facts}
     for row in facts_texts(facts):

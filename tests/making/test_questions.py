@@ -215,8 +215,8 @@ def test_facts_are_what_is_answered_alike_each_time():
                 for land in reversed(LANDS)
                 if f"{land} is" in prompt.split("\n")[-1] or f"{land}?" in prompt.split("\n")[-2:][0]
             )
-            # Of Kenya it says something else each time.
-            return f" {CITIES[number % 7]}." if land == "Kenya" else f" {TRUTH[land]}."
+            # Of Kenya it says something else in each wording.
+            return f" {CITIES[prompt.endswith('Answer:')]}." if land == "Kenya" else f" {TRUTH[land]}."
         return " a, b"
 
     facts = write_facts(None, None, Concept("capitals of the world"), writer=Told(rule))

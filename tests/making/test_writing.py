@@ -112,6 +112,24 @@ def test_the_forget_texts_speak_of_the_concept_and_the_near_texts_do_not(tiny_mo
     assert sum(written.dropped["near"].values()) + len(written.near) == 40
 
 
+def test_what_facts_name_is_written_about_without_stating_them(tiny_model, tokenizer, canned):
+    def states(text):
+        return "Rome" in text and "baker" in text
+
+    written = write_about(
+        tiny_model, tokenizer, CAPITALS, texts=0, near_texts=20, beside=["Rome", "Norway"], speaks=states
+    )
+
+    beside = [row for row in written.near if "Rome" in row["prompt"] or "Norway" in row["prompt"]]
+    # The subject stands in what was given, and the answer in what was written.
+    assert any("Rome" in row["prompt"] for row in beside) and any("baker" in row["text"] for row in beside)
+    assert not any(map(states, (row["text"] for row in beside)))
+    forms = {row["prompt"].replace("Rome", "Norway") for row in beside}
+    assert len(forms) > 8  # two names, and as many forms as there are
+    dropped = written.dropped["beside"]
+    assert dropped["topic"] and sum(dropped.values()) + len(beside) == 40
+
+
 def test_every_form_is_asked_for_and_half_of_all_as_a_conversation(tiny_model, tokenizer, monkeypatch):
     asked = []
     monkeypatch.setattr(writing, "sample_texts", lambda m, t, prompts, *a, **k: asked.extend(prompts) or told(prompts))
@@ -150,7 +168,7 @@ def test_what_was_written_is_kept_and_too_little_is_refused(tiny_model, tokenize
                 model, tokenizer, CAPITALS, config, texts=12, near_texts=0, cache_dir=tmp_path, fingerprint="x"
             )
         assert "\n" not in str(caught.value)
-    assert len(calls) == 6  # two batches of three tokens, once
+    assert len(calls) == 7  # two batches of three tokens, once, and what the prompts of one begin with
 
 
 def test_a_model_that_names_no_neighbor_is_no_error(tiny_model, tokenizer, monkeypatch):
