@@ -19,6 +19,7 @@ from transformers.utils import logging
 from .doctor import measure_doctor
 from .growth import REAL, REAL_SIZES, measure_growth
 from .measured import measure_prediction
+from .packing import measure_packing
 from .quality import measure_quality
 from .report import draw, figures_of, read_report, write_report
 from .step import measure_step
@@ -38,8 +39,8 @@ class BenchmarkArguments:
     """
 
     only: list[str] = field(
-        default_factory=lambda: ["step", "growth", "prediction", "doctor"],
-        metadata={"help": "step, growth, growth_real, prediction, doctor, time_to_quality."},
+        default_factory=lambda: ["step", "growth", "prediction", "doctor", "packing"],
+        metadata={"help": "step, growth, growth_real, prediction, doctor, packing, time_to_quality."},
     )
     output_dir: str = field(default="outputs/bench", metadata={"help": "Where the report goes."})
     repeats: int = field(default=5, metadata={"help": "Rounds in which the sides take turns."})
@@ -64,6 +65,7 @@ SECTIONS: dict[str, Callable[[BenchmarkArguments], dict[str, Any]]] = {
     "growth_real": _growth_real,
     "prediction": lambda arguments: {"prediction": measure_prediction(arguments.repeats, arguments.threads)},
     "doctor": lambda arguments: measure_doctor(arguments.threads),
+    "packing": lambda arguments: measure_packing(arguments.repeats, arguments.threads),
     "time_to_quality": lambda arguments: {
         "time_to_quality_vs_released": measure_quality(arguments.threads, arguments.budget)
     },

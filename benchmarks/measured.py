@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from elm_trainer.data.collator import best_rows
+from elm_trainer.data.packing import best_rows
 from elm_trainer.methods.forward import ATTENTION
 
 from .figures import Figure, ratios

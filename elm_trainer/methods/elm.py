@@ -5,11 +5,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from datasets import Dataset
 from torch import nn
 from transformers.utils import logging
 
-from ..concept import Concept, load_concept
 from ..data.collator import ElmDataCollator
 from ..modeling import decoder_layers, reentrant
 from ..ops import (
@@ -33,7 +31,7 @@ from ..ops import (
 )
 from .base import ErasureTrainer
 from .contrast import contrast_adapter
-from .elm_config import ElmConfig, stored_targets
+from .elm_config import ElmConfig, by_batch, is_counterfactual, named_concepts, stored_targets, term_weights
 from .forward import SUB_BATCHES, batch_mean, nll_reading, supervised_places, weighted_batches
 from .novice_states import (
     check_novices,
@@ -108,13 +106,8 @@ class ElmTrainer(ErasureTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         args = self.args
-        weights = {
-            "erase": args.erase_weight,
-            "state": args.state_weight,
-            "retain": args.retain_weight,
-            "consistency": args.consistency_weight,
-        }
-        batches = weighted_batches(inputs, _by_batch(weights))
+        weights = term_weights(args)
+        batches = weighted_batches(inputs, by_batch(weights))
         targets = {
             term: batches[term].get("target") or self.target(model, term, batches[term])
             for term in ("erase", "retain")
@@ -141,6 +134,14 @@ class ElmTrainer(ErasureTrainer):
             terms["consistency"] = torch.zeros((), device=args.device)
         loss = self.weigh(terms, weights)
         return (loss, None) if return_outputs else loss
+
+    def packed_together(self):
+        args = self.args
+        step = tuple(SUB_BATCHES[term] for term, weight in by_batch(term_weights(args)).items() if weight)
+        if getattr(self.data_collator, "targets", None) is not None:
+            return [step]
+        erase = [("forget", "forget.counterfactual.extra"), ("forget.expert",), ("forget.novice",)]
+        return [step, *erase * ("forget" in step), *[("retain",)] * ("retain" in step)]
 
     def _position_loss(
         self, term: str, batch: Mapping[str, Any], target: Mapping[str, torch.Tensor] | None
@@ -285,8 +286,8 @@ class ElmTrainer(ErasureTrainer):
 
         def compute(inputs: dict[str, Any]) -> list[dict[str, torch.Tensor]]:
             parts: list[dict[str, torch.Tensor]] = [{} for _ in inputs["forget"]["lengths"]]
-            weights = {"erase": args.erase_weight, "state": args.state_weight, "retain": args.retain_weight}
-            batches = weighted_batches(inputs, _by_batch(weights))
+            weights = term_weights(args) | {"consistency": 0.0}
+            batches = weighted_batches(inputs, by_batch(weights))
             for term, batch in batches.items():
                 counts = torch.bincount(batch["rows"], minlength=len(parts)).tolist()
                 for key, values in self.target(self.model, term, batch).items():
@@ -326,10 +327,10 @@ class ElmTrainer(ErasureTrainer):
             self._teachers.clear()
 
     def default_collator(self, args, processing_class, datasets):
-        counterfactual = _is_counterfactual(args)
+        counterfactual = is_counterfactual(args)
         return ElmDataCollator(
             processing_class,
-            concepts=None if args.expert_steps or counterfactual else _concepts(args, datasets),
+            concepts=None if args.expert_steps or counterfactual else named_concepts(args, datasets),
             counterfactual=counterfactual,
             past_end=not counterfactual,
             faithful=args.faithful,
@@ -349,7 +350,7 @@ class ElmTrainer(ErasureTrainer):
                 f"`data_collator` brings contexts, with which the adapters of `expert_steps={args.expert_steps}` would be tuned "
                 "and never used: leave its `concepts` out, or set `expert_steps` to 0."
             )
-        if _is_counterfactual(args):
+        if is_counterfactual(args):
             check_novices(datasets)
         if args.state_weight:
             if reentrant(args):
@@ -363,32 +364,5 @@ class ElmTrainer(ErasureTrainer):
             raise ValueError(f"`top_k` is {args.top_k}, but the vocabulary has {vocabulary} tokens: lower it.")
 
 
-def _by_batch(weights: Mapping[str, float]) -> dict[str, float]:
-    """The weights by sub-batch: the state term reads that of the erase term."""
-    return {"erase": max(weights["erase"], weights["state"])} | {
-        term: weight for term, weight in weights.items() if term not in ("erase", "state")
-    }
-
-
 def _weights(values: torch.Tensor, batch: Mapping[str, Any], share: float) -> torch.Tensor:
     return position_weights(values, batch["rows"], batch["input_ids"].size(0), share)
-
-
-def _is_counterfactual(args: ElmConfig) -> bool:
-    return args.novice == "counterfactual" and max(args.erase_weight, args.state_weight) > 0
-
-
-def _concepts(args: ElmConfig, datasets: Mapping[str, Dataset]) -> dict[str, Concept]:
-    """The concept of each name that stands in a dataset."""
-    described: dict[str, str] = {}
-    for dataset in datasets.values():
-        if "concept" in dataset.column_names:
-            described |= dict.fromkeys(set(dataset.unique("concept")) - set(described), "")
-        if "keywords" in dataset.column_names:
-            described |= {c: words for c, words in zip(dataset["concept"], dataset["keywords"], strict=True) if words}
-    given: list[str | Concept] = [*(args.concepts or ())]
-    given = given or [Concept(name, [words]) if words else name for name, words in sorted(described.items())]
-    concepts = {concept.name: concept for concept in map(load_concept, given)}
-    if missing := set(described) - set(concepts):
-        raise ValueError(f"`concepts` is {args.concepts}, but the dataset also names {sorted(missing)}: add them.")
-    return concepts

@@ -1,9 +1,12 @@
 """`ElmConfig`: the settings of ELM, and which targets they ask for."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from datasets import Dataset
+
+from ..concept import Concept, load_concept
 from ..data.target_store import Field, TargetLayout
 from .config import ErasureConfig, check_fields
 
@@ -241,3 +244,36 @@ def stored_targets(
     # The version is that of what is made from the settings.
     settings = {"method": "ELM", "version": 3, **{name: getattr(args, name) for name in names}, **more}
     return StoredTargets(TargetLayout(kept, vocab_size), settings, columns)
+
+
+def term_weights(args: ElmConfig) -> dict[str, float]:
+    """The weight of each term."""
+    return {term: getattr(args, f"{term}_weight") for term in ("erase", "state", "retain", "consistency")}
+
+
+def by_batch(weights: Mapping[str, float]) -> dict[str, float]:
+    """The weights by sub-batch: the state term reads that of the erase term."""
+    return {"erase": max(weights["erase"], weights["state"])} | {
+        term: weight for term, weight in weights.items() if term not in ("erase", "state")
+    }
+
+
+def is_counterfactual(args: ElmConfig) -> bool:
+    """Whether forget texts are compared with counterfactual novices."""
+    return args.novice == "counterfactual" and max(args.erase_weight, args.state_weight) > 0
+
+
+def named_concepts(args: ElmConfig, datasets: Mapping[str, Dataset]) -> dict[str, Concept]:
+    """The concept of each name that stands in a dataset."""
+    described: dict[str, str] = {}
+    for dataset in datasets.values():
+        if "concept" in dataset.column_names:
+            described |= dict.fromkeys(set(dataset.unique("concept")) - set(described), "")
+        if "keywords" in dataset.column_names:
+            described |= {c: words for c, words in zip(dataset["concept"], dataset["keywords"], strict=True) if words}
+    given: list[str | Concept] = [*(args.concepts or ())]
+    given = given or [Concept(name, [words]) if words else name for name, words in sorted(described.items())]
+    concepts = {concept.name: concept for concept in map(load_concept, given)}
+    if missing := set(described) - set(concepts):
+        raise ValueError(f"`concepts` is {args.concepts}, but the dataset also names {sorted(missing)}: add them.")
+    return concepts

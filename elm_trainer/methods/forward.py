@@ -10,10 +10,11 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.utils import logging
 
-from ..data.collator import Packing, pack_batches, texts_interact
+from ..data.collator import ElmDataCollator
+from ..data.packing import Packing, PackingPlan, PackingRule, find_packing, texts_interact
 from ..ops import FinalLogits, ReadHead, Reading, final_logits, kl_divergence, text_mean
 from ..ops.head import Plan
 
@@ -43,6 +44,14 @@ def weighted_batches(inputs: Mapping[str, Any], weights: Mapping[str, float]) ->
     if not batches:
         raise ValueError("`consistency_weight` alone is above 0, but a batch has no synthetic pairs: add some.")
     return batches
+
+
+def shared_forwards(args: Any) -> list[tuple[str, ...]]:
+    """Names of the sub-batches that share a forward, for each forward of a step: those of all terms that have a weight, and
+    retain text alone for the reference of a KL.
+    """
+    step = tuple(name for term, name in SUB_BATCHES.items() if getattr(args, f"{term}_weight", 0))
+    return [step, *[("retain",)] * (getattr(args, "retain_loss", "nll") == "kl" and "retain" in step)]
 
 
 def upcast(values: torch.Tensor) -> torch.Tensor:
@@ -104,6 +113,10 @@ def _by_name(reading: Reading, groups: Mapping[str, Sequence[torch.Tensor]]) -> 
         return reading(logits, where, *rest, **named)
 
     return read
+
+
+class NonFiniteLossError(FloatingPointError):
+    """A loss term became NaN or infinite. The last checkpoint was written before it did."""
 
 
 class TermTotals:
@@ -234,17 +247,19 @@ class PackedForward:
 
     def pack(self, model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> Packing:
         """How the texts of sub-batches are laid into rows, on their device."""
+        packing = find_packing(batches, self.rule(model))
+        return packing.to(batches[0]["input_ids"].device, non_blocking=True)
+
+    def rule(self, model: nn.Module) -> PackingRule:
+        """What decides how texts are laid into rows for this model."""
         config = self._unwrap(model).config
-        packing = pack_batches(
-            batches,
+        return PackingRule(
             left_padded=self._processing_class.padding_side == "left",
             attention=ATTENTION * config.get_text_config().hidden_size,
             one_row="flash" in (config._attn_implementation or ""),
             apart=self.texts_interact(model),
             pad_to_multiple_of=self._pad_to_multiple_of,
         )
-        device = batches[0]["input_ids"].device
-        return Packing(*(part if part is None else part.to(device, non_blocking=True) for part in packing))
 
     def final_logits(self, model: nn.Module) -> FinalLogits:
         """What the model does to its head's output, measured the first time by a forward over one token."""
@@ -274,3 +289,22 @@ class PackedForward:
                     "takes longer where texts differ in length."
                 )
         return self._texts_interact
+
+
+class PackInCollator(TrainerCallback):
+    """Has the collator pack what shares a forward, in the workers that load the batches.
+
+    Args:
+        trainer: Trainer of the package; only once it begins to train is its model where it can be measured.
+        collator: Collator that it was given; another than [`ElmDataCollator`] is left alone, and the step packs its batches.
+        rule (`Callable`): Measures the model, and gives the [`PackingRule`].
+    """
+
+    def __init__(self, trainer: Any, collator: Any, rule: Callable[[], PackingRule]):
+        self._trainer, self._collator, self._rule = trainer, collator, rule
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if isinstance(self._collator, ElmDataCollator):
+            with self._trainer.compute_loss_context_manager():
+                rule = self._rule()
+            self._collator.packing = PackingPlan(rule, [*dict.fromkeys(self._trainer.packed_together())])

@@ -2,7 +2,15 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from elm_trainer import Concept, ConceptSources, ElmConfig, ElmTrainer, build_erasure_dataset, load_concept
+from elm_trainer import (
+    Concept,
+    ConceptSources,
+    ElmConfig,
+    ElmDataCollator,
+    ElmTrainer,
+    build_erasure_dataset,
+    load_concept,
+)
 
 from .methods import tiny, trained
 
@@ -46,6 +54,21 @@ def test_the_ramp_is_that_of_the_released_code(side, tiny_model, tokenizer, data
     torch.testing.assert_close(trainer._eta(forget), torch.cat(expected))
     target = trainer.target(trainer.model, "erase", trainer._prepare_inputs(forget))
     assert len(target["weights"]) == sum(forget["lengths"])
+
+
+def test_a_collator_of_the_users_own_that_packs_nothing_trains_alike(tokenizer, dataset, config, lora):
+    losses = []
+    for own in (False, True):
+        made = ElmDataCollator(tokenizer, concepts={"capitals": load_concept("capitals")}, past_end=True)
+        trainer = ElmTrainer(
+            tiny("llama", len(tokenizer)), config(precompute_targets=False),
+            (lambda rows, made=made: made(rows)) if own else made,
+            dataset, processing_class=tokenizer, peft_config=lora,
+        )  # fmt: skip
+        trainer.train()
+        assert (made.packing is None) == own
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert len(losses[0]) == 2 and losses[1] == pytest.approx(losses[0], rel=1e-6)
 
 
 def test_without_erasure_the_first_step_has_no_gradient(tiny_model, tokenizer, dataset, config, lora):
