@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from heapq import heapreplace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -47,12 +47,32 @@ class Packing:
             has a row to itself, so that the model counts in its own way.
         slots (`torch.Tensor`): For each index in the flattened sub-batches, its packed slot, `[tokens]`; 0 for padding.
         source (`tuple`): What it was made from: the rule, and width and lengths of each sub-batch.
+        ends (`torch.Tensor`, *optional*): Where texts begin and end in the one row of flash attention, `[texts + 1]`, in
+            int32, the gap at its end as one more text; none where there are more rows.
+        longest (`int`, *optional*): Tokens of the longest of these.
     """
 
     tokens: torch.Tensor
     position_ids: torch.Tensor | None
     slots: torch.Tensor
     source: tuple[Any, ...]
+    ends: torch.Tensor | None = None
+    longest: int | None = None
+
+    def attention_arguments(self) -> dict[str, Any]:
+        """What flash attention of variable lengths takes, as `FlashAttentionKwargs` of transformers names it.
+
+        Made on the host, where lengths are known. Without it transformers looks for them in `position_ids`, for which the
+        host waits for the device in every layer.
+        """
+        if self.ends is None:
+            return {}
+        return {
+            "cu_seq_lens_q": self.ends,
+            "cu_seq_lens_k": self.ends,
+            "max_length_q": self.longest,
+            "max_length_k": self.longest,
+        }
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Packing":
         """The same on a device; `accelerate` calls it for what a collator gives."""
@@ -186,7 +206,13 @@ def pack_batches(batches: Sequence[Mapping[str, Any]], rule: PackingRule) -> Pac
     # A gap at the end of a row counts as one more text, whose logits nobody reads.
     position_ids = torch.arange(width) - torch.tensor(filled)[:, None]
     position_ids.view(-1)[given] = within
-    return Packing(tokens.view(len(rows), width), None if rule.apart else position_ids, slots, _source(batches, rule))
+    places_given = None if rule.apart else position_ids
+    packing = Packing(tokens.view(len(rows), width), places_given, slots, _source(batches, rule))
+    if rule.apart or not rule.one_row:
+        return packing
+    ends = [*places, filled[0]] + [width] * (width > filled[0])
+    longest = max(end - start for start, end in pairwise(ends))
+    return replace(packing, ends=torch.tensor(ends, dtype=torch.int32), longest=longest)
 
 
 def texts_interact(model: nn.Module, first: Sequence[int], second: Sequence[int]) -> bool:
