@@ -258,15 +258,14 @@ def guided_sample(
     Args:
         streams: Token ids of the prompts of the plain, the expert and the novice stream, or of the plain stream alone
             for ordinary sampling.
-        seed: Seed of the batch, on the CPU, so that a batch is the same on every device and on resumption.
+        seed: Seed of the batch, for the generator of the model's device; each kind of device draws other samples.
     """
-    generator = torch.Generator().manual_seed(seed)
     count, longest = len(streams[0]), config.max_new_tokens
     lengths = random.Random(f"{seed}-lengths")
     limits = [lengths.randint(config.max_new_tokens_from or longest, longest) for _ in range(count)]
     ids, mask = (part.to(model.device) for part in pad_left([row for stream in streams for row in stream]))
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    cache = None
+    cache = generator = None
     finished = torch.zeros(count, dtype=torch.bool, device=model.device)
     new: list[torch.Tensor] = []
     eos = text_tokenizer(processing_class).eos_token_id
@@ -282,7 +281,8 @@ def guided_sample(
             )
             cache = output.past_key_values
             probs = guided_probabilities(output.logits[:, -1].view(len(streams), count, -1), config)
-            token = torch.multinomial(probs.cpu(), 1, generator=generator).to(model.device)  # [count, 1]
+            generator = generator or torch.Generator(probs.device).manual_seed(seed)
+            token = torch.multinomial(probs, 1, generator=generator).to(model.device)  # [count, 1]
             if eos is not None:
                 token = torch.where(finished[:, None], eos, token)
                 finished = finished | (token[:, 0] == eos)
