@@ -1,7 +1,7 @@
 """Measure speed and memory, and write `report.json` and `report.png`.
 
 ```shell
-python -m benchmarks                           # all but time_to_quality
+python -m benchmarks                           # all that need no minutes of the real model
 python -m benchmarks --only growth --repeats 7
 python -m benchmarks --only doctor --threads 1
 python -m benchmarks --only time_to_quality --budget 2400
@@ -18,6 +18,7 @@ from transformers.utils import logging
 
 from .doctor import measure_doctor
 from .growth import REAL, REAL_SIZES, measure_growth
+from .live_targets import measure_live_targets
 from .measured import measure_prediction
 from .packing import measure_packing
 from .quality import measure_quality
@@ -30,8 +31,8 @@ class BenchmarkArguments:
     """What is measured.
 
     Args:
-        only (`list[str]`): Sections to measure. `time_to_quality` and `growth_real` train the real model for many minutes
-            and are measured only where they are named.
+        only (`list[str]`): Sections to measure. `time_to_quality`, `growth_real`, `live_targets` run the real
+            model for minutes and are measured only where they are named.
         output_dir (`str`): Where `report.json` and `report.png` go; figures that are there and not measured again are kept.
         repeats (`int`): Rounds in which the sides take turns.
         threads (`int`): Threads of every side.
@@ -40,7 +41,7 @@ class BenchmarkArguments:
 
     only: list[str] = field(
         default_factory=lambda: ["step", "growth", "prediction", "doctor", "packing"],
-        metadata={"help": "step, growth, growth_real, prediction, doctor, packing, time_to_quality."},
+        metadata={"help": "step, growth, growth_real, prediction, doctor, packing, live_targets, time_to_quality."},
     )
     output_dir: str = field(default="outputs/bench", metadata={"help": "Where the report goes."})
     repeats: int = field(default=5, metadata={"help": "Rounds in which the sides take turns."})
@@ -66,6 +67,7 @@ SECTIONS: dict[str, Callable[[BenchmarkArguments], dict[str, Any]]] = {
     "prediction": lambda arguments: {"prediction": measure_prediction(arguments.repeats, arguments.threads)},
     "doctor": lambda arguments: measure_doctor(arguments.threads),
     "packing": lambda arguments: measure_packing(arguments.repeats, arguments.threads),
+    "live_targets": lambda arguments: measure_live_targets(arguments.repeats, arguments.threads),
     "time_to_quality": lambda arguments: {
         "time_to_quality_vs_released": measure_quality(arguments.threads, arguments.budget)
     },

@@ -26,6 +26,7 @@ from ..run_lock import only_run_in
 from .checkpointing import begin_run, last_good, replacing_files, saving_checkpoint
 from .config import fixed_settings, recipe
 from .forward import (
+    FurtherPlaces,
     FurtherStates,
     NonFiniteLossError,
     PackedForward,
@@ -153,7 +154,7 @@ class ErasureTrainer(SFTTrainer):
         batches: Mapping[str, Mapping[str, torch.Tensor]],
         readings: Mapping[str, Reading] | None = None,
         further: Mapping[str, FurtherStates] | None = None,
-        beside: Mapping[str, torch.Tensor] | None = None,
+        beside: Mapping[str, FurtherPlaces] | None = None,
         states: Collection[str] = (),
     ) -> dict[str, Any]:
         """Logits of supervised positions, read in one forward over sub-batches: see [`PackedForward.read`]."""

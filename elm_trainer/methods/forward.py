@@ -29,6 +29,7 @@ SUB_BATCHES = {"erase": "forget", "retain": "retain", "consistency": "synthetic"
 
 # What a reading takes beside the logits of its own forward, by position or by name.
 FurtherStates: TypeAlias = Sequence[torch.Tensor] | Mapping[str, Sequence[torch.Tensor]]
+FurtherPlaces: TypeAlias = torch.Tensor | Mapping[str, torch.Tensor]
 
 
 def weighted_batches(inputs: Mapping[str, Any], weights: Mapping[str, float]) -> dict[str, Any]:
@@ -105,7 +106,12 @@ def run_packed(model: nn.Module, batches: Sequence[Mapping[str, Any]], packing: 
     ).logits
 
 
-def _by_name(reading: Reading, groups: Mapping[str, Sequence[torch.Tensor]]) -> Reading:
+def _flat(groups: Any) -> list[torch.Tensor]:
+    """States or places, group by group."""
+    return [part for group in groups.values() for part in group] if isinstance(groups, Mapping) else [*groups]
+
+
+def _by_name(reading: Reading, groups: Mapping[str, Sequence[torch.Tensor] | torch.Tensor]) -> Reading:
     """The same reading of logits that are given one after the other, group by group."""
 
     def read(logits: torch.Tensor, where: slice, *others: torch.Tensor) -> Any:
@@ -185,7 +191,7 @@ class PackedForward:
         batches: Mapping[str, Mapping[str, torch.Tensor]],
         readings: Mapping[str, Reading],
         further: Mapping[str, FurtherStates],
-        beside: Mapping[str, torch.Tensor],
+        beside: Mapping[str, FurtherPlaces],
         states: Collection[str],
     ) -> dict[str, Any]:
         """Run several sub-batches in one forward, packed without padding, and read the logits of their supervised positions.
@@ -201,7 +207,7 @@ class PackedForward:
                 lists of logits.
             beside: By name of sub-batch, other positions of the same forward whose logits the reading takes after
                 those, `[others, positions]`: indices into the flattened tokens of all sub-batches, one after the
-                other.
+                other. Of a mapping of such, as keyword arguments, where `further` gives keyword arguments or nothing.
             states: Names of sub-batches whose reading gives a tuple, to which what enters the head is added,
                 `[positions, hidden]`.
 
@@ -211,13 +217,17 @@ class PackedForward:
         """
         if not batches:
             return {}
-        readings, others = dict(readings), dict[str, Sequence[torch.Tensor]]()
-        for name, groups in further.items():
-            if isinstance(groups, Mapping):
-                readings[name] = _by_name(readings[name], groups)
-                others[name] = [state for group in groups.values() for state in group]
-            else:
-                others[name] = groups
+        readings = dict(readings)
+        others: dict[str, Sequence[torch.Tensor]] = {}
+        places: dict[str, Sequence[torch.Tensor]] = {}
+        for name in {*further, *beside}:
+            states_of, places_of = further.get(name, ()), beside.get(name, ())
+            groups = [group for group in (states_of, places_of) if isinstance(group, Mapping)]
+            if groups:
+                readings[name] = _by_name(
+                    readings[name], {key: part for group in groups for key, part in group.items()}
+                )
+            others[name], places[name] = _flat(states_of), _flat(places_of)
         parts = list(batches.values())
         packing = self.pack(model, parts)
         supervised, offset = [], 0
@@ -226,13 +236,13 @@ class PackedForward:
             offset += batch["input_ids"].numel()
         plans = [
             Plan(
-                len(places),
+                len(own),
                 readings.get(name),
                 others.get(name, ()),
-                [packing.slots[index] for index in beside.get(name, ())],
+                [packing.slots[index] for index in places.get(name, ())],
                 name in states,
             )
-            for name, places in zip(batches, supervised, strict=True)
+            for name, own in zip(batches, supervised, strict=True)
         ]
         unwrapped = self._unwrap(model)
         reader = ReadHead(
