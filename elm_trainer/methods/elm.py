@@ -1,7 +1,7 @@
 """Erasure of Language Memory (arXiv 2410.02760): the trainer. Its equations are in docs/papers.md."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import accumulate
 from typing import Any
 
@@ -33,7 +33,7 @@ from ..ops import (
 from .base import ErasureTrainer
 from .contrast import contrast_adapter
 from .elm_config import ElmConfig, by_batch, is_counterfactual, named_concepts, stored_targets, term_weights
-from .forward import SUB_BATCHES, batch_mean, nll_reading, supervised_places, weighted_batches
+from .forward import SUB_BATCHES, batch_mean, in_float32, nll_reading, supervised_places, weighted_batches
 from .novice_states import (
     check_novices,
     chosen_state_layers,
@@ -202,7 +202,7 @@ class ElmTrainer(ErasureTrainer):
                 beside["erase"] = counterfactual["index"]
             else:
                 sides = [side for side in SIDES if side in erase]
-                offsets = accumulate(part["input_ids"].numel() for part in (erase, *map(erase.get, sides)))
+                offsets = accumulate(part["input_ids"].numel() for part in (erase, *(erase[side] for side in sides)))
                 contexts = self.args.contexts_per_sample
                 beside["erase"] = {
                     f"{side}s": context_places(erase, side, contexts) + offset
@@ -217,10 +217,10 @@ class ElmTrainer(ErasureTrainer):
             if self.args.retain_loss == "log":
                 readings["retain"] = STATES
         states = ("erase",) if whole and erase else ()
-        with self.reference(model):
+        with self.reference(model), self._target_precision(model):
             for side, teacher in self._teachers.items() if erase and not counterfactual else ():
                 with teacher.in_place():
-                    of_teacher = self.forward_positions(model, {side: erase}, {side: STATES})[side]
+                    of_teacher = self.forward_positions(model, {side: batches["erase"]}, {side: STATES})[side]
                 further.setdefault("erase", {})[f"{side}s"] = [of_teacher]
             with layer_outputs(self, model, self._state_layers if counterfactual else []) as outputs:
                 found = self.forward_positions(model, parts, readings, further, beside, states)
@@ -336,11 +336,16 @@ class ElmTrainer(ErasureTrainer):
             for side, steps, column in sides:
                 if steps and args.erase_weight:
                     self._teachers[side] = Teacher.fit(self, side, list(self.train_dataset[column]), steps)
-            yield
+            with self._target_precision(self.model):
+                yield
         finally:
             for teacher in self._teachers.values():
                 teacher.remove()
             self._teachers.clear()
+
+    def _target_precision(self, model: nn.Module) -> AbstractContextManager[None]:
+        float32 = self.args.target_dtype == "float32"
+        return in_float32(self.accelerator.unwrap_model(model)) if float32 else nullcontext()
 
     def default_collator(self, args, processing_class, datasets):
         counterfactual = is_counterfactual(args)

@@ -1,6 +1,7 @@
 """One forward over several sub-batches, packed without padding, and what the loss terms read from it."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any, TypeAlias
 
@@ -10,11 +11,13 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from peft import PeftModel
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.utils import logging
 
 from ..data.collator import ElmDataCollator
 from ..data.packing import Packing, PackingPlan, PackingRule, find_packing, texts_interact
+from ..modeling import is_partitioned
 from ..ops import FinalLogits, ReadHead, Reading, final_logits, kl_divergence, text_mean
 from ..ops.head import Plan
 
@@ -120,6 +123,38 @@ def _by_name(reading: Reading, groups: Mapping[str, Sequence[torch.Tensor] | tor
         return reading(logits, where, *rest, **named)
 
     return read
+
+
+@contextmanager
+def in_float32(model: nn.Module) -> Iterator[None]:
+    """While this holds, all weights and buffers of a model are in float32, nothing is autocast, and `sdpa` stands for flash
+    attention, which has no float32. Afterwards all is as before: casting 16 bits up and down loses nothing.
+
+    Raises:
+        ValueError: if weights are quantized, or lie in shards (FSDP, DeepSpeed ZeRO-3).
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    tensors = [*model.parameters(), *model.buffers()]
+    if getattr(base, "is_quantized", False) or is_partitioned(model) or any(isinstance(t, DTensor) for t in tensors):
+        raise ValueError(
+            '`target_dtype` is "float32", but the weights are quantized or lie in shards, so that they cannot be cast: leave '
+            "it out, or with FSDP keep targets (`precompute_targets=True`) and give no `eval_dataset`."
+        )
+    narrow = [(t, t.dtype) for t in tensors if t.dtype in (torch.float16, torch.bfloat16)]
+    attention = base.config._attn_implementation
+    flash = "flash" in (attention or "")
+    try:
+        if flash:
+            base.set_attn_implementation("sdpa")
+        for tensor, _ in narrow:
+            tensor.data = tensor.data.float()
+        with torch.autocast(tensors[0].device.type, enabled=False):
+            yield
+    finally:
+        for tensor, dtype in narrow:
+            tensor.data = tensor.data.to(dtype)
+        if flash:
+            base.set_attn_implementation(attention)
 
 
 class NonFiniteLossError(FloatingPointError):
