@@ -1,7 +1,7 @@
 """Measure speed and memory, and write `report.json` and `report.png`.
 
 ```shell
-python -m benchmarks                           # all but time_to_quality
+python -m benchmarks                           # all that need no minutes of the real model
 python -m benchmarks --only growth --repeats 7
 python -m benchmarks --only doctor --threads 1
 python -m benchmarks --only time_to_quality --budget 2400
@@ -21,10 +21,13 @@ from transformers.utils import logging
 from .doctor import measure_doctor
 from .gpu import LIMITS, measure_gpu
 from .growth import REAL, REAL_SIZES, measure_growth
+from .live_targets import measure_live_targets
 from .measured import measure_prediction
+from .packing import measure_packing
 from .quality import measure_quality
 from .report import draw, figures_of, read_report, write_report
 from .step import measure_step
+from .target_precision import measure_target_precision
 
 
 @dataclass
@@ -32,8 +35,8 @@ class BenchmarkArguments:
     """What is measured.
 
     Args:
-        only (`list[str]`): Sections to measure. `time_to_quality` and `growth_real` train the real model for many minutes,
-            and `gpu` needs a card: these are measured only where they are named.
+        only (`list[str]`): Sections to measure. `time_to_quality`, `growth_real`, `live_targets` and `target_precision` run the real
+            model for minutes, and `gpu` needs a card: these are measured only where they are named.
         output_dir (`str`): Where `report.json` and `report.png` go; figures that are there and not measured again are kept.
         repeats (`int`): Rounds in which the sides take turns.
         threads (`int`): Threads of every side.
@@ -44,8 +47,10 @@ class BenchmarkArguments:
     """
 
     only: list[str] = field(
-        default_factory=lambda: ["step", "growth", "prediction", "doctor"],
-        metadata={"help": "step, growth, growth_real, prediction, doctor, time_to_quality, gpu."},
+        default_factory=lambda: ["step", "growth", "prediction", "doctor", "packing"],
+        metadata={
+            "help": "step, growth, growth_real, prediction, doctor, packing, live_targets, target_precision, time_to_quality, gpu."
+        },
     )
     output_dir: str = field(default="outputs/bench", metadata={"help": "Where the report goes."})
     repeats: int = field(default=5, metadata={"help": "Rounds in which the sides take turns."})
@@ -79,6 +84,9 @@ SECTIONS: dict[str, Callable[[BenchmarkArguments], dict[str, Any]]] = {
     "growth_real": _growth_real,
     "prediction": lambda arguments: {"prediction": measure_prediction(arguments.repeats, arguments.threads)},
     "doctor": lambda arguments: measure_doctor(arguments.threads),
+    "packing": lambda arguments: measure_packing(arguments.repeats, arguments.threads),
+    "live_targets": lambda arguments: measure_live_targets(arguments.repeats, arguments.threads),
+    "target_precision": lambda arguments: measure_target_precision(arguments.threads),
     "time_to_quality": lambda arguments: {
         "time_to_quality_vs_released": measure_quality(arguments.threads, arguments.budget)
     },

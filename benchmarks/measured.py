@@ -9,8 +9,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from elm_trainer.data.collator import best_rows
+from elm_trainer.data.packing import best_rows
 from elm_trainer.methods.forward import ATTENTION
+from elm_trainer.ops.head import CHUNK
 
 from .figures import Figure, ratios
 from .prediction import Device, StepShape, memory, moved_bytes, step_flops, step_seconds
@@ -112,6 +113,7 @@ def mean_step(side: Side, shape: ModelShape) -> StepShape:
         weight_bytes=4,
         bytes=4,
         mask_bytes=4,
+        chunk=CHUNK,
     )
 
 

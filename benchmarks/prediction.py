@@ -15,7 +15,7 @@ from elm_trainer.cli.options import CommandLine
 from elm_trainer.cli.recipes import recipe_names
 from elm_trainer.fitting import empty_model
 from elm_trainer.modeling import layer_range
-from elm_trainer.ops.head import CHUNK
+from elm_trainer.ops.head import ACCELERATOR_CHUNK
 
 from .gpu import page_table
 from .shapes import Adapter, ModelShape
@@ -38,6 +38,7 @@ class StepShape:
         mask_bytes (`int`, *optional*, defaults to `1`): Bytes that dropout keeps for an element; on a CPU as many as the
             element itself has.
         checkpointing (`bool`, *optional*, defaults to `False`): Whether layers are computed again in the backward pass.
+        chunk (`int`, *optional*): Logits that are made at a time; by default as on a GPU of 16 GB and more.
     """
 
     tokens: int
@@ -47,6 +48,7 @@ class StepShape:
     bytes: int = 2
     mask_bytes: int = 1
     checkpointing: bool = False
+    chunk: int = ACCELERATOR_CHUNK
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,7 @@ def memory(shape: ModelShape, adapter: Adapter, step: StepShape, devices: int = 
         gathered = max(2 * shape.layer_parameters, shape.vocab * shape.hidden)
         working += gathered * step.weight_bytes
     # Logits of a chunk in the model's type and in float32, their gradient, and the soft-max on the way to it.
-    chunk = min(CHUNK, step.positions * shape.vocab) * (step.bytes + 3 * 4)
+    chunk = min(step.chunk, step.positions * shape.vocab) * (step.bytes + 3 * 4)
     return Memory(
         weights=shape.parameters * step.weight_bytes / share,
         adapter=16 * adapter.parameters(shape) / share,

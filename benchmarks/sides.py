@@ -72,7 +72,7 @@ class Side:
 def train(pacer: Pacer, folder: str, side: Side) -> None:
     """Prepare a side and train it, block by block."""
     torch.manual_seed(0)
-    model, tokenizer = _model(side)
+    model, tokenizer = model_of(side)
     dataset = short_texts(side.samples) if side.short else released_texts(side.samples)
     TRAINERS[side.trainer](pacer, folder, side, model, tokenizer, dataset)
 
@@ -81,13 +81,13 @@ def tokenized_samples(side: Side) -> Dataset:
     """The tokens that a side trains on."""
     dataset = short_texts(side.samples) if side.short else released_texts(side.samples)
     with TemporaryDirectory() as folder:
-        config = ElmConfig(precompute_targets=False, **_common(folder, side))
+        config = ElmConfig(precompute_targets=False, **common_settings(folder, side))
         return tokenize(dataset, load_tokenizer(side.tokenizer), config)
 
 
 def _train_elm(pacer, folder, side, model, tokenizer, dataset) -> None:
     def config(**fields: Any) -> ElmConfig:
-        return ElmConfig(preset="released", **_common(folder, side), **fields)
+        return ElmConfig(preset="released", **common_settings(folder, side), **fields)
 
     tokenized = _timed(pacer, "tokenize", lambda: tokenize(dataset, tokenizer, config(precompute_targets=False)))
     trainer = ElmTrainer(
@@ -102,7 +102,7 @@ def _train_elm(pacer, folder, side, model, tokenizer, dataset) -> None:
 
 
 def _train_sft(pacer, folder, side, model, tokenizer, dataset) -> None:
-    fields = _common(folder, side)
+    fields = common_settings(folder, side)
     elm = ElmConfig(precompute_targets=False, **fields)
     tokenized = _timed(pacer, "tokenize", lambda: tokenize(dataset, tokenizer, elm))
     texts = Dataset.from_dict(
@@ -151,14 +151,16 @@ def tokenize(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, config: ElmCo
     return trainer.train_dataset
 
 
-def _model(side: Side) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def model_of(side: Side) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model of a side, in float32, and its tokenizer."""
     if isinstance(side.model, ModelShape):
         tokenizer = load_tokenizer(side.tokenizer)
         return side.model.model(tokenizer.pad_token_id), tokenizer
     return load_model_and_tokenizer(side.model, dtype="float32")
 
 
-def _common(folder: str, side: Side) -> dict[str, Any]:
+def common_settings(folder: str, side: Side) -> dict[str, Any]:
+    """The settings that all trainers of the package share."""
     return dict(
         output_dir=f"{folder}/run",
         per_device_train_batch_size=side.batch,

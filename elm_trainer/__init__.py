@@ -21,7 +21,7 @@ _EXPORTS = {
     "GradDiffConfig": ".methods.graddiff",
     "GradDiffTrainer": ".methods.graddiff",
     "ModelPair": ".evaluation.pair",
-    "NonFiniteLossError": ".methods.base",
+    "NonFiniteLossError": ".methods.forward",
     "NpoConfig": ".methods.npo",
     "NpoTrainer": ".methods.npo",
     "PublishOptions": ".hub.publish",
@@ -79,7 +79,7 @@ if TYPE_CHECKING:
     from .hub.publish_dataset import publish_dataset
     from .hub.shrink import shrink_adapter
     from .methods.anchors import counterfactuals
-    from .methods.base import ErasureTrainer, NonFiniteLossError
+    from .methods.base import ErasureTrainer
     from .methods.elm import ElmConfig, ElmTrainer
     from .methods.graddiff import GradDiffConfig, GradDiffTrainer
     from .methods.npo import NpoConfig, NpoTrainer

@@ -25,7 +25,7 @@ from .fitting import empty_model
 from .methods.contrast import contrast_directions
 from .methods.elm import ElmTrainer
 from .methods.elm_config import ElmConfig, stored_targets
-from .ops.head import CHUNK
+from .ops.head import chunk_of
 from .watch import Batches, Cut, Lap, Watch, now, peak_bytes, reset_peak
 
 
@@ -186,7 +186,7 @@ def rehearse(
     kept, in_cut = _kept(cut, probe.watch, larger)
     outside = probe.watch.kept[None] + probe.watch.copied[None]
     # Logits of a chunk in the model's type and in float32, their gradient, and the soft-max on the way to it.
-    logits = min(CHUNK, draws.largest * text.vocab_size) * (dtype.itemsize + 3 * 4)
+    logits = min(chunk_of(probe.args.device), draws.largest * text.vocab_size) * (dtype.itemsize + 3 * 4)
     growth = weights - own + adapter - own_adapter
     peak = max(targets_peak + growth + moments, steps_peak + growth + kept - in_cut + (larger - 1) * outside)
 

@@ -259,9 +259,8 @@ def guided_sample(
     Args:
         streams: Token ids of the prompts of the plain, the expert and the novice stream, or of the plain stream alone
             for ordinary sampling.
-        seed: Seed of the batch, on the CPU, so that a batch is the same on every device and on resumption.
+        seed: Seed of the batch, for the generator of the model's device; each kind of device draws other samples.
     """
-    generator = torch.Generator().manual_seed(seed)
     count, longest = len(streams[0]), config.max_new_tokens
     lengths = random.Random(f"{seed}-lengths")
     limits = [lengths.randint(config.max_new_tokens_from or longest, longest) for _ in range(count)]
@@ -271,9 +270,10 @@ def guided_sample(
     with evaluating(model), generating(model):
         logits, cache, mask = read_prompts(model, [row for stream in streams for row in stream], longest)
         positions = mask.sum(-1, keepdim=True) - 1
+        generator = torch.Generator(logits.device).manual_seed(seed)
         for _ in range(max(limits)):
             probs = guided_probabilities(logits.view(len(streams), count, -1), config)
-            token = torch.multinomial(probs.cpu(), 1, generator=generator).to(model.device)  # [count, 1]
+            token = torch.multinomial(probs, 1, generator=generator).to(model.device)  # [count, 1]
             if eos is not None:
                 token = torch.where(finished[:, None], eos, token)
                 finished = finished | (token[:, 0] == eos)

@@ -16,7 +16,7 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase, TrainerCallback
 
-from .data.collator import best_rows
+from .data.packing import best_rows
 from .data.tokens import tokenize
 from .methods.elm_config import ElmConfig
 from .methods.forward import ATTENTION

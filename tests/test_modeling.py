@@ -16,7 +16,8 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from elm_trainer.data.collator import ElmDataCollator, pack_batches
+from elm_trainer.data.collator import ElmDataCollator
+from elm_trainer.data.packing import PackingRule, pack_batches
 from elm_trainer.hub.adapter_config import check_adapter_config
 from elm_trainer.modeling import adapter_targets, decoder_layers, load_model, load_model_and_tokenizer, lora_config
 from elm_trainer.ops import ReadHead, final_logits
@@ -142,7 +143,7 @@ def alone(model, texts):
 @pytest.mark.parametrize("one_row", [True, False])
 @torch.no_grad()
 def test_texts_packed_into_rows_do_not_see_each_other_through_a_sliding_window(gemma, batch, one_row):
-    packing = pack_batches([batch], left_padded=True, attention=100, one_row=one_row)
+    packing = pack_batches([batch], PackingRule(left_padded=True, attention=100, one_row=one_row))
 
     packed = gemma(
         input_ids=batch["input_ids"].flatten()[packing.tokens], position_ids=packing.position_ids, use_cache=False

@@ -467,3 +467,24 @@ def test_without_top_k_and_constraint_every_token_may_be_drawn():
     found = guided_probabilities(logits, SynthesisConfig.released())
     torch.testing.assert_close(found, expected / expected.sum(-1, keepdim=True))
     assert (found > 0).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU of NVIDIA or AMD")
+def test_no_probabilities_are_copied_to_the_host_for_a_token(tokenizer):
+    largest = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            given = args[0] if args and torch.is_tensor(args[0]) else None
+            if given is not None and given.is_cuda and torch.is_tensor(result) and result.device.type == "cpu":
+                largest.append(result.numel())
+            return result
+
+    model = tiny("llama", tokenizer).to("cuda")
+    settings = SynthesisConfig(max_new_tokens=4)
+    with Watch():
+        first = guided_sample(model, tokenizer, tokens(tokenizer, STREAMS), settings, seed=1)
+    assert max(largest, default=0) <= len(STREAMS[0]) * settings.max_new_tokens
+    assert first == guided_sample(model, tokenizer, tokens(tokenizer, STREAMS), settings, seed=1)

@@ -24,7 +24,7 @@ from ..evaluation.report import PACKAGES, dataset_info, suite_info
 from ..evaluation.suite import EvaluationSuite, bank_size, built_in_suite
 from ..files import Runs
 from ..fingerprint import model_fingerprint
-from ..methods.base import NonFiniteLossError
+from ..methods.forward import NonFiniteLossError
 from ..modeling import load_model, load_tokenizer
 from .config import METHODS, ComparisonConfig
 

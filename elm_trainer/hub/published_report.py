@@ -122,7 +122,7 @@ _NUMBERS = (
 ).split()
 _KNOWN: Mapping[str, Public] = {
     **dict.fromkeys(_NUMBERS, _or_list(_number_or_flag)),
-    "dtype": _DTYPE,
+    **dict.fromkeys(("dtype", "target_dtype"), _DTYPE),
     "attn_implementation": _ATTENTION,
     "matmul_precision": _one_of("highest", "high", "medium"),
     "characters": _matching(r"\d+-\d+"),

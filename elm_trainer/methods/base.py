@@ -14,10 +14,10 @@ from huggingface_hub import HfApi
 from peft import PeftConfig, PeftModel, TaskType
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
 from trl import SFTConfig, SFTTrainer
 
-from ..data.collator import ElmDataCollator, Packing
+from ..data.collator import ElmDataCollator
+from ..data.packing import Packing
 from ..distributed import align_checkpointing, check_saving, on_first, trained_weights
 from ..files import RUN_FILE, write_json
 from ..modeling import adapter_disabled, evaluating, keep_differentiable, no_graph_below, reentrant
@@ -26,13 +26,17 @@ from ..run_lock import only_run_in
 from .checkpointing import begin_run, last_good, replacing_files, saving_checkpoint
 from .config import fixed_settings, recipe
 from .forward import (
+    FurtherPlaces,
     FurtherStates,
+    NonFiniteLossError,
     PackedForward,
+    PackInCollator,
     TermTotals,
     batch_mean,
     kl_reading,
     nll_reading,
     plain_tokens,
+    shared_forwards,
     weighted_batches,
 )
 from .rows import COLUMNS, tokenize_dataset
@@ -47,13 +51,6 @@ from .validation import (
     named_datasets,
     text_limit,
 )
-
-
-logger = logging.get_logger(__name__)
-
-
-class NonFiniteLossError(FloatingPointError):
-    """A loss term became NaN or infinite. The last checkpoint was written before it did."""
 
 
 class ErasureTrainer(SFTTrainer):
@@ -123,6 +120,7 @@ class ErasureTrainer(SFTTrainer):
         )
         self.args.prediction_loss_only = True  # a step makes no logits of whole texts
         self._forward = self._new_forward()
+        self.add_callback(PackInCollator(self, data_collator, lambda: self._forward.rule(self.model_wrapped)))
         if isinstance(self.model, PeftModel):
             check_start(self.model, tokens, base)
         self.set_up()
@@ -156,7 +154,7 @@ class ErasureTrainer(SFTTrainer):
         batches: Mapping[str, Mapping[str, torch.Tensor]],
         readings: Mapping[str, Reading] | None = None,
         further: Mapping[str, FurtherStates] | None = None,
-        beside: Mapping[str, torch.Tensor] | None = None,
+        beside: Mapping[str, FurtherPlaces] | None = None,
         states: Collection[str] = (),
     ) -> dict[str, Any]:
         """Logits of supervised positions, read in one forward over sub-batches: see [`PackedForward.read`]."""
@@ -209,6 +207,10 @@ class ErasureTrainer(SFTTrainer):
     def pack(self, model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> Packing:
         """See [`PackedForward.pack`]."""
         return self._forward.pack(model, batches)
+
+    def packed_together(self) -> list[tuple[str, ...]]:
+        """Names of the sub-batches that share a forward, for each forward of a step."""
+        return shared_forwards(self.args)
 
     def final_logits(self, model: nn.Module) -> FinalLogits:
         """See [`PackedForward.final_logits`]."""
@@ -326,7 +328,6 @@ class ErasureTrainer(SFTTrainer):
             commit_message (`str`, *optional*): First line of the commit's message.
             blocking (`bool`, *optional*, defaults to `True`): Must be `True`: what is published is checked first.
             token, revision (`str`, *optional*): Token and branch; `hub_token` and `hub_revision` by default.
-            private (`bool`, *optional*): See [`PublishOptions`].
             options: Any other argument of [`publish_adapter`], or field of its [`CardDetails`] and [`PublishOptions`].
 
         Returns:

@@ -1,15 +1,14 @@
 """Erasure of Language Memory (arXiv 2410.02760): the trainer. Its equations are in docs/papers.md."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import accumulate
 from typing import Any
 
 import torch
-from datasets import Dataset
 from torch import nn
 from transformers.utils import logging
 
-from ..concept import Concept, load_concept
 from ..data.collator import ElmDataCollator
 from ..modeling import decoder_layers, reentrant
 from ..ops import (
@@ -33,8 +32,8 @@ from ..ops import (
 )
 from .base import ErasureTrainer
 from .contrast import contrast_adapter
-from .elm_config import ElmConfig, stored_targets
-from .forward import SUB_BATCHES, batch_mean, nll_reading, supervised_places, weighted_batches
+from .elm_config import ElmConfig, by_batch, is_counterfactual, named_concepts, stored_targets, term_weights
+from .forward import SUB_BATCHES, batch_mean, in_float32, nll_reading, supervised_places, weighted_batches
 from .novice_states import (
     check_novices,
     chosen_state_layers,
@@ -48,6 +47,7 @@ from .targets import TargetPlan, Teacher, precompute_targets
 
 
 logger = logging.get_logger(__name__)
+SIDES = ("expert", "novice")
 
 
 class ElmTrainer(ErasureTrainer):
@@ -108,18 +108,12 @@ class ElmTrainer(ErasureTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         args = self.args
-        weights = {
-            "erase": args.erase_weight,
-            "state": args.state_weight,
-            "retain": args.retain_weight,
-            "consistency": args.consistency_weight,
-        }
-        batches = weighted_batches(inputs, _by_batch(weights))
-        targets = {
-            term: batches[term].get("target") or self.target(model, term, batches[term])
-            for term in ("erase", "retain")
-            if term in batches
-        }
+        weights = term_weights(args)
+        batches = weighted_batches(inputs, by_batch(weights))
+        aimed = {term: batches[term] for term in ("erase", "retain") if term in batches}
+        targets = {term: batch["target"] for term, batch in aimed.items() if "target" in batch}
+        if live := {term: batch for term, batch in aimed.items() if term not in targets}:
+            targets |= self.targets(model, live)
         readings = {term: self._position_loss(term, batch, targets.get(term)) for term, batch in batches.items()}
         further = {term: [target["states"]] for term, target in targets.items() if "states" in target}
         with layer_outputs(self, model, self._state_layers) as outputs:
@@ -141,6 +135,14 @@ class ElmTrainer(ErasureTrainer):
             terms["consistency"] = torch.zeros((), device=args.device)
         loss = self.weigh(terms, weights)
         return (loss, None) if return_outputs else loss
+
+    def packed_together(self):
+        args = self.args
+        step = tuple(SUB_BATCHES[term] for term, weight in by_batch(term_weights(args)).items() if weight)
+        if getattr(self.data_collator, "targets", None) is not None:
+            return [step]
+        sides = ("forget", "forget.counterfactual.extra", "forget.expert", "forget.novice")
+        return [step, sides * ("forget" in step) + ("retain",) * ("retain" in step)]
 
     def _position_loss(
         self, term: str, batch: Mapping[str, Any], target: Mapping[str, torch.Tensor] | None
@@ -182,17 +184,71 @@ class ElmTrainer(ErasureTrainer):
             what enters the reference's head, `states`, `[positions, hidden]`; of the erase term also `weights`, and for
             the state term `novice_states`, `[positions, layers·hidden]`.
         """
-        if term == "erase":
-            return self._erase_target(model, batch)
-        if self.args.retain_loss == "log":
-            return {"states": self.reference_positions(model, {term: batch}, {term: STATES})[term]}
-        readings = {term: lambda logits, where: top_k_distribution(logits, self.args.top_k)}
-        indices, probs = self.reference_positions(model, {term: batch}, readings)[term]
-        return {"indices": indices, "probs": probs}
+        return self.targets(model, {term: batch})[term]
 
-    def _erase_target(self, model: nn.Module, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    def targets(
+        self, model: nn.Module, batches: Mapping[str, Mapping[str, Any]]
+    ) -> dict[str, dict[str, torch.Tensor]]:
+        """[`target`] of several terms, from one forward of the reference over all of their texts, those behind contexts and
+        counterfactual novices too; throw-away adapters each run one of their own.
+        """
+        parts, readings, further, beside = {}, dict[str, Reading](), dict[str, Any](), dict[str, Any]()
+        erase, retain = batches.get("erase"), batches.get("retain")
+        counterfactual = erase.get("counterfactual") if erase else None
+        whole = bool(self.args.log_tokens and self.args.erase_weight)
+        if erase:
+            parts["erase"], readings["erase"] = erase, self.erase_reading(erase)
+            if counterfactual:
+                beside["erase"] = counterfactual["index"]
+            else:
+                sides = [side for side in SIDES if side in erase]
+                offsets = accumulate(part["input_ids"].numel() for part in (erase, *(erase[side] for side in sides)))
+                contexts = self.args.contexts_per_sample
+                beside["erase"] = {
+                    f"{side}s": context_places(erase, side, contexts) + offset
+                    for side, offset in zip(sides, offsets, strict=False)
+                }
+            for name, part in (("extra", (counterfactual or {}).get("extra")), *((s, erase.get(s)) for s in SIDES)):
+                if part is not None:
+                    parts[name], readings[name] = part, STATES
+        if retain:
+            parts["retain"] = retain
+            readings["retain"] = lambda logits, where: top_k_distribution(logits, self.args.top_k)
+            if self.args.retain_loss == "log":
+                readings["retain"] = STATES
+        states = ("erase",) if whole and erase else ()
+        with self.reference(model), self._target_precision(model):
+            for side, teacher in self._teachers.items() if erase and not counterfactual else ():
+                with teacher.in_place():
+                    of_teacher = self.forward_positions(model, {side: batches["erase"]}, {side: STATES})[side]
+                further.setdefault("erase", {})[f"{side}s"] = [of_teacher]
+            with layer_outputs(self, model, self._state_layers if counterfactual else []) as outputs:
+                found = self.forward_positions(model, parts, readings, further, beside, states)
+        made: dict[str, dict[str, torch.Tensor]] = {}
+        if erase:
+            target = self.erase_target(found["erase"], erase)
+            if counterfactual and outputs:
+                slots = self.pack(model, list(parts.values())).slots
+                target["novice_states"] = novice_mean(outputs, slots, counterfactual["index"]).flatten(1)
+            made["erase"] = target
+        if retain:
+            reference = found["retain"]
+            made["retain"] = (
+                {"states": reference}
+                if self.args.retain_loss == "log"
+                else dict(zip(("indices", "probs"), reference, strict=True))
+            )
+        return made
+
+    def erase_target(self, found: Sequence[torch.Tensor], batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        """The [`target`] of the erase term, of what its reading gave."""
+        apart, *rest = found
+        names = ("indices", "log_probs" if self.args.log_tokens else "probs", "states")
+        return dict(zip(names, rest, strict=False)) | {"weights": _weights(apart, batch, self.args.fact_share)}
+
+    def erase_reading(self, batch: Mapping[str, Any]) -> Reading:
         """`t = b − η·(e − n)` of the reference (and the teachers), see [`erasure_target`] and [`log_space_target`]."""
-        args, eta, counterfactual = self.args, self._eta(batch), batch.get("counterfactual")
+        args, eta = self.args, self._eta(batch)
 
         def read(
             base: torch.Tensor,
@@ -218,28 +274,7 @@ class ElmTrainer(ErasureTrainer):
             )  # fmt: skip
             return (apart, *target)
 
-        batches, readings = {"base": batch}, dict[str, Reading](base=read)
-        states = ("base",) if args.log_tokens and args.erase_weight else ()
-        outputs: list[torch.Tensor] = []
-        with self.reference(model):
-            if counterfactual:
-                if "extra" in counterfactual:
-                    batches["extra"], readings["extra"] = counterfactual["extra"], STATES
-                beside = {"base": counterfactual["index"]}
-                with layer_outputs(self, model, self._state_layers) as outputs:
-                    found = self.forward_positions(model, batches, readings, beside=beside, states=states)["base"]
-            else:
-                others = {f"{side}s": self._states(model, side, batch) for side in ("expert", "novice")}
-                found = self.forward_positions(model, batches, readings, {"base": others}, states=states)["base"]
-        target = dict(
-            zip(("apart", "indices", "log_probs" if args.log_tokens else "probs", "states"), found, strict=False)
-        )
-        target["weights"] = _weights(target.pop("apart"), batch, args.fact_share)
-        if counterfactual and outputs:
-            slots = self.pack(model, list(batches.values())).slots
-            novices = novice_mean(outputs, slots, counterfactual["index"])
-            target["novice_states"] = novices.flatten(1)
-        return target
+        return read
 
     def _state_losses(
         self,
@@ -260,24 +295,6 @@ class ElmTrainer(ErasureTrainer):
         position = (mask.cumsum(-1) - 1)[batch["rows"], batch["columns"]]
         return ramped_eta(position, mask.sum(-1)[batch["rows"]], self.args.eta, self.args.eta_end)
 
-    def _states(self, model: nn.Module, side: str, batch: Mapping[str, Any]) -> list[torch.Tensor]:
-        """States of expert or novice at the positions of the forget text, `[positions, hidden]` for each context or the
-        teacher; none where the reference is the novice.
-        """
-        if side not in batch:
-            if side not in self._teachers:
-                return []
-            with self._teachers[side].in_place():
-                return [self.forward_positions(model, {side: batch}, {side: STATES})[side]]
-        states = self.forward_positions(model, {side: batch[side]}, {side: STATES})[side]
-        contexts = self.args.contexts_per_sample
-        # Rows of the contexts follow each other text by text: text 0 context 0, text 0 context 1, ...
-        rows = batch["rows"]
-        counts = torch.bincount(rows, minlength=batch["input_ids"].size(0))
-        starts = (counts.cumsum(0) - counts)[rows]
-        first = (contexts - 1) * starts + torch.arange(len(rows), device=rows.device)
-        return [states[first + context * counts[rows]] for context in range(contexts)]
-
     def target_plan(self) -> TargetPlan:
         """What is computed once for all training rows: the targets of both terms."""
         args, config = self.args, self.model.config.get_text_config()
@@ -285,8 +302,8 @@ class ElmTrainer(ErasureTrainer):
 
         def compute(inputs: dict[str, Any]) -> list[dict[str, torch.Tensor]]:
             parts: list[dict[str, torch.Tensor]] = [{} for _ in inputs["forget"]["lengths"]]
-            weights = {"erase": args.erase_weight, "state": args.state_weight, "retain": args.retain_weight}
-            batches = weighted_batches(inputs, _by_batch(weights))
+            weights = term_weights(args) | {"consistency": 0.0}
+            batches = weighted_batches(inputs, by_batch(weights))
             for term, batch in batches.items():
                 counts = torch.bincount(batch["rows"], minlength=len(parts)).tolist()
                 for key, values in self.target(self.model, term, batch).items():
@@ -319,17 +336,22 @@ class ElmTrainer(ErasureTrainer):
             for side, steps, column in sides:
                 if steps and args.erase_weight:
                     self._teachers[side] = Teacher.fit(self, side, list(self.train_dataset[column]), steps)
-            yield
+            with self._target_precision(self.model):
+                yield
         finally:
             for teacher in self._teachers.values():
                 teacher.remove()
             self._teachers.clear()
 
+    def _target_precision(self, model: nn.Module) -> AbstractContextManager[None]:
+        float32 = self.args.target_dtype == "float32"
+        return in_float32(self.accelerator.unwrap_model(model)) if float32 else nullcontext()
+
     def default_collator(self, args, processing_class, datasets):
-        counterfactual = _is_counterfactual(args)
+        counterfactual = is_counterfactual(args)
         return ElmDataCollator(
             processing_class,
-            concepts=None if args.expert_steps or counterfactual else _concepts(args, datasets),
+            concepts=None if args.expert_steps or counterfactual else named_concepts(args, datasets),
             counterfactual=counterfactual,
             past_end=not counterfactual,
             faithful=args.faithful,
@@ -349,7 +371,7 @@ class ElmTrainer(ErasureTrainer):
                 f"`data_collator` brings contexts, with which the adapters of `expert_steps={args.expert_steps}` would be tuned "
                 "and never used: leave its `concepts` out, or set `expert_steps` to 0."
             )
-        if _is_counterfactual(args):
+        if is_counterfactual(args):
             check_novices(datasets)
         if args.state_weight:
             if reentrant(args):
@@ -363,32 +385,16 @@ class ElmTrainer(ErasureTrainer):
             raise ValueError(f"`top_k` is {args.top_k}, but the vocabulary has {vocabulary} tokens: lower it.")
 
 
-def _by_batch(weights: Mapping[str, float]) -> dict[str, float]:
-    """The weights by sub-batch: the state term reads that of the erase term."""
-    return {"erase": max(weights["erase"], weights["state"])} | {
-        term: weight for term, weight in weights.items() if term not in ("erase", "state")
-    }
+def context_places(batch: Mapping[str, Any], side: str, contexts: int) -> torch.Tensor:
+    """Where the positions of forget text stand behind each of its contexts, `[contexts, positions]`: places in the flattened
+    tokens of the expert's or the novice's sub-batch, whose rows follow each other text by text.
+    """
+    places, rows = supervised_places(batch[side]), batch["rows"]
+    counts = torch.bincount(rows, minlength=batch["input_ids"].size(0))
+    starts = (counts.cumsum(0) - counts)[rows]
+    first = (contexts - 1) * starts + torch.arange(len(rows), device=rows.device)
+    return torch.stack([places[first + context * counts[rows]] for context in range(contexts)])
 
 
 def _weights(values: torch.Tensor, batch: Mapping[str, Any], share: float) -> torch.Tensor:
     return position_weights(values, batch["rows"], batch["input_ids"].size(0), share)
-
-
-def _is_counterfactual(args: ElmConfig) -> bool:
-    return args.novice == "counterfactual" and max(args.erase_weight, args.state_weight) > 0
-
-
-def _concepts(args: ElmConfig, datasets: Mapping[str, Dataset]) -> dict[str, Concept]:
-    """The concept of each name that stands in a dataset."""
-    described: dict[str, str] = {}
-    for dataset in datasets.values():
-        if "concept" in dataset.column_names:
-            described |= dict.fromkeys(set(dataset.unique("concept")) - set(described), "")
-        if "keywords" in dataset.column_names:
-            described |= {c: words for c, words in zip(dataset["concept"], dataset["keywords"], strict=True) if words}
-    given: list[str | Concept] = [*(args.concepts or ())]
-    given = given or [Concept(name, [words]) if words else name for name, words in sorted(described.items())]
-    concepts = {concept.name: concept for concept in map(load_concept, given)}
-    if missing := set(described) - set(concepts):
-        raise ValueError(f"`concepts` is {args.concepts}, but the dataset also names {sorted(missing)}: add them.")
-    return concepts

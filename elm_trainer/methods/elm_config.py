@@ -1,9 +1,12 @@
 """`ElmConfig`: the settings of ELM, and which targets they ask for."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from datasets import Dataset
+
+from ..concept import Concept, load_concept
 from ..data.target_store import Field, TargetLayout
 from .config import ErasureConfig, check_fields
 
@@ -90,6 +93,12 @@ class ElmConfig(ErasureConfig):
             every run with the same model, data and settings, so that a step needs no reference forward. By default
             this is done where training visits every row at least once, and they fit into half of the free disk and 64
             GiB. Implied by `expert_steps`.
+        target_dtype (`str`, *optional*): `"float32"` computes targets with the whole reference in float32: its weights and
+            buffers are cast for as long as targets are made (twice the bytes of bfloat16) and cast back, which loses
+            nothing, without autocast, and flash attention, which has no float32, gives way to `sdpa`. States that are
+            kept or read in the step (`log_tokens`, `retain_loss="log"`) are rounded to 16 bits all the same. Implies
+            `precompute_targets`, unless that is `False`: then all weights are cast in every step. By default it is the
+            model's own type; the softmax and what follows it are in float32 in any case.
         targets_dir (`str`, *optional*): Folder in which targets are kept, each set of them under a name that says all
             they depend on. All processes must see it. Defaults to `elm_targets` in the cache of `datasets`.
 
@@ -134,6 +143,7 @@ class ElmConfig(ErasureConfig):
     teacher_rank: int = field(default=16, metadata={"help": "Rank of the adapters above."})
     teacher_batch_size: int = field(default=8, metadata={"help": "Texts per step of the adapters above."})
     precompute_targets: bool | None = field(default=None, metadata={"help": "Compute all targets before training."})
+    target_dtype: str | None = field(default=None, metadata={"help": "float32, or the model's own type."})
     targets_dir: str | None = field(default=None, metadata={"help": "Folder in which targets are kept."})
 
     def __post_init__(self):
@@ -154,6 +164,10 @@ class ElmConfig(ErasureConfig):
                 "from 0 to 1": ("plausibility", "fact_share", "retain_focus"),
             },
         )
+        if self.target_dtype not in (None, "float32"):
+            raise ValueError(
+                f'`target_dtype` is {self.target_dtype!r}: use "float32", or leave it out for the model\'s own type.'
+            )
         if self.state_weight and self.novice != "counterfactual":
             raise ValueError(
                 f"`state_weight` is {self.state_weight} with `novice={self.novice!r}`: states are matched with those of a "
@@ -178,7 +192,7 @@ class ElmConfig(ErasureConfig):
                 f'`expert_steps` is {self.expert_steps} with `novice="counterfactual"`, whose expert is the reference: set '
                 "it to 0."
             )
-        if self.expert_steps:
+        if self.expert_steps or (self.target_dtype and self.precompute_targets is None):
             self.precompute_targets = True
 
 
@@ -238,6 +252,40 @@ def stored_targets(
             top_k = 1 if args.retain_loss == "argmax" else args.top_k
             kept |= {"retain_indices": Field("ids", top_k), "retain_probs": Field("probs", top_k)}
         more |= {"faithful": True} if args.faithful else {}
+    more |= {"target_dtype": args.target_dtype} if args.target_dtype else {}
     # The version is that of what is made from the settings.
     settings = {"method": "ELM", "version": 3, **{name: getattr(args, name) for name in names}, **more}
     return StoredTargets(TargetLayout(kept, vocab_size), settings, columns)
+
+
+def term_weights(args: ElmConfig) -> dict[str, float]:
+    """The weight of each term."""
+    return {term: getattr(args, f"{term}_weight") for term in ("erase", "state", "retain", "consistency")}
+
+
+def by_batch(weights: Mapping[str, float]) -> dict[str, float]:
+    """The weights by sub-batch: the state term reads that of the erase term."""
+    return {"erase": max(weights["erase"], weights["state"])} | {
+        term: weight for term, weight in weights.items() if term not in ("erase", "state")
+    }
+
+
+def is_counterfactual(args: ElmConfig) -> bool:
+    """Whether forget texts are compared with counterfactual novices."""
+    return args.novice == "counterfactual" and max(args.erase_weight, args.state_weight) > 0
+
+
+def named_concepts(args: ElmConfig, datasets: Mapping[str, Dataset]) -> dict[str, Concept]:
+    """The concept of each name that stands in a dataset."""
+    described: dict[str, str] = {}
+    for dataset in datasets.values():
+        if "concept" in dataset.column_names:
+            described |= dict.fromkeys(set(dataset.unique("concept")) - set(described), "")
+        if "keywords" in dataset.column_names:
+            described |= {c: words for c, words in zip(dataset["concept"], dataset["keywords"], strict=True) if words}
+    given: list[str | Concept] = [*(args.concepts or ())]
+    given = given or [Concept(name, [words]) if words else name for name, words in sorted(described.items())]
+    concepts = {concept.name: concept for concept in map(load_concept, given)}
+    if missing := set(described) - set(concepts):
+        raise ValueError(f"`concepts` is {args.concepts}, but the dataset also names {sorted(missing)}: add them.")
+    return concepts

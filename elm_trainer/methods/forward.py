@@ -1,6 +1,7 @@
 """One forward over several sub-batches, packed without padding, and what the loss terms read from it."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any, TypeAlias
 
@@ -10,10 +11,13 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.utils import logging
 
-from ..data.collator import Packing, pack_batches, texts_interact
+from ..data.collator import ElmDataCollator
+from ..data.packing import Packing, PackingPlan, PackingRule, find_packing, texts_interact
+from ..modeling import is_partitioned
 from ..ops import FinalLogits, ReadHead, Reading, final_logits, kl_divergence, text_mean
 from ..ops.head import Plan
 
@@ -28,6 +32,7 @@ SUB_BATCHES = {"erase": "forget", "retain": "retain", "consistency": "synthetic"
 
 # What a reading takes beside the logits of its own forward, by position or by name.
 FurtherStates: TypeAlias = Sequence[torch.Tensor] | Mapping[str, Sequence[torch.Tensor]]
+FurtherPlaces: TypeAlias = torch.Tensor | Mapping[str, torch.Tensor]
 
 
 def weighted_batches(inputs: Mapping[str, Any], weights: Mapping[str, float]) -> dict[str, Any]:
@@ -43,6 +48,14 @@ def weighted_batches(inputs: Mapping[str, Any], weights: Mapping[str, float]) ->
     if not batches:
         raise ValueError("`consistency_weight` alone is above 0, but a batch has no synthetic pairs: add some.")
     return batches
+
+
+def shared_forwards(args: Any) -> list[tuple[str, ...]]:
+    """Names of the sub-batches that share a forward, for each forward of a step: those of all terms that have a weight, and
+    retain text alone for the reference of a KL.
+    """
+    step = tuple(name for term, name in SUB_BATCHES.items() if getattr(args, f"{term}_weight", 0))
+    return [step, *[("retain",)] * (getattr(args, "retain_loss", "nll") == "kl" and "retain" in step)]
 
 
 def upcast(values: torch.Tensor) -> torch.Tensor:
@@ -92,10 +105,16 @@ def run_packed(model: nn.Module, batches: Sequence[Mapping[str, Any]], packing: 
         input_ids=torch.cat([batch["input_ids"].flatten() for batch in batches])[packing.tokens],
         position_ids=packing.position_ids,
         use_cache=False,
+        **packing.attention_arguments(),
     ).logits
 
 
-def _by_name(reading: Reading, groups: Mapping[str, Sequence[torch.Tensor]]) -> Reading:
+def _flat(groups: Any) -> list[torch.Tensor]:
+    """States or places, group by group."""
+    return [part for group in groups.values() for part in group] if isinstance(groups, Mapping) else [*groups]
+
+
+def _by_name(reading: Reading, groups: Mapping[str, Sequence[torch.Tensor] | torch.Tensor]) -> Reading:
     """The same reading of logits that are given one after the other, group by group."""
 
     def read(logits: torch.Tensor, where: slice, *others: torch.Tensor) -> Any:
@@ -104,6 +123,42 @@ def _by_name(reading: Reading, groups: Mapping[str, Sequence[torch.Tensor]]) -> 
         return reading(logits, where, *rest, **named)
 
     return read
+
+
+@contextmanager
+def in_float32(model: nn.Module) -> Iterator[None]:
+    """While this holds, all weights and buffers of a model are in float32, nothing is autocast, and `sdpa` stands for flash
+    attention, which has no float32. Afterwards all is as before: casting 16 bits up and down loses nothing.
+
+    Raises:
+        ValueError: if weights are quantized, or lie in shards (FSDP, DeepSpeed ZeRO-3).
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    tensors = [*model.parameters(), *model.buffers()]
+    if getattr(base, "is_quantized", False) or is_partitioned(model) or any(isinstance(t, DTensor) for t in tensors):
+        raise ValueError(
+            '`target_dtype` is "float32", but the weights are quantized or lie in shards, so that they cannot be cast: leave '
+            "it out, or with FSDP keep targets (`precompute_targets=True`) and give no `eval_dataset`."
+        )
+    narrow = [(t, t.dtype) for t in tensors if t.dtype in (torch.float16, torch.bfloat16)]
+    attention = base.config._attn_implementation
+    flash = "flash" in (attention or "")
+    try:
+        if flash:
+            base.set_attn_implementation("sdpa")
+        for tensor, _ in narrow:
+            tensor.data = tensor.data.float()
+        with torch.autocast(tensors[0].device.type, enabled=False):
+            yield
+    finally:
+        for tensor, dtype in narrow:
+            tensor.data = tensor.data.to(dtype)
+        if flash:
+            base.set_attn_implementation(attention)
+
+
+class NonFiniteLossError(FloatingPointError):
+    """A loss term became NaN or infinite. The last checkpoint was written before it did."""
 
 
 class TermTotals:
@@ -171,7 +226,7 @@ class PackedForward:
         batches: Mapping[str, Mapping[str, torch.Tensor]],
         readings: Mapping[str, Reading],
         further: Mapping[str, FurtherStates],
-        beside: Mapping[str, torch.Tensor],
+        beside: Mapping[str, FurtherPlaces],
         states: Collection[str],
     ) -> dict[str, Any]:
         """Run several sub-batches in one forward, packed without padding, and read the logits of their supervised positions.
@@ -187,7 +242,7 @@ class PackedForward:
                 lists of logits.
             beside: By name of sub-batch, other positions of the same forward whose logits the reading takes after
                 those, `[others, positions]`: indices into the flattened tokens of all sub-batches, one after the
-                other.
+                other. Of a mapping of such, as keyword arguments, where `further` gives keyword arguments or nothing.
             states: Names of sub-batches whose reading gives a tuple, to which what enters the head is added,
                 `[positions, hidden]`.
 
@@ -197,13 +252,17 @@ class PackedForward:
         """
         if not batches:
             return {}
-        readings, others = dict(readings), dict[str, Sequence[torch.Tensor]]()
-        for name, groups in further.items():
-            if isinstance(groups, Mapping):
-                readings[name] = _by_name(readings[name], groups)
-                others[name] = [state for group in groups.values() for state in group]
-            else:
-                others[name] = groups
+        readings = dict(readings)
+        others: dict[str, Sequence[torch.Tensor]] = {}
+        places: dict[str, Sequence[torch.Tensor]] = {}
+        for name in {*further, *beside}:
+            states_of, places_of = further.get(name, ()), beside.get(name, ())
+            groups = [group for group in (states_of, places_of) if isinstance(group, Mapping)]
+            if groups:
+                readings[name] = _by_name(
+                    readings[name], {key: part for group in groups for key, part in group.items()}
+                )
+            others[name], places[name] = _flat(states_of), _flat(places_of)
         parts = list(batches.values())
         packing = self.pack(model, parts)
         supervised, offset = [], 0
@@ -212,13 +271,13 @@ class PackedForward:
             offset += batch["input_ids"].numel()
         plans = [
             Plan(
-                len(places),
+                len(own),
                 readings.get(name),
                 others.get(name, ()),
-                [packing.slots[index] for index in beside.get(name, ())],
+                [packing.slots[index] for index in places.get(name, ())],
                 name in states,
             )
-            for name, places in zip(batches, supervised, strict=True)
+            for name, own in zip(batches, supervised, strict=True)
         ]
         unwrapped = self._unwrap(model)
         reader = ReadHead(
@@ -234,17 +293,19 @@ class PackedForward:
 
     def pack(self, model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> Packing:
         """How the texts of sub-batches are laid into rows, on their device."""
+        packing = find_packing(batches, self.rule(model))
+        return packing.to(batches[0]["input_ids"].device, non_blocking=True)
+
+    def rule(self, model: nn.Module) -> PackingRule:
+        """What decides how texts are laid into rows for this model."""
         config = self._unwrap(model).config
-        packing = pack_batches(
-            batches,
+        return PackingRule(
             left_padded=self._processing_class.padding_side == "left",
             attention=ATTENTION * config.get_text_config().hidden_size,
             one_row="flash" in (config._attn_implementation or ""),
             apart=self.texts_interact(model),
             pad_to_multiple_of=self._pad_to_multiple_of,
         )
-        device = batches[0]["input_ids"].device
-        return Packing(*(part if part is None else part.to(device, non_blocking=True) for part in packing))
 
     def final_logits(self, model: nn.Module) -> FinalLogits:
         """What the model does to its head's output, measured the first time by a forward over one token."""
@@ -274,3 +335,22 @@ class PackedForward:
                     "takes longer where texts differ in length."
                 )
         return self._texts_interact
+
+
+class PackInCollator(TrainerCallback):
+    """Has the collator pack what shares a forward, in the workers that load the batches.
+
+    Args:
+        trainer: Trainer of the package; only once it begins to train is its model where it can be measured.
+        collator: Collator that it was given; another than [`ElmDataCollator`] is left alone, and the step packs its batches.
+        rule (`Callable`): Measures the model, and gives the [`PackingRule`].
+    """
+
+    def __init__(self, trainer: Any, collator: Any, rule: Callable[[], PackingRule]):
+        self._trainer, self._collator, self._rule = trainer, collator, rule
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if isinstance(self._collator, ElmDataCollator):
+            with self._trainer.compute_loss_context_manager():
+                rule = self._rule()
+            self._collator.packing = PackingPlan(rule, [*dict.fromkeys(self._trainer.packed_together())])

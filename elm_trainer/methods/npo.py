@@ -105,6 +105,10 @@ class NpoTrainer(ErasureTrainer):
         if stored := precompute_targets(self, plan):
             self.data_collator.targets = stored
 
+    def packed_together(self):
+        live = self.args.erase_weight and getattr(self.data_collator, "targets", None) is None
+        return [*super().packed_together(), *[("forget",)] * bool(live)]
+
     def erase_term(self, model, nll, batch):
         reference = batch["target"]["nll"] if "target" in batch else self.reference_nll(model, batch)
         return npo_loss(sequence_nll(nll, batch), reference, self.args.beta).mean()

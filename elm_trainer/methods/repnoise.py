@@ -244,15 +244,16 @@ class RepNoiseTrainer(ErasureTrainer):
         self._mlps = layer_mlps(self._layers) if self.args.beta else []
         self._drawn = (-1, 0)
 
+    def packed_together(self):
+        return [("retain", "forget") if self.args.alpha or self.args.beta else ("retain",)]
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         alpha, beta = self.args.alpha, self.args.beta
-        batches = {name: inputs[name] for name in (("retain", "forget") if alpha or beta else ("retain",))}
+        batches = {name: inputs[name] for name in self.packed_together()[0]}
         # Both are measured by forwards of their own, which must not be watched.
         final, _ = self.final_logits(model), self.texts_interact(model)
         with self._watch() as (states, outputs):
-            losses = self.forward_positions(
-                model, batches, {name: nll_reading(batch) for name, batch in batches.items()}
-            )
+            losses = self.position_losses(model, batches)
         terms = {"retain": self._weights(inputs, "retain", losses["retain"].dtype).sum(losses["retain"])}
         if alpha or beta:
             slots = self._slots(model, batches, "forget")  # [batch, seq]

@@ -221,6 +221,10 @@ class RmuTrainer(ErasureTrainer):
     def check_given(self, model, args, datasets, data_collator):
         check_layer(model, args.layer)
 
+    def packed_together(self):
+        [step] = super().packed_together()
+        return [step, *[("retain",)] * (not self.args.adaptive and "retain" in step)]
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         weights = {"erase": self.args.erase_weight, "retain": self.args.retain_weight}
         batches = weighted_batches(inputs, weights)

@@ -24,6 +24,7 @@ from benchmarks.prediction import (
 )
 from benchmarks.shapes import Adapter, ModelShape
 from elm_trainer.data.target_store import Field, TargetLayout
+from elm_trainer.ops.head import CHUNK
 
 
 BATCH, TEXT = 3, 64
@@ -44,7 +45,7 @@ def adapter(request):
 
 @pytest.fixture
 def step():
-    return StepShape(TOKENS, TOKENS, TEXT, weight_bytes=4, bytes=4, mask_bytes=4)
+    return StepShape(TOKENS, TOKENS, TEXT, weight_bytes=4, bytes=4, mask_bytes=4, chunk=CHUNK)
 
 
 def spared(adapter):
@@ -98,7 +99,7 @@ def test_operations_are_what_torch_counts(shape, adapter, step):
 
 
 def test_checkpointing_trades_activations_for_operations(shape, adapter, step):
-    checkpointed = StepShape(TOKENS, TOKENS, TEXT, 4, 4, 4, checkpointing=True)
+    checkpointed = StepShape(TOKENS, TOKENS, TEXT, 4, 4, 4, checkpointing=True, chunk=CHUNK)
     assert memory(shape, adapter, checkpointed).activations < 0.5 * memory(shape, adapter, step).activations
     assert 1 < step_flops(shape, adapter, checkpointed) / step_flops(shape, adapter, step) < 1.5
 

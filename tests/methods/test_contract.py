@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 from trl import SFTConfig, TrlParser
 
 from elm_trainer import ConceptSources, NonFiniteLossError, build_erasure_dataset
+from elm_trainer.data import packing
 from elm_trainer.files import RUN_FILE
 
 from .methods import METHODS, tiny, trained
@@ -310,3 +311,23 @@ def test_one_and_two_processes_report_the_same_terms(tmp_path):
         for other in logged[1:]:
             expected = {key: pytest.approx(value, rel=1e-5, abs=2e-6) for key, value in logged[0][name].items()}
             assert other[name] == expected, name
+
+
+def test_the_collator_packs_all_that_a_step_runs_and_the_step_loses_nothing_by_it(make, method, monkeypatch):
+    """With a worker, so that what is packed in this process is packed in the step."""
+    live = {"precompute_targets": False, "precompute_ref_log_probs": False, "retain_loss": "kl"}
+    fields = {name: value for name, value in live.items() if name in own_fields(method.config)}
+    trainer = make(**fields, dataloader_num_workers=1, max_steps=1)
+    made, pack_batches = [], packing.pack_batches
+    monkeypatch.setattr(packing, "pack_batches", lambda *given: (made.append(1), pack_batches(*given))[1])
+    trainer.train()
+    assert not made
+    batch = trainer.data_collator([trainer.train_dataset[row] for row in range(4)])
+    trainer.model.eval()
+    packed = trainer.compute_loss(trainer.model, batch)
+    made.clear()
+    for part in batch.values():
+        part.pop("packings", None)
+        for context in ("expert", "novice"):
+            part.get(context, {}).pop("packings", None)
+    assert trainer.compute_loss(trainer.model, batch) == packed and made

@@ -2,7 +2,16 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from elm_trainer import Concept, ConceptSources, ElmConfig, ElmTrainer, build_erasure_dataset, load_concept
+from benchmarks.live_targets import four_forwards
+from elm_trainer import (
+    Concept,
+    ConceptSources,
+    ElmConfig,
+    ElmDataCollator,
+    ElmTrainer,
+    build_erasure_dataset,
+    load_concept,
+)
 
 from .methods import tiny, trained
 
@@ -48,6 +57,21 @@ def test_the_ramp_is_that_of_the_released_code(side, tiny_model, tokenizer, data
     assert len(target["weights"]) == sum(forget["lengths"])
 
 
+def test_a_collator_of_the_users_own_that_packs_nothing_trains_alike(tokenizer, dataset, config, lora):
+    losses = []
+    for own in (False, True):
+        made = ElmDataCollator(tokenizer, concepts={"capitals": load_concept("capitals")}, past_end=True)
+        trainer = ElmTrainer(
+            tiny("llama", len(tokenizer)), config(precompute_targets=False),
+            (lambda rows, made=made: made(rows)) if own else made,
+            dataset, processing_class=tokenizer, peft_config=lora,
+        )  # fmt: skip
+        trainer.train()
+        assert (made.packing is None) == own
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert len(losses[0]) == 2 and losses[1] == pytest.approx(losses[0], rel=1e-6)
+
+
 def test_without_erasure_the_first_step_has_no_gradient(tiny_model, tokenizer, dataset, config, lora):
     args = config(eta=0.0, top_k=len(tokenizer), consistency_weight=0.0, max_steps=1, max_grad_norm=0.0)
     lora.init_lora_weights = True
@@ -56,6 +80,31 @@ def test_without_erasure_the_first_step_has_no_gradient(tiny_model, tokenizer, d
     trainer.compute_loss(trainer.model, batch).backward()
     gradients = [p.grad.abs().max().item() for p in trainer.model.parameters() if p.requires_grad]
     assert max(gradients) < 1e-6
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize(
+    "fields",
+    [{"contexts_per_sample": 2}, {"log_tokens": 3, "retain_loss": "log"}, {"preset": "released", "fact_share": 0.5}],
+)
+def test_live_targets_come_from_one_forward_and_are_those_of_four(
+    fields, side, make_elm, dataset, tokenizer, monkeypatch
+):
+    monkeypatch.setattr(tokenizer, "padding_side", side)
+    trainer = make_elm(dataset, eta=3.0, precompute_targets=False, **{"eta_end": 5.0, **fields})
+    inputs = trainer.data_collator([trainer.train_dataset[row] for row in range(4)])
+    batches = {"erase": inputs["forget"], "retain": inputs["retain"]}
+    expected, calls = four_forwards(trainer, batches), []
+    handle = trainer.model.get_base_model().register_forward_hook(lambda *_: calls.append(1))
+    made = trainer.targets(trainer.model, batches)
+    handle.remove()
+    assert len(calls) == 1
+    assert {term: set(target) for term, target in made.items()} == {
+        term: set(target) for term, target in expected.items()
+    }
+    for term, target in expected.items():
+        for name, values in target.items():
+            torch.testing.assert_close(made[term][name], values, rtol=1e-5, atol=1e-5)
 
 
 def test_stored_targets_give_the_losses_of_targets_made_in_the_step(tokenizer, dataset, config, lora):

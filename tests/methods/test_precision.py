@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from elm_trainer import ElmTrainer
+from elm_trainer.methods.elm_config import stored_targets
 from elm_trainer.ops import erasure_target, kl_to_reference, soft_cross_entropy, top_k_distribution
 
 from .methods import METHODS, tiny, trained
@@ -138,3 +139,41 @@ def test_gradients_pass_a_base_of_four_bits_after_it_was_evaluated(quantized, to
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, rtol=0, atol=1e-6)
         assert "lora_A" in name or gradient.any(), name
+
+
+def bfloat16_elm(make_elm, tokenizer, dtype, **fields):
+    trainer = make_elm(eta=500.0, precompute_targets=False, **fields)
+    for tensor in trainer.model.get_base_model().parameters():
+        tensor.data = tensor.data.bfloat16().to(dtype)
+    return trainer
+
+
+@pytest.mark.parametrize("fields", [{}, {"retain_loss": "log", "log_tokens": 3}])
+def test_targets_in_float32_are_those_of_a_float32_model_and_the_weights_stay(fields, make_elm, dataset, tokenizer):
+    trainers = [
+        bfloat16_elm(make_elm, tokenizer, dtype, dataset=dataset, target_dtype=target_dtype, **fields)
+        for dtype, target_dtype in ((torch.float32, None), (torch.bfloat16, "float32"), (torch.bfloat16, None))
+    ]
+    before = {name: p.clone() for name, p in trainers[1].model.named_parameters()}
+    found = []
+    for trainer in trainers:
+        inputs = trainer.data_collator([trainer.train_dataset[row] for row in range(3)])
+        found.append(trainer.targets(trainer.model, {"erase": inputs["forget"], "retain": inputs["retain"]}))
+    for term, target in found[0].items():
+        for name, values in target.items():
+            assert torch.equal(values, found[1][term][name])
+    probs = "log_probs" if fields else "probs"
+    assert not torch.equal(found[0]["erase"][probs], found[2]["erase"][probs])
+    for name, parameter in trainers[1].model.named_parameters():
+        assert parameter.dtype == before[name].dtype and torch.equal(parameter, before[name])
+    trainers[1].train()
+    assert math.isfinite(trainers[1].state.log_history[0]["erase_loss"])
+
+
+def test_targets_in_float32_are_kept_under_a_name_of_their_own(config):
+    plain, wide = config(), config(target_dtype="float32")
+    assert plain.precompute_targets is None and wide.precompute_targets
+    first, second = (stored_targets(args, 64, 16).settings for args in (plain, wide))
+    assert second == first | {"target_dtype": "float32"}
+    with pytest.raises(ValueError, match="`target_dtype` is 'bfloat16'"):
+        config(target_dtype="bfloat16")

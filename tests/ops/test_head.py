@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -101,6 +103,16 @@ def test_no_tensor_of_the_step_is_larger_than_a_chunk_of_logits():
     with Watch():
         read_positions(head, FinalLogits(), nll_of(labels), states, vocabulary=vocabulary).mean().backward()
     assert max(sizes) == head_module.CHUNK < 5000 * vocabulary / 2
+
+
+@pytest.mark.parametrize(
+    ("device", "gigabytes", "megabytes"),
+    [("cuda", 80, 256), ("xpu", 8, 128), ("cuda", 1, 32), ("cpu", 0, 32), ("mps", 0, 32)],
+)
+def test_chunks_are_larger_where_an_accelerator_has_the_memory(device, gigabytes, megabytes, monkeypatch):
+    module = SimpleNamespace(get_device_properties=lambda _: SimpleNamespace(total_memory=gigabytes * 2**30))
+    monkeypatch.setattr(torch, "get_device_module", lambda _: module)
+    assert 4 * head_module.chunk_of(torch.device(device)) == megabytes * 2**20
 
 
 @pytest.mark.parametrize(
