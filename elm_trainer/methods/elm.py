@@ -34,15 +34,15 @@ from ..ops import (
 from .base import ErasureTrainer
 from .contrast import contrast_adapter
 from .elm_config import ElmConfig, stored_targets
-from .forward import SUB_BATCHES, batch_mean, nll_reading, supervised_places, weighted_batches
+from .forward import SUB_BATCHES, batch_mean, nll_reading, weighted_batches
 from .novice_states import (
     check_novices,
     chosen_state_layers,
     layer_outputs,
     measure_scale,
     novice_mean,
-    state_loss,
-    states_at,
+    state_losses,
+    states_of,
 )
 from .targets import TargetPlan, Teacher, precompute_targets
 
@@ -57,8 +57,9 @@ class ElmTrainer(ErasureTrainer):
     row without a synthetic pair; those of the erase term include what follows the text's last token, but for a
     counterfactual novice):
     soft cross-entropy with [`erasure_target`] on forget text (with `log_tokens`: [`log_space_divergence`] and
-    [`log_space_loss`] to [`log_space_target`]), or [`state_loss`] to a counterfactual novice's states; KL, argmax cross-entropy or [`log_space_divergence`] to the reference on
-    retain text; negative log-likelihood of the completion of synthetic pairs.
+    [`log_space_loss`] to [`log_space_target`]), or [`state_loss`] to a counterfactual novice's states; KL, argmax cross-entropy,
+    [`log_space_divergence`] or [`state_loss`] to the reference on retain text; negative log-likelihood of the completion of
+    synthetic pairs.
 
     Takes the arguments of [`~trl.SFTTrainer`] and raises what [`ErasureTrainer`] raises.
 
@@ -125,7 +126,9 @@ class ElmTrainer(ErasureTrainer):
         with layer_outputs(self, model, self._state_layers) as outputs:
             losses = self.forward_positions(model, batches, readings, further)  # [positions] each
         if self._state_layers:
-            losses["state"] = self._state_losses(model, batches, outputs, targets["erase"]["novice_states"])
+            losses["state"] = state_losses(self, model, batches, "erase", outputs, targets["erase"]["novice_states"])
+        if "retain" in batches and args.retain_loss == "states":
+            losses["retain"] = state_losses(self, model, batches, "retain", outputs, targets["retain"]["layer_states"])
         if not args.erase_weight:
             losses.pop("erase", None)
         for term in {"erase", "state"} & losses.keys():
@@ -150,6 +153,8 @@ class ElmTrainer(ErasureTrainer):
             return nll_reading(batch)
         if term == "erase" and not self.args.erase_weight:
             return STATES  # no logits are read where the state term stands alone
+        if term == "retain" and self.args.retain_loss == "states":
+            return STATES
         if term == "retain" and self.args.retain_loss == "log":
             return lambda logits, where, reference: log_space_divergence(logits, reference)
         if term == "erase" and self.args.log_tokens:
@@ -178,12 +183,17 @@ class ElmTrainer(ErasureTrainer):
             batch (`Mapping`): Its sub-batch.
 
         Returns:
-            `dict[str, torch.Tensor]`: for each position, `indices` with `probs` or `log_probs`, `[positions, tokens]`, or
-            what enters the reference's head, `states`, `[positions, hidden]`; of the erase term also `weights`, and for
-            the state term `novice_states`, `[positions, layers·hidden]`.
+            `dict[str, torch.Tensor]`: for each position, `indices` with `probs` or `log_probs`, `[positions, tokens]`,
+            what enters the reference's head, `states`, `[positions, hidden]`, or what its layers give, `layer_states`,
+            `[positions, layers·hidden]`; of the erase term also `weights`, and for the state term `novice_states`,
+            `[positions, layers·hidden]`.
         """
         if term == "erase":
             return self._erase_target(model, batch)
+        if self.args.retain_loss == "states":
+            with layer_outputs(self, model, self._state_layers) as outputs:
+                self.reference_positions(model, {term: batch}, {term: STATES})
+            return {"layer_states": states_of(self, model, {term: batch}, term, outputs).flatten(1)}
         if self.args.retain_loss == "log":
             return {"states": self.reference_positions(model, {term: batch}, {term: STATES})[term]}
         readings = {term: lambda logits, where: top_k_distribution(logits, self.args.top_k)}
@@ -237,21 +247,10 @@ class ElmTrainer(ErasureTrainer):
         target["weights"] = _weights(target.pop("apart"), batch, args.fact_share)
         if counterfactual and outputs:
             slots = self.pack(model, list(batches.values())).slots
-            novices = novice_mean(outputs, slots, counterfactual["index"])
-            target["novice_states"] = novices.flatten(1)
+            novice = novice_mean(outputs, slots, counterfactual["index"])
+            expert = states_of(self, model, batches, "base", outputs).float()
+            target["novice_states"] = torch.lerp(expert, novice, args.state_eta).flatten(1)
         return target
-
-    def _state_losses(
-        self,
-        model: nn.Module,
-        batches: Mapping[str, Mapping[str, Any]],
-        outputs: Sequence[torch.Tensor],
-        novice: torch.Tensor,
-    ) -> torch.Tensor:
-        """The [`state_loss`] of each position of forget text, which is the first of the sub-batches."""
-        slots = self.pack(model, list(batches.values())).slots
-        hidden = states_at(outputs, slots[supervised_places(batches["erase"])])
-        return state_loss(hidden, novice.view(hidden.shape), self._state_scale)
 
     def _eta(self, batch: Mapping[str, Any]) -> torch.Tensor:
         """η of each position of the forget text, `[positions]`: that of the token which predicts the next, as released."""
