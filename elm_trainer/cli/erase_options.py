@@ -232,7 +232,7 @@ class CommonSettings:
     retain_weight: float = field(default=1.0, metadata={"help": "Weight of the retain term."})
     consistency_weight: float = field(default=1.0, metadata={"help": "Weight of the consistency term."})
     retain_loss: str | None = field(
-        default=None, metadata={"help": "Retain term.", "choices": ["kl", "argmax", "log"]}
+        default=None, metadata={"help": "Retain term.", "choices": ["kl", "argmax", "log", "states"]}
     )
     novice: str = field(
         default="contexts", metadata={"help": "What the novice is.", "choices": ["contexts", "counterfactual"]}

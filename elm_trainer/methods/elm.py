@@ -40,8 +40,8 @@ from .novice_states import (
     layer_outputs,
     measure_scale,
     novice_mean,
-    state_loss,
-    states_at,
+    state_losses,
+    states_of,
 )
 from .targets import TargetPlan, Teacher, precompute_targets
 
@@ -57,8 +57,9 @@ class ElmTrainer(ErasureTrainer):
     row without a synthetic pair; those of the erase term include what follows the text's last token, but for a
     counterfactual novice):
     soft cross-entropy with [`erasure_target`] on forget text (with `log_tokens`: [`log_space_divergence`] and
-    [`log_space_loss`] to [`log_space_target`]), or [`state_loss`] to a counterfactual novice's states; KL, argmax cross-entropy or [`log_space_divergence`] to the reference on
-    retain text; negative log-likelihood of the completion of synthetic pairs.
+    [`log_space_loss`] to [`log_space_target`]), or [`state_loss`] to a counterfactual novice's states; KL, argmax cross-entropy,
+    [`log_space_divergence`] or [`state_loss`] to the reference on retain text; negative log-likelihood of the completion of
+    synthetic pairs.
 
     Takes the arguments of [`~trl.SFTTrainer`] and raises what [`ErasureTrainer`] raises.
 
@@ -119,7 +120,9 @@ class ElmTrainer(ErasureTrainer):
         with layer_outputs(self, model, self._state_layers) as outputs:
             losses = self.forward_positions(model, batches, readings, further)  # [positions] each
         if self._state_layers:
-            losses["state"] = self._state_losses(model, batches, outputs, targets["erase"]["novice_states"])
+            losses["state"] = state_losses(self, model, batches, "erase", outputs, targets["erase"]["novice_states"])
+        if "retain" in batches and args.retain_loss == "states":
+            losses["retain"] = state_losses(self, model, batches, "retain", outputs, targets["retain"]["layer_states"])
         if not args.erase_weight:
             losses.pop("erase", None)
         for term in {"erase", "state"} & losses.keys():
@@ -152,6 +155,8 @@ class ElmTrainer(ErasureTrainer):
             return nll_reading(batch)
         if term == "erase" and not self.args.erase_weight:
             return STATES  # no logits are read where the state term stands alone
+        if term == "retain" and self.args.retain_loss == "states":
+            return STATES
         if term == "retain" and self.args.retain_loss == "log":
             return lambda logits, where, reference: log_space_divergence(logits, reference)
         if term == "erase" and self.args.log_tokens:
@@ -180,9 +185,10 @@ class ElmTrainer(ErasureTrainer):
             batch (`Mapping`): Its sub-batch.
 
         Returns:
-            `dict[str, torch.Tensor]`: for each position, `indices` with `probs` or `log_probs`, `[positions, tokens]`, or
-            what enters the reference's head, `states`, `[positions, hidden]`; of the erase term also `weights`, and for
-            the state term `novice_states`, `[positions, layers·hidden]`.
+            `dict[str, torch.Tensor]`: for each position, `indices` with `probs` or `log_probs`, `[positions, tokens]`,
+            what enters the reference's head, `states`, `[positions, hidden]`, or what its layers give, `layer_states`,
+            `[positions, layers·hidden]`; of the erase term also `weights`, and for the state term `novice_states`,
+            `[positions, layers·hidden]`.
         """
         return self.targets(model, {term: batch})[term]
 
@@ -214,30 +220,34 @@ class ElmTrainer(ErasureTrainer):
         if retain:
             parts["retain"] = retain
             readings["retain"] = lambda logits, where: top_k_distribution(logits, self.args.top_k)
-            if self.args.retain_loss == "log":
+            if self.args.retain_loss in ("log", "states"):
                 readings["retain"] = STATES
+        watched = self._state_layers if counterfactual or self.args.retain_loss == "states" else []
         states = ("erase",) if whole and erase else ()
         with self.reference(model), self._target_precision(model):
             for side, teacher in self._teachers.items() if erase and not counterfactual else ():
                 with teacher.in_place():
                     of_teacher = self.forward_positions(model, {side: batches["erase"]}, {side: STATES})[side]
                 further.setdefault("erase", {})[f"{side}s"] = [of_teacher]
-            with layer_outputs(self, model, self._state_layers if counterfactual else []) as outputs:
+            with layer_outputs(self, model, watched) as outputs:
                 found = self.forward_positions(model, parts, readings, further, beside, states)
         made: dict[str, dict[str, torch.Tensor]] = {}
         if erase:
             target = self.erase_target(found["erase"], erase)
             if counterfactual and outputs:
                 slots = self.pack(model, list(parts.values())).slots
-                target["novice_states"] = novice_mean(outputs, slots, counterfactual["index"]).flatten(1)
+                novice = novice_mean(outputs, slots, counterfactual["index"])
+                expert = states_of(self, model, parts, "erase", outputs).float()
+                target["novice_states"] = torch.lerp(expert, novice, self.args.state_eta).flatten(1)
             made["erase"] = target
         if retain:
             reference = found["retain"]
-            made["retain"] = (
-                {"states": reference}
-                if self.args.retain_loss == "log"
-                else dict(zip(("indices", "probs"), reference, strict=True))
-            )
+            if self.args.retain_loss == "states":
+                made["retain"] = {"layer_states": states_of(self, model, parts, "retain", outputs).flatten(1)}
+            elif self.args.retain_loss == "log":
+                made["retain"] = {"states": reference}
+            else:
+                made["retain"] = dict(zip(("indices", "probs"), reference, strict=True))
         return made
 
     def erase_target(self, found: Sequence[torch.Tensor], batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
@@ -275,18 +285,6 @@ class ElmTrainer(ErasureTrainer):
             return (apart, *target)
 
         return read
-
-    def _state_losses(
-        self,
-        model: nn.Module,
-        batches: Mapping[str, Mapping[str, Any]],
-        outputs: Sequence[torch.Tensor],
-        novice: torch.Tensor,
-    ) -> torch.Tensor:
-        """The [`state_loss`] of each position of forget text, which is the first of the sub-batches."""
-        slots = self.pack(model, list(batches.values())).slots
-        hidden = states_at(outputs, slots[supervised_places(batches["erase"])])
-        return state_loss(hidden, novice.view(hidden.shape), self._state_scale)
 
     def _eta(self, batch: Mapping[str, Any]) -> torch.Tensor:
         """η of each position of the forget text, `[positions]`: that of the token which predicts the next, as released."""

@@ -36,9 +36,10 @@ class ElmConfig(ErasureConfig):
         tau (`float`, *optional*): Temperature τ of the target.
         top_k (`int`, *optional*): Tokens of the target kept per position, and of the reference in the retain term.
         retain_loss (`str`, *optional*): `"kl"` to the reference; `"argmax"`: cross-entropy with the reference's most
-            probable token; or `"log"`: KL and half the variance of the change of log-probabilities over the vocabulary
-            ([`log_space_divergence`]), which keeps the ranking of improbable tokens too. A stored target of `"log"` is
-            `hidden` numbers a position.
+            probable token; `"log"`: KL and half the variance of the change of log-probabilities over the vocabulary
+            ([`log_space_divergence`]), which keeps the ranking of improbable tokens too; or `"states"`: [`state_loss`] to
+            the reference at `state_layers`, with the scale of the state term, which reads no logits. A stored target of
+            `"log"` is `hidden` numbers a position, and one of `"states"` `layers·hidden`.
         faithful (`bool`, *optional*, defaults to `False`): Do what the released code does beside the objective: supervise
             in the retain term also the position behind a text's last token, leave the first token of a completion out of
             the consistency term, and draw the expert and the novice context of a row each by itself, not in pairs.
@@ -60,6 +61,8 @@ class ElmConfig(ErasureConfig):
         state_weight (`float`, *optional*, defaults to `0.0`): Weight of the state term: on forget text, layers are to
             give what they give the counterfactual novice ([`state_loss`]). It reads no logits. With `erase_weight=0` it
             stands in place of the erase term, whose weights of positions it takes.
+        state_eta (`float`, *optional*, defaults to `1.0`): η of the state term, whose target is `e − η·(e − n)`: 1 is the
+            novice itself, and more goes beyond it in the same direction, since training stays short of its target.
         state_layers (`list[int]`, *optional*): Layers of the state term, from 0, rising. By default four of the upper
             third, the last among them ([`default_state_layers`]).
         contrast_rows (`int`, *optional*, defaults to `0`): Rows on which the adapter's input directions are chosen
@@ -117,7 +120,7 @@ class ElmConfig(ErasureConfig):
     tau: float | None = field(default=None, metadata={"help": "Temperature of the target."})
     top_k: int | None = field(default=None, metadata={"help": "Tokens of the target kept per position."})
     retain_loss: str | None = field(
-        default=None, metadata={"help": "Retain term.", "choices": ["kl", "argmax", "log"]}
+        default=None, metadata={"help": "Retain term.", "choices": ["kl", "argmax", "log", "states"]}
     )
     faithful: bool = field(default=False, metadata={"help": "Repeat the quirks of the released code."})
     plausibility: float = field(default=0.0, metadata={"help": "Plausibility constraint; 0 switches it off."})
@@ -128,6 +131,7 @@ class ElmConfig(ErasureConfig):
     log_tokens: int = field(default=0, metadata={"help": "Tokens matched in log space; 0 gives the paper's loss."})
     log_strength: float = field(default=2.0, metadata={"help": "Weight of those tokens."})
     state_weight: float = field(default=0.0, metadata={"help": "Weight of the state term."})
+    state_eta: float = field(default=1.0, metadata={"help": "Strength of the state term; 1 is the novice."})
     state_layers: list[int] | None = field(default=None, metadata={"help": "Layers of the state term."})
     contrast_rows: int = field(default=0, metadata={"help": "Rows that choose the adapter's directions; 0 for none."})
     contrast_damping: float = field(default=0.1, metadata={"help": "Damping of the choice of directions."})
@@ -159,7 +163,7 @@ class ElmConfig(ErasureConfig):
             self,
             {
                 "at least 0": ("eta", "eta_end", "expert_steps", "novice_steps", "log_tokens", "contrast_rows"),
-                "above 0": ("tau", "log_strength", "teacher_learning_rate", "contrast_damping"),
+                "above 0": ("tau", "log_strength", "state_eta", "teacher_learning_rate", "contrast_damping"),
                 "at least 1": ("top_k", "contexts_per_sample", "teacher_rank", "teacher_batch_size"),
                 "from 0 to 1": ("plausibility", "fact_share", "retain_focus"),
             },
@@ -172,6 +176,11 @@ class ElmConfig(ErasureConfig):
             raise ValueError(
                 f"`state_weight` is {self.state_weight} with `novice={self.novice!r}`: states are matched with those of a "
                 'counterfactual novice, so set `novice="counterfactual"`, or the weight to 0.'
+            )
+        if self.retain_loss == "states" and not self.state_weight:
+            raise ValueError(
+                '`retain_loss` is "states" with `state_weight=0.0`: states are compared by the scale of the state term, so '
+                "give that a weight, or choose another loss."
             )
         if self.novice_steps and not self.expert_steps:
             raise ValueError(
@@ -226,7 +235,7 @@ def stored_targets(
         kept["forget_weights"] = Field("floats")
         if args.state_weight:
             kept["forget_novice_states"] = Field("halves", len(state_layers) * hidden_size)
-            more["state_layers"] = [*state_layers]
+            more |= {"state_layers": [*state_layers], "state_eta": args.state_eta}
         if not args.erase_weight:
             more["erase_weight"] = 0.0
         elif args.log_tokens:
@@ -246,7 +255,9 @@ def stored_targets(
             ]
     if args.retain_weight:
         columns += ["retain_ids", "retain_start"]
-        if args.retain_loss == "log":
+        if args.retain_loss == "states":
+            kept["retain_layer_states"] = Field("halves", len(state_layers) * hidden_size)
+        elif args.retain_loss == "log":
             kept["retain_states"] = Field("halves", hidden_size)
         else:
             top_k = 1 if args.retain_loss == "argmax" else args.top_k

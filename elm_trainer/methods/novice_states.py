@@ -98,6 +98,33 @@ def states_at(outputs: Sequence[torch.Tensor], slots: torch.Tensor) -> torch.Ten
     return torch.stack([output.flatten(0, 1).index_select(0, slots) for output in outputs], dim=1)
 
 
+def states_of(
+    trainer: "ElmTrainer",
+    model: nn.Module,
+    batches: Mapping[str, Mapping[str, Any]],
+    name: str,
+    outputs: Sequence[torch.Tensor],
+) -> torch.Tensor:
+    """What the layers gave at the supervised positions of one of the sub-batches of a forward, `[positions, layers, hidden]`."""
+    names = list(batches)
+    before = sum(batches[other]["input_ids"].numel() for other in names[: names.index(name)])
+    slots = trainer.pack(model, list(batches.values())).slots
+    return states_at(outputs, slots[supervised_places(batches[name]) + before])
+
+
+def state_losses(
+    trainer: "ElmTrainer",
+    model: nn.Module,
+    batches: Mapping[str, Mapping[str, Any]],
+    name: str,
+    outputs: Sequence[torch.Tensor],
+    aim: torch.Tensor,
+) -> torch.Tensor:
+    """The [`state_loss`] of each position of one of the sub-batches to states `[positions, layers·hidden]`, `[positions]`."""
+    hidden = states_of(trainer, model, batches, name, outputs)
+    return state_loss(hidden, aim.view(hidden.shape), trainer._state_scale)
+
+
 def measure_scale(trainer: "ElmTrainer", layers: Sequence[int]) -> torch.Tensor:
     """The [`state_scale`] of a model and its training rows, `[layers, hidden]` in float32.
 

@@ -62,7 +62,7 @@ def test_no_dimension_drowns_the_others():
 def test_the_term_is_that_of_texts_run_one_by_one(stored, shape, side, make, tokenizer):
     tokenizer.padding_side, before = side, tokenizer.padding_side
     try:
-        trainer = make(shape=shape, precompute_targets=stored)
+        trainer = make(shape=shape, precompute_targets=stored, state_eta=1.5)
         with torch.no_grad():
             for name, parameter in trainer.model.named_parameters():
                 if "lora_B" in name:  # a trained adapter, which differs from the reference
@@ -90,8 +90,9 @@ def test_the_term_is_that_of_texts_run_one_by_one(stored, shape, side, make, tok
             novice = torch.stack([n[other] for n, other in zip(novices, others, strict=True)]).mean(0)
             n = torch.stack([p[other] for p, other in zip(probs, others, strict=True)]).mean(0).log()
             apart.append((logs[position].exp() * (logs[position] - n)).sum().clamp(min=1e-6))
-            values.append((scale * (hidden[position] - novice) ** 2).sum())
-            spread.append((scale * (own[position] - novice) ** 2).sum())
+            aim = own[position] - 1.5 * (own[position] - novice)
+            values.append((scale * (hidden[position] - aim) ** 2).sum())
+            spread.append((scale * (own[position] - aim) ** 2).sum())
         shares = torch.stack(apart)
         weights = 0.6 + 0.4 * shares / shares.mean()
         expected.append((weights * torch.stack(values)).mean())
@@ -101,23 +102,51 @@ def test_the_term_is_that_of_texts_run_one_by_one(stored, shape, side, make, tok
     assert torch.stack(reference).sum().item() / positions == pytest.approx(1, rel=2e-2)
 
 
-def test_stored_and_live_states_give_the_same_losses(make):
+@pytest.mark.parametrize("stored", [True, False])
+def test_retain_text_is_held_to_the_states_of_the_reference(stored, make):
+    trainer = make(precompute_targets=stored, retain_loss="states", retain_focus=0.5)
+    with torch.no_grad():
+        for name, parameter in trainer.model.named_parameters():
+            if "lora_B" in name:  # a trained adapter, which differs from the reference
+                parameter.normal_(std=0.2, generator=torch.Generator().manual_seed(1))
+    batch = trainer.data_collator(list(trainer.train_dataset))
+    assert ("target" in batch["retain"]) is stored
+    trainer.model.train()
+    trainer.compute_loss(trainer.model, batch)
+    [found] = trainer._mean_terms("train")["retain_loss"]
+    expected = []
+    for row in trainer.train_dataset:
+        with torch.no_grad():
+            hidden = states(trainer.model, row["retain_ids"], [0, 1])
+            with trainer.model.disable_adapter():
+                own = states(trainer.model, row["retain_ids"], [0, 1])
+        # The positions that predict what is learned of a text.
+        places = slice(max(row["retain_start"], 1) - 1, len(row["retain_ids"]) - 1)
+        values = (trainer._state_scale * (hidden - own) ** 2).sum((-2, -1))[places]
+        expected.append((0.5 * values.mean() + 0.5 * (values * values).sum() / values.sum()).item())
+    assert len(expected) == len(trainer.train_dataset) > 1
+    assert found == pytest.approx(sum(expected) / len(expected), rel=5e-3)
+
+
+@pytest.mark.parametrize("retain_loss", ["log", "states"])
+def test_stored_and_live_states_give_the_same_losses(retain_loss, make):
     losses = []
     for stored in (True, False):
-        trainer = make(precompute_targets=stored, erase_weight=0.5, log_tokens=7, eta=1.3)
+        trainer = make(precompute_targets=stored, erase_weight=0.5, log_tokens=7, eta=1.3, retain_loss=retain_loss)
         trainer.train()
-        losses.append(
-            [(entry["erase_loss"], entry["state_loss"]) for entry in trainer.state.log_history if "loss" in entry]
-        )
+        logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+        losses.append([[entry[f"{term}_loss"] for term in ("erase", "state", "retain")] for entry in logs])
     for stored, live in zip(*losses, strict=True):
-        assert stored == pytest.approx(live, rel=2e-3)
+        assert stored == pytest.approx(live, rel=2e-3, abs=1e-6)
     assert len(losses[0]) == 2
 
 
-def test_without_an_erase_weight_no_logits_of_forget_text_are_read(make, monkeypatch):
-    trainer = make(retain_weight=0.0)
+@pytest.mark.parametrize("fields", [{"retain_weight": 0.0}, {"retain_loss": "states"}])
+def test_where_states_stand_alone_no_logits_are_read(fields, make, monkeypatch):
+    trainer = make(**fields)
     batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
     assert set(batch["forget"]["target"]) == {"weights", "novice_states"}
+    assert set(batch["retain"]["target"]) == ({"layer_states"} if "retain_loss" in fields else set())
     positions = []
     head = trainer.model.get_output_embeddings()
     forward = head.forward
@@ -129,7 +158,7 @@ def test_without_an_erase_weight_no_logits_of_forget_text_are_read(make, monkeyp
     monkeypatch.setattr(head, "forward", counted)
     loss = trainer.compute_loss(trainer.model, batch)
     assert sum(positions) == 0 and loss.requires_grad
-    assert [*trainer._mean_terms("train")] == ["state_loss"]
+    assert [*trainer._mean_terms("train")] == ["retain_loss", "state_loss"][len(fields.keys() & {"retain_weight"}) :]
 
 
 @pytest.mark.parametrize("checkpointing", [True, False])
@@ -160,6 +189,7 @@ def test_default_layers_of_the_demo():
         ({"state_layers": [1, 2]}, r"`state_layers` is \[1, 2\], but the model has the layers 0 to 1"),
         ({"state_layers": [1, 0]}, r"`state_layers` is \[1, 0\]"),
         ({"state_weight": -1.0}, "`state_weight` is -1.0"),
+        ({"state_weight": 0.0, "erase_weight": 1.0, "retain_loss": "states"}, '`retain_loss` is "states" with'),
         ({"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}, "use_reentrant"),
     ],
 )
