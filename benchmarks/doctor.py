@@ -24,7 +24,7 @@ from .shapes import ModelShape
 
 logger = logging.get_logger(__name__)
 ROOT = Path(__file__).resolve().parents[1]
-RECIPE = ROOT / "recipes" / "smollm2-135m-capitals.yaml"
+RECIPE = ROOT / "recipes" / "smollm2-135m-capitals-log-space.yaml"
 # Models of random weights beside the demo's, and the layers of each at the depth of the demo's.
 MODELS = {
     "30M": (ModelShape(hidden=384, intermediate=1024, layers=8, heads=6, kv_heads=2, vocab=49152), "3-6"),
@@ -35,7 +35,7 @@ SHORT = {"dataset_size": 48, "contrast_rows": 16, "max_steps": 6, "evaluate": "f
 
 
 def measure_doctor(threads: int) -> dict[str, Any]:
-    """Ask the doctor about the demo's recipe, made short, on three sizes of model, and run each right afterwards.
+    """Ask the doctor about the recipe in log space, made short, on three sizes of model, and run each right afterwards.
 
     Both are processes of their own with as many threads, one after the other.
 

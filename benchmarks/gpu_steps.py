@@ -72,7 +72,7 @@ SIZES = {
         },
         demo={
             "retain": "everyday",
-            "measures": "multiple-choice", "questions": "2", "dataset_size": "4", "contrast_rows": "4", "max_steps": "2",
+            "measures": "multiple-choice", "questions": "2", "dataset_size": "4", "state_layers": "2", "max_steps": "2",
             "per_device_train_batch_size": "2", "warmup_steps": "0", "lora_layers": "1-2", "lora_rank": "4",
         },
     ),

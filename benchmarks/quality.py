@@ -78,7 +78,7 @@ class Recipe:
         )
 
 
-OURS = Recipe(str(RECIPES / "smollm2-135m-capitals.yaml"))
+OURS = Recipe(str(RECIPES / "smollm2-135m-capitals-log-space.yaml"))
 # With the arithmetic of ours, which is faster for single texts too.
 RELEASED = Recipe(
     str(RECIPES / "smollm2-135m-capitals-released.yaml"),

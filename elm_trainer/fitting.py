@@ -29,7 +29,7 @@ OPTIONS = (
     "lora_layers", "lora_targets", "lora_rank", "lora_alpha", "per_device_train_batch_size",
     "gradient_accumulation_steps", "per_device_eval_batch_size", "dtype", "bf16", "activation_checkpointing",
 )  # fmt: skip
-# Objective and schedule by what the novice is. The first is that of recipes/smollm2-135m-capitals.yaml, which
+# Objective and schedule by what the novice is. The first is that of recipes/smollm2-135m-capitals-log-space.yaml, which
 # tests/test_fitting.py holds to it; the second the paper's, with the schedule of recipes/smollm2-135m-capitals-released.yaml.
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "counterfactual": {

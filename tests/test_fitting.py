@@ -144,7 +144,7 @@ def test_the_benchmark_adapts_the_layers_of_the_rule():
 
 
 def test_the_objective_is_that_of_the_recipe_word_for_word():
-    recipe = yaml.safe_load(find_recipe("smollm2-135m-capitals").read_text())
+    recipe = yaml.safe_load(find_recipe("smollm2-135m-capitals-log-space").read_text())
     tested = OBJECTIVES["counterfactual"]
     assert {name: recipe[name] for name in tested} == tested
     known = {**ElmConfig.__dataclass_fields__, **ErasureArguments.__dataclass_fields__}

@@ -80,7 +80,7 @@ def test_the_wheel_erases_by_a_recipe(installed, tmp_path, tiny_model, tokenizer
     tokenizer.save_pretrained(tmp_path / "tiny")
     smaller = {
         "model": "tiny", "output_dir": "out", "targets_dir": "targets", "dataset_size": 16, "max_steps": 2,
-        "lora_layers": "0-1", "contrast_rows": 0, "questions": 8,
+        "lora_layers": "0-1", "state_layers": 1, "questions": 8,
     }  # fmt: skip
     options = [f"--{name}={value}" for name, value in smaller.items()]
     erased = run([installed / "elm", "erase", "--recipe", "smollm2-135m-capitals", *options], tmp_path)

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 def test_a_real_model_forgets_capitals_and_keeps_the_rest(tmp_path):
     command = [sys.executable, "examples/erase.py", "--config", "recipes/smollm2-135m-capitals.yaml"]
     shorter = {"output_dir": tmp_path / "out", "targets_dir": tmp_path / "targets"}
-    shorter |= {"dataset_size": 240, "max_steps": 40, "questions": 48, "dev_every": 40, "bf16_full_eval": False}
+    shorter |= {"dataset_size": 240, "max_steps": 100, "questions": 48, "dev_every": 100, "bf16_full_eval": False}
     measured = ["--measures", "multiple-choice", "open-answers", "greedy-fluency", "specificity"]
     options = [f"--{key}={value}" for key, value in shorter.items()]
     subprocess.run([*command, *options, *measured], cwd=ROOT, check=True)

@@ -40,7 +40,7 @@ def test_a_run_prints_nothing_that_nobody_can_act_on(tiny_folder, tmp_path):
     recipe = ROOT / "recipes" / "smollm2-135m-capitals.yaml"
     smaller = {
         "model": tiny_folder, "output_dir": tmp_path / "out", "targets_dir": tmp_path / "targets", "dataset_size": 16,
-        "max_steps": 4, "lora_layers": "0-1", "contrast_rows": 0, "questions": 8, "dev_every": 2, "warmup_steps": 0,
+        "max_steps": 4, "lora_layers": "0-1", "state_layers": 1, "questions": 8, "dev_every": 2, "warmup_steps": 0,
     }  # fmt: skip
     command = [sys.executable, "examples/erase.py", "--config", str(recipe)]
     command += [f"--{name}={value}" for name, value in smaller.items()]
