@@ -1,5 +1,6 @@
 """Plots of evaluation reports, as PNG files drawn from the JSON alone."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,8 @@ from .tables import NOT_MEASURED, metric_label
 from .verdict import CRITERIA, counts, read_verdict, split_name
 
 
-TERMS = ("erase_loss", "retain_loss", "consistency_loss")
+# A term of the loss on training rows; `train_loss` is the mean of the whole loss over the run.
+_TERM = re.compile(r"(?!eval_|train_)\w+_loss")
 _COLORS = {"reference": "C0", "erased": "C3"}
 _INSIDE_COLORS = {"reference": "tab:grey", "erased": "tab:orange"}
 _ROW_INCHES = 0.25
@@ -52,10 +54,10 @@ def plot_report(report: Mapping[str, Any], path: str | Path) -> None:
         if panels["innocence"].lines:
             panels["innocence"].legend(fontsize=8, loc="lower right")
         losses = panels["losses"]
-        for term in TERMS:
-            points = [(entry["step"], entry[term]) for entry in report.get("training_log", []) if term in entry]
-            if points:
-                losses.plot(*zip(*points, strict=True), label=term.removesuffix("_loss"))
+        log = report.get("training_log", [])
+        for term in dict.fromkeys(key for entry in log for key in entry if _TERM.fullmatch(key)):
+            points = [(entry["step"], entry[term]) for entry in log if term in entry]
+            losses.plot(*zip(*points, strict=True), label=term.removesuffix("_loss"))
         losses.set(title="Loss terms", xlabel="step", yscale="log")
         if losses.lines:
             losses.legend(fontsize=8)

@@ -193,6 +193,12 @@ def test_every_line_of_the_report_says_which_side_is_better(drawn):
     assert labels and all(label[-1] in "←→" for label in labels)
 
 
+def test_every_term_that_was_logged_is_drawn(drawn):
+    log = [{"step": step, "state_loss": 1 / step, "retain_loss": 0.1, "eval_retain_loss": 0.2} for step in range(1, 9)]
+    losses = drawn(plot_report, recent_report() | {"training_log": [*log, {"step": 8, "train_loss": 0.3}]}).axes[-1]
+    assert [line.get_label() for line in losses.lines] == ["state", "retain"]
+
+
 @pytest.mark.parametrize(("plot", "made"), [(plot_attacks, attacks), (draw, benchmark), (plot_report, evaluation)])
 def test_no_name_of_the_program_stands_in_a_picture(plot, made, drawn):
     for text in texts_of(drawn(plot, made())):
