@@ -52,10 +52,10 @@ def weighted_batches(inputs: Mapping[str, Any], weights: Mapping[str, float]) ->
 
 def shared_forwards(args: Any) -> list[tuple[str, ...]]:
     """Names of the sub-batches that share a forward, for each forward of a step: those of all terms that have a weight, and
-    retain text alone for the reference of a KL.
+    retain text alone for the reference of a KL, which a method without `retain_loss` may have too.
     """
     step = tuple(name for term, name in SUB_BATCHES.items() if getattr(args, f"{term}_weight", 0))
-    return [step, *[("retain",)] * (getattr(args, "retain_loss", "nll") == "kl" and "retain" in step)]
+    return [step, *[("retain",)] * (getattr(args, "retain_loss", "kl") == "kl" and "retain" in step)]
 
 
 def upcast(values: torch.Tensor) -> torch.Tensor:

@@ -222,7 +222,7 @@ class RmuTrainer(ErasureTrainer):
         check_layer(model, args.layer)
 
     def packed_together(self):
-        [step] = super().packed_together()
+        step = super().packed_together()[0]
         return [step, *[("retain",)] * (not self.args.adaptive and "retain" in step)]
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):

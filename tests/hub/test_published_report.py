@@ -86,7 +86,7 @@ def _other(field):
             return value
     texts = {
         "concepts": ["capitals"], "layers": [3, 5], "state_layers": [2, 4], "target_module": "mlp.down_proj", "anchors": ["capitals"],
-        "retain_loss": "kl", "preset": "released",
+        "retain_loss": "kl", "preset": "released", "target_dtype": "float32",
     }  # fmt: skip
     return texts[field.name]
 
