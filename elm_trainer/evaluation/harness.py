@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -36,19 +37,24 @@ def task_manager(names: Sequence[str], include_path: str | Path | None = None) -
         ImportError: where lm-eval is not installed.
         ValueError: for an unknown task (the message lists ours).
     """
-    try:
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise ImportError("The harness is missing: `pip install 'elm-trainer[eval]'`.") from error
-    folders = [str(harness_tasks()), *([str(include_path)] if include_path else [])]
-    # Reading the harness's own thousands of task files takes seconds, which our tasks do without.
-    manager = TaskManager(include_path=folders, include_defaults=not set(names) <= set(TASKS))
+    folders = (str(harness_tasks()), *([str(include_path)] if include_path else []))
+    manager = _indexed(folders, not set(names) <= set(TASKS))
     if unknown := [name for name in names if not manager.match_tasks([name])]:
         raise ValueError(
             f"`tasks` names {unknown}, which the harness does not know: use one of {', '.join(TASKS)}, or of "
             "`lm_eval ls tasks`."
         )
     return manager
+
+
+@cache
+def _indexed(folders: tuple[str, ...], include_defaults: bool) -> Any:
+    """The task files of these folders. Those of the harness are thousands, which takes seconds to read; our tasks do without."""
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise ImportError("The harness is missing: `pip install 'elm-trainer[eval]'`.") from error
+    return TaskManager(include_path=list(folders), include_defaults=include_defaults)
 
 
 class HarnessTasks:

@@ -156,8 +156,8 @@ def measure_scale(trainer: "ElmTrainer", layers: Sequence[int]) -> torch.Tensor:
         model, counterfactual = trainer.model, batch["counterfactual"]
         with trainer.accelerator.autocast(), layer_outputs(trainer, model, layers) as outputs:
             target = trainer.target(model, "erase", batch)
-        parts = [batch, counterfactual["extra"]] if "extra" in counterfactual else [batch]
-        expert = states_at(outputs, trainer.pack(model, parts).slots[supervised_places(batch)]).float()
+        extra = {"extra": counterfactual["extra"]} if "extra" in counterfactual else {}
+        expert = states_of(trainer, model, {"erase": batch} | extra, "erase", outputs).float()
         weights = target["weights"].float()
         apart = (expert - target["novice_states"].float().view_as(expert)).square()
         spread = spread + (weights[:, None, None] * apart).sum(0)
