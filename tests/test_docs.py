@@ -2,6 +2,7 @@
 
 import ast
 import re
+import subprocess
 import tomllib
 from functools import cache
 from pathlib import Path
@@ -186,8 +187,19 @@ def test_the_oldest_libraries_of_ci_are_the_floors_of_the_package():
     }
 
 
-def test_the_workflow_installs_from_files_that_exist():
+@pytest.mark.parametrize(
+    "libraries, constraints",
+    [("oldest", "constraints-oldest.txt"), ("pinned", "constraints.txt"), ("newest", "/dev/null")],
+)
+def test_ci_makes_an_environment_of_each_set_of_libraries(libraries, constraints):
     workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
-    matrix = workflow["jobs"]["test"]["strategy"]["matrix"]["include"]
-    assert {entry["libraries"] for entry in matrix} == {"oldest", "pinned", "newest"}
-    assert all(entry["constraints"] == "/dev/null" or (ROOT / entry["constraints"]).exists() for entry in matrix)
+    job = workflow["jobs"]["test"]
+    assert libraries in {entry["libraries"] for entry in job["strategy"]["matrix"]["include"]}
+    assert {"run": "make ${{ matrix.libraries }}"} in job["steps"]
+    said = subprocess.run(["make", "-n", libraries], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    python = rf"\.venv-{libraries}/bin/python -m"
+    for package in ("torch", r"--editable '\.\[dev\]'"):
+        assert re.search(
+            rf"^{python} pip install .*--constraint {re.escape(constraints)} {package}$", said, re.MULTILINE
+        )
+    assert re.search(rf'{python} pytest -m "not slow and not distributed"', said)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..modeling import evaluating
+from ..ops.head import without_gradients
 
 
 # Numbers of rows that are tried. Bounds rule out the others: up to 96 texts the best of all was always found, and with 384
@@ -229,7 +230,7 @@ def texts_interact(model: nn.Module, first: Sequence[int], second: Sequence[int]
     device = next(model.parameters()).device
     pair = torch.tensor([list(first), list(second)], device=device)
     anew = torch.arange(len(first), device=device).repeat(2)[None]
-    with evaluating(model), torch.no_grad():
+    with evaluating(model), without_gradients():
         alone, rows, packed = (
             model(input_ids=tokens, use_cache=False, **places).logits[-1, -len(first) :].float()
             for tokens, places in ((pair[1:], {}), (pair, {}), (pair.view(1, -1), {"position_ids": anew}))

@@ -42,6 +42,20 @@ def chunk_of(device: torch.device) -> int:
     return max(CHUNK, min(ACCELERATOR_CHUNK, int(MEMORY_SHARE * memory) // 4))
 
 
+@contextmanager
+def without_gradients() -> Iterator[None]:
+    """`torch.no_grad()`, of which autocast keeps no casts of weights: torch 2.6 takes them in the forward that is to be
+    differentiated too, where the weights then get no gradient.
+    """
+    kept = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        torch.set_autocast_cache_enabled(kept)
+
+
 def STATES(logits: torch.Tensor, where: slice) -> torch.Tensor:
     """The reading that asks for what enters the head, `[positions, hidden]`, without gradient; the head is not run."""
     raise TypeError("`STATES` is not to be called: pass it as a reading.")
@@ -78,7 +92,7 @@ def final_logits(model: nn.Module, head: nn.Module, vocabulary: int) -> FinalLog
     given[..., :3] = torch.tensor([1.0, 1e-2, 1e30], device=device)
     handle = head.register_forward_hook(lambda *_: given.clone())
     try:
-        with evaluating(model), torch.no_grad():
+        with evaluating(model), without_gradients():
             token = torch.zeros(1, 1, dtype=torch.long, device=device)
             found = model(input_ids=token, use_cache=False).logits.float()
     finally:
@@ -123,7 +137,7 @@ def read_positions(
     """
 
     def read(piece: torch.Tensor, where: slice) -> Any:
-        with torch.no_grad():
+        with without_gradients():
             others = [final(head.forward(state[where].to(piece.dtype))) for state in further]
         # `forward` past the hooks: this is within the head's own call.
         return reading(final(head.forward(piece)), where, *others)

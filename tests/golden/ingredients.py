@@ -71,6 +71,7 @@ def make_trainer(method, output_dir, *, stored, **fields):
     training = dict(
         output_dir=str(output_dir), max_steps=4, per_device_train_batch_size=4, learning_rate=2e-2, logging_steps=1,
         save_strategy="no", bf16=False, gradient_checkpointing=False, use_cpu=True, report_to="none", disable_tqdm=True,
+        optim="adamw_torch_fused",  # the default from torch 2.8 on; before, transformers has another
     )  # fmt: skip
     torch.manual_seed(0)  # of the adapter
     return trainer_class(

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GPT2C
 
 from elm_trainer.ops import STATES, FinalLogits, KeepPositions, ReadHead, final_logits, read_positions
 from elm_trainer.ops import head as head_module
-from elm_trainer.ops.head import Plan
+from elm_trainer.ops.head import Plan, without_gradients
 
 
 SIZES = dict(
@@ -144,6 +144,18 @@ def test_measuring_leaves_mode_and_random_state_alone():
     state = torch.random.get_rng_state()
     final_logits(model, model.get_output_embeddings(), 64)
     assert model.training and torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_autocast_keeps_no_cast_of_a_forward_without_gradients():
+    layer, states = nn.Linear(3, 3, bias=False), torch.ones(1, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        with without_gradients():
+            before = layer(states)
+            layer.weight.add_(1)
+        after = layer(states)
+        assert torch.is_autocast_cache_enabled()
+    assert after.requires_grad
+    torch.testing.assert_close(after, before + 3, rtol=0.02, atol=0.02)
 
 
 def test_a_model_that_does_something_else_to_its_logits_is_named():
