@@ -1,6 +1,7 @@
 """`ElmDataCollator`: one batch each of forget, retain and synthetic text, with the plan of their packed rows."""
 
 import random
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
@@ -88,6 +89,11 @@ class ElmDataCollator(DataCollatorMixin):
         packing ([`PackingPlan`], *optional*):
             What to pack, which the trainer says when it begins to train. The packing of sub-batches that share a forward
             lies in the first of them, as `packings`.
+        whole_retain (`bool`, *optional*, defaults to `False`):
+            Whether the prompt of a retain text is supervised too.
+        keyed (`bool`, *optional*, defaults to `False`):
+            Whether each batch holds `keys`, a list of the bytes of each text's token ids, by which the trainer keeps what
+            frozen layers give.
     """
 
     processing_class: PreTrainedTokenizerBase
@@ -100,6 +106,8 @@ class ElmDataCollator(DataCollatorMixin):
     faithful: bool = False
     targets: RowTargets | None = None
     packing: PackingPlan | None = None
+    whole_retain: bool = False
+    keyed: bool = False
     return_tensors: str = "pt"
 
     def __post_init__(self):
@@ -118,7 +126,8 @@ class ElmDataCollator(DataCollatorMixin):
             past_end=self.past_end,
         )
         retain = self.pad(
-            [(row["retain_ids"], row.get("retain_start", 0)) for row in examples], past_end=self.faithful
+            [(row["retain_ids"], 0 if self.whole_retain else row.get("retain_start", 0)) for row in examples],
+            past_end=self.faithful,
         )
         batch = {"forget": forget, "retain": retain}
         # A concept without synthetic pairs has no part in the consistency term; a batch without any lacks it altogether.
@@ -248,4 +257,5 @@ class ElmDataCollator(DataCollatorMixin):
             "rows": rows_index,
             "columns": columns,
             "lengths": [len(ids) for ids, _ in rows],
+            **({"keys": [array("q", ids).tobytes() for ids, _ in rows]} if self.keyed else {}),
         }

@@ -33,7 +33,8 @@ from ..ops import (
 from .base import ErasureTrainer
 from .contrast import contrast_adapter
 from .elm_config import ElmConfig, by_batch, is_counterfactual, named_concepts, stored_targets, term_weights
-from .forward import SUB_BATCHES, batch_mean, in_float32, nll_reading, supervised_places, weighted_batches
+from .forward import SUB_BATCHES, batch_mean, context_places, in_float32, nll_reading, weighted_batches
+from .frozen import FrozenLayers
 from .novice_states import (
     check_novices,
     chosen_state_layers,
@@ -97,6 +98,8 @@ class ElmTrainer(ErasureTrainer):
             self._state_layers = chosen_state_layers(args.state_layers, depth)
             if self.train_dataset is not None:
                 self._state_scale = measure_scale(self, self._state_layers)
+        logits = args.erase_weight or self._consistent or (args.retain_weight and args.retain_loss != "states")
+        self._frozen = FrozenLayers(self, None if logits or not self._state_layers else self._state_layers[-1])
         if stored := precompute_targets(self, self.target_plan()):
             self.data_collator.targets = stored
         if args.contrast_rows and self.train_dataset is not None:
@@ -117,7 +120,10 @@ class ElmTrainer(ErasureTrainer):
             targets |= self.targets(model, live)
         readings = {term: self._position_loss(term, batch, targets.get(term)) for term, batch in batches.items()}
         further = {term: [target["states"]] for term, target in targets.items() if "states" in target}
-        with layer_outputs(self, model, self._state_layers) as outputs:
+        with (
+            self._frozen.spared(model, batches, readings),
+            layer_outputs(self, model, self._state_layers) as outputs,
+        ):
             losses = self.forward_positions(model, batches, readings, further)  # [positions] each
         if self._state_layers:
             losses["state"] = state_losses(self, model, batches, "erase", outputs, targets["erase"]["novice_states"])
@@ -297,6 +303,8 @@ class ElmTrainer(ErasureTrainer):
         """What is computed once for all training rows: the targets of both terms."""
         args, config = self.args, self.model.config.get_text_config()
         layout, settings, columns = stored_targets(args, config.vocab_size, config.hidden_size, self._state_layers)
+        if getattr(self.data_collator, "whole_retain", False):
+            settings["whole_retain"] = True
 
         def compute(inputs: dict[str, Any]) -> list[dict[str, torch.Tensor]]:
             parts: list[dict[str, torch.Tensor]] = [{} for _ in inputs["forget"]["lengths"]]
@@ -354,6 +362,7 @@ class ElmTrainer(ErasureTrainer):
             past_end=not counterfactual,
             faithful=args.faithful,
             contexts_per_sample=args.contexts_per_sample,
+            whole_retain=args.retain_loss == "states",
             pad_to_multiple_of=args.pad_to_multiple_of,
             seed=args.seed,
         )
@@ -381,17 +390,6 @@ class ElmTrainer(ErasureTrainer):
         vocabulary = model.config.get_text_config().vocab_size
         if args.top_k > vocabulary:
             raise ValueError(f"`top_k` is {args.top_k}, but the vocabulary has {vocabulary} tokens: lower it.")
-
-
-def context_places(batch: Mapping[str, Any], side: str, contexts: int) -> torch.Tensor:
-    """Where the positions of forget text stand behind each of its contexts, `[contexts, positions]`: places in the flattened
-    tokens of the expert's or the novice's sub-batch, whose rows follow each other text by text.
-    """
-    places, rows = supervised_places(batch[side]), batch["rows"]
-    counts = torch.bincount(rows, minlength=batch["input_ids"].size(0))
-    starts = (counts.cumsum(0) - counts)[rows]
-    first = (contexts - 1) * starts + torch.arange(len(rows), device=rows.device)
-    return torch.stack([places[first + context * counts[rows]] for context in range(contexts)])
 
 
 def _weights(values: torch.Tensor, batch: Mapping[str, Any], share: float) -> torch.Tensor:

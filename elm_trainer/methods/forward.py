@@ -58,6 +58,14 @@ def shared_forwards(args: Any) -> list[tuple[str, ...]]:
     return [step, *[("retain",)] * (getattr(args, "retain_loss", "kl") == "kl" and "retain" in step)]
 
 
+def visits(trainer: Any) -> float:
+    """Rows that training reads, repetitions counted."""
+    args = trainer.args
+    if args.max_steps > 0:
+        return args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    return args.num_train_epochs * len(trainer.train_dataset)
+
+
 def upcast(values: torch.Tensor) -> torch.Tensor:
     """The values in float32, or in float64 if they are."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
@@ -77,6 +85,17 @@ def kl_reading(logits: torch.Tensor, where: slice, reference: torch.Tensor) -> t
 def supervised_places(batch: Mapping[str, Any]) -> torch.Tensor:
     """Places of a sub-batch's supervised positions in its flattened tokens, `[positions]`."""
     return batch["rows"] * batch["input_ids"].size(1) + batch["columns"]
+
+
+def context_places(batch: Mapping[str, Any], side: str, contexts: int) -> torch.Tensor:
+    """Where the positions of forget text stand behind each of its contexts, `[contexts, positions]`: places in the flattened
+    tokens of the expert's or the novice's sub-batch, whose rows follow each other text by text.
+    """
+    places, rows = supervised_places(batch[side]), batch["rows"]
+    counts = torch.bincount(rows, minlength=batch["input_ids"].size(0))
+    starts = (counts.cumsum(0) - counts)[rows]
+    first = (contexts - 1) * starts + torch.arange(len(rows), device=rows.device)
+    return torch.stack([places[first + context * counts[rows]] for context in range(contexts)])
 
 
 def batch_mean(values: torch.Tensor, batch: Mapping[str, torch.Tensor], rows: int | None = None) -> torch.Tensor:

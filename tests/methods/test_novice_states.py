@@ -120,11 +120,12 @@ def test_retain_text_is_held_to_the_states_of_the_reference(stored, make):
             hidden = states(trainer.model, row["retain_ids"], [0, 1])
             with trainer.model.disable_adapter():
                 own = states(trainer.model, row["retain_ids"], [0, 1])
-        # The positions that predict what is learned of a text.
-        places = slice(max(row["retain_start"], 1) - 1, len(row["retain_ids"]) - 1)
+        # All of a text but its last position, the prompt too.
+        places = slice(0, len(row["retain_ids"]) - 1)
         values = (trainer._state_scale * (hidden - own) ** 2).sum((-2, -1))[places]
         expected.append((0.5 * values.mean() + 0.5 * (values * values).sum() / values.sum()).item())
     assert len(expected) == len(trainer.train_dataset) > 1
+    assert any(row["retain_start"] > 1 for row in trainer.train_dataset)
     assert found == pytest.approx(sum(expected) / len(expected), rel=5e-3)
 
 
