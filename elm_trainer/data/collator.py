@@ -89,6 +89,9 @@ class ElmDataCollator(DataCollatorMixin):
         packing ([`PackingPlan`], *optional*):
             What to pack, which the trainer says when it begins to train. The packing of sub-batches that share a forward
             lies in the first of them, as `packings`.
+        behind_names (`bool`, *optional*, defaults to `False`):
+            With `counterfactual`, whether positions are supervised only where the novices of a text also have its own token, so
+            not at the end of the names that were replaced.
         whole_retain (`bool`, *optional*, defaults to `False`):
             Whether the prompt of a retain text is supervised too.
         keyed (`bool`, *optional*, defaults to `False`):
@@ -106,6 +109,7 @@ class ElmDataCollator(DataCollatorMixin):
     faithful: bool = False
     targets: RowTargets | None = None
     packing: PackingPlan | None = None
+    behind_names: bool = False
     whole_retain: bool = False
     keyed: bool = False
     return_tensors: str = "pt"
@@ -122,7 +126,7 @@ class ElmDataCollator(DataCollatorMixin):
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         forget = self.pad(
             [(row["forget_ids"], 0) for row in examples],
-            [[place[0] + 1 for place in row["aligned"]] for row in examples] if self.counterfactual else None,
+            [[place + 1 for place, *_ in self._aligned(row)] for row in examples] if self.counterfactual else None,
             past_end=self.past_end,
         )
         retain = self.pad(
@@ -151,6 +155,16 @@ class ElmDataCollator(DataCollatorMixin):
             forget["novice"] = self._in_context(examples, "novice_contexts")
         return batch
 
+    def _aligned(self, row: Mapping[str, Any]) -> list[list[int]]:
+        """The aligned positions of a row that are supervised."""
+        if not self.behind_names:
+            return row["aligned"]
+        return [
+            [place, *others]
+            for place, *others in row["aligned"]
+            if all(ids[at] == row["forget_ids"][place] for ids, at in zip(row["novices_ids"], others, strict=True))
+        ]
+
     def _novices(self, examples: list[dict[str, Any]], forget: dict[str, Any]) -> dict[str, Any]:
         """The counterfactual novices of a batch, each distinct text once."""
         texts = [row["forget_ids"] for row in examples]
@@ -178,7 +192,8 @@ class ElmDataCollator(DataCollatorMixin):
         for row in examples:
             starts = [start(ids) for ids in row["novices_ids"]]
             places += [
-                [begin + place for begin, place in zip(starts, others, strict=True)] for _, *others in row["aligned"]
+                [begin + place for begin, place in zip(starts, others, strict=True)]
+                for _, *others in self._aligned(row)
             ]
         # No place at all where every text of the batch was cut before its first name.
         draws = len(examples[0]["novices_ids"])

@@ -50,11 +50,11 @@ class FrozenLayers:
             self._limit = 0  # a text that is seen once is not worth keeping
         self._kept: dict[bytes, torch.Tensor] = {}
         self._bytes = 0
-        # Whether layers may stand aside, and whether they give a tuple; found out on the first batch.
-        self._usable: bool | None = None
+        # Whether layers may stand aside, with kept states and without; and whether they give a tuple. Found out on the first batch.
+        self._usable: dict[bool, bool] = {}
         self._tuples = False
         if reason := self._hindrance(model):
-            self._usable = False
+            self._usable = {True: False, False: False}
             if wanted:
                 raise ValueError(f"`keep_states` is True, but {reason}: leave it out.")
         elif self._limit != 0 and self._first and isinstance(trainer.data_collator, ElmDataCollator):
@@ -87,7 +87,11 @@ class FrozenLayers:
 
     @contextmanager
     def spared(
-        self, model: nn.Module, batches: Mapping[str, Mapping[str, Any]], readings: Mapping[str, Any]
+        self,
+        model: nn.Module,
+        batches: Mapping[str, Mapping[str, Any]],
+        readings: Mapping[str, Any],
+        keep: bool = True,
     ) -> Iterator[None]:
         """While this holds, a forward over these sub-batches runs no more layers than it must.
 
@@ -95,17 +99,18 @@ class FrozenLayers:
             model (`nn.Module`): Model, as the Trainer wrapped it.
             batches (`Mapping`): Sub-batches of a step by term, in the order of its forward.
             readings (`Mapping`): What is read of the logits of each.
+            keep (`bool`): Whether states are kept, and taken from what is kept.
         """
         above = self._last if all(reading is STATES for reading in readings.values()) else None
-        keeps = self._limit != 0 and self._first > 0 and all("keys" in batch for batch in batches.values())
-        if self._usable is False or (above is None and not keeps):
+        keeps = keep and self._limit != 0 and self._first > 0 and all("keys" in batch for batch in batches.values())
+        if self._usable.get(keeps) is False or (above is None and not keeps):
             yield
             return
         self._trainer.final_logits(model)  # measured by a forward of its own
         packing = self._trainer.pack(model, list(batches.values()))
-        if self._usable is None:
-            self._usable = self._measure(model, batches, keeps, above)
-        if not self._usable:
+        if keeps not in self._usable:
+            self._usable[keeps] = self._measure(model, batches, keeps, above)
+        if not self._usable[keeps]:
             yield
             return
         entering = self._entering(model, batches, packing) if keeps else None
