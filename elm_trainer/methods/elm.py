@@ -231,7 +231,7 @@ class ElmTrainer(ErasureTrainer):
                 with teacher.in_place():
                     of_teacher = self.forward_positions(model, {side: batches["erase"]}, {side: STATES})[side]
                 further.setdefault("erase", {})[f"{side}s"] = [of_teacher]
-            spared = self._frozen.spared(model, parts, readings, keep=False)
+            spared = self._frozen.spared(model, parts, readings, leaving=batches)
             with spared, layer_outputs(self, model, watched) as outputs:
                 found = self.forward_positions(model, parts, readings, further, beside, states)
         made: dict[str, dict[str, torch.Tensor]] = {}

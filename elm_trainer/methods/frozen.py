@@ -1,6 +1,6 @@
 """Layers that a step need not run: frozen ones, whose output for a text is kept, and those that no loss term reads."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -91,7 +91,7 @@ class FrozenLayers:
         model: nn.Module,
         batches: Mapping[str, Mapping[str, Any]],
         readings: Mapping[str, Any],
-        keep: bool = True,
+        leaving: Collection[str] | None = None,
     ) -> Iterator[None]:
         """While this holds, a forward over these sub-batches runs no more layers than it must.
 
@@ -99,36 +99,50 @@ class FrozenLayers:
             model (`nn.Module`): Model, as the Trainer wrapped it.
             batches (`Mapping`): Sub-batches of a step by term, in the order of its forward.
             readings (`Mapping`): What is read of the logits of each.
-            keep (`bool`): Whether states are kept, and taken from what is kept.
+            leaving (`Collection[str]`, *optional*): Where the forward is one of the reference, the sub-batches whose states it
+                leaves for later steps.
         """
         above = self._last if all(reading is STATES for reading in readings.values()) else None
-        keeps = keep and self._limit != 0 and self._first > 0 and all("keys" in batch for batch in batches.values())
-        if self._usable.get(keeps) is False or (above is None and not keeps):
+        # In another precision the reference's states would not be the step's.
+        names = list(batches) if leaving is None else [] if self._trainer.args.target_dtype else list(leaving)
+        if self._limit == 0 or not self._first or not all("keys" in batches[name] for name in names):
+            names = []
+        if above is None and not names:
             yield
             return
         self._trainer.final_logits(model)  # measured by a forward of its own
         packing = self._trainer.pack(model, list(batches.values()))
-        if keeps not in self._usable:
-            self._usable[keeps] = self._measure(model, batches, keeps, above)
-        if not self._usable[keeps]:
+        keeps = bool(names) and leaving is None
+        if (above is not None or keeps) and not self._stands(model, batches, keeps, above):
             yield
             return
         entering = self._entering(model, batches, packing) if keeps else None
-        with self._aside(entering, above):
+        with self._aside(entering, above), self._filling(batches, () if keeps else names, packing):
             yield
+
+    @contextmanager
+    def _filling(
+        self, batches: Mapping[str, Mapping[str, Any]], names: Collection[str], packing: Packing
+    ) -> Iterator[None]:
+        """While this holds, one forward leaves what enters the first trained layer for the texts of these sub-batches."""
+        if not names:
+            yield
+            return
+        outputs: list[Any] = []
+        hook = self._layers[self._first - 1].register_forward_hook(lambda _, args, output: outputs.append(output))
+        try:
+            yield
+        finally:
+            hook.remove()
+        for output in outputs:
+            self._keep_all(batches, names, packing, output[0] if isinstance(output, tuple) else output)
 
     def _entering(self, model: nn.Module, batches: Mapping[str, Mapping[str, Any]], packing: Packing) -> torch.Tensor:
         """What enters the first trained layer, `[rows, width, hidden]` as the texts are packed."""
         left = self._trainer.processing_class.padding_side == "left"
         if any(key not in self._kept for batch in batches.values() for key in batch["keys"]):
             found = self._run_below(model, batches)
-            flat, offset = found.flatten(0, 1)[packing.slots], 0
-            for batch in batches.values():
-                seq = batch["input_ids"].size(1)
-                for key, length in zip(batch["keys"], batch["lengths"], strict=True):
-                    start = offset + (seq - length if left else 0)
-                    self._keep(key, flat[start : start + length])
-                    offset += seq
+            self._keep_all(batches, batches, packing, found)
             return found
         padded = []
         for batch in batches.values():
@@ -139,9 +153,23 @@ class FrozenLayers:
             padded.append(F.pad(rows, (0, 0, gap, 0) if left else (0, 0, 0, gap)).flatten(0, 1))
         return torch.cat(padded)[packing.tokens]
 
+    def _keep_all(
+        self, batches: Mapping[str, Mapping[str, Any]], names: Collection[str], packing: Packing, states: torch.Tensor
+    ) -> None:
+        """Keep the states `[rows, width, hidden]` of the texts of some sub-batches, by their tokens."""
+        left = self._trainer.processing_class.padding_side == "left"
+        flat, offset = states.flatten(0, 1), 0
+        for name, batch in batches.items():
+            seq = batch["input_ids"].size(1)
+            for key, length in zip(batch["keys"], batch["lengths"], strict=True) if name in names else ():
+                start = offset + (seq - length if left else 0)
+                self._keep(key, flat[packing.slots[start : start + length]])
+                offset += seq
+            offset += 0 if name in names else batch["input_ids"].numel()
+
     def _keep(self, key: bytes, states: torch.Tensor) -> None:
         if key not in self._kept and (self._limit is None or self._bytes + states.nbytes <= self._limit):
-            self._kept[key] = states.clone()
+            self._kept[key] = states
             self._bytes += states.nbytes
 
     @torch.no_grad()
@@ -186,6 +214,14 @@ class FrozenLayers:
             instead[self._layers[self._first - 1]] = lambda *args, **kwargs: self._given(entering)
         with _standing_in(instead):
             yield
+
+    def _stands(
+        self, model: nn.Module, batches: Mapping[str, Mapping[str, Any]], keeps: bool, last: int | None
+    ) -> bool:
+        """Whether layers may stand aside, measured the first time."""
+        if keeps not in self._usable:
+            self._usable[keeps] = self._measure(model, batches, keeps, last)
+        return self._usable[keeps]
 
     def _measure(
         self, model: nn.Module, batches: Mapping[str, Mapping[str, Any]], keeps: bool, last: int | None
