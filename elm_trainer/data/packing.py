@@ -67,9 +67,9 @@ class Packing:
     longest: int | None = None
     until: torch.Tensor | None = None
 
-    def attention_arguments(self, dtype: torch.dtype) -> dict[str, Any]:
+    def attention_arguments(self, model: nn.Module) -> dict[str, Any]:
         """What flash attention of variable lengths takes, as `FlashAttentionKwargs` of transformers names it, or the mask of
-        texts that share beginnings, `[rows, 1, width, width]` in a type, which is added to attention's scores.
+        texts that share beginnings, `[rows, 1, width, width]`, which is added to attention's scores in the model's type.
 
         Made on the host, where lengths are known. Without it transformers looks for them in `position_ids`, for which the
         host waits for the device in every layer.
@@ -77,6 +77,7 @@ class Packing:
         if self.until is not None:
             place = torch.arange(self.until.size(1), device=self.until.device)
             seen = (place <= place[:, None]) & (place[:, None] < self.until[:, None])
+            dtype = compute_dtype(model)
             mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
             return {"attention_mask": mask.masked_fill_(~seen, torch.finfo(dtype).min)[:, None]}
         if self.ends is None:
@@ -292,9 +293,10 @@ def shares_prefixes(model: nn.Module, config: Any, tokens: Sequence[int]) -> boo
         config (`PreTrainedConfig`): Config of its text decoder.
         tokens (`Sequence[int]`): Different token ids, an even number.
     """
-    kinds = {*(getattr(config, "layer_types", None) or ["full_attention"])}
-    window = getattr(config, "sliding_window", None) if getattr(config, "layer_types", None) is None else None
-    if config._attn_implementation not in ("eager", "sdpa") or kinds != {"full_attention"} or window is not None:
+    kinds = getattr(config, "layer_types", None)
+    windows = ["window_size"] if kinds else ["window_size", "sliding_window"]  # what the kinds do not name is not used
+    full = {*(kinds or ())} <= {"full_attention"} and not any(getattr(config, name, None) for name in windows)
+    if not full or config._attn_implementation not in ("eager", "sdpa"):
         return False
     half = len(tokens) // 2
     first, second = list(tokens[:half]), [*tokens[: half // 2], *tokens[half : half + half - half // 2]]
@@ -309,7 +311,7 @@ def shares_prefixes(model: nn.Module, config: Any, tokens: Sequence[int]) -> boo
             input_ids=both.flatten()[packing.tokens],
             position_ids=packing.position_ids,
             use_cache=False,
-            **packing.attention_arguments(compute_dtype(model)),
+            **packing.attention_arguments(model),
         ).logits
     shared = logits.flatten(0, 1)[packing.slots[half:]].float()
     rounding = 8 * (rows - alone).abs().max() + max(2e-5, 2 * torch.finfo(logits.dtype).eps) * alone.abs().max()

@@ -179,7 +179,7 @@ def _fill(trainer: ErasureTrainer, plan: TargetPlan, store: TargetStore, share: 
     with (
         tqdm(total=total, desc=plan.description, disable=not trainer.accelerator.is_local_main_process) as bar,
         plan.prepare(),
-        trainer._forward.sharing_prefixes(),
+        trainer._forward.sharing_prefixes(trainer.model),
     ):
 
         def compute(rows: range) -> list[dict[str, torch.Tensor]]:

@@ -76,7 +76,7 @@ def test_texts_that_begin_alike_share_slots_and_see_their_own_tokens_alone(texts
 
     rows, width = packing.tokens.shape
     packed, positions = batch["input_ids"].flatten()[packing.tokens].flatten(), packing.position_ids.flatten()
-    seen = packing.attention_arguments(torch.float32)["attention_mask"][:, 0] == 0
+    seen = packing.attention_arguments(torch.nn.Linear(1, 1))["attention_mask"][:, 0] == 0
     slots = packing.slots[batch["attention_mask"].flatten().bool()].split(list(map(len, texts)))
     for ids, own in zip(texts, slots, strict=True):
         assert packed[own].tolist() == ids and positions[own].tolist() == list(range(len(ids)))
