@@ -1,6 +1,7 @@
 """`ElmDataCollator`: one batch each of forget, retain and synthetic text, with the plan of their packed rows."""
 
 import random
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
@@ -88,6 +89,14 @@ class ElmDataCollator(DataCollatorMixin):
         packing ([`PackingPlan`], *optional*):
             What to pack, which the trainer says when it begins to train. The packing of sub-batches that share a forward
             lies in the first of them, as `packings`.
+        behind_names (`bool`, *optional*, defaults to `False`):
+            With `counterfactual`, whether positions are supervised only where the novices of a text also have its own token, so
+            not at the end of the names that were replaced.
+        whole_retain (`bool`, *optional*, defaults to `False`):
+            Whether the prompt of a retain text is supervised too.
+        keyed (`bool`, *optional*, defaults to `False`):
+            Whether each batch holds `keys`, a list of the bytes of each text's token ids, by which the trainer keeps what
+            frozen layers give.
     """
 
     processing_class: PreTrainedTokenizerBase
@@ -100,6 +109,9 @@ class ElmDataCollator(DataCollatorMixin):
     faithful: bool = False
     targets: RowTargets | None = None
     packing: PackingPlan | None = None
+    behind_names: bool = False
+    whole_retain: bool = False
+    keyed: bool = False
     return_tensors: str = "pt"
 
     def __post_init__(self):
@@ -114,11 +126,12 @@ class ElmDataCollator(DataCollatorMixin):
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         forget = self.pad(
             [(row["forget_ids"], 0) for row in examples],
-            [[place[0] + 1 for place in row["aligned"]] for row in examples] if self.counterfactual else None,
+            [[place + 1 for place, *_ in self._aligned(row)] for row in examples] if self.counterfactual else None,
             past_end=self.past_end,
         )
         retain = self.pad(
-            [(row["retain_ids"], row.get("retain_start", 0)) for row in examples], past_end=self.faithful
+            [(row["retain_ids"], 0 if self.whole_retain else row.get("retain_start", 0)) for row in examples],
+            past_end=self.faithful,
         )
         batch = {"forget": forget, "retain": retain}
         # A concept without synthetic pairs has no part in the consistency term; a batch without any lacks it altogether.
@@ -141,6 +154,16 @@ class ElmDataCollator(DataCollatorMixin):
             forget["expert"] = self._in_context(examples, "expert_contexts")
             forget["novice"] = self._in_context(examples, "novice_contexts")
         return batch
+
+    def _aligned(self, row: Mapping[str, Any]) -> list[list[int]]:
+        """The aligned positions of a row that are supervised."""
+        if not self.behind_names:
+            return row["aligned"]
+        return [
+            [place, *others]
+            for place, *others in row["aligned"]
+            if all(ids[at] == row["forget_ids"][place] for ids, at in zip(row["novices_ids"], others, strict=True))
+        ]
 
     def _novices(self, examples: list[dict[str, Any]], forget: dict[str, Any]) -> dict[str, Any]:
         """The counterfactual novices of a batch, each distinct text once."""
@@ -169,7 +192,8 @@ class ElmDataCollator(DataCollatorMixin):
         for row in examples:
             starts = [start(ids) for ids in row["novices_ids"]]
             places += [
-                [begin + place for begin, place in zip(starts, others, strict=True)] for _, *others in row["aligned"]
+                [begin + place for begin, place in zip(starts, others, strict=True)]
+                for _, *others in self._aligned(row)
             ]
         # No place at all where every text of the batch was cut before its first name.
         draws = len(examples[0]["novices_ids"])
@@ -248,4 +272,5 @@ class ElmDataCollator(DataCollatorMixin):
             "rows": rows_index,
             "columns": columns,
             "lengths": [len(ids) for ids, _ in rows],
+            **({"keys": [array("q", ids).tobytes() for ids, _ in rows]} if self.keyed else {}),
         }

@@ -33,7 +33,8 @@ from ..ops import (
 from .base import ErasureTrainer
 from .contrast import contrast_adapter
 from .elm_config import ElmConfig, by_batch, is_counterfactual, named_concepts, stored_targets, term_weights
-from .forward import SUB_BATCHES, batch_mean, in_float32, nll_reading, supervised_places, weighted_batches
+from .forward import SUB_BATCHES, batch_mean, context_places, in_float32, nll_reading, weighted_batches
+from .frozen import FrozenLayers
 from .novice_states import (
     check_novices,
     chosen_state_layers,
@@ -95,8 +96,10 @@ class ElmTrainer(ErasureTrainer):
         if args.state_weight:
             depth = len(decoder_layers(self.accelerator.unwrap_model(self.model)))
             self._state_layers = chosen_state_layers(args.state_layers, depth)
-            if self.train_dataset is not None:
-                self._state_scale = measure_scale(self, self._state_layers)
+        logits = args.erase_weight or self._consistent or (args.retain_weight and args.retain_loss != "states")
+        self._frozen = FrozenLayers(self, None if logits or not self._state_layers else self._state_layers[-1])
+        if self._state_layers and self.train_dataset is not None:
+            self._state_scale = measure_scale(self, self._state_layers)
         if stored := precompute_targets(self, self.target_plan()):
             self.data_collator.targets = stored
         if args.contrast_rows and self.train_dataset is not None:
@@ -117,7 +120,8 @@ class ElmTrainer(ErasureTrainer):
             targets |= self.targets(model, live)
         readings = {term: self._position_loss(term, batch, targets.get(term)) for term, batch in batches.items()}
         further = {term: [target["states"]] for term, target in targets.items() if "states" in target}
-        with layer_outputs(self, model, self._state_layers) as outputs:
+        spared = self._frozen.spared(model, batches, readings)
+        with spared, layer_outputs(self, model, self._state_layers) as outputs:
             losses = self.forward_positions(model, batches, readings, further)  # [positions] each
         if self._state_layers:
             losses["state"] = state_losses(self, model, batches, "erase", outputs, targets["erase"]["novice_states"])
@@ -130,8 +134,7 @@ class ElmTrainer(ErasureTrainer):
         if "retain" in losses and args.retain_focus:
             moved = losses["retain"].detach().clamp(min=1e-6)
             losses["retain"] = losses["retain"] * _weights(moved, batches["retain"], args.retain_focus)
-        rows = inputs["forget"]["input_ids"].size(0)
-        batches["state"] = batches.get("erase")
+        batches["state"], rows = batches.get("erase"), inputs["forget"]["input_ids"].size(0)
         terms = {term: batch_mean(values, batches[term], rows) for term, values in losses.items()}
         if self._consistent and "consistency" not in terms:
             # Logged as it counts: a batch without pairs is one whose rows add nothing.
@@ -153,10 +156,8 @@ class ElmTrainer(ErasureTrainer):
         """The loss of each position of a term, as a function of its logits."""
         if target is None:
             return nll_reading(batch)
-        if term == "erase" and not self.args.erase_weight:
-            return STATES  # no logits are read where the state term stands alone
-        if term == "retain" and self.args.retain_loss == "states":
-            return STATES
+        if self.args.retain_loss == "states" if term == "retain" else not self.args.erase_weight:
+            return STATES  # no logits are read where states alone are compared
         if term == "retain" and self.args.retain_loss == "log":
             return lambda logits, where, reference: log_space_divergence(logits, reference)
         if term == "erase" and self.args.log_tokens:
@@ -187,8 +188,8 @@ class ElmTrainer(ErasureTrainer):
         Returns:
             `dict[str, torch.Tensor]`: for each position, `indices` with `probs` or `log_probs`, `[positions, tokens]`,
             what enters the reference's head, `states`, `[positions, hidden]`, or what its layers give, `layer_states`,
-            `[positions, layers·hidden]`; of the erase term also `weights`, and for the state term `novice_states`,
-            `[positions, layers·hidden]`.
+            `[positions, layers·hidden]`; of the erase term also `weights`, and for the state term `expert_states`
+            and `novice_states` alike.
         """
         return self.targets(model, {term: batch})[term]
 
@@ -201,11 +202,13 @@ class ElmTrainer(ErasureTrainer):
         parts, readings, further, beside = {}, dict[str, Reading](), dict[str, Any](), dict[str, Any]()
         erase, retain = batches.get("erase"), batches.get("retain")
         counterfactual = erase.get("counterfactual") if erase else None
-        whole = bool(self.args.log_tokens and self.args.erase_weight)
+        states = ("erase",) if erase and self.args.log_tokens and self.args.erase_weight else ()
+        # Where positions weigh the same and no term reads logits, nobody asks what expert and novice would say.
+        silent = not (self.args.erase_weight or self.args.fact_share)
         if erase:
-            parts["erase"], readings["erase"] = erase, self.erase_reading(erase)
+            parts["erase"], readings["erase"] = erase, STATES if silent else self.erase_reading(erase)
             if counterfactual:
-                beside["erase"] = counterfactual["index"]
+                beside |= {} if silent else {"erase": counterfactual["index"]}
             else:
                 sides = [side for side in SIDES if side in erase]
                 offsets = accumulate(part["input_ids"].numel() for part in (erase, *(erase[side] for side in sides)))
@@ -223,21 +226,23 @@ class ElmTrainer(ErasureTrainer):
             if self.args.retain_loss in ("log", "states"):
                 readings["retain"] = STATES
         watched = self._state_layers if counterfactual or self.args.retain_loss == "states" else []
-        states = ("erase",) if whole and erase else ()
         with self.reference(model), self._target_precision(model):
             for side, teacher in self._teachers.items() if erase and not counterfactual else ():
                 with teacher.in_place():
                     of_teacher = self.forward_positions(model, {side: batches["erase"]}, {side: STATES})[side]
                 further.setdefault("erase", {})[f"{side}s"] = [of_teacher]
-            with layer_outputs(self, model, watched) as outputs:
+            spared = self._frozen.spared(model, parts, readings, leaving=batches)
+            with spared, layer_outputs(self, model, watched) as outputs:
                 found = self.forward_positions(model, parts, readings, further, beside, states)
         made: dict[str, dict[str, torch.Tensor]] = {}
         if erase:
-            target = self.erase_target(found["erase"], erase)
+            even = {"weights": torch.ones_like(erase["rows"], dtype=torch.float32)}
+            target = even if silent else self.erase_target(found["erase"], erase)
             if counterfactual and outputs:
                 slots = self.pack(model, list(parts.values())).slots
                 novice = novice_mean(outputs, slots, counterfactual["index"])
                 expert = states_of(self, model, parts, "erase", outputs).float()
+                target["expert_states"] = expert.flatten(1)
                 target["novice_states"] = torch.lerp(expert, novice, self.args.state_eta).flatten(1)
             made["erase"] = target
         if retain:
@@ -297,6 +302,9 @@ class ElmTrainer(ErasureTrainer):
         """What is computed once for all training rows: the targets of both terms."""
         args, config = self.args, self.model.config.get_text_config()
         layout, settings, columns = stored_targets(args, config.vocab_size, config.hidden_size, self._state_layers)
+        for name in ("behind_names", "whole_retain"):
+            if getattr(self.data_collator, name, False):
+                settings[name] = True
 
         def compute(inputs: dict[str, Any]) -> list[dict[str, torch.Tensor]]:
             parts: list[dict[str, torch.Tensor]] = [{} for _ in inputs["forget"]["lengths"]]
@@ -354,6 +362,8 @@ class ElmTrainer(ErasureTrainer):
             past_end=not counterfactual,
             faithful=args.faithful,
             contexts_per_sample=args.contexts_per_sample,
+            behind_names=counterfactual and not args.erase_weight,  # where a name stands, its own states are to stay
+            whole_retain=args.retain_loss == "states",
             pad_to_multiple_of=args.pad_to_multiple_of,
             seed=args.seed,
         )
@@ -381,17 +391,6 @@ class ElmTrainer(ErasureTrainer):
         vocabulary = model.config.get_text_config().vocab_size
         if args.top_k > vocabulary:
             raise ValueError(f"`top_k` is {args.top_k}, but the vocabulary has {vocabulary} tokens: lower it.")
-
-
-def context_places(batch: Mapping[str, Any], side: str, contexts: int) -> torch.Tensor:
-    """Where the positions of forget text stand behind each of its contexts, `[contexts, positions]`: places in the flattened
-    tokens of the expert's or the novice's sub-batch, whose rows follow each other text by text.
-    """
-    places, rows = supervised_places(batch[side]), batch["rows"]
-    counts = torch.bincount(rows, minlength=batch["input_ids"].size(0))
-    starts = (counts.cumsum(0) - counts)[rows]
-    first = (contexts - 1) * starts + torch.arange(len(rows), device=rows.device)
-    return torch.stack([places[first + context * counts[rows]] for context in range(contexts)])
 
 
 def _weights(values: torch.Tensor, batch: Mapping[str, Any], share: float) -> torch.Tensor:

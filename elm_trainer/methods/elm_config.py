@@ -38,8 +38,8 @@ class ElmConfig(ErasureConfig):
         retain_loss (`str`, *optional*): `"kl"` to the reference; `"argmax"`: cross-entropy with the reference's most
             probable token; `"log"`: KL and half the variance of the change of log-probabilities over the vocabulary
             ([`log_space_divergence`]), which keeps the ranking of improbable tokens too; or `"states"`: [`state_loss`] to
-            the reference at `state_layers`, with the scale of the state term, which reads no logits. A stored target of
-            `"log"` is `hidden` numbers a position, and one of `"states"` `layers·hidden`.
+            the reference at `state_layers`, with the scale of the state term, which reads no logits and holds prompts too. A
+            stored target of `"log"` is `hidden` numbers a position, and one of `"states"` `layers·hidden`.
         faithful (`bool`, *optional*, defaults to `False`): Do what the released code does beside the objective: supervise
             in the retain term also the position behind a text's last token, leave the first token of a completion out of
             the consistency term, and draw the expert and the novice context of a row each by itself, not in pairs.
@@ -102,6 +102,9 @@ class ElmConfig(ErasureConfig):
             kept or read in the step (`log_tokens`, `retain_loss="log"`) are rounded to 16 bits all the same. Implies
             `precompute_targets`, unless that is `False`: then all weights are cast in every step. By default it is the
             model's own type; the softmax and what follows it are in float32 in any case.
+        keep_states (`bool`, *optional*): Whether what the frozen layers below the first trained one give for a text is kept on
+            the model's device from the first time on, so that they run once for each text: 2·hidden bytes a token in 16
+            bits. By default up to 1 GiB of it, where texts are read more than once and no term reads logits.
         targets_dir (`str`, *optional*): Folder in which targets are kept, each set of them under a name that says all
             they depend on. All processes must see it. Defaults to `elm_targets` in the cache of `datasets`.
 
@@ -148,6 +151,7 @@ class ElmConfig(ErasureConfig):
     teacher_batch_size: int = field(default=8, metadata={"help": "Texts per step of the adapters above."})
     precompute_targets: bool | None = field(default=None, metadata={"help": "Compute all targets before training."})
     target_dtype: str | None = field(default=None, metadata={"help": "float32, or the model's own type."})
+    keep_states: bool | None = field(default=None, metadata={"help": "Run frozen layers once for each text."})
     targets_dir: str | None = field(default=None, metadata={"help": "Folder in which targets are kept."})
 
     def __post_init__(self):

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.utils import logging
 
 from ..data.collator import ElmDataCollator
-from ..data.packing import Packing, PackingPlan, PackingRule, find_packing, texts_interact
+from ..data.packing import Packing, PackingPlan, PackingRule, find_packing, shares_prefixes, texts_interact
 from ..modeling import is_partitioned
 from ..ops import FinalLogits, ReadHead, Reading, final_logits, kl_divergence, text_mean
 from ..ops.head import Plan
@@ -58,6 +58,14 @@ def shared_forwards(args: Any) -> list[tuple[str, ...]]:
     return [step, *[("retain",)] * (getattr(args, "retain_loss", "kl") == "kl" and "retain" in step)]
 
 
+def visits(trainer: Any) -> float:
+    """Rows that training reads, repetitions counted."""
+    args = trainer.args
+    if args.max_steps > 0:
+        return args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    return args.num_train_epochs * len(trainer.train_dataset)
+
+
 def upcast(values: torch.Tensor) -> torch.Tensor:
     """The values in float32, or in float64 if they are."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
@@ -77,6 +85,17 @@ def kl_reading(logits: torch.Tensor, where: slice, reference: torch.Tensor) -> t
 def supervised_places(batch: Mapping[str, Any]) -> torch.Tensor:
     """Places of a sub-batch's supervised positions in its flattened tokens, `[positions]`."""
     return batch["rows"] * batch["input_ids"].size(1) + batch["columns"]
+
+
+def context_places(batch: Mapping[str, Any], side: str, contexts: int) -> torch.Tensor:
+    """Where the positions of forget text stand behind each of its contexts, `[contexts, positions]`: places in the flattened
+    tokens of the expert's or the novice's sub-batch, whose rows follow each other text by text.
+    """
+    places, rows = supervised_places(batch[side]), batch["rows"]
+    counts = torch.bincount(rows, minlength=batch["input_ids"].size(0))
+    starts = (counts.cumsum(0) - counts)[rows]
+    first = (contexts - 1) * starts + torch.arange(len(rows), device=rows.device)
+    return torch.stack([places[first + context * counts[rows]] for context in range(contexts)])
 
 
 def batch_mean(values: torch.Tensor, batch: Mapping[str, torch.Tensor], rows: int | None = None) -> torch.Tensor:
@@ -105,7 +124,7 @@ def run_packed(model: nn.Module, batches: Sequence[Mapping[str, Any]], packing: 
         input_ids=torch.cat([batch["input_ids"].flatten() for batch in batches])[packing.tokens],
         position_ids=packing.position_ids,
         use_cache=False,
-        **packing.attention_arguments(),
+        **packing.attention_arguments(model),
     ).logits
 
 
@@ -219,6 +238,23 @@ class PackedForward:
         self._pad_to_multiple_of = pad_to_multiple_of
         self._final_logits: FinalLogits | None = None
         self._texts_interact: bool | None = None
+        self._shares: bool | None = None
+        self._sharing = False
+
+    @contextmanager
+    def sharing_prefixes(self, model: nn.Module) -> Iterator[None]:
+        """While this holds, texts that begin alike share the slots of their beginning, if the model can, which is measured when
+        it is first entered. The collator packs nothing ahead for it.
+        """
+        if self._shares is None:
+            config = self._unwrap(model).config.get_text_config()
+            tokens = plain_tokens(self._processing_class, config.vocab_size)
+            self._shares = not self.texts_interact(model) and shares_prefixes(model, config, tokens)
+        self._sharing = self._shares
+        try:
+            yield
+        finally:
+            self._sharing = False
 
     def read(
         self,
@@ -305,6 +341,7 @@ class PackedForward:
             one_row="flash" in (config._attn_implementation or ""),
             apart=self.texts_interact(model),
             pad_to_multiple_of=self._pad_to_multiple_of,
+            prefixes=self._sharing,
         )
 
     def final_logits(self, model: nn.Module) -> FinalLogits:

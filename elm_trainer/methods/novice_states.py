@@ -153,13 +153,13 @@ def measure_scale(trainer: "ElmTrainer", layers: Sequence[int]) -> torch.Tensor:
     for start in range(0, rows, _BATCH):
         examples = [dataset[row] for row in chosen[start : start + _BATCH]]
         batch = trainer.on_device(collator(examples))["forget"]
-        model, counterfactual = trainer.model, batch["counterfactual"]
-        with trainer.accelerator.autocast(), layer_outputs(trainer, model, layers) as outputs:
-            target = trainer.target(model, "erase", batch)
-        extra = {"extra": counterfactual["extra"]} if "extra" in counterfactual else {}
-        expert = states_of(trainer, model, {"erase": batch} | extra, "erase", outputs).float()
+        with trainer.accelerator.autocast(), trainer._forward.sharing_prefixes(trainer.model):
+            target = trainer.target(trainer.model, "erase", batch)
+        expert, novice = (
+            target[f"{side}_states"].float().unflatten(1, (len(layers), -1)) for side in ("expert", "novice")
+        )
         weights = target["weights"].float()
-        apart = (expert - target["novice_states"].float().view_as(expert)).square()
+        apart = (expert - novice).square()
         spread = spread + (weights[:, None, None] * apart).sum(0)
         total = total + weights.sum()
     return state_scale(spread / total)

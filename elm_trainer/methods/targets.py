@@ -29,7 +29,7 @@ from ..data.target_store import (
 from ..fingerprint import base_fingerprint, bit_sums
 from ..modeling import is_partitioned
 from .base import ErasureTrainer
-from .forward import nll_reading
+from .forward import nll_reading, visits
 
 
 logger = logging.get_logger(__name__)
@@ -95,9 +95,9 @@ def precompute_targets(trainer: ErasureTrainer, plan: TargetPlan) -> RowTargets 
     if wanted is False or dataset is None or not plan.layout.fields:
         return None
     rows, needed = len(dataset), plan.layout.total_bytes(_positions(dataset), len(dataset))
-    visits = _visits(trainer)
+    read = visits(trainer)
     if wanted is None:
-        early = choose(rows=rows, visits=visits, needed=needed, missing=0, free=0)
+        early = choose(rows=rows, visits=read, needed=needed, missing=0, free=0)
         if not early.precompute:
             _live(early.reason)
             return None
@@ -127,7 +127,7 @@ def precompute_targets(trainer: ErasureTrainer, plan: TargetPlan) -> RowTargets 
         partitioned = is_partitioned(trainer.model)
         if wanted is None:
             to_write = needed * len(missing) // store.shards
-            choice = choose(rows=rows, visits=visits, needed=needed, missing=to_write, free=found[0][1])
+            choice = choose(rows=rows, visits=read, needed=needed, missing=to_write, free=found[0][1])
             if partitioned or not choice.precompute:
                 _live("ZeRO-3 has split the model's weights" if partitioned else choice.reason)
                 return None
@@ -179,16 +179,22 @@ def _fill(trainer: ErasureTrainer, plan: TargetPlan, store: TargetStore, share: 
     with (
         tqdm(total=total, desc=plan.description, disable=not trainer.accelerator.is_local_main_process) as bar,
         plan.prepare(),
+        trainer._forward.sharing_prefixes(trainer.model),
     ):
 
         def compute(rows: range) -> list[dict[str, torch.Tensor]]:
-            made: list[dict[str, torch.Tensor]] = []
-            for start in range(rows.start, rows.stop, size):
-                batch = [dataset[row] for row in range(start, min(start + size, rows.stop))]
-                inputs = trainer.on_device(collate(batch))
+            examples = [dataset[row] for row in rows]
+            made: list[dict[str, torch.Tensor]] = [{} for _ in rows]
+            # Texts that begin alike come together, so that they share their beginning.
+            order = sorted(range(len(rows)), key=lambda place: examples[place]["forget_ids"])
+            for start in range(0, len(order), size):
+                chosen = order[start : start + size]
+                inputs = trainer.on_device(collate([examples[place] for place in chosen]))
                 with trainer.accelerator.autocast():
-                    made += plan.compute(inputs)
-                bar.update(len(batch))
+                    computed = plan.compute(inputs)
+                for place, part in zip(chosen, computed, strict=True):
+                    made[place] = part
+                bar.update(len(chosen))
             return made
 
         fill_store(store, share, compute)
@@ -232,14 +238,6 @@ def _positions(dataset: Any) -> dict[str, int]:
         for side in totals:
             totals[side] += sum(table[f"{side}_ids"].combine_chunks().value_lengths().to_pylist()) - len(table)
     return totals
-
-
-def _visits(trainer: ErasureTrainer) -> float:
-    """Rows that training reads, repetitions counted."""
-    args = trainer.args
-    if args.max_steps > 0:
-        return args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    return args.num_train_epochs * len(trainer.train_dataset)
 
 
 def _check_seen(store: TargetStore, rank: int, switch: str) -> None:

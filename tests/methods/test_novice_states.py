@@ -35,6 +35,15 @@ def states(model, ids, layers):
     return torch.stack([output[0] for output in found], dim=1)
 
 
+def behind_names(row):
+    """The aligned positions at which text and novices have the same token: a name's own states are to stay."""
+    return [
+        (place, *others)
+        for place, *others in row["aligned"]
+        if {row["forget_ids"][place]} == {ids[at] for ids, at in zip(row["novices_ids"], others, strict=True)}
+    ]
+
+
 @given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 5), st.integers(0, 99))
 @settings(deadline=None, max_examples=40)
 def test_the_spread_that_the_scale_was_made_of_has_a_loss_of_one(positions, layers, hidden, seed):
@@ -86,7 +95,7 @@ def test_the_term_is_that_of_texts_run_one_by_one(stored, shape, side, make, tok
                     trainer.model(input_ids=torch.tensor([ids])).logits[0].softmax(-1) for ids in row["novices_ids"]
                 ]
         apart, values, spread = [], [], []
-        for position, *others in row["aligned"]:
+        for position, *others in behind_names(row):
             novice = torch.stack([n[other] for n, other in zip(novices, others, strict=True)]).mean(0)
             n = torch.stack([p[other] for p, other in zip(probs, others, strict=True)]).mean(0).log()
             apart.append((logs[position].exp() * (logs[position] - n)).sum().clamp(min=1e-6))
@@ -98,7 +107,8 @@ def test_the_term_is_that_of_texts_run_one_by_one(stored, shape, side, make, tok
         expected.append((weights * torch.stack(values)).mean())
         reference.append((weights * torch.stack(spread)).sum())
     assert found == pytest.approx(torch.stack(expected).mean().item(), rel=5e-3)
-    positions = sum(len(row["aligned"]) for row in trainer.train_dataset)
+    positions = sum(len(behind_names(row)) for row in trainer.train_dataset)
+    assert 0 < positions < sum(len(row["aligned"]) for row in trainer.train_dataset)
     assert torch.stack(reference).sum().item() / positions == pytest.approx(1, rel=2e-2)
 
 
@@ -120,11 +130,12 @@ def test_retain_text_is_held_to_the_states_of_the_reference(stored, make):
             hidden = states(trainer.model, row["retain_ids"], [0, 1])
             with trainer.model.disable_adapter():
                 own = states(trainer.model, row["retain_ids"], [0, 1])
-        # The positions that predict what is learned of a text.
-        places = slice(max(row["retain_start"], 1) - 1, len(row["retain_ids"]) - 1)
+        # All of a text but its last position, the prompt too.
+        places = slice(0, len(row["retain_ids"]) - 1)
         values = (trainer._state_scale * (hidden - own) ** 2).sum((-2, -1))[places]
         expected.append((0.5 * values.mean() + 0.5 * (values * values).sum() / values.sum()).item())
     assert len(expected) == len(trainer.train_dataset) > 1
+    assert any(row["retain_start"] > 1 for row in trainer.train_dataset)
     assert found == pytest.approx(sum(expected) / len(expected), rel=5e-3)
 
 

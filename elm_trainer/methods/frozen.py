@@ -1,0 +1,267 @@
+"""Layers that a step need not run: frozen ones, whose output for a text is kept, and those that no loss term reads."""
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from accelerate.utils import DistributedType
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers.utils import logging
+
+from ..data.collator import ElmDataCollator
+from ..data.packing import Packing
+from ..modeling import decoder_layers, evaluating
+from ..ops import STATES
+from .forward import visits
+
+
+if TYPE_CHECKING:
+    from .elm import ElmTrainer
+
+logger = logging.get_logger(__name__)
+# Where `keep_states` is left out, so many bytes of states are kept at most.
+LIMIT = 2**30
+_SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+
+
+class FrozenLayers:
+    """Runs the layers below the first trained one once for each text, and leaves out those above the last one that is read.
+
+    What enters the first trained layer depends on frozen weights and on the text alone. It is kept on the model's device from the
+    first time that a text is seen, by the text's tokens, as long as there is room. In the step, the layers below stand aside,
+    and the last of them gives what was kept. Whether that changes anything is measured on the first batch.
+
+    Args:
+        trainer ([`ElmTrainer`]): Trainer, before its model is wrapped.
+        last (`int`, *optional*): The last layer whose output a loss term reads; none where a term reads logits.
+    """
+
+    def __init__(self, trainer: "ElmTrainer", last: int | None):
+        self._trainer, self._last = trainer, last
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        self._layers = list(decoder_layers(model))
+        self._first = self._first_trained(model)
+        wanted = trainer.args.keep_states
+        self._limit = 0 if wanted is False else None if wanted else LIMIT
+        if wanted is None and (last is None or visits(trainer) <= len(trainer.train_dataset or ())):
+            self._limit = 0  # a text that is seen once is not worth keeping
+        self._kept: dict[bytes, torch.Tensor] = {}
+        self._bytes = 0
+        # Whether layers may stand aside, with kept states and without; and whether they give a tuple. Found out on the first batch.
+        self._usable: dict[bool, bool] = {}
+        self._tuples = False
+        if reason := self._hindrance(model):
+            self._usable = {True: False, False: False}
+            if wanted:
+                raise ValueError(f"`keep_states` is True, but {reason}: leave it out.")
+        elif self._limit != 0 and self._first and isinstance(trainer.data_collator, ElmDataCollator):
+            trainer.data_collator.keyed = True
+
+    def _first_trained(self, model: nn.Module) -> int:
+        """Number of the first trained layer; 0 where a weight outside of the layers is trained too."""
+        number = {parameter: n for n, layer in enumerate(self._layers) for parameter in layer.parameters()}
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        return min((number.get(parameter, 0) for parameter in trained), default=0)
+
+    def _hindrance(self, model: nn.Module) -> str | None:
+        """Why layers can't stand aside in this run, if so."""
+        trainer = self._trainer
+        if trainer.accelerator.distributed_type in _SHARDED:
+            return (
+                f"{trainer.accelerator.distributed_type.value} shards the layers, and gathers them one after the other"
+            )
+        if trainer.args.torch_compile:
+            return "`torch_compile` has the layers compiled together"
+        if getattr(model.config.get_text_config(), "num_kv_shared_layers", 0):
+            return "layers share the keys and values of layers below"
+        below = [module for layer in self._layers[: self._first] for module in layer.modules()]
+        # Dropout of attention is a number that the module passes on.
+        odds = [module.p for module in below if isinstance(module, nn.Dropout)]
+        odds += [value for module in below if isinstance(value := getattr(module, "attention_dropout", 0), float)]
+        if any(odds):
+            return "frozen layers have dropout, so that they give something else each time"
+        return None
+
+    @contextmanager
+    def spared(
+        self,
+        model: nn.Module,
+        batches: Mapping[str, Mapping[str, Any]],
+        readings: Mapping[str, Any],
+        leaving: Collection[str] | None = None,
+    ) -> Iterator[None]:
+        """While this holds, a forward over these sub-batches runs no more layers than it must.
+
+        Args:
+            model (`nn.Module`): Model, as the Trainer wrapped it.
+            batches (`Mapping`): Sub-batches of a step by term, in the order of its forward.
+            readings (`Mapping`): What is read of the logits of each.
+            leaving (`Collection[str]`, *optional*): Where the forward is one of the reference, the sub-batches whose states it
+                leaves for later steps.
+        """
+        above = self._last if all(reading is STATES for reading in readings.values()) else None
+        # In another precision the reference's states would not be the step's.
+        names = list(batches) if leaving is None else [] if self._trainer.args.target_dtype else list(leaving)
+        if self._limit == 0 or not self._first or not all("keys" in batches[name] for name in names):
+            names = []
+        if above is None and not names:
+            yield
+            return
+        self._trainer.final_logits(model)  # measured by a forward of its own
+        packing = self._trainer.pack(model, list(batches.values()))
+        keeps = bool(names) and leaving is None
+        if (above is not None or keeps) and not self._stands(model, batches, keeps, above):
+            yield
+            return
+        entering = self._entering(model, batches, packing) if keeps else None
+        with self._aside(entering, above), self._filling(batches, () if keeps else names, packing):
+            yield
+
+    @contextmanager
+    def _filling(
+        self, batches: Mapping[str, Mapping[str, Any]], names: Collection[str], packing: Packing
+    ) -> Iterator[None]:
+        """While this holds, one forward leaves what enters the first trained layer for the texts of these sub-batches."""
+        if not names:
+            yield
+            return
+        outputs: list[Any] = []
+        hook = self._layers[self._first - 1].register_forward_hook(lambda _, args, output: outputs.append(output))
+        try:
+            yield
+        finally:
+            hook.remove()
+        for output in outputs:
+            self._keep_all(batches, names, packing, output[0] if isinstance(output, tuple) else output)
+
+    def _entering(self, model: nn.Module, batches: Mapping[str, Mapping[str, Any]], packing: Packing) -> torch.Tensor:
+        """What enters the first trained layer, `[rows, width, hidden]` as the texts are packed."""
+        left = self._trainer.processing_class.padding_side == "left"
+        if any(key not in self._kept for batch in batches.values() for key in batch["keys"]):
+            found = self._run_below(model, batches)
+            self._keep_all(batches, batches, packing, found)
+            return found
+        padded = []
+        for batch in batches.values():
+            rows = pad_sequence(
+                [self._kept[key] for key in batch["keys"]], True, padding_side="left" if left else "right"
+            )
+            gap = batch["input_ids"].size(1) - rows.size(1)
+            padded.append(F.pad(rows, (0, 0, gap, 0) if left else (0, 0, 0, gap)).flatten(0, 1))
+        return torch.cat(padded)[packing.tokens]
+
+    def _keep_all(
+        self, batches: Mapping[str, Mapping[str, Any]], names: Collection[str], packing: Packing, states: torch.Tensor
+    ) -> None:
+        """Keep the states `[rows, width, hidden]` of the texts of some sub-batches, by their tokens."""
+        left = self._trainer.processing_class.padding_side == "left"
+        flat, offset = states.flatten(0, 1), 0
+        for name, batch in batches.items():
+            seq = batch["input_ids"].size(1)
+            for key, length in zip(batch["keys"], batch["lengths"], strict=True) if name in names else ():
+                start = offset + (seq - length if left else 0)
+                self._keep(key, flat[packing.slots[start : start + length]])
+                offset += seq
+            offset += 0 if name in names else batch["input_ids"].numel()
+
+    def _keep(self, key: bytes, states: torch.Tensor) -> None:
+        if key not in self._kept and (self._limit is None or self._bytes + states.nbytes <= self._limit):
+            self._kept[key] = states
+            self._bytes += states.nbytes
+
+    @torch.no_grad()
+    def _run_below(self, model: nn.Module, batches: Mapping[str, Mapping[str, Any]]) -> torch.Tensor:
+        """What a forward through the frozen layers alone gives."""
+        found: list[torch.Tensor] = []
+
+        def entered(*args: Any, **kwargs: Any) -> Any:
+            found.append(args[0] if args else kwargs["hidden_states"])
+            return self._given(found[-1])
+
+        with _standing_in(
+            {self._layers[self._first]: entered} | self._passing(range(self._first + 1, len(self._layers)))
+        ):
+            self._run(model, batches)
+        return found[0]
+
+    def _run(self, model: nn.Module, batches: Mapping[str, Mapping[str, Any]]) -> None:
+        # Unwrapped: processes that have kept their texts run no forward, and the others must not wait for them.
+        unwrapped = self._trainer.accelerator.unwrap_model(model)
+        with self._trainer.accelerator.autocast():
+            self._trainer.forward_positions(unwrapped, batches, dict.fromkeys(batches, STATES))
+
+    def _given(self, states: torch.Tensor) -> Any:
+        return (states,) if self._tuples else states
+
+    def _passing(self, numbers: Sequence[int]) -> dict[nn.Module, Callable[..., Any]]:
+        """Stand-ins that pass on what they get."""
+
+        def passed(*args: Any, **kwargs: Any) -> Any:
+            return self._given(args[0] if args else kwargs["hidden_states"])
+
+        return {self._layers[number]: passed for number in numbers}
+
+    @contextmanager
+    def _aside(self, entering: torch.Tensor | None, last: int | None) -> Iterator[None]:
+        """While this holds, layers below the first trained one and above the last stand aside."""
+        instead = self._passing(range(last + 1, len(self._layers))) if last is not None else {}
+        if entering is not None:
+            instead |= self._passing(range(self._first - 1))
+            # Not in front of the trained layer, which gradient checkpointing runs again when this no longer holds.
+            instead[self._layers[self._first - 1]] = lambda *args, **kwargs: self._given(entering)
+        with _standing_in(instead):
+            yield
+
+    def _stands(
+        self, model: nn.Module, batches: Mapping[str, Mapping[str, Any]], keeps: bool, last: int | None
+    ) -> bool:
+        """Whether layers may stand aside, measured the first time."""
+        if keeps not in self._usable:
+            self._usable[keeps] = self._measure(model, batches, keeps, last)
+        return self._usable[keeps]
+
+    def _measure(
+        self, model: nn.Module, batches: Mapping[str, Mapping[str, Any]], keeps: bool, last: int | None
+    ) -> bool:
+        """Whether the last layer that is read gives the same while others stand aside."""
+        seen: list[Any] = []
+        read = self._layers[-1 if last is None else last]
+        with torch.no_grad(), evaluating(self._trainer.accelerator.unwrap_model(model)), ExitStack() as hooks:
+            hook = read.register_forward_hook(lambda _, args, output: seen.append(output))
+            hooks.callback(hook.remove)
+            self._run(model, batches)
+            self._tuples = isinstance(seen[0], tuple)
+            # What a layer gives beside its states would be missed.
+            if not self._tuples or len(seen[0]) == 1:
+                entering = self._run_below(model, batches) if keeps else None
+                with self._aside(entering, last):
+                    self._run(model, batches)
+        # The forward that stops at the first trained layer passes on what enters it.
+        first, *_, again = (
+            [output[0] if self._tuples else output for output in seen] if len(seen) > 1 else [None, None]
+        )
+        same = first is not None and torch.allclose(first, again, rtol=1e-2, atol=1e-2 * first.abs().mean().item())
+        if not same:
+            logger.warning(
+                f"{type(read).__name__} gives something else where layers stand aside, so each step runs all of them."
+            )
+        return same
+
+
+@contextmanager
+def _standing_in(instead: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """While this holds, modules run what stands in for their `forward`."""
+    own = {module: vars(module).get("forward") for module in instead}
+    try:
+        for module, forward in instead.items():
+            module.forward = forward  # type: ignore[method-assign]
+        yield
+    finally:
+        for module, forward in own.items():
+            if forward is None:
+                del module.forward
+            else:
+                module.forward = forward  # type: ignore[method-assign]

@@ -1,0 +1,125 @@
+"""A step runs the layers that it must: frozen ones once for each text, and none above the last one that is read."""
+
+import logging
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from elm_trainer import ElmConfig, ElmTrainer
+from elm_trainer.modeling import lora_config
+
+
+DEPTH = 5
+SIZES = dict(
+    hidden_size=32, intermediate_size=48, num_hidden_layers=DEPTH, num_attention_heads=4, num_key_value_heads=2, head_dim=8
+)  # fmt: skip
+SHAPES = {
+    "llama": SIZES,
+    "qwen2": SIZES,
+    # Layers of two kinds, each with its own mask and rotary embedding.
+    "gemma3_text": SIZES | {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2 + ["full_attention"]},
+    "gpt2": dict(n_embd=32, n_layer=DEPTH, n_head=4, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
+    "gpt_neox": {key: SIZES[key] for key in list(SIZES)[:4]},
+}  # fmt: skip
+STATES = dict(
+    novice="counterfactual", erase_weight=0.0, state_weight=1.0, state_layers=[3], state_eta=1.5, retain_loss="states",
+    consistency_weight=0.0, max_steps=6, fact_share=0.3,
+)  # fmt: skip
+
+
+@pytest.fixture
+def make(tokenizer, rows, settings):
+    def make(shape="llama", model=(), **fields):
+        torch.manual_seed(0)
+        config = CONFIG_MAPPING[shape](vocab_size=len(tokenizer), **(SHAPES[shape] | dict(model)))
+        model = AutoModelForCausalLM.from_config(config)
+        return ElmTrainer(
+            model, settings(ElmConfig, **(STATES | fields)), train_dataset=rows, processing_class=tokenizer,
+            peft_config=lora_config(model, rank=4, layers="2-3"),
+        )  # fmt: skip
+
+    return make
+
+
+def run(trainer):
+    """Losses of each step, trained weights, and how often a module within each layer ran."""
+    model = trainer.model.get_base_model()
+    layers = getattr(model.get_decoder(), "layers", None) or model.transformer.h
+    calls = [0] * DEPTH
+
+    def count(number):
+        calls[number] += 1
+
+    for number, layer in enumerate(layers):
+        next(layer.children()).register_forward_hook(lambda *_, number=number: count(number))
+    trainer.train()
+    losses = [
+        [entry[f"{term}_loss"] for term in ("state", "retain")]
+        for entry in trainer.state.log_history
+        if "loss" in entry
+    ]
+    return losses, [weight.detach().clone() for weight in trainer.model.parameters() if weight.requires_grad], calls
+
+
+@pytest.mark.parametrize(
+    ("shape", "side", "checkpointing"),
+    [*((shape, "right", False) for shape in SHAPES), ("llama", "left", False), ("gemma3_text", "right", True)],
+)
+def test_training_is_the_same_whether_states_are_kept_or_not(shape, side, checkpointing, make, tokenizer):
+    tokenizer.padding_side, before = side, tokenizer.padding_side
+    options = dict(gradient_checkpointing=checkpointing, pad_to_multiple_of=8)
+    try:
+        kept, trained, calls = run(make(shape, keep_states=True, **options))
+        full, expected, all_calls = run(make(shape, keep_states=False, **options))
+    finally:
+        tokenizer.padding_side = before
+    assert len(kept) == 6 and kept != [kept[0]] * 6
+    for one, other in zip(kept, full, strict=True):
+        assert one == pytest.approx(other, rel=1e-4, abs=1e-6)
+    for one, other in zip(trained, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+    # Six rows in batches of four: both of the first batches bring new texts, the third may. Two forwards measure it, and one more
+    # measures whether texts interact.
+    assert calls[0] == calls[1] < all_calls[0]
+    assert calls[2] == calls[3] > calls[4] > 0
+    assert all_calls[4] < all_calls[0]  # what nobody reads is left out in any case
+
+
+def test_states_are_kept_by_default_where_no_term_reads_logits_and_texts_come_again(make):
+    calls = run(make(max_steps=12))[2]
+    assert calls[0] < calls[2] - 6
+    for fields in (dict(retain_loss="log"), dict(max_steps=1)):
+        calls = run(make(**fields))[2]
+        assert calls[0] >= calls[2] > 0
+
+
+def test_no_more_is_kept_than_there_is_room_for(make, monkeypatch):
+    monkeypatch.setattr("elm_trainer.methods.frozen.LIMIT", 5000)
+    little = run(make(max_steps=12))
+    monkeypatch.undo()
+    plenty = run(make(max_steps=12))
+    assert little[2][0] > plenty[2][0]
+    for one, other in zip(little[0], plenty[0], strict=True):
+        assert one == pytest.approx(other, rel=1e-4, abs=1e-6)
+
+
+def test_what_cannot_be_kept_is_refused_only_where_it_is_asked_for(make):
+    dropout = dict(attention_dropout=0.1)
+    with pytest.raises(ValueError, match="`keep_states` is True, but frozen layers have dropout"):
+        make(model=dropout, keep_states=True)
+    assert run(make(model=dropout))[2][0] >= 6
+
+
+def test_layers_whose_output_changes_otherwise_run_in_each_step(make, caplog):
+    trainer, seen = make(max_steps=12), []
+    layer = trainer.model.get_base_model().model.layers[3]
+    layer.register_forward_hook(lambda _, args, output: seen.append(output) or output * (1 + 0.1 * len(seen)))
+    logger = logging.getLogger("elm_trainer")
+    logger.addHandler(caplog.handler)
+    calls = run(trainer)[2]
+    assert (
+        "LlamaDecoderLayer gives something else where layers stand aside, so each step runs all of them" in caplog.text
+    )
+    assert calls[0] >= calls[2] >= 12
