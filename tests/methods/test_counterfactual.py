@@ -76,7 +76,9 @@ def test_targets_are_the_same_where_texts_share_their_beginnings(shape, attentio
     for term, target in apart.items():
         assert {*target} == {*shared[term]}
         for name, values in target.items():
-            torch.testing.assert_close(shared[term][name], values, rtol=1e-3, atol=1e-4)
+            # A weight is a share of small differences.
+            rtol, atol = (1e-2, 2e-3) if name == "weights" else (1e-3, 1e-4)
+            torch.testing.assert_close(shared[term][name], values, rtol=rtol, atol=atol)
 
 
 @pytest.mark.parametrize(
@@ -85,6 +87,7 @@ def test_targets_are_the_same_where_texts_share_their_beginnings(shape, attentio
 )
 def test_layers_that_would_lose_their_window_share_no_beginnings(name, value, shared, make):
     trainer = make(precompute_targets=False)
+    trainer.texts_interact(trainer.model)  # measured as the model is
     setattr(trainer.model.get_base_model().config, name, value)
     with trainer._forward.sharing_prefixes(trainer.model):
         assert trainer._forward.rule(trainer.model).prefixes is shared
