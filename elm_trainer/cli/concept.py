@@ -284,10 +284,8 @@ class ConceptRun:
         before = self._before
         if before:
             # A run whose objective was given, or of an earlier version, shows it by its settings.
-            of_it = (
-                "readout" if before.get("state_weight") else "log-space" if before.get("log_tokens") else "contexts"
-            )
-            given = {"objective": before.get("objective", of_it)} | given
+            shown = {"readout": before.get("state_weight"), "log-space": before.get("log_tokens"), "contexts": True}
+            given = {"objective": before.get("objective", next(filter(shown.get, shown)))} | given
         found = objective_settings(
             len(forget), longest, counterfactual=counterfactual, given=given, attention=self._attention
         )
