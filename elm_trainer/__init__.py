@@ -42,6 +42,7 @@ _EXPORTS = {
     "evaluate_erasure": ".evaluation.evaluate",
     "export_gguf": ".hub.export",
     "export_gguf_adapter": ".hub.export",
+    "find_readout": ".methods.readout",
     "load_bank": ".data.questions",
     "load_concept": ".concept",
     "load_erased": ".hub.load",
@@ -83,6 +84,7 @@ if TYPE_CHECKING:
     from .methods.elm import ElmConfig, ElmTrainer
     from .methods.graddiff import GradDiffConfig, GradDiffTrainer
     from .methods.npo import NpoConfig, NpoTrainer
+    from .methods.readout import find_readout
     from .methods.repnoise import RepNoiseConfig, RepNoiseTrainer
     from .methods.rmu import RmuConfig, RmuTrainer
     from .methods.simnpo import SimNpoConfig, SimNpoTrainer

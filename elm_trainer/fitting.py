@@ -1,6 +1,6 @@
 """Settings that fit a model and a machine, by stated rules, from the model's config alone."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +14,8 @@ from transformers.pytorch_utils import Conv1D
 from .modeling import LINEAR, decoder_layers
 
 
+# As `lora_layers`: the layers are found in the model, by `find_readout`.
+AUTO = "auto"
 # Rows of an update, and how many of them run at once: as many as fit.
 UPDATE_ROWS = 10
 _BATCHES = {10: 32, 5: 16, 2: 6, 1: 3}
@@ -29,10 +31,17 @@ OPTIONS = (
     "lora_layers", "lora_targets", "lora_rank", "lora_alpha", "per_device_train_batch_size",
     "gradient_accumulation_steps", "per_device_eval_batch_size", "dtype", "bf16", "activation_checkpointing",
 )  # fmt: skip
-# Objective and schedule by what the novice is. The first is that of recipes/smollm2-135m-capitals-log-space.yaml, which
-# tests/test_fitting.py holds to it; the second the paper's, with the schedule of recipes/smollm2-135m-capitals-released.yaml.
+# Objectives with their schedules, the first two for counterfactual novices. The first is that of recipes/smollm2-135m-capitals.yaml,
+# with the layer found in the model, and the second that of recipes/smollm2-135m-capitals-log-space.yaml; tests/test_fitting.py holds
+# them to it. The third is the paper's, with the schedule of recipes/smollm2-135m-capitals-released.yaml.
 OBJECTIVES: dict[str, dict[str, Any]] = {
-    "counterfactual": {
+    "readout": {
+        "novice": "counterfactual", "erase_weight": 0.0, "state_weight": 1.0, "state_eta": 1.5, "fact_share": 0.9,
+        "retain_loss": "states", "retain_focus": 0.5, "retain_weight": 2.0, "consistency_weight": 0.0,
+        "lora_layers": AUTO, "learning_rate": 6e-3, "adam_beta2": 0.98,
+        "lr_scheduler_type": "linear", "warmup_steps": 8, "max_grad_norm": 1.0,
+    },
+    "log-space": {
         "novice": "counterfactual", "eta": 1.3, "log_tokens": 8, "log_strength": 3.0, "fact_share": 0.7,
         "retain_loss": "log", "retain_focus": 0.5, "retain_weight": 6.0, "consistency_weight": 0.0, "contrast_rows": 384,
         "contrast_damping": 0.03, "learning_rate": 3e-3, "adam_beta2": 0.98, "lr_scheduler_type": "linear",
@@ -44,14 +53,14 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 _TESTED = {
-    "counterfactual": "every text has novices: the best found on dev questions of SmolLM2-135M",
+    "log-space": "every text has novices: the best found on dev questions of SmolLM2-135M",
     "contexts": "not every text has novices: the paper's, at a rate for LoRA",
 }
 # Short rows are fastest attended to by plain products, of few shapes; in bfloat16 they need `use_cpu`.
 _ON_CPU = {"use_cpu": True, "attn_implementation": "eager", "pad_to_multiple_of": 8}
 # Fewest and most rows, and how often each is seen: together about as many as the recipes of the two objectives train on.
-_ROWS = {"counterfactual": (512, 512), "contexts": (128, 1024)}
-_EPOCHS = {"counterfactual": 2.0, "contexts": 3.0}
+_ROWS = {"readout": (512, 512), "log-space": (512, 512), "contexts": (128, 1024)}
+_EPOCHS = {"readout": 6.0, "log-space": 2.0, "contexts": 3.0}
 # Bounds of the longest text in tokens.
 _LENGTHS = (80, 256)
 
@@ -61,7 +70,7 @@ class FittedSettings:
     """What [`fitting_settings`] chooses, named as the options of `examples/erase.py`.
 
     Args:
-        lora_layers (`str`): First and last adapted layer, such as `"12-24"`.
+        lora_layers (`str`): First and last adapted layer, such as `"12-24"`, or `"auto"` if that is given.
         lora_targets (`str`): Names of adapted modules, comma-separated, or `"all-linear"`.
         lora_rank (`int`): Rank of the adapter.
         lora_alpha (`int`): Its alpha.
@@ -155,6 +164,8 @@ def fitting_settings(
 
     first, last = min(round(_FIRST * count), count - 1), min(round(_LAST * count), count - 1)
     chosen = choose("lora_layers", f"{first}-{last}", f"from {_FIRST:.0%} to {_LAST:.0%} of {count} layers")
+    if chosen == AUTO:
+        chosen = str(expected_readout(count))
     first = int(str(chosen).partition("-")[0])
     last = int(str(chosen).rpartition("-")[2])
     into = feed_forward_inputs(layers, hidden)
@@ -223,18 +234,23 @@ def machine_settings(fitted: FittedSettings, device: torch.device) -> dict[str, 
 
 
 def objective_settings(
-    texts: int, longest: int, *, counterfactual: bool, given: Mapping[str, Any] | None = None
+    texts: int,
+    longest: int,
+    *,
+    counterfactual: bool,
+    given: Mapping[str, Any] | None = None,
+    attention: Sequence[str] = (),
 ) -> dict[str, Choice]:
     """Choose objective, rows, epochs, length and checkpoints by the forget texts.
 
     The rules:
 
-    - **objective and schedule**: those of `OBJECTIVES` for the counterfactual novice where every text has `novices`, else
-      those for contexts; a given `novice` or `preset` decides instead.
+    - **objective and schedule**: of `OBJECTIVES` that in log space where every text has `novices`, else that of contexts. A given
+      `objective` decides instead, or else a given `novice` or `preset`.
     - **rows**: with counterfactual novices 512, as in the recipe: of fewer texts some are repeated, and of more the first are
       taken, which tell of all facts alike ([`facts_texts`]). With contexts as many as there are texts, from 128 to 1024.
-    - **steps**: two passes over the rows, or three with contexts; a given `max_steps` decides instead. Fewer steps than one pass
-      are no way to save time, since the targets of rows that are read once are computed for nothing.
+    - **steps**: six passes over the rows at the readout, two in log space, three with contexts; a given `max_steps` decides instead.
+      Fewer steps than one pass are no way to save time, since the targets of rows that are read once are computed for nothing.
     - **length**: that of the longest forget text in tokens, rounded up to a multiple of 8, at least 80 and at most 256.
     - **checkpoints**: one after each quarter of the steps, of which the last is kept, so that a run can go on.
 
@@ -243,15 +259,17 @@ def objective_settings(
         longest (`int`): Tokens of the longest.
         counterfactual (`bool`): Whether every one has `novices`.
         given (`Mapping[str, Any]`, *optional*): Settings that are given; none of them is chosen.
+        attention (`Sequence[str]`, *optional*): The model's [`attention_modules`], which are adapted at the readout.
 
     Returns:
         `dict[str, Choice]`: by name of the option.
     """
     given = dict(given or {})
-    novice = given.get("novice") or ("counterfactual" if counterfactual and "preset" not in given else "contexts")
-    why = f"`{'novice' if given.get('novice') else 'preset'}` is given" if {"novice", "preset"} & given.keys() else ""
-    found = {name: Choice(value, why or _TESTED[novice]) for name, value in OBJECTIVES[novice].items()}
-    low, high = _ROWS[novice]
+    objective, why = _objective(given, counterfactual)
+    found = {name: Choice(value, why) for name, value in {"objective": objective, **OBJECTIVES[objective]}.items()}
+    if objective == "readout" and attention:
+        found["lora_targets"] = Choice(",".join(attention), "attention is what reads the answer out")
+    low, high = _ROWS[objective]
     rows = min(max(texts, low), high)
     told = f"{texts} forget texts are there"
     if texts > high:
@@ -260,13 +278,23 @@ def objective_settings(
         told += f", which are repeated up to {low} rows"
     found["dataset_size"] = Choice(rows, told)
     if given.get("max_steps", -1) <= 0:
-        found["num_train_epochs"] = Choice(_EPOCHS[novice], "about as many rows as in the recipe of this objective")
+        found["num_train_epochs"] = Choice(_EPOCHS[objective], "about as many rows as in the recipe of this objective")
     low, high = _LENGTHS
     length = min(max(-(-longest // 8) * 8, low), high)
     found["max_length"] = Choice(length, f"the longest forget text has {longest} tokens; at most {high}")
     why = "one after each quarter, the last is kept, so that `--resume` can go on"
     found |= {"save_steps": Choice(0.25, why), "save_total_limit": Choice(1, why)}
     return {name: choice for name, choice in found.items() if name not in given}
+
+
+def _objective(given: Mapping[str, Any], counterfactual: bool) -> tuple[str, str]:
+    """The objective by the rule of [`objective_settings`], and why."""
+    if "objective" in given:
+        return given["objective"], "`objective` is given"
+    novice = given.get("novice") or ("contexts" if "preset" in given else None)
+    counterfactual = novice == "counterfactual" if novice else counterfactual
+    objective = "log-space" if counterfactual else "contexts"
+    return objective, f"`{'novice' if given.get('novice') else 'preset'}` is given" if novice else _TESTED[objective]
 
 
 def empty_model(config: PreTrainedConfig, dtype: str | torch.dtype | None = None) -> PreTrainedModel:
@@ -276,15 +304,21 @@ def empty_model(config: PreTrainedConfig, dtype: str | torch.dtype | None = None
 
 
 def linear(layer: nn.Module, names: set[str] | None = None) -> dict[str, nn.Module]:
-    """The linear modules of a layer by their path in it, or those with one of the names."""
+    """The linear modules of a layer by their path in it, or those whose path ends with one of the names, as PEFT takes them."""
     found = {path: module for path, module in layer.named_modules() if isinstance(module, LINEAR)}
-    return {path: m for path, m in found.items() if names is None or path.rpartition(".")[2] in names}
+    ends = None if names is None else tuple(f".{name}" for name in names)
+    return {path: module for path, module in found.items() if ends is None or f".{path}".endswith(ends)}
 
 
 def sizes(module: nn.Module) -> tuple[int, int]:
     """Inputs and outputs of a linear module."""
     rows, columns = module.weight.shape  # GPT-2's kind keeps its matrix the other way round
     return (rows, columns) if isinstance(module, Conv1D) else (columns, rows)
+
+
+def expected_readout(depth: int) -> int:
+    """The layer for which memory and time are planned where it is yet to be found: that of SmolLM2-135M in a model of this depth."""
+    return min(round(_LAST * depth), depth) - 1
 
 
 def feed_forward_inputs(layers: nn.ModuleList, hidden: int) -> list[str]:
@@ -303,6 +337,16 @@ def feed_forward_inputs(layers: nn.ModuleList, hidden: int) -> list[str]:
         if "attn" not in path and "attention" not in path and sizes(m)[1] == hidden
     }
     return [name for name in found if name not in back]
+
+
+def attention_modules(layers: nn.ModuleList) -> list[str]:
+    """Names of the linear modules of attention, such as `"q_proj"`; with the name of what holds them, such as `"attn.c_proj"`, where
+    others have the same.
+    """
+    paths = {path for layer in layers for path in linear(layer)}
+    inside = {path for path in paths if "attn" in path or "attention" in path}
+    others = {path.rpartition(".")[2] for path in paths - inside}
+    return sorted({".".join(path.split(".")[-2 if path.rpartition(".")[2] in others else -1 :]) for path in inside})
 
 
 def default_device() -> torch.device:

@@ -25,6 +25,7 @@ from .fitting import empty_model
 from .methods.contrast import contrast_directions
 from .methods.elm import ElmTrainer
 from .methods.elm_config import ElmConfig, stored_targets
+from .methods.novice_states import chosen_state_layers
 from .ops.head import chunk_of
 from .watch import Batches, Cut, Lap, Watch, now, peak_bytes, reset_peak
 
@@ -137,7 +138,8 @@ def rehearse(
         each (`int`, *optional*, defaults to `2`): Layers of each kind in the cut; the last shows what one more costs.
     """
     text = config.get_text_config()
-    cut = Cut.of(text.num_hidden_layers, lora.layers_to_transform, each)
+    watched = chosen_state_layers(args.state_layers, text.num_hidden_layers) if args.state_weight else []
+    cut = Cut.of(text.num_hidden_layers, lora.layers_to_transform, each, watched)
     batch = args.per_device_train_batch_size
     rows = [place * len(dataset) // (_BATCHES * batch) for place in range(_BATCHES * batch)]
     sampled = [place * len(dataset) // _LENGTHS for place in range(_LENGTHS)] if len(dataset) > _LENGTHS else None
@@ -147,7 +149,7 @@ def rehearse(
     processes = args.world_size
     update = batch * args.gradient_accumulation_steps * processes
     steps = args.max_steps if args.max_steps > 0 else max(round(args.num_train_epochs * len(dataset) / update), 1)
-    layout = stored_targets(args, text.vocab_size, text.hidden_size).layout
+    layout = stored_targets(args, text.vocab_size, text.hidden_size, watched).layout
     disk = layout.total_bytes(draws.positions(len(dataset)), len(dataset)) if layout.fields else 0
     stored = args.precompute_targets
     if stored is None:
@@ -162,7 +164,7 @@ def rehearse(
         )
         probe = _Probe(
             model,
-            _rehearsal_args(args, folder, bool(stored)),
+            _rehearsal_args(args, folder, bool(stored), [cut.chosen.index(layer) for layer in watched]),
             train_dataset=dataset.select(rows),
             processing_class=tokenizer,
             peft_config=peft,
@@ -238,7 +240,7 @@ def _step_seconds(
     return args.gradient_accumulation_steps * passed + again.optimizer * adapters + once / steps
 
 
-def _rehearsal_args(args: ElmConfig, folder: str, stored: bool) -> ElmConfig:
+def _rehearsal_args(args: ElmConfig, folder: str, stored: bool, state_layers: list[int]) -> ElmConfig:
     """The run's settings, but for its length, its files and what it tells others."""
     args = copy.copy(args)
     for name, value in {
@@ -248,6 +250,7 @@ def _rehearsal_args(args: ElmConfig, folder: str, stored: bool) -> ElmConfig:
         "report_to": [], "push_to_hub": False, "disable_tqdm": True, "train_sampling_strategy": "sequential",
         "shuffle_dataset": False, "resume_from_checkpoint": None, "expert_steps": min(args.expert_steps, 1),
         "novice_steps": min(args.novice_steps, 1), "concepts": args.concepts,
+        "state_layers": state_layers or None,
     }.items():  # fmt: skip
         setattr(args, name, value)
     return args

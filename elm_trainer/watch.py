@@ -42,8 +42,8 @@ class Cut:
     chosen: list[int] = field(default_factory=list)
 
     @classmethod
-    def of(cls, layers: int, adapted: Sequence[int] | None, each: int = 2) -> "Cut":
-        """The cut of a model of so many layers, of which these are adapted (all by default)."""
+    def of(cls, layers: int, adapted: Sequence[int] | None, each: int = 2, watched: Sequence[int] = ()) -> "Cut":
+        """The cut of a model of so many layers, of which these are adapted (all by default); those that are watched are in it."""
         marked = sorted(set(range(layers)) if adapted is None else set(adapted) & set(range(layers)))
         kinds = {
             "frozen": [*range(marked[0])],
@@ -51,7 +51,8 @@ class Cut:
             "adapted": marked[1:],
             "above": sorted({*range(marked[0], layers)} - {*marked}),
         }
-        return cls(kinds, sorted([*kinds["frozen"][-each:], *(i for k in [*kinds][1:] for i in kinds[k][:each])]))
+        chosen = {*kinds["frozen"][-each:], *(i for k in [*kinds][1:] for i in kinds[k][:each]), *watched}
+        return cls(kinds, sorted(chosen))
 
     def places(self, kind: str) -> list[int]:
         """Places of a kind's layers in the cut."""

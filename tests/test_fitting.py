@@ -8,15 +8,19 @@ from elm_trainer import ElmConfig, fitting
 from elm_trainer.cli.erase_options import ErasureArguments
 from elm_trainer.cli.recipes import find_recipe
 from elm_trainer.fitting import (
+    AUTO,
     OBJECTIVES,
     OPTIONS,
+    attention_modules,
     empty_model,
+    expected_readout,
     fitting_settings,
     free_memory,
     machine_settings,
     multiplies_in_bfloat16,
     objective_settings,
 )
+from elm_trainer.modeling import decoder_layers
 
 
 GB = 10**9
@@ -96,6 +100,30 @@ def test_shallow_models_get_layers_too(layers):
     assert 0 <= first <= last < layers
 
 
+def test_attention_is_found_in_each_architecture():
+    found = {kind: attention_modules(decoder_layers(empty_model(config))) for kind, (config, _) in KINDS.items()}
+    assert found["llama"] == found["qwen2"] == found["gemma3"] == ["k_proj", "o_proj", "q_proj", "v_proj"]
+    # The feed-forward part of GPT-2 has a `c_proj` too.
+    assert found["gpt2"] == ["attn.c_proj", "c_attn"]
+    assert found["gpt-neox"] == ["dense", "query_key_value"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_layer_that_is_yet_to_be_found_is_planned_for(kind):
+    config, _ = KINDS[kind]
+    names = attention_modules(decoder_layers(empty_model(config)))
+    given = {"lora_layers": AUTO, "lora_targets": ",".join(names)}
+
+    settings = fitting_settings(config, memory=4 * GB, device="cpu", given=given)
+
+    assert settings.lora_layers == AUTO
+    named = fitting_settings(
+        config, memory=4 * GB, device="cpu", given=given | {"lora_layers": str(expected_readout(3))}
+    )
+    assert settings.needed == named.needed
+    assert (expected_readout(30), expected_readout(1)) == (23, 0)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_leads_into_the_feed_forward_part_is_found_in_each_architecture(kind):
     config, expected = KINDS[kind]
@@ -143,10 +171,20 @@ def test_the_benchmark_adapts_the_layers_of_the_rule():
             assert fitting_settings(config, memory=GB, device="cpu").lora_layers == layers
 
 
-def test_the_objective_is_that_of_the_recipe_word_for_word():
-    recipe = yaml.safe_load(find_recipe("smollm2-135m-capitals-log-space").read_text())
-    tested = OBJECTIVES["counterfactual"]
+@pytest.mark.parametrize(
+    ("objective", "name"), [("log-space", "smollm2-135m-capitals-log-space"), ("readout", "smollm2-135m-capitals")]
+)
+def test_the_objective_is_that_of_the_recipe_word_for_word(objective, name):
+    recipe = yaml.safe_load(find_recipe(name).read_text())
+    tested = dict(OBJECTIVES[objective])
+    if objective == "readout":
+        # The recipe names what is found in the model.
+        assert tested.pop("lora_layers") == AUTO
+        assert (recipe["lora_layers"], recipe["state_layers"]) == ("23", [23])
+        model = empty_model(LlamaConfig(**TINY, intermediate_size=64))
+        assert set(recipe["lora_targets"].split(",")) == set(attention_modules(decoder_layers(model)))
     assert {name: recipe[name] for name in tested} == tested
+    assert set(OBJECTIVES) == set(ErasureArguments.__dataclass_fields__["objective"].metadata["choices"])
     known = {**ElmConfig.__dataclass_fields__, **ErasureArguments.__dataclass_fields__}
     assert all(name in known for some in OBJECTIVES.values() for name in some)
 
@@ -158,12 +196,17 @@ def chosen(texts=600, longest=70, counterfactual=True, **given):
 
 
 def test_what_the_texts_have_decides_about_the_objective_unless_it_is_given():
-    assert chosen()["novice"] == "counterfactual" and chosen(counterfactual=False)["novice"] == "contexts"
+    assert chosen()["objective"] == "log-space" and chosen(counterfactual=False)["objective"] == "contexts"
     assert "log_tokens" not in chosen(novice="contexts") and chosen(novice="contexts")["learning_rate"] == 1e-3
     assert chosen(counterfactual=False, novice="counterfactual")["log_tokens"] == 8
     # A preset says itself what the table says of these.
     assert not chosen(preset="released").keys() & {"eta", "log_tokens", "retain_loss"}
     assert chosen(eta=2.0)["log_tokens"] == 8
+    found = objective_settings(
+        9, 9, counterfactual=True, given={"objective": "readout"}, attention=["q_proj", "attn.c_proj"]
+    )
+    assert (found["lora_layers"].value, found["lora_targets"].value) == ("auto", "q_proj,attn.c_proj")
+    assert (found["num_train_epochs"].value, found["novice"].value) == (6, "counterfactual")
 
 
 @pytest.mark.parametrize("texts", [9, 512, 700, 9000])

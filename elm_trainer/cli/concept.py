@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 CHOSEN_FILE = "chosen.yaml"
+_LAYERS = ("lora_layers", "state_layers")
 # Tokens of all texts of a row, where documents give passages of up to a thousand characters.
 _ROW_TOKENS = 512
 # Share of the texts that a model writes which is kept, for a plan (docs/recipes.md).
@@ -83,6 +84,60 @@ class PlannedTexts(NamedTuple):
         return all(row.get("novices") for row in self.texts["forget"].to_list())
 
 
+def settle_layers(
+    arguments: "ErasureArguments",
+    config: "ElmConfig",
+    model: "PreTrainedModel",
+    dataset: "Dataset",
+    tokenizer: "PreTrainedTokenizerBase",
+) -> bool:
+    """Find the layers where `lora_layers` is `auto`, and say whether that was so.
+
+    What is found takes its place in the options, is said, and is written beside what else was chosen, where a run that goes on finds
+    it. The last of the layers becomes `state_layers` where the state term has none. All processes of a launch must call this.
+    """
+    from rich.console import Console
+
+    from ..distributed import from_first
+    from ..files import replacing
+    from ..fitting import AUTO
+    from ..methods.readout import find_readout
+
+    if arguments.lora_layers != AUTO:
+        return False
+    path = Path(config.output_dir) / CHOSEN_FILE
+    before = _read_chosen(path) if arguments.checkpoint(config) else {}
+    if before.get("lora_layers", AUTO) != AUTO:
+        found, why = before, "as the run had it that goes on"
+    else:
+        if not getattr(model, "is_quantized", False):
+            model.to(config.device)
+        readout = from_first(find_readout(model, dataset, tokenizer))
+        found, why = {"lora_layers": readout.lora_layers, "state_layers": readout.layers[-1:]}, readout.reason
+    arguments.lora_layers = str(found["lora_layers"])
+    told = f"lora_layers {arguments.lora_layers}"
+    if config.state_weight and config.state_layers is None:
+        config.state_layers = list(found["state_layers"])
+        told += f", state_layers {config.state_layers}"
+    if config.process_index == 0:
+        Console().print(f"{told}: {why}.", markup=False, highlight=False, soft_wrap=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = _read_chosen(path) | {name: found[name] for name in _LAYERS if name in found}
+        with replacing(path) as unfinished:
+            unfinished.write_text(yaml.safe_dump(kept, sort_keys=False), encoding="utf-8")
+    return True
+
+
+def _read_chosen(path: Path) -> dict[str, Any]:
+    """What an earlier call has chosen, if there was one."""
+    if not path.exists():
+        return {}
+    found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds no mapping: delete it to have the settings chosen anew.")
+    return found
+
+
 class ConceptRun:
     """The options of an erasure from a name; what was not given is chosen when that can be done.
 
@@ -108,6 +163,7 @@ class ConceptRun:
 
         self._line = line
         self._known: list[Familiarity] | None = None
+        self._attention: list[str] = []
         self.chosen = {}
         arguments, _ = line.early()
         self._choose({"output_dir": Choice(default_folder(arguments.concept), "by the concept's name")})
@@ -121,8 +177,11 @@ class ConceptRun:
                 choice = Choice(self._before[name], "as the run had it that goes on")
             if name not in self._line.given:
                 self.chosen[name] = choice
-        # Precision is chosen later, and the default of `bf16` would be warned of.
-        values = {"bf16": False} | {name: choice.value for name, choice in self.chosen.items()}
+        # Precision and objective are chosen later: the default of `bf16` would be warned of, and states need such a novice.
+        values: dict[str, Any] = {"bf16": False}
+        if {"state_weight", "retain_loss"} & self._line.given:
+            values |= {"novice": "counterfactual", "state_weight": 1.0}
+        values |= {name: choice.value for name, choice in self.chosen.items()}
         self.arguments, self.config = self._line.complete(values)
 
     @cached_property
@@ -130,12 +189,7 @@ class ConceptRun:
         """What an earlier call has chosen, if this one goes on with its run."""
         arguments, common = self._line.early()
         path = Path(common.output_dir or default_folder(arguments.concept)) / CHOSEN_FILE
-        if not arguments.checkpoint(common) or not path.exists():
-            return {}
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if not isinstance(found, dict):
-            raise ValueError(f"{path} holds no mapping: delete it to have the settings chosen anew.")
-        return found
+        return _read_chosen(path) if arguments.checkpoint(common) else {}
 
     @cached_property
     def _given(self) -> dict[str, Any]:
@@ -205,10 +259,10 @@ class ConceptRun:
         import torch
 
         from ..distributed import from_first
-        from ..fitting import OPTIONS, fitting_settings, machine_settings
-        from ..modeling import layer_range
+        from ..fitting import OPTIONS, attention_modules, empty_model, fitting_settings, machine_settings
+        from ..modeling import decoder_layers
 
-        layer_range(self.arguments.lora_layers)
+        self.arguments.check_layers()
         given = {name: value for name, value in self._given.items() if name in OPTIONS}
         config: Any = getattr(model, "config", model)
         if given.get("dtype") == "auto":
@@ -218,15 +272,28 @@ class ConceptRun:
         fitted = fitting_settings(model, memory=memory, device=device, given=given, **more)
         # Free memory may differ between processes, and their settings must not.
         found = from_first(machine_settings(fitted, device))
+        self._attention = attention_modules(decoder_layers(empty_model(config)))
         self._choose({name: choice for name, choice in found.items() if name not in given})
 
     def fit_texts(self, forget: "Dataset", *, counterfactual: bool, tokenizer: "PreTrainedTokenizerBase") -> None:
-        """Choose what depends on the forget texts: objective, rows, steps, length."""
-        from ..fitting import objective_settings
+        """Choose what depends on the forget texts: objective, rows, steps, length. After [`fit_model`]."""
+        from ..fitting import Choice, objective_settings
 
         longest = max(len(ids) for ids in tokenizer(forget["text"][:], add_special_tokens=True)["input_ids"])
         given = self._given
-        self._choose(objective_settings(len(forget), longest, counterfactual=counterfactual, given=given))
+        before = self._before
+        if before:
+            # A run whose objective was given, or of an earlier version, shows it by its settings.
+            shown = {"readout": before.get("state_weight"), "log-space": before.get("log_tokens"), "contexts": True}
+            given = {"objective": before.get("objective", next(filter(shown.get, shown)))} | given
+        found = objective_settings(
+            len(forget), longest, counterfactual=counterfactual, given=given, attention=self._attention
+        )
+        if before:
+            found["objective"] = Choice(given["objective"], "as the run had it that goes on")
+        # What was found in the model for `auto`.
+        found |= {name: Choice(before[name], "") for name in ("state_layers",) if name in before}
+        self._choose(found)
 
     def make(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> "MadeData":
         """Make the texts, or find those of an earlier call, and choose what depends on them.

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from ..checks import number_range
-from .concept import ConceptRun, check_folder, default_folder, hushed
+from .concept import ConceptRun, check_folder, default_folder, hushed, settle_layers
 from .erase_options import CommonSettings, ErasureArguments
 from .options import CommandLine
 
@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.concept is not None:
         run = ConceptRun(line)
         concepts, _, tokenizer = _check(run.arguments, run.config)
-        made, model, lora = _make(run, tokenizer, clock)
+        made, model = _make(run, tokenizer, clock)
         arguments, config = run.arguments, run.config
         sources: dict[str | Concept, ConceptSources] = {made.concept: made.sources}
         # What was learned from, for the report.
@@ -80,9 +80,12 @@ def main(argv: list[str] | None = None) -> None:
         sources = arguments.sources(concepts)
         dataset = _build(arguments, config, sources, tokenizer)
         clock.lap("data")
-        model, lora = _load(arguments, config)
+        model = _load(arguments, config)
         _clear(arguments, config)
         clock.lap("load")
+    if settle_layers(arguments, config, model, dataset, tokenizer):
+        clock.lap("readout")
+    lora = arguments.lora(model)
     if (
         arguments.synthetic_size
         and config.consistency_weight
@@ -106,11 +109,11 @@ def _check(
     Returns:
         The concepts by name, the questions with what is measured (`None` without an evaluation), and the tokenizer.
     """
-    from ..modeling import layer_range, load_tokenizer
+    from ..modeling import load_tokenizer
     from .models import check_dtype, named
 
     check_dtype(arguments.dtype)
-    layer_range(arguments.lora_layers)
+    arguments.check_layers(config.novice if arguments.concept is None else None)
     concepts = arguments.load_concepts(config.concepts)
     # For a concept whose texts are made it is said again when they are there.
     with hushed() if arguments.concept is not None else nullcontext():
@@ -137,10 +140,8 @@ def _build(
     )
 
 
-def _make(
-    run: ConceptRun, tokenizer: "PreTrainedTokenizerBase", clock: Clock
-) -> tuple["MadeData", "PreTrainedModel", "LoraConfig"]:
-    """The texts of a concept from its name, documents or facts; the model and the shape of its adapter.
+def _make(run: ConceptRun, tokenizer: "PreTrainedTokenizerBase", clock: Clock) -> tuple["MadeData", "PreTrainedModel"]:
+    """The texts of a concept from its name, documents or facts, and the model.
 
     Until the model has turned out to know the concept, nothing is written and nothing removed.
     """
@@ -155,7 +156,7 @@ def _make(
     with named("model", given.model):
         model_config = load_config(given.model, revision=given.model_revision, gguf_file=given.gguf_file)
     run.fit_model(model_config)
-    model, lora = _load(run.arguments, run.config)
+    model = _load(run.arguments, run.config)
     clock.lap("load")
     keep_differentiable(model)
     if not getattr(model, "is_quantized", False):
@@ -172,11 +173,10 @@ def _make(
     clock.lap("data")
     pairs = run.arguments.synthetic
     made.sources.synthetic = None if pairs in (None, ["none"]) else pairs[0]
-    return made, model, lora
+    return made, model
 
 
-def _load(arguments: ErasureArguments, config: "ElmConfig") -> tuple["PreTrainedModel", "LoraConfig"]:
-    """The model and the shape of its adapter."""
+def _load(arguments: ErasureArguments, config: "ElmConfig") -> "PreTrainedModel":
     from ..modeling import load_model
     from ..run_lock import only_run_in
     from .models import named
@@ -186,14 +186,13 @@ def _load(arguments: ErasureArguments, config: "ElmConfig") -> tuple["PreTrained
         with only_run_in(output):
             pass  # said now rather than when training begins, with the model loaded
     with named("model", arguments.model):
-        model = load_model(
+        return load_model(
             arguments.model,
             dtype=arguments.dtype,
             revision=arguments.model_revision,
             gguf_file=arguments.gguf_file,
             attn_implementation=arguments.attn_implementation,
         )
-    return model, arguments.lora(model)
 
 
 def _clear(arguments: ErasureArguments, config: "ElmConfig") -> None:

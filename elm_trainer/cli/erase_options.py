@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 # What the texts of `concept` are made from.
 _ABOUT_CONCEPT = ("documents", "facts", "near", "writer")
+# The names of `OBJECTIVES` of fitting.py, which imports torch.
+_OBJECTIVES = ["readout", "log-space", "contexts"]
 
 
 @dataclass
@@ -51,6 +53,9 @@ class ErasureArguments:
         default=None,
         metadata={"help": "Model or server that states facts and asks questions; the model itself by default."},
     )
+    objective: str | None = field(
+        default=None, metadata={"help": "Settings that are chosen for a concept.", "choices": _OBJECTIVES}
+    )
     forget: list[str] = field(default_factory=lambda: ["capitals"], metadata={"help": "Forget source per concept."})
     retain: list[str] = field(default_factory=lambda: ["everyday"], metadata={"help": "Retain sources."})
     own_retain: bool = field(
@@ -71,7 +76,7 @@ class ErasureArguments:
     lora_rank: int = field(default=32, metadata={"help": "Rank of the adapter."})
     lora_alpha: int = field(default=32, metadata={"help": "Alpha of the adapter."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout of the adapter."})
-    lora_layers: str | None = field(default=None, metadata={"help": "First and last adapted layer, such as 4-7."})
+    lora_layers: str | None = field(default=None, metadata={"help": "Adapted layers, such as 4-7, or auto."})
     lora_targets: str = field(default="all-linear", metadata={"help": "Modules, comma-separated, or all-linear."})
     evaluate: bool = field(default=True, metadata={"help": "Measure before and after."})
     bank: list[str] | None = field(
@@ -97,6 +102,8 @@ class ErasureArguments:
         )
         check_numbers(self, rules)
         number_range("characters", self.characters)
+        if self.objective not in (None, *_OBJECTIVES):
+            raise ValueError(f"`objective` is {self.objective!r}: use one of {', '.join(_OBJECTIVES)}.")
         if self.keep_best and not self.dev_every:
             raise ValueError("`keep_best` is True without `dev_every`: set that to the steps between two looks.")
 
@@ -107,6 +114,11 @@ class ErasureArguments:
                 raise ValueError(
                     f"`{lonely[0]}` is {getattr(self, lonely[0])!r}, but texts are made for a `concept`: give `--concept NAME`, "
                     "or put the source into `forget` or `retain`."
+                )
+            if self.objective is not None:
+                raise ValueError(
+                    f"`objective` is {self.objective!r}, but settings are chosen for a `concept`: give `--concept NAME`, or set them "
+                    "one by one, as the recipes do."
                 )
             return
         described_concept(self.concept)
@@ -132,6 +144,19 @@ class ErasureArguments:
             targets=self.lora_targets,
             layers=self.lora_layers,
         )
+
+    def check_layers(self, novice: str | None = None) -> None:
+        """Raise `ValueError` for `lora_layers` that name none, or that cannot be found with such a `novice`."""
+        from ..fitting import AUTO
+        from ..modeling import layer_range
+
+        if self.lora_layers != AUTO:
+            layer_range(self.lora_layers)
+        elif novice not in (None, "counterfactual"):
+            raise ValueError(
+                f"`lora_layers` is 'auto' with `novice={novice!r}`: layers are found by what counterfactual novices lack, so name some, "
+                'or set `novice="counterfactual"`.'
+            )
 
     def load_concepts(self, names: list[str] | None) -> dict[str, "Concept"]:
         """The erased concepts by name, once there is for each what is given for each."""

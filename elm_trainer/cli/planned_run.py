@@ -1,7 +1,8 @@
 """What `elm doctor` looks at: an erasure before it runs, without the model's weights."""
 
 import shutil
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from threading import Thread
@@ -147,7 +148,19 @@ class PlannedRun:
 
     @cached_property
     def lora(self) -> "LoraConfig":
-        return self.arguments.lora(self.model)
+        given = self.arguments
+        if self._readout is not None:
+            given = replace(given, lora_layers=str(self._readout))
+        return given.lora(self.model)
+
+    @property
+    def _readout(self) -> int | None:
+        """The layer that is planned for where it is yet to be found."""
+        from ..fitting import AUTO, expected_readout
+
+        if self.arguments.lora_layers != AUTO:
+            return None
+        return expected_readout(self.model_config.get_text_config().num_hidden_layers)
 
     @cached_property
     def adapted(self) -> "nn.Module":
@@ -236,11 +249,14 @@ class PlannedRun:
 
         from ..rehearsal import rehearse
 
+        config = copy(self.config)
+        if self._readout is not None and config.state_weight and config.state_layers is None:
+            config.state_layers = [self._readout]
         before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision(self.arguments.matmul_precision)
         try:
             return rehearse(
-                self.model_config, self.config, self.dataset, self.tokenizer, self.lora, dtype=self.dtype,
+                self.model_config, config, self.dataset, self.tokenizer, self.lora, dtype=self.dtype,
                 attn_implementation=self.arguments.attn_implementation,
                 free_disk=shutil.disk_usage(existing(self.targets_dir)).free,
             )  # fmt: skip

@@ -97,10 +97,8 @@ def _source_of(public_sources: Collection[str]) -> Public:
     """What was read: built in, or public on the Hub, by its name; of anything else the kind alone."""
 
     def source(value: Any) -> Any:
-        if not isinstance(value, str):
-            return None
-        if value in _built_in() or value in public_sources:
-            return value
+        if not isinstance(value, str) or value in _built_in() or value in public_sources:
+            return value if isinstance(value, str) else None
         if is_benchmark(value):
             return value.partition(",from=")[0]
         return PRIVATE_DATASET if is_hub_id(value) else LOCAL_FILE
@@ -132,6 +130,7 @@ _KNOWN: Mapping[str, Public] = {
     "measures": _or_list(_one_of(*MEASURES, INSIDE)),
     "preset": _one_of("paper", "released"),
     "novice": _one_of("contexts", "counterfactual"),
+    "objective": _one_of("readout", "log-space", "contexts"),
     "retain_loss": _one_of("kl", "argmax", "log", "states", "nll"),
     # Fields of TRL's config that hold text or further settings.
     "lr_scheduler_type": _one_of(*SchedulerType),

@@ -17,6 +17,8 @@ from elm_trainer.cli.main import main
 from elm_trainer.cli.options import CommandLine
 from elm_trainer.fitting import OBJECTIVES
 from elm_trainer.making import knowledge, make, questions, writing
+from elm_trainer.methods import readout
+from elm_trainer.modeling import layer_range
 
 from ..like import byte_level
 from ..making.test_facts import TABLE
@@ -75,7 +77,7 @@ def test_facts_become_an_adapter_by_the_tested_objective(folder, capsys):
 
     out, printed = folder / "out", capsys.readouterr().out
     run = read(out / "adapter" / "erasure_run.json")["recipe"]
-    tested = OBJECTIVES["counterfactual"] | {"contrast_rows": 8}  # as given
+    tested = OBJECTIVES["log-space"] | {"contrast_rows": 8}  # as given
     assert {name: run[name] for name in tested} == tested
     assert (run["max_steps"], run["per_device_train_batch_size"], run["gradient_accumulation_steps"]) == (2, 2, 5)
     assert read(out / "adapter" / "adapter_config.json")["r"] == 8  # a quarter of the hidden size
@@ -181,6 +183,59 @@ def test_what_was_chosen_is_kept_by_a_run_that_goes_on(folder, monkeypatch):
     given = fitted("--fp16=true", "--gradient_checkpointing=true", "--dtype=auto", "--lora_layers=0-1")
     assert given.config.fp16 and not given.config.bf16 and given.config.activation_checkpointing
     assert given.arguments.dtype == "auto" and given.arguments.lora_layers == "0-1"
+
+
+def test_at_the_readout_layers_are_found_and_a_run_that_goes_on_keeps_them(folder, monkeypatch, capsys):
+    what = ["--concept=capitals of lands", "--facts=facts.csv", "--near=near.txt"]
+    erase(*what, "--objective=readout")
+    out = folder / "out"
+    chosen, run = (
+        yaml.safe_load((out / "chosen.yaml").read_text()),
+        read(out / "adapter" / "erasure_run.json")["recipe"],
+    )
+    tested = {n: v for n, v in OBJECTIVES["readout"].items() if n != "lora_layers"}
+    assert {name: run[name] for name in tested} == tested
+    assert chosen["lora_layers"] in ("0", "1", "0-1") and chosen["state_layers"] == [int(chosen["lora_layers"][-1])]
+    assert run["state_layers"] == chosen["state_layers"]
+    adapter = read(out / "adapter" / "adapter_config.json")
+    assert adapter["layers_to_transform"] == layer_range(chosen["lora_layers"])
+    assert set(adapter["target_modules"]) == {"k_proj", "o_proj", "q_proj", "v_proj"}
+    assert f"lora_layers {chosen['lora_layers']}, state_layers {chosen['state_layers']}: " in capsys.readouterr().out
+    monkeypatch.setattr(readout, "find_readout", None)  # nobody asks again
+
+    erase(*what, "--resume", "--max_steps=3")
+    run = read(out / "adapter" / "erasure_run.json")["recipe"]
+    assert run["state_layers"] == chosen["state_layers"] and run["state_weight"] == 1
+    assert yaml.safe_load((out / "chosen.yaml").read_text()) == chosen | {"objective": "readout"}
+
+    # A run of an earlier version, which had no layers to find.
+    shutil.rmtree(folder / "out" / "adapter")
+    for path in (folder / "out").glob("checkpoint-*"):
+        shutil.rmtree(path)
+    (folder / "out" / "chosen.yaml").write_text("lora_layers: 0-1\nlog_tokens: 4\n")
+    erase(*what, "--resume")
+    run = read(folder / "out" / "adapter" / "erasure_run.json")["recipe"]
+    assert (run["log_tokens"], run["state_weight"], run["erase_weight"]) == (4, 0, 1)
+
+
+def test_layers_are_found_for_texts_of_ones_own_too(folder, monkeypatch, capsys):
+    words = [
+        "--concepts=capitals", "--forget=capitals", "--retain=near.txt", "--novice=counterfactual", "--erase_weight=0",
+        "--state_weight=1", "--retain_loss=states", "--consistency_weight=0", "--lora_layers=auto", "--dataset_size=6",
+        "--max_length=200",
+    ]  # fmt: skip
+    erase(*words)
+    adapter = read(folder / "out" / "adapter" / "adapter_config.json")
+    chosen = yaml.safe_load((folder / "out" / "chosen.yaml").read_text())
+    assert adapter["layers_to_transform"] == layer_range(chosen["lora_layers"])
+    assert read(folder / "out" / "adapter" / "erasure_run.json")["recipe"]["state_layers"] == chosen["state_layers"]
+    assert f"lora_layers {chosen['lora_layers']}, state_layers" in capsys.readouterr().out
+
+    monkeypatch.setattr(readout, "find_readout", None)
+    erase(*words, "--resume", "--max_steps=3")
+    assert "as the run had it that goes on" in capsys.readouterr().out
+    assert "found by what counterfactual novices lack" in fails(capsys, "--lora_layers=auto", "--retain=near.txt")
+    assert "`objective` is 'readout', but settings are chosen for a `concept`" in fails(capsys, "--objective=readout")
 
 
 def test_of_an_unknown_name_nothing_is_written_and_nothing_removed(folder, capsys):

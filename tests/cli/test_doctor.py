@@ -185,6 +185,7 @@ def test_a_check_that_fails_itself_is_a_finding_and_what_needs_it_is_left_out(pl
 
 
 def test_a_cut_has_layers_of_each_kind():
+    assert Cut.of(30, [3], watched=[23]).chosen == [1, 2, 3, 4, 5, 23]
     cut = Cut.of(30, range(12, 25))
     assert cut.chosen == [10, 11, 12, 13, 14, 25, 26]
     assert cut.more == {"frozen": 10, "first": 0, "adapted": 10, "above": 3}
