@@ -36,7 +36,9 @@ def _become(
     os.environ.update(environment)
     os.chdir(directory)
     torch.set_num_threads(1)
-    datasets.config.HF_DATASETS_CACHE = Path(environment["HF_DATASETS_CACHE"])
+    # A fixture of the whole session knows no folder of a test.
+    if "HF_DATASETS_CACHE" in environment:
+        datasets.config.HF_DATASETS_CACHE = Path(environment["HF_DATASETS_CACHE"])
     kind, *rest = arguments
     sys.path.insert(0, directory)
     if kind == "-m":
