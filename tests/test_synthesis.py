@@ -1,9 +1,6 @@
 import json
-import os
 import signal
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -31,9 +28,9 @@ from elm_trainer.synthesis import (
     synthesize_completions,
 )
 
+from .processes import run
 
-ROOT = Path(__file__).parent.parent
-WITH_PACKAGE = os.environ | {"PYTHONPATH": str(ROOT)}
+
 CONCEPT = Concept("capitals", ("capital cities", "seats of government"))
 PROMPTS = ["The capital of France is", "Rome", "In Asia, the seat of", "A short one", "Bern lies", "Oslo is where"]
 STREAMS = [
@@ -304,11 +301,7 @@ def test_a_killed_run_resumes_at_the_missing_batch_with_the_same_samples(tokeniz
     config = SynthesisConfig(min_words=1, max_repetition=1.0, max_new_tokens=4, batch_size=2)
     model = tiny("llama", tokenizer)
     uninterrupted = synthesize_completions(model, tokenizer, PROMPTS, CONCEPT, config)
-    killed = subprocess.run(
-        [sys.executable, "-c", KILLED_RUN, str(tmp_path)],
-        cwd=ROOT,
-        env=WITH_PACKAGE,
-    )
+    killed = run([sys.executable, "-c", KILLED_RUN, tmp_path])
     [partial] = tmp_path.glob("*.partial.jsonl")
     left = partial.read_text().count("\n")
     calls = count_forwards(model)
@@ -425,7 +418,7 @@ def test_the_example_writes_a_line_per_pair(tokenizer, tiny_model, tmp_path):
     }
     flags = [part for name, value in options.items() for part in (f"--{name}", str(value))]
 
-    subprocess.run([sys.executable, str(ROOT / "examples" / "synthesize.py"), *flags], check=True, env=WITH_PACKAGE)
+    run([sys.executable, "examples/synthesize.py", *flags], check=True)
 
     rows = [json.loads(line) for line in options["output"].read_text(encoding="utf-8").splitlines()]
     assert [row["prompt"] for row in rows] == PROMPTS

@@ -17,7 +17,7 @@ from transformers.utils import logging
 from ..concept import Concept
 from ..data.facts import Fact
 from ..data.questions import names_answer
-from .duplicates import normalized
+from .documents import normalized
 from .writer import Writer
 
 

@@ -18,7 +18,7 @@ from ..concept import Concept
 from ..data.invented import SMALL_WORDS
 from ..evaluation.fluency import as_prompt, repetition
 from ..synthesis import SynthesisConfig, sample_texts
-from .duplicates import without_duplicates
+from .documents import without_duplicates
 
 
 logger = logging.get_logger(__name__)

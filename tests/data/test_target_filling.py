@@ -1,5 +1,4 @@
 import signal
-import subprocess
 import sys
 import threading
 
@@ -7,6 +6,7 @@ import pytest
 
 from elm_trainer.data.target_store import SHARD_ROWS, TargetLayout, fill_store, remove_locks
 
+from ..processes import run
 from .targets import assert_row, layout, make_rows, store_of
 
 
@@ -94,8 +94,8 @@ fill_store(store, range(store.shards), compute)
 
 
 def test_a_killed_run_goes_on_after_its_last_whole_file(tmp_path):
-    run = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), str(ROWS)], timeout=120)
-    assert run.returncode == -signal.SIGKILL
+    killed = run([sys.executable, "-c", KILLED, tmp_path, str(ROWS)])
+    assert killed.returncode == -signal.SIGKILL
     store, made = store_of(tmp_path, ROWS), Made()
     assert store.absent() == [2, 3, 4]
     # As if it had been killed while it wrote.
@@ -183,9 +183,8 @@ except OSError as error:
 
 
 def test_on_a_full_disk_finished_files_stay_and_no_half_one(tmp_path):
-    command = [sys.executable, "-c", FULL, str(tmp_path), str(ROWS)]
-    run = subprocess.run(command, timeout=120, stderr=subprocess.PIPE, text=True)
-    assert run.returncode == 1 and "refused: " in run.stderr
+    ended = run([sys.executable, "-c", FULL, tmp_path, str(ROWS)])
+    assert ended.returncode == 1 and "refused: " in ended.stderr
     store = store_of(tmp_path, ROWS)
     assert [store.is_whole(shard) for shard in range(5)] == [True, True, False, False, False]
     assert list(tmp_path.glob("*.tmp")) == []

@@ -14,6 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.processes import run
+
 from .train import Run
 
 
@@ -22,24 +24,20 @@ RECIPES = ROOT / "recipes" / "accelerate"
 KINDS = ("ddp", "fsdp2", "zero2", "zero3")
 
 
-def start(kind: str, runs: Sequence[Run], output: Path, processes: int = 2, **options: Any) -> subprocess.Popen:
-    """Start the runs under a kind of launch: a file of recipes/accelerate by name, or `"single"` for one process."""
-    if kind.startswith("zero") and (find_spec("deepspeed") is None or shutil.which("g++") is None):
-        pytest.skip("DeepSpeed is not installed, or there is no g++ for the operator that it compiles for CPUs")
+def _program(runs: Sequence[Run], output: Path) -> list[str]:
     output.mkdir(parents=True, exist_ok=True)
     plan = output / f"{runs[0].name}.plan.json"
-    plan.write_text(json.dumps([run.as_json() for run in runs]))
-    command = [sys.executable]
-    if kind != "single":
-        command += [
-            "-m",
-            "accelerate.commands.accelerate_cli",
-            "launch",
-            "--config_file",
-            str(RECIPES / f"{kind}.yaml"),
-        ]
-        command += ["--num_processes", str(processes), "--main_process_port", "0"]
-    command += ["-m", "tests.distributed.train", str(plan), str(output)]
+    plan.write_text(json.dumps([made.as_json() for made in runs]))
+    return ["-m", "tests.distributed.train", str(plan), str(output)]
+
+
+def start(kind: str, runs: Sequence[Run], output: Path, processes: int = 2, **options: Any) -> subprocess.Popen:
+    """Start the runs under a kind of launch, a file of recipes/accelerate by name."""
+    if kind.startswith("zero") and (find_spec("deepspeed") is None or shutil.which("g++") is None):
+        pytest.skip("DeepSpeed is not installed, or there is no g++ for the operator that it compiles for CPUs")
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+    command += ["--config_file", str(RECIPES / f"{kind}.yaml")]
+    command += ["--num_processes", str(processes), "--main_process_port", "0", *_program(runs, output)]
     tools = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # ninja, for DeepSpeed
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PATH": tools}
     return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **options)
@@ -48,14 +46,17 @@ def start(kind: str, runs: Sequence[Run], output: Path, processes: int = 2, **op
 def launch(kind: str, runs: Sequence[Run], output: Path, processes: int = 2) -> dict[str, dict[str, Any]]:
     """Launch the runs, wait for them, and return their results by name.
 
-    The log of all processes is in `<first run>.log`.
+    One process (`"single"`) is forked. The log of several is in `<first run>.log`.
     """
-    output.mkdir(parents=True, exist_ok=True)
-    path = output / f"{runs[0].name}.log"
-    with path.open("w") as log:
-        status = start(kind, runs, output, processes, stdout=log, stderr=subprocess.STDOUT).wait(timeout=500)
-    assert status == 0, path.read_text()[-6000:]
-    return {run.name: json.loads((output / run.name / "result.json").read_text()) for run in runs}
+    if kind == "single":
+        run([sys.executable, *_program(runs, output)], check=True)
+    else:
+        output.mkdir(parents=True, exist_ok=True)
+        path = output / f"{runs[0].name}.log"
+        with path.open("w") as log:
+            status = start(kind, runs, output, processes, stdout=log, stderr=subprocess.STDOUT).wait(timeout=500)
+        assert status == 0, path.read_text()[-6000:]
+    return {made.name: json.loads((output / made.name / "result.json").read_text()) for made in runs}
 
 
 def losses(result: dict[str, Any]) -> list[float]:

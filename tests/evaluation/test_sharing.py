@@ -11,6 +11,7 @@ import pytest
 from elm_trainer.distributed import from_first, processes_and_rank
 from elm_trainer.evaluation.fluency import generate
 from elm_trainer.evaluation.pair import in_shards, run_batches
+from tests.processes import run
 
 
 ROOT = Path(__file__).parents[2]
@@ -46,15 +47,16 @@ def evaluated(tmp_path_factory):
 def launch(kind, output):
     if kind == "zero3" and (find_spec("deepspeed") is None or shutil.which("g++") is None):
         pytest.skip("DeepSpeed is not installed, or there is no g++ for the operator that it compiles for CPUs")
-    command = [sys.executable]
-    if kind != "single":
+    program = ["-m", "tests.evaluation.run_evaluation", str(output)]
+    if kind == "single":
+        result = run([sys.executable, *program])
+    else:
         recipe = ROOT / "recipes" / "accelerate" / f"{kind}.yaml"
-        command += ["-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", str(recipe)]
-        command += ["--num_processes", "2", "--main_process_port", "0"]
-    tools = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PATH": tools}
-    command += ["-m", "tests.evaluation.run_evaluation", str(output)]
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
+        command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", str(recipe)]
+        command += ["--num_processes", "2", "--main_process_port", "0", *program]
+        tools = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PATH": tools}
+        result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
     assert result.returncode == 0, (result.stdout + result.stderr)[-6000:]
     assert sorted(path.name for path in (output / "report").iterdir()) == ["report.json"]
     return [json.loads((output / f"{rank}.json").read_text()) for rank in range(1 if kind == "single" else 2)]
@@ -78,9 +80,7 @@ def test_every_process_gets_all_results_however_the_launch_began(tmp_path):
         "json.dump([ranks, found, none, from_first(rank)], open(f'{sys.argv[1]}/{rank}', 'w'))\n"
         "torch.distributed.destroy_process_group()\n"
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-
-    subprocess.run([*command, str(tmp_path)], check=True, timeout=200, capture_output=True)
+    run([sys.executable, script, tmp_path], processes=2, check=True)
 
     for rank in "01":
         assert json.loads((tmp_path / rank).read_text()) == [2, [["a", 0], ["b", 1], ["c", 0]], [], 0]

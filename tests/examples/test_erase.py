@@ -1,22 +1,19 @@
 import json
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-
-ROOT = Path(__file__).parents[2]
+from tests.processes import run
 
 
 @pytest.mark.slow
 def test_a_real_model_forgets_capitals_and_keeps_the_rest(tmp_path):
     command = [sys.executable, "examples/erase.py", "--config", "recipes/smollm2-135m-capitals.yaml"]
     shorter = {"output_dir": tmp_path / "out", "targets_dir": tmp_path / "targets"}
-    shorter |= {"dataset_size": 240, "max_steps": 100, "questions": 48, "dev_every": 100, "bf16_full_eval": False}
+    shorter |= {"dataset_size": 160, "max_steps": 60, "questions": 24, "dev_every": 60, "bf16_full_eval": False}
     measured = ["--measures", "multiple-choice", "open-answers", "greedy-fluency", "specificity"]
     options = [f"--{key}={value}" for key, value in shorter.items()]
-    subprocess.run([*command, *options, *measured], cwd=ROOT, check=True)
+    run([*command, *options, *measured], check=True, timeout=900)
 
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     before, after = (
@@ -39,8 +36,8 @@ def test_a_real_model_forgets_capitals_and_keeps_the_rest(tmp_path):
     assert (made["autocast"], made["attention"]) == ("bf16", "eager")
 
     # The saved adapter, measured again by itself, gives the same figures.
-    again = [sys.executable, "examples/evaluate.py", f"--adapter={tmp_path / 'out' / 'adapter'}", "--questions=48"]
+    again = [sys.executable, "examples/evaluate.py", f"--adapter={tmp_path / 'out' / 'adapter'}", "--questions=24"]
     again += [f"--output_dir={tmp_path / 'again'}", "--measures", "open-answers", "specificity"]
-    subprocess.run(again, cwd=ROOT, check=True)
+    run(again, check=True)
     for name, figure in json.loads((tmp_path / "again" / "report.json").read_text())["figures"].items():
         assert figure["erased"]["value"] == pytest.approx(report["figures"][name]["erased"]["value"], rel=1e-4), name

@@ -69,7 +69,7 @@ torch.save({"logits": logits.detach(), "report": report}, sys.argv[2])
 """
 
 
-def test_another_process_with_a_fresh_cache_gets_the_same_logits_and_report(
+def test_another_process_with_a_fresh_cache_gets_the_same_logits_and_report_and_an_offline_one_loads_them(
     hub,
     local,
     tokenizer,
@@ -78,9 +78,16 @@ def test_another_process_with_a_fresh_cache_gets_the_same_logits_and_report(
 ):
     publish(staging_dir=tmp_path / "staged")
 
+    environment = hub.env("hf_alice", tmp_path / "home")
     command = [sys.executable, "-c", LOAD, REPO, str(tmp_path / "loaded.pt")]
-    subprocess.run(command, env=hub.env("hf_alice", tmp_path / "home"), check=True)
+    subprocess.run(command, env=environment, check=True)
+    asked = len(hub.requests)
+    offline = (
+        f"from elm_trainer.hub.load import load_erased; load_erased({REPO!r}, local_files_only=True, verify=True)"
+    )
+    subprocess.run([sys.executable, "-c", offline], env=environment | {"HF_HUB_OFFLINE": "1"}, check=True)
 
+    assert len(hub.requests) == asked
     loaded = torch.load(tmp_path / "loaded.pt")
     with torch.no_grad():
         expected = local.model(**tokenizer("The capital of Peru is", return_tensors="pt")).logits
@@ -89,7 +96,7 @@ def test_another_process_with_a_fresh_cache_gets_the_same_logits_and_report(
     assert loaded["report"]["figures"] == json.loads(json.dumps(local.report["figures"]))
 
 
-def test_plain_peft_and_an_offline_cache_load_it_too(hub, local, tokenizer, publish, tmp_path):
+def test_plain_peft_loads_it_too(hub, local, tokenizer, publish, tmp_path):
     publish()
     plain = (
         "import sys, torch; from peft import AutoPeftModelForCausalLM, PeftModel\n"
@@ -99,21 +106,13 @@ def test_plain_peft_and_an_offline_cache_load_it_too(hub, local, tokenizer, publ
         f"ids = AutoTokenizer.from_pretrained({BASE!r})('The capital of Peru is', return_tensors='pt')\n"
         "torch.save([model(**ids).logits.detach(), auto(**ids).logits.detach()], sys.argv[1])\n"
     )
-    offline = (
-        f"from elm_trainer.hub.load import load_erased; load_erased({REPO!r}, local_files_only=True, verify=True)"
-    )
-    environment = hub.env("hf_alice", tmp_path / "home")
 
-    subprocess.run([sys.executable, "-c", plain, str(tmp_path / "logits.pt")], env=environment, check=True)
-    subprocess.run([sys.executable, "-c", f"from elm_trainer.hub.load import load_erased; load_erased({REPO!r})"],
-                   env=environment, check=True)  # fmt: skip
-    asked = len(hub.requests)
-    subprocess.run([sys.executable, "-c", offline], env=environment | {"HF_HUB_OFFLINE": "1"}, check=True)
+    command = [sys.executable, "-c", plain, str(tmp_path / "logits.pt")]
+    subprocess.run(command, env=hub.env("hf_alice", tmp_path / "home"), check=True)
 
     with torch.no_grad():
         expected = local.model(**tokenizer("The capital of Peru is", return_tensors="pt")).logits
     assert all(torch.equal(logits, expected) for logits in torch.load(tmp_path / "logits.pt"))
-    assert len(hub.requests) == asked
 
 
 def test_only_what_is_listed_goes_up_and_names_no_machine(hub, local, publish):

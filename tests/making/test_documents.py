@@ -7,8 +7,7 @@ from hypothesis import strategies as st
 
 from elm_trainer import load_texts
 from elm_trainer.data.documents import document_text, unwrapped
-from elm_trainer.making.documents import chunks, read_documents
-from elm_trainer.making.duplicates import OVERLAP, SHINGLE, normalized, without_duplicates
+from elm_trainer.making.documents import OVERLAP, SHINGLE, chunks, normalized, read_documents, without_duplicates
 
 from .files import write_docx, write_pdf
 

@@ -1,4 +1,4 @@
-"""Build a trainer, which fills its store of targets: `python -m tests.methods.run_targets LOG --fields '{}'`.
+"""Build trainers, which fill their stores of targets: `python -m tests.methods.run_targets LOG --fields '{}'`.
 
 Each process appends a line to LOG for every batch that it computes, then one on what it holds.
 """
@@ -8,6 +8,7 @@ import json
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -33,13 +34,20 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("log", type=Path)
     parser.add_argument("--method", choices=METHODS, default="elm")
-    parser.add_argument("--fields", type=json.loads, default={}, help="Further settings, as JSON.")
+    parser.add_argument(
+        "--fields", type=json.loads, nargs="+", default=[{}], help="Further settings, as JSON, by trainer."
+    )
     parser.add_argument("--kill-at", type=int, help="Batch at which the process kills itself.")
     parser.add_argument("--model", type=Path, help="Folder to load the model from once the launch is known.")
     parser.add_argument("--last", choices=["zero", "meta"], help="What the last process has in place of weights.")
     parser.add_argument("--own-folders", action="store_true", help="Give each process a folder of its own.")
     options = parser.parse_args()
 
+    for fields in options.fields:
+        build(options, fields)
+
+
+def build(options: argparse.Namespace, fields: dict[str, Any]) -> None:
     tokenizer = load_tokenizer(DEMO_MODEL)
     rank = os.environ.get("RANK", "0")
 
@@ -63,7 +71,7 @@ def main() -> None:
         output_dir=str(options.log.parent / "run"), per_device_eval_batch_size=128, per_device_train_batch_size=4,
         bf16=False, report_to="none", use_cpu=True, disable_tqdm=True,
     )  # fmt: skip
-    args = METHODS[options.method].config(**{**defaults, **METHODS[options.method].fields, **options.fields})
+    args = METHODS[options.method].config(**{**defaults, **METHODS[options.method].fields, **fields})
     if options.own_folders:
         args.targets_dir += rank
     model = LlamaForCausalLM.from_pretrained(options.model) if options.model else tiny("llama", len(tokenizer))

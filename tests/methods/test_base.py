@@ -3,7 +3,6 @@ import json
 import logging
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -21,10 +20,8 @@ from elm_trainer.concept import load_concept
 from elm_trainer.files import RUN_FILE
 from elm_trainer.methods.config import KEPT
 
+from ..processes import Forked
 from .methods import METHODS, tiny
-
-
-ROOT = Path(__file__).parents[2]
 
 
 def make(model, args, dataset, tokenizer, peft_config=None):
@@ -132,9 +129,8 @@ def test_checkpoints_of_another_run_are_not_overwritten(tiny_model, tokenizer, d
         other.train(resume_from_checkpoint=True)
 
 
-def run_tiny(output, *arguments, **kwargs):
-    command = [sys.executable, "-m", "tests.methods.run_tiny", str(output), *arguments]
-    return subprocess.Popen(command, cwd=ROOT, **kwargs)
+def run_tiny(output, *arguments):
+    return Forked([sys.executable, "-m", "tests.methods.run_tiny", str(output), *arguments])
 
 
 def test_a_killed_run_resumes_to_the_weights_of_an_uninterrupted_one(tmp_path):
@@ -158,7 +154,7 @@ def test_a_killed_run_resumes_to_the_weights_of_an_uninterrupted_one(tmp_path):
 
 
 def test_a_full_disk_at_save_is_named_and_leaves_earlier_checkpoints(tmp_path):
-    run = run_tiny(tmp_path, "--file-limit", stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    run = run_tiny(tmp_path, "--file-limit")
     _, errors = run.communicate(timeout=300)
     assert run.returncode != 0
     assert "checkpoint-4 could not be written" in errors and "checkpoint-2" in errors

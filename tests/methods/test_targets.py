@@ -19,6 +19,7 @@ from elm_trainer import ConceptSources, build_erasure_dataset
 from elm_trainer.data.target_store import target_key
 from elm_trainer.methods.targets import default_targets_dir, precompute_targets
 
+from ..processes import run
 from .methods import METHODS, tiny, trained
 
 
@@ -324,17 +325,18 @@ class Launched(NamedTuple):
         return sorted((rank, int(what)) for rank, kind, what in self.notes if kind == "batch")
 
 
-def launch(log, *arguments, launcher=(), environment=None, **fields):
-    command = [sys.executable, *launcher, "-m", "tests.methods.run_targets", str(log), *arguments]
+def launch(log, *arguments, environment=None, launcher=None, processes=1, others=(), **fields):
+    """Fork the processes, or start them with a launcher. `others` are fields of further trainers, one after the other."""
+    command = [sys.executable, *(launcher or ()), "-m", "tests.methods.run_targets", str(log), *arguments]
+    command += ["--fields", *map(json.dumps, (fields, *others))]
     variables = os.environ | {"OMP_NUM_THREADS": "1"} | (environment or {})
-    command += ["--fields", json.dumps(fields)]
-    result = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=300)
+    if launcher:
+        result = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=300)
+    else:
+        result = run(command, processes=processes, env=variables)
     lines = [line.split(maxsplit=2) for line in log.read_text().splitlines()] if log.exists() else []
     notes = [(int(rank), kind, what) for rank, kind, what in lines]
     return Launched(result.returncode, result.stderr[-6000:], notes)
-
-
-TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 
 
 def test_a_killed_run_goes_on_with_the_next_file(tmp_path):
@@ -354,11 +356,11 @@ def test_two_processes_share_the_work_and_the_files(method, tmp_path):
     assert alone.status == 0, alone.errors
     assert alone.computed == [(0, 1), (0, 128), (0, 128)]
     targets = str(tmp_path / "targets")
-    together = launch(tmp_path / "together", "--method", method, launcher=TWO, targets_dir=targets)
+    together = launch(tmp_path / "together", "--method", method, processes=2, targets_dir=targets)
     assert together.status == 0, together.errors
     assert together.computed == [(0, 1), (0, 128), (1, 128)]
     assert together.what("holds") == alone.what("holds") * 2
-    again = launch(tmp_path / "again", "--method", method, launcher=TWO)
+    again = launch(tmp_path / "again", "--method", method, processes=2)
     assert again.status == 0 and again.computed == [] and again.what("holds") == alone.what("holds") * 2
 
 
@@ -371,7 +373,7 @@ def saved(tokenizer, tmp_path):
 @pytest.mark.distributed
 def test_files_that_only_the_other_node_has_are_missed(tmp_path):
     # Each process has a folder of its own, as nodes have that share no drive.
-    result = launch(tmp_path / "log", "--own-folders", launcher=TWO, targets_dir=str(tmp_path / "targets"))
+    result = launch(tmp_path / "log", "--own-folders", processes=2, targets_dir=str(tmp_path / "targets"))
     assert result.status != 0 and not result.what("holds")
     assert "files of targets are not to be seen by process" in result.errors
     assert "name a folder on a drive that all nodes share" in result.errors
@@ -389,7 +391,7 @@ FSDP = {
 @pytest.mark.distributed
 @pytest.mark.parametrize("last", ["zero", "meta"])
 def test_a_process_that_was_given_no_weights_reads_what_the_other_computes(last, tmp_path):
-    result = launch(tmp_path / "log", "--last", last, launcher=TWO, environment=FSDP)
+    result = launch(tmp_path / "log", "--last", last, processes=2, environment=FSDP)
     assert result.status == 0, result.errors
     assert result.computed == [(0, 1), (0, 128), (0, 128)]
     assert len(result.what("holds")) == 2 and len(set(result.what("holds"))) == 1
@@ -403,18 +405,23 @@ def test_weights_that_zero_3_has_split_are_enough_for_a_store_that_is_complete(s
     launcher = ("-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", config, "--zero3_init_flag")
     launcher += ("true", "--num_processes", "2", "--main_process_port", "0")
     tools = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # ninja, for DeepSpeed
-    options = dict(launcher=launcher, environment={"DS_ACCELERATOR": "cpu", "PATH": tools})
 
-    live = launch(tmp_path / "live", "--model", saved, **options)
-    assert live.status == 0, live.errors
-    assert live.what("loaded") == ["not all weights"] * 2 and live.what("live") == ["-"] * 2
-    refused = launch(tmp_path / "refused", "--model", saved, precompute_targets=True, **options)
-    assert len(refused.what("refused")) == 2
-    assert all("one process without DeepSpeed" in what for what in refused.what("refused"))
-    alone = launch(tmp_path / "alone", "--model", saved)
+    complete = {"precompute_targets": True, "targets_dir": str(tmp_path / "targets")}
+    alone = launch(tmp_path / "alone", "--model", saved, **complete)
     assert alone.status == 0, alone.errors
-    complete = launch(tmp_path / "complete", "--model", saved, precompute_targets=True, **options)
-    assert complete.what("holds") == alone.what("holds") * 2 and complete.computed == []
+    split = launch(
+        tmp_path / "split",
+        "--model",
+        saved,
+        others=[{"precompute_targets": True}, complete],
+        launcher=launcher,
+        environment={"DS_ACCELERATOR": "cpu", "PATH": tools},
+    )
+    assert split.status == 0, split.errors
+    assert split.what("loaded") == ["not all weights"] * 6 and split.what("live") == ["-"] * 2
+    assert len(split.what("refused")) == 2
+    assert all("one process without DeepSpeed" in what for what in split.what("refused"))
+    assert split.what("holds") == alone.what("holds") * 2 and split.computed == []
 
 
 @pytest.mark.parametrize("method", ["elm", "npo"])

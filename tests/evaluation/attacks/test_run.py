@@ -1,9 +1,7 @@
 import io
 import json
-import subprocess
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,9 +21,9 @@ from elm_trainer.attacks import (
 from elm_trainer.attacks.report import plot_attacks
 from elm_trainer.evaluation.pair import ModelPair
 from elm_trainer.evaluation.statistics import bootstrap_mean
+from tests.processes import run
 
 
-ROOT = Path(__file__).parents[3]
 RUNS: list[str] = []
 
 
@@ -168,8 +166,8 @@ def test_no_attacks_at_all_are_refused(untouched):
     ],
 )
 def test_the_example_wants_one_thing_to_attack(arguments, message):
-    run = subprocess.run([sys.executable, "examples/attack.py", *arguments], cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 2 and message in run.stderr
+    ended = run([sys.executable, "examples/attack.py", *arguments])
+    assert ended.returncode == 2 and message in ended.stderr
 
 
 @pytest.mark.slow
@@ -188,7 +186,7 @@ def test_the_example_attacks_a_saved_adapter_and_a_checkpoint(tmp_path):
     ):
         output = tmp_path / kind
         command = [sys.executable, "examples/attack.py", *what, f"--output_dir={output}", "--questions=8"]
-        subprocess.run([*command, "--attacks", "scaling", "few-shot"], cwd=ROOT, check=True)
+        run([*command, "--attacks", "scaling", "few-shot"], check=True)
         report = json.loads((output / "attacks.json").read_text())
         assert {"scaling.0.5.pmi", "scaling.1.5.pmi", "few-shot.5.names_answer"} < report["figures"].keys()
         assert report["figures"]["none.pmi"]["erased"]["value"] >= 0.5  # nothing was erased
