@@ -17,8 +17,6 @@ from ..ops.head import without_gradients
 # Numbers of rows that are tried. Bounds rule out the others: up to 96 texts the best of all was always found, and with 384
 # one that costs up to .1 % more.
 _TRIED = 32
-# Rows of texts that share beginnings are at most this share of the width at which attention costs as much as the matrices.
-_SHARED_WIDTH = 1 / 24
 
 
 @dataclass(frozen=True)
@@ -31,8 +29,6 @@ class PackingRule:
         one_row (`bool`, *optional*, defaults to `False`): One row for all texts, as flash attention needs it.
         apart (`bool`, *optional*, defaults to `False`): One text to a row, for models that carry a state along a row.
         pad_to_multiple_of (`int`, *optional*): What the width of the rows is to be a multiple of.
-        prefixes (`bool`, *optional*, defaults to `False`): Whether texts that begin alike share the slots of their beginning, for
-            models of which [`shares_prefixes`] is true.
     """
 
     left_padded: bool
@@ -40,7 +36,6 @@ class PackingRule:
     one_row: bool = False
     apart: bool = False
     pad_to_multiple_of: int | None = None
-    prefixes: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,8 +51,6 @@ class Packing:
         ends (`torch.Tensor`, *optional*): Where texts begin and end in the one row of flash attention, `[texts + 1]`, in
             int32, the gap at its end as one more text; none where there are more rows.
         longest (`int`, *optional*): Tokens of the longest of these.
-        until (`torch.Tensor`, *optional*): Where texts share beginnings, the place in the row before which a slot is attended
-            to by those from it on, `[rows, width]`.
     """
 
     tokens: torch.Tensor
@@ -66,21 +59,13 @@ class Packing:
     source: tuple[Any, ...]
     ends: torch.Tensor | None = None
     longest: int | None = None
-    until: torch.Tensor | None = None
 
-    def attention_arguments(self, model: nn.Module) -> dict[str, Any]:
-        """What flash attention of variable lengths takes, as `FlashAttentionKwargs` of transformers names it, or the mask of
-        texts that share beginnings, `[rows, 1, width, width]`, which is added to attention's scores in the model's type.
+    def attention_arguments(self) -> dict[str, Any]:
+        """What flash attention of variable lengths takes, as `FlashAttentionKwargs` of transformers names it.
 
         Made on the host, where lengths are known. Without it transformers looks for them in `position_ids`, for which the
         host waits for the device in every layer.
         """
-        if self.until is not None:
-            place = torch.arange(self.until.size(1), device=self.until.device)
-            seen = (place <= place[:, None]) & (place[:, None] < self.until[:, None])
-            dtype = compute_dtype(model)
-            mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
-            return {"attention_mask": mask.masked_fill_(~seen, torch.finfo(dtype).min)[:, None]}
         if self.ends is None:
             return {}
         return {
@@ -197,10 +182,6 @@ def pack_batches(batches: Sequence[Mapping[str, Any]], rule: PackingRule) -> Pac
             starts.append(total + index * seq + (seq - length if rule.left_padded else 0))
             lengths.append(length)
         total += len(batch["lengths"]) * seq
-    if rule.prefixes:
-        ids = torch.cat([batch["input_ids"].flatten() for batch in batches]).tolist()
-        texts = [ids[start : start + length] for start, length in zip(starts, lengths, strict=True)]
-        return replace(_pack_prefixes(texts, starts, total, rule), source=_source(batches, rule))
     if rule.apart:
         rows = [[text] for text in range(len(lengths))]
     else:
@@ -233,97 +214,6 @@ def pack_batches(batches: Sequence[Mapping[str, Any]], rule: PackingRule) -> Pac
     ends = [*places, filled[0]] + [width] * (width > filled[0])
     longest = max(end - start for start, end in pairwise(ends))
     return replace(packing, ends=torch.tensor(ends, dtype=torch.int32), longest=longest)
-
-
-def _pack_prefixes(texts: Sequence[list[int]], starts: Sequence[int], total: int, rule: PackingRule) -> Packing:
-    """Rows in which a token that texts have in common from their beginnings on has one slot.
-
-    In order, each text begins as those beside it do. Its own tokens come behind what it shares with the one before: the
-    tree of beginnings, each token before all that continue it. So a token is seen by those behind it up to the first text
-    that does not begin with it. The same text twice takes no slot more.
-
-    Args:
-        texts: Token ids of each text.
-        starts: Where it begins in the flattened sub-batches.
-        total: Tokens of these.
-        rule: Its rows are as wide as its `attention` says, or as the longest text is.
-    """
-    longest = max(map(len, texts))
-    most = max(longest, int(min(rule.attention * _SHARED_WIDTH, sum(map(len, texts)))))
-    rows: list[list[tuple[int, int]]] = [[]]  # of each slot, its token and its position in the text
-    until: list[list[int]] = [[]]
-    laid: list[tuple[int, list[int]]] = [(0, [])] * len(texts)  # of each text, its row and its slots there
-    path: list[int] = []
-    before: Sequence[int] = []
-    for text in sorted(range(len(texts)), key=lambda text: texts[text]):
-        tokens = texts[text]
-        pairs = enumerate(zip(before, tokens, strict=False))
-        shared = next((place for place, (one, other) in pairs if one != other), min(len(before), len(tokens)))
-        if len(rows[-1]) + len(tokens) - shared > most:
-            rows.append([])
-            until.append([])
-            path, shared = [], 0
-        end = len(rows[-1])
-        for slot in path[shared:]:
-            until[-1][slot] = end
-        rows[-1] += [(starts[text] + place, place) for place in range(shared, len(tokens))]
-        until[-1] += [0] * (len(tokens) - shared)  # not known yet
-        path, before = path[:shared] + [*range(end, len(rows[-1]))], tokens
-        laid[text] = (len(rows) - 1, path)
-    width = max(map(len, rows))
-    if multiple := rule.pad_to_multiple_of:
-        width = -(-width // multiple) * multiple
-    slots = torch.zeros(total, dtype=torch.long)
-    for start, (row, places) in zip(starts, laid, strict=True):
-        slots[start : start + len(places)] = torch.tensor(places) + row * width
-    # A gap at the end of a row is one more text, whose logits nobody reads.
-    gaps = [width - len(row) for row in rows]
-    placed = torch.tensor([row + [(0, place) for place in range(gap)] for row, gap in zip(rows, gaps, strict=True)])
-    ends = [[end or len(row) for end in row] + [width] * gap for row, gap in zip(until, gaps, strict=True)]
-    return Packing(placed[..., 0], placed[..., 1].contiguous(), slots, (), until=torch.tensor(ends))
-
-
-def shares_prefixes(model: nn.Module, config: Any, tokens: Sequence[int]) -> bool:
-    """Whether texts that begin alike can share the slots of their beginning, by a mask of attention.
-
-    Kernels other than `eager` and `sdpa` take no such mask, and layers with a sliding window would lose it. Whether the model
-    takes it and the positions is measured.
-
-    Args:
-        model (`nn.Module`): Causal language model, wrapped or not; run three times, in evaluation mode.
-        config (`PreTrainedConfig`): Config of its text decoder.
-        tokens (`Sequence[int]`): Different token ids, an even number.
-    """
-    kinds = getattr(config, "layer_types", None)
-    windows = ["window_size"] if kinds else ["window_size", "sliding_window"]  # what the kinds do not name is not used
-    full = {*(kinds or ())} <= {"full_attention"} and not any(getattr(config, name, None) for name in windows)
-    if not full or config._attn_implementation not in ("eager", "sdpa"):
-        return False
-    half = len(tokens) // 2
-    first, second = list(tokens[:half]), [*tokens[: half // 2], *tokens[half : half + half - half // 2]]
-    device = next(model.parameters()).device
-    both = torch.tensor([first, second], device=device)
-    packing = pack_batches([{"input_ids": both, "lengths": [half, half]}], PackingRule(False, prefixes=True))
-    packing = packing.to(device)
-    # Without autocast, so that rounding hides nothing.
-    with evaluating(model), torch.no_grad(), torch.autocast(device.type, enabled=False):
-        alone, rows = (model(input_ids=given, use_cache=False).logits[-1].float() for given in (both[1:], both))
-        logits = model(
-            input_ids=both.flatten()[packing.tokens],
-            position_ids=packing.position_ids,
-            use_cache=False,
-            **packing.attention_arguments(model),
-        ).logits
-    shared = logits.flatten(0, 1)[packing.slots[half:]].float()
-    rounding = 8 * (rows - alone).abs().max() + max(2e-5, 2 * torch.finfo(logits.dtype).eps) * alone.abs().max()
-    return bool((shared - alone).abs().max() <= rounding)
-
-
-def compute_dtype(model: nn.Module) -> torch.dtype:
-    """The type in which a model attends: that of autocast where it holds, else that of its weights."""
-    first = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
-    device = first.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else first.dtype
 
 
 def texts_interact(model: nn.Module, first: Sequence[int], second: Sequence[int]) -> bool:

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.utils import logging
 
 from ..data.collator import ElmDataCollator
-from ..data.packing import Packing, PackingPlan, PackingRule, find_packing, shares_prefixes, texts_interact
+from ..data.packing import Packing, PackingPlan, PackingRule, find_packing, texts_interact
 from ..modeling import is_partitioned
 from ..ops import FinalLogits, ReadHead, Reading, final_logits, kl_divergence, text_mean
 from ..ops.head import Plan
@@ -124,7 +124,7 @@ def run_packed(model: nn.Module, batches: Sequence[Mapping[str, Any]], packing: 
         input_ids=torch.cat([batch["input_ids"].flatten() for batch in batches])[packing.tokens],
         position_ids=packing.position_ids,
         use_cache=False,
-        **packing.attention_arguments(model),
+        **packing.attention_arguments(),
     ).logits
 
 
@@ -238,23 +238,6 @@ class PackedForward:
         self._pad_to_multiple_of = pad_to_multiple_of
         self._final_logits: FinalLogits | None = None
         self._texts_interact: bool | None = None
-        self._shares: bool | None = None
-        self._sharing = False
-
-    @contextmanager
-    def sharing_prefixes(self, model: nn.Module) -> Iterator[None]:
-        """While this holds, texts that begin alike share the slots of their beginning, if the model can, which is measured when
-        it is first entered. The collator packs nothing ahead for it.
-        """
-        if self._shares is None:
-            config = self._unwrap(model).config.get_text_config()
-            tokens = plain_tokens(self._processing_class, config.vocab_size)
-            self._shares = not self.texts_interact(model) and shares_prefixes(model, config, tokens)
-        self._sharing = self._shares
-        try:
-            yield
-        finally:
-            self._sharing = False
 
     def read(
         self,
@@ -341,7 +324,6 @@ class PackedForward:
             one_row="flash" in (config._attn_implementation or ""),
             apart=self.texts_interact(model),
             pad_to_multiple_of=self._pad_to_multiple_of,
-            prefixes=self._sharing,
         )
 
     def final_logits(self, model: nn.Module) -> FinalLogits:

@@ -153,7 +153,7 @@ def measure_scale(trainer: "ElmTrainer", layers: Sequence[int]) -> torch.Tensor:
     for start in range(0, rows, _BATCH):
         examples = [dataset[row] for row in chosen[start : start + _BATCH]]
         batch = trainer.on_device(collator(examples))["forget"]
-        with trainer.accelerator.autocast(), trainer._forward.sharing_prefixes(trainer.model):
+        with trainer.accelerator.autocast():
             target = trainer.target(trainer.model, "erase", batch)
         expert, novice = (
             target[f"{side}_states"].float().unflatten(1, (len(layers), -1)) for side in ("expert", "novice")

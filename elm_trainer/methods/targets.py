@@ -179,22 +179,16 @@ def _fill(trainer: ErasureTrainer, plan: TargetPlan, store: TargetStore, share: 
     with (
         tqdm(total=total, desc=plan.description, disable=not trainer.accelerator.is_local_main_process) as bar,
         plan.prepare(),
-        trainer._forward.sharing_prefixes(trainer.model),
     ):
 
         def compute(rows: range) -> list[dict[str, torch.Tensor]]:
-            examples = [dataset[row] for row in rows]
-            made: list[dict[str, torch.Tensor]] = [{} for _ in rows]
-            # Texts that begin alike come together, so that they share their beginning.
-            order = sorted(range(len(rows)), key=lambda place: examples[place]["forget_ids"])
-            for start in range(0, len(order), size):
-                chosen = order[start : start + size]
-                inputs = trainer.on_device(collate([examples[place] for place in chosen]))
+            made: list[dict[str, torch.Tensor]] = []
+            for start in range(rows.start, rows.stop, size):
+                batch = [dataset[row] for row in range(start, min(start + size, rows.stop))]
+                inputs = trainer.on_device(collate(batch))
                 with trainer.accelerator.autocast():
-                    computed = plan.compute(inputs)
-                for place, part in zip(chosen, computed, strict=True):
-                    made[place] = part
-                bar.update(len(chosen))
+                    made += plan.compute(inputs)
+                bar.update(len(batch))
             return made
 
         fill_store(store, share, compute)

@@ -61,34 +61,6 @@ def test_packed_slots_hold_the_tokens_of_the_padded_batches(groups, side, one_ro
         assert packing.tokens.shape == (1, int(real.sum()))
 
 
-@given(
-    st.lists(st.lists(st.integers(1, 3), min_size=1, max_size=6), min_size=1, max_size=12),
-    st.sampled_from(["left", "right"]),
-    st.sampled_from([1.0, 60.0, math.inf]),
-)
-def test_texts_that_begin_alike_share_slots_and_see_their_own_tokens_alone(texts, side, attention):
-    class Tokenizer:
-        pad_token_id = 0
-        padding_side = side
-
-    batch = ElmDataCollator(Tokenizer()).pad([(ids, 0) for ids in texts])
-    packing = pack_batches([batch], PackingRule(side == "left", attention, pad_to_multiple_of=4, prefixes=True))
-
-    rows, width = packing.tokens.shape
-    packed, positions = batch["input_ids"].flatten()[packing.tokens].flatten(), packing.position_ids.flatten()
-    seen = packing.attention_arguments(torch.nn.Linear(1, 1))["attention_mask"][:, 0] == 0
-    slots = packing.slots[batch["attention_mask"].flatten().bool()].split(list(map(len, texts)))
-    for ids, own in zip(texts, slots, strict=True):
-        assert packed[own].tolist() == ids and positions[own].tolist() == list(range(len(ids)))
-        for place, slot in enumerate(own.tolist()):
-            row, column = divmod(slot, width)
-            assert (seen[row, column].nonzero().flatten() + row * width).tolist() == sorted(own[: place + 1].tolist())
-    assert seen.any(-1).all()
-    beginnings = {tuple(ids[: end + 1]) for ids in texts for end in range(len(ids))}
-    if attention == math.inf:
-        assert rows == 1 and len(set(torch.cat(slots).tolist())) == len(beginnings)
-
-
 @pytest.mark.parametrize("apart", [False, True])
 def test_rows_are_as_wide_as_a_multiple_that_is_asked_for(apart):
     batch = {"input_ids": torch.zeros(3, 9, dtype=torch.long), "lengths": [9, 4, 2]}

@@ -1,7 +1,6 @@
 import pytest
 import torch
 
-from elm_trainer.modeling import decoder_layers
 from elm_trainer.ops import LogTarget
 
 
@@ -54,44 +53,6 @@ def test_targets_are_those_of_texts_run_one_by_one(shape, side, make, tokenizer)
             0.6 + 0.4 * shares / shares.mean(), rtol=1e-2, atol=1e-3,
         )  # fmt: skip
     assert place == len(target["weights"]) > 0
-
-
-@pytest.mark.parametrize("shape", ["llama", "gpt2", "neox", "gemma"])
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_targets_are_the_same_where_texts_share_their_beginnings(shape, attention, make, monkeypatch):
-    monkeypatch.setattr("elm_trainer.data.packing._SHARED_WIDTH", 1.0)
-    trainer = make(shape=shape, precompute_targets=False)
-    trainer.model.get_base_model().set_attn_implementation(attention)
-    batch, tokens = trainer.data_collator(list(trainer.train_dataset)), []
-    terms = {"erase": batch["forget"], "retain": batch["retain"]}
-    apart = trainer.targets(trainer.model, terms)
-    layer = decoder_layers(trainer.model)[0]
-    layer.register_forward_pre_hook(lambda _, args: tokens.append(args[0].size(0) * args[0].size(1)))
-    with trainer._forward.sharing_prefixes(trainer.model):
-        shared = trainer.targets(trainer.model, terms)
-    texts = [
-        ids for row in trainer.train_dataset for ids in (row["forget_ids"], row["retain_ids"], *row["novices_ids"])
-    ]
-    assert 0 < tokens[-1] < 0.9 * sum(map(len, texts))
-    for term, target in apart.items():
-        assert {*target} == {*shared[term]}
-        for name, values in target.items():
-            # A weight is a share of small differences.
-            rtol, atol = (1e-2, 2e-3) if name == "weights" else (1e-3, 1e-4)
-            torch.testing.assert_close(shared[term][name], values, rtol=rtol, atol=atol)
-
-
-@pytest.mark.parametrize(
-    "name, value, shared",
-    [("tie_word_embeddings", True, True), ("sliding_window", 8, False), ("_attn_implementation", "flex", False)],
-)
-def test_layers_that_would_lose_their_window_share_no_beginnings(name, value, shared, make):
-    trainer = make(precompute_targets=False)
-    trainer.texts_interact(trainer.model)  # measured as the model is
-    setattr(trainer.model.get_base_model().config, name, value)
-    with trainer._forward.sharing_prefixes(trainer.model):
-        assert trainer._forward.rule(trainer.model).prefixes is shared
-    assert not trainer._forward.rule(trainer.model).prefixes
 
 
 def test_only_positions_on_which_all_novices_have_a_say_are_erased(make):
