@@ -7,8 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import peft
-from packaging.version import Version
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -240,11 +238,6 @@ def _check_arguments(
             )
     if combination not in COMBINATIONS:
         raise ValueError(f"`combination` is {combination!r}; use: {', '.join(COMBINATIONS)}.")
-    if combination != "cat" and Version(peft.__version__) < Version("0.21"):
-        raise ValueError(
-            f"`combination` is {combination!r}, but PEFT {peft.__version__} scales it wrongly: upgrade to peft>=0.21, or "
-            'use "cat".'
-        )
     pruned = any(word in combination for word in ("ties", "dare", "magnitude"))
     if pruned and not (density is not None and 0 < density <= 1):
         raise ValueError(f"`density` is {density}, but {combination!r} keeps a share of the weights: use e.g. 0.5.")

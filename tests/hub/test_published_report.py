@@ -110,7 +110,7 @@ def test_the_settings_of_the_example_script_are_all_published(report):
         "lora_rank": 8, "lora_alpha": 4, "lora_dropout": 0.1, "lora_layers": "4-7", "lora_targets": "q_proj,mlp.down_proj",
         "evaluate": False, "bank": ["none"], "questions": 30, "measures": ["cloze", "inside"], "dev_every": 3, "dev_stop": 0.3,
         "keep_best": True, "documents": ["org/texts"], "near": ["everyday"],
-        "optim": "adamw_torch", "lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"num_cycles": 0.5},
+        "optim": "adafactor", "lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"num_cycles": 0.5},
         "model_init_kwargs": {"dtype": "float32"}, "max_length": 77, "warmup_steps": 3, "seed": 3, "bf16": False,
     }  # fmt: skip
     recipe = publish(report, recipe=settings)["recipe"]
