@@ -97,9 +97,9 @@ def test_states_are_kept_by_default_where_no_term_reads_logits_and_texts_come_ag
 
 def test_no_more_is_kept_than_there_is_room_for(make, monkeypatch):
     monkeypatch.setattr("elm_trainer.methods.frozen.LIMIT", 5000)
-    little = run(make(max_steps=12))
+    little = run(make())
     monkeypatch.undo()
-    plenty = run(make(max_steps=12))
+    plenty = run(make())
     assert little[2][0] > plenty[2][0]
     for one, other in zip(little[0], plenty[0], strict=True):
         assert one == pytest.approx(other, rel=1e-4, abs=1e-6)
