@@ -36,10 +36,10 @@ OPTIONS = (
 # them to it. The third is the paper's, with the schedule of recipes/smollm2-135m-capitals-released.yaml.
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "readout": {
-        "novice": "counterfactual", "erase_weight": 0.0, "state_weight": 1.0, "state_eta": 1.5, "fact_share": 0.9,
-        "retain_loss": "states", "retain_focus": 0.5, "retain_weight": 2.0, "consistency_weight": 0.0,
+        "novice": "counterfactual", "erase_weight": 0.0, "state_weight": 1.0, "state_eta": 1.5,
+        "retain_loss": "states", "retain_weight": 2.0, "consistency_weight": 0.0,
         "lora_layers": AUTO, "learning_rate": 6e-3, "adam_beta2": 0.98,
-        "lr_scheduler_type": "linear", "warmup_steps": 8, "max_grad_norm": 1.0,
+        "lr_scheduler_type": "linear", "warmup_steps": 10, "max_grad_norm": 1.0,
     },
     "log-space": {
         "novice": "counterfactual", "eta": 1.3, "log_tokens": 8, "log_strength": 3.0, "fact_share": 0.7,
@@ -59,8 +59,8 @@ _TESTED = {
 # Short rows are fastest attended to by plain products, of few shapes; in bfloat16 they need `use_cpu`.
 _ON_CPU = {"use_cpu": True, "attn_implementation": "eager", "pad_to_multiple_of": 8}
 # Fewest and most rows, and how often each is seen: together about as many as the recipes of the two objectives train on.
-_ROWS = {"readout": (512, 512), "log-space": (512, 512), "contexts": (128, 1024)}
-_EPOCHS = {"readout": 6.0, "log-space": 2.0, "contexts": 3.0}
+_ROWS = {"readout": (1024, 1024), "log-space": (512, 512), "contexts": (128, 1024)}
+_EPOCHS = {"readout": 10.0, "log-space": 2.0, "contexts": 3.0}
 # Bounds of the longest text in tokens.
 _LENGTHS = (80, 256)
 

@@ -206,7 +206,7 @@ def test_what_the_texts_have_decides_about_the_objective_unless_it_is_given():
         9, 9, counterfactual=True, given={"objective": "readout"}, attention=["q_proj", "attn.c_proj"]
     )
     assert (found["lora_layers"].value, found["lora_targets"].value) == ("auto", "q_proj,attn.c_proj")
-    assert (found["num_train_epochs"].value, found["novice"].value) == (6, "counterfactual")
+    assert (found["num_train_epochs"].value, found["novice"].value) == (10, "counterfactual")
 
 
 @pytest.mark.parametrize("texts", [9, 512, 700, 9000])
