@@ -1,6 +1,5 @@
 import json
 
-import peft
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -214,13 +213,6 @@ def test_what_peft_cannot_combine_is_named(settings, two, publish):
 def test_bad_arguments_are_refused(arguments, message, two):
     with pytest.raises(ValueError, match=message):
         stack_erasures(two, **arguments)
-
-
-def test_old_versions_of_peft_only_concatenate(two, monkeypatch):
-    monkeypatch.setattr(peft, "__version__", "0.20.0")
-    stack_erasures(two)
-    with pytest.raises(ValueError, match="`combination` is 'svd', but PEFT 0.20.0 scales it wrongly: upgrade"):
-        stack_erasures(two, combination="svd")
 
 
 @pytest.mark.parametrize("name", ["default", "a.b", "my lora", "LoRA", ""])
