@@ -275,7 +275,7 @@ def test_the_doctor_plans_what_would_be_made_and_writes_nothing(folder, capsys):
     before = set(folder.rglob("*"))
     main(["doctor", *SMALL, "--concept=capitals of lands", "--facts=facts.csv", "--near=near.txt"])
     page = " ".join(capsys.readouterr().out.split())
-    assert "8 rows of forget 400, retain" in page and "near.txt 1" in page and "novice counterfactual" in page
+    assert "8 rows of forget 400, retain" in page and "near.txt 1" in page and "objective log-space, novice" in page
     assert "Nothing is in the way" in page and set(folder.rglob("*")) == before
     main(["doctor", *SMALL, "--concept=capitals of the world"])
     assert "the model is to write 192 about it and 96 about neighbors" in " ".join(capsys.readouterr().out.split())
