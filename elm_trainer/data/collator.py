@@ -50,6 +50,17 @@ def _places(text: Sequence[int], novice: Sequence[int]) -> dict[int, int]:
     return {token - 1: other - 1 for token, other in shared if token and other and (token != other or token > same)}
 
 
+def of_same_token(
+    text: Sequence[int], novices: Sequence[Sequence[int]], aligned: Sequence[Sequence[int]]
+) -> list[list[int]]:
+    """Those of the positions that [`align`] gave at which the novices have the text's own token: not where a name ends."""
+    return [
+        [place, *others]
+        for place, *others in aligned
+        if all(ids[at] == text[place] for ids, at in zip(novices, others, strict=True))
+    ]
+
+
 @dataclass
 class ElmDataCollator(DataCollatorMixin):
     """Bundle tokenized rows into `{"forget": batch, "retain": batch, "synthetic": batch}`.
@@ -159,11 +170,7 @@ class ElmDataCollator(DataCollatorMixin):
         """The aligned positions of a row that are supervised."""
         if not self.behind_names:
             return row["aligned"]
-        return [
-            [place, *others]
-            for place, *others in row["aligned"]
-            if all(ids[at] == row["forget_ids"][place] for ids, at in zip(row["novices_ids"], others, strict=True))
-        ]
+        return of_same_token(row["forget_ids"], row["novices_ids"], row["aligned"])
 
     def _novices(self, examples: list[dict[str, Any]], forget: dict[str, Any]) -> dict[str, Any]:
         """The counterfactual novices of a batch, each distinct text once."""

@@ -134,7 +134,8 @@ class ElmTrainer(ErasureTrainer):
         if "retain" in losses and args.retain_focus:
             moved = losses["retain"].detach().clamp(min=1e-6)
             losses["retain"] = losses["retain"] * _weights(moved, batches["retain"], args.retain_focus)
-        batches["state"], rows = batches.get("erase"), inputs["forget"]["input_ids"].size(0)
+        rows = inputs["forget"]["input_ids"].size(0)
+        batches["state"] = batches.get("erase")
         terms = {term: batch_mean(values, batches[term], rows) for term, values in losses.items()}
         if self._consistent and "consistency" not in terms:
             # Logged as it counts: a batch without pairs is one whose rows add nothing.
@@ -156,7 +157,8 @@ class ElmTrainer(ErasureTrainer):
         """The loss of each position of a term, as a function of its logits."""
         if target is None:
             return nll_reading(batch)
-        if self.args.retain_loss == "states" if term == "retain" else not self.args.erase_weight:
+        of_states = {"erase": not self.args.erase_weight, "retain": self.args.retain_loss == "states"}
+        if of_states.get(term):
             return STATES  # no logits are read where states alone are compared
         if term == "retain" and self.args.retain_loss == "log":
             return lambda logits, where, reference: log_space_divergence(logits, reference)

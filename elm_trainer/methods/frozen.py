@@ -15,6 +15,7 @@ from ..data.collator import ElmDataCollator
 from ..data.packing import Packing
 from ..modeling import decoder_layers, evaluating
 from ..ops import STATES
+from ..ops.head import without_gradients
 from .forward import visits
 
 
@@ -172,7 +173,7 @@ class FrozenLayers:
             self._kept[key] = states
             self._bytes += states.nbytes
 
-    @torch.no_grad()
+    @without_gradients()
     def _run_below(self, model: nn.Module, batches: Mapping[str, Mapping[str, Any]]) -> torch.Tensor:
         """What a forward through the frozen layers alone gives."""
         found: list[torch.Tensor] = []
@@ -229,7 +230,7 @@ class FrozenLayers:
         """Whether the last layer that is read gives the same while others stand aside."""
         seen: list[Any] = []
         read = self._layers[-1 if last is None else last]
-        with torch.no_grad(), evaluating(self._trainer.accelerator.unwrap_model(model)), ExitStack() as hooks:
+        with without_gradients(), evaluating(self._trainer.accelerator.unwrap_model(model)), ExitStack() as hooks:
             hook = read.register_forward_hook(lambda _, args, output: seen.append(output))
             hooks.callback(hook.remove)
             self._run(model, batches)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data.collator import align
+from ..data.collator import align, of_same_token
 from ..data.tokens import text_ids
 from ..fitting import multiplies_in_bfloat16
 from ..modeling import decoder_layers, evaluating, is_partitioned
@@ -166,12 +166,7 @@ def _asked(
     own = text_ids(tokenizer, row["forget"] if "forget" in row else row["text"])[:_LONGEST]
     novices = [text_ids(tokenizer, text)[:_LONGEST] for text in row.get("novices") or []]
     # The first place that they share ends the name itself, and so does any whose token they do not share.
-    aligned = [
-        place
-        for place in align(own, novices)[1:]
-        if place[0] + 1 < len(own)
-        and all(own[place[0]] == ids[at] for ids, at in zip(novices, place[1:], strict=True))
-    ]
+    aligned = [place for place in of_same_token(own, novices, align(own, novices)[1:]) if place[0] + 1 < len(own)]
     if not aligned:
         return None
     runs = [own, *novices]
