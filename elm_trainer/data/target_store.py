@@ -1,7 +1,6 @@
 """`TargetStore`: targets of a whole dataset on disk, named after all they depend on, filled by one or more processes."""
 
 import hashlib
-import json
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,14 +8,12 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import pyarrow as pa
 import torch
-from datasets import Dataset
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..files import UNFINISHED, discard, json_sha256, replacing, write_json
+from ..files import UNFINISHED, discard, replacing, write_json
 
 
 # To be raised whenever files written before can no longer be read as what they were.
@@ -65,6 +62,22 @@ def encode_floats(values: torch.Tensor) -> torch.Tensor:
     return values.float()
 
 
+def encode_states(values: torch.Tensor) -> torch.Tensor:
+    """Hidden states `[..., width]` in float16, `[..., width + 1]`: the last is the power of two that the others are divided by.
+
+    It is 0 up to 65,504, the largest float16, which the first token of a text exceeds in some models (98,538 in layer 12 of
+    Gemma 3 270M). Raises `FloatingPointError` if a value is NaN or infinite.
+    """
+    values = encode_floats(values)
+    power = (values.abs().amax(-1, keepdim=True) / torch.finfo(torch.float16).max).clamp(min=1).log2().ceil()
+    return torch.cat([values / power.exp2(), power], -1).half()
+
+
+def decode_states(stored: torch.Tensor) -> torch.Tensor:
+    """The states in float32, `[..., width]`."""
+    return stored[..., :-1].float() * stored[..., -1:].float().exp2()
+
+
 def id_bytes(vocab_size: int) -> int:
     """Bytes that a token id takes: 2 where the vocabulary has at most 65,536 tokens, else 3, for up to `2^24` tokens."""
     if vocab_size > 1 << 24:
@@ -100,13 +113,13 @@ class Field(NamedTuple):
     """One kind of value of a text.
 
     Attributes:
-        kind (`str`): `"ids"` of tokens, `"probs"` in 3 bytes, `"floats"` in float32, or `"halves"` in float16.
+        kind (`str`): `"ids"` of tokens, `"probs"` in 3 bytes, `"floats"` in float32, or `"states"` in float16.
         width (`int`, *optional*): Values to a position; `None` for one value without that dimension.
         per (`str`, *optional*, defaults to `"position"`): Whether there is one for each supervised `"position"` or one
             for the `"text"`.
     """
 
-    kind: Literal["ids", "probs", "floats", "halves"]
+    kind: Literal["ids", "probs", "floats", "states"]
     width: int | None = None
     per: Literal["position", "text"] = "position"
 
@@ -130,7 +143,9 @@ class TargetLayout:
     def item_bytes(self, name: str) -> int:
         """Bytes of a field's values at one position (or of one text)."""
         field = self.fields[name]
-        value = {"ids": id_bytes(self.vocab_size), "probs": _PROB_BYTES, "floats": 4, "halves": 2}[field.kind]
+        if field.kind == "states":
+            return 2 * ((field.width or 0) + 1)
+        value = {"ids": id_bytes(self.vocab_size), "probs": _PROB_BYTES, "floats": 4}[field.kind]
         return value * (1 if field.width is None else field.width)
 
     def total_bytes(self, positions: Mapping[str, int], texts: int) -> int:
@@ -149,8 +164,8 @@ class TargetLayout:
             raise ValueError(f"`{name}` has the shape {tuple(values.shape)}: after the first, {shape} is stored.")
         if kind == "ids":
             return encode_ids(values, self.vocab_size)
-        if kind == "halves":
-            return encode_floats(values.half()).half()
+        if kind == "states":
+            return encode_states(values)
         return encode_probs(values) if kind == "probs" else encode_floats(values)
 
     def decode(self, name: str, stored: torch.Tensor) -> torch.Tensor:
@@ -158,7 +173,9 @@ class TargetLayout:
         kind = self.fields[name].kind
         if kind == "ids":
             return decode_ids(stored)
-        return decode_probs(stored) if kind == "probs" else stored.float() if kind == "halves" else stored.clone()
+        if kind == "states":
+            return decode_states(stored)
+        return decode_probs(stored) if kind == "probs" else stored.clone()
 
     def to_json(self) -> dict[str, Any]:
         """The layout as JSON holds it."""
@@ -350,26 +367,6 @@ class RowTargets:
     def _key(self, row: Mapping[str, Any]) -> int:
         values = repr([row[name] for name in self._columns])
         return int.from_bytes(hashlib.blake2b(values.encode(), digest_size=8).digest())
-
-
-def target_key(ingredients: Mapping[str, Any]) -> str:
-    """SHA-256 of what the targets depend on: whatever JSON can hold, in any order."""
-    return json_sha256(ingredients)
-
-
-def rows_digest(dataset: Dataset, columns: Sequence[str]) -> str:
-    """SHA-256 over columns of a tokenized dataset, in the order of its rows."""
-    digest = hashlib.sha256(f"{len(dataset)} {sorted(columns)}".encode())
-    for table in dataset.select_columns(sorted(columns)).with_format("arrow").iter(1000):
-        for name in table.column_names:
-            column = table[name].combine_chunks()
-            if not pa.types.is_nested(column.type) or pa.types.is_nested(column.type.value_type):
-                digest.update(json.dumps(column.to_pylist()).encode())
-                continue
-            # As 8 bytes each, whatever type the ids are kept in. The lengths tell where a row ends.
-            for values in (column.value_lengths(), column.flatten()):
-                digest.update(np.asarray(values, dtype="<i8").tobytes())
-    return digest.hexdigest()
 
 
 class Choice(NamedTuple):

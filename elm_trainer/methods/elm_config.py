@@ -238,12 +238,12 @@ def stored_targets(
         columns += ["novices_ids"] if args.novice == "counterfactual" else []
         kept["forget_weights"] = Field("floats")
         if args.state_weight:
-            kept["forget_novice_states"] = Field("halves", len(state_layers) * hidden_size)
+            kept["forget_novice_states"] = Field("states", len(state_layers) * hidden_size)
             more |= {"state_layers": [*state_layers], "state_eta": args.state_eta}
         if not args.erase_weight:
             more["erase_weight"] = 0.0
         elif args.log_tokens:
-            kept["forget_states"] = Field("halves", hidden_size)
+            kept["forget_states"] = Field("states", hidden_size)
             kept["forget_indices"] = Field("ids", args.log_tokens)
             kept["forget_log_probs"] = Field("floats", args.log_tokens)
         else:
@@ -260,9 +260,9 @@ def stored_targets(
     if args.retain_weight:
         columns += ["retain_ids", "retain_start"]
         if args.retain_loss == "states":
-            kept["retain_layer_states"] = Field("halves", len(state_layers) * hidden_size)
+            kept["retain_layer_states"] = Field("states", len(state_layers) * hidden_size)
         elif args.retain_loss == "log":
-            kept["retain_states"] = Field("halves", hidden_size)
+            kept["retain_states"] = Field("states", hidden_size)
         else:
             top_k = 1 if args.retain_loss == "argmax" else args.top_k
             kept |= {"retain_indices": Field("ids", top_k), "retain_probs": Field("probs", top_k)}

@@ -1,8 +1,12 @@
 """Turn the texts of an erasure dataset into the token ids that the collator bundles."""
 
-from collections.abc import Mapping
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -124,3 +128,18 @@ def tokenize_dataset(
     if args.shuffle_dataset:
         dataset = dataset.shuffle(seed=args.seed)
     return dataset.add_column("row", list(range(len(dataset))))
+
+
+def rows_digest(dataset: Dataset, columns: Sequence[str]) -> str:
+    """SHA-256 over columns of a tokenized dataset, in the order of its rows."""
+    digest = hashlib.sha256(f"{len(dataset)} {sorted(columns)}".encode())
+    for table in dataset.select_columns(sorted(columns)).with_format("arrow").iter(1000):
+        for name in table.column_names:
+            column = table[name].combine_chunks()
+            if not pa.types.is_nested(column.type) or pa.types.is_nested(column.type.value_type):
+                digest.update(json.dumps(column.to_pylist()).encode())
+                continue
+            # As 8 bytes each, whatever type the ids are kept in. The lengths tell where a row ends.
+            for values in (column.value_lengths(), column.flatten()):
+                digest.update(np.asarray(values, dtype="<i8").tobytes())
+    return digest.hexdigest()

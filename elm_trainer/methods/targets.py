@@ -23,13 +23,13 @@ from ..data.target_store import (
     choose,
     fill_store,
     remove_locks,
-    rows_digest,
-    target_key,
 )
+from ..files import json_sha256
 from ..fingerprint import base_fingerprint, bit_sums
 from ..modeling import is_partitioned
 from .base import ErasureTrainer
 from .forward import nll_reading, visits
+from .rows import rows_digest
 
 
 logger = logging.get_logger(__name__)
@@ -116,7 +116,7 @@ def precompute_targets(trainer: ErasureTrainer, plan: TargetPlan) -> RowTargets 
         raise ValueError(f"`{plan.switch}` is True, but {reason}: keep the model on devices, or set it to False.")
     ingredients = ingredients | {"weights": weights}
     folder = Path(plan.targets_dir or default_targets_dir())
-    store = TargetStore(folder / target_key(ingredients), rows, plan.layout)
+    store = TargetStore(folder / json_sha256(ingredients), rows, plan.layout)
 
     rank, processes = trainer.accelerator.process_index, trainer.accelerator.num_processes
     found = _everywhere(lambda: (_missing(store, range(rank, store.shards, processes)), _free(folder)))
@@ -207,7 +207,7 @@ def _ingredients(trainer: ErasureTrainer, plan: TargetPlan) -> dict[str, Any]:
         "rows": rows_digest(dataset, plan.columns if rows == [*range(len(dataset))] else _columns(plan)),
         "contexts": contexts,
         "collator": f"{type(collator).__module__}.{type(collator).__qualname__}",
-        "config": target_key({"config": repr(sorted(config.items()))}),
+        "config": json_sha256({"config": repr(sorted(config.items()))}),
         "autocast": trainer.accelerator.mixed_precision,
         "matmul": torch.get_float32_matmul_precision(),
         # Private, but where transformers keeps it; tests/methods/test_targets.py fails when it moves.

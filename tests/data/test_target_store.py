@@ -25,14 +25,16 @@ from elm_trainer.data.target_store import (
     choose,
     decode_ids,
     decode_probs,
+    decode_states,
     encode_floats,
     encode_ids,
     encode_probs,
+    encode_states,
     fill_store,
     id_bytes,
-    rows_digest,
-    target_key,
 )
+from elm_trainer.files import json_sha256
+from elm_trainer.methods.rows import rows_digest
 
 from .targets import assert_row, layout, make_row, make_rows, positions, store_of
 
@@ -198,6 +200,30 @@ def test_what_is_no_probability_is_refused(value):
         encode_probs(torch.tensor([0.5, value]))
 
 
+@given(st.lists(st.floats(-3e8, 3e8, width=32), min_size=1, max_size=8))
+def test_a_state_beyond_float16_comes_back_within_its_rounding(values):
+    states = torch.tensor([values, [0.001] * len(values)])
+    stored = encode_states(states)
+    assert stored.dtype == torch.float16 and stored.shape == (2, len(values) + 1) and stored.isfinite().all()
+    largest = states.abs().amax(-1, keepdim=True)
+    # Half of the last of 11 bits; below that, of the smallest step of float16 beside the largest value.
+    assert ((decode_states(stored) - states).abs() <= 2**-11 * states.abs() + 2**-24 * largest.clamp(min=1)).all()
+
+
+def test_a_state_within_float16_is_stored_as_it_is_there():
+    states = torch.tensor([[65504.0, -1e-7, 3.14159], [0.0, 0.0, 0.0]])
+    assert torch.equal(encode_states(states)[:, :-1], states.half())
+    # Gemma's first token.
+    states = torch.tensor([98538.0, -29.0])
+    torch.testing.assert_close(decode_states(encode_states(states)), states, rtol=2**-11, atol=0)
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_a_state_that_is_not_finite_is_refused(value):
+    with pytest.raises(FloatingPointError, match="the model's logits are not finite"):
+        encode_states(torch.tensor([[0.5, value]]))
+
+
 @pytest.mark.parametrize("value", [math.nan, -math.inf])
 def test_a_weight_that_is_not_finite_is_refused(value):
     with pytest.raises(FloatingPointError, match="NaN or infinite"):
@@ -321,10 +347,10 @@ def test_many_rows_are_read_whole():
 
 def test_a_key_depends_on_every_value_and_not_on_their_order():
     parts = {"settings": {"eta": 1.0, "top_k": 50}, "versions": {"torch": "2"}}
-    found = target_key(parts)
-    assert target_key({name: parts[name] for name in reversed(parts)}) == found
-    assert target_key(parts | {"settings": {"eta": 2.0, "top_k": 50}}) != found
-    assert target_key(parts | {"versions": {"torch": "3"}}) != found
+    found = json_sha256(parts)
+    assert json_sha256({name: parts[name] for name in reversed(parts)}) == found
+    assert json_sha256(parts | {"settings": {"eta": 2.0, "top_k": 50}}) != found
+    assert json_sha256(parts | {"versions": {"torch": "3"}}) != found
     assert len(found) == 64
 
 

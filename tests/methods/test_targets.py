@@ -16,7 +16,7 @@ import torch
 from datasets import concatenate_datasets
 
 from elm_trainer import ConceptSources, build_erasure_dataset
-from elm_trainer.data.target_store import target_key
+from elm_trainer.files import json_sha256
 from elm_trainer.methods.targets import default_targets_dir, precompute_targets
 
 from ..processes import run
@@ -216,12 +216,12 @@ def test_methods_do_not_share_a_folder(make):
 def test_every_part_of_a_key_is_written_down_and_counts(make):
     store = store_of(make())
     key = json.loads((store.folder / "targets.json").read_text(encoding="utf-8"))["key"]
-    assert store.folder.name == target_key(key)
+    assert store.folder.name == json_sha256(key)
     assert key["versions"] == {name: version(name) for name in ("torch", "transformers", "peft")}
     assert key["attention"] == "sdpa" and key["layout"]["format"] == 1 and key["device"] == "cpu"
     for name, value in key.items():
         changed = {**value, "more": 1} if isinstance(value, dict) else f"{value}!"
-        assert target_key(key | {name: changed}) != store.folder.name
+        assert json_sha256(key | {name: changed}) != store.folder.name
 
 
 SAME = {
