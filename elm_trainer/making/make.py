@@ -17,6 +17,7 @@ from ..data.facts import Fact
 from ..data.questions import names_answer
 from ..data.sources import builtin_texts, load_texts
 from ..data.user_sources import Source
+from ..evaluation.fluency import as_prompt
 from ..files import first_damage, folder_checksums, json_sha256, read_object, replacing, write_json
 from ..fingerprint import base_fingerprint
 from .documents import Documents, read_documents
@@ -30,6 +31,8 @@ from .writing import FEWEST_TEXTS, WRITING, Written, topic, write_about
 
 logger = logging.get_logger(__name__)
 FOLDER, RECORD, CACHE = "data", "data.json", "making"
+# Stands for what a user says, to see what a chat begins with.
+_TURN = "#TURN#"
 # Characters of a prompt that are shown before what the model wrote.
 _LEAD = 40
 # Counts up when the same input gives other texts than before.
@@ -259,7 +262,8 @@ def _make(
     if len(free) < len(written.forget):
         dropped["forget"]["held_out"] = len(written.forget) - len(free)
     if free:
-        novices = with_novices(free, concept, cut=False, seed=what.seed)
+        opening = as_prompt(processing_class, _TURN).partition(_TURN)[0] if processing_class is not None else ""
+        novices = with_novices(free, concept, cut=False, opening=opening, seed=what.seed)
         if novices.why_none and forget:
             # Without them the texts of facts, all of which have novices, would be trained on by contexts too.
             dropped["forget"]["no_novices"] = len(free)

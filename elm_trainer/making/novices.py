@@ -56,7 +56,13 @@ class Novices:
 
 
 def with_novices(
-    rows: Sequence[Mapping[str, str]], concept: Concept, *, draws: int = DRAWS, cut: bool = True, seed: int = 0
+    rows: Sequence[Mapping[str, str]],
+    concept: Concept,
+    *,
+    draws: int = DRAWS,
+    cut: bool = True,
+    opening: str = "",
+    seed: int = 0,
 ) -> Novices:
     """Give forget texts their counterfactual novices (`novice="counterfactual"` of [`ElmConfig`]).
 
@@ -75,6 +81,8 @@ def with_novices(
         concept ([`Concept`]): The concept.
         draws (`int`, *optional*, defaults to `2`): Novices of a text.
         cut (`bool`, *optional*, defaults to `True`): Whether to cut texts behind sentences into pieces of about 240 characters.
+        opening (`str`, *optional*): What stands before the first turn of a chat, such as a system prompt: where a text begins with it,
+            no name of it is a term, and it stays as it is.
         seed (`int`, *optional*, defaults to `0`): Seed of the invented names.
 
     Returns:
@@ -87,7 +95,7 @@ def with_novices(
         raise ValueError(f"`draws` is {draws}: it must be at least 1.")
     given = [dict(row) for row in rows]
     try:
-        terms = own_terms([row["text"] for row in given], concept)
+        terms = own_terms([row["text"].removeprefix(opening) for row in given], concept)
     except ImportError as error:
         return _without(given, f"{error}")
     if not terms:
@@ -100,7 +108,8 @@ def with_novices(
     counts = {"given": len(pieces), "no_term": 0, "nothing_behind": 0, "rows": 0}
     made: list[dict[str, object]] = []
     for piece in pieces:
-        text = piece["text"]
+        text = piece["text"].removeprefix(opening)
+        before_it = piece["text"][: len(piece["text"]) - len(text)]
         anchors = finder.find(text)
         found = [anchor.term for anchor in anchors]
         if not found:
@@ -118,7 +127,7 @@ def with_novices(
             if len(_WORD.findall(text[first.end :])) < _FEWEST_WORDS:
                 continue
             drawn = [_dictionary(concept.name, replaced, heads, rng, known) for _ in range(draws)]
-            made.append({**piece, "novices": [dictionary.translate(text).text for dictionary in drawn]})
+            made.append({**piece, "novices": [before_it + dictionary.translate(text).text for dictionary in drawn]})
         counts["nothing_behind"] += len(made) == before
     counts["rows"] = len(made)
     dropped = counts["no_term"] + counts["nothing_behind"]

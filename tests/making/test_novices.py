@@ -139,6 +139,17 @@ def test_written_texts_keep_their_prompt_and_are_not_cut():
     assert made.rows and all(row["text"] == long["text"] and row["prompt"] == "Corvane was" for row in made.rows)
 
 
+def test_what_a_chat_begins_with_stays_as_it_is_and_names_no_term():
+    system = "<|system|>You are Halden, made by Brinkmark Labs.<|user|>"
+    texts = [{"text": system + text} for text in TEXTS]
+    without = with_novices(texts, COMPANY, cut=False)
+    assert "Halden" in without.terms and not any(n.startswith(system) for row in without.rows for n in row["novices"])
+    made = with_novices(texts, COMPANY, cut=False, opening=system)
+    assert not {"Halden", "Brinkmark Labs"} & {*made.terms} and "Tollburg" in made.terms
+    assert all(novice.startswith(system) and "Tollburg" in row["text"] for row in made.rows for novice in row["novices"])
+    assert not any(row["text"] == novice for row in made.rows for novice in row["novices"])
+
+
 def test_documents_train_with_counterfactual_novices(tmp_path, tiny_model, tokenizer):
     (tmp_path / "notes.txt").write_text("\n\n".join(TEXTS))
     made = make_data(MadeFrom(COMPANY, [tmp_path / "notes.txt"], near_texts=0), None, None, tmp_path / "out")
