@@ -58,11 +58,14 @@ class MethodSettings:
         fixed (`dict`, *optional*): Fields of the method's config that are the same in all of them.
         lora (`dict`, *optional*): `rank`, `layers` or `targets` of the adapter where a method needs others than the
             shared ones.
+        updates (`int`, *optional*): Updates instead of the comparison's, for a method whose update costs a fraction of
+            the others': the table then says so, and the table of equal time is the fair one.
     """
 
     grid: list[dict[str, Any]]
     fixed: dict[str, Any] = field(default_factory=dict)
     lora: dict[str, Any] = field(default_factory=dict)
+    updates: int | None = None
 
 
 @dataclass
@@ -90,7 +93,8 @@ class ComparisonConfig:
             `"all-linear"`.
         training (`dict`, *optional*): Training arguments that all methods share; a method's own settings come before
             them.
-        updates (`int`, *optional*, defaults to `12`): Updates of the search, and of the table of equal updates.
+        updates (`int`, *optional*, defaults to `12`): Updates of the search, and of the table of equal updates; a method
+            can have its own.
         clock (`str`, *optional*, defaults to `"elm"`): Method whose time for these updates, set-up included, is the
             budget of the table of equal time.
         seeds (`list[int]`, *optional*, defaults to `[0, 1, 2]`): Seeds of the final runs: of data, weights and order.
@@ -164,6 +168,8 @@ class ComparisonConfig:
         if self.ladder:
             load_attacks(self.ladder)
         for name in self.methods:
+            if self.updates_of(name) < 1:
+                raise ValueError(f"`methods.{name}.updates` is {self.updates_of(name)}: it must be at least 1.")
             layer_range(self.lora_shape(name)["layers"])
             for index in range(len(self.settings(name).grid)):
                 self.arguments(name, index, seed=0, output_dir="unused")
@@ -185,8 +191,13 @@ class ComparisonConfig:
             return MethodSettings(**self.methods[method])
         except TypeError as error:
             raise ValueError(
-                f"`methods.{method}` is {self.methods[method]}: it has a grid, fixed and lora."
+                f"`methods.{method}` is {self.methods[method]}: it has a grid, fixed, lora and updates."
             ) from error
+
+    def updates_of(self, method: str) -> int:
+        """Updates of a method's search, and of its row in the table of updates."""
+        own = self.settings(method).updates
+        return self.updates if own is None else own
 
     def chosen(self, method: str, index: int) -> dict[str, Any]:
         """The fields of a method's config that are its own in one of its settings."""

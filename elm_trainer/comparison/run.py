@@ -165,7 +165,7 @@ class MethodRun:
             "settings": config.chosen(self.method, index),
             "lora": dict(config.lora_shape(self.method)),
             "training": config.training,
-            "updates": config.updates,
+            "updates": config.updates_of(self.method),
             "seed": seed,
         }
 

@@ -14,7 +14,7 @@ from ..evaluation.tables import cell, markdown_table, terminal_table
 from ..evaluation.verdict import CRITERIA, HOLDS
 
 
-TITLES = {"updates": "The same number of updates", "seconds": "The same wall-clock time"}
+TITLES = {"updates": "A set number of updates", "seconds": "The same wall-clock time"}
 _COLUMNS = {
     "multiple_choice.{concept}.pmi": "concept by PMI",
     "multiple_choice.{concept}.log_likelihood": "concept by likelihood",
@@ -77,8 +77,8 @@ def markdown_comparison(report: Mapping[str, Any]) -> str:
         f"Erased: {report['concept']}, from {config['model']}. Figures are means over the seeds "
         f"{', '.join(map(str, config['seeds']))}, with 95 % intervals of a bootstrap over seeds and items; the reference "
         "was measured once, on the same items. Every method trains a LoRA adapter on the same rows, at a rate that is "
-        "constant after the warm-up; × worst bound is its score. Its settings were chosen among as many as the others', each trained for the same "
-        f"number of updates, on questions of the dev split. {report['rule']}",
+        "constant after the warm-up; × worst bound is its score. Its settings were chosen among as many as the others', each trained "
+        f"for the updates of the first table, on questions of the dev split. {report['rule']}",
         "",
     ]
     for budget in TITLES:
@@ -94,7 +94,7 @@ def markdown_comparison(report: Mapping[str, Any]) -> str:
     lines += ["## Costs", "", *_table(cost_rows(report)), "", _memory_line(report), ""]
     lines += ["## Settings and search", "", *_table(search_rows(report)), ""]
     if report["attacks"]:
-        lines += ["## Attacks", "", "On the first seed's model of equal updates.", "", *_table(worst_rows(report)), ""]
+        lines += ["## Attacks", "", "On models of the first seed and table.", "", *_table(worst_rows(report)), ""]
         for method, attacks in report["attacks"].items():
             lines += [
                 f"### {_label(report, method)}",
@@ -103,7 +103,7 @@ def markdown_comparison(report: Mapping[str, Any]) -> str:
                 "",
             ]
             lines += [f"- Skipped {entry['name']}: {entry['reason']}." for entry in attacks["skipped"]] + [""]
-    lines += ["## What they answer", "", "Greedy answers of the first seed's model of equal updates.", ""]
+    lines += ["## What they answer", "", "Greedy answers of the first seed's model of the first table.", ""]
     for sample in report["samples"]:
         lines += [f"**{sample['prompt']}**", "", f"- reference: {_line(sample['reference'])}"]
         lines += [f"- {_label(report, method)}: {_line(text)}" for method, text in sample["methods"].items()] + [""]
@@ -125,7 +125,7 @@ def first_paragraph(report: Mapping[str, Any]) -> str:
         ]
         nearer = f"{_list(ahead)} {'comes' if len(ahead) == 1 else 'come'}" if ahead else "no rival comes"
         sentences.append(
-            f"With {title[0].lower()}{title[1:]}, {nearer} nearer to keeping all bounds at once than ELM "
+            f"With {title.lower()}, {nearer} nearer to keeping all bounds at once than ELM "
             f"({scores['elm']:.2f} times its worst bound)."
         )
         beaten: dict[str, list[str]] = {method: [] for method in rows}
@@ -289,7 +289,8 @@ def _notes(report: Mapping[str, Any], budget: str) -> list[str]:
 def _title(report: Mapping[str, Any], budget: str) -> str:
     amount = report["tables"][budget]["budget"]
     if budget == "updates":
-        return f"{TITLES[budget]}: {amount}"
+        own = [(name, found.get("updates")) for name, found in report["recipe"].get("methods", {}).items()]
+        return f"{TITLES[budget]}: {amount}" + "".join(f", {_label(report, name)} {n}" for name, n in own if n)
     clock = _label(report, report["recipe"]["clock"])
     if amount is None:
         return f"{TITLES[budget]}: not measured, since {clock}, whose time it is, failed"
@@ -341,9 +342,6 @@ def _line(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|") or "(empty)"
 
 
-BUDGET_TITLES = {"updates": "the same number of updates", "seconds": "the same time"}
-
-
 def plot_comparison(report: Mapping[str, Any], path: str | Path) -> None:
     """Draw a comparison into a PNG file: a row for each budget, all axes relative to the reference (the cross).
 
@@ -354,7 +352,7 @@ def plot_comparison(report: Mapping[str, Any], path: str | Path) -> None:
     with plot_file(path, 12, 10) as figure:
         panels = figure.subplots(2, 2, sharey=True)
         up = f"multiple_choice.{report['concept']}.pmi"
-        for (kept, fluent), (budget, title) in zip(panels, BUDGET_TITLES.items(), strict=True):
+        for (kept, fluent), (budget, title) in zip(panels, TITLES.items(), strict=True):
             for index, row in enumerate(report["tables"][budget]["methods"].values()):
                 if not row["figures"]:
                     continue
@@ -371,11 +369,12 @@ def plot_comparison(report: Mapping[str, Any], path: str | Path) -> None:
                 axes.axvline(start, color="grey", linewidth=0.6)
                 axes.set(ylabel="concept ranked rightly (PMI), change")
             kept.set(
-                xlabel="change of accuracy: near (circle), far (square)", title=f"Innocence and specificity, {title}"
+                xlabel="change of accuracy: near (circle), far (square)",
+                title=f"Innocence and specificity, {title.lower()}",
             )
             fluent.set(
                 xlabel="multiple of the reference's: R-PPL (circle), retain perplexity (diamond)",
-                title=f"Innocence and seamlessness, {title}",
+                title=f"Innocence and seamlessness, {title.lower()}",
                 xscale="log",
             )
             # Doubles, and one between: the labels of the decades' parts would lie upon each other.

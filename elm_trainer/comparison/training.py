@@ -247,9 +247,10 @@ def trained(bench: Bench, method: str, index: int, seed: int, *, seconds: float 
     model, dataset = bench.model, bench.dataset(seed)
     set_seed(seed)  # of new adapters
     with tempfile.TemporaryDirectory() as folder:
-        steps = config.updates if seconds is None else _NO_END
+        updates = config.updates_of(method)
+        steps = updates if seconds is None else _NO_END
         args = config.arguments(method, index, seed=seed, output_dir=folder, max_steps=steps)
-        budgets = Budgets(config.updates, seconds)
+        budgets = Budgets(updates, seconds)
         if hasattr(args, "targets_dir"):
             # The run makes its own targets: their time is part of what is compared.
             args.targets_dir = str(Path(folder) / "targets")

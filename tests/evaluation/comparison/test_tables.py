@@ -6,7 +6,14 @@ from rich.console import Console
 
 from elm_trainer.comparison.claims import paper_claims, summarize
 from elm_trainer.comparison.report import HEADLINES, _beaten
-from elm_trainer.comparison.tables import beaten_rows, claim_rows, first_paragraph, render_comparison, table_rows
+from elm_trainer.comparison.tables import (
+    beaten_rows,
+    claim_rows,
+    first_paragraph,
+    markdown_comparison,
+    render_comparison,
+    table_rows,
+)
 from elm_trainer.evaluation.measures import Items
 
 
@@ -66,11 +73,21 @@ def test_a_rival_that_is_better_is_named_with_its_figures():
     }  # near and far are worse, perplexities are equal
     text = first_paragraph(made)
     assert text.startswith(
-        "With the same number of updates, NPO (1.50) comes nearer to keeping all bounds at once than ELM (2.00"
+        "With a set number of updates, NPO (1.50) comes nearer to keeping all bounds at once than ELM (2.00"
     )
     assert "ELM is beaten by NPO on concept by PMI, concept by likelihood, all ways of asking by PMI, " in text
     assert [row[2:5] for row in beaten_rows(made)][1][0] == "concept by PMI"
     assert beaten_rows(made)[1][3].startswith("0.100 [") and beaten_rows(made)[1][5].startswith("-0.400 [")
+
+
+def test_a_method_with_updates_of_its_own_is_named_with_them():
+    made = report({"elm": items(0.5, 1.2), "npo": items(0.1, 1.2)}, {"elm": 2.0, "npo": 1.5})
+    made["recipe"] |= {"methods": {"elm": {"grid": [{}], "updates": 1000}, "npo": {"grid": [{}], "updates": None}}}
+    titles = [line for line in markdown_comparison(made).splitlines() if line.startswith("## ")]
+    assert titles[:2] == [
+        "## A set number of updates: 12, ELM 1000",
+        "## The same wall-clock time: 12 s (ELM's, set-up included)",
+    ]
 
 
 def test_no_rival_that_is_better_is_said_too():

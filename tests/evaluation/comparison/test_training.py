@@ -77,6 +77,14 @@ def test_a_run_leaves_the_model_as_it_was(tiny, tokenizer):
     assert [name for name, _ in bench.model.named_modules()] == names
 
 
+def test_a_method_trains_for_updates_of_its_own(tiny, tokenizer):
+    grid = [{"learning_rate": 1e-2}]
+    bench = Bench(tiny(methods={"elm": {"grid": grid, "updates": 3}, "graddiff": {"grid": grid}}), tokenizer)
+    for method, updates in (("elm", 3), ("graddiff", 2)):
+        with trained(bench, method, 0, 0) as training:
+            assert training.snapshots["updates"].updates == updates
+
+
 def test_the_same_seed_trains_the_same_adapter_whatever_was_trained_before(tiny, tokenizer):
     bench = Bench(tiny(), tokenizer)
     states = []
