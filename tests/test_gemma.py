@@ -6,7 +6,15 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from elm_trainer import ConceptSources, ElmConfig, ElmTrainer, build_erasure_dataset, load_bank
+from elm_trainer import (
+    ConceptSources,
+    ElmConfig,
+    ElmTrainer,
+    build_erasure_dataset,
+    find_readout,
+    load_bank,
+    load_texts,
+)
 from elm_trainer.data.tokens import text_ids
 from elm_trainer.evaluation.fluency import as_prompt, generate
 from elm_trainer.evaluation.likelihood import log_likelihoods
@@ -98,17 +106,33 @@ def test_prompts_answered_together_get_the_answers_they_get_alone(gemma):
     assert together[1].startswith(" Tokyo")
 
 
-def test_two_steps_of_training_move_the_adapter(gemma, tmp_path):
+def test_capitals_are_read_out_at_one_layer(gemma):
+    model, tokenizer = gemma
+    found = find_readout(model, load_texts("capitals", processing_class=tokenizer), tokenizer)
+    assert found.lora_layers == "12" and found.shares[11] < 0.2
+
+
+READOUT = {
+    "novice": "counterfactual", "erase_weight": 0.0, "state_weight": 1.0, "state_layers": [12], "retain_loss": "states",
+    "consistency_weight": 0.0, "precompute_targets": True,
+}  # fmt: skip
+
+
+# With states, the first token's are stored, which float16 cannot hold.
+@pytest.mark.parametrize(("fields", "layer"), [({}, 8), (READOUT, 12)], ids=["contexts", "states"])
+def test_two_steps_of_training_move_the_adapter(gemma, tmp_path, fields, layer):
     model, tokenizer = gemma
     sources = ConceptSources("capitals", ["capitals-near", "everyday"], "capitals-fluent")
     dataset = build_erasure_dataset({"capitals": sources}, size=8, processing_class=tokenizer, seed=0)
     config = ElmConfig(
         str(tmp_path), max_steps=2, per_device_train_batch_size=4, max_length=32, learning_rate=1e-3, bf16=False,
         gradient_checkpointing=False, report_to="none", save_strategy="no", logging_steps=1,
+        targets_dir=str(tmp_path / "targets"), **fields,
     )  # fmt: skip
-    lora = LoraConfig(r=4, layers_to_transform=[8], target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    lora = LoraConfig(r=4, layers_to_transform=[layer], target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
     trainer = ElmTrainer(model, config, train_dataset=dataset, processing_class=tokenizer, peft_config=lora)
     before = trained(trainer.model)
     trainer.train()
     assert all(not torch.equal(weight, before[name]) for name, weight in trained(trainer.model).items())
     assert all(torch.isfinite(torch.tensor(entry["loss"])) for entry in trainer.state.log_history if "loss" in entry)
+    trainer.model.unload()

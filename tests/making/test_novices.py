@@ -146,7 +146,9 @@ def test_what_a_chat_begins_with_stays_as_it_is_and_names_no_term():
     assert "Halden" in without.terms and not any(n.startswith(system) for row in without.rows for n in row["novices"])
     made = with_novices(texts, COMPANY, cut=False, opening=system)
     assert not {"Halden", "Brinkmark Labs"} & {*made.terms} and "Tollburg" in made.terms
-    assert all(novice.startswith(system) and "Tollburg" in row["text"] for row in made.rows for novice in row["novices"])
+    assert all(
+        novice.startswith(system) and "Tollburg" in row["text"] for row in made.rows for novice in row["novices"]
+    )
     assert not any(row["text"] == novice for row in made.rows for novice in row["novices"])
 
 
