@@ -312,9 +312,9 @@ class ElmTrainer(ErasureTrainer):
             parts: list[dict[str, torch.Tensor]] = [{} for _ in inputs["forget"]["lengths"]]
             weights = term_weights(args) | {"consistency": 0.0}
             batches = weighted_batches(inputs, by_batch(weights))
-            for term, batch in batches.items():
-                counts = torch.bincount(batch["rows"], minlength=len(parts)).tolist()
-                for key, values in self.target(self.model, term, batch).items():
+            for term, made in self.targets(self.model, batches).items():
+                counts = torch.bincount(batches[term]["rows"], minlength=len(parts)).tolist()
+                for key, values in made.items():
                     name = f"{SUB_BATCHES[term]}_{key}"
                     if name not in layout.fields:
                         continue

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, has_compiled_regions
 from peft import PeftModel
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -305,6 +305,7 @@ class PackedForward:
             packing.slots[torch.cat(supervised)],
             plans,
             unwrapped.config.get_text_config().vocab_size,
+            has_compiled_regions(model),
         )
         with reader.reading():
             logits = run_packed(model, parts, packing)

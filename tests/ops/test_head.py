@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GPT2Config, GraniteConfig, LlamaConfig
 
 from elm_trainer.ops import STATES, FinalLogits, KeepPositions, ReadHead, final_logits, read_positions
@@ -156,6 +157,50 @@ def test_autocast_keeps_no_cast_of_a_forward_without_gradients():
         assert torch.is_autocast_cache_enabled()
     assert after.requires_grad
     torch.testing.assert_close(after, before + 3, rtol=0.02, atol=0.02)
+
+
+class Casts(TorchDispatchMode):
+    """Counts the casts of tensors of a shape."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.shape, self.count = shape, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._to_copy.default and args[0].shape == self.shape
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("frozen", "compiled", "readings", "casts"),
+    [
+        (True, False, [STATES], 0),
+        (True, False, [None], 1),
+        (True, False, [lambda logits, where: logits.float().logsumexp(-1), STATES], 1),
+        (True, True, [STATES], 1),  # left to autocast
+        (False, False, [STATES], 1),
+    ],
+)
+def test_a_frozen_head_is_cast_once_or_not_at_all(frozen, compiled, readings, casts, chunk_of):
+    model = tiny(LlamaConfig(**SIZES))
+    ids, head = torch.arange(6, 18).view(2, 6), model.get_output_embeddings()
+    head.weight.requires_grad_(not frozen)
+    plans, places = [Plan(12 // len(readings), reading) for reading in readings], torch.arange(12)
+    chunk_of(12)  # of two positions, for a vocabulary of 64
+    found = []
+    for spares in (False, True):
+        reader = ReadHead(head, FinalLogits(), places, plans, 64, compiled or not spares)
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16), Casts(head.weight.shape) as counted, reader.reading():
+            logits = model(input_ids=ids).logits
+            read = reader.results(logits)
+        # What enters the head has no gradient, so that the model's own output must keep the graph whole.
+        (sum(part.float().sum() for part in read) + 0 * logits.float().sum()).backward()
+        found.append((read, model.model.layers[0].self_attn.q_proj.weight.grad.clone()))
+    assert counted.count == casts and "forward" not in vars(head)
+    for before, after in zip(found[0][0], found[1][0], strict=True):
+        assert torch.equal(before, after) and before.dtype == after.dtype
+    assert torch.equal(found[0][1], found[1][1])
 
 
 def test_a_model_that_does_something_else_to_its_logits_is_named():
