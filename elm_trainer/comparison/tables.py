@@ -378,7 +378,8 @@ def plot_comparison(report: Mapping[str, Any], path: str | Path) -> None:
                 xscale="log",
             )
             # Doubles, and one between: the labels of the decades' parts would lie upon each other.
-            fluent.xaxis.set_major_locator(LogLocator(base=2, subs=(1, 1.5)))
+            low, high = fluent.get_xlim()
+            fluent.xaxis.set_major_locator(LogLocator(10) if high > 40 * low else LogLocator(2, subs=(1, 1.5)))
             fluent.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
             fluent.xaxis.set_minor_locator(NullLocator())
         marks = [
