@@ -93,8 +93,8 @@ class ComparisonConfig:
             `"all-linear"`.
         training (`dict`, *optional*): Training arguments that all methods share; a method's own settings come before
             them.
-        updates (`int`, *optional*, defaults to `12`): Updates of the search, and of the table of equal updates; a method
-            can have its own.
+        updates (`int`, *optional*, defaults to `12`): Updates of the search, and of the table of a set number of updates;
+            a method can have its own.
         clock (`str`, *optional*, defaults to `"elm"`): Method whose time for these updates, set-up included, is the
             budget of the table of equal time.
         seeds (`list[int]`, *optional*, defaults to `[0, 1, 2]`): Seeds of the final runs: of data, weights and order.

@@ -4,6 +4,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any, TypeAlias
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -238,6 +239,8 @@ class PackedForward:
         self._pad_to_multiple_of = pad_to_multiple_of
         self._final_logits: FinalLogits | None = None
         self._texts_interact: bool | None = None
+        # Whether `torch.compile` has parts of it, by model: the wrapped one is another than the one of before.
+        self._compiled: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
     def read(
         self,
@@ -298,6 +301,8 @@ class PackedForward:
             )
             for name, own in zip(batches, supervised, strict=True)
         ]
+        if model not in self._compiled:
+            self._compiled[model] = has_compiled_regions(model)
         unwrapped = self._unwrap(model)
         reader = ReadHead(
             unwrapped.get_output_embeddings(),
@@ -305,7 +310,7 @@ class PackedForward:
             packing.slots[torch.cat(supervised)],
             plans,
             unwrapped.config.get_text_config().vocab_size,
-            has_compiled_regions(model),
+            self._compiled[model],
         )
         with reader.reading():
             logits = run_packed(model, parts, packing)

@@ -15,7 +15,7 @@ from ..data.collator import ElmDataCollator
 from ..data.packing import Packing
 from ..modeling import decoder_layers, evaluating
 from ..ops import STATES
-from ..ops.head import without_gradients
+from ..ops.head import standing_in, without_gradients
 from .forward import visits
 
 
@@ -182,7 +182,7 @@ class FrozenLayers:
             found.append(args[0] if args else kwargs["hidden_states"])
             return self._given(found[-1])
 
-        with _standing_in(
+        with standing_in(
             {self._layers[self._first]: entered} | self._passing(range(self._first + 1, len(self._layers)))
         ):
             self._run(model, batches)
@@ -213,7 +213,7 @@ class FrozenLayers:
             instead |= self._passing(range(self._first - 1))
             # Not in front of the trained layer, which gradient checkpointing runs again when this no longer holds.
             instead[self._layers[self._first - 1]] = lambda *args, **kwargs: self._given(entering)
-        with _standing_in(instead):
+        with standing_in(instead):
             yield
 
     def _stands(
@@ -250,19 +250,3 @@ class FrozenLayers:
                 f"{type(read).__name__} gives something else where layers stand aside, so each step runs all of them."
             )
         return same
-
-
-@contextmanager
-def _standing_in(instead: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """While this holds, modules run what stands in for their `forward`."""
-    own = {module: vars(module).get("forward") for module in instead}
-    try:
-        for module, forward in instead.items():
-            module.forward = forward  # type: ignore[method-assign]
-        yield
-    finally:
-        for module, forward in own.items():
-            if forward is None:
-                del module.forward
-            else:
-                module.forward = forward  # type: ignore[method-assign]

@@ -16,14 +16,7 @@ from peft import LoraConfig, PeftModel
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from ..data.target_store import (
-    RowTargets,
-    TargetLayout,
-    TargetStore,
-    choose,
-    fill_store,
-    remove_locks,
-)
+from ..data.target_store import RowTargets, TargetLayout, TargetStore, choose, fill_store, remove_locks
 from ..files import json_sha256
 from ..fingerprint import base_fingerprint, bit_sums
 from ..modeling import is_partitioned
