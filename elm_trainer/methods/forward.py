@@ -235,7 +235,9 @@ class PackedForward:
         processing_class: PreTrainedTokenizerBase,
         pad_to_multiple_of: int | None = None,
     ):
-        self._unwrap, self._processing_class = unwrap, processing_class
+        self._unwrap_model, self._processing_class = unwrap, processing_class
+        # Accelerate asks the environment which libraries are installed each time, which takes milliseconds.
+        self._unwrapped: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
         self._pad_to_multiple_of = pad_to_multiple_of
         self._final_logits: FinalLogits | None = None
         self._texts_interact: bool | None = None
@@ -315,6 +317,11 @@ class PackedForward:
         with reader.reading():
             logits = run_packed(model, parts, packing)
         return dict(zip(batches, reader.results(logits), strict=True))
+
+    def _unwrap(self, model: nn.Module) -> Any:
+        if model not in self._unwrapped:
+            self._unwrapped[model] = self._unwrap_model(model)
+        return self._unwrapped[model]
 
     def pack(self, model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> Packing:
         """How the texts of sub-batches are laid into rows, on their device."""
