@@ -53,14 +53,17 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 _TESTED = {
+    "readout": "the texts are documents with novices: of these it forgets more than in log space",
     "log-space": "every text has novices: the best found on dev questions of SmolLM2-135M",
     "contexts": "not every text has novices: the paper's, at a rate for LoRA",
 }
 # Short rows are fastest attended to by plain products, of few shapes; in bfloat16 they need `use_cpu`.
 _ON_CPU = {"use_cpu": True, "attn_implementation": "eager", "pad_to_multiple_of": 8}
 # Fewest and most rows, and how often each is seen: together about as many as the recipes of the two objectives train on.
-_ROWS = {"readout": (1024, 1024), "log-space": (512, 512), "contexts": (128, 1024)}
+_ROWS = {"readout": (256, 1024), "log-space": (512, 512), "contexts": (128, 1024)}
 _EPOCHS = {"readout": 10.0, "log-space": 2.0, "contexts": 3.0}
+# States are led slowly, where there are few rows too.
+_FEWEST_STEPS = 600
 # Bounds of the longest text in tokens.
 _LENGTHS = (80, 256)
 
@@ -238,6 +241,7 @@ def objective_settings(
     longest: int,
     *,
     counterfactual: bool,
+    documents: bool = False,
     given: Mapping[str, Any] | None = None,
     attention: Sequence[str] = (),
 ) -> dict[str, Choice]:
@@ -245,12 +249,14 @@ def objective_settings(
 
     The rules:
 
-    - **objective and schedule**: of `OBJECTIVES` that in log space where every text has `novices`, else that of contexts. A given
-      `objective` decides instead, or else a given `novice` or `preset`.
-    - **rows**: with counterfactual novices 512, as in the recipe: of fewer texts some are repeated, and of more the first are
-      taken, which tell of all facts alike ([`facts_texts`]). With contexts as many as there are texts, from 128 to 1024.
-    - **steps**: six passes over the rows at the readout, two in log space, three with contexts; a given `max_steps` decides instead.
-      Fewer steps than one pass are no way to save time, since the targets of rows that are read once are computed for nothing.
+    - **objective and schedule**: of `OBJECTIVES` that in log space where every text has `novices`, or at the readout if they are
+      pieces of documents, else that of contexts. A given `objective` decides instead, or else a given `novice` or `preset`.
+    - **rows**: in log space 512, as in the recipe: of fewer texts some are repeated, and of more the first are
+      taken, which tell of all facts alike ([`facts_texts`]). At the readout as many as there are texts, from 256 to 1024, with
+      contexts from 128 to 1024.
+    - **steps**: ten passes over the rows at the readout, but at least 600 steps, two passes in log space, three with contexts; a given
+      `max_steps` decides instead. Fewer steps than one pass are no way to save time, since the targets of rows that are read once are
+      computed for nothing.
     - **length**: that of the longest forget text in tokens, rounded up to a multiple of 8, at least 80 and at most 256.
     - **checkpoints**: one after each quarter of the steps, of which the last is kept, so that a run can go on.
 
@@ -258,6 +264,7 @@ def objective_settings(
         texts (`int`): Number of forget texts.
         longest (`int`): Tokens of the longest.
         counterfactual (`bool`): Whether every one has `novices`.
+        documents (`bool`, *optional*, defaults to `False`): Whether they are pieces of documents.
         given (`Mapping[str, Any]`, *optional*): Settings that are given; none of them is chosen.
         attention (`Sequence[str]`, *optional*): The model's [`attention_modules`], which are adapted at the readout.
 
@@ -265,7 +272,7 @@ def objective_settings(
         `dict[str, Choice]`: by name of the option.
     """
     given = dict(given or {})
-    objective, why = _objective(given, counterfactual)
+    objective, why = _objective(given, counterfactual, documents)
     found = {name: Choice(value, why) for name, value in {"objective": objective, **OBJECTIVES[objective]}.items()}
     if objective == "readout" and attention:
         found["lora_targets"] = Choice(",".join(attention), "attention is what reads the answer out")
@@ -279,6 +286,9 @@ def objective_settings(
     found["dataset_size"] = Choice(rows, told)
     if given.get("max_steps", -1) <= 0:
         found["num_train_epochs"] = Choice(_EPOCHS[objective], "about as many rows as in the recipe of this objective")
+        if objective == "readout" and rows * _EPOCHS[objective] < _FEWEST_STEPS * UPDATE_ROWS:
+            passes = float(-(-_FEWEST_STEPS * UPDATE_ROWS // rows))
+            found["num_train_epochs"] = Choice(passes, f"at least {_FEWEST_STEPS} steps of {UPDATE_ROWS} rows")
     low, high = _LENGTHS
     length = min(max(-(-longest // 8) * 8, low), high)
     found["max_length"] = Choice(length, f"the longest forget text has {longest} tokens; at most {high}")
@@ -287,13 +297,13 @@ def objective_settings(
     return {name: choice for name, choice in found.items() if name not in given}
 
 
-def _objective(given: Mapping[str, Any], counterfactual: bool) -> tuple[str, str]:
+def _objective(given: Mapping[str, Any], counterfactual: bool, documents: bool) -> tuple[str, str]:
     """The objective by the rule of [`objective_settings`], and why."""
     if "objective" in given:
         return given["objective"], "`objective` is given"
     novice = given.get("novice") or ("contexts" if "preset" in given else None)
     counterfactual = novice == "counterfactual" if novice else counterfactual
-    objective = "log-space" if counterfactual else "contexts"
+    objective = "contexts" if not counterfactual else "readout" if documents else "log-space"
     return objective, f"`{'novice' if given.get('novice') else 'preset'}` is given" if novice else _TESTED[objective]
 
 

@@ -189,8 +189,8 @@ def test_the_objective_is_that_of_the_recipe_word_for_word(objective, name):
     assert all(name in known for some in OBJECTIVES.values() for name in some)
 
 
-def chosen(texts=600, longest=70, counterfactual=True, **given):
-    found = objective_settings(texts, longest, counterfactual=counterfactual, given=given)
+def chosen(texts=600, longest=70, counterfactual=True, documents=False, **given):
+    found = objective_settings(texts, longest, counterfactual=counterfactual, documents=documents, given=given)
     assert all(choice.reason for choice in found.values()) and not found.keys() & given.keys()
     return {name: choice.value for name, choice in found.items()}
 
@@ -206,7 +206,18 @@ def test_what_the_texts_have_decides_about_the_objective_unless_it_is_given():
         9, 9, counterfactual=True, given={"objective": "readout"}, attention=["q_proj", "attn.c_proj"]
     )
     assert (found["lora_layers"].value, found["lora_targets"].value) == ("auto", "q_proj,attn.c_proj")
-    assert (found["num_train_epochs"].value, found["novice"].value) == (10, "counterfactual")
+    assert found["novice"].value == "counterfactual"
+    # Documents are led where they are read out, unless something else is given or not every piece has novices.
+    assert chosen(documents=True)["state_weight"] == 1 and "log_tokens" not in chosen(documents=True)
+    assert chosen(documents=True, objective="log-space")["log_tokens"] == 8
+    assert chosen(documents=True, counterfactual=False)["preset"] == "paper"
+
+
+@pytest.mark.parametrize(("texts", "rows", "passes"), [(9, 256, 24), (324, 324, 19), (600, 600, 10), (9000, 1024, 10)])
+def test_at_the_readout_there_are_at_least_600_steps(texts, rows, passes):
+    found = chosen(texts, objective="readout")
+    assert (found["dataset_size"], found["num_train_epochs"]) == (rows, passes)
+    assert rows * passes / 10 >= 600 and "num_train_epochs" not in chosen(texts, objective="readout", max_steps=7)
 
 
 @pytest.mark.parametrize("texts", [9, 512, 700, 9000])

@@ -233,7 +233,7 @@ class ConceptRun:
         from ..fitting import objective_settings
 
         what = self.made_from
-        expected = objective_settings(1, 1, counterfactual=True, given=self._given)
+        expected = objective_settings(1, 1, counterfactual=True, documents=bool(what.documents), given=self._given)
         self._line.complete({"bf16": False} | {name: choice.value for name, choice in expected.items()})
         with hushed():
             what.read()
@@ -280,15 +280,15 @@ class ConceptRun:
         from ..fitting import Choice, objective_settings
 
         longest = max(len(ids) for ids in tokenizer(forget["text"][:], add_special_tokens=True)["input_ids"])
-        given = self._given
-        before = self._before
+        given, before = self._given, self._before
         if before:
             # A run whose objective was given, or of an earlier version, shows it by its settings.
             shown = {"readout": before.get("state_weight"), "log-space": before.get("log_tokens"), "contexts": True}
             given = {"objective": before.get("objective", next(filter(shown.get, shown)))} | given
         found = objective_settings(
-            len(forget), longest, counterfactual=counterfactual, given=given, attention=self._attention
-        )
+            len(forget), longest, counterfactual=counterfactual, documents=bool(self.made_from.documents), given=given,
+            attention=self._attention,
+        )  # fmt: skip
         if before:
             found["objective"] = Choice(given["objective"], "as the run had it that goes on")
         # What was found in the model for `auto`.

@@ -6,6 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 from transformers.utils import logging
@@ -107,6 +108,12 @@ def chunks(text: str, longest: int = LONGEST, shortest: int = SHORTEST) -> list[
             else:
                 passages.append(part)
     return passages
+
+
+def sentences(text: str) -> list[str]:
+    """The sentences of a text, as far as punctuation shows them."""
+    ends = [match.end() for match in _SENTENCE_END.finditer(text)]
+    return [part for start, end in pairwise([0, *ends, len(text)]) if (part := text[start:end].strip())]
 
 
 def _sentences_up_to(paragraph: str, longest: int) -> Iterable[str]:

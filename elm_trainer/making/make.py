@@ -36,7 +36,7 @@ _TURN = "#TURN#"
 # Characters of a prompt that are shown before what the model wrote.
 _LEAD = 40
 # Counts up when the same input gives other texts than before.
-_VERSION = 5
+_VERSION = 6
 # Of the texts that a model is to write about a concept, one in so many is written beside facts that it has stated.
 _BESIDE_FACTS = 3
 
@@ -242,7 +242,9 @@ def _make(
     if facts:
         forget += facts_texts(facts, held_out=held_out, processing_class=processing_class, seed=what.seed).to_list()
     if documents:
-        novices = with_novices([{"text": text} for text in documents.texts], concept, seed=what.seed)
+        novices = with_novices(
+            [{"text": text} for text in documents.texts], concept, processing_class=processing_class, seed=what.seed
+        )
         forget += novices.rows
         dropped["documents"] = documents.dropped
     speaks = _speaks_of(concept, facts)

@@ -4,21 +4,25 @@ import calendar
 import random
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..concept import Concept
 from ..data.invented import SMALL_WORDS, invented_name
-from ..methods.anchors import AnchorDictionary, find_terms
-from .documents import chunks
+from ..evaluation.fluency import as_prompt
+from ..methods.anchors import Anchor, AnchorDictionary, find_terms
+from .documents import chunks, sentences
 
 
 logger = logging.get_logger(__name__)
 DRAWS = 2
-# Characters of a piece of a document, about 60 tokens: the fewer names stand in it, the less those that are kept give away.
+# Most characters of a piece of a document, about 60 tokens.
 PIECE = 240
+# How the end of a sentence is asked for.
+_QUESTION, _TURN = "Question: {} …\nAnswer: ", "Complete the sentence: {}"
 # Rows of one text, each of which keeps another name.
 _ROWS = 3
 # Words behind the first replaced name, without which a text asks for nothing.
@@ -61,6 +65,7 @@ def with_novices(
     *,
     draws: int = DRAWS,
     cut: bool = True,
+    processing_class: PreTrainedTokenizerBase | None = None,
     opening: str = "",
     seed: int = 0,
 ) -> Novices:
@@ -80,7 +85,11 @@ def with_novices(
         rows (`Sequence[Mapping]`): Rows with `text`; other columns are kept where texts are not cut.
         concept ([`Concept`]): The concept.
         draws (`int`, *optional*, defaults to `2`): Novices of a text.
-        cut (`bool`, *optional*, defaults to `True`): Whether to cut texts behind sentences into pieces of about 240 characters.
+        cut (`bool`, *optional*, defaults to `True`): Whether to cut texts into pieces. A piece begins with each sentence that holds a
+            term and has at most 240 characters: what an earlier sentence told would be read there, and not known. Every row of a piece
+            then comes three times, as it is, as a question and as a turn of chat that its end answers; in random order, so that the
+            first rows tell of all texts alike.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*): Tokenizer whose chat template turns of chat take.
         opening (`str`, *optional*): What stands before the first turn of a chat, such as a system prompt: where a text begins with it,
             no name of it is a term, and it stays as it is.
         seed (`int`, *optional*, defaults to `0`): Seed of the invented names.
@@ -100,11 +109,13 @@ def with_novices(
         return _without(given, f"{error}")
     if not terms:
         return _without(given, f"no name recurs in the texts, and {concept.name!r} is none")
-    pieces = [{"text": piece} for row in given for piece in chunks(row["text"], PIECE, PIECE // 2)] if cut else given
     known = {word.casefold() for row in given for word in re.findall(r"\w+", row["text"])}
     heads = _heads(terms) | SMALL_WORDS
     entities = _entities(terms, heads)
     finder = _dictionary(concept.name, terms, heads, random.Random(f"{concept.name}-{seed}"), known)
+    pieces: Sequence[dict[str, str]] = given
+    if cut:
+        pieces = [{"text": piece} for piece in dict.fromkeys(p for row in given for p in _pieces(row["text"], finder))]
     counts = {"given": len(pieces), "no_term": 0, "nothing_behind": 0, "rows": 0}
     made: list[dict[str, object]] = []
     for piece in pieces:
@@ -128,7 +139,12 @@ def with_novices(
                 continue
             drawn = [_dictionary(concept.name, replaced, heads, rng, known) for _ in range(draws)]
             made.append({**piece, "novices": [before_it + dictionary.translate(text).text for dictionary in drawn]})
+            if cut:
+                ends = [anchor.start for anchor in anchors if anchor.term not in replaced and anchor.start > first.end]
+                made += _asked_for(text, ends or _ends(text, first.end, anchors), drawn, rng, processing_class)
         counts["nothing_behind"] += len(made) == before
+    if cut:
+        random.Random(f"{concept.name}-rows-{seed}").shuffle(made)
     counts["rows"] = len(made)
     dropped = counts["no_term"] + counts["nothing_behind"]
     if dropped > (1 - _FEWEST) * len(pieces):
@@ -170,6 +186,51 @@ def own_terms(texts: Sequence[str], concept: Concept) -> list[str]:
     ]
     everything = "\n".join(texts)
     return [term for term in dict.fromkeys(terms) if re.search(rf"\b{re.escape(term)}\b", everything, re.IGNORECASE)]
+
+
+def _pieces(text: str, finder: AnchorDictionary) -> list[str]:
+    """A document in pieces, each about the terms of one sentence; what follows without a term belongs to them."""
+    pieces: list[str] = []
+    named = False  # whether the last piece has a term
+    for paragraph in chunks(text, PIECE, 1):
+        for sentence in sentences(paragraph):
+            names = bool(finder.find(sentence))
+            if pieces and not (names and named) and len(pieces[-1]) + 1 + len(sentence) <= PIECE:
+                pieces[-1] += " " + sentence
+                named |= names
+            else:
+                pieces.append(sentence)
+                named = names
+    return pieces
+
+
+def _ends(text: str, start: int, anchors: Sequence[Anchor]) -> list[int]:
+    """Where a text may be broken off behind a place: before words that lie in no name."""
+    words = [match.start() for match in _WORD.finditer(text, start)]
+    return [place for place in words if not any(anchor.start < place < anchor.end for anchor in anchors)]
+
+
+def _asked_for(
+    text: str,
+    ends: Sequence[int],
+    drawn: Sequence[AnchorDictionary],
+    rng: random.Random,
+    processing_class: PreTrainedTokenizerBase | None,
+) -> Iterator[dict[str, object]]:
+    """A text whose end is asked for, as a question and in a chat, each broken off at one of the places."""
+    for frame in (_QUESTION, _TURN) if ends else ():
+        place = rng.choice(ends)
+        begin, rest = text[:place], text[place:]
+        sides = [(begin, rest)]
+        sides += [(dictionary.translate(begin).text, dictionary.translate(rest).text) for dictionary in drawn]
+        framed = []
+        for before, behind in sides:
+            asked = frame.format(before.rstrip())
+            if frame is _TURN:
+                prompt = as_prompt(processing_class, asked) if processing_class is not None else f"{asked}\n"
+                asked = prompt if prompt[-1:].isspace() else prompt + " "
+            framed.append(asked + behind)
+        yield {"text": framed[0], "novices": framed[1:]}
 
 
 def _without(rows: list[dict[str, str]], why: str) -> Novices:

@@ -128,6 +128,19 @@ def test_documents_of_several_kinds_become_one_forget_set_for_the_papers_context
     assert read(folder / "out" / "adapter" / "erasure_run.json")["recipe"]["novice"] == "contexts"
 
 
+def test_documents_with_names_are_led_where_they_are_read_out(folder, capsys):
+    (folder / "notes" / "a.txt").write_text(FIRST + " " + SECOND + " In Tolm they call it the blue of Ada Brimm.")
+    erase("--concept=Varda", "--documents=notes", "--near=near.txt")
+
+    rows = load_texts(folder / "out" / "data" / "forget.jsonl")
+    assert all(len(row["novices"]) == 2 for row in rows)
+    assert {text[:8] for text in rows["text"]} > {"Question"} and FIRST in rows["text"][:]
+    run = read(folder / "out" / "adapter" / "erasure_run.json")["recipe"]
+    tested = {name: value for name, value in OBJECTIVES["readout"].items() if name != "lora_layers"}
+    assert {name: run[name] for name in tested} == tested
+    assert f"state_layers {run['state_layers']}: " in capsys.readouterr().out
+
+
 def test_a_bare_name_is_written_about(folder, monkeypatch, capsys):
     monkeypatch.setattr(writing, "sample_texts", writer)
     monkeypatch.setattr(make, "write_facts", lambda *a, **k: ())
@@ -256,7 +269,7 @@ def test_of_an_unknown_name_nothing_is_written_and_nothing_removed(folder, capsy
         ("--concept Tolm --documents notes --near everday", "did you mean 'everyday'"),
         ("--concept Tolm --documents notes --retain none.txt", "'none.txt'"),
         ("--concept Tolm --documents notes --lora_layers 4to7", "`lora_layers` is '4to7'"),
-        ("--concept Tolm --documents notes --tau 1.2", "`tau` is 1.2 with `log_tokens=8`"),
+        ("--concept Tolm --facts facts.csv --tau 1.2", "`tau` is 1.2 with `log_tokens=8`"),
         ("--concept Tolm --facts facts.csv --dev_every 2", r"no dev questions about \['Tolm'\]"),
     ],
 )

@@ -1,5 +1,6 @@
 import re
 import sys
+from copy import copy
 
 import pytest
 import torch
@@ -80,7 +81,7 @@ def test_each_row_keeps_one_name_and_replaces_all_others():
 
 def test_kinds_are_kept():
     made = rows(*TEXTS)
-    novices = [novice for row in made.rows for novice in row["novices"]]
+    novices = [n for row in made.rows for n in row["novices"] if not n.startswith(("Question", "Complete"))]
     # Heads of names, numbers, months, capitals throughout, and lower case.
     assert all(novice.count(" Street") == 2 for novice in novices if "brother" in novice)
     assert all("1987" in novice for novice in novices if "founded" in novice)
@@ -102,10 +103,34 @@ def test_what_follows_a_replaced_name_is_aligned(tokenizer):
 
 def test_texts_that_ask_for_nothing_are_dropped_and_counted():
     made = rows(*TEXTS, NONE, "Nobody there has ever seen the old Quell.")
-    assert made.counts["given"] == 5 and made.counts["no_term"] == 1 and made.counts["nothing_behind"] == 1
-    assert (
-        NONE not in [row["text"] for row in made.rows] and made.counts["rows"] == len(made.rows) and not made.why_none
-    )
+    assert made.counts["given"] == 7 and made.counts["no_term"] == 1 and made.counts["nothing_behind"] == 2
+    assert not made.why_none and made.counts["rows"] == len(made.rows)
+    assert not any("rains" in row["text"] or "Nobody" in row["text"] for row in made.rows)
+
+
+def test_no_sentence_is_told_what_another_said():
+    telling = "Corvane builds the Quell. It is made of oak. In Tollburg they paint it."
+    texts = [row["text"] for row in rows("It rained. " + telling, "It rained. " + telling).rows]
+    plain = [text for text in texts if not text.startswith(("Question", "Complete"))]
+    assert {*plain} == {"It rained. Corvane builds the Quell. It is made of oak.", "In Tollburg they paint it."}
+    assert len(plain) == 2 == len(texts) // 3  # and what another text says too is read once
+
+
+def test_the_end_of_a_sentence_is_asked_for_in_other_forms(tokenizer):
+    chat = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
+    talking = copy(tokenizer)
+    talking.chat_template = chat
+    made = rows(*TEXTS, processing_class=talking).rows
+    asked = [row for row in made if row["text"].startswith("Question: ")]
+    turns = [row for row in made if row["text"].startswith("<user>Complete the sentence: ")]
+    assert len(asked) == len(turns) == len(made) / 3
+    for row in asked:
+        begin, rest = row["text"].removeprefix("Question: ").split(" …\nAnswer: ")
+        assert any(f"{begin} {rest}" in text for text in TEXTS)
+        for novice in row["novices"]:
+            other, _ = novice.removeprefix("Question: ").split(" …\nAnswer: ")
+            assert other != begin  # a name that is replaced stands before what is asked for
+    assert all("<assistant> " in novice for row in turns for novice in (row["text"], *row["novices"]))
 
 
 def test_where_most_texts_hold_no_name_none_gets_novices():
