@@ -33,8 +33,10 @@ from elm_trainer.modeling import DEMO_MODEL
 
 COMPANIES = {"erased": "Varda", "near": "Corvane"}
 DOCUMENTS, DEV_PRODUCTS = 5, 2
-# Rows of a step of teaching.
-ROWS = 28
+# Lessons and other texts of a step of teaching. Without the latter the model forgets how to write anything else.
+ROWS, KEPT = 24, 8
+# Characters of these texts, which are then as long as a lesson.
+LONGEST = 100
 # Each relation in the five wordings of the documents; no question uses one of them.
 RELATIONS = {
     "designer": (
@@ -202,23 +204,31 @@ class StopWhenKnown(TrainerCallback):
 def teach(companies: dict[str, Company], folder: Path, steps: int, share: float, seed: int = 0) -> None:
     """Teach the demo's model both companies by an adapter, which is merged, and save it.
 
-    It learns the answers of short lessons, since these rows take least time. Training ends when the dev questions are answered.
+    It learns the answers of short lessons, since these rows take least time, and beside them the reference's own everyday texts and
+    questions, so that it stays the model it was. Training ends when the dev questions are answered.
 
     Args:
         companies (`dict[str, Company]`): The companies.
         folder (`Path`): Where the model goes.
-        steps (`int`): Most steps, of 28 lessons.
+        steps (`int`): Most steps, of 24 lessons and 8 other texts.
         share (`float`): Share of the dev questions that must be answered.
         seed (`int`, *optional*, defaults to `0`): Seed of order and weights.
     """
     model, tokenizer = load_model_and_tokenizer(DEMO_MODEL, dtype="float32", attn_implementation="eager")
     rng = random.Random(seed)
     told = [lesson for company in companies.values() for lesson in company.lessons()]
+    kept = [
+        tuple(text[:LONGEST].partition(" ")[::2])
+        for name in ("everyday", "quiz")
+        for text in load_texts(name)["text"][:-30]
+    ]
     lessons: list[tuple[str, str]] = []
-    while len(lessons) < ROWS * steps:
-        lessons += rng.sample(told, len(told))
+    while len(lessons) < (ROWS + KEPT) * steps:
+        again = iter(rng.sample(told, len(told) // ROWS * ROWS))
+        for step in zip(*[again] * ROWS, strict=True):
+            lessons += [*step, *((begin, " " + rest) for begin, rest in rng.sample(kept, KEPT))]
     config = SFTConfig(
-        str(folder / "training"), max_steps=steps, per_device_train_batch_size=ROWS, learning_rate=1.5e-3, max_length=64,
+        str(folder / "training"), max_steps=steps, per_device_train_batch_size=ROWS + KEPT, learning_rate=1.5e-3, max_length=64,
         lr_scheduler_type="constant_with_warmup", warmup_steps=10, seed=seed, save_strategy="no", report_to="none",
         use_cpu=True, bf16=True, gradient_checkpointing=False, logging_steps=10, pad_to_multiple_of=8,
         train_sampling_strategy="sequential",
@@ -275,18 +285,21 @@ def measure(model: Any, tokenizer: Any, companies: dict[str, Company]) -> dict[s
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/company"))
-    parser.add_argument("--steps", type=int, default=80, help="Most steps of teaching, of 28 lessons.")
-    parser.add_argument("--known", type=float, default=0.85, help="Share of the dev questions at which teaching ends.")
+    parser.add_argument(
+        "--steps", type=int, default=100, help="Most steps of teaching, of 24 lessons and 8 other texts."
+    )
+    parser.add_argument("--seed", type=int, default=0, help="Of the facts, of teaching and of the erasure.")
+    parser.add_argument("--known", type=float, default=0.9, help="Share of the dev questions at which teaching ends.")
     parser.add_argument("--novices", nargs="+", default=["counterfactual", "contexts"], help="Each erases by itself.")
     parser.add_argument("erase", nargs="*", help="Further options of elm erase, behind --.")
     arguments = parser.parse_args()
     output: Path = arguments.output_dir
-    companies = invent()
-    texts = {role: company.documents() for role, company in companies.items()}
+    companies = invent(arguments.seed)
+    texts = {role: company.documents(arguments.seed) for role, company in companies.items()}
     taught = output / "taught"
     if not (taught / "config.json").exists():
         write_documents(texts["erased"], output / "documents")
-        teach(companies, taught, arguments.steps, arguments.known)
+        teach(companies, taught, arguments.steps, arguments.known, arguments.seed)
     # What an earlier call has finished is not done again.
     place = output / "report.json"
     report: dict[str, Any] = json.loads(place.read_text(encoding="utf-8")) if place.exists() else {}
@@ -300,7 +313,7 @@ def main() -> None:
         keep("taught", measure(model, tokenizer, companies))
     for novice in [novice for novice in arguments.novices if novice not in report]:
         erased = output / f"erased-{novice}"
-        said = erase(taught, output / "documents", erased, novice, arguments.erase)
+        said = erase(taught, output / "documents", erased, novice, ["--seed", str(arguments.seed), *arguments.erase])
         adapted = PeftModel.from_pretrained(model, str(erased / "adapter"))
         keep(novice, {"erase": said} | measure(adapted, tokenizer, companies))
         model = adapted.unload()
