@@ -7,7 +7,15 @@ from hypothesis import strategies as st
 
 from elm_trainer import load_texts
 from elm_trainer.data.documents import document_text, unwrapped
-from elm_trainer.making.documents import OVERLAP, SHINGLE, chunks, normalized, read_documents, without_duplicates
+from elm_trainer.making.documents import (
+    OVERLAP,
+    SHINGLE,
+    chunks,
+    normalized,
+    read_documents,
+    sentences,
+    without_duplicates,
+)
 
 from .files import write_docx, write_pdf
 
@@ -157,6 +165,17 @@ def test_passages_lose_nothing_and_are_never_too_long(text, longest, shortest):
 def test_a_passage_ends_where_a_sentence_does():
     text = "Oslo lies at the head of a fjord, which\nis long. It is cold there. " * 60
     assert all(passage.endswith(".") and passage.startswith(("Oslo", "It")) for passage in chunks(text))
+
+
+def test_a_text_falls_into_its_sentences():
+    assert sentences('It is "blue." Is it? 青い。赤い。 No 3.5 more') == [
+        'It is "blue."',
+        "Is it?",
+        "青い。",
+        "赤い。",
+        "No 3.5 more",
+    ]
+    assert sentences("  ") == [] and sentences("one") == ["one"]
 
 
 def test_headings_and_short_paragraphs_are_joined_up_to_a_length():
