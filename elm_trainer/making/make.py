@@ -245,7 +245,7 @@ def _make(
         novices = with_novices(
             [{"text": text} for text in documents.texts], concept, processing_class=processing_class, seed=what.seed
         )
-        forget += novices.rows
+        forget = _spread(forget, novices.rows)
         dropped["documents"] = documents.dropped
     speaks = _speaks_of(concept, facts)
     written = Written([], [], [], {})

@@ -39,15 +39,16 @@ def test_documents_become_files_that_are_read_back(folder):
     made = make_data(MadeFrom("Varda", documents=["notes"], near=OWN), None, None, "out")
 
     assert made.folder.name == "data" and not made.reused and made.counterfactual
-    assert load_texts(made.folder / "forget.jsonl")["text"][:] == [FIRST]
+    texts = load_texts(made.folder / "forget.jsonl")["text"][:]
+    assert len(texts) == 3 and FIRST in texts  # and its end, asked for
     assert {path.name for path in made.folder.iterdir()} == {"forget.jsonl", "retain.jsonl", "data.json"}
     assert made.sources.retain == [*OWN, str(made.folder / "retain.jsonl")]
     record = json.loads((made.folder / "data.json").read_text())
-    assert record == made.record and record["counts"]["forget"] == 1 and record["documents"] == {"notes/a.txt": 1}
+    assert record == made.record and record["counts"]["forget"] == 3 and record["documents"] == {"notes/a.txt": 1}
     assert record["dropped"]["documents"] == {"short": 0, "exact_duplicate": 0, "near_duplicate": 0}
-    assert made.summary().splitlines()[-1] == f"  1. {FIRST!r}"
+    assert [line[5:] for line in made.summary().splitlines()[-3:]] == [repr(text) for text in texts]
     dataset = build_erasure_dataset({made.concept: made.sources}, size=6)
-    assert {*dataset["forget"]} == {FIRST} and OWN[0][0] in dataset["retain"]
+    assert {*dataset["forget"]} == {*texts} and OWN[0][0] in dataset["retain"]
 
 
 def test_facts_make_a_counterfactual_source_without_held_out_subjects(folder):
@@ -64,7 +65,9 @@ def test_facts_make_a_counterfactual_source_without_held_out_subjects(folder):
 
 def test_documents_and_facts_go_together(folder):
     made = make_data(MadeFrom("Varda", ["notes"], "facts.csv", near_texts=0), None, None, "out")
-    assert made.counterfactual and FIRST in load_texts(made.sources.forget)["text"]
+    texts = load_texts(made.sources.forget)["text"]
+    # A run that reads fewer rows reads of both.
+    assert made.counterfactual and [text for text in texts[:300] if "Varda" in text] != [] and FIRST in texts
 
 
 def test_retain_texts_do_not_speak_of_the_concept(folder):
