@@ -1,6 +1,7 @@
 """`make_data`: forget, retain and near texts from documents, facts or a mere name, as files to look at, edit and use again."""
 
 import json
+import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -104,8 +105,8 @@ class MadeData:
 
     Attributes:
         concept (`Concept`): The concept.
-        folder (`Path`): The folder, with `forget.jsonl`, `retain.jsonl` and `near.jsonl` (without those that the user has of
-            his own, or that could not be made) and `data.json`.
+        folder (`Path`): The folder, with `forget.jsonl`, `retain.jsonl`, `near.jsonl` and `invented.jsonl` (without those that the
+            user has of his own, or that could not be made) and `data.json`.
         sources ([`ConceptSources`]): The files, and the user's own sources, for [`build_erasure_dataset`].
         counterfactual (`bool`): Whether every forget text has `novices`, which `novice="counterfactual"` needs.
         record (`dict`): What stands in `data.json`: where the texts come from, how many, what was dropped and why, the seed, the
@@ -238,6 +239,8 @@ def _make(
         )
     facts, given = facts or stated, len(facts)
     novices = Novices([])
+    # The model is to stay as it is where other names stand in the same sentences, or it forgets whatever is asked alike.
+    invented: list[dict[str, Any]] = []
     held_out = held_out_of(facts, what.held_out, what.seed)
     if facts:
         forget += facts_texts(facts, held_out=held_out, processing_class=processing_class, seed=what.seed).to_list()
@@ -246,6 +249,9 @@ def _make(
             [{"text": text} for text in documents.texts], concept, processing_class=processing_class, seed=what.seed
         )
         forget = _spread(forget, novices.rows)
+        if not novices.why_none:
+            rng = random.Random(f"invented-{what.seed}")
+            invented = [{"text": rng.choice(row["novices"])} for row in novices.rows]
         dropped["documents"] = documents.dropped
     speaks = _speaks_of(concept, facts)
     written = Written([], [], [], {})
@@ -281,6 +287,8 @@ def _make(
         rows["retain"] = _spread(kept[0], kept[1][: len(kept[0])])
     if written.near:
         rows["near"] = written.near
+    if invented:
+        rows["invented"] = invented
     return rows, {
         "counts": {name: len(some) for name, some in rows.items()},
         "dropped": dropped,
@@ -367,6 +375,6 @@ def _found(
     what: MadeFrom, folder: Path, record: dict[str, Any], edited: tuple[str, ...] = (), reused: bool = False
 ) -> MadeData:
     retain = [*what.near, *what.retain]
-    retain += [str(folder / f"{name}.jsonl") for name in ("near", "retain") if name in record["counts"]]
+    retain += [str(folder / f"{name}.jsonl") for name in ("near", "invented", "retain") if name in record["counts"]]
     sources = ConceptSources(str(folder / "forget.jsonl"), retain)
     return MadeData(cast(Concept, what.concept), folder, sources, record["counterfactual"], record, edited, reused)

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -48,13 +49,13 @@ class Novices:
         why_none (`str`): Why there are none, or empty.
     """
 
-    rows: list[dict[str, object]]
+    rows: list[dict[str, Any]]
     terms: list[str] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
     why_none: str = ""
 
     @property
-    def record(self) -> dict[str, object]:
+    def record(self) -> dict[str, Any]:
         """What is to be said about them in `data.json`."""
         return {"terms": self.terms, **self.counts, "why_none": self.why_none}
 
@@ -117,7 +118,7 @@ def with_novices(
     if cut:
         pieces = [{"text": piece} for piece in dict.fromkeys(p for row in given for p in _pieces(row["text"], finder))]
     counts = {"given": len(pieces), "no_term": 0, "nothing_behind": 0, "rows": 0}
-    made: list[dict[str, object]] = []
+    made: list[dict[str, Any]] = []
     for piece in pieces:
         text = piece["text"].removeprefix(opening)
         before_it = piece["text"][: len(piece["text"]) - len(text)]
@@ -216,7 +217,7 @@ def _asked_for(
     drawn: Sequence[AnchorDictionary],
     rng: random.Random,
     processing_class: PreTrainedTokenizerBase | None,
-) -> Iterator[dict[str, object]]:
+) -> Iterator[dict[str, Any]]:
     """A text whose end is asked for, as a question and in a chat, each broken off at one of the places."""
     for frame in (_QUESTION, _TURN) if ends else ():
         place = rng.choice(ends)

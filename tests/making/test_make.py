@@ -41,8 +41,11 @@ def test_documents_become_files_that_are_read_back(folder):
     assert made.folder.name == "data" and not made.reused and made.counterfactual
     texts = load_texts(made.folder / "forget.jsonl")["text"][:]
     assert len(texts) == 3 and FIRST in texts  # and its end, asked for
-    assert {path.name for path in made.folder.iterdir()} == {"forget.jsonl", "retain.jsonl", "data.json"}
-    assert made.sources.retain == [*OWN, str(made.folder / "retain.jsonl")]
+    assert {path.stem for path in made.folder.iterdir()} == {"forget", "invented", "retain", "data"}
+    assert made.sources.retain == [*OWN, *(str(made.folder / f"{name}.jsonl") for name in ("invented", "retain"))]
+    # The same sentences about other names stay as they are.
+    rows = zip(load_texts(made.sources.forget), load_texts(made.folder / "invented.jsonl")["text"], strict=True)
+    assert all(invented in row["novices"] and "Varda" not in invented for row, invented in rows)
     record = json.loads((made.folder / "data.json").read_text())
     assert record == made.record and record["counts"]["forget"] == 3 and record["documents"] == {"notes/a.txt": 1}
     assert record["dropped"]["documents"] == {"short": 0, "exact_duplicate": 0, "near_duplicate": 0}
