@@ -207,7 +207,8 @@ def _patched(model: PreTrainedModel, text: _Text, device: torch.device) -> torch
         cache = _run(
             model, ids[:, :before], torch.ones_like(ids[:, :before]), torch.zeros_like(ids[:, :1]), use_cache=True
         )[1]
-        if not hasattr(cache, "batch_repeat_interleave"):  # a kind of memory that cannot be copied to several rows
+        # Some kinds of memory cannot be copied to several rows.
+        if not all(hasattr(one, "batch_repeat_interleave") for one in [cache, *getattr(cache, "layers", ())]):
             before, cache = 0, None
         else:
             cache.batch_repeat_interleave(len(layers))
