@@ -285,10 +285,11 @@ def objective_settings(
         told += f", which are repeated up to {low} rows"
     found["dataset_size"] = Choice(rows, told)
     if given.get("max_steps", -1) <= 0:
-        found["num_train_epochs"] = Choice(_EPOCHS[objective], "about as many rows as in the recipe of this objective")
-        if objective == "readout" and rows * _EPOCHS[objective] < _FEWEST_STEPS * UPDATE_ROWS:
+        passes, why = _EPOCHS[objective], "about as many rows as in the recipe of this objective"
+        if objective == "readout" and rows * passes < _FEWEST_STEPS * UPDATE_ROWS:
             passes = float(-(-_FEWEST_STEPS * UPDATE_ROWS // rows))
-            found["num_train_epochs"] = Choice(passes, f"at least {_FEWEST_STEPS} steps of {UPDATE_ROWS} rows")
+            why = f"at least {_FEWEST_STEPS} steps of {UPDATE_ROWS} rows"
+        found["num_train_epochs"] = Choice(passes, why)
     low, high = _LENGTHS
     length = min(max(-(-longest // 8) * 8, low), high)
     found["max_length"] = Choice(length, f"the longest forget text has {longest} tokens; at most {high}")
