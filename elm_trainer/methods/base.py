@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
 from ..data.collator import ElmDataCollator
-from ..data.packing import Packing
+from ..data.packing import Packing, PackingPlan
 from ..distributed import align_checkpointing, check_saving, on_first, trained_weights
 from ..files import RUN_FILE, write_json
 from ..modeling import adapter_disabled, evaluating, keep_differentiable, no_graph_below, reentrant
@@ -109,15 +109,9 @@ class ErasureTrainer(SFTTrainer):
         tokens = plain_tokens(processing_class, model.config.get_text_config().vocab_size, 16)
         base = base_logits(model, tokens) if with_adapter else None
         super().__init__(
-            model,
-            args,
-            data_collator=data_collator,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            peft_config=peft_config,
-            **kwargs,
-        )
+            model, args, data_collator=data_collator, train_dataset=train_dataset, eval_dataset=eval_dataset,
+            processing_class=processing_class, peft_config=peft_config, **kwargs,
+        )  # fmt: skip
         self.args.prediction_loss_only = True  # a step makes no logits of whole texts
         self._forward = self._new_forward()
         self.add_callback(PackInCollator(self, data_collator, lambda: self._forward.rule(self.model_wrapped)))
@@ -220,8 +214,10 @@ class ErasureTrainer(SFTTrainer):
         """See [`PackedForward.texts_interact`]."""
         return self._forward.texts_interact(model)
 
-    def on_device(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """A batch of the collator on the device on which the model is trained."""
+    def on_device(self, batch: Mapping[str, Any], sharing: bool = False) -> dict[str, Any]:
+        """A batch of the collator on the model's device; `sharing` lets texts share what they begin with, without gradients."""
+        if sharing:
+            PackingPlan(self._forward.rule(self.model), self.packed_together()).share(batch, self.model)
         return self._prepare_inputs(batch)
 
     def get_eval_dataloader(self, eval_dataset=None):

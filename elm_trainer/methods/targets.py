@@ -178,7 +178,7 @@ def _fill(trainer: ErasureTrainer, plan: TargetPlan, store: TargetStore, share: 
             made: list[dict[str, torch.Tensor]] = []
             for start in range(rows.start, rows.stop, size):
                 batch = [dataset[row] for row in range(start, min(start + size, rows.stop))]
-                inputs = trainer.on_device(collate(batch))
+                inputs = trainer.on_device(collate(batch), sharing=True)
                 with trainer.accelerator.autocast():
                     made += plan.compute(inputs)
                 bar.update(len(batch))

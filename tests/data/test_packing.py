@@ -9,7 +9,15 @@ from hypothesis import strategies as st
 from benchmarks.packing import exhaustive_rows, text_by_text
 from elm_trainer import ElmDataCollator
 from elm_trainer.data import packing as packing_module
-from elm_trainer.data.packing import PackingPlan, PackingRule, best_rows, find_packing, pack, pack_batches
+from elm_trainer.data.packing import (
+    PackingPlan,
+    PackingRule,
+    best_rows,
+    find_packing,
+    pack,
+    pack_batches,
+    share_beginnings,
+)
 
 
 lengths = st.lists(st.integers(1, 20), min_size=1, max_size=12)
@@ -131,3 +139,44 @@ def test_a_packing_is_taken_only_for_the_sub_batches_and_the_rule_that_it_was_ma
         find_packing(other, rule)
     find_packing([first, batch["retain"]], PackingRule(left_padded=True, attention=100))
     assert len(made) == 4
+
+
+texts_alike = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6), min_size=1, max_size=8)
+
+
+@given(st.lists(texts_alike, min_size=1, max_size=3), st.sampled_from(["left", "right"]), st.sampled_from([None, 4]))
+def test_texts_that_share_a_beginning_see_their_own_tokens_and_no_others(groups, side, multiple):
+    class Tokenizer:
+        pad_token_id = 0
+        padding_side = side
+
+    collator = ElmDataCollator(Tokenizer())
+    batches = [collator.pad([(ids, 0) for ids in group]) for group in groups]
+    rule = PackingRule(left_padded=side == "left", pad_to_multiple_of=multiple)
+
+    packing = share_beginnings(batches, rule)
+
+    flat = torch.cat([batch["input_ids"].flatten() for batch in batches])
+    packed, positions = flat[packing.tokens], packing.position_ids
+    rows, width = packed.shape
+    assert width % (multiple or 1) == 0 and packing.seen.shape == (rows, width, width)
+    real = torch.cat([batch["attention_mask"].flatten() for batch in batches]).bool()
+    texts = [text for group in groups for text in group]
+    slots = iter(packing.slots[real].split([len(text) for text in texts]))
+    for text in texts:
+        own = next(slots)
+        assert packed.flatten()[own].tolist() == text and positions.flatten()[own].tolist() == [*range(len(text))]
+        [row] = set((own // width).tolist())
+        for place, slot in enumerate((own % width).tolist()):
+            seen = packing.seen[row, slot].nonzero().flatten()
+            assert {*seen.tolist()} == {*(own[: place + 1] % width).tolist()}
+    distinct = {tuple(text[: end + 1]) for text in texts for end in range(len(text))}
+    assert len({*packing.slots[real].tolist()}) == len(distinct)  # all of these texts fit into one row
+
+
+def test_rows_in_which_texts_share_are_short_unless_a_text_is_long(tokenizer):
+    collator = ElmDataCollator(tokenizer)
+    short = [[number] * 100 for number in range(5)]
+    rule = PackingRule(left_padded=False)
+    assert share_beginnings([collator.pad([(ids, 0) for ids in short])], rule).tokens.shape == (3, 200)
+    assert share_beginnings([collator.pad([(ids, 0) for ids in [*short, [7] * 600]])], rule).tokens.shape == (2, 600)

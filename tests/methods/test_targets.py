@@ -88,7 +88,7 @@ def test_stored_and_live_targets_give_the_same_loss_and_gradients(method, fields
             if "lora_B" in name:
                 p.data = torch.randn(p.shape, generator=generator) / 10
         # The rows that were computed together, which are packed in the same way.
-        inputs = trainer._prepare_inputs(trainer.data_collator(list(trainer.train_dataset)))
+        inputs = trainer.on_device(trainer.data_collator(list(trainer.train_dataset)), sharing=True)
         found.append(step(trainer, inputs))
     (loss, gradients), (expected, expected_gradients) = found
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
