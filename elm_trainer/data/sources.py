@@ -35,6 +35,9 @@ from .user_sources import (
 logger = logging.get_logger(__name__)
 # Other facts that stand in for each in its counterfactual novices.
 STAND_INS = 2
+# Facts that follow one another in a phrasing. Each is a novice of the one before, so that where they share a batch, what the
+# reference makes of one text serves two others too.
+_RUN = 4
 _SAMPLED = ("cities", "countries", "countries-quiz", "everyday", "everyday-held-out", "places", "quiz")
 BUILTIN_SOURCES = ("capitals", "elements", "capitals-near", "elements-near", *_SAMPLED)
 BUILTIN_PAIRS = ("capitals-fluent",)
@@ -143,8 +146,8 @@ def _refuse_names(source: Dataset | Sequence[Any], what: str) -> None:
 def builtin_texts(name: str, processing_class: PreTrainedTokenizerBase | None = None, seed: int = 0) -> Dataset:
     """Texts of a built-in source; facts about [`held_out_subjects`] are left out.
 
-    `capitals` and `elements` state every fact once in each phrasing, one fact to a text, in random order. Their column
-    `novice` holds the same texts with the answers permuted among the facts, and their column `novices` the same texts with
+    `capitals` and `elements` state every fact once in each phrasing, one fact to a text, in a random order in which each phrasing
+    is there before any comes again, and each text is followed by one of its novices where there is one. Their column `novice` holds the same texts with the answers permuted among the facts, and their column `novices` the same texts with
     whatever they name first, subject or answer, replaced by that of other facts. `capitals-near` and `elements-near` are
     other facts about the same subjects, with what stands before the fact as column `prompt`. `everyday` and `countries`
     hold SmolLM2-135M-Instruct's own samples on everyday subjects and on life in countries (examples/sample_retain.py makes
@@ -164,9 +167,26 @@ def builtin_texts(name: str, processing_class: PreTrainedTokenizerBase | None = 
     phrasings = yaml.safe_load((files(__package__) / "texts" / f"{concept}.yaml").read_text(encoding="utf-8"))
     rng = random.Random(f"{name}-{seed}")
     templates = [template for form in phrasings["near" if near else "forget"].values() for template in form]
-    rows = state_facts(facts, templates, rng, processing_class, near=bool(near))
-    rng.shuffle(rows)
-    return Dataset.from_list(rows)
+    if near:
+        rows = state_facts(facts, templates, rng, processing_class, near=True)
+        rng.shuffle(rows)
+        return Dataset.from_list(rows)
+    others = stand_ins(facts, rng)
+    stated = [state_facts([*others], [one], rng, processing_class, others=others) for one in templates]
+    return Dataset.from_list(_in_runs(stated, rng))
+
+
+def _in_runs(stated: Sequence[Sequence[dict[str, Any]]], rng: random.Random) -> list[dict[str, Any]]:
+    """The rows of all phrasings in random order, but for runs of `_RUN` that stay together; each phrasing has a turn before any
+    has another.
+    """
+    turns: list[list[Sequence[dict[str, Any]]]] = []
+    for rows in stated:
+        runs = [rows[start : start + _RUN] for start in range(0, len(rows), _RUN)]
+        for turn, run in enumerate(rng.sample(runs, len(runs))):
+            turns += [[]] if turn == len(turns) else []
+            turns[turn].append(run)
+    return [row for turn in turns for run in rng.sample(turn, len(turn)) for row in run]
 
 
 def state_facts(
@@ -219,12 +239,12 @@ def state_facts(
 
 
 def stand_ins(facts: Sequence[Fact], rng: random.Random) -> dict[Fact, list[Fact]]:
-    """Other facts that stand in for each: those of its group that follow it in a random order.
+    """Other facts that stand in for each: those of its group that follow it in a random order, which is that of the keys.
 
     A stand-in of the same group shares what the group shares, such as a continent, so that an expert and its novice differ in
     the fact alone. Small groups are filled up with the others.
     """
-    order = rng.sample(list(facts), len(facts))
+    order = sorted(rng.sample(list(facts), len(facts)), key=lambda fact: fact.group)
     chosen = {}
     for place, fact in enumerate(order):
         following = order[place + 1 :] + order[:place]

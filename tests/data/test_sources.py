@@ -1,4 +1,6 @@
+import itertools
 import json
+import os
 import re
 
 import pytest
@@ -115,6 +117,28 @@ def test_the_prompt_of_a_retain_text_is_told_from_what_is_learned(tokenizer):
     rows = build_erasure_dataset({"a": ConceptSources(["f"], [pairs, ["plain"]])}, size=2)
     assert rows["retain"][:] == ["Question: 1 + 1?\nAnswer: 2\n", "plain"]
     assert rows["retain_prompt"][:] == ["Question: 1 + 1?\nAnswer:", ""]
+
+
+def test_each_phrasing_has_a_turn_before_any_has_another_and_novices_follow_their_text():
+    rows = load_texts("capitals").to_list()
+    names = sorted(
+        {name for fact in facts_of("capitals") for name in (fact.subject, fact.answer)}, key=len, reverse=True
+    )
+
+    def phrasing(text):
+        return re.sub("|".join(map(re.escape, names)), "_", text)
+
+    runs = [list(run) for _, run in itertools.groupby(rows, lambda row: phrasing(row["text"]))][:102]
+    assert {len(run) for run in runs} <= {1, 2, 3, 4} and sum(len(run) == 4 for run in runs) > 90
+    assert len({phrasing(run[0]["text"]) for run in runs}) == len(runs)
+    pairs = [pair for run in runs for pair in itertools.pairwise(run)]
+    # The novice is about what comes next, up to the answer; but for the last of a continent.
+    begun = [
+        len(os.path.commonprefix([row["novices"][0], following["text"]]))
+        > len(os.path.commonprefix([row["text"], following["text"]]))
+        for row, following in pairs
+    ]
+    assert sum(begun) > 0.9 * len(pairs)
 
 
 def test_permuted_texts_have_the_same_form_and_other_facts():
