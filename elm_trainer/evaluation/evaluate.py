@@ -161,6 +161,7 @@ def _evaluate(
             seconds[row["name"]] = row["seconds"]
             for key, value in row["result"].items():
                 items.setdefault(key, {})[side] = Items(**value)
+        pair.below.clear()
     inside = None
     if INSIDE in measures:
         from .inside import look_inside

@@ -1,11 +1,10 @@
 """Log-likelihoods of many continuations, and inputs for generating them; what prompts begin with alike is run once."""
 
-import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -13,17 +12,16 @@ from peft import PeftModel
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..data.prefix_tree import PrefixTree, additive_mask, obeys_masks, sharing_rows
 from ..data.tokens import common_prefix, tokenize_pairs
 from ..modeling import evaluating
 from ..ops import KeepPositions
 from .pair import run_batches
 
 
+Sharing: TypeAlias = Callable[[Hashable, Callable[[], torch.Tensor]], torch.Tensor]
 # A separate forward pass for fewer tokens costs more than it saves.
 _LEAST_SHARED = 4
-# A packed row attends over itself, so beyond some length more tokens cost more than what they share saves: on two cores
-# SmolLM2-135M takes 1.6 ms a token in rows of 256, 1.7 in rows of 512 and 3.1 in rows of 1024.
-_MOST_PACKED_TOKENS = 512
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,7 @@ def generation_inputs(
     width = max(len(row) for row in rows)
     # What the first and the last in order have in common, all between them have; each keeps one token or more.
     shared = min(common_prefix(min(rows), max(rows)), min(map(len, rows)) - 1) if len(rows) > 1 else 0
-    if shared < _LEAST_SHARED or not suits_packing(model, width + new_tokens):
+    if shared < _LEAST_SHARED or not obeys_masks(model, width + new_tokens):
         shared = 0
     input_ids = torch.full((len(rows), width), pad_token_id)
     mask = torch.zeros_like(input_ids)
@@ -139,6 +137,7 @@ def log_likelihoods(
     batch_size: int = 64,
     description: str = "Log-likelihoods",
     over_ranks: bool = False,
+    sharing: Sharing | None = None,
 ) -> list[float]:
     """Sum of the log-probabilities of a continuation's tokens after its prompt, in nats.
 
@@ -154,20 +153,19 @@ def log_likelihoods(
         batch_size: Most pairs in a forward pass.
         description: Label of the progress bar.
         over_ranks: Whether the processes of a launch share the work; then all of them must call this.
+        sharing: Runs a forward, given what tells its inputs from others; see [`SharedLayers.run`].
 
     Raises:
         ValueError: if a prompt or a continuation has no token.
     """
     sequences = _tokenize(processing_class, pairs)
-    packed = suits_packing(model, max((len(sequence.ids) for sequence in sequences), default=0))
+    packed = obeys_masks(model, max((len(sequence.ids) for sequence in sequences), default=0))
     # What begins alike shares a pack, what is of one length shares a padded batch.
-    keys = [sequence.ids[:-1] if packed else [len(sequence.ids)] for sequence in sequences]
-    order = sorted(range(len(sequences)), key=keys.__getitem__)
-    batches = list(_batches(order, sequences, batch_size))
+    batches = sharing_rows([sequence.ids[:-1] for sequence in sequences], batch_size, tuple if packed else len)
 
     def run(batch: list[int]) -> list[float]:
         members = [sequences[index] for index in batch]
-        return _packed_sums(model, members) if packed else _padded_sums(model, members)
+        return (_packed_sums if packed else _padded_sums)(model, members, sharing)
 
     with evaluating(model):
         found = run_batches(run, batches, model, over_ranks=over_ranks, description=description)
@@ -186,78 +184,24 @@ def _tokenize(processing_class: PreTrainedTokenizerBase, pairs: Sequence[tuple[s
     return sequences
 
 
-def suits_packing(model: PreTrainedModel | PeftModel, longest: int) -> bool:
-    """Whether a model takes a mask `[1, 1, tokens, tokens]` and positions of our choice, and obeys them."""
-    # A learned prompt stands before the tokens, and takes no positions of ours.
-    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
-        return False
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    config = base.config.get_text_config()
-    if not type(base).__module__.startswith("transformers.models.") or base._is_stateful:
-        return False
-    if "position_ids" not in inspect.signature(base.forward).parameters or getattr(config, "alibi", False):
-        return False
-    if config._attn_implementation not in ("eager", "sdpa"):
-        return False
-    if not set(getattr(config, "layer_types", None) or ()) <= {"full_attention", "sliding_attention"}:
-        return False
-    # GPT-Neo's local layers count the window along the row, whatever the mask says.
-    if getattr(config, "window_size", None):
-        return False
-    window = getattr(config, "sliding_window", None)
-    return window is None or longest <= window
-
-
-def _batches(order: list[int], sequences: Sequence[_Sequence], size: int) -> Iterator[list[int]]:
-    """Consecutive indices, at most `size` to a batch and of at most `_MOST_PACKED_TOKENS` distinct tokens."""
-    batch: list[int] = []
-    tokens = 0
-    for index in order:
-        ids = sequences[index].ids
-        added = len(ids) - (common_prefix(sequences[batch[-1]].ids, ids) if batch else 0)
-        if batch and (len(batch) == size or tokens + added > _MOST_PACKED_TOKENS):
-            yield batch
-            batch, tokens, added = [], 0, len(ids)
-        batch.append(index)
-        tokens += added
-    if batch:
-        yield batch
-
-
-def _packed_sums(model: PreTrainedModel | PeftModel, sequences: Sequence[_Sequence]) -> list[float]:
+def _packed_sums(
+    model: PreTrainedModel | PeftModel, sequences: Sequence[_Sequence], sharing: Sharing | None
+) -> list[float]:
     """Sums over sequences sorted by their tokens, which are laid out as a tree in one row."""
-    tokens: list[int] = []
-    depths: list[int] = []
-    parents: list[int] = []
-    places: list[list[int]] = []
-    before: list[int] = []
-    path: list[int] = []  # where the tokens of the current sequence stand in the row
-    for sequence in sequences:
-        inputs = sequence.ids[:-1]  # nothing is predicted from the last token
-        path = path[: common_prefix(before, inputs)]
-        for depth in range(len(path), len(inputs)):
-            parents.append(path[-1] if path else -1)
-            path.append(len(tokens))
-            tokens.append(inputs[depth])
-            depths.append(depth)
-        places.append(path[sequence.first - 1 :])
-        before = inputs
-
-    sees: np.ndarray = np.eye(len(tokens), dtype=bool)  # [tokens, tokens]
-    for token, parent in enumerate(parents):
-        if parent >= 0:
-            sees[token] |= sees[parent]
-    dtype = model.get_input_embeddings().weight.dtype
-    mask = torch.zeros(sees.shape, dtype=dtype).masked_fill(torch.from_numpy(~sees), torch.finfo(dtype).min)
+    # Nothing is predicted from the last token.
+    tree = PrefixTree.of([sequence.ids[:-1] for sequence in sequences])
+    places = [path[sequence.first - 1 :] for sequence, path in zip(sequences, tree.paths, strict=True)]
     batch = {
-        "input_ids": torch.tensor([tokens]),
-        "position_ids": torch.tensor([depths]),
-        "attention_mask": mask[None, None],
+        "input_ids": torch.tensor([tree.tokens]),
+        "position_ids": torch.tensor([tree.depths]),
+        "attention_mask": additive_mask(tree.seen(), model.get_input_embeddings().weight.dtype)[None, None],
     }
-    return _sums(model, batch, sequences, places)
+    return _sums(model, batch, sequences, places, sharing)
 
 
-def _padded_sums(model: PreTrainedModel | PeftModel, sequences: Sequence[_Sequence]) -> list[float]:
+def _padded_sums(
+    model: PreTrainedModel | PeftModel, sequences: Sequence[_Sequence], sharing: Sharing | None
+) -> list[float]:
     """Sums over sequences in rows of their own, padded on the right, where no causal model sees it."""
     width = max(len(sequence.ids) for sequence in sequences) - 1
     input_ids = torch.zeros(len(sequences), width, dtype=torch.long)
@@ -269,7 +213,7 @@ def _padded_sums(model: PreTrainedModel | PeftModel, sequences: Sequence[_Sequen
         [row * width + column for column in range(sequence.first - 1, len(sequence.ids) - 1)]
         for row, sequence in enumerate(sequences)
     ]
-    return _sums(model, {"input_ids": input_ids, "attention_mask": mask}, sequences, places)
+    return _sums(model, {"input_ids": input_ids, "attention_mask": mask}, sequences, places, sharing)
 
 
 @torch.no_grad()
@@ -278,14 +222,20 @@ def _sums(
     inputs: dict[str, torch.Tensor],
     sequences: Sequence[_Sequence],
     places: Sequence[Sequence[int]],
+    sharing: Sharing | None,
 ) -> list[float]:
     """One forward pass; `places` are the flat positions that predict the tokens of each continuation."""
     device = model.device
     kept, rows = np.unique(np.concatenate(places), return_inverse=True)
     targets = [token for sequence in sequences for token in sequence.ids[sequence.first :]]
+
+    def forward() -> torch.Tensor:
+        return model(**{name: tensor.to(device) for name, tensor in inputs.items()}, use_cache=False).logits
+
+    # A tree's mask follows from the depths of its tokens.
+    key = tuple((name, tensor.numpy().tobytes()) for name, tensor in inputs.items() if tensor.dim() == 2)
     with KeepPositions(model.get_output_embeddings(), torch.from_numpy(kept).to(device)):
-        outputs = model(**{name: tensor.to(device) for name, tensor in inputs.items()}, use_cache=False)
-    logits = outputs.logits[0].float()  # [kept, vocab]
+        logits = (forward() if sharing is None else sharing(key, forward))[0].float()  # [kept, vocab]
     index = torch.from_numpy(rows).to(device)
     chosen = logits[index, torch.tensor(targets, device=device)] - logits.logsumexp(-1)[index]
     starts = np.cumsum([0, *(len(place) for place in places[:-1])])

@@ -204,6 +204,7 @@ def multiple_choice(setting: Setting, side: Side) -> dict[str, Items]:
             batch_size=setting.batch_size,
             description=f"{side}: multiple choice",
             over_ranks=setting.over_ranks,
+            sharing=partial(setting.pair.below.run, side),
         )
     found, start = {}, 0
     for name, questions in banks.items():

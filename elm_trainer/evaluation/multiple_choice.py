@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..data.questions import Question
 from ..data.tokens import text_tokenizer
 from .fluency import as_prompt
-from .likelihood import log_likelihoods
+from .likelihood import Sharing, log_likelihoods
 
 
 PROMPT = "Question: {question}\nAnswer:"
@@ -52,6 +52,7 @@ def score_choices(
     prompt: str = PROMPT,
     description: str = "Multiple choice",
     over_ranks: bool = False,
+    sharing: Sharing | None = None,
 ) -> ChoiceScores:
     """Answer multiple-choice questions by ranking the options.
 
@@ -67,6 +68,7 @@ def score_choices(
         prompt: What stands before an option of a question in the form `"question"`.
         description: Label of the progress bar.
         over_ranks: Whether the processes of a launch share the work; then all of them must call this.
+        sharing: See [`log_likelihoods`].
 
     Returns:
         [`ChoiceScores`]: one verdict per question and rule.
@@ -87,6 +89,7 @@ def score_choices(
         batch_size=_OPTIONS * batch_size,
         description=description,
         over_ranks=over_ranks,
+        sharing=sharing,
     )
     likelihoods = dict(zip(pairs, found, strict=True))
     scores, bare = ([[likelihoods[pair] for pair in row] for row in rows] for rows in (asked, alone))

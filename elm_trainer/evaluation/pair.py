@@ -1,20 +1,25 @@
 """An erased model beside its reference, and batches that the processes of a launch share."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..distributed import processes_and_rank
-from ..modeling import adapter_disabled, evaluating, is_partitioned
+from ..modeling import adapter_disabled, decoder_layers, evaluating, is_partitioned
+from ..ops.head import standing_in
 
 
+# Bytes of states that are kept at most.
+_LIMIT = 2**30
 Batch = TypeVar("Batch")
 Result = TypeVar("Result")
 Side: TypeAlias = Literal["reference", "erased"]
@@ -56,6 +61,7 @@ class ModelPair:
                 )
         self.erased = erased
         self._reference = reference
+        self.below = SharedLayers(None if reference is not None else self.adapter)
 
     @contextmanager
     def use(self, side: Side) -> Iterator[PreTrainedModel | PeftModel]:
@@ -74,6 +80,78 @@ class ModelPair:
     def adapter(self) -> PeftModel | None:
         """The erased model where it carries an adapter, else `None`."""
         return self.erased if isinstance(self.erased, PeftModel) else None
+
+
+class SharedLayers:
+    """Runs the layers below the first adapted one once for both sides of a pair: up to there they are one model.
+
+    What a forward of the reference leaves there is kept on its device, as long as there is room, until the erased model runs the
+    same forward. Whether that changes anything is measured the first time.
+
+    Args:
+        model (`PeftModel`, *optional*): Model with its adapter; without one nothing is shared.
+    """
+
+    def __init__(self, model: PeftModel | None):
+        self._layers: list[nn.Module] = []
+        self._kept: dict[Hashable, Any] = {}
+        self._bytes = 0
+        self._measured = False
+        if model is None or in_shards(model):
+            return
+        config: Any = model.config.get_text_config()
+        if getattr(config, "num_kv_shared_layers", 0):
+            return
+        layers = list(decoder_layers(model))
+        places = {id(module): number for number, layer in enumerate(layers) for module in layer.modules()}
+        adapted = [m for m in model.modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+        self._layers = layers[: min((places.get(id(module), 0) for module in adapted), default=0)]
+
+    def run(self, side: Side, key: Hashable, forward: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """What a forward gives that keeps no cache, on a side of the pair.
+
+        Args:
+            side: Side whose model it runs.
+            key: What tells its inputs from all others.
+            forward: Runs it.
+        """
+        if not self._layers:
+            return forward()
+        last = self._layers[-1]
+        if side == "reference":
+            handle = last.register_forward_hook(lambda _, args, output: self._keep(key, output))
+            try:
+                return forward()
+            finally:
+                handle.remove()
+        if key not in self._kept:
+            return forward()
+        kept = self._kept.pop(key)
+        self._bytes -= _size(kept)
+        with standing_in(dict.fromkeys(self._layers, lambda *args, **kwargs: kept)):
+            found = forward()
+        if not self._measured:
+            self._measured = True
+            whole = forward()
+            if not torch.equal(found, whole):
+                self._layers = []
+                return whole
+        return found
+
+    def clear(self) -> None:
+        """Forget what is kept."""
+        self._kept.clear()
+        self._bytes = 0
+
+    def _keep(self, key: Hashable, output: Any) -> None:
+        if self._bytes + _size(output) <= _LIMIT:
+            self._kept[key] = output
+            self._bytes += _size(output)
+
+
+def _size(output: Any) -> int:
+    """Bytes of the states that a layer gives, alone or with others."""
+    return (output[0] if isinstance(output, tuple) else output).nbytes
 
 
 def run_batches(

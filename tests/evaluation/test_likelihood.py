@@ -14,7 +14,8 @@ from transformers import (
     MistralConfig,
 )
 
-from elm_trainer.evaluation.likelihood import log_likelihoods, suits_packing
+from elm_trainer.data.prefix_tree import obeys_masks
+from elm_trainer.evaluation.likelihood import log_likelihoods
 
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2}
@@ -84,7 +85,7 @@ def slow(model, tokenizer, pairs):
 def test_texts_that_share_their_beginning_are_scored_as_if_alone(make, tokenizer, family, batch_size):
     model = make(PACKED[family])
 
-    assert suits_packing(model, 19)
+    assert obeys_masks(model, 19)
     assert log_likelihoods(model, tokenizer, PAIRS, batch_size=batch_size) == pytest.approx(
         slow(model, tokenizer, PAIRS), rel=1e-6, abs=1e-5
     )
@@ -95,7 +96,7 @@ def test_texts_that_share_their_beginning_are_scored_as_if_alone(make, tokenizer
 def test_models_that_no_packed_row_suits_are_scored_in_rows_of_their_own(make, tokenizer, family, batch_size):
     model = make(PADDED[family])
 
-    assert not suits_packing(model, 19)
+    assert not obeys_masks(model, 19)
     assert log_likelihoods(model, tokenizer, PAIRS, batch_size=batch_size) == pytest.approx(
         slow(model, tokenizer, PAIRS), rel=1e-6, abs=1e-5
     )
