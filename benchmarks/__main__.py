@@ -26,6 +26,7 @@ from .measured import measure_prediction
 from .packing import measure_packing
 from .quality import measure_quality
 from .report import draw, figures_of, read_report, write_report
+from .sharing import measure_sharing
 from .step import measure_step
 from .target_precision import measure_target_precision
 
@@ -35,7 +36,7 @@ class BenchmarkArguments:
     """What is measured.
 
     Args:
-        only (`list[str]`): Sections to measure. `time_to_quality`, `growth_real`, `live_targets` and `target_precision` run the real
+        only (`list[str]`): Sections to measure. `time_to_quality`, `growth_real`, `live_targets`, `sharing` and `target_precision` run the real
             model for minutes, and `gpu` needs a card: these are measured only where they are named.
         output_dir (`str`): Where `report.json` and `report.png` go; figures that are there and not measured again are kept.
         repeats (`int`): Rounds in which the sides take turns.
@@ -49,7 +50,8 @@ class BenchmarkArguments:
     only: list[str] = field(
         default_factory=lambda: ["step", "growth", "prediction", "doctor", "packing"],
         metadata={
-            "help": "step, growth, growth_real, prediction, doctor, packing, live_targets, target_precision, time_to_quality, gpu."
+            "help": "step, growth, growth_real, prediction, doctor, packing, live_targets, sharing, target_precision, time_to_quality, "
+            "gpu."
         },
     )
     output_dir: str = field(default="outputs/bench", metadata={"help": "Where the report goes."})
@@ -86,6 +88,7 @@ SECTIONS: dict[str, Callable[[BenchmarkArguments], dict[str, Any]]] = {
     "doctor": lambda arguments: measure_doctor(arguments.threads),
     "packing": lambda arguments: measure_packing(arguments.repeats, arguments.threads),
     "live_targets": lambda arguments: measure_live_targets(arguments.repeats, arguments.threads),
+    "sharing": lambda arguments: measure_sharing(arguments.repeats, arguments.threads),
     "target_precision": lambda arguments: measure_target_precision(arguments.threads),
     "time_to_quality": lambda arguments: {
         "time_to_quality_vs_released": measure_quality(arguments.threads, arguments.budget)

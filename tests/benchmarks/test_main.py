@@ -8,6 +8,7 @@ def test_the_sections_that_train_the_real_model_longest_run_only_where_they_are_
     assert set(SECTIONS) - set(BenchmarkArguments().only) == {
         "growth_real",
         "live_targets",
+        "sharing",
         "target_precision",
         "time_to_quality",
     }

@@ -1,0 +1,130 @@
+"""What an ideal erasure would show: the reference, asked about another country, in place of an erased model: `python -m benchmarks.novice`.
+
+Whoever does not know a country's capital, and writes as before, names another one. So does the reference where the question names
+another country of the same continent, whose name is then put back into its answer. Its ranking and its R-PPL, on the test split, are
+what the demo's are to be held against. `--split dev` asks the dev questions.
+"""
+
+import argparse
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from statistics import mean
+
+from rich.console import Console
+from rich.table import Table
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from elm_trainer import load_model_and_tokenizer
+from elm_trainer.data.questions import JUDGMENTS, Question, facts_of
+from elm_trainer.evaluation.fluency import as_prompt, generate, reverse_perplexity
+from elm_trainer.evaluation.multiple_choice import score_choices
+from elm_trainer.evaluation.suite import built_in_suite
+from elm_trainer.modeling import DEMO_MODEL
+
+
+DRAWS = 3
+
+
+class StandIns:
+    """Draws another country of the same continent, or another capital.
+
+    Args:
+        seed (`int`): Seed of the draws.
+    """
+
+    def __init__(self, seed: int):
+        self._rng = random.Random(seed)
+        self._facts = {fact.subject: fact for fact in facts_of("capitals")}
+        # The longest first, so that no name is taken for one that it holds.
+        self.subjects = sorted(self._facts, key=len, reverse=True)
+
+    def named(self, text: str) -> str:
+        """The country that a text names."""
+        return next(subject for subject in self.subjects if subject in text)
+
+    def other(self, subject: str, wanted: str = "subject") -> str:
+        """The `subject` or the `answer` of another fact."""
+        group = self._facts[subject].group
+        others = [fact for fact in self._facts.values() if fact.group == group and fact.subject != subject]
+        return getattr(self._rng.choice(others), wanted)
+
+    def swapped(self, question: Question) -> Question | None:
+        """The question about another country, or about another capital; nothing where it names neither in these words."""
+        fact = self._facts[question.subject]
+        wanted = next((name for name in ("subject", "answer") if question.cue == getattr(fact, name)), None)
+        if wanted is None or set(question.options) == set(JUDGMENTS) or question.cue not in question.text:
+            return None
+        # What is asked about stands last, behind examples.
+        before, _, after = question.text.rpartition(question.cue)
+        return replace(question, text=before + self.other(question.subject, wanted) + after)
+
+
+def ranking(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, bank: Sequence[Question]
+) -> dict[str, tuple[float, float]] | None:
+    """The share of right options that are ranked first, by PMI and by log-likelihood, of the `reference` and the ideal `novice`."""
+    found = {}
+    for side in ("reference", "novice"):
+        asked = list(bank)
+        if side == "novice":
+            swapped = [StandIns(draw).swapped(question) for draw in range(DRAWS) for question in bank]
+            if None in swapped:
+                return None
+            asked = [question for question in swapped if question is not None]
+        scores = score_choices(model, tokenizer, asked)
+        found[side] = mean(scores.pmi), mean(scores.log_likelihood)
+    return found
+
+
+def fluency(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], temperature: float, tokens: int
+) -> tuple[float, list[float]]:
+    """R-PPL of the reference's answers, and for each draw how many times as high it is for the ideal novice's."""
+    asked = [as_prompt(tokenizer, prompt) for prompt in prompts]
+
+    def r_ppl(answers: Sequence[str]) -> float:
+        nlls, counts = reverse_perplexity(model, tokenizer, asked, answers)
+        return math.exp(sum(nlls) / sum(counts))
+
+    def answers(prompts: Sequence[str]) -> list[str]:
+        return generate(model, tokenizer, prompts, max_new_tokens=tokens, temperature=temperature, seed=0)
+
+    before, times = r_ppl(answers(asked)), []
+    for draw in range(DRAWS):
+        draws = StandIns(draw)
+        names = [draws.named(prompt) for prompt in prompts]
+        others = [draws.other(name) for name in names]
+        swapped = [
+            as_prompt(tokenizer, prompt.replace(name, other))
+            for prompt, name, other in zip(prompts, names, others, strict=True)
+        ]
+        given = [text.replace(other, name) for text, name, other in zip(answers(swapped), names, others, strict=True)]
+        times.append(r_ppl(given) / before)
+    return before, times
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--split", default="test", choices=["dev", "test"], help="questions that are asked")
+    parser.add_argument("--questions", type=int, default=120, help="questions of a bank")
+    arguments = parser.parse_args(argv)
+    model, tokenizer = load_model_and_tokenizer(DEMO_MODEL)
+    suite = built_in_suite(["capitals"], arguments.questions, split=arguments.split)
+    table = Table("", "n", "reference", "ideal novice", title="Ranked first, by PMI / by log-likelihood")
+    for name in (*suite.named("erased"), *suite.named("unseen")):
+        if found := ranking(model, tokenizer, suite.banks[name]):
+            sides = (f"{found[side][0]:.3f} / {found[side][1]:.3f}" for side in ("reference", "novice"))
+            table.add_row(name, str(len(suite.banks[name])), *sides)
+    console = Console(highlight=False)
+    console.print(table)
+    for how, temperature in (("greedy", 0.0), ("sampled", 0.7)):
+        before, times = fluency(model, tokenizer, suite.concept_prompts, temperature, suite.max_new_tokens)
+        console.print(
+            f"R-PPL, {how}: {before:.2f}; ideal novice {', '.join(f'{value:.2f}' for value in times)} times that"
+        )
+
+
+if __name__ == "__main__":
+    main()
