@@ -3,6 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from elm_trainer import ConceptSources, ElmConfig, ElmTrainer, build_erasure_dataset, load_model_and_tokenizer
 from elm_trainer.data.questions import load_bank
 from elm_trainer.evaluation.multiple_choice import score_choices
-from elm_trainer.evaluation.pair import ModelPair
+from elm_trainer.evaluation.pair import SIDES, ModelPair
 from elm_trainer.methods.forward import weighted_batches
 from elm_trainer.modeling import DEMO_MODEL, lora_config
 
@@ -98,9 +99,10 @@ def _choices(trainer: ElmTrainer, repeats: int) -> dict[str, Any]:
     pair = ModelPair(model.to(torch.bfloat16))
 
     def ask(sharing: bool) -> None:
-        for side in ("reference", "erased"):
-            with pair.use(side) as one:
-                score_choices(one, tokenizer, questions, sharing=partial(pair.below.run, side) if sharing else None)
+        with pair.sharing_layers() if sharing else nullcontext():
+            for side in SIDES:
+                with pair.use(side) as one:
+                    score_choices(one, tokenizer, questions, sharing=partial(pair.below.run, side))
 
     seconds = _in_turns({"shared": partial(ask, True), "alone": partial(ask, False)}, repeats)
     meaning = f"seconds of multiple choice of both sides, sharing the layers below {LAYER} / each running all"

@@ -71,13 +71,15 @@ def sharing_rows(
     key: Callable[[Sequence[int]], Any] = tuple,
     width: int = MOST_SHARING,
 ) -> list[list[int]]:
-    """Indices of texts in rows of at most `width` distinct tokens, those that begin alike together.
+    """Indices of texts in rows, those that are next to each other in order together.
 
     Args:
-        texts (`Sequence[Sequence[int]]`): Token ids of each. One that is longer has a row to itself.
+        texts (`Sequence[Sequence[int]]`): Token ids of each.
         most (`int`, *optional*): Texts of a row at most.
-        width (`int`, *optional*, defaults to `512`): Distinct tokens of a row at most.
-        key (`Callable`, *optional*, defaults to `tuple`): By what they are sorted.
+        key (`Callable`, *optional*, defaults to `tuple`): By what they are put in order: by their tokens, so that those that begin alike
+            are together, or by `len`.
+        width (`int`, *optional*, defaults to `512`): Tokens of a row at most, beginnings that a text has in common with the one before
+            counted once; a longer text has a row to itself.
     """
     order = sorted(range(len(texts)), key=lambda index: key(texts[index]))
     rows: list[list[int]] = []

@@ -35,8 +35,8 @@ from .user_sources import (
 logger = logging.get_logger(__name__)
 # Other facts that stand in for each in its counterfactual novices.
 STAND_INS = 2
-# Facts that follow one another in a phrasing. Each is a novice of the one before, so that where they share a batch, what the
-# reference makes of one text serves two others too.
+# Facts that follow one another in a phrasing. Each begins as a novice of the one before does, up to what the novice keeps, so that in a
+# batch the reference runs that once.
 _RUN = 4
 _SAMPLED = ("cities", "countries", "countries-quiz", "everyday", "everyday-held-out", "places", "quiz")
 BUILTIN_SOURCES = ("capitals", "elements", "capitals-near", "elements-near", *_SAMPLED)
@@ -147,7 +147,8 @@ def builtin_texts(name: str, processing_class: PreTrainedTokenizerBase | None = 
     """Texts of a built-in source; facts about [`held_out_subjects`] are left out.
 
     `capitals` and `elements` state every fact once in each phrasing, one fact to a text, in a random order in which each phrasing
-    is there before any comes again, and each text is followed by one of its novices where there is one. Their column `novice` holds the same texts with the answers permuted among the facts, and their column `novices` the same texts with
+    is there before any comes again; four facts of a phrasing follow one another, each of which begins as a novice of the one before. Their
+    column `novice` holds the same texts with the answers permuted among the facts, and their column `novices` the same texts with
     whatever they name first, subject or answer, replaced by that of other facts. `capitals-near` and `elements-near` are
     other facts about the same subjects, with what stands before the fact as column `prompt`. `everyday` and `countries`
     hold SmolLM2-135M-Instruct's own samples on everyday subjects and on life in countries (examples/sample_retain.py makes
@@ -239,16 +240,19 @@ def state_facts(
 
 
 def stand_ins(facts: Sequence[Fact], rng: random.Random) -> dict[Fact, list[Fact]]:
-    """Other facts that stand in for each: those of its group that follow it in a random order, which is that of the keys.
+    """Other facts that stand in for each: those of its group that follow it in a random order.
 
     A stand-in of the same group shares what the group shares, such as a continent, so that an expert and its novice differ in
-    the fact alone. Small groups are filled up with the others.
+    the fact alone. Small groups are filled up with any others. The keys are in order of the groups, and within each in that order.
     """
     order = sorted(rng.sample(list(facts), len(facts)), key=lambda fact: fact.group)
     chosen = {}
     for place, fact in enumerate(order):
-        following = order[place + 1 :] + order[:place]
-        chosen[fact] = sorted(following, key=lambda other: other.group != fact.group)[:STAND_INS]
+        following = [other for other in order[place + 1 :] + order[:place] if other.group == fact.group]
+        if lacking := STAND_INS - len(following[:STAND_INS]):
+            others = [other for other in order if other.group != fact.group]
+            following += rng.sample(others, min(lacking, len(others)))
+        chosen[fact] = following[:STAND_INS]
     return chosen
 
 

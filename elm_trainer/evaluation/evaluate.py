@@ -155,13 +155,13 @@ def _evaluate(
     items: dict[str, dict[str, Items]] = {}
     seconds = {}
     for name in measures:
-        for side in SIDES if name != INSIDE else ():
-            rows = kept if side == "reference" else journal
-            row = rows.once(f"{name} {side}", settings, partial(_measure, name, setting, side))
-            seconds[row["name"]] = row["seconds"]
-            for key, value in row["result"].items():
-                items.setdefault(key, {})[side] = Items(**value)
-        pair.below.clear()
+        with pair.sharing_layers():
+            for side in SIDES if name != INSIDE else ():
+                rows = kept if side == "reference" else journal
+                row = rows.once(f"{name} {side}", settings, partial(_measure, name, setting, side))
+                seconds[row["name"]] = row["seconds"]
+                for key, value in row["result"].items():
+                    items.setdefault(key, {})[side] = Items(**value)
     inside = None
     if INSIDE in measures:
         from .inside import look_inside

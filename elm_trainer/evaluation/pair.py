@@ -61,7 +61,7 @@ class ModelPair:
                 )
         self.erased = erased
         self._reference = reference
-        self.below = SharedLayers(None if reference is not None else self.adapter)
+        self.below = SharedLayers()
 
     @contextmanager
     def use(self, side: Side) -> Iterator[PreTrainedModel | PeftModel]:
@@ -70,6 +70,15 @@ class ModelPair:
         off = side == "reference" and self._reference is None
         with evaluating(model), adapter_disabled(model) if off else nullcontext():
             yield model
+
+    @contextmanager
+    def sharing_layers(self) -> Iterator[None]:
+        """While this holds, the erased model begins at its first adapted layer where the reference has run the same forward before."""
+        self.below = SharedLayers(self.adapter if self._reference is None else None)
+        try:
+            yield
+        finally:
+            self.below = SharedLayers()
 
     @property
     def models(self) -> list[PreTrainedModel | PeftModel]:
@@ -85,14 +94,14 @@ class ModelPair:
 class SharedLayers:
     """Runs the layers below the first adapted one once for both sides of a pair: up to there they are one model.
 
-    What a forward of the reference leaves there is kept on its device, as long as there is room, until the erased model runs the
-    same forward. Whether that changes anything is measured the first time.
+    What a forward of the reference leaves there is kept on its device, up to 1 GiB, until the erased model runs the same forward.
+    Whether that changes anything is measured the first time.
 
     Args:
         model (`PeftModel`, *optional*): Model with its adapter; without one nothing is shared.
     """
 
-    def __init__(self, model: PeftModel | None):
+    def __init__(self, model: PeftModel | None = None):
         self._layers: list[nn.Module] = []
         self._kept: dict[Hashable, Any] = {}
         self._bytes = 0
@@ -135,6 +144,7 @@ class SharedLayers:
             whole = forward()
             if not torch.equal(found, whole):
                 self._layers = []
+                self.clear()
                 return whole
         return found
 
@@ -144,7 +154,7 @@ class SharedLayers:
         self._bytes = 0
 
     def _keep(self, key: Hashable, output: Any) -> None:
-        if self._bytes + _size(output) <= _LIMIT:
+        if key not in self._kept and self._bytes + _size(output) <= _LIMIT:
             self._kept[key] = output
             self._bytes += _size(output)
 

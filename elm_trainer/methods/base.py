@@ -215,9 +215,10 @@ class ErasureTrainer(SFTTrainer):
         return self._forward.texts_interact(model)
 
     def on_device(self, batch: Mapping[str, Any], sharing: bool = False) -> dict[str, Any]:
-        """A batch of the collator on the model's device; `sharing` lets texts share what they begin with, without gradients."""
+        """A batch of the collator on the model's device; with `sharing`, forwards beside the step's share what texts begin with."""
         if sharing:
-            PackingPlan(self._forward.rule(self.model), self.packed_together()).share(batch, self.model)
+            groups = [*dict.fromkeys(self.packed_together()[1:])]
+            PackingPlan(self._forward.rule(self.model), groups).share(batch, self.model)
         return self._prepare_inputs(batch)
 
     def get_eval_dataloader(self, eval_dataset=None):

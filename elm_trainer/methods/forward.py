@@ -125,7 +125,7 @@ def run_packed(model: nn.Module, batches: Sequence[Mapping[str, Any]], packing: 
         input_ids=torch.cat([batch["input_ids"].flatten() for batch in batches])[packing.tokens],
         position_ids=packing.position_ids,
         use_cache=False,
-        **packing.attention_arguments(next(model.parameters()).dtype),
+        **packing.attention_arguments(model),
     ).logits
 
 

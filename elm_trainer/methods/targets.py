@@ -165,7 +165,8 @@ def _fill(trainer: ErasureTrainer, plan: TargetPlan, store: TargetStore, share: 
         return
     place_model(trainer)
     args, dataset = trainer.args, trainer.train_dataset
-    collate = replace(trainer.data_collator, targets=None)
+    # What a trainer before has had packed would be found first.
+    collate = replace(trainer.data_collator, targets=None, packing=None)
     # Without gradients there is room for the batch of evaluation.
     size = max(args.per_device_train_batch_size, args.per_device_eval_batch_size)
     total = sum(len(store.rows_of(shard)) for shard in share)

@@ -180,3 +180,11 @@ def test_rows_in_which_texts_share_are_short_unless_a_text_is_long(tokenizer):
     rule = PackingRule(left_padded=False)
     assert share_beginnings([collator.pad([(ids, 0) for ids in short])], rule).tokens.shape == (3, 200)
     assert share_beginnings([collator.pad([(ids, 0) for ids in [*short, [7] * 600]])], rule).tokens.shape == (2, 600)
+
+
+def test_texts_share_only_where_that_spares_a_tenth(tiny_model, tokenizer):
+    rule, collator = PackingRule(left_padded=False), ElmDataCollator(tokenizer)
+    for beginning, shared in ((20, True), (1, False)):
+        batch = {"forget": collator.pad([([5] * beginning + [number] * 20, 0) for number in range(4)])}
+        PackingPlan(rule, [("forget",), ("retain",)]).share(batch, tiny_model)
+        assert len(batch["forget"].get("packings", [])) == shared

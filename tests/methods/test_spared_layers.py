@@ -87,6 +87,34 @@ def test_training_is_the_same_whether_states_are_kept_or_not(shape, side, checkp
     assert all_calls[4] < all_calls[0]  # what nobody reads is left out in any case
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize(("shape", "side"), [*((shape, "right") for shape in SHAPES), ("llama", "left")])
+def test_targets_are_the_same_where_texts_share_what_they_begin_with(shape, side, bf16, make, tokenizer, monkeypatch):
+    monkeypatch.setattr("elm_trainer.data.packing._SHARING_ROW", 24)  # several rows, with gaps
+    monkeypatch.setattr("elm_trainer.data.packing._SHARED", 2.0)  # though that spares nothing
+    options = {"sliding_window": 64} if shape == "gemma3_text" else {}  # a shorter window rules such a mask out
+    tokenizer.padding_side, before = side, tokenizer.padding_side
+    try:
+        options_of_run = dict(precompute_targets=False, fact_share=0.0, pad_to_multiple_of=8, bf16=bf16, use_cpu=bf16)
+        trainer = make(shape, options, **options_of_run)
+        found, packed = [], []
+        for sharing in (True, False):
+            rows = list(trainer.train_dataset)
+            inputs = trainer.on_device(trainer.data_collator(rows + rows[:2]), sharing=sharing)
+            packed += inputs["forget"].get("packings", [])
+            batches = {"erase": inputs["forget"], "retain": inputs["retain"]}
+            with torch.no_grad(), trainer.accelerator.autocast():
+                found.append(trainer.targets(trainer.model, batches))
+    finally:
+        tokenizer.padding_side = before
+    [packing] = packed
+    assert packing.seen is not None and len(packing.tokens) > 1
+    for term, target in found[1].items():
+        for name, expected in target.items():
+            tolerance = (0.05 if bf16 else 1e-5) * expected.abs().max().item()
+            torch.testing.assert_close(found[0][term][name], expected, rtol=0, atol=tolerance, msg=f"{term}, {name}")
+
+
 def test_states_are_kept_by_default_where_no_term_reads_logits_and_texts_come_again(make):
     calls = run(make(max_steps=12))[2]
     assert calls[0] < calls[2] - 6
