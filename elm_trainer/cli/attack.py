@@ -10,7 +10,7 @@ nothing looks like; its models are trained once.
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .models import check_adapter, check_dtype, named
+from .errors import check_adapter, check_dtype, named
 from .options import CommandLine
 from .recipes import shipped
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from .models import check_adapter, check_dtype
+from .errors import check_adapter, check_dtype
 from .options import CommandLine
 
 

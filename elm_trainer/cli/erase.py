@@ -110,7 +110,7 @@ def _check(
         The concepts by name, the questions with what is measured (`None` without an evaluation), and the tokenizer.
     """
     from ..modeling import load_tokenizer
-    from .models import check_dtype, named
+    from .errors import check_dtype, named
 
     check_dtype(arguments.dtype)
     arguments.check_layers(config.novice if arguments.concept is None else None)
@@ -149,7 +149,7 @@ def _make(run: ConceptRun, tokenizer: "PreTrainedTokenizerBase", clock: Clock) -
 
     from ..modeling import keep_differentiable, load_config
     from ..run_lock import only_run_in
-    from .models import named
+    from .errors import named
 
     given = run.arguments
     run.check(tokenizer)
@@ -179,7 +179,7 @@ def _make(run: ConceptRun, tokenizer: "PreTrainedTokenizerBase", clock: Clock) -
 def _load(arguments: ErasureArguments, config: "ElmConfig") -> "PreTrainedModel":
     from ..modeling import load_model
     from ..run_lock import only_run_in
-    from .models import named
+    from .errors import named
 
     output = Path(config.output_dir)
     if arguments.concept is None or output.exists():

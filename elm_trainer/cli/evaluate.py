@@ -8,7 +8,7 @@ An interrupted evaluation continues where it stopped. Under `accelerate launch` 
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 
-from .models import check_adapter, check_dtype, named
+from .errors import check_adapter, check_dtype, named
 from .options import CommandLine
 
 

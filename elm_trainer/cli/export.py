@@ -6,7 +6,7 @@ file with the adapter merged; `--to safetensors` a folder of full weights, as ev
 
 from dataclasses import dataclass, field
 
-from .models import check_adapter
+from .errors import check_adapter
 from .options import CommandLine
 
 

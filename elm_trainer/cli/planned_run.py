@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from ..checks import number_range
 from .erase_options import ErasureArguments
-from .models import check_dtype
+from .errors import check_dtype
 
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .errors import check_adapter, check_dtype, named
 from .evaluate import AskedArguments
-from .models import check_adapter, check_dtype, named
 from .options import CommandLine
 
 

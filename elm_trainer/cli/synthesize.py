@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..concept import load_concept
-from .models import check_dtype, named
+from .errors import check_dtype, named
 from .options import CommandLine
 
 

@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from peft import LoraConfig
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from elm_trainer import ConceptSources, build_erasure_dataset
 from elm_trainer.methods.base import ErasureTrainer
 from elm_trainer.modeling import DEMO_MODEL, load_tokenizer
-from tests.methods.methods import METHODS, tiny, trained
+from tests.methods.methods import METHODS, leave_launch, tiny, trained
 
 from . import fsdp_on_cpu
 
@@ -151,8 +150,7 @@ def main() -> None:
         if int(os.environ.get("RANK", 0)) == 0:
             (output / run.name).mkdir(exist_ok=True)
             (output / run.name / "result.json").write_text(json.dumps(result))
-    # Threads of gloo abort a process now and then that ends within its group.
-    PartialState().destroy_process_group()
+    leave_launch()
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from elm_trainer import ConceptSources, build_erasure_dataset
 from elm_trainer.modeling import DEMO_MODEL, load_tokenizer
 
 from ..distributed import fsdp_on_cpu
-from .methods import METHODS, tiny
+from .methods import METHODS, leave_launch, tiny
 
 
 ROWS = 2 * 128 + 1
@@ -105,5 +105,4 @@ def build(options: argparse.Namespace, fields: dict[str, Any]) -> None:
 if __name__ == "__main__":
     fsdp_on_cpu.allow()
     main()
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    leave_launch()

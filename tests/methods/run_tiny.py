@@ -10,14 +10,13 @@ import signal
 import time
 from pathlib import Path
 
-from accelerate import PartialState
 from peft import LoraConfig
 from transformers import TrainerCallback
 
 from elm_trainer import ConceptSources, build_erasure_dataset
 from elm_trainer.modeling import DEMO_MODEL, load_tokenizer
 
-from .methods import METHODS, tiny
+from .methods import METHODS, leave_launch, tiny
 
 
 class Slow(TrainerCallback):
@@ -86,8 +85,7 @@ def main() -> None:
         )
         trainer.train(resume_from_checkpoint=options.resume or None)
         trainer.save_model(str(options.output / name / "final"))
-    # Threads of gloo abort a process now and then that ends within its group.
-    PartialState().destroy_process_group()
+    leave_launch()
 
 
 if __name__ == "__main__":

@@ -35,11 +35,13 @@ def test_targets_are_those_of_texts_run_one_by_one(shape, side, make, tokenizer)
         for position, *others in row["aligned"]:
             e = own[position]
             n = torch.stack([novice[other].exp() for novice, other in zip(novices, others, strict=True)]).mean(0).log()
-            chosen = (e - n).topk(7).indices
+            apart, chosen = e - n, target["indices"][place]
+            # Where two tokens are as far apart but for rounding, either may be the last.
+            torch.testing.assert_close(apart[chosen].sort(descending=True).values, apart.topk(7).values, rtol=0, atol=1e-4)
             expected = e.clone()
             expected[chosen] = e[chosen] - 1.5 * (e - n)[chosen]
             expected = expected - expected.logsumexp(-1)
-            assert set(target["indices"][place].tolist()) == set(chosen.tolist())
+            assert len(set(chosen.tolist())) == 7
             edited = LogTarget(target["indices"][place], target["log_probs"][place]).over(own[position])
             torch.testing.assert_close(edited, expected, rtol=0, atol=1e-4)
             logits = trainer.model.get_output_embeddings()(target["states"][place])
