@@ -37,7 +37,9 @@ def test_targets_are_those_of_texts_run_one_by_one(shape, side, make, tokenizer)
             n = torch.stack([novice[other].exp() for novice, other in zip(novices, others, strict=True)]).mean(0).log()
             apart, chosen = e - n, target["indices"][place]
             # Where two tokens are as far apart but for rounding, either may be the last.
-            torch.testing.assert_close(apart[chosen].sort(descending=True).values, apart.topk(7).values, rtol=0, atol=1e-4)
+            torch.testing.assert_close(
+                apart[chosen].sort(descending=True).values, apart.topk(7).values, rtol=0, atol=1e-4
+            )
             expected = e.clone()
             expected[chosen] = e[chosen] - 1.5 * (e - n)[chosen]
             expected = expected - expected.logsumexp(-1)
