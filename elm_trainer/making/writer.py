@@ -120,12 +120,10 @@ class Writer:
                     )
                     raise OSError(f"`writer` is {self.name!r}, which refused ({told}): {fix}.") from error
                 if trial == TRIES:
-                    what = (
-                        f"has not answered within {TIMEOUT:.0f} s"
-                        if isinstance(error, InferenceTimeoutError)
-                        else f"failed ({told})"
-                    )
-                    kind = TimeoutError if isinstance(error, InferenceTimeoutError) else OSError
+                    # The oldest huggingface-hub lets the error of its client through.
+                    late = isinstance(error, (InferenceTimeoutError, httpx2.TimeoutException))
+                    what = f"has not answered within {TIMEOUT:.0f} s" if late else f"failed ({told})"
+                    kind = TimeoutError if late else OSError
                     raise kind(
                         f"`writer` is {self.name!r}, which {what}, {TRIES} times: is the server running?"
                     ) from error
