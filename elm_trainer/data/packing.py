@@ -1,7 +1,7 @@
 """Texts packed into rows without padding: which text lies where, planned on the host from lengths alone or from shared beginnings."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from heapq import heapreplace
 from itertools import accumulate, pairwise
@@ -116,19 +116,23 @@ class PackingPlan:
 
     def add(self, batch: Mapping[str, Any]) -> None:
         """Put the packing of each group into its first sub-batch, as `packings`."""
-        for group in self.groups:
-            if parts := [part for name in group if (part := _part(batch, name)) is not None]:
-                parts[0].setdefault("packings", []).append(pack_batches(parts, self.rule))
+        for parts in self._parts(batch):
+            parts[0].setdefault("packings", []).append(pack_batches(parts, self.rule))
 
     def share(self, batch: Mapping[str, Any], model: nn.Module) -> None:
         """The same by [`share_beginnings`], of a batch on the CPU, where the model allows it and a tenth is spared."""
-        for group in self.groups:
-            parts = [part for name in group if (part := _part(batch, name)) is not None]
+        for parts in self._parts(batch):
             lengths = [length for part in parts for length in part["lengths"]]
-            if parts and not self.rule.apart and obeys_masks(model, max(lengths)):
+            if not self.rule.apart and obeys_masks(model, max(lengths)):
                 packing = share_beginnings(parts, self.rule)
                 if packing.tokens.numel() <= _SHARED * sum(lengths):
                     parts[0].setdefault("packings", []).append(packing)
+
+    def _parts(self, batch: Mapping[str, Any]) -> Iterator[list[Any]]:
+        """The sub-batches of each group that the batch has some of."""
+        for group in self.groups:
+            if parts := [part for name in group if (part := _part(batch, name)) is not None]:
+                yield parts
 
 
 def _part(batch: Mapping[str, Any], name: str) -> Any:

@@ -232,10 +232,13 @@ def _sums(
     def forward() -> torch.Tensor:
         return model(**{name: tensor.to(device) for name, tensor in inputs.items()}, use_cache=False).logits
 
-    # A tree's mask follows from the depths of its tokens.
-    key = tuple((name, tensor.numpy().tobytes()) for name, tensor in inputs.items() if tensor.dim() == 2)
     with KeepPositions(model.get_output_embeddings(), torch.from_numpy(kept).to(device)):
-        logits = (forward() if sharing is None else sharing(key, forward))[0].float()  # [kept, vocab]
+        if sharing is None:
+            found = forward()
+        else:
+            # A tree's mask follows from the depths of its tokens.
+            found = sharing(tuple((n, t.numpy().tobytes()) for n, t in inputs.items() if t.dim() == 2), forward)
+    logits = found[0].float()  # [kept, vocab]
     index = torch.from_numpy(rows).to(device)
     chosen = logits[index, torch.tensor(targets, device=device)] - logits.logsumexp(-1)[index]
     starts = np.cumsum([0, *(len(place) for place in places[:-1])])

@@ -143,15 +143,9 @@ class SharedLayers:
             self._measured = True
             whole = forward()
             if not torch.equal(found, whole):
-                self._layers = []
-                self.clear()
+                self._layers, self._kept = [], {}
                 return whole
         return found
-
-    def clear(self) -> None:
-        """Forget what is kept."""
-        self._kept.clear()
-        self._bytes = 0
 
     def _keep(self, key: Hashable, output: Any) -> None:
         if key not in self._kept and self._bytes + _size(output) <= _LIMIT:
