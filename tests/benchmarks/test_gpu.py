@@ -66,10 +66,7 @@ def test_every_step_of_a_model_is_measured_beside_its_prediction(part, run, tmp_
         assert ("bytes_ratio" in row) == (row["name"] != "SFT")
     # All fine-tune on the same tokens, whose mean loss is that of a random model wherever the adapter has been taken off.
     losses = [row["loss"] for row in steps if row["name"] == "SFT"]
-    if torch.__version__.startswith("2.6."):  # the oldest torch rounds otherwise where texts lie in other rows
-        assert max(losses) - min(losses) < 0.02
-    else:
-        assert len({round(loss, 3) for loss in losses}) == 1
+    assert max(losses) - min(losses) < 0.02  # in bfloat16, laid into rows in several ways
     found = summary({part: {"rows": found}})[part]
     assert found["step_vs_sft"] > 0 and found["memory_vs_prediction"] > 0
 
