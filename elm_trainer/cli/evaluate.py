@@ -32,6 +32,10 @@ class AskedArguments:
 class EvaluationArguments(AskedArguments):
     adapter: list[str] = field(default_factory=list, metadata={"help": "Folder or Hub id; several are stacked."})
     reference: str | None = field(default=None, metadata={"help": "Model that an erased checkpoint came from."})
+    split: str = field(
+        default="test",
+        metadata={"help": "Questions to ask: test, or dev to choose settings by.", "choices": ["test", "dev"]},
+    )
     judges: list[str] = field(default_factory=list, metadata={"help": "Further judges of fluency."})
     benchmark: list[str] = field(
         default_factory=list,
@@ -84,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
     check_dtype(arguments.dtype)
     suite = None
     if not (arguments.benchmark or arguments.harness) or command.given & {"concepts", "bank"}:
-        suite = suite_from_files(arguments.concepts, arguments.bank, arguments.questions)
+        suite = suite_from_files(arguments.concepts, arguments.bank, arguments.questions, arguments.split)
     suite = benchmark_suite(arguments.benchmark, limit=arguments.limit, suite=suite)
     suite.harness, suite.num_fewshot, suite.limit = arguments.harness, arguments.num_fewshot, arguments.limit
     suite.check()

@@ -107,6 +107,21 @@ def test_a_launched_process_leaves_its_group_before_it_ends(command, tiny_folder
     assert run.stdout.endswith("joined 1 left True\n")
 
 
+def test_evaluate_asks_the_questions_of_the_split_it_is_told(tiny_folder, tmp_path):
+    from elm_trainer.cli.main import main
+    from elm_trainer.evaluation.report import read_report
+
+    asked = {}
+    for split in ("dev", "test"):
+        options = [f"--model={tiny_folder}", f"--reference={tiny_folder}", f"--output_dir={tmp_path / split}"]
+        main(["evaluate", *options, f"--split={split}", "--questions=12", "--measures=multiple-choice"])
+        report = read_report(tmp_path / split / "report.json")
+        assert report["recipe"]["split"] == split
+        asked[split] = report["datasets"]["bank capitals"]
+        assert asked[split]["revision"].endswith(f" {split}")
+    assert asked["dev"]["sha256"] != asked["test"]["sha256"]
+
+
 def test_the_leaderboard_offers_every_column_that_can_be_ranked_by():
     from elm_trainer.cli import leaderboard
     from elm_trainer.hub.leaderboard import SORTS
