@@ -53,10 +53,11 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 _TESTED = {
-    "readout": "the texts are documents with novices: of these it forgets more than in log space",
-    "log-space": "every text has novices: the best found on dev questions of SmolLM2-135M",
+    "readout": "every text has novices: what is near stays, and answers differ as they did",
     "contexts": "not every text has novices: the paper's, at a rate for LoRA",
 }
+# At the readout, for texts of facts: their stand-ins are read alike ([`facts_texts`]), so that the step to the novice is a short one.
+_ETA_OF_FACTS = 2.0
 # Short rows are fastest attended to by plain products, of few shapes; in bfloat16 they need `use_cpu`.
 _ON_CPU = {"use_cpu": True, "attn_implementation": "eager", "pad_to_multiple_of": 8}
 # Fewest and most rows, and how often each is seen: together about as many as the recipes of the two objectives train on.
@@ -241,7 +242,7 @@ def objective_settings(
     longest: int,
     *,
     counterfactual: bool,
-    documents: bool = False,
+    facts: bool = False,
     given: Mapping[str, Any] | None = None,
     attention: Sequence[str] = (),
 ) -> dict[str, Choice]:
@@ -249,8 +250,8 @@ def objective_settings(
 
     The rules:
 
-    - **objective and schedule**: of `OBJECTIVES` that in log space where every text has `novices`, or at the readout if they are
-      pieces of documents, else that of contexts. A given `objective` decides instead, or else a given `novice` or `preset`.
+    - **objective and schedule**: of `OBJECTIVES` that at the readout where every text has `novices`, else that of contexts. A given
+      `objective` decides instead, or else a given `novice` or `preset`. At the readout of facts `state_eta` is 2.
     - **rows**: in log space 512, as in the recipe: of fewer texts some are repeated, and of more the first are
       taken, which tell of all facts alike ([`facts_texts`]). At the readout as many as there are texts, from 256 to 1024, with
       contexts from 128 to 1024.
@@ -264,7 +265,7 @@ def objective_settings(
         texts (`int`): Number of forget texts.
         longest (`int`): Tokens of the longest.
         counterfactual (`bool`): Whether every one has `novices`.
-        documents (`bool`, *optional*, defaults to `False`): Whether they are pieces of documents.
+        facts (`bool`, *optional*, defaults to `False`): Whether they state facts ([`facts_texts`]).
         given (`Mapping[str, Any]`, *optional*): Settings that are given; none of them is chosen.
         attention (`Sequence[str]`, *optional*): The model's [`attention_modules`], which are adapted at the readout.
 
@@ -272,8 +273,11 @@ def objective_settings(
         `dict[str, Choice]`: by name of the option.
     """
     given = dict(given or {})
-    objective, why = _objective(given, counterfactual, documents)
+    objective, why = _objective(given, counterfactual)
     found = {name: Choice(value, why) for name, value in {"objective": objective, **OBJECTIVES[objective]}.items()}
+    if objective == "readout" and facts:
+        why = "stand-ins of a fact are read alike, so that the step is a short one; the best found on dev questions"
+        found["state_eta"] = Choice(_ETA_OF_FACTS, why)
     if objective == "readout" and attention:
         found["lora_targets"] = Choice(",".join(attention), "attention is what reads the answer out")
     low, high = _ROWS[objective]
@@ -298,13 +302,13 @@ def objective_settings(
     return {name: choice for name, choice in found.items() if name not in given}
 
 
-def _objective(given: Mapping[str, Any], counterfactual: bool, documents: bool) -> tuple[str, str]:
+def _objective(given: Mapping[str, Any], counterfactual: bool) -> tuple[str, str]:
     """The objective by the rule of [`objective_settings`], and why."""
     if "objective" in given:
         return given["objective"], "`objective` is given"
     novice = given.get("novice") or ("contexts" if "preset" in given else None)
     counterfactual = novice == "counterfactual" if novice else counterfactual
-    objective = "contexts" if not counterfactual else "readout" if documents else "log-space"
+    objective = "readout" if counterfactual else "contexts"
     return objective, f"`{'novice' if given.get('novice') else 'preset'}` is given" if novice else _TESTED[objective]
 
 

@@ -189,44 +189,43 @@ def test_the_objective_is_that_of_the_recipe_word_for_word(objective, name):
     assert all(name in known for some in OBJECTIVES.values() for name in some)
 
 
-def chosen(texts=600, longest=70, counterfactual=True, documents=False, **given):
-    found = objective_settings(texts, longest, counterfactual=counterfactual, documents=documents, given=given)
+def chosen(texts=600, longest=70, counterfactual=True, **given):
+    found = objective_settings(texts, longest, counterfactual=counterfactual, given=given)
     assert all(choice.reason for choice in found.values()) and not found.keys() & given.keys()
     return {name: choice.value for name, choice in found.items()}
 
 
 def test_what_the_texts_have_decides_about_the_objective_unless_it_is_given():
-    assert chosen()["objective"] == "log-space" and chosen(counterfactual=False)["objective"] == "contexts"
-    assert "log_tokens" not in chosen(novice="contexts") and chosen(novice="contexts")["learning_rate"] == 1e-3
-    assert chosen(counterfactual=False, novice="counterfactual")["log_tokens"] == 8
+    assert chosen()["objective"] == "readout" and chosen(counterfactual=False)["objective"] == "contexts"
+    assert "state_weight" not in chosen(novice="contexts") and chosen(novice="contexts")["learning_rate"] == 1e-3
+    assert chosen(counterfactual=False, novice="counterfactual")["state_weight"] == 1
+    assert chosen(objective="log-space")["log_tokens"] == 8 and "log_tokens" not in chosen()
+    facts = objective_settings(9, 9, counterfactual=True, facts=True)
+    assert facts["state_eta"].value == 2 > chosen()["state_eta"]
+    assert "state_eta" not in objective_settings(9, 9, counterfactual=False, facts=True)
     # A preset says itself what the table says of these.
-    assert not chosen(preset="released").keys() & {"eta", "log_tokens", "retain_loss"}
-    assert chosen(eta=2.0)["log_tokens"] == 8
-    found = objective_settings(
-        9, 9, counterfactual=True, given={"objective": "readout"}, attention=["q_proj", "attn.c_proj"]
-    )
+    assert not chosen(preset="released").keys() & {"eta", "state_weight", "retain_loss"}
+    assert chosen(state_eta=2.0)["state_weight"] == 1
+    found = objective_settings(9, 9, counterfactual=True, given={}, attention=["q_proj", "attn.c_proj"])
     assert (found["lora_layers"].value, found["lora_targets"].value) == ("auto", "q_proj,attn.c_proj")
     assert found["novice"].value == "counterfactual"
-    # Documents are led where they are read out, unless something else is given or not every piece has novices.
-    assert chosen(documents=True)["state_weight"] == 1 and "log_tokens" not in chosen(documents=True)
-    assert chosen(documents=True, objective="log-space")["log_tokens"] == 8
-    assert chosen(documents=True, counterfactual=False)["preset"] == "paper"
 
 
 @pytest.mark.parametrize(("texts", "rows", "passes"), [(9, 256, 24), (324, 324, 19), (600, 600, 10), (9000, 1024, 10)])
 def test_at_the_readout_there_are_at_least_600_steps(texts, rows, passes):
-    found = chosen(texts, objective="readout")
+    found = chosen(texts)
     assert (found["dataset_size"], found["num_train_epochs"]) == (rows, passes)
-    assert rows * passes / 10 >= 600 and "num_train_epochs" not in chosen(texts, objective="readout", max_steps=7)
+    assert rows * passes / 10 >= 600 and "num_train_epochs" not in chosen(texts, max_steps=7)
 
 
 @pytest.mark.parametrize("texts", [9, 512, 700, 9000])
 def test_rows_follow_the_texts(texts):
-    assert chosen(texts)["dataset_size"] == 512 and chosen(texts)["num_train_epochs"] == 2
-    reason = objective_settings(texts, 70, counterfactual=True)["dataset_size"].reason
+    log = {"objective": "log-space"}
+    assert chosen(texts, **log)["dataset_size"] == 512 and chosen(texts, **log)["num_train_epochs"] == 2
+    reason = objective_settings(texts, 70, counterfactual=True, given=log)["dataset_size"].reason
     assert f"{texts} forget texts" in reason
     assert ("evenly over all facts" in reason) == (texts > 512) and ("repeated" in reason) == (texts < 512)
-    assert "num_train_epochs" not in chosen(texts, max_steps=5)
+    assert "num_train_epochs" not in chosen(texts, max_steps=5, **log)
     few = chosen(texts, counterfactual=False)
     assert few["dataset_size"] == min(max(texts, 128), 1024) and few["num_train_epochs"] == 3
 

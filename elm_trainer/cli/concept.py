@@ -43,18 +43,6 @@ def default_folder(concept: str) -> str:
     return f"outputs/{'-'.join(words) or 'concept'}"
 
 
-def check_folder(folder: Path) -> None:
-    """Raise `ValueError` where a folder holds an earlier run."""
-    found = [name for name in ("adapter", "data", "making") if (folder / name).exists()]
-    found += sorted(path.name for path in folder.glob("checkpoint-*"))
-    if found:
-        what = "a finished run" if "adapter" in found else "a run that was stopped"
-        raise ValueError(
-            f"`output_dir` is {str(folder)!r}, which holds {what} ({', '.join(found)}): `--resume` goes on with it, "
-            "`--overwrite` removes it, or name another folder."
-        )
-
-
 @contextmanager
 def hushed() -> Iterator[None]:
     """While this holds, nothing warns: what is only checked will be said when it is done."""
@@ -233,7 +221,7 @@ class ConceptRun:
         from ..fitting import objective_settings
 
         what = self.made_from
-        expected = objective_settings(1, 1, counterfactual=True, documents=bool(what.documents), given=self._given)
+        expected = objective_settings(1, 1, counterfactual=True, given=self._given)
         self._line.complete({"bf16": False} | {name: choice.value for name, choice in expected.items()})
         with hushed():
             what.read()
@@ -275,8 +263,12 @@ class ConceptRun:
         self._attention = attention_modules(decoder_layers(empty_model(config)))
         self._choose({name: choice for name, choice in found.items() if name not in given})
 
-    def fit_texts(self, forget: "Dataset", *, counterfactual: bool, tokenizer: "PreTrainedTokenizerBase") -> None:
-        """Choose what depends on the forget texts: objective, rows, steps, length. After [`fit_model`]."""
+    def fit_texts(
+        self, forget: "Dataset", *, counterfactual: bool, tokenizer: "PreTrainedTokenizerBase", stated: bool = False
+    ) -> None:
+        """Choose what depends on the forget texts: objective, rows, steps, length. After [`fit_model`]. `stated` tells whether the
+        model has stated facts about a mere name.
+        """
         from ..fitting import Choice, objective_settings
 
         longest = max(len(ids) for ids in tokenizer(forget["text"][:], add_special_tokens=True)["input_ids"])
@@ -286,8 +278,8 @@ class ConceptRun:
             shown = {"readout": before.get("state_weight"), "log-space": before.get("log_tokens"), "contexts": True}
             given = {"objective": before.get("objective", next(filter(shown.get, shown)))} | given
         found = objective_settings(
-            len(forget), longest, counterfactual=counterfactual, documents=bool(self.made_from.documents), given=given,
-            attention=self._attention,
+            len(forget), longest, counterfactual=counterfactual, facts=stated or self.made_from.facts is not None,
+            given=given, attention=self._attention,
         )  # fmt: skip
         if before:
             found["objective"] = Choice(given["objective"], "as the run had it that goes on")
@@ -308,7 +300,9 @@ class ConceptRun:
         with self.config.main_process_first():
             made = make_data(self.made_from, model, tokenizer, output, writer=self._writer, known=self._known)
             forget = load_texts(made.sources.forget)
-        self.fit_texts(forget, counterfactual=made.counterfactual, tokenizer=tokenizer)
+        self.fit_texts(
+            forget, counterfactual=made.counterfactual, tokenizer=tokenizer, stated=bool(made.record["stated"])
+        )
         with self.config.main_process_first():
             if self.config.local_process_index == 0:
                 values = {name: choice.value for name, choice in self.chosen.items()}
@@ -354,6 +348,7 @@ class ConceptRun:
         from .. import load_texts
         from ..files import read_object
         from ..making.make import FOLDER, RECORD, make_data
+        from ..making.writing import ASKED_SHARE
 
         what, folder = self.made_from, Path(self.config.output_dir) / FOLDER
         own = [*what.near, *what.retain]
@@ -364,11 +359,10 @@ class ConceptRun:
         else:
             everyday = load_texts("everyday")
             written = {"forget": what.texts if self.is_bare else 0, "near": 0 if what.near else what.near_texts}
-            told = " and ".join(
-                f"{count} {'about it' if name == 'forget' else 'about neighbors'}"
-                for name, count in written.items()
-                if count
-            )
+            # Whether there will be facts of a mere name is not known yet.
+            written["asked"] = ASKED_SHARE * written["near"] if self.is_bare or what.facts else 0
+            about = {"forget": "about it", "near": "about neighbors", "asked": "questions about what facts name"}
+            told = ", ".join(f"{count} {about[name]}" for name, count in written.items() if count)
             note = f"the model is to write {told}, of which two thirds are kept in this plan" if told else ""
             note += "; whether it knows the name is asked first of all" if self.is_bare else ""
             for name, count in written.items():

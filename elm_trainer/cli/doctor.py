@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from .concept import check_folder
 from .erase_options import CommonSettings
+from .errors import check_folder
 from .options import CommandLine
 from .planned_run import DoctorArguments, PlannedRun, existing
 

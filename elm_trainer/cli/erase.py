@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from ..checks import number_range
-from .concept import ConceptRun, check_folder, default_folder, hushed, settle_layers
+from .concept import ConceptRun, default_folder, hushed, settle_layers
 from .erase_options import CommonSettings, ErasureArguments
+from .errors import check_folder
 from .options import CommandLine
 
 

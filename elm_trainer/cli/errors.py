@@ -69,6 +69,18 @@ def _origin(error: Exception) -> tuple[FrameType | None, bool]:
     return entry.tb_frame, code[entry.tb_lasti] == dis.opmap["RAISE_VARARGS"]
 
 
+def check_folder(folder: Path) -> None:
+    """Raise `ValueError` where a folder holds an earlier run."""
+    found = [name for name in ("adapter", "data", "making") if (folder / name).exists()]
+    found += sorted(path.name for path in folder.glob("checkpoint-*"))
+    if found:
+        what = "a finished run" if "adapter" in found else "a run that was stopped"
+        raise ValueError(
+            f"`output_dir` is {str(folder)!r}, which holds {what} ({', '.join(found)}): `--resume` goes on with it, "
+            "`--overwrite` removes it, or name another folder."
+        )
+
+
 def check_adapter(name: str) -> None:
     """Raise `ValueError` for an `adapter` that can be neither a folder with an adapter nor an id on the Hub."""
     path = Path(name)

@@ -8,7 +8,7 @@ from functools import cache
 from importlib.resources import files
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -24,16 +24,21 @@ from .writer import Writer
 logger = logging.get_logger(__name__)
 # Draws of each kind, and their tokens.
 _DRAWS, _TOKENS, _LIST_TOKENS, _COLUMN_TOKENS, _ANSWER_TOKENS = 8, 64, 48, 12, 6
-# Relations of each kind that are followed, draws of further subjects of each, and how often from what was drawn before.
-_RELATIONS, _FURTHER, _ROUNDS = 1, 16, 3
-# Most subjects of a relation that are asked about.
-_SUBJECTS = 96
+# Relations that are followed, of those that are stated and of those that are told of members; draws of further subjects of each, and
+# how often from what was drawn before.
+_RELATIONS, _COLUMNS, _FURTHER, _ROUNDS = 1, 3, 16, 5
+# Most subjects of a relation that are asked about, and most further names that are drawn.
+_SUBJECTS, _NAMES = 128, 160
 # Statements before the one that is to be answered, and the sets of them.
 _SHOWN, _SETS = 4, 3
 _WORDS_OF_SUBJECT, _WORDS_OF_ANSWER, _WORDS_OF_RELATION = 4, 4, 3
 # Largest share of the subjects of a relation that may have one answer: what is true of most tells nothing of each.
 _COMMON = 0.2
 FEWEST_FACTS = 8
+# Relations of whose answers other names of their kind are listed.
+_ANSWER_KINDS = 2
+# As many of the subjects that a relation begins with must be answered about alike, or none of it is followed.
+_FEWEST_ALIKE = 3
 _STATED = re.compile(
     r"\bthe ([a-z][a-z -]{2,30}?) of (?:the )?([^\n.;:?]{2,40}?) (?:is|was|are) (?:called |named )?([^\n;:?]{1,40}?)(?=[.\n]|, (?:a|an|the|which|and|with)\b|$)",
     re.IGNORECASE,
@@ -53,6 +58,20 @@ def asking_prompts() -> dict[str, Any]:
     return yaml.safe_load((files("elm_trainer.data") / "texts" / "asking.yaml").read_text(encoding="utf-8"))
 
 
+class StatedFacts(NamedTuple):
+    """What a model states about a name.
+
+    Attributes:
+        facts (`tuple[Fact, ...]`): What it answers alike each time: facts with their relation in `near["relation"]` and as their
+            group, as [`read_facts`] gives them.
+        guesses (`tuple[Fact, ...]`): The same of subjects about which it answers once this and once that: the first of its answers
+            that can be one. To forget a fact one need not know it: texts about more subjects show what they have in common.
+    """
+
+    facts: tuple[Fact, ...] = ()
+    guesses: tuple[Fact, ...] = ()
+
+
 def write_facts(
     model: PreTrainedModel,
     processing_class: PreTrainedTokenizerBase,
@@ -62,7 +81,7 @@ def write_facts(
     seed: int = 0,
     cache_dir: str | Path | None = None,
     fingerprint: str = "",
-) -> tuple[Fact, ...]:
+) -> StatedFacts:
     """Facts about a concept, as the model states them.
 
     It writes sentences "The … of … is …." about the name, lists members of what is named, and names what is told of each. Relations
@@ -82,21 +101,23 @@ def write_facts(
         fingerprint (`str`, *optional*): What identifies the reference there, such as [`model_fingerprint`].
 
     Returns:
-        `tuple[Fact, ...]`: facts with their relation in `near["relation"]` and as their group, as [`read_facts`] gives them; none
-        where fewer than 8 are left of each relation.
+        [`StatedFacts`]: nothing of relations of which fewer than 8 facts are left.
     """
     writer = writer or Writer("reference", model, processing_class, cache_dir=cache_dir, fingerprint=fingerprint)
     votes = _first_statements(writer, concept, seed)
     members = _members(writer, concept, seed)
     facts: list[Fact] = []
+    guesses: list[Fact] = []
     for relation in _relations(writer, concept, votes, members, seed):
         found = _of_relation(writer, relation, votes.get(relation, {}), members, seed)
-        if len(found) >= FEWEST_FACTS:
-            facts += found
+        if len(found.facts) >= FEWEST_FACTS:
+            facts += found.facts
+            guesses += found.guesses
     logger.info(
-        f"Facts about {concept.name!r}: {len(facts)} of the relations {sorted({fact.group for fact in facts})}."
+        f"Facts about {concept.name!r}: {len(facts)} of the relations {sorted({fact.group for fact in facts})}, and "
+        f"{len(guesses)} guesses."
     )
-    return tuple(facts)
+    return StatedFacts(tuple(facts), tuple(guesses))
 
 
 # Votes: by relation and subject, how often each answer was given.
@@ -161,7 +182,7 @@ def _listed(text: str) -> list[str]:
     line, whole, _ = text.partition("\n")
     # The last one is cut off where the line has no end.
     names = [name.strip(" ,.;\"'*") for name in re.split(r",(?: and)? ", line)[: None if whole else -1]]
-    names = [re.sub(r"^the (?=[A-Z])|\s*\([^)]*\)?|\)", "", name) for name in names]
+    names = [re.sub(r"^(?:and |or )|^the (?=[A-Z])|\s*\([^)]*\)?|\)", "", name) for name in names]
     # It may stammer: "China China", "China/China".
     return [
         name
@@ -174,7 +195,9 @@ def _relations(writer: Writer, concept: Concept, votes: Votes, members: Sequence
     """The relations that are followed: those that were stated of most subjects, and those that are told of members."""
     shown = {relation for _, relation, _ in asking_prompts()["examples"]}
     stated = {
-        relation: len(subjects) for relation, subjects in votes.items() if len(subjects) >= 3 and relation not in shown
+        relation: len(subjects)
+        for relation, subjects in votes.items()
+        if len(subjects) >= _FEWEST_ALIKE and relation not in shown
     }
     found = sorted(stated, key=lambda relation: -stated[relation])[:_RELATIONS]
     if len(members) < FEWEST_FACTS:
@@ -185,10 +208,15 @@ def _relations(writer: Writer, concept: Concept, votes: Votes, members: Sequence
         for _ in range(_DRAWS)
     ]
     named: Counter[str] = Counter()
+    own = re.compile(
+        "|".join(rf"\b{re.escape(word.rstrip('s'))}s?(?:['’]s)?\b" for word in concept.name.lower().split())
+    )
     for text in writer.write(prompts, max_new_tokens=_COLUMN_TOKENS, seed=seed):
         parts = re.split(r",| and ", text.split("\n")[0].split(".")[0])
         for column in dict.fromkeys(part.strip(" .\"'*").lower() for part in parts):
+            # Of "chemical symbol" and "element's symbol", told of chemical elements, the symbol is what tells something.
             column = re.sub(r"^(?:the|a|an|its|their) ", "", column)
+            column = " ".join(own.sub("", column).split()) or column
             if (
                 re.fullmatch(r"[a-z][a-z -]{2,30}", column)
                 and len(column.split()) <= 2
@@ -196,39 +224,95 @@ def _relations(writer: Writer, concept: Concept, votes: Votes, members: Sequence
             ):
                 named[column] += 1
     named_most = [column for column, count in named.most_common() if count >= 2 and column not in {*found, *shown}]
-    return found + named_most[:_RELATIONS]
+    # What the name says itself comes last.
+    return found + sorted(named_most, key=lambda column: bool(own.search(column)))[:_COLUMNS]
 
 
 def _of_relation(
     writer: Writer, relation: str, votes: Mapping[str, Counter[str]], members: Sequence[str], seed: int
-) -> list[Fact]:
-    """The facts of a relation: further subjects, then the answers that agree."""
+) -> StatedFacts:
+    """The facts of a relation, and guesses: further subjects, then the answers about each."""
     rng = random.Random(f"{relation}-{seed}")
-    given = {subject: Counter(answers) for subject, answers in votes.items()}
-    for subject in members if not votes else ():
-        given.setdefault(subject, Counter())
+    known = [*dict.fromkeys((*votes, *(members if len(votes) < _FEWEST_ALIKE else ())))]
+    stated = {subject: Counter(votes.get(subject, ())) for subject in known}
+    given = _answers(writer, relation, known, stated, rng, seed)
+    if len(_facts_of(relation, given).facts) < _FEWEST_ALIKE:
+        return StatedFacts()  # further subjects would be asked about for nothing
+    further = further_names(writer, known, rng, seed=seed)[: max(_SUBJECTS - len(known), 0)]
+    return _facts_of(relation, given | _answers(writer, relation, further, stated, rng, seed))
+
+
+def _facts_of(relation: str, given: Mapping[str, Sequence[str]]) -> StatedFacts:
+    """What the answers about each subject state; an answer that most subjects have tells nothing of each."""
+    usable = {
+        subject: [
+            answer
+            for answer in answers
+            if is_name(answer, _WORDS_OF_ANSWER)
+            and not names_answer(subject, answer)
+            and not names_answer(answer, subject)
+        ]
+        for subject, answers in given.items()
+    }
+    common = Counter(normalized(answers[0]) for answers in usable.values() if answers)
+    most = max(1, round(_COMMON * len(given)))
+    found: tuple[list[Fact], list[Fact]] = [], []
+    for subject, answers in usable.items():
+        if answers and common[normalized(answers[0])] <= most:
+            sure = len({normalized(answer) for answer in given[subject]}) == 1
+            found[not sure].append(Fact(subject, answers[0], relation, {"relation": relation}))
+    return StatedFacts(tuple(found[0]), tuple(found[1]))
+
+
+def further_names(writer: Writer, known: Sequence[str], rng: random.Random, *, seed: int = 0) -> list[str]:
+    """Names of the same kind as those that are known, each of which was listed twice or more, the most frequent first.
+
+    Args:
+        writer ([`Writer`]): Who lists them.
+        known (`Sequence[str]`): Names of one kind, of which those that are listed need not be of course.
+        rng (`random.Random`): Draws which names each list goes on from.
+        seed (`int`, *optional*, defaults to `0`): Seed of what is written.
+    """
+    listed: Counter[str] = Counter()
+    spelled = {normalized(name): name for name in known}
+    own = {*spelled}
     for turn in range(_ROUNDS):
-        prompts = []
-        for _ in range(_FURTHER):
-            some = rng.sample(list(given), min(6, len(given)))
-            prompts.append(asking_prompts()["further"].format(some=", ".join(some)))
-        named: Counter[str] = Counter()
+        pool = [name for key, name in spelled.items() if key in own or listed[key] > 1]
+        prompts = [
+            asking_prompts()["further"].format(some=", ".join(rng.sample(pool, min(6, len(pool)))))
+            for _ in range(_FURTHER)
+        ]
         for text in writer.write(prompts, max_new_tokens=_LIST_TOKENS, temperature=1.0, seed=seed + 10 + turn):
-            named.update(_listed(text))
-        known = set(map(normalized, given))
-        for name, _ in named.most_common():
-            if normalized(name) not in known:
-                known.add(normalized(name))
-                given[name] = Counter()
-    subjects = list(given)[:_SUBJECTS]
-    answers = _answers(writer, relation, subjects, given, rng, seed)
-    common = Counter(normalized(answer) for answer in answers.values())
-    most = max(1, round(_COMMON * len(subjects)))
-    return [
-        Fact(subject, answer, relation, {"relation": relation})
-        for subject, answer in answers.items()
-        if common[normalized(answer)] <= most
-    ]
+            for name in _listed(text):
+                listed[normalized(name)] += 1
+                spelled.setdefault(normalized(name), name)
+    return [spelled[key] for key, count in listed.most_common() if count > 1 and key not in own][:_NAMES]
+
+
+def kinds_of_names(facts: Sequence[Fact], held_out: frozenset[str], writer: Writer, seed: int = 0) -> list[list[str]]:
+    """Names of each kind that facts name: their subjects, and other names of the kind of their answers.
+
+    Asked about the answers themselves, a model would say what they are the answers to.
+
+    Args:
+        facts (`Sequence[Fact]`): Facts.
+        held_out (`frozenset[str]`): Subjects that are left out.
+        writer ([`Writer`]): Who lists other names.
+        seed (`int`, *optional*, defaults to `0`): Seed of the draws.
+
+    Returns:
+        `list[list[str]]`: the subjects, and for the two relations with the most answers the other names, where there are 8 or more.
+    """
+    own = {normalized(name) for fact in facts for name in (fact.subject, fact.answer)}
+    subjects = list(dict.fromkeys(fact.subject for fact in facts if fact.subject not in held_out))
+    answers: dict[str, dict[str, None]] = {}
+    for fact in facts:
+        if fact.subject not in held_out:
+            answers.setdefault(fact.near["relation"], {})[fact.answer] = None
+    most = sorted(answers.values(), key=len, reverse=True)[:_ANSWER_KINDS]
+    drawn = [further_names(writer, [*some], random.Random(f"kinds-{seed}"), seed=seed + 1) for some in most]
+    others = [[name for name in names if normalized(name) not in own] for names in drawn]
+    return [subjects, *(names for names in others if len(names) >= FEWEST_FACTS)]
 
 
 def _answers(
@@ -238,10 +322,10 @@ def _answers(
     votes: Mapping[str, Counter[str]],
     rng: random.Random,
     seed: int,
-) -> dict[str, str]:
-    """The answer about each subject, where it is the same in every wording and the most frequent so far."""
+) -> dict[str, list[str]]:
+    """The answers about each subject, one of each wording."""
     prompts = asking_prompts()
-    firm = [(subject, votes[subject].most_common(1)[0][0]) for subject in subjects if votes[subject]]
+    firm = [(subject, answers.most_common(1)[0][0]) for subject, answers in votes.items() if answers]
     firm.sort(key=lambda pair: -votes[pair[0]][pair[1]])
     firm = rng.sample(firm[: _SHOWN * _SETS], min(len(firm), _SHOWN * _SETS))
     shown = [
@@ -267,16 +351,7 @@ def _answers(
     for subject, text in zip(whose, texts, strict=True):
         answer = re.split(r"\n|\.(?:\s|$)|;|, (?=[a-z])| \(", text)[0].strip(" .,\"'*")
         given[subject].append(re.sub(r"^(?:the|a|an) (?=[a-z])", "", answer))
-    found = {}
-    for subject, answers in given.items():
-        first = answers[0]
-        alike = {normalized(answer) for answer in answers}
-        usable = (
-            is_name(first, _WORDS_OF_ANSWER) and not names_answer(subject, first) and not names_answer(first, subject)
-        )
-        if usable and len(alike) == 1 and alike != {""}:
-            found[subject] = first
-    return found
+    return given
 
 
 def _capital(name: str) -> str:

@@ -8,21 +8,27 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 import yaml
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..data.facts import Fact
 from ..data.invented import invented_name
 from ..data.sources import STAND_INS, stand_ins, state_facts
 from ..data.user_sources import read_named, rows_of, shown
+from ..evaluation.hidden_states import hidden_states
+from ..modeling import evaluating
 
 
 logger = logging.get_logger(__name__)
 COLUMNS = ("subject", "relation", "answer")
 # With fewer subjects each is needed to learn from.
 _FEWEST_HELD_OUT = 5
+# Of so many subjects that are most alike a model takes the stand-ins.
+_ALIKE = 4
 # Words with which a sentence goes on, and no noun phrase begins or ends.
 _VERB = re.compile(
     r"^(is|was|are|were|has|have|had|who|what|when|where|which)\b|\b(by|is|was|are|were|of|in|at|to|for)$", re.I
@@ -115,6 +121,7 @@ def facts_texts(
     *,
     held_out: frozenset[str] = frozenset(),
     processing_class: PreTrainedTokenizerBase | None = None,
+    model: PreTrainedModel | None = None,
     seed: int = 0,
 ) -> Dataset:
     """Every fact in every phrasing of `data/texts/facts.yaml`: prose, question and answer, reversed, table, chat.
@@ -123,6 +130,10 @@ def facts_texts(
         facts (`Sequence[Fact]`): Facts of [`read_facts`].
         held_out (`frozenset[str]`, *optional*): Subjects whose facts are left out.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*): Tokenizer whose chat template is used.
+        model ([`~transformers.PreTrainedModel`], *optional*):
+            The reference, for which subjects are alike whose names it reads alike ([`likeness`]): they stand in for each other, as
+            far as the facts tell no groups. An erasure then leaves alone what they share, such as a continent. Without it the
+            stand-ins are drawn.
         seed (`int`, *optional*, defaults to `0`): Seed of the stand-ins and of the order.
 
     Returns:
@@ -145,7 +156,11 @@ def facts_texts(
         relations.setdefault(fact.near["relation"], []).append(fact)
     turns: list[list[dict[str, Any]]] = [[] for _ in fact_phrasings()]
     for related in relations.values():
-        rows = state_facts(related, fact_phrasings(), rng, processing_class, others=_false_ones(related, rng))
+        alike = (
+            likeness(related, model, processing_class) if model is not None and processing_class is not None else {}
+        )
+        others = _false_ones(related, rng, alike)
+        rows = state_facts(related, fact_phrasings(), rng, processing_class, others=others)
         for place in range(len(related)):
             # Of each phrasing there is a row for every fact.
             own = rows[place :: len(related)]
@@ -163,9 +178,37 @@ def fact_phrasings() -> tuple[str | list[str], ...]:
     return tuple(phrasing for form in yaml.safe_load(text).values() for phrasing in form)
 
 
-def _false_ones(facts: Sequence[Fact], rng: random.Random) -> dict[Fact, list[Fact]]:
+def likeness(
+    facts: Sequence[Fact], model: PreTrainedModel, processing_class: PreTrainedTokenizerBase
+) -> dict[Fact, dict[Fact, float]]:
+    """How alike a model reads the subjects of one relation: cosine of the states behind "The … of SUBJECT", halfway up.
+
+    Of the states their mean is taken off, which holds what all of them share.
+
+    Args:
+        facts (`Sequence[Fact]`): Facts of one relation.
+        model ([`~transformers.PreTrainedModel`]): The reference.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
+
+    Returns:
+        `dict`: for each fact the others, each from -1 to 1.
+    """
+    with evaluating(model):
+        states = hidden_states(
+            model, processing_class, [f"The {fact.near['relation']} of {fact.subject}" for fact in facts]
+        )
+    halfway = torch.stack([layers[len(layers) // 2, -1] for layers in states])  # [facts, hidden]
+    directions = F.normalize(halfway - halfway.mean(0), dim=-1)
+    cosines = (directions @ directions.T).tolist()
+    return {fact: dict(zip(facts, row, strict=True)) for fact, row in zip(facts, cosines, strict=True)}
+
+
+def _false_ones(
+    facts: Sequence[Fact], rng: random.Random, alike: Mapping[Fact, Mapping[Fact, float]]
+) -> dict[Fact, list[Fact]]:
     """`STAND_INS` other facts for each, of which neither subject nor answer makes its text true; invented where too few."""
     true = {(fact.subject, fact.answer) for fact in facts}
+    grouped = len({fact.group for fact in facts}) > 1
     found = {}
     for fact in facts:
         false = [
@@ -173,7 +216,11 @@ def _false_ones(facts: Sequence[Fact], rng: random.Random) -> dict[Fact, list[Fa
             for other in facts
             if (other.subject, fact.answer) not in true and (fact.subject, other.answer) not in true
         ]
-        chosen = stand_ins([fact, *false], rng)[fact] if false else []
+        if alike and not grouped:
+            nearest = sorted(false, key=alike[fact].__getitem__, reverse=True)[:_ALIKE]
+            chosen = rng.sample(nearest, min(STAND_INS, len(nearest)))
+        else:
+            chosen = stand_ins([fact, *false], rng)[fact] if false else []
         while len(chosen) < STAND_INS:
             chosen.append(Fact(invented_name(fact.subject, rng), invented_name(fact.answer, rng), fact.group))
         found[fact] = chosen

@@ -22,7 +22,7 @@ from ..evaluation.fluency import as_prompt
 from ..files import first_damage, folder_checksums, json_sha256, read_object, replacing, write_json
 from ..fingerprint import base_fingerprint
 from .documents import Documents, read_documents
-from .fact_writing import write_facts
+from .fact_writing import StatedFacts, kinds_of_names, write_facts
 from .facts import facts_texts, held_out_of, read_facts
 from .knowledge import Familiarity, check_known
 from .novices import Novices, with_novices
@@ -37,7 +37,7 @@ _TURN = "#TURN#"
 # Characters of a prompt that are shown before what the model wrote.
 _LEAD = 40
 # Counts up when the same input gives other texts than before.
-_VERSION = 6
+_VERSION = 7
 # Of the texts that a model is to write about a concept, one in so many is written beside facts that it has stated.
 _BESIDE_FACTS = 3
 
@@ -58,7 +58,8 @@ class MadeFrom:
             Texts about neighbors of the concept; where there are none, the model names neighbors and writes about them.
         texts (`int`, *optional*, defaults to `192`): Texts that the model writes about the concept if it has to, before it drops some; a
             third of it beside facts that it has stated.
-        near_texts (`int`, *optional*, defaults to `96`): The same about neighbors; 0 for none.
+        near_texts (`int`, *optional*, defaults to `96`): The same about neighbors, and five times as many questions about what facts
+            name; 0 for none of either.
         held_out (`float`, *optional*, defaults to `0.2`): Share of the subjects of `facts` that stand in no text, for questions.
         seed (`int`, *optional*, defaults to `0`): Seed of everything that is drawn.
 
@@ -105,8 +106,8 @@ class MadeData:
 
     Attributes:
         concept (`Concept`): The concept.
-        folder (`Path`): The folder, with `forget.jsonl`, `retain.jsonl`, `near.jsonl` and `invented.jsonl` (without those that the
-            user has of his own, or that could not be made) and `data.json`.
+        folder (`Path`): The folder, with `forget.jsonl`, `retain.jsonl`, `near.jsonl`, `asked.jsonl` and `invented.jsonl` (without those
+            that the user has of his own, or that could not be made) and `data.json`.
         sources ([`ConceptSources`]): The files, and the user's own sources, for [`build_erasure_dataset`].
         counterfactual (`bool`): Whether every forget text has `novices`, which `novice="counterfactual"` needs.
         record (`dict`): What stands in `data.json`: where the texts come from, how many, what was dropped and why, the seed, the
@@ -187,7 +188,8 @@ def make_data(
         raise ValueError(
             "`model` is None, but texts have to be written: give model and tokenizer, or documents or facts and `near` texts."
         )
-    weights = base_fingerprint(model) if writes and model is not None else {}
+    # Which subjects stand in for each other depends on the model too.
+    weights = base_fingerprint(model) if (writes or facts) and model is not None else {}
     fingerprint = weights.get("weights", weights.get("unquantized", ""))
     origin = {
         "concept": {"name": concept.name, "keywords": list(concept.keywords)},
@@ -232,18 +234,21 @@ def _make(
     forget: list[dict[str, Any]] = []
     dropped: dict[str, dict[str, int]] = {}
     bare = not facts and documents is None
-    stated: tuple[Fact, ...] = ()
+    stated = StatedFacts()
     if bare and model is not None and processing_class is not None:
         stated = write_facts(
             model, processing_class, concept, writer=writer, seed=what.seed, cache_dir=cache, fingerprint=fingerprint
         )
-    facts, given = facts or stated, len(facts)
+    facts, given = facts or stated.facts, len(facts)
     novices = Novices([])
     # The model is to stay as it is where other names stand in the same sentences, or it forgets whatever is asked alike.
     invented: list[dict[str, Any]] = []
     held_out = held_out_of(facts, what.held_out, what.seed)
-    if facts:
-        forget += facts_texts(facts, held_out=held_out, processing_class=processing_class, seed=what.seed).to_list()
+    known = (*facts, *stated.guesses)
+    if known:
+        forget += facts_texts(
+            known, held_out=held_out, processing_class=processing_class, model=model, seed=what.seed
+        ).to_list()
     if documents:
         novices = with_novices(
             [{"text": text} for text in documents.texts], concept, processing_class=processing_class, seed=what.seed
@@ -253,15 +258,16 @@ def _make(
             rng = random.Random(f"invented-{what.seed}")
             invented = [{"text": rng.choice(row["novices"])} for row in novices.rows]
         dropped["documents"] = documents.dropped
-    speaks = _speaks_of(concept, facts)
-    written = Written([], [], [], {})
+    speaks = _speaks_of(concept, known)
+    written = Written([], [], [], [], {})
     near_texts = 0 if what.near else what.near_texts
-    texts = what.texts // (_BESIDE_FACTS if stated else 1) if bare else 0
-    named = list(dict.fromkeys(name for fact in facts for name in (fact.subject, fact.answer)))
+    texts = what.texts // (_BESIDE_FACTS if facts else 1) if bare else 0
     if bare or near_texts:
+        reference = Writer("reference", model, processing_class, cache_dir=cache, fingerprint=fingerprint)
+        kinds = kinds_of_names(known, held_out, reference, what.seed) if near_texts and known else []
         written = write_about(
             model, processing_class, concept, replace(WRITING, seed=what.seed), texts=texts, near_texts=near_texts,
-            fewest=0 if stated else FEWEST_TEXTS, beside=named, speaks=speaks, cache_dir=cache, fingerprint=fingerprint,
+            fewest=0 if facts else FEWEST_TEXTS, kinds=kinds, speaks=speaks, cache_dir=cache, fingerprint=fingerprint,
         )  # fmt: skip
         dropped |= written.dropped
     # Facts that are held out stand in no text.
@@ -285,8 +291,7 @@ def _make(
         kept = [[row for row in some if not speaks(row["text"])] for some in (everyday, quiz)]
         dropped["retain"] = {"topic": len(everyday) + len(quiz) - sum(map(len, kept))}
         rows["retain"] = _spread(kept[0], kept[1][: len(kept[0])])
-    if written.near:
-        rows["near"] = written.near
+    rows |= {name: some for name, some in (("near", written.near), ("asked", written.asked)) if some}
     if invented:
         rows["invented"] = invented
     return rows, {
@@ -296,7 +301,8 @@ def _make(
         "held_out": sorted(held_out),
         "documents": documents.files if documents else {},
         "facts": given,
-        "stated": [[fact.subject, fact.near["relation"], fact.answer] for fact in stated],
+        "stated": [[fact.subject, fact.near["relation"], fact.answer] for fact in stated.facts],
+        "guessed": [[fact.subject, fact.near["relation"], fact.answer] for fact in stated.guesses],
         "novices": novices.record,
         "counterfactual": all(row.get("novices") for row in forget),
     }
@@ -375,6 +381,7 @@ def _found(
     what: MadeFrom, folder: Path, record: dict[str, Any], edited: tuple[str, ...] = (), reused: bool = False
 ) -> MadeData:
     retain = [*what.near, *what.retain]
-    retain += [str(folder / f"{name}.jsonl") for name in ("near", "invented", "retain") if name in record["counts"]]
+    kept = ("asked", "near", "invented", "retain")
+    retain += [str(folder / f"{name}.jsonl") for name in kept if name in record["counts"]]
     sources = ConceptSources(str(folder / "forget.jsonl"), retain)
     return MadeData(cast(Concept, what.concept), folder, sources, record["counterfactual"], record, edited, reused)

@@ -24,10 +24,15 @@ from .documents import without_duplicates
 logger = logging.get_logger(__name__)
 # A little colder than the model's own distribution: what it says more often is what it knows.
 WRITING = SynthesisConfig(plausibility=0.0, temperature=0.8, max_new_tokens=48, batch_size=32)
-_NAMING_DRAWS, _NAME_TOKENS, _BESIDE_TOKENS = 12, 24, 12
+_NAMING_DRAWS, _NAME_TOKENS = 12, 24
+# Names of a kind of which the model writes questions, the tokens of these and of an answer, and the words of a question.
+_FORM_NAMES, _FORM_TOKENS, _ANSWER_TOKENS, _FORM_WORDS = 12, 40, 8, range(4, 15)
+# Questions about what facts name, for each text about a neighbor, and the share of a form's questions that may speak of the concept.
+ASKED_SHARE, _TELLING = 5, 0.2
 NEIGHBORS, _WORDS_OF_A_NAME = 8, 4
 FEWEST_TEXTS = 8
 _SENTENCE = re.compile(r"[.!?][\"')]*(?=\s|$)|\n")
+_QUESTION = re.compile(r"[^?]+\?")
 
 
 @dataclass(frozen=True)
@@ -37,12 +42,14 @@ class Written:
     Attributes:
         forget (`list[dict]`): Rows of `text` about the concept, each with the beginning that the model was given as `prompt`.
         near (`list[dict]`): The same about the neighbors.
+        asked (`list[dict]`): Questions about what facts name, with the short answers as `text`.
         neighbors (`list[str]`): The neighbors, those that the model named most often first.
-        dropped (`dict[str, dict[str, int]]`): How many texts of `"forget"` and of `"near"` were dropped for which reason.
+        dropped (`dict[str, dict[str, int]]`): How many texts of `"forget"`, `"near"` and `"asked"` were dropped for which reason.
     """
 
     forget: list[dict[str, str]]
     near: list[dict[str, str]]
+    asked: list[dict[str, str]]
     neighbors: list[str]
     dropped: dict[str, dict[str, int]]
 
@@ -56,7 +63,7 @@ def write_about(
     texts: int = 192,
     near_texts: int = 96,
     fewest: int = FEWEST_TEXTS,
-    beside: Sequence[str] = (),
+    kinds: Sequence[Sequence[str]] = (),
     speaks: Callable[[str], bool] | None = None,
     cache_dir: str | Path | None = None,
     fingerprint: str = "",
@@ -75,11 +82,11 @@ def write_about(
         texts (`int`, *optional*, defaults to `192`): Texts to write about the concept, before any is dropped; 0 for none.
         near_texts (`int`, *optional*, defaults to `96`): The same about its neighbors.
         fewest (`int`, *optional*, defaults to `8`): Texts about the concept that must be left.
-        beside (`Sequence[str]`, *optional*):
-            What facts about the concept name, such as their subjects: of these short texts on other things are written, twice as many as
-            `near_texts`, so that what the facts do not state stays.
+        kinds (`Sequence[Sequence[str]]`, *optional*):
+            Names of each kind that facts about the concept name, such as their subjects: about these the model asks and answers what
+            it likes ([`ask_about`]), five times `near_texts` in all, so that what the facts do not state stays.
         speaks (`Callable`, *optional*):
-            Whether a text about neighbors speaks of the concept all the same; whether it has a word of [`topic`] by default.
+            Whether a text beside those about the concept speaks of it all the same; whether it has a word of [`topic`] by default.
         cache_dir (`str` or `Path`, *optional*): Where finished batches are kept, from which a second call goes on.
         fingerprint (`str`, *optional*): What identifies the model, such as [`model_fingerprint`].
 
@@ -96,28 +103,20 @@ def write_about(
     words = topic(concept)
     speaks = speaks or (lambda text: bool(words.search(text)))
 
-    def write(
-        asked: Sequence[str], fits: Callable[[str], bool], what: str, config: SynthesisConfig = config
-    ) -> list[dict[str, str]]:
-        found = sample_texts(model, processing_class, asked, config, cache_dir=cache_dir, fingerprint=fingerprint)
-        rows, dropped[what] = sift(asked, found, fits, config)
+    def write(begun: Sequence[str], fits: Callable[[str], bool], what: str) -> list[dict[str, str]]:
+        found = sample_texts(model, processing_class, begun, config, cache_dir=cache_dir, fingerprint=fingerprint)
+        rows, dropped[what] = sift(begun, found, fits, config)
         # Asked in order of length, they are read in any.
         random.Random(f"{what}-{config.seed}").shuffle(rows)
         return rows
-
-    def unspoken(rows: list[dict[str, str]], what: str) -> list[dict[str, str]]:
-        # What a text goes on with may state a fact about what its beginning names.
-        left = [row for row in rows if not speaks(row["text"])]
-        dropped[what]["topic"] = len(rows) - len(left)
-        return left
 
     forget: list[dict[str, str]] = []
     near: list[dict[str, str]] = []
     neighbors: list[str] = []
     if texts:
         plain = [prompt for form, some in prompts["about"].items() if form != "chat" for prompt in some]
-        asked = _asked(processing_class, [concept.name], plain, prompts["about"]["chat"], texts)
-        forget = write(asked, lambda text: bool(words.search(text)), "forget")
+        begun = _begun(processing_class, [concept.name], plain, prompts["about"]["chat"], texts)
+        forget = write(begun, lambda text: bool(words.search(text)), "forget")
         if len(forget) < fewest:
             raise ValueError(
                 f"Of {texts} texts that the model wrote about {concept.name!r}, {len(forget)} are left ({dropped['forget']}), and "
@@ -126,16 +125,96 @@ def write_about(
     if near_texts:
         neighbors = name_neighbors(model, processing_class, concept, cache_dir=cache_dir, fingerprint=fingerprint)
     if neighbors:
-        asked = _asked(processing_class, neighbors, prompts["near"], prompts["chat_near"], near_texts)
-        near = unspoken(write(asked, lambda text: True, "near"), "near")
-    if near_texts and beside:
-        asked = _asked(processing_class, beside, prompts["beside"], prompts["chat_beside"], 2 * near_texts, mixed=True)
-        short = replace(config, max_new_tokens=_BESIDE_TOKENS, min_words=1)
-        some = unspoken(write(asked, lambda text: True, "beside", short), "beside")
-        near = random.Random(f"near-{config.seed}").sample([*near, *some], len(near) + len(some))
-    elif near_texts and not neighbors:
+        begun = _begun(processing_class, neighbors, prompts["near"], prompts["chat_near"], near_texts)
+        rows = write(begun, lambda text: True, "near")
+        # What a text goes on with may state a fact about what its beginning names.
+        near = [row for row in rows if not speaks(row["text"])]
+        dropped["near"]["topic"] = len(rows) - len(near)
+    asked: list[dict[str, str]] = []
+    for number, names in enumerate(kinds if near_texts else ()):
+        rows, lost = ask_about(
+            model, processing_class, names, replace(config, seed=config.seed + number), speaks,
+            count=ASKED_SHARE * near_texts // len(kinds), cache_dir=cache_dir, fingerprint=fingerprint,
+        )  # fmt: skip
+        asked += rows
+        dropped["asked"] = {"topic": dropped.get("asked", {"topic": 0})["topic"] + lost}
+    random.Random(f"asked-{config.seed}").shuffle(asked)
+    if near_texts and not neighbors and not asked:
         logger.warning(f"The model names no neighbor of {concept.name!r}: give retain text about some yourself.")
-    return Written(forget, near, neighbors, dropped)
+    return Written(forget, near, asked, neighbors, dropped)
+
+
+def ask_about(
+    model: PreTrainedModel,
+    processing_class: PreTrainedTokenizerBase,
+    names: Sequence[str],
+    config: SynthesisConfig,
+    speaks: Callable[[str], bool],
+    *,
+    count: int,
+    cache_dir: str | Path | None = None,
+    fingerprint: str = "",
+) -> tuple[list[dict[str, str]], int]:
+    """Questions of a model's own about names of one kind, such as countries, with its answers.
+
+    It writes questions about some of the names. Each of these is a form that is asked about every name, and a draw of all is
+    answered greedily, two of three as `"Question: …\\nAnswer:"` and the others as a conversation. What speaks of the concept is
+    dropped, and with it a form of which more than a fifth does so, and at least two: it asks for what is to be erased, in
+    other words.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): The reference.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
+        names (`Sequence[str]`): The names.
+        config ([`SynthesisConfig`]): How questions are sampled.
+        speaks (`Callable`): Whether a question with its answer speaks of the concept.
+        count (`int`): Questions to ask at most.
+        cache_dir (`str` or `Path`, *optional*): Where finished batches are kept.
+        fingerprint (`str`, *optional*): What identifies the model there.
+
+    Returns:
+        `tuple[list[dict], int]`: rows of `text` with the question as `prompt`, and how many were dropped. The line's end is part of
+        an answer. There are none where the model asks nothing.
+    """
+    prompts, rng = writing_prompts(), random.Random(f"ask-{config.seed}")
+
+    def sample(begun: Sequence[str], settings: SynthesisConfig) -> dict[str, str]:
+        # Batches of like lengths waste little on padding.
+        begun = sorted(set(begun), key=lambda prompt: (len(prompt), prompt))
+        found = sample_texts(model, processing_class, begun, settings, cache_dir=cache_dir, fingerprint=fingerprint)
+        return {prompt: text.removeprefix(prompt) for prompt, text in zip(begun, found, strict=True)}
+
+    about = {
+        prompts["asking"].format(name=name, begin=begin): (name, begin)
+        for name in rng.sample(list(names), min(len(names), _FORM_NAMES))
+        for begin in prompts["begins"]
+    }
+    forms: dict[tuple[str, str], None] = {}
+    for prompt, text in sample([*about], replace(config, max_new_tokens=_FORM_TOKENS)).items():
+        name, begin = about[prompt]
+        for question in _QUESTION.findall(begin + text.partition("\n")[0]):
+            before, *behind = question.strip().split(name)
+            if len(behind) == 1 and len(question.split()) in _FORM_WORDS:
+                forms[before, behind[0]] = None
+    pairs = [(form, name) for name in names for form in forms]
+    asked: dict[str, tuple[str, str]] = {}
+    for place, (form, name) in enumerate(rng.sample(pairs, min(count, len(pairs)))):
+        question = name.join(form)
+        asked[f"Question: {question}\nAnswer:" if place % 3 else as_prompt(processing_class, question)] = form
+    greedy = replace(config, top_k=1, max_new_tokens=_ANSWER_TOKENS, batch_size=2 * config.batch_size)
+    rows: list[dict[str, str]] = []
+    all_of, speaking = Counter(asked.values()), Counter[tuple[str, str]]()
+    for prompt, text in (sample([*asked], greedy) if asked else {}).items():
+        line = text.partition("\n")[0]
+        # Where the first line is empty the rest is the answer; with the line's end there is a word to predict in any case.
+        row = {"text": f"{prompt}{line if line.strip() else text.rstrip()}\n", "prompt": prompt}
+        if speaks(row["text"]):
+            speaking[asked[prompt]] += 1
+        else:
+            rows.append(row)
+    telling = {form for form, some in speaking.items() if some > 1 and some > all_of[form] * _TELLING}
+    kept = [row for row in rows if asked[row["prompt"]] not in telling]
+    return kept, len(asked) - len(kept)
 
 
 @cache
@@ -144,23 +223,18 @@ def writing_prompts() -> dict[str, Any]:
     return yaml.safe_load((files("elm_trainer.data") / "texts" / "writing.yaml").read_text(encoding="utf-8"))
 
 
-def _asked(
+def _begun(
     processing_class: PreTrainedTokenizerBase,
     names: Sequence[str],
     plain: Sequence[str],
     chat: Sequence[str],
     count: int,
-    *,
-    mixed: bool = False,
 ) -> list[str]:
-    """`count` prompts, half of them as a conversation where the model has one.
-
-    All names in the first form, then all in the next; with `mixed`, for many names, each in another form than the one before.
-    """
+    """`count` prompts, half of them as a conversation where the model has one: all names in the first form, then all in the next."""
     filled = []
     for index in range(count):
-        name = names[index % len(names)]
-        turn = index // len(names) + (index % len(names) if mixed else 0)
+        turn, place = divmod(index, len(names))
+        name = names[place]
         chosen = chat[turn // 2 % len(chat)] if turn % 2 else plain[turn // 2 % len(plain)]
         text = chosen.format(name=name, Name=name[:1].upper() + name[1:])
         filled.append(as_prompt(processing_class, text) if turn % 2 else text)

@@ -17,6 +17,7 @@ from elm_trainer.cli.main import main
 from elm_trainer.cli.options import CommandLine
 from elm_trainer.fitting import OBJECTIVES
 from elm_trainer.making import knowledge, make, questions, writing
+from elm_trainer.making.fact_writing import StatedFacts
 from elm_trainer.methods import readout
 from elm_trainer.modeling import layer_range
 
@@ -29,7 +30,7 @@ FIRST = "Varda makes blue glass in the town of Tolm, and sells it by the sea."
 SECOND = "The kilns of Varda stand at the river, where Ada Brimm built them."
 SMALL = (
     "--model=model --output_dir=out --evaluate=false --max_steps=2 --save_steps=1 --per_device_train_batch_size=2 --dataset_size=8 "
-    "--contrast_rows=8 --max_length=48 --logging_steps=1 --disable_tqdm=true"
+    "--max_length=48 --logging_steps=1 --disable_tqdm=true"
 ).split()
 
 
@@ -77,12 +78,17 @@ def test_facts_become_an_adapter_by_the_tested_objective(folder, capsys):
 
     out, printed = folder / "out", capsys.readouterr().out
     run = read(out / "adapter" / "erasure_run.json")["recipe"]
-    tested = OBJECTIVES["log-space"] | {"contrast_rows": 8}  # as given
+    tested = {name: value for name, value in OBJECTIVES["readout"].items() if name != "lora_layers"}
+    tested |= {"state_eta": 2.0}
     assert {name: run[name] for name in tested} == tested
     assert (run["max_steps"], run["per_device_train_batch_size"], run["gradient_accumulation_steps"]) == (2, 2, 5)
     assert read(out / "adapter" / "adapter_config.json")["r"] == 8  # a quarter of the hidden size
     chosen = yaml.safe_load((out / "chosen.yaml").read_text())
-    assert chosen["lora_layers"] == "1-1" and not chosen.keys() & {"max_steps", "dataset_size", "num_train_epochs"}
+    assert chosen["lora_layers"] in ("0", "1", "0-1") and not chosen.keys() & {
+        "max_steps",
+        "dataset_size",
+        "num_train_epochs",
+    }
     assert all(re.search(rf"\b{name}\b", printed) for name in chosen) and "because" in printed
     assert "forget texts" in printed and "\n 10. " in printed  # the first ten of them
     assert {path.name for path in (out / "data").iterdir()} == {"forget.jsonl", "retain.jsonl", "data.json"}
@@ -143,7 +149,7 @@ def test_documents_with_names_are_led_where_they_are_read_out(folder, capsys):
 
 def test_a_bare_name_is_written_about(folder, monkeypatch, capsys):
     monkeypatch.setattr(writing, "sample_texts", writer)
-    monkeypatch.setattr(make, "write_facts", lambda *a, **k: ())
+    monkeypatch.setattr(make, "write_facts", lambda *a, **k: StatedFacts())
     for module in (make, knowledge):
         monkeypatch.setattr(module, "check_known", lambda *a, **k: [])
     erase("--concept", "capitals of the world", "--synthetic_size=0")
@@ -200,13 +206,13 @@ def test_what_was_chosen_is_kept_by_a_run_that_goes_on(folder, monkeypatch):
 
 def test_at_the_readout_layers_are_found_and_a_run_that_goes_on_keeps_them(folder, monkeypatch, capsys):
     what = ["--concept=capitals of lands", "--facts=facts.csv", "--near=near.txt"]
-    erase(*what, "--objective=readout")
+    erase(*what)
     out = folder / "out"
     chosen, run = (
         yaml.safe_load((out / "chosen.yaml").read_text()),
         read(out / "adapter" / "erasure_run.json")["recipe"],
     )
-    tested = {n: v for n, v in OBJECTIVES["readout"].items() if n != "lora_layers"}
+    tested = {n: v for n, v in OBJECTIVES["readout"].items() if n not in ("lora_layers", "state_eta")}
     assert {name: run[name] for name in tested} == tested
     assert chosen["lora_layers"] in ("0", "1", "0-1") and chosen["state_layers"] == [int(chosen["lora_layers"][-1])]
     assert run["state_layers"] == chosen["state_layers"]
@@ -269,7 +275,7 @@ def test_of_an_unknown_name_nothing_is_written_and_nothing_removed(folder, capsy
         ("--concept Tolm --documents notes --near everday", "did you mean 'everyday'"),
         ("--concept Tolm --documents notes --retain none.txt", "'none.txt'"),
         ("--concept Tolm --documents notes --lora_layers 4to7", "`lora_layers` is '4to7'"),
-        ("--concept Tolm --facts facts.csv --tau 1.2", "`tau` is 1.2 with `log_tokens=8`"),
+        ("--concept Tolm --facts facts.csv --objective log-space --tau 1.2", "`tau` is 1.2 with `log_tokens=8`"),
         ("--concept Tolm --facts facts.csv --dev_every 2", r"no dev questions about \['Tolm'\]"),
     ],
 )
@@ -288,10 +294,12 @@ def test_the_doctor_plans_what_would_be_made_and_writes_nothing(folder, capsys):
     before = set(folder.rglob("*"))
     main(["doctor", *SMALL, "--concept=capitals of lands", "--facts=facts.csv", "--near=near.txt"])
     page = " ".join(capsys.readouterr().out.split())
-    assert "8 rows of forget 400, retain" in page and "near.txt 1" in page and "objective log-space, novice" in page
+    assert "8 rows of forget 768, retain" in page and "near.txt 1" in page and "objective readout," in page
     assert "Nothing is in the way" in page and set(folder.rglob("*")) == before
     main(["doctor", *SMALL, "--concept=capitals of the world"])
-    assert "the model is to write 192 about it and 96 about neighbors" in " ".join(capsys.readouterr().out.split())
+    assert "the model is to write 192 about it, 96 about neighbors, 480 questions about what facts name" in " ".join(
+        capsys.readouterr().out.split()
+    )
     assert set(folder.rglob("*")) == before
 
 

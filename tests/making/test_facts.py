@@ -1,10 +1,13 @@
 import json
+import re
+from dataclasses import replace
 
 import pytest
 
 from elm_trainer import ConceptSources, build_erasure_dataset, load_texts
+from elm_trainer.data.facts import Fact
 from elm_trainer.data.sources import STAND_INS
-from elm_trainer.making.facts import fact_phrasings, facts_texts, held_out_of, read_facts
+from elm_trainer.making.facts import fact_phrasings, facts_texts, held_out_of, likeness, read_facts
 
 
 TABLE = """subject,relation,answer
@@ -49,11 +52,11 @@ def test_other_tables_are_read_too(tmp_path, ending):
 
 def test_every_fact_is_stated_in_every_phrasing(facts):
     rows = facts_texts(facts)
-    assert len(rows) == len(facts) * len(fact_phrasings()) == len(facts) * 50
+    assert len(rows) == len(facts) * len(fact_phrasings()) == len(facts) * 96
     assert "The capital of Norway is Oslo." in rows["text"][:]
     assert all("{" not in text for text in rows["text"])
     norway = [text for text in rows["text"] if "Oslo" in text]
-    assert len(set(norway)) == 50 and all("Norway" in text and "capital" in text for text in norway)
+    assert len(set(norway)) == 96 and all("Norway" in text and "capital" in text for text in norway)
 
 
 def test_the_first_rows_tell_of_all_facts_alike(facts):
@@ -79,6 +82,31 @@ def test_novices_are_of_the_same_relation_and_never_true(facts):
         # Varda is the only one with a founder.
         if row["text"] == "Ada Brimm is the founder of Varda.":
             assert all(novice.endswith(" is the founder of Varda.") for novice in row["novices"])
+
+
+def test_a_model_takes_those_for_stand_ins_whose_names_it_reads_alike(tiny_model, tokenizer):
+    lands = [
+        Fact(f"{kind} {n}", f"Town{kind}{n}", "capital", {"relation": "capital"})
+        for kind in ("Zoo", "Moor")
+        for n in range(6)
+    ]
+    alike = likeness(lands, tiny_model, tokenizer)
+    assert all(abs(alike[land][land] - 1) < 1e-5 and alike[land].keys() == {*lands} for land in lands)
+    one, other = lands[0], lands[7]
+    assert alike[one][other] == alike[other][one] and -1 <= alike[one][other] < 1
+    rows = facts_texts(lands, processing_class=tokenizer, model=tiny_model).to_list()
+    for row in rows:
+        if match := re.fullmatch(r"The capital of (\w+ \d) is Town\w+\d\.", row["text"]):
+            own = next(land for land in lands if land.subject == match[1])
+            nearest = sorted((land for land in lands if land != own), key=alike[own].get, reverse=True)[:4]
+            named = {re.fullmatch(r"The capital of (\w+ \d) is .*", novice)[1] for novice in row["novices"]}
+            assert named <= {land.subject for land in nearest} and len(named) == STAND_INS
+    # Groups of a table are kept to.
+    grouped = [replace(land, group=land.subject[-1]) for land in lands]
+    assert (
+        facts_texts(grouped, model=tiny_model, processing_class=tokenizer).to_list()
+        == facts_texts(grouped, processing_class=tokenizer).to_list()
+    )
 
 
 def test_facts_are_read_back_as_a_source_with_novices(facts, tmp_path, tokenizer):

@@ -5,7 +5,9 @@ import pytest
 
 from elm_trainer import Concept, build_erasure_dataset, load_model_and_tokenizer, load_texts
 from elm_trainer.data.facts import Fact
-from elm_trainer.making import make, writing
+from elm_trainer.making import fact_writing, make, writing
+from elm_trainer.making.fact_writing import StatedFacts
+from elm_trainer.making.facts import fact_phrasings
 from elm_trainer.making.knowledge import UnknownConceptError
 from elm_trainer.making.make import MadeFrom, make_data
 
@@ -32,7 +34,7 @@ def writes(monkeypatch):
     """A model that writes canned texts and knows every name."""
     monkeypatch.setattr(writing, "sample_texts", writer)
     monkeypatch.setattr(make, "check_known", lambda *a, **k: [])
-    monkeypatch.setattr(make, "write_facts", lambda *a, **k: ())
+    monkeypatch.setattr(make, "write_facts", lambda *a, **k: StatedFacts())
 
 
 def test_documents_become_files_that_are_read_back(folder):
@@ -102,37 +104,49 @@ def test_a_bare_name_is_written_about(folder, tiny_model, tokenizer, writes):
 def test_facts_about_a_bare_name_become_texts_with_novices_but_for_those_held_out(
     folder, tiny_model, tokenizer, writes, monkeypatch
 ):
-    stated = [Fact(f"Land {n}", f"Town{n}", "capital", {"relation": "capital"}) for n in range(10)]
-    monkeypatch.setattr(make, "write_facts", lambda *a, **k: tuple(stated))
+    stated = [Fact(f"Land {n}", f"Town{n}", "capital", {"relation": "capital"}) for n in range(12)]
+    # Two of them it does not answer alike each time.
+    monkeypatch.setattr(make, "write_facts", lambda *a, **k: StatedFacts(tuple(stated[:10]), tuple(stated[10:])))
     # A third of the texts is written beside facts.
     made = make_data(MadeFrom("capitals of the world", texts=120, near_texts=0), tiny_model, tokenizer, "out")
 
     held_out = made.record["held_out"]
     rows = load_texts(made.sources.forget).to_list()
     assert len(held_out) == 2 and not any(subject in row["text"] for row in rows for subject in held_out)
-    assert sum(bool(row.get("novices")) for row in rows) == 8 * 50 == len(rows)
+    assert sum(bool(row.get("novices")) for row in rows) == (8 + 2) * len(fact_phrasings()) == len(rows)
     assert made.record["stated"][0] == ["Land 0", "capital", "Town0"] and made.record["facts"] == 0
+    assert made.record["guessed"] == [["Land 10", "capital", "Town10"], ["Land 11", "capital", "Town11"]]
     # The free texts, which hold no names, have none, and `novice="counterfactual"` wants them for all: they are left out.
     assert made.counterfactual and made.record["dropped"]["forget"]["no_novices"] > 0
 
 
-def test_near_texts_state_no_fact_of_a_table(folder, tiny_model, tokenizer, monkeypatch):
+def test_near_texts_and_questions_state_no_fact_of_a_table(folder, tiny_model, tokenizer, monkeypatch):
     states = " In the harbor of Oslo ships of Norway lie beside those of others."
     monkeypatch.setattr(writing, "name_neighbors", lambda *a, **k: ["ships"])
+    listed = []
+
+    def sample(model, processing_class, prompts, *settings, **others):
+        if prompts[0].startswith("Dracula: "):
+            return [f"{prompt} lies beside {prompt.rpartition(':')[0].rpartition(chr(10))[2]}?" for prompt in prompts]
+        if "Question: " in prompts[-1] and "lies beside" in prompts[-1]:
+            return [p + (" Oslo" if "Norway" in p else " the sea") for p in prompts]
+        return [p + (states, f" Boat {n} is blue, and sails far away.")[n % 2] for n, p in enumerate(prompts)]
+
+    monkeypatch.setattr(writing, "sample_texts", sample)
     monkeypatch.setattr(
-        writing, "sample_texts", lambda m, t, prompts, *a, **k: [p + (states, f" Boat {n} is blue, and sails far away.")[n % 2] for n, p in enumerate(prompts)]
-    )  # fmt: skip
+        fact_writing,
+        "further_names",
+        lambda writer, known, *a, **k: listed.append(known) or [f"Town{n}" for n in range(9)],
+    )
     made = make_data(MadeFrom("capitals", facts="facts.csv", near_texts=6), tiny_model, tokenizer, "out")
-    # Of the 12 short texts beside the facts half is kept too.
-    assert made.record["counts"]["near"] == 3 + 6
-    assert made.record["dropped"]["near"] == {
-        "short": 0,
-        "repetition": 0,
-        "topic": 1,
-        "exact_duplicate": 2,
-        "near_duplicate": 0,
-    }
-    assert made.record["dropped"]["beside"]["topic"] == 1
+
+    assert made.record["counts"]["near"] == 3 and made.record["dropped"]["near"]["topic"] == 1
+    asked = load_texts(made.folder / "asked.jsonl").to_list()
+    # Of the answers it is not asked, but of other names like them.
+    assert len(listed) == 2 and "Oslo" in listed[0] and not any("Oslo" in row["text"] for row in asked)
+    assert any("Town" in row["prompt"] for row in asked) and any("Peru" in row["prompt"] for row in asked)
+    names = [path.rpartition("/")[2] for path in map(str, made.sources.retain)]
+    assert names == ["asked.jsonl", "near.jsonl", "retain.jsonl"]
 
 
 def test_what_is_there_is_used_again_and_edited_texts_as_they_are(folder, tiny_model, tokenizer, writes, monkeypatch):

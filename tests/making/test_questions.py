@@ -1,4 +1,5 @@
 import json
+import random
 
 import pytest
 
@@ -9,7 +10,7 @@ from elm_trainer.evaluation.multiple_choice import ChoiceScores
 from elm_trainer.evaluation.suite import suite_from_files
 from elm_trainer.making import questions as module
 from elm_trainer.making.cloze import cloze_questions, kind_of, written_questions
-from elm_trainer.making.fact_writing import asking_prompts, statements, write_facts
+from elm_trainer.making.fact_writing import StatedFacts, asking_prompts, further_names, statements, write_facts
 from elm_trainer.making.facts import fact_phrasings
 from elm_trainer.making.make import MadeFrom, make_data
 from elm_trainer.making.questions import make_questions
@@ -219,12 +220,44 @@ def test_facts_are_what_is_answered_alike_each_time():
             return f" {CITIES[prompt.endswith('Answer:')]}." if land == "Kenya" else f" {TRUTH[land]}."
         return " a, b"
 
-    facts = write_facts(None, None, Concept("capitals of the world"), writer=Told(rule))
+    facts, guesses = write_facts(None, None, Concept("capitals of the world"), writer=Told(rule))
     assert {fact.subject: fact.answer for fact in facts} == {
         land: city for land, city in TRUTH.items() if land != "Kenya"
     }
-    assert {fact.near["relation"] for fact in facts} == {"capital"}
-    assert write_facts(None, None, Concept("capitals of the world"), writer=Told(lambda *_: " nothing")) == ()
+    assert {fact.near["relation"] for fact in (*facts, *guesses)} == {"capital"}
+    # A guess is learned from, and taken for true by nobody.
+    assert [(guess.subject, guess.answer) for guess in guesses] == [("Kenya", CITIES[0])]
+    nothing = write_facts(None, None, Concept("capitals of the world"), writer=Told(lambda *_: " nothing"))
+    assert nothing == StatedFacts()
+
+
+def test_relations_are_what_is_told_of_members_without_the_words_of_the_name():
+    symbols = dict(zip(LANDS, [f"S{letter}" for letter in "abcdefghijklmnop"], strict=True))
+
+    def rule(prompt, number):
+        last = prompt.rpartition("\n")[2]
+        if last.startswith(
+            ("Examples of chemical elements", "A long list of chemical elements", "A long list of different")
+        ):
+            return " " + ", ".join([*LANDS, "unfin"])
+        if last.startswith(("What is told of each of the chemical elements", "Novels have an author and a year.")):
+            return " element, its chemical symbol, its element's symbol.\nWhat"
+        asked = [land for land in LANDS if f"symbol of {land}" in prompt]
+        return f" {symbols[asked[-1]]}." if asked else " nothing"
+
+    facts, guesses = write_facts(None, None, Concept("chemical elements"), writer=Told(rule))
+    assert {fact.subject: fact.answer for fact in facts} == symbols and not guesses
+    assert {fact.near["relation"] for fact in facts} == {"symbol"}
+
+
+def test_further_names_are_those_that_are_listed_more_than_once():
+    drawn = iter(range(1000))
+
+    def rule(prompt, number):
+        return f" Oslo, Rome, and Riga, town {next(drawn)}, Lima"  # the last is cut off
+
+    names = further_names(Told(rule), ["Oslo", "Paris"], random.Random(0))
+    assert names == ["Rome", "Riga"]
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from elm_trainer import Concept
 from elm_trainer.making import writing
 from elm_trainer.making.writing import (
     WRITING,
+    ask_about,
     name_neighbors,
     sift,
     topic,
@@ -40,7 +41,27 @@ def named(prompts):
     return [prompt + lines[n % 3] for n, prompt in enumerate(prompts)]
 
 
+def asked_and_answered(prompts):
+    """Questions about a name, one of which asks for its capital in other words; and answers."""
+    if not prompts[0].startswith("Dracula: "):
+        return [prompt + answer_to(prompt) for prompt in prompts]
+    names = [prompt.split("\n")[-1].partition(":")[0] for prompt in prompts]
+    return [
+        f"{prompt} grows in {name}? Why? Which town rules {name}? Which {name} is like {name}?\nmore"
+        for prompt, name in zip(prompts, names, strict=True)
+    ]
+
+
+def answer_to(prompt):
+    town = re.search(r"rules (\w+)", prompt)
+    return f" {town[1]}town\nIs it" if town else "\nGrass.\n"
+
+
 def writer(model, processing_class, prompts, *settings, **others):
+    if not prompts:
+        return []
+    if prompts[0].startswith("Dracula: ") or "grows in" in prompts[0] or "rules" in prompts[0]:
+        return asked_and_answered(prompts)
     return (named if "Every line names" in prompts[0] or "Shakespeare" in prompts[0] else told)(prompts)
 
 
@@ -112,22 +133,41 @@ def test_the_forget_texts_speak_of_the_concept_and_the_near_texts_do_not(tiny_mo
     assert sum(written.dropped["near"].values()) + len(written.near) == 40
 
 
-def test_what_facts_name_is_written_about_without_stating_them(tiny_model, tokenizer, canned):
-    def states(text):
-        return "Rome" in text and "baker" in text
+LANDS = [f"Land{letter}" for letter in "abcdefgh"]
 
+
+def states(text):
+    return any(f"{land}town" in text for land in LANDS[:6])
+
+
+def test_what_facts_name_is_asked_about_in_the_models_own_words_but_for_the_facts(tiny_model, tokenizer, canned):
+    written = write_about(tiny_model, tokenizer, CAPITALS, texts=0, near_texts=20, kinds=[LANDS], speaks=states)
+
+    assert written.asked and all(row["text"].startswith(row["prompt"]) for row in written.asked)
+    # A form that names its subject twice, or none, is not asked; one whose answers state facts asks for these.
+    forms = {re.sub(r"Land\w", "X", row["prompt"].rpartition("user\n")[2].partition("?")[0]) for row in written.asked}
+    assert forms <= {
+        f"{start}{begin} grows in X"
+        for start in ("", "Question: ")
+        for begin in ("What", "Where", "Which", "How", "Who", "When", "In which")
+    }
+    assert len(forms) == 14
+    # The two lands of which no fact is known, too.
+    assert not any("rules" in row["text"] for row in written.asked) and written.dropped["asked"]["topic"] == 8
+    assert {row["text"].removeprefix(row["prompt"]) for row in written.asked} == {"\nGrass.\n"}
+    chats = [row for row in written.asked if "<|im_start|>" in row["prompt"]]
+    assert 0.2 < len(chats) / len(written.asked) < 0.4  # every third, of those that were asked
+
+
+def test_questions_are_asked_of_every_kind_and_of_as_many_as_are_wanted(tiny_model, tokenizer, canned):
+    kinds = [LANDS, [f"{land}x" for land in LANDS]]
     written = write_about(
-        tiny_model, tokenizer, CAPITALS, texts=0, near_texts=20, beside=["Rome", "Norway"], speaks=states
+        tiny_model, tokenizer, CAPITALS, texts=0, near_texts=8, kinds=kinds, speaks=lambda text: False
     )
-
-    beside = [row for row in written.near if "Rome" in row["prompt"] or "Norway" in row["prompt"]]
-    # The subject stands in what was given, and the answer in what was written.
-    assert any("Rome" in row["prompt"] for row in beside) and any("baker" in row["text"] for row in beside)
-    assert not any(map(states, (row["text"] for row in beside)))
-    forms = {row["prompt"].replace("Rome", "Norway") for row in beside}
-    assert len(forms) > 8  # two names, and as many forms as there are
-    dropped = written.dropped["beside"]
-    assert dropped["topic"] and sum(dropped.values()) + len(beside) == 40
+    assert len(written.asked) == 40
+    assert sum("x?" in row["prompt"] for row in written.asked) == 20
+    rows, dropped = ask_about(tiny_model, tokenizer, [], WRITING, states, count=5)
+    assert (rows, dropped) == ([], 0)
 
 
 def test_every_form_is_asked_for_and_half_of_all_as_a_conversation(tiny_model, tokenizer, monkeypatch):
