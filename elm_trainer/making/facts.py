@@ -156,10 +156,10 @@ def facts_texts(
         relations.setdefault(fact.near["relation"], []).append(fact)
     turns: list[list[dict[str, Any]]] = [[] for _ in fact_phrasings()]
     for related in relations.values():
-        alike = (
-            likeness(related, model, processing_class) if model is not None and processing_class is not None else {}
-        )
-        others = _false_ones(related, rng, alike)
+        # Groups of a table say themselves who stands in for whom, and the model need not be run.
+        grouped = len({fact.group for fact in related}) > 1
+        read = not grouped and model is not None and processing_class is not None
+        others = _false_ones(related, rng, likeness(related, model, processing_class) if read else {})
         rows = state_facts(related, fact_phrasings(), rng, processing_class, others=others)
         for place in range(len(related)):
             # Of each phrasing there is a row for every fact.
@@ -208,7 +208,6 @@ def _false_ones(
 ) -> dict[Fact, list[Fact]]:
     """`STAND_INS` other facts for each, of which neither subject nor answer makes its text true; invented where too few."""
     true = {(fact.subject, fact.answer) for fact in facts}
-    grouped = len({fact.group for fact in facts}) > 1
     found = {}
     for fact in facts:
         false = [
@@ -216,7 +215,7 @@ def _false_ones(
             for other in facts
             if (other.subject, fact.answer) not in true and (fact.subject, other.answer) not in true
         ]
-        if alike and not grouped:
+        if alike:
             nearest = sorted(false, key=alike[fact].__getitem__, reverse=True)[:_ALIKE]
             chosen = rng.sample(nearest, min(STAND_INS, len(nearest)))
         else:
