@@ -7,7 +7,7 @@ import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
-from functools import cache
+from functools import cache, lru_cache
 from importlib.resources import files
 from typing import Any, Literal, TypeAlias
 
@@ -281,17 +281,22 @@ def names_answer(text: str, answer: str, aliases: Sequence[str] = ()) -> bool:
     Case is ignored, save for answers of at most three letters: the symbol `He` is not the word *he*.
     """
 
-    def stands(name: str) -> bool:
-        fold = _folded if len(name) > 3 else _without_accents
-        return re.search(rf"(?<!\w){re.escape(fold(name))}(?!\w)", fold(text)) is not None
-
-    return any(stands(name) for name in (answer, *aliases))
+    return any(pattern.search(fold(text)) for fold, pattern in map(_whole_words, (answer, *aliases)))
 
 
+# Many names are looked for in one text: each is compiled once, more than `re` itself would keep, and the text read once.
+@lru_cache(maxsize=4096)
+def _whole_words(name: str) -> tuple[Callable[[str], str], re.Pattern[str]]:
+    fold = _folded if len(name) > 3 else _without_accents
+    return fold, re.compile(rf"(?<!\w){re.escape(fold(name))}(?!\w)")
+
+
+@lru_cache(maxsize=16)
 def _without_accents(text: str) -> str:
     return "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
 
 
+@lru_cache(maxsize=16)
 def _folded(text: str) -> str:
     return _without_accents(text).casefold()
 
