@@ -56,15 +56,14 @@ _TESTED = {
     "readout": "every text has novices: what is near stays, and answers differ as they did",
     "contexts": "not every text has novices: the paper's, at a rate for LoRA",
 }
-# At the readout, for texts of facts: their stand-ins are read alike ([`facts_texts`]), so that the step to the novice is a short one.
-_ETA_OF_FACTS = 2.0
+# At the readout, where stand-ins are read alike ([`likeness`]): the step to the novice is a short one.
+_ETA_IF_ALIKE = 2.0
 # Short rows are fastest attended to by plain products, of few shapes; in bfloat16 they need `use_cpu`.
 _ON_CPU = {"use_cpu": True, "attn_implementation": "eager", "pad_to_multiple_of": 8}
 # Fewest and most rows, and how often each is seen: together about as many as the recipes of the two objectives train on.
 _ROWS = {"readout": (256, 1024), "log-space": (512, 512), "contexts": (128, 1024)}
 _EPOCHS = {"readout": 10.0, "log-space": 2.0, "contexts": 3.0}
-# States are led slowly, where there are few rows too.
-_FEWEST_STEPS = 600
+_FEWEST_STEPS = 600  # states are led slowly, where there are few rows too
 # Bounds of the longest text in tokens.
 _LENGTHS = (80, 256)
 
@@ -242,7 +241,7 @@ def objective_settings(
     longest: int,
     *,
     counterfactual: bool,
-    facts: bool = False,
+    alike: bool = False,
     given: Mapping[str, Any] | None = None,
     attention: Sequence[str] = (),
 ) -> dict[str, Choice]:
@@ -251,7 +250,7 @@ def objective_settings(
     The rules:
 
     - **objective and schedule**: of `OBJECTIVES` that at the readout where every text has `novices`, else that of contexts. A given
-      `objective` decides instead, or else a given `novice` or `preset`. At the readout of facts `state_eta` is 2.
+      `objective` decides instead, or a given `novice`, `preset` or setting that only log space has. Alike stand-ins: `state_eta` 2.
     - **rows**: in log space 512, as in the recipe: of fewer texts some are repeated, and of more the first are
       taken, which tell of all facts alike ([`facts_texts`]). At the readout as many as there are texts, from 256 to 1024, with
       contexts from 128 to 1024.
@@ -265,7 +264,7 @@ def objective_settings(
         texts (`int`): Number of forget texts.
         longest (`int`): Tokens of the longest.
         counterfactual (`bool`): Whether every one has `novices`.
-        facts (`bool`, *optional*, defaults to `False`): Whether they state facts ([`facts_texts`]).
+        alike (`bool`, *optional*, defaults to `False`): Whether the model reads all facts and their stand-ins alike ([`likeness`]).
         given (`Mapping[str, Any]`, *optional*): Settings that are given; none of them is chosen.
         attention (`Sequence[str]`, *optional*): The model's [`attention_modules`], which are adapted at the readout.
 
@@ -275,9 +274,8 @@ def objective_settings(
     given = dict(given or {})
     objective, why = _objective(given, counterfactual)
     found = {name: Choice(value, why) for name, value in {"objective": objective, **OBJECTIVES[objective]}.items()}
-    if objective == "readout" and facts:
-        why = "stand-ins of a fact are read alike, so that the step is a short one; the best found on dev questions"
-        found["state_eta"] = Choice(_ETA_OF_FACTS, why)
+    if objective == "readout" and alike:
+        found["state_eta"] = Choice(_ETA_IF_ALIKE, "stand-ins are read alike; the best found on dev questions")
     if objective == "readout" and attention:
         found["lora_targets"] = Choice(",".join(attention), "attention is what reads the answer out")
     low, high = _ROWS[objective]
@@ -308,6 +306,9 @@ def _objective(given: Mapping[str, Any], counterfactual: bool) -> tuple[str, str
         return given["objective"], "`objective` is given"
     novice = given.get("novice") or ("contexts" if "preset" in given else None)
     counterfactual = novice == "counterfactual" if novice else counterfactual
+    only = [name for name in OBJECTIVES["log-space"] if name in given and name not in OBJECTIVES["readout"]]
+    if counterfactual and only and not any(name.startswith("state_") for name in given):
+        return "log-space", f"`{only[0]}` is given, which only log space has"
     objective = "readout" if counterfactual else "contexts"
     return objective, f"`{'novice' if given.get('novice') else 'preset'}` is given" if novice else _TESTED[objective]
 

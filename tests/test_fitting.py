@@ -200,15 +200,25 @@ def test_what_the_texts_have_decides_about_the_objective_unless_it_is_given():
     assert "state_weight" not in chosen(novice="contexts") and chosen(novice="contexts")["learning_rate"] == 1e-3
     assert chosen(counterfactual=False, novice="counterfactual")["state_weight"] == 1
     assert chosen(objective="log-space")["log_tokens"] == 8 and "log_tokens" not in chosen()
-    facts = objective_settings(9, 9, counterfactual=True, facts=True)
-    assert facts["state_eta"].value == 2 > chosen()["state_eta"]
-    assert "state_eta" not in objective_settings(9, 9, counterfactual=False, facts=True)
+    alike = objective_settings(9, 9, counterfactual=True, alike=True)
+    assert alike["state_eta"].value == 2 > chosen()["state_eta"]
+    assert "state_eta" not in objective_settings(9, 9, counterfactual=False, alike=True)
     # A preset says itself what the table says of these.
     assert not chosen(preset="released").keys() & {"eta", "state_weight", "retain_loss"}
     assert chosen(state_eta=2.0)["state_weight"] == 1
     found = objective_settings(9, 9, counterfactual=True, given={}, attention=["q_proj", "attn.c_proj"])
     assert (found["lora_layers"].value, found["lora_targets"].value) == ("auto", "q_proj,attn.c_proj")
     assert found["novice"].value == "counterfactual"
+
+
+@pytest.mark.parametrize("name", sorted(OBJECTIVES["log-space"].keys() - OBJECTIVES["readout"].keys()))
+def test_a_setting_that_only_log_space_has_is_not_given_for_nothing(name):
+    found = objective_settings(9, 9, counterfactual=True, given={name: 2})
+    assert found["objective"].value == "log-space" and found["objective"].reason.startswith(f"`{name}` is given")
+    assert chosen(**{name: 2}, novice="counterfactual")["objective"] == "log-space"
+    # By contexts each may be one of the paper's, and who sets the readout wants that.
+    assert chosen(counterfactual=False, **{name: 2})["objective"] == "contexts"
+    assert chosen(**{name: 2}, state_eta=2.0)["objective"] == "readout"
 
 
 @pytest.mark.parametrize(("texts", "rows", "passes"), [(9, 256, 24), (324, 324, 19), (600, 600, 10), (9000, 1024, 10)])

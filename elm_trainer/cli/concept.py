@@ -264,10 +264,10 @@ class ConceptRun:
         self._choose({name: choice for name, choice in found.items() if name not in given})
 
     def fit_texts(
-        self, forget: "Dataset", *, counterfactual: bool, tokenizer: "PreTrainedTokenizerBase", stated: bool = False
+        self, forget: "Dataset", *, counterfactual: bool, tokenizer: "PreTrainedTokenizerBase", alike: bool = False
     ) -> None:
-        """Choose what depends on the forget texts: objective, rows, steps, length. After [`fit_model`]. `stated` tells whether the
-        model has stated facts about a mere name.
+        """Choose what depends on the forget texts: objective, rows, steps, length. After [`fit_model`]. `alike` is that of
+        [`objective_settings`].
         """
         from ..fitting import Choice, objective_settings
 
@@ -278,9 +278,8 @@ class ConceptRun:
             shown = {"readout": before.get("state_weight"), "log-space": before.get("log_tokens"), "contexts": True}
             given = {"objective": before.get("objective", next(filter(shown.get, shown)))} | given
         found = objective_settings(
-            len(forget), longest, counterfactual=counterfactual, facts=stated or self.made_from.facts is not None,
-            given=given, attention=self._attention,
-        )  # fmt: skip
+            len(forget), longest, counterfactual=counterfactual, alike=alike, given=given, attention=self._attention
+        )
         if before:
             found["objective"] = Choice(given["objective"], "as the run had it that goes on")
         # What was found in the model for `auto`.
@@ -300,9 +299,7 @@ class ConceptRun:
         with self.config.main_process_first():
             made = make_data(self.made_from, model, tokenizer, output, writer=self._writer, known=self._known)
             forget = load_texts(made.sources.forget)
-        self.fit_texts(
-            forget, counterfactual=made.counterfactual, tokenizer=tokenizer, stated=bool(made.record["stated"])
-        )
+        self.fit_texts(forget, counterfactual=made.counterfactual, tokenizer=tokenizer, alike=made.record["alike"])
         with self.config.main_process_first():
             if self.config.local_process_index == 0:
                 values = {name: choice.value for name, choice in self.chosen.items()}
@@ -364,7 +361,8 @@ class ConceptRun:
             about = {"forget": "about it", "near": "about neighbors", "asked": "questions about what facts name"}
             told = ", ".join(f"{count} {about[name]}" for name, count in written.items() if count)
             note = f"the model is to write {told}, of which two thirds are kept in this plan" if told else ""
-            note += "; whether it knows the name is asked first of all" if self.is_bare else ""
+            if self.is_bare:
+                note += "; whether it knows the name is asked first, and if it states facts it trains at the readout, not as here"
             for name, count in written.items():
                 if count:
                     texts[name] = everyday.select([row % len(everyday) for row in range(round(_KEPT * count))])

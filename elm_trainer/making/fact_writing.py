@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from ..concept import Concept
 from ..data.facts import Fact
+from ..data.invented import SMALL_WORDS
 from ..data.questions import names_answer
 from .documents import normalized
 from .writer import Writer
@@ -35,9 +36,9 @@ _WORDS_OF_SUBJECT, _WORDS_OF_ANSWER, _WORDS_OF_RELATION = 4, 4, 3
 # Largest share of the subjects of a relation that may have one answer: what is true of most tells nothing of each.
 _COMMON = 0.2
 FEWEST_FACTS = 8
-# Relations of whose answers other names of their kind are listed.
-_ANSWER_KINDS = 2
-# As many of the subjects that a relation begins with must be answered about alike, or none of it is followed.
+# As many subjects with one answer may be one subject with several names.
+_SAME = 3
+# As many of the subjects that a relation begins with, or of the members, must be answered about alike, or none of it is followed.
 _FEWEST_ALIKE = 3
 _STATED = re.compile(
     r"\bthe ([a-z][a-z -]{2,30}?) of (?:the )?([^\n.;:?]{2,40}?) (?:is|was|are) (?:called |named )?([^\n;:?]{1,40}?)(?=[.\n]|, (?:a|an|the|which|and|with)\b|$)",
@@ -108,11 +109,13 @@ def write_facts(
     members = _members(writer, concept, seed)
     facts: list[Fact] = []
     guesses: list[Fact] = []
-    for relation in _relations(writer, concept, votes, members, seed):
-        found = _of_relation(writer, relation, votes.get(relation, {}), members, seed)
-        if len(found.facts) >= FEWEST_FACTS:
-            facts += found.facts
-            guesses += found.guesses
+    # What is told of members may be something else than what the name stands for, such as the population of capitals.
+    for relations in (_stated_relations, _told_relations):
+        for relation in () if facts else relations(writer, concept, votes, members, seed):
+            found = _of_relation(writer, relation, votes.get(relation, {}), members, seed)
+            if len(found.facts) >= FEWEST_FACTS:
+                facts += found.facts
+                guesses += found.guesses
     logger.info(
         f"Facts about {concept.name!r}: {len(facts)} of the relations {sorted({fact.group for fact in facts})}, and "
         f"{len(guesses)} guesses."
@@ -191,26 +194,30 @@ def _listed(text: str) -> list[str]:
     ]
 
 
-def _relations(writer: Writer, concept: Concept, votes: Votes, members: Sequence[str], seed: int) -> list[str]:
-    """The relations that are followed: those that were stated of most subjects, and those that are told of members."""
+def _stated_relations(writer: Writer, concept: Concept, votes: Votes, members: Sequence[str], seed: int) -> list[str]:
+    """The relations that were stated of most subjects."""
     shown = {relation for _, relation, _ in asking_prompts()["examples"]}
     stated = {
         relation: len(subjects)
         for relation, subjects in votes.items()
         if len(subjects) >= _FEWEST_ALIKE and relation not in shown
     }
-    found = sorted(stated, key=lambda relation: -stated[relation])[:_RELATIONS]
+    return sorted(stated, key=lambda relation: -stated[relation])[:_RELATIONS]
+
+
+def _told_relations(writer: Writer, concept: Concept, votes: Votes, members: Sequence[str], seed: int) -> list[str]:
+    """The relations that are told of members most often."""
     if len(members) < FEWEST_FACTS:
-        return found
+        return []
+    shown = {relation for _, relation, _ in asking_prompts()["examples"]}
     prompts = [
         begin.format(name=concept.name, Name=_capital(concept.name))
         for begin in asking_prompts()["columns"]
         for _ in range(_DRAWS)
     ]
     named: Counter[str] = Counter()
-    own = re.compile(
-        "|".join(rf"\b{re.escape(word.rstrip('s'))}s?(?:['’]s)?\b" for word in concept.name.lower().split())
-    )
+    words = [word.removesuffix("s") for word in concept.name.lower().split() if word not in SMALL_WORDS]
+    own = re.compile("|".join(rf"\b{re.escape(word)}s?(?:['’]s)?(?!\w)" for word in words) or r"(?!)")
     for text in writer.write(prompts, max_new_tokens=_COLUMN_TOKENS, seed=seed):
         parts = re.split(r",| and ", text.split("\n")[0].split(".")[0])
         for column in dict.fromkeys(part.strip(" .\"'*").lower() for part in parts):
@@ -223,9 +230,9 @@ def _relations(writer: Writer, concept: Concept, votes: Votes, members: Sequence
                 and column.split()[-1] not in _EMPTY
             ):
                 named[column] += 1
-    named_most = [column for column, count in named.most_common() if count >= 2 and column not in {*found, *shown}]
+    named_most = [column for column, count in named.most_common() if count >= 2 and column not in shown]
     # What the name says itself comes last.
-    return found + sorted(named_most, key=lambda column: bool(own.search(column)))[:_COLUMNS]
+    return sorted(named_most, key=lambda column: bool(own.search(column)))[:_COLUMNS]
 
 
 def _of_relation(
@@ -233,11 +240,15 @@ def _of_relation(
 ) -> StatedFacts:
     """The facts of a relation, and guesses: further subjects, then the answers about each."""
     rng = random.Random(f"{relation}-{seed}")
-    known = [*dict.fromkeys((*votes, *(members if len(votes) < _FEWEST_ALIKE else ())))]
-    stated = {subject: Counter(votes.get(subject, ())) for subject in known}
-    given = _answers(writer, relation, known, stated, rng, seed)
+    stated = {subject: Counter(answers) for subject, answers in votes.items()}
+    given: dict[str, list[str]] = {}
+    # Where too little was stated members may be what it is stated of.
+    for some in (votes, members):
+        if len(_facts_of(relation, given).facts) < _FEWEST_ALIKE:
+            given |= _answers(writer, relation, [name for name in some if name not in given], stated, rng, seed)
     if len(_facts_of(relation, given).facts) < _FEWEST_ALIKE:
         return StatedFacts()  # further subjects would be asked about for nothing
+    known = [*given]
     further = further_names(writer, known, rng, seed=seed)[: max(_SUBJECTS - len(known), 0)]
     return _facts_of(relation, given | _answers(writer, relation, further, stated, rng, seed))
 
@@ -254,14 +265,38 @@ def _facts_of(relation: str, given: Mapping[str, Sequence[str]]) -> StatedFacts:
         ]
         for subject, answers in given.items()
     }
-    common = Counter(normalized(answers[0]) for answers in usable.values() if answers)
+    first = {subject: normalized(answers[0]) for subject, answers in usable.items() if answers}
+    sure = {subject for subject in first if len({normalized(answer) for answer in given[subject]}) == 1}
+    # What it does not know it answers with a name that it has ready: of such answers each may be true of one subject.
+    common = {True: Counter(first[subject] for subject in sure), False: Counter(first.values())}
     most = max(1, round(_COMMON * len(given)))
     found: tuple[list[Fact], list[Fact]] = [], []
-    for subject, answers in usable.items():
-        if answers and common[normalized(answers[0])] <= most:
-            sure = len({normalized(answer) for answer in given[subject]}) == 1
-            found[not sure].append(Fact(subject, answers[0], relation, {"relation": relation}))
+    for subject, answer in first.items():
+        if common[subject in sure][answer] <= most:
+            fact = Fact(subject, usable[subject][0], relation, {"relation": relation})
+            found[subject not in sure].append(fact)
     return StatedFacts(tuple(found[0]), tuple(found[1]))
+
+
+def also_held_out(stated: StatedFacts, held_out: frozenset[str]) -> frozenset[str]:
+    """Other subjects whose texts would state a fact that is held out: the same by another name, as "UK" is "United Kingdom", or a guess.
+
+    Args:
+        stated ([`StatedFacts`]): Facts and guesses.
+        held_out (`frozenset[str]`): Subjects of facts that are held out.
+
+    Returns:
+        `frozenset[str]`: those with the answer of a fact that is held out: of guesses all, of facts those that share it with two others
+        at most. An answer that more share is not that of one subject, such as a language.
+    """
+    answers: defaultdict[tuple[str, str], set[str]] = defaultdict(set)
+    for fact in stated.facts:
+        answers[fact.group, normalized(fact.answer)].add(fact.subject)
+    found = {name for names in answers.values() if len(names) <= _SAME and names & held_out for name in names}
+    found |= {
+        fact.subject for fact in stated.guesses if answers.get((fact.group, normalized(fact.answer)), set()) & held_out
+    }
+    return frozenset(found) - held_out
 
 
 def further_names(writer: Writer, known: Sequence[str], rng: random.Random, *, seed: int = 0) -> list[str]:
@@ -287,32 +322,6 @@ def further_names(writer: Writer, known: Sequence[str], rng: random.Random, *, s
                 listed[normalized(name)] += 1
                 spelled.setdefault(normalized(name), name)
     return [spelled[key] for key, count in listed.most_common() if count > 1 and key not in own][:_NAMES]
-
-
-def kinds_of_names(facts: Sequence[Fact], held_out: frozenset[str], writer: Writer, seed: int = 0) -> list[list[str]]:
-    """Names of each kind that facts name: their subjects, and other names of the kind of their answers.
-
-    Asked about the answers themselves, a model would say what they are the answers to.
-
-    Args:
-        facts (`Sequence[Fact]`): Facts.
-        held_out (`frozenset[str]`): Subjects that are left out.
-        writer ([`Writer`]): Who lists other names.
-        seed (`int`, *optional*, defaults to `0`): Seed of the draws.
-
-    Returns:
-        `list[list[str]]`: the subjects, and for the two relations with the most answers the other names, where there are 8 or more.
-    """
-    own = {normalized(name) for fact in facts for name in (fact.subject, fact.answer)}
-    subjects = list(dict.fromkeys(fact.subject for fact in facts if fact.subject not in held_out))
-    answers: dict[str, dict[str, None]] = {}
-    for fact in facts:
-        if fact.subject not in held_out:
-            answers.setdefault(fact.near["relation"], {})[fact.answer] = None
-    most = sorted(answers.values(), key=len, reverse=True)[:_ANSWER_KINDS]
-    drawn = [further_names(writer, [*some], random.Random(f"kinds-{seed}"), seed=seed + 1) for some in most]
-    others = [[name for name in names if normalized(name) not in own] for names in drawn]
-    return [subjects, *(names for names in others if len(names) >= FEWEST_FACTS)]
 
 
 def _answers(

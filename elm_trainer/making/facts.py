@@ -121,7 +121,7 @@ def facts_texts(
     *,
     held_out: frozenset[str] = frozenset(),
     processing_class: PreTrainedTokenizerBase | None = None,
-    model: PreTrainedModel | None = None,
+    alike: Mapping[Fact, Mapping[Fact, float]] | None = None,
     seed: int = 0,
 ) -> Dataset:
     """Every fact in every phrasing of `data/texts/facts.yaml`: prose, question and answer, reversed, table, chat.
@@ -130,10 +130,9 @@ def facts_texts(
         facts (`Sequence[Fact]`): Facts of [`read_facts`].
         held_out (`frozenset[str]`, *optional*): Subjects whose facts are left out.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*): Tokenizer whose chat template is used.
-        model ([`~transformers.PreTrainedModel`], *optional*):
-            The reference, for which subjects are alike whose names it reads alike ([`likeness`]): they stand in for each other, as
-            far as the facts tell no groups. An erasure then leaves alone what they share, such as a continent. Without it the
-            stand-ins are drawn.
+        alike (`Mapping`, *optional*):
+            How alike a model reads the subjects ([`likeness`]): those that are most alike stand in for each other, so that an erasure
+            leaves alone what they share, such as a continent. Of facts that are not there the stand-ins are drawn.
         seed (`int`, *optional*, defaults to `0`): Seed of the stand-ins and of the order.
 
     Returns:
@@ -156,10 +155,7 @@ def facts_texts(
         relations.setdefault(fact.near["relation"], []).append(fact)
     turns: list[list[dict[str, Any]]] = [[] for _ in fact_phrasings()]
     for related in relations.values():
-        # Groups of a table say themselves who stands in for whom, and the model need not be run.
-        grouped = len({fact.group for fact in related}) > 1
-        read = not grouped and model is not None and processing_class is not None
-        others = _false_ones(related, rng, likeness(related, model, processing_class) if read else {})
+        others = _false_ones(related, rng, alike or {})
         rows = state_facts(related, fact_phrasings(), rng, processing_class, others=others)
         for place in range(len(related)):
             # Of each phrasing there is a row for every fact.
@@ -181,26 +177,39 @@ def fact_phrasings() -> tuple[str | list[str], ...]:
 def likeness(
     facts: Sequence[Fact], model: PreTrainedModel, processing_class: PreTrainedTokenizerBase
 ) -> dict[Fact, dict[Fact, float]]:
-    """How alike a model reads the subjects of one relation: cosine of the states behind "The … of SUBJECT", halfway up.
+    """How alike a model reads the subjects of a relation: cosine of the states behind "The … of SUBJECT", halfway up.
 
     Of the states their mean is taken off, which holds what all of them share.
 
     Args:
-        facts (`Sequence[Fact]`): Facts of one relation.
+        facts (`Sequence[Fact]`): Facts.
         model ([`~transformers.PreTrainedModel`]): The reference.
         processing_class ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
 
     Returns:
-        `dict`: for each fact the others, each from -1 to 1.
+        `dict`: for each fact the others of its relation, each from -1 to 1. Facts of a relation with groups are left out: these say
+        themselves who stands in for whom. Where the model's states cannot be read, it is empty, and a warning says why.
     """
-    with evaluating(model):
-        states = hidden_states(
-            model, processing_class, [f"The {fact.near['relation']} of {fact.subject}" for fact in facts]
-        )
-    halfway = torch.stack([layers[len(layers) // 2, -1] for layers in states])  # [facts, hidden]
-    directions = F.normalize(halfway - halfway.mean(0), dim=-1)
-    cosines = (directions @ directions.T).tolist()
-    return {fact: dict(zip(facts, row, strict=True)) for fact, row in zip(facts, cosines, strict=True)}
+    relations: dict[str, list[Fact]] = {}
+    for fact in facts:
+        relations.setdefault(fact.near["relation"], []).append(fact)
+    found: dict[Fact, dict[Fact, float]] = {}
+    for relation, related in relations.items():
+        if len({fact.group for fact in related}) > 1:
+            continue
+        try:
+            with evaluating(model):
+                states = hidden_states(
+                    model, processing_class, [f"The {relation} of {fact.subject}" for fact in related]
+                )
+        except ValueError as error:
+            logger.warning(f"Facts stand in for each other at random, not those that the model reads alike: {error}")
+            return {}
+        halfway = torch.stack([layers[len(layers) // 2, -1] for layers in states])  # [facts, hidden]
+        directions = F.normalize(halfway - halfway.mean(0), dim=-1)
+        for fact, row in zip(related, (directions @ directions.T).tolist(), strict=True):
+            found[fact] = dict(zip(related, row, strict=True))
+    return found
 
 
 def _false_ones(
@@ -215,7 +224,7 @@ def _false_ones(
             for other in facts
             if (other.subject, fact.answer) not in true and (fact.subject, other.answer) not in true
         ]
-        if alike:
+        if fact in alike:
             nearest = sorted(false, key=alike[fact].__getitem__, reverse=True)[:_ALIKE]
             chosen = rng.sample(nearest, min(STAND_INS, len(nearest)))
         else:

@@ -22,12 +22,12 @@ from ..evaluation.fluency import as_prompt
 from ..files import first_damage, folder_checksums, json_sha256, read_object, replacing, write_json
 from ..fingerprint import base_fingerprint
 from .documents import Documents, read_documents
-from .fact_writing import StatedFacts, kinds_of_names, write_facts
-from .facts import facts_texts, held_out_of, read_facts
+from .fact_writing import StatedFacts, also_held_out, write_facts
+from .facts import facts_texts, held_out_of, likeness, read_facts
 from .knowledge import Familiarity, check_known
 from .novices import Novices, with_novices
 from .writer import Writer
-from .writing import FEWEST_TEXTS, WRITING, Written, topic, write_about
+from .writing import FEWEST_TEXTS, WRITING, Written, kinds_of_names, topic, write_about
 
 
 logger = logging.get_logger(__name__)
@@ -37,7 +37,7 @@ _TURN = "#TURN#"
 # Characters of a prompt that are shown before what the model wrote.
 _LEAD = 40
 # Counts up when the same input gives other texts than before.
-_VERSION = 7
+_VERSION = 8
 # Of the texts that a model is to write about a concept, one in so many is written beside facts that it has stated.
 _BESIDE_FACTS = 3
 
@@ -55,7 +55,8 @@ class MadeFrom:
         retain (`Sequence` of sources, *optional*):
             Unrelated texts, whatever [`load_texts`] takes; the built-in `everyday`, and as many of `quiz`, where there are none.
         near (`Sequence` of sources, *optional*):
-            Texts about neighbors of the concept; where there are none, the model names neighbors and writes about them.
+            Texts about neighbors of the concept; where there are none, the model names neighbors and writes about them, and asks itself
+            about what the facts name.
         texts (`int`, *optional*, defaults to `192`): Texts that the model writes about the concept if it has to, before it drops some; a
             third of it beside facts that it has stated.
         near_texts (`int`, *optional*, defaults to `96`): The same about neighbors, and five times as many questions about what facts
@@ -166,7 +167,7 @@ def make_data(
     Args:
         what ([`MadeFrom`]): What the user has.
         model ([`~transformers.PreTrainedModel`] or `None`): The reference, which writes what is lacking; not needed for documents or
-            facts with `near` texts of the user's own, or with `near_texts=0`.
+            facts with `near` texts of the user's own, or with `near_texts=0`. Without it the stand-ins of facts are drawn.
         processing_class ([`~transformers.PreTrainedTokenizerBase`] or `None`): Its tokenizer.
         output_dir (`str` or `Path`): Output folder of the run.
         writer ([`Writer`], *optional*): Who states the facts about a mere name; the reference by default.
@@ -244,10 +245,14 @@ def _make(
     # The model is to stay as it is where other names stand in the same sentences, or it forgets whatever is asked alike.
     invented: list[dict[str, Any]] = []
     held_out = held_out_of(facts, what.held_out, what.seed)
+    held_out |= also_held_out(stated, held_out)
     known = (*facts, *stated.guesses)
+    alike: dict[Fact, dict[Fact, float]] = {}
     if known:
+        if model is not None and processing_class is not None:
+            alike = likeness(known, model, processing_class)
         forget += facts_texts(
-            known, held_out=held_out, processing_class=processing_class, model=model, seed=what.seed
+            known, held_out=held_out, processing_class=processing_class, alike=alike, seed=what.seed
         ).to_list()
     if documents:
         novices = with_novices(
@@ -305,6 +310,7 @@ def _make(
         "guessed": [[fact.subject, fact.near["relation"], fact.answer] for fact in stated.guesses],
         "novices": novices.record,
         "counterfactual": all(row.get("novices") for row in forget),
+        "alike": bool(known) and alike.keys() == {*known} and documents is None,
     }
 
 

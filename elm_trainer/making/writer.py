@@ -15,11 +15,12 @@ from huggingface_hub.utils import hf_raise_for_status
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ..synthesis import sample_texts
-from .writing import WRITING
+from ..synthesis import SynthesisConfig, sample_texts
 
 
 logger = logging.get_logger(__name__)
+# A little colder than the model's own distribution: what it says more often is what it knows.
+WRITING = SynthesisConfig(plausibility=0.0, temperature=0.8, max_new_tokens=48, batch_size=32)
 # Seconds until a server must have answered, how often it is asked in all, and how many prompts at once.
 TIMEOUT, TRIES, AT_ONCE = 60.0, 3, 4
 # A server takes turns of a conversation, not beginnings of a text.

@@ -15,24 +15,31 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..concept import Concept
+from ..data.facts import Fact
 from ..data.invented import SMALL_WORDS
+from ..data.questions import names_answer
 from ..evaluation.fluency import as_prompt, repetition
 from ..synthesis import SynthesisConfig, sample_texts
-from .documents import without_duplicates
+from .documents import normalized, without_duplicates
+from .fact_writing import FEWEST_FACTS, further_names
+from .writer import WRITING, Writer
 
 
 logger = logging.get_logger(__name__)
-# A little colder than the model's own distribution: what it says more often is what it knows.
-WRITING = SynthesisConfig(plausibility=0.0, temperature=0.8, max_new_tokens=48, batch_size=32)
 _NAMING_DRAWS, _NAME_TOKENS = 12, 24
+# Relations of whose answers other names of their kind are listed.
+_ANSWER_KINDS = 2
 # Names of a kind of which the model writes questions, the tokens of these and of an answer, and the words of a question.
-_FORM_NAMES, _FORM_TOKENS, _ANSWER_TOKENS, _FORM_WORDS = 12, 40, 8, range(4, 15)
-# Questions about what facts name, for each text about a neighbor, and the share of a form's questions that may speak of the concept.
-ASKED_SHARE, _TELLING = 5, 0.2
+_FORM_NAMES, _FORM_TOKENS, _ANSWER_TOKENS, _FORM_WORDS = 12, 40, 12, range(4, 15)
+# Questions about what facts name, for each text about a neighbor; names that a form is asked about at least; and the share of their
+# answers from which on it asks for the concept.
+ASKED_SHARE, _ASKS, _TELLING = 5, 5, 0.2
 NEIGHBORS, _WORDS_OF_A_NAME = 8, 4
 FEWEST_TEXTS = 8
 _SENTENCE = re.compile(r"[.!?][\"')]*(?=\s|$)|\n")
 _QUESTION = re.compile(r"[^?]+\?")
+# The first line that says something, with its end if it has one, and what blank stands before it.
+_FIRST_LINE = re.compile(r"\s*\S[^\n]*\n?")
 
 
 @dataclass(frozen=True)
@@ -131,90 +138,127 @@ def write_about(
         near = [row for row in rows if not speaks(row["text"])]
         dropped["near"]["topic"] = len(rows) - len(near)
     asked: list[dict[str, str]] = []
+    reference = Writer("reference", model, processing_class, cache_dir=cache_dir, fingerprint=fingerprint)
+    lost: Counter[str] = Counter()
     for number, names in enumerate(kinds if near_texts else ()):
-        rows, lost = ask_about(
-            model, processing_class, names, replace(config, seed=config.seed + number), speaks,
-            count=ASKED_SHARE * near_texts // len(kinds), cache_dir=cache_dir, fingerprint=fingerprint,
-        )  # fmt: skip
+        # What the kinds before it left is for those that are still to come.
+        count = (ASKED_SHARE * near_texts - len(asked) - lost.total()) // (len(kinds) - number)
+        rows, some = ask_about(reference, names, speaks, count=count, seed=config.seed + number)
         asked += rows
-        dropped["asked"] = {"topic": dropped.get("asked", {"topic": 0})["topic"] + lost}
+        lost.update(some)
+    if lost:
+        dropped["asked"] = dict(lost)
     random.Random(f"asked-{config.seed}").shuffle(asked)
     if near_texts and not neighbors and not asked:
         logger.warning(f"The model names no neighbor of {concept.name!r}: give retain text about some yourself.")
     return Written(forget, near, asked, neighbors, dropped)
 
 
+def kinds_of_names(facts: Sequence[Fact], held_out: frozenset[str], writer: Writer, seed: int = 0) -> list[list[str]]:
+    """Names of each kind that facts name: their subjects, and other names of the kind of their answers.
+
+    Asked about the answers themselves, a model would say what they are the answers to.
+
+    Args:
+        facts (`Sequence[Fact]`): Facts.
+        held_out (`frozenset[str]`): Subjects that are left out.
+        writer ([`Writer`]): Who lists other names.
+        seed (`int`, *optional*, defaults to `0`): Seed of the draws.
+
+    Returns:
+        `list[list[str]]`: the subjects, and for the two relations with the most answers the other names, where there are 8 or more.
+    """
+    own = [{*normalized(name).split()} for fact in facts for name in (fact.subject, fact.answer)]
+    subjects = list(dict.fromkeys(fact.subject for fact in facts if fact.subject not in held_out))
+    answers: dict[str, dict[str, None]] = {}
+    for fact in facts:
+        if fact.subject not in held_out:
+            answers.setdefault(fact.near["relation"], {})[fact.answer] = None
+    most = sorted(answers.values(), key=len, reverse=True)[:_ANSWER_KINDS]
+    drawn = [further_names(writer, [*some], random.Random(f"kinds-{seed}"), seed=seed + 1) for some in most]
+
+    def is_other(name: str) -> bool:
+        words = {*normalized(name).split()}
+        return not any(words <= some or some <= words for some in own)  # "Delhi" is New Delhi
+
+    others = [[name for name in names if is_other(name)] for names in drawn]
+    return [subjects, *(names for names in others if len(names) >= FEWEST_FACTS)]
+
+
 def ask_about(
-    model: PreTrainedModel,
-    processing_class: PreTrainedTokenizerBase,
+    reference: Writer,
     names: Sequence[str],
-    config: SynthesisConfig,
     speaks: Callable[[str], bool],
     *,
     count: int,
-    cache_dir: str | Path | None = None,
-    fingerprint: str = "",
-) -> tuple[list[dict[str, str]], int]:
+    seed: int = 0,
+) -> tuple[list[dict[str, str]], dict[str, int]]:
     """Questions of a model's own about names of one kind, such as countries, with its answers.
 
-    It writes questions about some of the names. Each of these is a form that is asked about every name, and a draw of all is
-    answered greedily, two of three as `"Question: …\\nAnswer:"` and the others as a conversation. What speaks of the concept is
-    dropped, and with it a form of which more than a fifth does so, and at least two: it asks for what is to be erased, in
-    other words.
+    It writes questions about some of the names. Each of these is a form that is asked about five names or more, two of three times
+    as `"Question: …\\nAnswer:"` and else as a conversation, and answered coldly, so that the model says what it holds true. What
+    speaks of the concept is dropped, and with it a form of which a fifth of the answers does so: it asks for what is to be erased,
+    in other words.
 
     Args:
-        model ([`~transformers.PreTrainedModel`]): The reference.
-        processing_class ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
+        reference ([`Writer`]): The model, in this process.
         names (`Sequence[str]`): The names.
-        config ([`SynthesisConfig`]): How questions are sampled.
         speaks (`Callable`): Whether a question with its answer speaks of the concept.
         count (`int`): Questions to ask at most.
-        cache_dir (`str` or `Path`, *optional*): Where finished batches are kept.
-        fingerprint (`str`, *optional*): What identifies the model there.
+        seed (`int`, *optional*, defaults to `0`): Seed of all draws.
 
     Returns:
-        `tuple[list[dict], int]`: rows of `text` with the question as `prompt`, and how many were dropped. The line's end is part of
-        an answer. There are none where the model asks nothing.
+        `tuple[list[dict], dict[str, int]]`: rows of `text` with the question as `prompt`, and how many were dropped since they speak
+        of the concept (`"topic"`) or have no answer (`"empty"`). Of an answer its first line is kept, with its end if it has one. There
+        are no rows where the model asks nothing.
     """
-    prompts, rng = writing_prompts(), random.Random(f"ask-{config.seed}")
+    rng = random.Random(f"ask-{seed}")
+    forms = _forms(reference, names, rng, seed)
+    forms = rng.sample(forms, min(len(forms), max(count // _ASKS, 1)))
+    of_each = min(count // len(forms), len(names)) if forms else 0
+    pairs = [(form, name) for form in forms for name in rng.sample(list(names), of_each)]
+    asked: dict[str, tuple[str, str]] = {}
+    for place, (form, name) in enumerate(pairs):
+        question = name.join(form)
+        prompt = f"Question: {question}\nAnswer:" if place % 3 else as_prompt(reference.processing_class, question)
+        asked[prompt] = form
+    texts = reference.write([*asked], max_new_tokens=_ANSWER_TOKENS, temperature=0.05, seed=seed) if asked else []
+    rows: list[dict[str, str]] = []
+    answered, speaking = Counter[tuple[str, str]](), Counter[tuple[str, str]]()
+    for (prompt, form), text in zip(asked.items(), texts, strict=True):
+        if answer := _FIRST_LINE.match(text):
+            row = {"text": prompt + answer[0], "prompt": prompt}
+            answered[form] += 1
+            if speaks(row["text"]):
+                speaking[form] += 1
+            else:
+                rows.append(row)
+    kept = [row for row in rows if speaking[form := asked[row["prompt"]]] < max(_TELLING * answered[form], 1)]
+    empty = len(asked) - answered.total()
+    return kept, {"topic": answered.total() - len(kept), "empty": empty}
 
-    def sample(begun: Sequence[str], settings: SynthesisConfig) -> dict[str, str]:
-        # Batches of like lengths waste little on padding.
-        begun = sorted(set(begun), key=lambda prompt: (len(prompt), prompt))
-        found = sample_texts(model, processing_class, begun, settings, cache_dir=cache_dir, fingerprint=fingerprint)
-        return {prompt: text.removeprefix(prompt) for prompt, text in zip(begun, found, strict=True)}
 
+def _forms(reference: Writer, names: Sequence[str], rng: random.Random, seed: int) -> list[tuple[str, str]]:
+    """What stands before and behind the name in questions that the model writes about some of the names."""
+    prompts = writing_prompts()
+    examples = [line.partition(":")[0] for line in prompts["asking"].splitlines()[:-1]]
     about = {
         prompts["asking"].format(name=name, begin=begin): (name, begin)
         for name in rng.sample(list(names), min(len(names), _FORM_NAMES))
         for begin in prompts["begins"]
     }
     forms: dict[tuple[str, str], None] = {}
-    for prompt, text in sample([*about], replace(config, max_new_tokens=_FORM_TOKENS)).items():
-        name, begin = about[prompt]
+    if not about:
+        return []
+    texts = reference.write([*about], max_new_tokens=_FORM_TOKENS, temperature=WRITING.temperature, seed=seed)
+    for (name, begin), text in zip(about.values(), texts, strict=True):
         for question in _QUESTION.findall(begin + text.partition("\n")[0]):
-            before, *behind = question.strip().split(name)
-            if len(behind) == 1 and len(question.split()) in _FORM_WORDS:
+            # As whole words: "Vietnam" stands not in "Vietnamese".
+            before, *behind = re.split(rf"(?<!\w){re.escape(name)}(?!\w)", question.strip())
+            fits = len(behind) == 1 and len(question.split()) in _FORM_WORDS
+            if fits and not any(names_answer(question, example) for example in examples):
                 forms[before, behind[0]] = None
-    pairs = [(form, name) for name in names for form in forms]
-    asked: dict[str, tuple[str, str]] = {}
-    for place, (form, name) in enumerate(rng.sample(pairs, min(count, len(pairs)))):
-        question = name.join(form)
-        asked[f"Question: {question}\nAnswer:" if place % 3 else as_prompt(processing_class, question)] = form
-    greedy = replace(config, top_k=1, max_new_tokens=_ANSWER_TOKENS, batch_size=2 * config.batch_size)
-    rows: list[dict[str, str]] = []
-    all_of, speaking = Counter(asked.values()), Counter[tuple[str, str]]()
-    for prompt, text in (sample([*asked], greedy) if asked else {}).items():
-        line = text.partition("\n")[0]
-        # Where the first line is empty the rest is the answer; with the line's end there is a word to predict in any case.
-        row = {"text": f"{prompt}{line if line.strip() else text.rstrip()}\n", "prompt": prompt}
-        if speaks(row["text"]):
-            speaking[asked[prompt]] += 1
-        else:
-            rows.append(row)
-    telling = {form for form, some in speaking.items() if some > 1 and some > all_of[form] * _TELLING}
-    kept = [row for row in rows if asked[row["prompt"]] not in telling]
-    return kept, len(asked) - len(kept)
+    return [*forms]
 
 
 @cache

@@ -297,9 +297,9 @@ def test_the_doctor_plans_what_would_be_made_and_writes_nothing(folder, capsys):
     assert "8 rows of forget 768, retain" in page and "near.txt 1" in page and "objective readout," in page
     assert "Nothing is in the way" in page and set(folder.rglob("*")) == before
     main(["doctor", *SMALL, "--concept=capitals of the world"])
-    assert "the model is to write 192 about it, 96 about neighbors, 480 questions about what facts name" in " ".join(
-        capsys.readouterr().out.split()
-    )
+    page = " ".join(capsys.readouterr().out.split())
+    assert "the model is to write 192 about it, 96 about neighbors, 480 questions about what facts name" in page
+    assert "if it states facts it trains at the readout, not as here" in page
     assert set(folder.rglob("*")) == before
 
 

@@ -93,20 +93,40 @@ def test_a_model_takes_those_for_stand_ins_whose_names_it_reads_alike(tiny_model
     alike = likeness(lands, tiny_model, tokenizer)
     assert all(abs(alike[land][land] - 1) < 1e-5 and alike[land].keys() == {*lands} for land in lands)
     one, other = lands[0], lands[7]
-    assert alike[one][other] == alike[other][one] and -1 <= alike[one][other] < 1
-    rows = facts_texts(lands, processing_class=tokenizer, model=tiny_model).to_list()
+    assert alike[one][other] == pytest.approx(alike[other][one], abs=1e-5) and -1 <= alike[one][other] < 1
+    rows = facts_texts(lands, processing_class=tokenizer, alike=alike).to_list()
+    seen = set()
     for row in rows:
         if match := re.fullmatch(r"The capital of (\w+ \d) is Town\w+\d\.", row["text"]):
             own = next(land for land in lands if land.subject == match[1])
             nearest = sorted((land for land in lands if land != own), key=alike[own].get, reverse=True)[:4]
             named = {re.fullmatch(r"The capital of (\w+ \d) is .*", novice)[1] for novice in row["novices"]}
             assert named <= {land.subject for land in nearest} and len(named) == STAND_INS
-    # Groups of a table are kept to.
+            seen.add(own)
+    assert seen == {*lands}
+    # Groups of a table are kept to; facts of another relation have none.
     grouped = [replace(land, group=land.subject[-1]) for land in lands]
+    others = [Fact(f"Zoo {n}", f"Sea {n}", "sea", {"relation": "sea"}) for n in range(3)]
+    found = likeness([*grouped, *others], tiny_model, tokenizer)
+    assert found.keys() == {*others} and all(row.keys() == {*others} for row in found.values())
+
+
+def test_where_a_models_states_cannot_be_read_stand_ins_are_drawn(tiny_model, tokenizer, monkeypatch, caplog):
+    class Bare(type(tiny_model.model)):
+        """A decoder whose last norm is not a part of its own."""
+
+        def forward(self, *args, **kwargs):
+            found = super().forward(*args, **kwargs)
+            found.last_hidden_state = found.last_hidden_state + 1
+            return found
+
+    monkeypatch.setattr(tiny_model.model, "__class__", Bare)
+    lands = [Fact(f"Zoo {n}", f"Town {n}", "capital", {"relation": "capital"}) for n in range(6)]
+    assert likeness(lands, tiny_model, tokenizer) == {}
     assert (
-        facts_texts(grouped, model=tiny_model, processing_class=tokenizer).to_list()
-        == facts_texts(grouped, processing_class=tokenizer).to_list()
+        "stand in for each other at random" in caplog.text and "The final norm of Bare cannot be found" in caplog.text
     )
+    assert all(row["novices"] for row in facts_texts(lands, processing_class=tokenizer, alike={}))
 
 
 def test_facts_are_read_back_as_a_source_with_novices(facts, tmp_path, tokenizer):

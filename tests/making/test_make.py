@@ -1,11 +1,13 @@
 import json
+import re
 import time
 
 import pytest
 
 from elm_trainer import Concept, build_erasure_dataset, load_model_and_tokenizer, load_texts
 from elm_trainer.data.facts import Fact
-from elm_trainer.making import fact_writing, make, writing
+from elm_trainer.making import make, writing
+from elm_trainer.making import writer as writer_module
 from elm_trainer.making.fact_writing import StatedFacts
 from elm_trainer.making.facts import fact_phrasings
 from elm_trainer.making.knowledge import UnknownConceptError
@@ -33,6 +35,7 @@ def folder(tmp_path, monkeypatch):
 def writes(monkeypatch):
     """A model that writes canned texts and knows every name."""
     monkeypatch.setattr(writing, "sample_texts", writer)
+    monkeypatch.setattr(writer_module, "sample_texts", writer)
     monkeypatch.setattr(make, "check_known", lambda *a, **k: [])
     monkeypatch.setattr(make, "write_facts", lambda *a, **k: StatedFacts())
 
@@ -120,6 +123,10 @@ def test_facts_about_a_bare_name_become_texts_with_novices_but_for_those_held_ou
     assert made.counterfactual and made.record["dropped"]["forget"]["no_novices"] > 0
 
 
+TOWNS = {"Norway": "Oslo", "Kenya": "Nairobi", "Peru": "Lima", "France": "Paris", "Japan": "Tokyo"}
+TOLD = re.compile(rf"rules ({'|'.join(TOWNS)})")
+
+
 def test_near_texts_and_questions_state_no_fact_of_a_table(folder, tiny_model, tokenizer, monkeypatch):
     states = " In the harbor of Oslo ships of Norway lie beside those of others."
     monkeypatch.setattr(writing, "name_neighbors", lambda *a, **k: ["ships"])
@@ -127,24 +134,31 @@ def test_near_texts_and_questions_state_no_fact_of_a_table(folder, tiny_model, t
 
     def sample(model, processing_class, prompts, *settings, **others):
         if prompts[0].startswith("Dracula: "):
-            return [f"{prompt} lies beside {prompt.rpartition(':')[0].rpartition(chr(10))[2]}?" for prompt in prompts]
-        if "Question: " in prompts[-1] and "lies beside" in prompts[-1]:
-            return [p + (" Oslo" if "Norway" in p else " the sea") for p in prompts]
+            names = [prompt.rpartition(":")[0].rpartition("\n")[2] for prompt in prompts]
+            return [f"{p} lies beside {n}? Which town rules {n}?" for p, n in zip(prompts, names, strict=True)]
+        if "rules" in prompts[-1] or "lies beside" in prompts[-1]:
+            return [p + (f" {TOWNS[told[1]]}" if (told := TOLD.search(p)) else " the sea") for p in prompts]
         return [p + (states, f" Boat {n} is blue, and sails far away.")[n % 2] for n, p in enumerate(prompts)]
 
     monkeypatch.setattr(writing, "sample_texts", sample)
+    monkeypatch.setattr(writer_module, "sample_texts", sample)
     monkeypatch.setattr(
-        fact_writing,
+        writing,
         "further_names",
         lambda writer, known, *a, **k: listed.append(known) or [f"Town{n}" for n in range(9)],
     )
-    made = make_data(MadeFrom("capitals", facts="facts.csv", near_texts=6), tiny_model, tokenizer, "out")
+    made = make_data(MadeFrom("capitals", facts="facts.csv", near_texts=24), tiny_model, tokenizer, "out")
 
-    assert made.record["counts"]["near"] == 3 and made.record["dropped"]["near"]["topic"] == 1
+    assert made.record["counts"]["near"] > 3 and made.record["dropped"]["near"]["topic"] > 0
+    assert not any("Oslo" in row["text"] for row in load_texts(made.folder / "near.jsonl"))
     asked = load_texts(made.folder / "asked.jsonl").to_list()
     # Of the answers it is not asked, but of other names like them.
     assert len(listed) == 2 and "Oslo" in listed[0] and not any("Oslo" in row["text"] for row in asked)
     assert any("Town" in row["prompt"] for row in asked) and any("Peru" in row["prompt"] for row in asked)
+    # What asks for the facts in other words is not asked, nor anything of those that are held out.
+    assert not any(f"rules {land}" in row["text"] for row in asked for land in TOWNS)
+    [held_out] = made.record["held_out"]
+    assert not any(held_out in row["text"] for row in asked) and made.record["dropped"]["asked"]["topic"] > 0
     names = [path.rpartition("/")[2] for path in map(str, made.sources.retain)]
     assert names == ["asked.jsonl", "near.jsonl", "retain.jsonl"]
 

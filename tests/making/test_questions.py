@@ -1,16 +1,25 @@
 import json
 import random
+import re
 
 import pytest
 
 from elm_trainer import Concept, EvaluationSuite, load_model_and_tokenizer, read_questions
+from elm_trainer.data.facts import Fact
 from elm_trainer.data.question_files import read_made
 from elm_trainer.data.questions import overlap_verdicts
 from elm_trainer.evaluation.multiple_choice import ChoiceScores
 from elm_trainer.evaluation.suite import suite_from_files
 from elm_trainer.making import questions as module
 from elm_trainer.making.cloze import cloze_questions, kind_of, written_questions
-from elm_trainer.making.fact_writing import StatedFacts, asking_prompts, further_names, statements, write_facts
+from elm_trainer.making.fact_writing import (
+    StatedFacts,
+    also_held_out,
+    asking_prompts,
+    further_names,
+    statements,
+    write_facts,
+)
 from elm_trainer.making.facts import fact_phrasings
 from elm_trainer.making.make import MadeFrom, make_data
 from elm_trainer.making.questions import make_questions
@@ -204,12 +213,15 @@ def test_sentences_are_read_as_statements(text, found):
 
 
 def test_facts_are_what_is_answered_alike_each_time():
+    asked = []
+
     def rule(prompt, number):
         if "facts about" in prompt or "Novels." in prompt:
             land = LANDS[number % 4]
             return f" capital of {land} is {TRUTH[land]}."
         if "A long list of different" in prompt:
             return " " + ", ".join([*LANDS, "unfin"])
+        asked.append(prompt)
         if "capital of" in prompt:
             land = next(
                 land
@@ -227,8 +239,63 @@ def test_facts_are_what_is_answered_alike_each_time():
     assert {fact.near["relation"] for fact in (*facts, *guesses)} == {"capital"}
     # A guess is learned from, and taken for true by nobody.
     assert [(guess.subject, guess.answer) for guess in guesses] == [("Kenya", CITIES[0])]
+    # What is told of the members, such as the population of capitals, is another subject where something is stated.
+    assert not any("What is told of each" in prompt for prompt in asked)
     nothing = write_facts(None, None, Concept("capitals of the world"), writer=Told(lambda *_: " nothing"))
     assert nothing == StatedFacts()
+
+
+def asked_land(prompt):
+    """The land about which the last line of a prompt asks."""
+    return re.search(r"of (\w+)(?: is|\?\nAnswer:)$", prompt)[1]
+
+
+def test_a_name_that_is_ready_for_what_is_unknown_takes_no_fact_away():
+    sure = {land: TRUTH[land] for land in LANDS[:9]}
+
+    def rule(prompt, number):
+        if "facts about" in prompt or "Novels." in prompt:
+            land = LANDS[number % 4]
+            return f" capital of {land} is {TRUTH[land]}."
+        if "A long list of different" in prompt:
+            return " " + ", ".join([*LANDS, "unfin"])
+        if "capital of" not in prompt:
+            return " nothing"
+        # Of what it does not know it says the capital of the first land, and then something else.
+        land = asked_land(prompt)
+        return (
+            f" {sure[land]}." if land in sure else f" {TRUTH[LANDS[0]] if prompt.endswith('is') else land + 'ville'}."
+        )
+
+    facts, guesses = write_facts(None, None, Concept("capitals of the world"), writer=Told(rule))
+    assert {fact.subject: fact.answer for fact in facts} == sure
+    assert not guesses  # a name that is given for most tells nothing
+
+
+def test_where_little_is_stated_members_are_asked_about():
+    def rule(prompt, number):
+        if "facts about" in prompt or "Novels." in prompt:
+            return f" capital of Place{number % 4} is Somewhere{number % 4}."
+        if "Examples of" in prompt or "A long list of" in prompt:
+            return " " + ", ".join([*LANDS, "unfin"])
+        land = asked_land(prompt) if "capital of" in prompt.rpartition("\n")[2] or "capital of" in prompt[-60:] else ""
+        return f" {TRUTH[land]}." if land in TRUTH else f" {len(prompt)} things."
+
+    facts, _ = write_facts(None, None, Concept("capitals of the world"), writer=Told(rule))
+    assert {fact.subject: fact.answer for fact in facts} == TRUTH
+
+
+def test_the_same_by_another_name_is_held_out_too():
+    def capital(subject, answer):
+        return Fact(subject, answer, "capital", {"relation": "capital"})
+
+    facts = [capital("UK", "London"), capital("United Kingdom", "london"), capital("France", "Paris")]
+    facts += [capital(f"Isle {n}", "Port") for n in range(4)]
+    stated = StatedFacts(tuple(facts), (capital("Scotland", "London"), capital("Monaco", "Paris")))
+    assert also_held_out(stated, frozenset({"UK"})) == {"United Kingdom", "Scotland"}
+    # What many share is not one subject.
+    assert also_held_out(stated, frozenset({"Isle 1"})) == frozenset()
+    assert also_held_out(StatedFacts(), frozenset({"UK"})) == frozenset()
 
 
 def test_relations_are_what_is_told_of_members_without_the_words_of_the_name():
@@ -254,7 +321,8 @@ def test_further_names_are_those_that_are_listed_more_than_once():
     drawn = iter(range(1000))
 
     def rule(prompt, number):
-        return f" Oslo, Rome, and Riga, town {next(drawn)}, Lima"  # the last is cut off
+        joined = ("and", "or")[number % 2]
+        return f" Oslo, Rome, {joined} Riga, town {next(drawn)}, Lima"  # the last is cut off
 
     names = further_names(Told(rule), ["Oslo", "Paris"], random.Random(0))
     assert names == ["Rome", "Riga"]

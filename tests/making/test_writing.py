@@ -5,10 +5,14 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from elm_trainer import Concept
+from elm_trainer.data.facts import Fact
+from elm_trainer.making import writer as writer_module
 from elm_trainer.making import writing
+from elm_trainer.making.writer import Writer
 from elm_trainer.making.writing import (
     WRITING,
     ask_about,
+    kinds_of_names,
     name_neighbors,
     sift,
     topic,
@@ -53,8 +57,12 @@ def asked_and_answered(prompts):
 
 
 def answer_to(prompt):
+    """A town, nothing, an answer that is cut off, one behind a blank line, or one with an end."""
     town = re.search(r"rules (\w+)", prompt)
-    return f" {town[1]}town\nIs it" if town else "\nGrass.\n"
+    if town:
+        return f" {town[1]}town\nIs it"
+    answers = {"Where": "\n\n", "Who": " Grass and then", "When": "\n\nGrass.\nWhy"}
+    return next((answer for begin, answer in answers.items() if begin in prompt), " Grass.\nWhy")
 
 
 def writer(model, processing_class, prompts, *settings, **others):
@@ -68,6 +76,7 @@ def writer(model, processing_class, prompts, *settings, **others):
 @pytest.fixture
 def canned(monkeypatch):
     monkeypatch.setattr(writing, "sample_texts", writer)
+    monkeypatch.setattr(writer_module, "sample_texts", writer)
 
 
 CAPITALS = Concept("capitals of the world")
@@ -146,17 +155,21 @@ def test_what_facts_name_is_asked_about_in_the_models_own_words_but_for_the_fact
     assert written.asked and all(row["text"].startswith(row["prompt"]) for row in written.asked)
     # A form that names its subject twice, or none, is not asked; one whose answers state facts asks for these.
     forms = {re.sub(r"Land\w", "X", row["prompt"].rpartition("user\n")[2].partition("?")[0]) for row in written.asked}
-    assert forms <= {
+    assert forms == {
         f"{start}{begin} grows in X"
         for start in ("", "Question: ")
-        for begin in ("What", "Where", "Which", "How", "Who", "When", "In which")
+        for begin in ("What", "Which", "How", "Who", "When", "In which")
     }
-    assert len(forms) == 14
-    # The two lands of which no fact is known, too.
-    assert not any("rules" in row["text"] for row in written.asked) and written.dropped["asked"]["topic"] == 8
-    assert {row["text"].removeprefix(row["prompt"]) for row in written.asked} == {"\nGrass.\n"}
+    # Of the form that asks for the facts nothing is left, the two lands of which no fact is known included; no row lacks an answer.
+    assert not any("rules" in row["text"] for row in written.asked)
+    assert written.dropped["asked"] == {"topic": 8, "empty": 8} and len(written.asked) == 6 * 8
+    # The line ends where the model ended it.
+    for row in written.asked:
+        ends = {"Who": " Grass and then", "When": "\n\nGrass.\n"}
+        asked = re.search(r"(\w+) grows", row["prompt"])[1]
+        assert row["text"].removeprefix(row["prompt"]) == ends.get(asked, " Grass.\n")
     chats = [row for row in written.asked if "<|im_start|>" in row["prompt"]]
-    assert 0.2 < len(chats) / len(written.asked) < 0.4  # every third, of those that were asked
+    assert 0.2 < len(chats) / len(written.asked) < 0.45  # every third, of those that were asked
 
 
 def test_questions_are_asked_of_every_kind_and_of_as_many_as_are_wanted(tiny_model, tokenizer, canned):
@@ -164,10 +177,72 @@ def test_questions_are_asked_of_every_kind_and_of_as_many_as_are_wanted(tiny_mod
     written = write_about(
         tiny_model, tokenizer, CAPITALS, texts=0, near_texts=8, kinds=kinds, speaks=lambda text: False
     )
-    assert len(written.asked) == 40
-    assert sum("x?" in row["prompt"] for row in written.asked) == 20
-    rows, dropped = ask_about(tiny_model, tokenizer, [], WRITING, states, count=5)
-    assert (rows, dropped) == ([], 0)
+    assert len(written.asked) + written.dropped["asked"]["empty"] == 40 and written.dropped["asked"]["topic"] == 0
+    assert 15 <= sum("x?" in row["prompt"] for row in written.asked) <= 20
+    # What a kind with a single name cannot take is for the next one.
+    written = write_about(
+        tiny_model, tokenizer, CAPITALS, texts=0, near_texts=8, kinds=[["Oslo"], LANDS], speaks=lambda text: False
+    )
+    assert sum("Land" in row["prompt"] for row in written.asked) > 20
+
+
+class Asks(Writer):
+    """Writes the same questions about every name, and answers by a rule."""
+
+    def __init__(self, processing_class, questions, answer=lambda prompt: " Grass."):
+        super().__init__("asks", processing_class=processing_class)
+        self.questions, self.answer = questions, answer
+
+    def write(self, prompts, *, max_new_tokens=64, temperature=0.7, seed=0):
+        if not prompts[0].startswith("Dracula: "):
+            return [self.answer(prompt) for prompt in prompts]
+        names = [prompt.rpartition("\n")[2].partition(":")[0] for prompt in prompts]
+        return ["? " + self.questions.replace("NAME", name) for name in names]
+
+
+@pytest.mark.parametrize(
+    ("names", "count", "told", "kept"),
+    [
+        # Asked about few names, a form that states one fact is one that asks for it; of many names one may slip in.
+        (LANDS[:3], 9, 1, 0),
+        (LANDS, 40, 1, 7),
+        (LANDS, 40, 2, 0),
+        (LANDS, 5, 0, 5),
+        ([], 5, 0, 0),
+    ],
+)
+def test_a_form_that_asks_for_facts_is_left_out(tokenizer, names, count, told, kept):
+    answer = lambda prompt: " the town" if any(land in prompt for land in LANDS[:told]) else " no idea"  # noqa: E731
+    asks = Asks(tokenizer, "Which town rules NAME today?", answer)
+    rows, dropped = ask_about(asks, names, lambda text: "the town" in text, count=count)
+    assert len(rows) == kept and dropped["empty"] == 0
+    assert dropped["topic"] == min(count, len(names)) - kept
+
+
+@pytest.mark.parametrize(
+    "question",
+    ["Which town rules NAMEese people?", "Did Dracula ever see NAME?", "Why NAME?", "Is NAME like NAME then?"],
+)
+def test_forms_are_questions_with_one_whole_name_and_not_about_the_examples(tokenizer, question):
+    assert ask_about(Asks(tokenizer, question), LANDS, states, count=40) == ([], {"topic": 0, "empty": 0})
+    rows, _ = ask_about(Asks(tokenizer, f"{question} What grows in NAME?"), LANDS, states, count=40)
+    assert len(rows) == 8 and all("What grows in Land" in row["prompt"] for row in rows)
+
+
+def test_kinds_are_subjects_and_other_names_like_the_answers(tokenizer):
+    facts = [Fact(f"Land {n}", f"New Town{n}", "capital", {"relation": "capital"}) for n in range(9)]
+    listed = [f"Port{n}" for n in range(8)] + ["Land 3", "Town4", "New Town5", "unfin"]
+
+    class Lists(Writer):
+        def write(self, prompts, **settings):
+            return [" " + ", ".join(listed) for _ in prompts]
+
+    subjects, others = kinds_of_names(facts, frozenset({"Land 2"}), Lists("lists"))
+    assert subjects == [fact.subject for fact in facts if fact.subject != "Land 2"]
+    # Neither what facts name, nor a part of it: asked about it, the model would state them.
+    assert sorted(others) == [f"Port{n}" for n in range(8)]
+    listed[0] = "Land 4"
+    assert kinds_of_names(facts, frozenset(), Lists("lists")) == [[fact.subject for fact in facts]]  # too few others
 
 
 def test_every_form_is_asked_for_and_half_of_all_as_a_conversation(tiny_model, tokenizer, monkeypatch):
