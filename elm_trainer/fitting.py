@@ -250,7 +250,7 @@ def objective_settings(
     The rules:
 
     - **objective and schedule**: of `OBJECTIVES` that at the readout where every text has `novices`, else that of contexts. A given
-      `objective` decides instead, or a given `novice`, `preset` or setting that only log space has. Alike stand-ins: `state_eta` 2.
+      `objective` decides instead, or a given `novice`, `preset` or setting that the readout does not read. Alike stand-ins: `state_eta` 2.
     - **rows**: in log space 512, as in the recipe: of fewer texts some are repeated, and of more the first are
       taken, which tell of all facts alike ([`facts_texts`]). At the readout as many as there are texts, from 256 to 1024, with
       contexts from 128 to 1024.
@@ -264,7 +264,7 @@ def objective_settings(
         texts (`int`): Number of forget texts.
         longest (`int`): Tokens of the longest.
         counterfactual (`bool`): Whether every one has `novices`.
-        alike (`bool`, *optional*, defaults to `False`): Whether the model reads all facts and their stand-ins alike ([`likeness`]).
+        alike (`bool`, *optional*, defaults to `False`): Whether it reads most facts and their stand-ins alike ([`likeness`]).
         given (`Mapping[str, Any]`, *optional*): Settings that are given; none of them is chosen.
         attention (`Sequence[str]`, *optional*): The model's [`attention_modules`], which are adapted at the readout.
 
@@ -283,9 +283,7 @@ def objective_settings(
     told = f"{texts} forget texts are there"
     if texts > high:
         told += f", of which the first {high} are read, evenly over all facts: as many as in the recipe"
-    elif texts < low:
-        told += f", which are repeated up to {low} rows"
-    found["dataset_size"] = Choice(rows, told)
+    found["dataset_size"] = Choice(rows, f"{told}, which are repeated up to {low} rows" if texts < low else told)
     if given.get("max_steps", -1) <= 0:
         passes, why = _EPOCHS[objective], "about as many rows as in the recipe of this objective"
         if objective == "readout" and rows * passes < _FEWEST_STEPS * UPDATE_ROWS:
@@ -293,8 +291,8 @@ def objective_settings(
             why = f"at least {_FEWEST_STEPS} steps of {UPDATE_ROWS} rows"
         found["num_train_epochs"] = Choice(passes, why)
     low, high = _LENGTHS
-    length = min(max(-(-longest // 8) * 8, low), high)
-    found["max_length"] = Choice(length, f"the longest forget text has {longest} tokens; at most {high}")
+    told = f"the longest forget text has {longest} tokens; at most {high}"
+    found["max_length"] = Choice(min(max(-(-longest // 8) * 8, low), high), told)
     why = "one after each quarter, the last is kept, so that `--resume` can go on"
     found |= {"save_steps": Choice(0.25, why), "save_total_limit": Choice(1, why)}
     return {name: choice for name, choice in found.items() if name not in given}
@@ -306,9 +304,10 @@ def _objective(given: Mapping[str, Any], counterfactual: bool) -> tuple[str, str
         return given["objective"], "`objective` is given"
     novice = given.get("novice") or ("contexts" if "preset" in given else None)
     counterfactual = novice == "counterfactual" if novice else counterfactual
-    only = [name for name in OBJECTIVES["log-space"] if name in given and name not in OBJECTIVES["readout"]]
-    if counterfactual and only and not any(name.startswith("state_") for name in given):
-        return "log-space", f"`{only[0]}` is given, which only log space has"
+    unread = [name for name in ("eta", "eta_end", "log_tokens", "log_strength") if given.get(name)]
+    readout = any(name.startswith("state_") for name in given) or given.get("retain_loss") == "states"
+    if counterfactual and unread and not readout:
+        return "log-space", f"`{unread[0]}` is given, which the readout does not read"
     objective = "readout" if counterfactual else "contexts"
     return objective, f"`{'novice' if given.get('novice') else 'preset'}` is given" if novice else _TESTED[objective]
 

@@ -211,14 +211,22 @@ def test_what_the_texts_have_decides_about_the_objective_unless_it_is_given():
     assert found["novice"].value == "counterfactual"
 
 
-@pytest.mark.parametrize("name", sorted(OBJECTIVES["log-space"].keys() - OBJECTIVES["readout"].keys()))
-def test_a_setting_that_only_log_space_has_is_not_given_for_nothing(name):
+@pytest.mark.parametrize("name", ["eta", "eta_end", "log_tokens", "log_strength"])
+def test_a_setting_that_the_readout_does_not_read_is_not_given_for_nothing(name):
     found = objective_settings(9, 9, counterfactual=True, given={name: 2})
     assert found["objective"].value == "log-space" and found["objective"].reason.startswith(f"`{name}` is given")
     assert chosen(**{name: 2}, novice="counterfactual")["objective"] == "log-space"
-    # By contexts each may be one of the paper's, and who sets the readout wants that.
+    # By contexts each may be one of the paper's; 0 turns it off; and who sets the readout wants that.
     assert chosen(counterfactual=False, **{name: 2})["objective"] == "contexts"
-    assert chosen(**{name: 2}, state_eta=2.0)["objective"] == "readout"
+    assert chosen(**{name: 0})["objective"] == "readout"
+    for setting in ({"state_eta": 2.0}, {"retain_loss": "states"}):
+        assert chosen(**{name: 2}, **setting)["objective"] == "readout"
+    assert chosen(**{name: 2}, retain_loss="log")["objective"] == "log-space"
+
+
+@pytest.mark.parametrize("name", ["fact_share", "retain_focus", "contrast_rows", "contrast_damping"])
+def test_what_the_readout_reads_too_leaves_it_there(name):
+    assert chosen(**{name: 0.5})["objective"] == "readout"
 
 
 @pytest.mark.parametrize(("texts", "rows", "passes"), [(9, 256, 24), (324, 324, 19), (600, 600, 10), (9000, 1024, 10)])

@@ -61,10 +61,12 @@ class PlannedTexts(NamedTuple):
     Attributes:
         texts (`dict[str, Dataset]`): By name, those about the concept as `"forget"`; all others are retain texts.
         note (`str`): What is not there yet, and how it is planned.
+        alike (`bool`): Whether stand-ins of facts will be read alike, as [`objective_settings`] wants to know.
     """
 
     texts: "dict[str, Dataset]"
     note: str
+    alike: bool
 
     @property
     def counterfactual(self) -> bool:
@@ -167,7 +169,7 @@ class ConceptRun:
                 self.chosen[name] = choice
         # Precision and objective are chosen later: the default of `bf16` would be warned of, and states need such a novice.
         values: dict[str, Any] = {"bf16": False}
-        if {"state_weight", "retain_loss"} & self._line.given:
+        if "state_weight" in self._line.given or self._line.early()[1].retain_loss == "states":
             values |= {"novice": "counterfactual", "state_weight": 1.0}
         values |= {name: choice.value for name, choice in self.chosen.items()}
         self.arguments, self.config = self._line.complete(values)
@@ -344,15 +346,18 @@ class ConceptRun:
         """
         from .. import load_texts
         from ..files import read_object
+        from ..making.facts import mostly_alike, relations_read_alike
         from ..making.make import FOLDER, RECORD, make_data
         from ..making.writing import ASKED_SHARE
 
         what, folder = self.made_from, Path(self.config.output_dir) / FOLDER
-        own = [*what.near, *what.retain]
         texts: dict[str, Dataset] = {}
+        facts = what.read()[0]
+        alike = not what.documents and mostly_alike(facts, relations_read_alike(facts))
         if self.arguments.checkpoint(self.config) and (folder / RECORD).exists():
-            note = ""
-            texts |= {name: load_texts(folder / f"{name}.jsonl") for name in read_object(folder / RECORD)["counts"]}
+            record, note = read_object(folder / RECORD), ""
+            alike = record.get("alike", alike)
+            texts |= {name: load_texts(folder / f"{name}.jsonl") for name in record["counts"]}
         else:
             everyday = load_texts("everyday")
             written = {"forget": what.texts if self.is_bare else 0, "near": 0 if what.near else what.near_texts}
@@ -362,7 +367,9 @@ class ConceptRun:
             told = ", ".join(f"{count} {about[name]}" for name, count in written.items() if count)
             note = f"the model is to write {told}, of which two thirds are kept in this plan" if told else ""
             if self.is_bare:
-                note += "; whether it knows the name is asked first, and if it states facts it trains at the readout, not as here"
+                note += "; whether it knows the name is asked first"
+            if self.is_bare and not {"objective", "novice", "preset"} & self._line.given:
+                note += ", and if it states facts or its texts hold names, it trains at the readout, not as here"
             for name, count in written.items():
                 if count:
                     texts[name] = everyday.select([row % len(everyday) for row in range(round(_KEPT * count))])
@@ -372,10 +379,9 @@ class ConceptRun:
                 with TemporaryDirectory() as place:
                     made = make_data(replace(what, near_texts=0), None, tokenizer, place)
                     texts |= {name: load_texts(made.folder / f"{name}.jsonl") for name in made.record["counts"]}
-        return PlannedTexts(
-            texts | {str(source): load_texts(source, processing_class=tokenizer, seed=what.seed) for source in own},
-            note,
-        )
+        own = (*what.near, *what.retain)
+        texts |= {str(source): load_texts(source, processing_class=tokenizer, seed=what.seed) for source in own}
+        return PlannedTexts(texts, note, alike)
 
     def show(self, console: "Console") -> None:
         """Print what was chosen and why, settings of one reason in a line."""

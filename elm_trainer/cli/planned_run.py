@@ -78,7 +78,10 @@ class PlannedRun:
         unchosen = None
         try:
             made.fit_model(run.model, run.free if run.arguments.memory else None)
-            made.fit_texts(run.texts["forget"], counterfactual=run.planned.counterfactual, tokenizer=run.tokenizer)
+            plan = run.planned
+            made.fit_texts(
+                run.texts["forget"], counterfactual=plan.counterfactual, tokenizer=run.tokenizer, alike=plan.alike
+            )
         except Exception as error:  # which is for a line of the page
             unchosen = error
         fitted = cls(cast(DoctorArguments, made.arguments), made.config, made)

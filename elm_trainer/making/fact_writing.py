@@ -85,9 +85,10 @@ def write_facts(
 ) -> StatedFacts:
     """Facts about a concept, as the model states them.
 
-    It writes sentences "The … of … is …." about the name, lists members of what is named, and names what is told of each. Relations
-    that it states of most subjects are followed: it goes on with a list of what it has stated, which names further subjects. Then each
-    answer is asked for again, in two wordings behind other examples. What is answered alike each time is a fact.
+    It writes sentences "The … of … is …." about the name, and lists members of what is named. The relation that it states of most
+    subjects is followed, or, where that gives no facts, those that it tells of each member: it goes on with a list of what it has
+    stated, which names further subjects. Then each answer is asked for again, in two wordings behind other examples. What is answered
+    alike each time is a fact.
 
     Nothing here knows the truth: a fact is what the model holds true, which is what an erasure has to remove. A second model as
     `writer` states the facts in place of it; whether the model knows them is told by questions ([`make_questions`]).
@@ -206,10 +207,11 @@ def _stated_relations(writer: Writer, concept: Concept, votes: Votes, members: S
 
 
 def _told_relations(writer: Writer, concept: Concept, votes: Votes, members: Sequence[str], seed: int) -> list[str]:
-    """The relations that are told of members most often."""
+    """The relations that are told of members most often, but for those that were stated."""
     if len(members) < FEWEST_FACTS:
         return []
-    shown = {relation for _, relation, _ in asking_prompts()["examples"]}
+    others = {relation for _, relation, _ in asking_prompts()["examples"]}
+    others |= {*_stated_relations(writer, concept, votes, members, seed)}
     prompts = [
         begin.format(name=concept.name, Name=_capital(concept.name))
         for begin in asking_prompts()["columns"]
@@ -230,7 +232,7 @@ def _told_relations(writer: Writer, concept: Concept, votes: Votes, members: Seq
                 and column.split()[-1] not in _EMPTY
             ):
                 named[column] += 1
-    named_most = [column for column, count in named.most_common() if count >= 2 and column not in shown]
+    named_most = [column for column, count in named.most_common() if count >= 2 and column not in others]
     # What the name says itself comes last.
     return sorted(named_most, key=lambda column: bool(own.search(column)))[:_COLUMNS]
 
@@ -254,7 +256,7 @@ def _of_relation(
 
 
 def _facts_of(relation: str, given: Mapping[str, Sequence[str]]) -> StatedFacts:
-    """What the answers about each subject state; an answer that most subjects have tells nothing of each."""
+    """What the answers about each subject state; an answer that more than a fifth of the subjects have tells nothing of each."""
     usable = {
         subject: [
             answer
@@ -267,7 +269,7 @@ def _facts_of(relation: str, given: Mapping[str, Sequence[str]]) -> StatedFacts:
     }
     first = {subject: normalized(answers[0]) for subject, answers in usable.items() if answers}
     sure = {subject for subject in first if len({normalized(answer) for answer in given[subject]}) == 1}
-    # What it does not know it answers with a name that it has ready: of such answers each may be true of one subject.
+    # Where it does not know, it gives a stock name; that must not count against the subject of which the name is true.
     common = {True: Counter(first[subject] for subject in sure), False: Counter(first.values())}
     most = max(1, round(_COMMON * len(given)))
     found: tuple[list[Fact], list[Fact]] = [], []
@@ -279,24 +281,32 @@ def _facts_of(relation: str, given: Mapping[str, Sequence[str]]) -> StatedFacts:
 
 
 def also_held_out(stated: StatedFacts, held_out: frozenset[str]) -> frozenset[str]:
-    """Other subjects whose texts would state a fact that is held out: the same by another name, as "UK" is "United Kingdom", or a guess.
+    """Other subjects whose texts would state a held-out fact: the same thing under another name ("UK", "United Kingdom"), or a guess
+    with that answer.
 
     Args:
         stated ([`StatedFacts`]): Facts and guesses.
         held_out (`frozenset[str]`): Subjects of facts that are held out.
 
     Returns:
-        `frozenset[str]`: those with the answer of a fact that is held out: of guesses all, of facts those that share it with two others
-        at most. An answer that more share is not that of one subject, such as a language.
+        `frozenset[str]`: subjects with the answer of a held-out fact, however it is spelled: of guesses all, of facts those that share
+        it with two others at most. An answer that more share is not that of one subject, such as a language.
     """
-    answers: defaultdict[tuple[str, str], set[str]] = defaultdict(set)
-    for fact in stated.facts:
-        answers[fact.group, normalized(fact.answer)].add(fact.subject)
-    found = {name for names in answers.values() if len(names) <= _SAME and names & held_out for name in names}
-    found |= {
-        fact.subject for fact in stated.guesses if answers.get((fact.group, normalized(fact.answer)), set()) & held_out
-    }
-    return frozenset(found) - held_out
+
+    def same(one: Fact, other: Fact) -> bool:
+        named = names_answer(one.answer, other.answer) or names_answer(other.answer, one.answer)
+        return named and one.near["relation"] == other.near["relation"]
+
+    found = set(held_out)
+    # A subject that is found has facts of its own, which others may share.
+    while True:
+        out = [fact for fact in stated.facts if fact.subject in found]
+        sharing = {fact: {other.subject for other in stated.facts if same(fact, other)} for fact in out}
+        more = {name for names in sharing.values() if len(names) <= _SAME for name in names}
+        more |= {guess.subject for guess in stated.guesses if any(same(guess, fact) for fact in out)}
+        if more <= found:
+            return frozenset(found) - held_out
+        found |= more
 
 
 def further_names(writer: Writer, known: Sequence[str], rng: random.Random, *, seed: int = 0) -> list[str]:

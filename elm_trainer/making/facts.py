@@ -2,7 +2,7 @@
 
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -121,7 +121,7 @@ def facts_texts(
     *,
     held_out: frozenset[str] = frozenset(),
     processing_class: PreTrainedTokenizerBase | None = None,
-    alike: Mapping[Fact, Mapping[Fact, float]] | None = None,
+    alike: Mapping[str, Mapping[str, Mapping[str, float]]] | None = None,
     seed: int = 0,
 ) -> Dataset:
     """Every fact in every phrasing of `data/texts/facts.yaml`: prose, question and answer, reversed, table, chat.
@@ -131,8 +131,9 @@ def facts_texts(
         held_out (`frozenset[str]`, *optional*): Subjects whose facts are left out.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*): Tokenizer whose chat template is used.
         alike (`Mapping`, *optional*):
-            How alike a model reads the subjects ([`likeness`]): those that are most alike stand in for each other, so that an erasure
-            leaves alone what they share, such as a continent. Of facts that are not there the stand-ins are drawn.
+            How alike a model reads the subjects of each relation ([`likeness`]): those that are most alike stand in for each other, so
+            that an erasure leaves alone what they share, such as a continent. For relations that are not in it, stand-ins are drawn at
+            random.
         seed (`int`, *optional*, defaults to `0`): Seed of the stand-ins and of the order.
 
     Returns:
@@ -154,8 +155,8 @@ def facts_texts(
     for fact in stated:
         relations.setdefault(fact.near["relation"], []).append(fact)
     turns: list[list[dict[str, Any]]] = [[] for _ in fact_phrasings()]
-    for related in relations.values():
-        others = _false_ones(related, rng, alike or {})
+    for relation, related in relations.items():
+        others = _false_ones(related, rng, (alike or {}).get(relation, {}))
         rows = state_facts(related, fact_phrasings(), rng, processing_class, others=others)
         for place in range(len(related)):
             # Of each phrasing there is a row for every fact.
@@ -174,9 +175,23 @@ def fact_phrasings() -> tuple[str | list[str], ...]:
     return tuple(phrasing for form in yaml.safe_load(text).values() for phrasing in form)
 
 
+def relations_read_alike(facts: Sequence[Fact]) -> dict[str, list[Fact]]:
+    """Facts by relation, of relations whose stand-ins can be those that a model reads alike: with as many facts that each can have them,
+    and without groups, which say themselves who stands in for whom.
+    """
+    relations: dict[str, list[Fact]] = {}
+    for fact in facts:
+        relations.setdefault(fact.near["relation"], []).append(fact)
+    return {
+        relation: related
+        for relation, related in relations.items()
+        if len(related) > STAND_INS and len({fact.group for fact in related}) == 1
+    }
+
+
 def likeness(
     facts: Sequence[Fact], model: PreTrainedModel, processing_class: PreTrainedTokenizerBase
-) -> dict[Fact, dict[Fact, float]]:
+) -> dict[str, dict[str, dict[str, float]]]:
     """How alike a model reads the subjects of a relation: cosine of the states behind "The … of SUBJECT", halfway up.
 
     Of the states their mean is taken off, which holds what all of them share.
@@ -187,33 +202,35 @@ def likeness(
         processing_class ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
 
     Returns:
-        `dict`: for each fact the others of its relation, each from -1 to 1. Facts of a relation with groups are left out: these say
-        themselves who stands in for whom. Where the model's states cannot be read, it is empty, and a warning says why.
+        `dict`: for each relation of [`relations_read_alike`] its subjects, and for each of these all of them, each from -1 to 1. Where
+        the model's states cannot be read it is empty, and a warning says why.
     """
-    relations: dict[str, list[Fact]] = {}
-    for fact in facts:
-        relations.setdefault(fact.near["relation"], []).append(fact)
-    found: dict[Fact, dict[Fact, float]] = {}
-    for relation, related in relations.items():
-        if len({fact.group for fact in related}) > 1:
-            continue
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for relation, related in relations_read_alike(facts).items():
+        subjects = list(dict.fromkeys(fact.subject for fact in related))
         try:
             with evaluating(model):
-                states = hidden_states(
-                    model, processing_class, [f"The {relation} of {fact.subject}" for fact in related]
-                )
+                states = hidden_states(model, processing_class, [f"The {relation} of {name}" for name in subjects])
         except ValueError as error:
             logger.warning(f"Facts stand in for each other at random, not those that the model reads alike: {error}")
             return {}
-        halfway = torch.stack([layers[len(layers) // 2, -1] for layers in states])  # [facts, hidden]
+        halfway = torch.stack([layers[len(layers) // 2, -1] for layers in states])  # [subjects, hidden]
         directions = F.normalize(halfway - halfway.mean(0), dim=-1)
-        for fact, row in zip(related, (directions @ directions.T).tolist(), strict=True):
-            found[fact] = dict(zip(related, row, strict=True))
+        rows = (directions @ directions.T).tolist()
+        found[relation] = {
+            name: dict(zip(subjects, row, strict=True)) for name, row in zip(subjects, rows, strict=True)
+        }
     return found
 
 
+def mostly_alike(facts: Sequence[Fact], relations: Iterable[str]) -> bool:
+    """Whether most facts are of these relations, such as those of [`likeness`]."""
+    named = {*relations}
+    return 2 * sum(fact.near["relation"] in named for fact in facts) > len(facts)
+
+
 def _false_ones(
-    facts: Sequence[Fact], rng: random.Random, alike: Mapping[Fact, Mapping[Fact, float]]
+    facts: Sequence[Fact], rng: random.Random, alike: Mapping[str, Mapping[str, float]]
 ) -> dict[Fact, list[Fact]]:
     """`STAND_INS` other facts for each, of which neither subject nor answer makes its text true; invented where too few."""
     true = {(fact.subject, fact.answer) for fact in facts}
@@ -224,8 +241,9 @@ def _false_ones(
             for other in facts
             if (other.subject, fact.answer) not in true and (fact.subject, other.answer) not in true
         ]
-        if fact in alike:
-            nearest = sorted(false, key=alike[fact].__getitem__, reverse=True)[:_ALIKE]
+        if alike:
+            likeness_of = {other: alike[fact.subject][other.subject] for other in false}
+            nearest = sorted(false, key=likeness_of.__getitem__, reverse=True)[:_ALIKE]
             chosen = rng.sample(nearest, min(STAND_INS, len(nearest)))
         else:
             chosen = stand_ins([fact, *false], rng)[fact] if false else []

@@ -31,9 +31,10 @@ _NAMING_DRAWS, _NAME_TOKENS = 12, 24
 _ANSWER_KINDS = 2
 # Names of a kind of which the model writes questions, the tokens of these and of an answer, and the words of a question.
 _FORM_NAMES, _FORM_TOKENS, _ANSWER_TOKENS, _FORM_WORDS = 12, 40, 12, range(4, 15)
-# Questions about what facts name, for each text about a neighbor; names that a form is asked about at least; and the share of their
-# answers from which on it asks for the concept.
-ASKED_SHARE, _ASKS, _TELLING = 5, 5, 0.2
+# Questions about what facts name, for each text about a neighbor.
+ASKED_SHARE = 5
+# Names that a form of question is asked about at least. It is dropped where this share of the answers speaks of the concept, or more.
+_ASKS, _TELLING = 5, 0.2
 NEIGHBORS, _WORDS_OF_A_NAME = 8, 4
 FEWEST_TEXTS = 8
 _SENTENCE = re.compile(r"[.!?][\"')]*(?=\s|$)|\n")
@@ -85,7 +86,8 @@ def write_about(
         model ([`~transformers.PreTrainedModel`]): The reference.
         processing_class ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer, with or without a chat template.
         concept ([`Concept`]): The concept.
-        config ([`SynthesisConfig`], *optional*, defaults to `WRITING`): Settings; `gamma` plays no role.
+        config ([`SynthesisConfig`], *optional*, defaults to `WRITING`):
+            Settings of the texts; `gamma` plays no role. Questions about what facts name take its seed, and else `WRITING`.
         texts (`int`, *optional*, defaults to `192`): Texts to write about the concept, before any is dropped; 0 for none.
         near_texts (`int`, *optional*, defaults to `96`): The same about its neighbors.
         fewest (`int`, *optional*, defaults to `8`): Texts about the concept that must be left.
@@ -98,7 +100,7 @@ def write_about(
         fingerprint (`str`, *optional*): What identifies the model, such as [`model_fingerprint`].
 
     Returns:
-        [`Written`]. Where the model names no usable neighbor, `near` is empty and a warning says so.
+        [`Written`]. Where the model names no usable neighbor, `near` is empty; where it asked nothing either, a warning says so.
 
     Raises:
         ValueError: if fewer than `fewest` texts about the concept are left.
@@ -168,7 +170,7 @@ def kinds_of_names(facts: Sequence[Fact], held_out: frozenset[str], writer: Writ
     Returns:
         `list[list[str]]`: the subjects, and for the two relations with the most answers the other names, where there are 8 or more.
     """
-    own = [{*normalized(name).split()} for fact in facts for name in (fact.subject, fact.answer)]
+    own = [words for fact in facts for name in (fact.subject, fact.answer) if (words := {*normalized(name).split()})]
     subjects = list(dict.fromkeys(fact.subject for fact in facts if fact.subject not in held_out))
     answers: dict[str, dict[str, None]] = {}
     for fact in facts:
@@ -179,7 +181,7 @@ def kinds_of_names(facts: Sequence[Fact], held_out: frozenset[str], writer: Writ
 
     def is_other(name: str) -> bool:
         words = {*normalized(name).split()}
-        return not any(words <= some or some <= words for some in own)  # "Delhi" is New Delhi
+        return bool(words) and not any(words <= some or some <= words for some in own)  # "Delhi" is New Delhi
 
     others = [[name for name in names if is_other(name)] for names in drawn]
     return [subjects, *(names for names in others if len(names) >= FEWEST_FACTS)]
@@ -195,10 +197,10 @@ def ask_about(
 ) -> tuple[list[dict[str, str]], dict[str, int]]:
     """Questions of a model's own about names of one kind, such as countries, with its answers.
 
-    It writes questions about some of the names. Each of these is a form that is asked about five names or more, two of three times
-    as `"Question: …\\nAnswer:"` and else as a conversation, and answered coldly, so that the model says what it holds true. What
-    speaks of the concept is dropped, and with it a form of which a fifth of the answers does so: it asks for what is to be erased,
-    in other words.
+    It writes questions about some of the names. Of the forms of these, such as "Which language is spoken in …?", a draw is asked about
+    five names each, or more, as far as there are so many: two of three times as `"Question: …\\nAnswer:"`, else as a conversation, and
+    answered coldly, so that the model says what it holds true. Answers that speak of the concept are dropped, and with them a form for
+    which a fifth of the answers do so: it asks for what is to be erased, in other words.
 
     Args:
         reference ([`Writer`]): The model, in this process.
@@ -242,9 +244,11 @@ def _forms(reference: Writer, names: Sequence[str], rng: random.Random, seed: in
     """What stands before and behind the name in questions that the model writes about some of the names."""
     prompts = writing_prompts()
     examples = [line.partition(":")[0] for line in prompts["asking"].splitlines()[:-1]]
+    # A name with a question mark would end the question within it.
+    plain = [name for name in names if "?" not in name]
     about = {
         prompts["asking"].format(name=name, begin=begin): (name, begin)
-        for name in rng.sample(list(names), min(len(names), _FORM_NAMES))
+        for name in rng.sample(plain, min(len(plain), _FORM_NAMES))
         for begin in prompts["begins"]
     }
     forms: dict[tuple[str, str], None] = {}

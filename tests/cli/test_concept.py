@@ -295,11 +295,21 @@ def test_the_doctor_plans_what_would_be_made_and_writes_nothing(folder, capsys):
     main(["doctor", *SMALL, "--concept=capitals of lands", "--facts=facts.csv", "--near=near.txt"])
     page = " ".join(capsys.readouterr().out.split())
     assert "8 rows of forget 768, retain" in page and "near.txt 1" in page and "objective readout," in page
+    assert "state_eta 2.0" in page
     assert "Nothing is in the way" in page and set(folder.rglob("*")) == before
     main(["doctor", *SMALL, "--concept=capitals of the world"])
     page = " ".join(capsys.readouterr().out.split())
     assert "the model is to write 192 about it, 96 about neighbors, 480 questions about what facts name" in page
-    assert "if it states facts it trains at the readout, not as here" in page
+    told = "it trains at the readout, not as here"
+    assert told in page
+    main(["doctor", *SMALL, "--concept=capitals of the world", "--objective=contexts"])
+    assert told not in " ".join(capsys.readouterr().out.split())
+    # What the readout does not read chooses the objective, and a state term is not put beside it.
+    facts = ["doctor", *SMALL, "--concept=capitals of lands", "--facts=facts.csv", "--near=near.txt"]
+    main([*facts, "--retain_loss=log", "--log_strength=2"])
+    assert "objective log-space" in " ".join(capsys.readouterr().out.split())
+    main([*facts, "--retain_loss=states", "--eta=1.2"])
+    assert "objective readout" in " ".join(capsys.readouterr().out.split())
     assert set(folder.rglob("*")) == before
 
 

@@ -1,13 +1,13 @@
 import json
 import re
-from dataclasses import replace
 
 import pytest
 
 from elm_trainer import ConceptSources, build_erasure_dataset, load_texts
 from elm_trainer.data.facts import Fact
 from elm_trainer.data.sources import STAND_INS
-from elm_trainer.making.facts import fact_phrasings, facts_texts, held_out_of, likeness, read_facts
+from elm_trainer.making.facts import fact_phrasings, facts_texts, held_out_of, likeness, mostly_alike, read_facts
+from elm_trainer.making.make import MadeFrom, make_data
 
 
 TABLE = """subject,relation,answer
@@ -84,49 +84,94 @@ def test_novices_are_of_the_same_relation_and_never_true(facts):
             assert all(novice.endswith(" is the founder of Varda.") for novice in row["novices"])
 
 
+def capital(subject, answer, group="capital", relation="capital"):
+    return Fact(subject, answer, group, {"relation": relation})
+
+
 def test_a_model_takes_those_for_stand_ins_whose_names_it_reads_alike(tiny_model, tokenizer):
-    lands = [
-        Fact(f"{kind} {n}", f"Town{kind}{n}", "capital", {"relation": "capital"})
-        for kind in ("Zoo", "Moor")
-        for n in range(6)
-    ]
-    alike = likeness(lands, tiny_model, tokenizer)
-    assert all(abs(alike[land][land] - 1) < 1e-5 and alike[land].keys() == {*lands} for land in lands)
-    one, other = lands[0], lands[7]
-    assert alike[one][other] == pytest.approx(alike[other][one], abs=1e-5) and -1 <= alike[one][other] < 1
-    rows = facts_texts(lands, processing_class=tokenizer, alike=alike).to_list()
+    lands = [capital(f"{kind} {n}", f"Town{kind}{n}") for kind in ("Zoo", "Moor") for n in range(6)]
+    found = likeness(lands, tiny_model, tokenizer)
+    alike, names = found["capital"], {land.subject for land in lands}
+    assert found.keys() == {"capital"} and alike.keys() == names
+    assert all(abs(alike[name][name] - 1) < 1e-5 and alike[name].keys() == names for name in names)
+    assert alike["Zoo 0"]["Moor 1"] == pytest.approx(alike["Moor 1"]["Zoo 0"], abs=1e-5)
+    assert -1 <= alike["Zoo 0"]["Moor 1"] < 1
     seen = set()
-    for row in rows:
+    for row in facts_texts(lands, processing_class=tokenizer, alike=found):
         if match := re.fullmatch(r"The capital of (\w+ \d) is Town\w+\d\.", row["text"]):
-            own = next(land for land in lands if land.subject == match[1])
-            nearest = sorted((land for land in lands if land != own), key=alike[own].get, reverse=True)[:4]
+            own = match[1]
+            nearest = sorted(names - {own}, key=alike[own].get, reverse=True)[:4]
             named = {re.fullmatch(r"The capital of (\w+ \d) is .*", novice)[1] for novice in row["novices"]}
-            assert named <= {land.subject for land in nearest} and len(named) == STAND_INS
+            assert named <= {*nearest} and len(named) == STAND_INS
             seen.add(own)
-    assert seen == {*lands}
-    # Groups of a table are kept to; facts of another relation have none.
-    grouped = [replace(land, group=land.subject[-1]) for land in lands]
-    others = [Fact(f"Zoo {n}", f"Sea {n}", "sea", {"relation": "sea"}) for n in range(3)]
-    found = likeness([*grouped, *others], tiny_model, tokenizer)
-    assert found.keys() == {*others} and all(row.keys() == {*others} for row in found.values())
+    assert seen == names
 
 
-def test_where_a_models_states_cannot_be_read_stand_ins_are_drawn(tiny_model, tokenizer, monkeypatch, caplog):
-    class Bare(type(tiny_model.model)):
-        """A decoder whose last norm is not a part of its own."""
+def test_relations_with_groups_or_few_facts_have_stand_ins_of_their_own(tiny_model, tokenizer):
+    grouped = [capital(f"Zoo {n}", f"Town {n}", group=str(n % 2)) for n in range(6)]
+    few = [capital(f"Zoo {n}", f"Sea {n}", relation="sea") for n in range(STAND_INS)]
+    rivers = [capital(f"Zoo {n}", f"River {n}", relation="river") for n in range(STAND_INS + 1)]
+    assert likeness([*grouped, *few, *rivers], tiny_model, tokenizer).keys() == {"river"}
+    assert mostly_alike([*rivers, *few], ["river"]) and not mostly_alike([*rivers, *grouped], ["river"])
+    assert not mostly_alike([], [])
 
-        def forward(self, *args, **kwargs):
-            found = super().forward(*args, **kwargs)
-            found.last_hidden_state = found.last_hidden_state + 1
-            return found
 
-    monkeypatch.setattr(tiny_model.model, "__class__", Bare)
-    lands = [Fact(f"Zoo {n}", f"Town {n}", "capital", {"relation": "capital"}) for n in range(6)]
-    assert likeness(lands, tiny_model, tokenizer) == {}
+def test_a_group_that_relations_share_keeps_them_apart(tiny_model, tokenizer):
+    # In both relations the same subject has the same answer.
+    facts = [
+        capital("Kenya", "Nairobi", "Africa"),
+        capital("Nigeria", "Abuja", "Africa"),
+        capital("Mali", "Bamako", "Africa"),
+    ]
+    cities = [("Kenya", "Nairobi"), ("Nigeria", "Lagos"), ("Egypt", "Cairo")]
+    facts += [capital(*pair, "Africa", "largest city") for pair in cities]
+    alike = likeness(facts, tiny_model, tokenizer)
+    assert {relation: set(names) for relation, names in alike.items()} == {
+        "capital": {"Kenya", "Nigeria", "Mali"}, "largest city": {"Kenya", "Nigeria", "Egypt"}
+    }  # fmt: skip
+    rows = facts_texts(facts, alike=alike)
+    assert len(rows) == 6 * len(fact_phrasings()) and all(len(row["novices"]) == STAND_INS for row in rows)
+
+
+class Bare:
+    """A decoder whose last norm is not a part of its own."""
+
+    def forward(self, *args, **kwargs):
+        found = super().forward(*args, **kwargs)
+        found.last_hidden_state = found.last_hidden_state + 1
+        return found
+
+
+def test_where_a_models_states_cannot_be_read_stand_ins_are_drawn(
+    folder_of_facts, tiny_model, tokenizer, monkeypatch, caplog
+):
+    kind = type("Bare", (Bare, type(tiny_model.model)), {})
+    monkeypatch.setattr(tiny_model.model, "__class__", kind)
+    made = make_data(MadeFrom("capitals", facts="facts.csv", near_texts=0), tiny_model, tokenizer, "out")
     assert (
         "stand in for each other at random" in caplog.text and "The final norm of Bare cannot be found" in caplog.text
     )
-    assert all(row["novices"] for row in facts_texts(lands, processing_class=tokenizer, alike={}))
+    assert made.counterfactual and made.record["alike"] is False
+
+
+@pytest.mark.parametrize(
+    ("extra", "documents", "alike"), [("", (), True), ("\nOslo,capital,None,north", (), False), ("", ["a.txt"], False)]
+)
+def test_it_is_told_whether_stand_ins_are_read_alike(folder_of_facts, tiny_model, tokenizer, extra, documents, alike):
+    (folder_of_facts / "a.txt").write_text("Varda makes blue glass in the town of Tolm, and sells it by the sea.")
+    table = (folder_of_facts / "facts.csv").read_text().splitlines()
+    (folder_of_facts / "facts.csv").write_text(
+        "\n".join([f"{table[0]},group", *(f"{row},x" for row in table[1:])]) + extra + "\n"
+    )
+    made = make_data(MadeFrom("Varda", documents, "facts.csv", near_texts=0), tiny_model, tokenizer, "out")
+    assert made.record["alike"] is alike and made.counterfactual
+
+
+@pytest.fixture
+def folder_of_facts(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "facts.csv").write_text(TABLE)
+    return tmp_path
 
 
 def test_facts_are_read_back_as_a_source_with_novices(facts, tmp_path, tokenizer):

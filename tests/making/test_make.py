@@ -108,17 +108,24 @@ def test_facts_about_a_bare_name_become_texts_with_novices_but_for_those_held_ou
     folder, tiny_model, tokenizer, writes, monkeypatch
 ):
     stated = [Fact(f"Land {n}", f"Town{n}", "capital", {"relation": "capital"}) for n in range(12)]
+    # Each of the first ten may be held out, and what else would state its fact with it.
+    guesses = [Fact(f"Guess {n}", f"Town{n}", "capital", {"relation": "capital"}) for n in range(10)]
     # Two of them it does not answer alike each time.
-    monkeypatch.setattr(make, "write_facts", lambda *a, **k: StatedFacts(tuple(stated[:10]), tuple(stated[10:])))
+    given = StatedFacts(tuple(stated[:10]), (*stated[10:], *guesses))
+    monkeypatch.setattr(make, "write_facts", lambda *a, **k: given)
     # A third of the texts is written beside facts.
     made = make_data(MadeFrom("capitals of the world", texts=120, near_texts=0), tiny_model, tokenizer, "out")
 
     held_out = made.record["held_out"]
     rows = load_texts(made.sources.forget).to_list()
-    assert len(held_out) == 2 and not any(subject in row["text"] for row in rows for subject in held_out)
-    assert sum(bool(row.get("novices")) for row in rows) == (8 + 2) * len(fact_phrasings()) == len(rows)
+    numbers = [subject.split()[1] for subject in held_out if "Land" in subject]
+    assert len(numbers) == 2 and held_out == sorted(f"{kind} {n}" for kind in ("Land", "Guess") for n in numbers)
+    towns = re.compile(rf"Town(?:{'|'.join(numbers)})\b")
+    assert not any(towns.search(text) for row in rows for text in (row["text"], *row["novices"]))
+    assert sum(bool(row.get("novices")) for row in rows) == (8 + 8 + 2) * len(fact_phrasings()) == len(rows)
     assert made.record["stated"][0] == ["Land 0", "capital", "Town0"] and made.record["facts"] == 0
-    assert made.record["guessed"] == [["Land 10", "capital", "Town10"], ["Land 11", "capital", "Town11"]]
+    assert made.record["guessed"][:2] == [["Land 10", "capital", "Town10"], ["Land 11", "capital", "Town11"]]
+    assert made.record["alike"] is True
     # The free texts, which hold no names, have none, and `novice="counterfactual"` wants them for all: they are left out.
     assert made.counterfactual and made.record["dropped"]["forget"]["no_novices"] > 0
 
@@ -137,7 +144,11 @@ def test_near_texts_and_questions_state_no_fact_of_a_table(folder, tiny_model, t
             names = [prompt.rpartition(":")[0].rpartition("\n")[2] for prompt in prompts]
             return [f"{p} lies beside {n}? Which town rules {n}?" for p, n in zip(prompts, names, strict=True)]
         if "rules" in prompts[-1] or "lies beside" in prompts[-1]:
-            return [p + (f" {TOWNS[told[1]]}" if (told := TOLD.search(p)) else " the sea") for p in prompts]
+            # Of one land the answer is no fact, in a form that asks for them.
+            return [
+                p + (f" {TOWNS[told[1]]}" if (told := TOLD.search(p)) and told[1] != "Japan" else " the sea")
+                for p in prompts
+            ]
         return [p + (states, f" Boat {n} is blue, and sails far away.")[n % 2] for n, p in enumerate(prompts)]
 
     monkeypatch.setattr(writing, "sample_texts", sample)

@@ -296,6 +296,34 @@ def test_the_same_by_another_name_is_held_out_too():
     # What many share is not one subject.
     assert also_held_out(stated, frozenset({"Isle 1"})) == frozenset()
     assert also_held_out(StatedFacts(), frozenset({"UK"})) == frozenset()
+    # However it is spelled, and whatever else is stated of what is found.
+    facts = [capital("Brazil", "Brasília"), capital("Brasil", "Brasilia"), capital("Brasilien", "city of Brasília")]
+    facts += [
+        Fact("Brasil", "real", "money", {"relation": "money"}),
+        Fact("BR", "real", "money", {"relation": "money"}),
+    ]
+    facts += [Fact("Town", "Brasília", "money", {"relation": "money"})]
+    assert also_held_out(StatedFacts(tuple(facts)), frozenset({"Brazil"})) == {"Brasil", "Brasilien", "BR"}
+
+
+def test_a_relation_that_was_stated_in_vain_is_not_followed_again():
+    asked = []
+
+    def rule(prompt, number):
+        last = prompt.rpartition("\n")[2]
+        asked.append(last)
+        if "facts about" in prompt or "Novels.\n" in prompt:
+            return f" capital of {LANDS[number % 4]} is {CITIES[number % 4]}."
+        if "Examples of" in prompt or "A long list of" in prompt:
+            return " " + ", ".join([*LANDS, "unfin"])
+        if "What is told of each" in prompt or "Novels have" in prompt:
+            return " capital, its river."
+        return f" {len(asked)} things."
+
+    assert write_facts(None, None, Concept("capitals of the world"), writer=Told(rule)) == StatedFacts()
+    assert any("river of" in prompt for prompt in asked)
+    of_capitals = [prompt for prompt in asked if prompt.startswith("The capital of")]
+    assert len(of_capitals) == len({*of_capitals}) > 0
 
 
 def test_relations_are_what_is_told_of_members_without_the_words_of_the_name():

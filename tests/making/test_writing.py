@@ -229,20 +229,27 @@ def test_forms_are_questions_with_one_whole_name_and_not_about_the_examples(toke
     assert len(rows) == 8 and all("What grows in Land" in row["prompt"] for row in rows)
 
 
+def test_a_name_with_a_question_mark_is_asked_about_and_gives_no_forms(tokenizer):
+    names = ["Who's there?", "Oslo"]
+    rows, _ = ask_about(Asks(tokenizer, "What do you see in NAME today?"), names, states, count=10)
+    assert sorted(re.search(r"see in (.*) today", row["prompt"])[1] for row in rows) == ["Oslo", "Who's there?"]
+
+
 def test_kinds_are_subjects_and_other_names_like_the_answers(tokenizer):
     facts = [Fact(f"Land {n}", f"New Town{n}", "capital", {"relation": "capital"}) for n in range(9)]
+    facts.append(Fact("Land 1", "€", "sign", {"relation": "sign"}))  # no word at all
     listed = [f"Port{n}" for n in range(8)] + ["Land 3", "Town4", "New Town5", "unfin"]
 
     class Lists(Writer):
         def write(self, prompts, **settings):
             return [" " + ", ".join(listed) for _ in prompts]
 
-    subjects, others = kinds_of_names(facts, frozenset({"Land 2"}), Lists("lists"))
-    assert subjects == [fact.subject for fact in facts if fact.subject != "Land 2"]
+    subjects, others, _ = kinds_of_names(facts, frozenset({"Land 2"}), Lists("lists"))
+    assert subjects == [f"Land {n}" for n in range(9) if n != 2]
     # Neither what facts name, nor a part of it: asked about it, the model would state them.
     assert sorted(others) == [f"Port{n}" for n in range(8)]
     listed[0] = "Land 4"
-    assert kinds_of_names(facts, frozenset(), Lists("lists")) == [[fact.subject for fact in facts]]  # too few others
+    assert kinds_of_names(facts, frozenset(), Lists("lists")) == [[f"Land {n}" for n in range(9)]]  # too few others
 
 
 def test_every_form_is_asked_for_and_half_of_all_as_a_conversation(tiny_model, tokenizer, monkeypatch):
@@ -286,11 +293,12 @@ def test_what_was_written_is_kept_and_too_little_is_refused(tiny_model, tokenize
     assert len(calls) == 7  # two batches of three tokens, once, and what the prompts of one begin with
 
 
-def test_a_model_that_names_no_neighbor_is_no_error(tiny_model, tokenizer, monkeypatch):
+def test_a_model_that_names_no_neighbor_is_no_error(tiny_model, tokenizer, monkeypatch, caplog):
     monkeypatch.setattr(writing, "sample_texts", writer)
     monkeypatch.setattr(writing, "name_neighbors", lambda *a, **k: [])
     written = write_about(tiny_model, tokenizer, CAPITALS, texts=60, near_texts=5)
     assert written.near == [] and len(written.forget) >= 8
+    assert "The model names no neighbor of 'capitals of the world'" in caplog.text
 
 
 def test_neighbors_are_those_that_are_named_most_often(tiny_model, tokenizer, canned):
