@@ -36,14 +36,14 @@ _WORDS_OF_SUBJECT, _WORDS_OF_ANSWER, _WORDS_OF_RELATION = 4, 4, 3
 # Largest share of the subjects of a relation that may have one answer: what is true of most tells nothing of each.
 _COMMON = 0.2
 FEWEST_FACTS = 8
-# As many subjects with one answer may be one subject with several names.
-_SAME = 3
 # As many of the subjects that a relation begins with, or of the members, must be answered about alike, or none of it is followed.
 _FEWEST_ALIKE = 3
 _STATED = re.compile(
     r"\bthe ([a-z][a-z -]{2,30}?) of (?:the )?([^\n.;:?]{2,40}?) (?:is|was|are) (?:called |named )?([^\n;:?]{1,40}?)(?=[.\n]|, (?:a|an|the|which|and|with)\b|$)",
     re.IGNORECASE,
 )
+_COLUMN = r"[a-z][a-z -]{2,30}"
+_PLURALS = ((r"ies$", "y"), (r"(?<=ss|ch|sh)es$|(?<=x)es$", ""), (r"(?<!s)s$", ""))
 # Words that say nothing of what is stated, or no name.
 _EMPTY = frozenset(
     "name one part number kind type example list set use use result most color it this that they he she".split()
@@ -86,9 +86,9 @@ def write_facts(
     """Facts about a concept, as the model states them.
 
     It writes sentences "The … of … is …." about the name, and lists members of what is named. The relation that it states of most
-    subjects is followed, or, where that gives no facts, those that it tells of each member: it goes on with a list of what it has
-    stated, which names further subjects. Then each answer is asked for again, in two wordings behind other examples. What is answered
-    alike each time is a fact.
+    subjects is followed; where that gives no facts, the one that the name says ([`relation_of_name`]), or else those that it tells of
+    each member. It goes on with a list of subjects, which names further ones, and is asked for each answer again, in two wordings
+    behind other examples. What is answered alike each time is a fact.
 
     Nothing here knows the truth: a fact is what the model holds true, which is what an erasure has to remove. A second model as
     `writer` states the facts in place of it; whether the model knows them is told by questions ([`make_questions`]).
@@ -107,16 +107,24 @@ def write_facts(
     """
     writer = writer or Writer("reference", model, processing_class, cache_dir=cache_dir, fingerprint=fingerprint)
     votes = _first_statements(writer, concept, seed)
-    members = _members(writer, concept, seed)
+    members = _members(writer, concept.name, seed)
     facts: list[Fact] = []
     guesses: list[Fact] = []
-    # What is told of members may be something else than what the name stands for, such as the population of capitals.
-    for relations in (_stated_relations, _told_relations):
-        for relation in () if facts else relations(writer, concept, votes, members, seed):
+
+    def follow(relations: Sequence[str], members: Sequence[str]) -> None:
+        for relation in relations:
             found = _of_relation(writer, relation, votes.get(relation, {}), members, seed)
             if len(found.facts) >= FEWEST_FACTS:
-                facts += found.facts
-                guesses += found.guesses
+                facts.extend(found.facts)
+                guesses.extend(found.guesses)
+
+    stated = _stated_relations(votes)
+    follow(stated, members)
+    if not facts and (named := relation_of_name(concept.name)):
+        follow([named[0]], _members(writer, named[1], seed))
+    if not facts:
+        # It may be something else than what the name stands for, such as the population of capitals.
+        follow(_told_relations(writer, concept, stated, members, seed), members)
     logger.info(
         f"Facts about {concept.name!r}: {len(facts)} of the relations {sorted({fact.group for fact in facts})}, and "
         f"{len(guesses)} guesses."
@@ -167,15 +175,15 @@ def is_name(text: str, words: int) -> bool:
     return 0 < len(text.split()) <= words and bool(re.search(r"\w", text)) and not _NO_NAME.match(text)
 
 
-def _members(writer: Writer, concept: Concept, seed: int) -> list[str]:
-    """Members of what is named, those that are listed most often first."""
-    prompts = [begin.format(name=concept.name) for begin in asking_prompts()["members"] for _ in range(_DRAWS)]
+def _members(writer: Writer, kind: str, seed: int) -> list[str]:
+    """Members of a kind, those that are listed most often first."""
+    prompts = [begin.format(name=kind) for begin in asking_prompts()["members"] for _ in range(_DRAWS)]
     votes: Counter[str] = Counter()
     spelled: dict[str, str] = {}
     for prompt, text in zip(prompts, writer.write(prompts, max_new_tokens=_LIST_TOKENS, seed=seed), strict=True):
         for name in _listed(text):
             key = normalized(name)
-            if key not in normalized(prompt) and key != normalized(concept.name):
+            if key not in normalized(prompt) and key != normalized(kind):
                 votes[key] += 1
                 spelled.setdefault(key, name)
     return [spelled[key] for key, count in votes.most_common() if count >= 2][:_SUBJECTS]
@@ -195,7 +203,19 @@ def _listed(text: str) -> list[str]:
     ]
 
 
-def _stated_relations(writer: Writer, concept: Concept, votes: Votes, members: Sequence[str], seed: int) -> list[str]:
+def relation_of_name(name: str) -> tuple[str, str] | None:
+    """The relation that a name is about by its form, and the kind of its subjects: of "currencies of countries" currency and countries."""
+    if not (found := re.fullmatch(r"(?:the )?([a-z][a-z -]*?) of (?:the )?(.+)", name.strip(), re.IGNORECASE)):
+        return None
+    *before, last = found[1].lower().split()
+    for plural, singular in _PLURALS:
+        if re.search(plural, last):
+            relation = [*before, re.sub(plural, singular, last)]
+            return (" ".join(relation), found[2]) if len(relation) <= _WORDS_OF_RELATION else None
+    return None  # a singular, as in "the history of Rome", names one thing
+
+
+def _stated_relations(votes: Votes) -> list[str]:
     """The relations that were stated of most subjects."""
     shown = {relation for _, relation, _ in asking_prompts()["examples"]}
     stated = {
@@ -206,35 +226,37 @@ def _stated_relations(writer: Writer, concept: Concept, votes: Votes, members: S
     return sorted(stated, key=lambda relation: -stated[relation])[:_RELATIONS]
 
 
-def _told_relations(writer: Writer, concept: Concept, votes: Votes, members: Sequence[str], seed: int) -> list[str]:
+def _told_relations(
+    writer: Writer, concept: Concept, stated: Sequence[str], members: Sequence[str], seed: int
+) -> list[str]:
     """The relations that are told of members most often, but for those that were stated."""
     if len(members) < FEWEST_FACTS:
         return []
     others = {relation for _, relation, _ in asking_prompts()["examples"]}
-    others |= {*_stated_relations(writer, concept, votes, members, seed)}
+    others |= {*stated}
     prompts = [
         begin.format(name=concept.name, Name=_capital(concept.name))
         for begin in asking_prompts()["columns"]
         for _ in range(_DRAWS)
     ]
     named: Counter[str] = Counter()
+    spelled: dict[str, Counter[str]] = {}
     words = [word.removesuffix("s") for word in concept.name.lower().split() if word not in SMALL_WORDS]
     own = re.compile("|".join(rf"\b{re.escape(word)}s?(?:['’]s)?(?!\w)" for word in words) or r"(?!)")
     for text in writer.write(prompts, max_new_tokens=_COLUMN_TOKENS, seed=seed):
         parts = re.split(r",| and ", text.split("\n")[0].split(".")[0])
         for column in dict.fromkeys(part.strip(" .\"'*").lower() for part in parts):
-            # Of "chemical symbol" and "element's symbol", told of chemical elements, the symbol is what tells something.
-            column = re.sub(r"^(?:the|a|an|its|their) ", "", column)
-            column = " ".join(own.sub("", column).split()) or column
-            if (
-                re.fullmatch(r"[a-z][a-z -]{2,30}", column)
-                and len(column.split()) <= 2
-                and column.split()[-1] not in _EMPTY
-            ):
+            # Told of chemical elements, "chemical symbol" and "element's symbol" name the same, which is asked for by the former.
+            whole = re.sub(r"^(?:the|a|an|its|their) ", "", column)
+            column = " ".join(own.sub("", whole).split()) or whole
+            if re.fullmatch(_COLUMN, column) and len(column.split()) <= 2 and column.split()[-1] not in _EMPTY:
                 named[column] += 1
+                if re.fullmatch(_COLUMN, whole) and len(whole.split()) <= _WORDS_OF_RELATION:
+                    spelled.setdefault(column, Counter())[whole] += 1
     named_most = [column for column, count in named.most_common() if count >= 2 and column not in others]
     # What the name says itself comes last.
-    return sorted(named_most, key=lambda column: bool(own.search(column)))[:_COLUMNS]
+    first = sorted(named_most, key=lambda column: bool(own.search(column)))[:_COLUMNS]
+    return [spelled[column].most_common(1)[0][0] if column in spelled else column for column in first]
 
 
 def _of_relation(
@@ -248,9 +270,14 @@ def _of_relation(
     for some in (votes, members):
         if len(_facts_of(relation, given).facts) < _FEWEST_ALIKE:
             given |= _answers(writer, relation, [name for name in some if name not in given], stated, rng, seed)
-    if len(_facts_of(relation, given).facts) < _FEWEST_ALIKE:
+    sure = _facts_of(relation, given).facts
+    if len(sure) < _FEWEST_ALIKE:
         return StatedFacts()  # further subjects would be asked about for nothing
     known = [*given]
+    if len(votes) < _SHOWN <= len(sure):
+        # Behind examples of the same relation it answers what it did not know to be asked for: of gold "Au", not "gold".
+        stated = {fact.subject: Counter((fact.answer,)) for fact in sure}
+        given = _answers(writer, relation, known, stated, rng, seed)
     further = further_names(writer, known, rng, seed=seed)[: max(_SUBJECTS - len(known), 0)]
     return _facts_of(relation, given | _answers(writer, relation, further, stated, rng, seed))
 
@@ -278,35 +305,6 @@ def _facts_of(relation: str, given: Mapping[str, Sequence[str]]) -> StatedFacts:
             fact = Fact(subject, usable[subject][0], relation, {"relation": relation})
             found[subject not in sure].append(fact)
     return StatedFacts(tuple(found[0]), tuple(found[1]))
-
-
-def also_held_out(stated: StatedFacts, held_out: frozenset[str]) -> frozenset[str]:
-    """Other subjects whose texts would state a held-out fact: the same thing under another name ("UK", "United Kingdom"), or a guess
-    with that answer.
-
-    Args:
-        stated ([`StatedFacts`]): Facts and guesses.
-        held_out (`frozenset[str]`): Subjects of facts that are held out.
-
-    Returns:
-        `frozenset[str]`: subjects with the answer of a held-out fact, however it is spelled: of guesses all, of facts those that share
-        it with two others at most. An answer that more share is not that of one subject, such as a language.
-    """
-
-    def same(one: Fact, other: Fact) -> bool:
-        named = names_answer(one.answer, other.answer) or names_answer(other.answer, one.answer)
-        return named and one.near["relation"] == other.near["relation"]
-
-    found = set(held_out)
-    # A subject that is found has facts of its own, which others may share.
-    while True:
-        out = [fact for fact in stated.facts if fact.subject in found]
-        sharing = {fact: {other.subject for other in stated.facts if same(fact, other)} for fact in out}
-        more = {name for names in sharing.values() if len(names) <= _SAME for name in names}
-        more |= {guess.subject for guess in stated.guesses if any(same(guess, fact) for fact in out)}
-        if more <= found:
-            return frozenset(found) - held_out
-        found |= more
 
 
 def further_names(writer: Writer, known: Sequence[str], rng: random.Random, *, seed: int = 0) -> list[str]:

@@ -17,16 +17,20 @@ from transformers.utils import logging
 
 from ..data.facts import Fact
 from ..data.invented import invented_name
+from ..data.questions import names_answer
 from ..data.sources import STAND_INS, stand_ins, state_facts
 from ..data.user_sources import read_named, rows_of, shown
 from ..evaluation.hidden_states import hidden_states
 from ..modeling import evaluating
+from .fact_writing import StatedFacts
 
 
 logger = logging.get_logger(__name__)
 COLUMNS = ("subject", "relation", "answer")
 # With fewer subjects each is needed to learn from.
 _FEWEST_HELD_OUT = 5
+# As many subjects with one answer may be one subject with several names.
+_SAME = 3
 # Of so many subjects that are most alike a model takes the stand-ins.
 _ALIKE = 4
 # Words with which a sentence goes on, and no noun phrase begins or ends.
@@ -114,6 +118,35 @@ def held_out_of(facts: Sequence[Fact], share: float = 0.2, seed: int = 0) -> fro
     if len(subjects) < _FEWEST_HELD_OUT:
         return frozenset()
     return frozenset(random.Random(f"facts-held-out-{seed}").sample(subjects, round(share * len(subjects))))
+
+
+def also_held_out(stated: StatedFacts, held_out: frozenset[str]) -> frozenset[str]:
+    """Other subjects whose texts would state a held-out fact: the same thing under another name ("UK", "United Kingdom"), or a guess
+    with that answer.
+
+    Args:
+        stated ([`StatedFacts`]): Facts and guesses.
+        held_out (`frozenset[str]`): Subjects of facts that are held out.
+
+    Returns:
+        `frozenset[str]`: subjects with the answer of a held-out fact, however it is spelled: of guesses all, of facts those that share
+        it with two others at most. An answer that more share is not that of one subject, such as a language.
+    """
+
+    def same(one: Fact, other: Fact) -> bool:
+        named = names_answer(one.answer, other.answer) or names_answer(other.answer, one.answer)
+        return named and one.near["relation"] == other.near["relation"]
+
+    found = set(held_out)
+    # A subject that is found has facts of its own, which others may share.
+    while True:
+        out = [fact for fact in stated.facts if fact.subject in found]
+        sharing = {fact: {other.subject for other in stated.facts if same(fact, other)} for fact in out}
+        more = {name for names in sharing.values() if len(names) <= _SAME for name in names}
+        more |= {guess.subject for guess in stated.guesses if any(same(guess, fact) for fact in out)}
+        if more <= found:
+            return frozenset(found) - held_out
+        found |= more
 
 
 def facts_texts(

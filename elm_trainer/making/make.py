@@ -22,8 +22,8 @@ from ..evaluation.fluency import as_prompt
 from ..files import first_damage, folder_checksums, json_sha256, read_object, replacing, write_json
 from ..fingerprint import base_fingerprint
 from .documents import Documents, read_documents
-from .fact_writing import StatedFacts, also_held_out, write_facts
-from .facts import facts_texts, held_out_of, likeness, mostly_alike, read_facts
+from .fact_writing import StatedFacts, write_facts
+from .facts import also_held_out, facts_texts, held_out_of, likeness, mostly_alike, read_facts
 from .knowledge import Familiarity, check_known
 from .novices import Novices, with_novices
 from .writer import Writer

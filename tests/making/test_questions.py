@@ -14,13 +14,13 @@ from elm_trainer.making import questions as module
 from elm_trainer.making.cloze import cloze_questions, kind_of, written_questions
 from elm_trainer.making.fact_writing import (
     StatedFacts,
-    also_held_out,
     asking_prompts,
     further_names,
+    relation_of_name,
     statements,
     write_facts,
 )
-from elm_trainer.making.facts import fact_phrasings
+from elm_trainer.making.facts import also_held_out, fact_phrasings
 from elm_trainer.making.make import MadeFrom, make_data
 from elm_trainer.making.questions import make_questions
 from elm_trainer.making.writer import Writer
@@ -320,13 +320,14 @@ def test_a_relation_that_was_stated_in_vain_is_not_followed_again():
             return " capital, its river."
         return f" {len(asked)} things."
 
-    assert write_facts(None, None, Concept("capitals of the world"), writer=Told(rule)) == StatedFacts()
+    assert write_facts(None, None, Concept("world capitals"), writer=Told(rule)) == StatedFacts()
     assert any("river of" in prompt for prompt in asked)
     of_capitals = [prompt for prompt in asked if prompt.startswith("The capital of")]
     assert len(of_capitals) == len({*of_capitals}) > 0
 
 
 def test_relations_are_what_is_told_of_members_without_the_words_of_the_name():
+    asked_first = []
     symbols = dict(zip(LANDS, [f"S{letter}" for letter in "abcdefghijklmnop"], strict=True))
 
     def rule(prompt, number):
@@ -337,12 +338,53 @@ def test_relations_are_what_is_told_of_members_without_the_words_of_the_name():
             return " " + ", ".join([*LANDS, "unfin"])
         if last.startswith(("What is told of each of the chemical elements", "Novels have an author and a year.")):
             return " element, its chemical symbol, its element's symbol.\nWhat"
-        asked = [land for land in LANDS if f"symbol of {land}" in prompt]
-        return f" {symbols[asked[-1]]}." if asked else " nothing"
+        if "symbol of" not in prompt:
+            return " nothing"
+        asked_first.append(last)
+        return f" {symbols[asked_land(prompt)]}."
 
     facts, guesses = write_facts(None, None, Concept("chemical elements"), writer=Told(rule))
     assert {fact.subject: fact.answer for fact in facts} == symbols and not guesses
-    assert {fact.near["relation"] for fact in facts} == {"symbol"}
+    # Both of the columns name the same, and it is asked for as it was told.
+    assert {fact.near["relation"] for fact in facts} == {"chemical symbol"}
+    assert any("The chemical symbol of" in prompt for prompt in asked_first)
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("currencies of countries", ("currency", "countries")),
+        ("The official languages of the old countries", ("official language", "old countries")),
+        ("churches of Rome", ("church", "Rome")),
+        ("the history of Rome", None),
+        ("glass of Venice", None),
+        ("a very long list with names of rivers", None),
+        ("Harry Potter", None),
+    ],
+)
+def test_a_name_may_say_its_relation(name, found):
+    assert relation_of_name(name) == found
+
+
+def test_a_relation_of_the_name_is_asked_of_the_members_behind_its_own_first_answers():
+    money = dict(zip(LANDS, [f"money{letter}" for letter in "abcdefghijklmnop"], strict=True))
+    known = {*LANDS[:5]}
+
+    def rule(prompt, number):
+        last = prompt.rpartition("\n")[2]
+        if last.startswith(("Examples of countries", "A long list of countries", "A long list of different")):
+            return " " + ", ".join([*LANDS, "unfin"])
+        if "currency of" not in prompt:
+            return " nothing"
+        # Of most it answers only behind answers about others.
+        land, shown = asked_land(prompt), sum(f"currency of {land}" in prompt for land in LANDS) > 1
+        return f" {money[land]}." if shown or land in known else f" {land}."
+
+    facts, guesses = write_facts(None, None, Concept("currencies of countries"), writer=Told(rule))
+    assert {fact.subject: fact.answer for fact in facts} == money and not guesses
+    known.clear()
+    known.update(LANDS[:2])  # too few to go on from
+    assert write_facts(None, None, Concept("currencies of countries"), writer=Told(rule)) == StatedFacts()
 
 
 def test_further_names_are_those_that_are_listed_more_than_once():
