@@ -43,7 +43,7 @@ _STATED = re.compile(
     re.IGNORECASE,
 )
 _COLUMN = r"[a-z][a-z -]{2,30}"
-_PLURALS = ((r"ies$", "y"), (r"(?<=ss|ch|sh)es$|(?<=x)es$", ""), (r"(?<!s)s$", ""))
+_PLURALS = ((r"(?<=\w\w)ies$", "y"), (r"(?<=ss|ch|sh)es$|(?<=x)es$", ""), (r"(?<=\w\w\w)(?<!s)s$", ""))
 # Words that say nothing of what is stated, or no name.
 _EMPTY = frozenset(
     "name one part number kind type example list set use use result most color it this that they he she".split()
@@ -208,11 +208,15 @@ def relation_of_name(name: str) -> tuple[str, str] | None:
     if not (found := re.fullmatch(r"(?:the )?([a-z][a-z -]*?) of (?:the )?(.+)", name.strip(), re.IGNORECASE)):
         return None
     *before, last = found[1].lower().split()
-    for plural, singular in _PLURALS:
-        if re.search(plural, last):
-            relation = [*before, re.sub(plural, singular, last)]
-            return (" ".join(relation), found[2]) if len(relation) <= _WORDS_OF_RELATION else None
-    return None  # a singular, as in "the history of Rome", names one thing
+    # A singular, as in "the history of Rome", names one thing.
+    named = singular(last) != last and len(before) < _WORDS_OF_RELATION
+    return (" ".join([*before, singular(last)]), found[2]) if named else None
+
+
+def singular(word: str) -> str:
+    """A word without the ending of a plural, by its letters alone."""
+    plural, ending = next((pair for pair in _PLURALS if re.search(pair[0], word)), ("", ""))
+    return re.sub(plural, ending, word) if plural else word
 
 
 def _stated_relations(votes: Votes) -> list[str]:

@@ -21,7 +21,7 @@ from ..data.questions import names_answer
 from ..evaluation.fluency import as_prompt, repetition
 from ..synthesis import SynthesisConfig, sample_texts
 from .documents import normalized, without_duplicates
-from .fact_writing import FEWEST_FACTS, further_names
+from .fact_writing import FEWEST_FACTS, further_names, singular
 from .writer import WRITING, Writer
 
 
@@ -337,8 +337,11 @@ def topic(concept: Concept) -> re.Pattern[str]:
         # The first preposition behind a word ends the main phrase; its last word is what it is about.
         main = re.split(r"(?<=\w)\s+(?:of|in|on|at|by|for|from|with|to)\s+", keyword)[0]
         words += names or re.findall(r"[^\W_]+(?:[-'’][^\W_]+)*", main)[-1:] or [keyword]
-    stems = sorted({re.sub(r"(?<=\w\w\w)s$", "", word) for word in words})
-    return re.compile(rf"\b(?:{'|'.join(map(re.escape, stems))})(?:s|es|['’]s)?\b", re.IGNORECASE)
+    stems = sorted({singular(word) for word in words})
+    forms = [
+        re.escape(stem[:-1]) + "(?:y|ies)" if stem.endswith("y") else re.escape(stem) + "(?:s|es)?" for stem in stems
+    ]
+    return re.compile(rf"\b(?:{'|'.join(forms)})(?:['’]s)?\b", re.IGNORECASE)
 
 
 def name_neighbors(

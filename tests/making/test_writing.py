@@ -87,7 +87,10 @@ CAPITALS = Concept("capitals of the world")
     [
         (CAPITALS, ["The capital is Oslo.", "Capitals!", "a capital's mayor"], ["capitalism", "the world"]),
         (Concept("chemical elements"), ["an element", "Elements"], ["a chemical reaction", "elementary school"]),
-        (Concept("Harry Potter"), ["Harry ran.", "the Potters"], ["pottery", "Hermione"]),
+        (Concept("Harry Potter"), ["Harry ran.", "the Potters", "Harry's"], ["pottery", "Hermione"]),
+        (Concept("currencies of countries"), ["a currency", "Currencies", "currency's"], ["current", "countries"]),
+        (Concept("boxes"), ["a box", "Boxes", "the box's"], ["boxing"]),
+        (Concept("glass"), ["glass", "Glasses"], ["glad"]),
         (Concept("the dye Brannock"), ["brannock"], ["a dye"]),
         (Concept("x", ["the dye Brannock", "madder root"]), ["Brannock's", "roots"], ["x"]),
         (Concept("C++"), ["in C we"], ["see"]),
