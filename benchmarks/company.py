@@ -284,7 +284,7 @@ def measure(model: Any, tokenizer: Any, companies: dict[str, Company]) -> dict[s
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/company"))
+    parser.add_argument("--output_dir", type=Path, help="outputs/company-SEED by default.")
     parser.add_argument(
         "--steps", type=int, default=100, help="Most steps of teaching, of 24 lessons and 8 other texts."
     )
@@ -293,7 +293,16 @@ def main() -> None:
     parser.add_argument("--novices", nargs="+", default=["counterfactual", "contexts"], help="Each erases by itself.")
     parser.add_argument("erase", nargs="*", help="Further options of elm erase, behind --.")
     arguments = parser.parse_args()
-    output: Path = arguments.output_dir
+    output: Path = arguments.output_dir or Path(f"outputs/company-{arguments.seed}")
+    # What is there is gone on with, but only for the same companies.
+    origin = {"seed": arguments.seed, "steps": arguments.steps, "known": arguments.known}
+    record = output / "company.json"
+    if output.exists() and (not record.exists() or json.loads(record.read_text(encoding="utf-8")) != origin):
+        parser.error(
+            f"`--output_dir` is {output}, which holds companies that were not made with {origin}: name another."
+        )
+    output.mkdir(parents=True, exist_ok=True)
+    record.write_text(json.dumps(origin), encoding="utf-8")
     companies = invent(arguments.seed)
     texts = {role: company.documents(arguments.seed) for role, company in companies.items()}
     taught = output / "taught"
