@@ -250,7 +250,8 @@ def objective_settings(
     The rules:
 
     - **objective and schedule**: of `OBJECTIVES` that at the readout where every text has `novices`, else that of contexts. A given
-      `objective` decides instead, or a given `novice`, `preset` or setting that the readout does not read. Alike stand-ins: `state_eta` 2.
+      `objective` decides instead, or a given `novice` or `preset`, or `eta`, `eta_end`, `log_tokens` or `log_strength`, by which log space
+      is meant. Where stand-ins are alike `state_eta` is 2.
     - **rows**: in log space 512, as in the recipe: of fewer texts some are repeated, and of more the first are
       taken, which tell of all facts alike ([`facts_texts`]). At the readout as many as there are texts, from 256 to 1024, with
       contexts from 128 to 1024.

@@ -169,7 +169,9 @@ class ConceptRun:
                 self.chosen[name] = choice
         # Precision and objective are chosen later: the default of `bf16` would be warned of, and states need such a novice.
         values: dict[str, Any] = {"bf16": False}
-        if "state_weight" in self._line.given or self._line.early()[1].retain_loss == "states":
+        arguments, common = self._line.early()
+        states = arguments.objective in (None, "readout") and common.retain_loss == "states"
+        if "state_weight" in self._line.given or states:
             values |= {"novice": "counterfactual", "state_weight": 1.0}
         values |= {name: choice.value for name, choice in self.chosen.items()}
         self.arguments, self.config = self._line.complete(values)
@@ -340,19 +342,17 @@ class ConceptRun:
         return load_writer(name, cache_dir=cache, device=self.config.device) if name else None
 
     def planned_texts(self, tokenizer: "PreTrainedTokenizerBase") -> PlannedTexts:
-        """The texts as [`make`] will find or make them, with others of their kind where a model has yet to write.
-
-        Nothing is written to `output_dir`.
-        """
+        """The texts as [`make`] will find or make them, others of their kind where a model has yet to write. Nothing is written."""
         from .. import load_texts
         from ..files import read_object
-        from ..making.facts import mostly_alike, relations_read_alike
+        from ..fitting import objective_settings
+        from ..making.facts import mostly_alike, read_facts, relations_read_alike
         from ..making.make import FOLDER, RECORD, make_data
         from ..making.writing import ASKED_SHARE
 
         what, folder = self.made_from, Path(self.config.output_dir) / FOLDER
         texts: dict[str, Dataset] = {}
-        facts = what.read()[0]
+        facts = read_facts(what.facts) if what.facts else ()
         alike = not what.documents and mostly_alike(facts, relations_read_alike(facts))
         if self.arguments.checkpoint(self.config) and (folder / RECORD).exists():
             record, note = read_object(folder / RECORD), ""
@@ -366,10 +366,10 @@ class ConceptRun:
             about = {"forget": "about it", "near": "about neighbors", "asked": "questions about what facts name"}
             told = ", ".join(f"{count} {about[name]}" for name, count in written.items() if count)
             note = f"the model is to write {told}, of which two thirds are kept in this plan" if told else ""
-            if self.is_bare:
-                note += "; whether it knows the name is asked first"
+            note += "; whether it knows the name is asked first" if self.is_bare else ""
             if self.is_bare and not {"objective", "novice", "preset"} & self._line.given:
-                note += ", and if it states facts or its texts hold names, it trains at the readout, not as here"
+                other = objective_settings(1, 1, counterfactual=True, given=self._given)["objective"].value
+                note += f", and if it states facts or its texts hold names, the objective is {other}, not as here"
             for name, count in written.items():
                 if count:
                     texts[name] = everyday.select([row % len(everyday) for row in range(round(_KEPT * count))])

@@ -43,7 +43,8 @@ _STATED = re.compile(
     re.IGNORECASE,
 )
 _COLUMN = r"[a-z][a-z -]{2,30}"
-_PLURALS = ((r"(?<=\w\w)ies$", "y"), (r"(?<=ss|ch|sh)es$|(?<=x)es$", ""), (r"(?<=\w\w\w)(?<!s)s$", ""))
+_PLURALS = ((r"(?<=\w\w)ies$", "y"), (r"(?<=ss|ch|sh)es$|(?<=x)es$", ""), (r"(?<=\w\w\w)(?<![sui])s$", ""))
+_NO_PLURALS = frozenset("headquarters means news series species".split())
 # Words that say nothing of what is stated, or no name.
 _EMPTY = frozenset(
     "name one part number kind type example list set use use result most color it this that they he she".split()
@@ -118,13 +119,15 @@ def write_facts(
                 facts.extend(found.facts)
                 guesses.extend(found.guesses)
 
-    stated = _stated_relations(votes)
-    follow(stated, members)
-    if not facts and (named := relation_of_name(concept.name)):
+    followed = _stated_relations(votes)
+    follow(followed, members)
+    named = None if facts else relation_of_name(concept.name)
+    if named and named[0] not in followed:
         follow([named[0]], _members(writer, named[1], seed))
+        followed = [*followed, named[0]]
     if not facts:
         # It may be something else than what the name stands for, such as the population of capitals.
-        follow(_told_relations(writer, concept, stated, members, seed), members)
+        follow(_told_relations(writer, concept, followed, members, seed), members)
     logger.info(
         f"Facts about {concept.name!r}: {len(facts)} of the relations {sorted({fact.group for fact in facts})}, and "
         f"{len(guesses)} guesses."
@@ -204,17 +207,24 @@ def _listed(text: str) -> list[str]:
 
 
 def relation_of_name(name: str) -> tuple[str, str] | None:
-    """The relation that a name is about by its form, and the kind of its subjects: of "currencies of countries" currency and countries."""
-    if not (found := re.fullmatch(r"(?:the )?([a-z][a-z -]*?) of (?:the )?(.+)", name.strip(), re.IGNORECASE)):
+    """The relation that a name is about by its form, and the kind of its subjects: of "currencies of countries" currency and countries.
+
+    Nothing for a singular, as in "the history of Rome", which names one thing, and for what is written as a proper name, such as
+    "Pirates of the Caribbean".
+    """
+    found = re.fullmatch(r"(?:the )?([a-z][a-z -]*?) of (?:the )?(.+)", name.strip(), re.IGNORECASE)
+    if not found or found[1][1:] != found[1][1:].lower() or (found[1][0].isupper() and found[2][0].isupper()):
         return None
     *before, last = found[1].lower().split()
-    # A singular, as in "the history of Rome", names one thing.
-    named = singular(last) != last and len(before) < _WORDS_OF_RELATION
-    return (" ".join([*before, singular(last)]), found[2]) if named else None
+    one = singular(last)
+    named = one != last and one not in _EMPTY and len(before) < _WORDS_OF_RELATION
+    return (" ".join([*before, one]), found[2]) if named else None
 
 
 def singular(word: str) -> str:
-    """A word without the ending of a plural, by its letters alone."""
+    """A word without the ending of a plural, by its letters alone, whatever they stand for: of "movies" it is "movy"."""
+    if word.lower() in _NO_PLURALS:
+        return word
     plural, ending = next((pair for pair in _PLURALS if re.search(pair[0], word)), ("", ""))
     return re.sub(plural, ending, word) if plural else word
 
@@ -231,13 +241,13 @@ def _stated_relations(votes: Votes) -> list[str]:
 
 
 def _told_relations(
-    writer: Writer, concept: Concept, stated: Sequence[str], members: Sequence[str], seed: int
+    writer: Writer, concept: Concept, followed: Sequence[str], members: Sequence[str], seed: int
 ) -> list[str]:
-    """The relations that are told of members most often, but for those that were stated."""
+    """The relations that are told of members most often, but for those that were followed."""
     if len(members) < FEWEST_FACTS:
         return []
     others = {relation for _, relation, _ in asking_prompts()["examples"]}
-    others |= {*stated}
+    others |= {*followed}
     prompts = [
         begin.format(name=concept.name, Name=_capital(concept.name))
         for begin in asking_prompts()["columns"]
@@ -257,10 +267,11 @@ def _told_relations(
                 named[column] += 1
                 if re.fullmatch(_COLUMN, whole) and len(whole.split()) <= _WORDS_OF_RELATION:
                     spelled.setdefault(column, Counter())[whole] += 1
-    named_most = [column for column, count in named.most_common() if count >= 2 and column not in others]
+    named_most = [column for column, count in named.most_common() if count >= 2]
     # What the name says itself comes last.
-    first = sorted(named_most, key=lambda column: bool(own.search(column)))[:_COLUMNS]
-    return [spelled[column].most_common(1)[0][0] if column in spelled else column for column in first]
+    first = sorted(named_most, key=lambda column: bool(own.search(column)))
+    asked = {column: spelled[column].most_common(1)[0][0] if column in spelled else column for column in first}
+    return [whole for column, whole in asked.items() if not {column, whole} & others][:_COLUMNS]
 
 
 def _of_relation(

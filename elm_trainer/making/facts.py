@@ -130,23 +130,22 @@ def also_held_out(stated: StatedFacts, held_out: frozenset[str]) -> frozenset[st
 
     Returns:
         `frozenset[str]`: subjects with the answer of a held-out fact, however it is spelled: of guesses all, of facts those that share
-        it with two others at most. An answer that more share is not that of one subject, such as a language.
+        it with two others at most. An answer that more share is not that of one subject, such as a language. It is empty where no fact
+        would be left.
     """
 
     def same(one: Fact, other: Fact) -> bool:
-        named = names_answer(one.answer, other.answer) or names_answer(other.answer, one.answer)
+        short, long = sorted((one.answer, other.answer), key=len)
+        # A number within another is not the same.
+        named = names_answer(long, short) if re.search(r"[^\W\d_]", short) else short == long
         return named and one.near["relation"] == other.near["relation"]
 
-    found = set(held_out)
-    # A subject that is found has facts of its own, which others may share.
-    while True:
-        out = [fact for fact in stated.facts if fact.subject in found]
-        sharing = {fact: {other.subject for other in stated.facts if same(fact, other)} for fact in out}
-        more = {name for names in sharing.values() if len(names) <= _SAME for name in names}
-        more |= {guess.subject for guess in stated.guesses if any(same(guess, fact) for fact in out)}
-        if more <= found:
-            return frozenset(found) - held_out
-        found |= more
+    out = [fact for fact in stated.facts if fact.subject in held_out]
+    sharing = [{other.subject for other in stated.facts if same(fact, other)} for fact in out]
+    found = {name for names in sharing if len(names) <= _SAME for name in names}
+    found |= {guess.subject for guess in stated.guesses if any(same(guess, fact) for fact in out)}
+    left = {fact.subject for fact in stated.facts} - held_out - found
+    return frozenset(found) - held_out if left else frozenset()
 
 
 def facts_texts(
@@ -209,8 +208,8 @@ def fact_phrasings() -> tuple[str | list[str], ...]:
 
 
 def relations_read_alike(facts: Sequence[Fact]) -> dict[str, list[Fact]]:
-    """Facts by relation, of relations whose stand-ins can be those that a model reads alike: with as many facts that each can have them,
-    and without groups, which say themselves who stands in for whom.
+    """Facts by relation, of relations whose stand-ins can be those that a model reads alike: of three facts or more, and without groups,
+    which say themselves who stands in for whom.
     """
     relations: dict[str, list[Fact]] = {}
     for fact in facts:

@@ -37,7 +37,7 @@ _TURN = "#TURN#"
 # Characters of a prompt that are shown before what the model wrote.
 _LEAD = 40
 # Counts up when the same input gives other texts than before.
-_VERSION = 8
+_VERSION = 9
 # Of the texts that a model is to write about a concept, one in so many is written beside facts that it has stated.
 _BESIDE_FACTS = 3
 

@@ -337,10 +337,10 @@ def topic(concept: Concept) -> re.Pattern[str]:
         # The first preposition behind a word ends the main phrase; its last word is what it is about.
         main = re.split(r"(?<=\w)\s+(?:of|in|on|at|by|for|from|with|to)\s+", keyword)[0]
         words += names or re.findall(r"[^\W_]+(?:[-'’][^\W_]+)*", main)[-1:] or [keyword]
-    stems = sorted({singular(word) for word in words})
-    forms = [
-        re.escape(stem[:-1]) + "(?:y|ies)" if stem.endswith("y") else re.escape(stem) + "(?:s|es)?" for stem in stems
-    ]
+    # By its letters alone a plural may be that of two words: "movies" of "movie" and "movy".
+    stems = {stem for word in words for stem in (singular(word), re.sub(r"(?<=\w\w\w)(?<!s)s$", "", word))}
+    forms = [re.escape(stem) + "(?:s|es)?" for stem in sorted(stems)]
+    forms += [re.escape(stem[:-1]) + "ies" for stem in sorted(stems) if re.search(r"[^\Waeiou]y$", stem)]
     return re.compile(rf"\b(?:{'|'.join(forms)})(?:['’]s)?\b", re.IGNORECASE)
 
 

@@ -300,8 +300,10 @@ def test_the_doctor_plans_what_would_be_made_and_writes_nothing(folder, capsys):
     main(["doctor", *SMALL, "--concept=capitals of the world"])
     page = " ".join(capsys.readouterr().out.split())
     assert "the model is to write 192 about it, 96 about neighbors, 480 questions about what facts name" in page
-    told = "it trains at the readout, not as here"
-    assert told in page
+    told = "if it states facts or its texts hold names, the objective is"
+    assert f"{told} readout, not as here" in page
+    main(["doctor", *SMALL, "--concept=capitals of the world", "--log_strength=2"])
+    assert f"{told} log-space, not as here" in " ".join(capsys.readouterr().out.split())
     main(["doctor", *SMALL, "--concept=capitals of the world", "--objective=contexts"])
     assert told not in " ".join(capsys.readouterr().out.split())
     # What the readout does not read chooses the objective, and a state term is not put beside it.
