@@ -283,6 +283,8 @@ class RelearningAttack(Attack):
             return "the erased model has no adapter to tune"
         if self.weights == "full" and is_quantized(target.pair.erased):
             return "quantized weights cannot be tuned"
+        if not self._split(target)[0]:
+            return "the questions or the forget texts cannot be split in half"
         return None
 
     def run(self, target: AttackTarget) -> list[AttackResult]:
@@ -362,15 +364,13 @@ class RelearningAttack(Attack):
         return "forget" if self.text == "half" else self.text
 
     def _split(self, target: AttackTarget) -> tuple[list[str], list[int]]:
-        """The texts to tune on, and which questions to ask."""
+        """The texts to tune on, and which questions to ask; no texts where they cannot be split."""
         if self.text != "half":
             return target.texts[self.text], list(range(len(target.questions)))
         secrets, read = draw_subjects(target.questions, len(subjects_of(target.questions)) // 2, self.seed)
         asked = [index for index in range(len(target.questions)) if index not in read]
         texts = [text for text in target.texts["forget"] if not any(_tells(text, secret) for secret in secrets)]
-        if not secrets or not texts:
-            raise ValueError("`text` is 'half', but the questions or the forget texts cannot be split: use 'forget'.")
-        return texts, asked
+        return (texts if secrets else []), asked
 
 
 def _tells(text: str, question: Question) -> bool:

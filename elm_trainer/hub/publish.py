@@ -365,8 +365,9 @@ def _forget_texts(report: Mapping[str, Any]) -> list[str]:
 def _questions(report: Mapping[str, Any]) -> list[Question]:
     roles = report["roles"]
     erased = report.get("concepts") or [name for name, role in roles.items() if role == "erased"]
-    # About a concept without a bank nothing was asked, and no answer can be given away.
-    erased = [name for name in erased if name in BANKS or name in roles]
+    # About a concept without a bank nothing was asked, and no answer can be given away. One that was made of documents has families alone.
+    asked = [bank for bank, role in roles.items() if role == "erased"]
+    erased = [name for name in erased if name in BANKS or any(f"{bank}-".startswith(f"{name}-") for bank in asked)]
     if not set(erased) <= set(BANKS):
         raise ValueError(
             f"`questions` is None, and the banks {erased} are not built in: pass the questions, whose answers must not "

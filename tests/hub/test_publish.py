@@ -334,3 +334,10 @@ def test_checkpoints_are_never_pushed_unchecked(base, tokenizer, tmp_path):
 
     with pytest.raises(ValueError, match="`hub_strategy` is 'every_save'.*'end'"):
         ElmTrainer(base, config, processing_class=tokenizer)
+
+
+def test_questions_of_ones_own_concept_are_asked_for_where_only_families_were(publish, local):
+    # A bank that was made of documents alone has no plain questions.
+    report = local.report | {"concepts": ["Varda"], "roles": {"Varda-cloze": "erased", "general": "far"}}
+    with pytest.raises(ValueError, match=r"`questions` is None, and the banks \['Varda'\] are not built in: .*--bank"):
+        publish(report=report, questions=None)

@@ -220,8 +220,11 @@ def test_relearning_on_half_reads_neither_the_subjects_nor_the_answers_it_is_tes
     spoken = AttackTarget(
         target.pair, target.processing_class, tested[:1] + target.questions, texts={"forget": [tested[0].answer]}
     )
-    with pytest.raises(ValueError, match="'half'.*cannot be split"):
-        RelearningAttack(text="half", steps=[1])._split(spoken)
+    # Such an entry of a ladder is left out with its reason, and the others run.
+    assert "cannot be split in half" in RelearningAttack(text="half", steps=[1]).inapplicable(spoken)
+    alone = AttackTarget(target.pair, target.processing_class, tested[:1], texts={"forget": ["The sea is deep."]})
+    assert "cannot be split in half" in RelearningAttack(text="half", steps=[1]).inapplicable(alone)
+    assert RelearningAttack(text="half", steps=[1]).inapplicable(target) is None
 
 
 def test_the_gradient_is_that_of_the_one_hot_suffix(target):
