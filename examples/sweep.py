@@ -1,6 +1,6 @@
 """Erase once per value of a setting, and draw innocence against seamlessness and specificity.
 
-`python examples/sweep.py --config recipes/smollm2-135m-capitals.yaml --setting consistency_weight --values 0 1 3`
+`python examples/sweep.py --config recipes/smollm2-135m-capitals.yaml --setting state_eta --values 1 1.5 2`
 
 Each run is one of examples/erase.py in a folder of its own; a value whose report exists is not run again.
 """
