@@ -33,7 +33,7 @@ OPTIONS = (
 )  # fmt: skip
 # Objectives with their schedules, the first two for counterfactual novices. The first is that of recipes/smollm2-135m-capitals.yaml,
 # with the layer found in the model, and the second that of recipes/smollm2-135m-capitals-log-space.yaml; tests/test_fitting.py holds
-# them to it. The third is the paper's, with the schedule of recipes/smollm2-135m-capitals-released.yaml.
+# them to it. The third is the paper's, with the schedule of recipes/smollm2-135m-capitals-released.yaml and a tenth of its rate.
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "readout": {
         "novice": "counterfactual", "erase_weight": 0.0, "state_weight": 1.0, "state_eta": 1.5,
@@ -48,13 +48,13 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
         "warmup_steps": 8, "max_grad_norm": 1.0,
     },
     "contexts": {
-        "novice": "contexts", "preset": "paper", "synthetic_size": 48, "learning_rate": 1e-3,
+        "novice": "contexts", "preset": "paper", "synthetic_size": 48, "learning_rate": 1e-4,
         "lr_scheduler_type": "linear", "warmup_steps": 5, "max_grad_norm": 1.0,
     },
 }  # fmt: skip
 _TESTED = {
     "readout": "every text has novices: what is near stays, and answers differ as they did",
-    "contexts": "not every text has novices: the paper's, at a rate for LoRA",
+    "contexts": "not every text has novices: the paper's, at a rate that breaks nothing; facts or documents erase more",
 }
 # At the readout, where stand-ins are read alike ([`likeness`]): the step to the novice is a short one.
 _ETA_IF_ALIKE = 2.0

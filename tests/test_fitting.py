@@ -197,7 +197,7 @@ def chosen(texts=600, longest=70, counterfactual=True, **given):
 
 def test_what_the_texts_have_decides_about_the_objective_unless_it_is_given():
     assert chosen()["objective"] == "readout" and chosen(counterfactual=False)["objective"] == "contexts"
-    assert "state_weight" not in chosen(novice="contexts") and chosen(novice="contexts")["learning_rate"] == 1e-3
+    assert "state_weight" not in chosen(novice="contexts") and chosen(novice="contexts")["learning_rate"] == 1e-4
     assert chosen(counterfactual=False, novice="counterfactual")["state_weight"] == 1
     assert chosen(objective="log-space")["log_tokens"] == 8 and "log_tokens" not in chosen()
     alike = objective_settings(9, 9, counterfactual=True, alike=True)
