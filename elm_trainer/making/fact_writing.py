@@ -229,13 +229,17 @@ def singular(word: str) -> str:
     return re.sub(plural, ending, word) if plural else word
 
 
+def _shown_relations() -> set[str]:
+    """The relations of the examples in the prompts, which a model may repeat."""
+    return {relation for _, relation, _ in asking_prompts()["examples"]}
+
+
 def _stated_relations(votes: Votes) -> list[str]:
     """The relations that were stated of most subjects."""
-    shown = {relation for _, relation, _ in asking_prompts()["examples"]}
     stated = {
         relation: len(subjects)
         for relation, subjects in votes.items()
-        if len(subjects) >= _FEWEST_ALIKE and relation not in shown
+        if len(subjects) >= _FEWEST_ALIKE and relation not in _shown_relations()
     }
     return sorted(stated, key=lambda relation: -stated[relation])[:_RELATIONS]
 
@@ -246,8 +250,7 @@ def _told_relations(
     """The relations that are told of members most often, but for those that were followed."""
     if len(members) < FEWEST_FACTS:
         return []
-    others = {relation for _, relation, _ in asking_prompts()["examples"]}
-    others |= {*followed}
+    others = {*followed} | _shown_relations()
     prompts = [
         begin.format(name=concept.name, Name=_capital(concept.name))
         for begin in asking_prompts()["columns"]
@@ -279,22 +282,21 @@ def _of_relation(
 ) -> StatedFacts:
     """The facts of a relation, and guesses: further subjects, then the answers about each."""
     rng = random.Random(f"{relation}-{seed}")
-    stated = {subject: Counter(answers) for subject, answers in votes.items()}
     given: dict[str, list[str]] = {}
     # Where too little was stated members may be what it is stated of.
     for some in (votes, members):
         if len(_facts_of(relation, given).facts) < _FEWEST_ALIKE:
-            given |= _answers(writer, relation, [name for name in some if name not in given], stated, rng, seed)
+            given |= _answers(writer, relation, [name for name in some if name not in given], votes, rng, seed)
     sure = _facts_of(relation, given).facts
     if len(sure) < _FEWEST_ALIKE:
         return StatedFacts()  # further subjects would be asked about for nothing
     known = [*given]
     if len(votes) < _SHOWN <= len(sure):
         # Behind examples of the same relation it answers what it did not know to be asked for: of gold "Au", not "gold".
-        stated = {fact.subject: Counter((fact.answer,)) for fact in sure}
-        given = _answers(writer, relation, known, stated, rng, seed)
+        votes = {fact.subject: Counter((fact.answer,)) for fact in sure}
+        given = _answers(writer, relation, known, votes, rng, seed)
     further = further_names(writer, known, rng, seed=seed)[: max(_SUBJECTS - len(known), 0)]
-    return _facts_of(relation, given | _answers(writer, relation, further, stated, rng, seed))
+    return _facts_of(relation, given | _answers(writer, relation, further, votes, rng, seed))
 
 
 def _facts_of(relation: str, given: Mapping[str, Sequence[str]]) -> StatedFacts:

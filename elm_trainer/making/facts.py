@@ -183,11 +183,8 @@ def facts_texts(
             f"None of the {len(facts)} facts is left to state: hold out fewer subjects than {len(held_out)}."
         )
     rng = random.Random(f"facts-{seed}")
-    relations: dict[str, list[Fact]] = {}
-    for fact in stated:
-        relations.setdefault(fact.near["relation"], []).append(fact)
     turns: list[list[dict[str, Any]]] = [[] for _ in fact_phrasings()]
-    for relation, related in relations.items():
+    for relation, related in _by_relation(stated).items():
         others = _false_ones(related, rng, (alike or {}).get(relation, {}))
         rows = state_facts(related, fact_phrasings(), rng, processing_class, others=others)
         for place in range(len(related)):
@@ -211,14 +208,18 @@ def relations_read_alike(facts: Sequence[Fact]) -> dict[str, list[Fact]]:
     """Facts by relation, of relations whose stand-ins can be those that a model reads alike: of three facts or more, and without groups,
     which say themselves who stands in for whom.
     """
+    return {
+        relation: related
+        for relation, related in _by_relation(facts).items()
+        if len(related) > STAND_INS and len({fact.group for fact in related}) == 1
+    }
+
+
+def _by_relation(facts: Sequence[Fact]) -> dict[str, list[Fact]]:
     relations: dict[str, list[Fact]] = {}
     for fact in facts:
         relations.setdefault(fact.near["relation"], []).append(fact)
-    return {
-        relation: related
-        for relation, related in relations.items()
-        if len(related) > STAND_INS and len({fact.group for fact in related}) == 1
-    }
+    return relations
 
 
 def likeness(

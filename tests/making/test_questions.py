@@ -212,15 +212,20 @@ def test_sentences_are_read_as_statements(text, found):
     assert statements(text) == found
 
 
+def four_capitals_and_all_lands(prompt, number):
+    """What is stated at first, and listed further; `None` for any other prompt."""
+    if "facts about" in prompt or "Novels." in prompt:
+        land = LANDS[number % 4]
+        return f" capital of {land} is {TRUTH[land]}."
+    return " " + ", ".join([*LANDS, "unfin"]) if "A long list of different" in prompt else None
+
+
 def test_facts_are_what_is_answered_alike_each_time():
     asked = []
 
     def rule(prompt, number):
-        if "facts about" in prompt or "Novels." in prompt:
-            land = LANDS[number % 4]
-            return f" capital of {land} is {TRUTH[land]}."
-        if "A long list of different" in prompt:
-            return " " + ", ".join([*LANDS, "unfin"])
+        if said := four_capitals_and_all_lands(prompt, number):
+            return said
         asked.append(prompt)
         if "capital of" in prompt:
             land = next(
@@ -254,11 +259,8 @@ def test_a_name_that_is_ready_for_what_is_unknown_takes_no_fact_away():
     sure = {land: TRUTH[land] for land in LANDS[:9]}
 
     def rule(prompt, number):
-        if "facts about" in prompt or "Novels." in prompt:
-            land = LANDS[number % 4]
-            return f" capital of {land} is {TRUTH[land]}."
-        if "A long list of different" in prompt:
-            return " " + ", ".join([*LANDS, "unfin"])
+        if said := four_capitals_and_all_lands(prompt, number):
+            return said
         if "capital of" not in prompt:
             return " nothing"
         # Of what it does not know it says the capital of the first land, and then something else.
