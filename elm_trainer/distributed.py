@@ -1,9 +1,11 @@
-"""The processes of a launch, what the first of them does for all, and models whose weights lie in shards."""
+"""The processes of a launch and the device of each, what the first of them does for all, and models whose weights lie in shards."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any, TypeVar
 
+import psutil
 import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -12,6 +14,7 @@ from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 
 Result = TypeVar("Result")
+_CGROUP = Path("/sys/fs/cgroup")
 
 
 def processes_and_rank() -> tuple[int, int]:
@@ -97,3 +100,33 @@ def gathered(module: nn.Module) -> AbstractContextManager:
         )
     # Not what is whole already, as weights that the embeddings share: it would be cut up at the end.
     return maybe_gather_lm_head_ctx(*module.parameters())
+
+
+def default_device() -> torch.device:
+    """The accelerator, if there is one, else the CPU."""
+    return torch.accelerator.current_accelerator() or torch.device("cpu")
+
+
+def multiplies_in_bfloat16(device: torch.device) -> bool:
+    """Whether a device has matrix products in bfloat16, not only the type."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        # Torch has no public name for these; tests/test_fitting.py fails when they move.
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return False
+
+
+def free_memory(device: torch.device) -> int:
+    """Free bytes of an accelerator, or what a new process may take of the main memory, within the limit of a container."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = psutil.virtual_memory().available
+    try:
+        limit, used = (_CGROUP / f"memory.{name}" for name in ("max", "current"))
+        kept = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+        # Pages of files are given up when memory is needed.
+        free = min(free, int(limit.read_text()) - int(used.read_text()) + int(kept["inactive_file"]))
+    except (OSError, ValueError, KeyError):  # no container, or one without a limit ("max")
+        pass
+    return max(free, 0)

@@ -342,3 +342,51 @@ class Runs:
         if found is None:
             logger.warning(f"{path} is damaged: it is run again.")
         return found
+
+
+def store_made(
+    folder: Path, files: Mapping[str, Sequence[Mapping[str, Any]]], record: dict[str, Any], name: str
+) -> None:
+    """Write rows, by name of their file, and a record with the checksums of these; the folder appears when all is there."""
+    with replacing(folder) as unfinished:
+        unfinished.mkdir()
+        for file, rows in files.items():
+            content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            (unfinished / file).write_text(content, encoding="utf-8")
+        record["files"] = folder_checksums(unfinished)
+        write_json(unfinished / name, record)
+
+
+def made_before(
+    folder: Path, name: str, origin: Mapping[str, Any], what: str, *, quote: str = ""
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The record of what [`store_made`] has written, and the files that were edited since, which are taken as they are.
+
+    Args:
+        folder (`Path`): The folder.
+        name (`str`): File of the record.
+        origin (`Mapping`): What it must have been made from.
+        what (`str`): What is there, for the messages.
+        quote (`str`, *optional*): What stands around the names of `origin` there.
+
+    Raises:
+        ValueError: if it was made from other things, or a file is missing or the record cannot be read.
+    """
+    fix = "name another `output_dir`, or move the folder away to have it made anew"
+    try:
+        record = read_object(folder / name)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"`output_dir` has a folder {folder} without a readable {name} ({error}): {fix}.") from error
+    before = record.get("origin", {})
+    if other := [key for key, value in origin.items() if before.get(key) != value]:
+        told = ", ".join(f"{quote}{key}{quote}" for key in other)
+        raise ValueError(f"`output_dir` has {what} in {folder} that were made with another {told}: {fix}.")
+    edited = []
+    for file, checksum in record["files"].items():
+        if not (folder / file).is_file():
+            raise ValueError(f"`output_dir` lacks {folder / file}, which was made: put it back, or {fix}.")
+        if first_damage(folder, {file: checksum}):
+            edited.append(file)
+    if edited:
+        logger.warning(f"{folder}: {', '.join(edited)} changed since they were made, and are taken as they are.")
+    return record, tuple(edited)

@@ -2,15 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import psutil
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from .distributed import default_device, free_memory, multiplies_in_bfloat16
 from .modeling import LINEAR, decoder_layers
 
 
@@ -26,20 +25,24 @@ _FIRST, _LAST = 0.4, 0.8
 USABLE = 0.8
 # What Python and the libraries hold on a CPU, and the logits of a chunk of positions with their gradient.
 _PROCESS, _HEAD = 800 * 2**20, 128 * 2**20
-_CGROUP = Path("/sys/fs/cgroup")
 OPTIONS = (
     "lora_layers", "lora_targets", "lora_rank", "lora_alpha", "per_device_train_batch_size",
     "gradient_accumulation_steps", "per_device_eval_batch_size", "dtype", "bf16", "activation_checkpointing",
 )  # fmt: skip
-# Objectives with their schedules, the first two for counterfactual novices. The first is that of recipes/smollm2-135m-capitals.yaml,
-# with the layer found in the model, and the second that of recipes/smollm2-135m-capitals-log-space.yaml; tests/test_fitting.py holds
-# them to it. The third is the paper's, with the schedule of recipes/smollm2-135m-capitals-released.yaml and a tenth of its rate.
+# Objectives with their schedules, the first three for counterfactual novices. The first is that of recipes/smollm2-135m-capitals.yaml,
+# with the layer found in the model, and the third that of recipes/smollm2-135m-capitals-log-space.yaml; tests/test_fitting.py holds
+# them to it. The last is the paper's, with the schedule of recipes/smollm2-135m-capitals-released.yaml and a tenth of its rate.
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "readout": {
         "novice": "counterfactual", "erase_weight": 0.0, "state_weight": 1.0, "state_eta": 1.5,
         "retain_loss": "states", "retain_weight": 2.0, "consistency_weight": 0.0,
         "lora_layers": AUTO, "learning_rate": 6e-3, "adam_beta2": 0.98,
         "lr_scheduler_type": "linear", "warmup_steps": 10, "max_grad_norm": 1.0,
+    },
+    "terms": {
+        "novice": "counterfactual", "erase_weight": 0.0, "state_weight": 1.0, "state_eta": 2.0, "state_names": True,
+        "retain_loss": "states", "retain_weight": 0.7, "consistency_weight": 0.0, "lora_targets": "all-linear",
+        "learning_rate": 4e-3, "adam_beta2": 0.98, "lr_scheduler_type": "linear", "warmup_steps": 10, "max_grad_norm": 1.0,
     },
     "log-space": {
         "novice": "counterfactual", "eta": 1.3, "log_tokens": 8, "log_strength": 3.0, "fact_share": 0.7,
@@ -54,15 +57,18 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 _TESTED = {
     "readout": "every text has novices: what is near stays, and answers differ as they did",
+    "terms": "a mere name without facts: its terms become unknown words where the model first reads them",
     "contexts": "not every text has novices: the paper's, at a rate that breaks nothing; facts or documents erase more",
 }
 # At the readout, where stand-ins are read alike ([`likeness`]): the step to the novice is a short one.
 _ETA_IF_ALIKE = 2.0
+# Where terms become unknown words: the share of the layers below the first adapted one, and below the last.
+_TERMS_FIRST, _TERMS_LAST = 0.1, 0.3
 # Short rows are fastest attended to by plain products, of few shapes; in bfloat16 they need `use_cpu`.
 _ON_CPU = {"use_cpu": True, "attn_implementation": "eager", "pad_to_multiple_of": 8}
 # Fewest and most rows, and how often each is seen: together about as many as the recipes of the two objectives train on.
-_ROWS = {"readout": (256, 1024), "log-space": (512, 512), "contexts": (128, 1024)}
-_EPOCHS = {"readout": 10.0, "log-space": 2.0, "contexts": 3.0}
+_ROWS = {"readout": (256, 1024), "terms": (256, 1536), "log-space": (512, 512), "contexts": (128, 1024)}
+_EPOCHS = {"readout": 10.0, "terms": 4.0, "log-space": 2.0, "contexts": 3.0}
 _FEWEST_STEPS = 600  # states are led slowly, where there are few rows too
 # Bounds of the longest text in tokens.
 _LENGTHS = (80, 256)
@@ -75,14 +81,10 @@ class FittedSettings:
     Args:
         lora_layers (`str`): First and last adapted layer, such as `"12-24"`, or `"auto"` if that is given.
         lora_targets (`str`): Names of adapted modules, comma-separated, or `"all-linear"`.
-        lora_rank (`int`): Rank of the adapter.
-        lora_alpha (`int`): Its alpha.
-        per_device_train_batch_size (`int`): Rows in a forward pass.
-        gradient_accumulation_steps (`int`): Forward passes in an update.
+        lora_rank, lora_alpha (`int`): Rank and alpha of the adapter.
+        per_device_train_batch_size, gradient_accumulation_steps (`int`): Rows in a forward pass, and passes in an update.
         per_device_eval_batch_size (`int`): Rows of which targets are computed at once.
-        dtype (`str`): Data type of the frozen weights.
-        bf16 (`bool`): Whether matrix products run in bfloat16.
-        activation_checkpointing (`bool`): Whether activations are computed again in the backward pass.
+        dtype (`str`), bf16, activation_checkpointing (`bool`): As the options of that name.
         reasons (`Mapping[str, str]`): Why, by name of the setting.
         needed (`int`): Bytes that a step takes by the rule of [`fitting_settings`].
         fits (`bool`): Whether that is within the usable memory.
@@ -242,20 +244,22 @@ def objective_settings(
     *,
     counterfactual: bool,
     alike: bool = False,
+    by_terms: bool = False,
     given: Mapping[str, Any] | None = None,
     attention: Sequence[str] = (),
+    depth: int = 0,
 ) -> dict[str, Choice]:
     """Choose objective, rows, epochs, length and checkpoints by the forget texts.
 
     The rules:
 
-    - **objective and schedule**: of `OBJECTIVES` that at the readout where every text has `novices`, else that of contexts. A given
-      `objective` decides instead, or a given `novice` or `preset`, or `eta`, `eta_end`, `log_tokens` or `log_strength`, by which log space
-      is meant. Where stand-ins are alike `state_eta` is 2.
+    - **objective and schedule**: of `OBJECTIVES` that at the readout where every text has `novices`, or that of terms where these
+      replace a subject's terms, else that of contexts. A given `objective` decides instead, or a given `novice` or `preset`, or `eta`, `eta_end`, `log_tokens` or `log_strength`, by which log space
+      is meant. Where stand-ins are alike `state_eta` is 2. For terms the layers are those from `round(.1·depth)` to `round(.3·depth)`.
     - **rows**: in log space 512, as in the recipe: of fewer texts some are repeated, and of more the first are
-      taken, which tell of all facts alike ([`facts_texts`]). At the readout as many as there are texts, from 256 to 1024, with
-      contexts from 128 to 1024.
-    - **steps**: ten passes over the rows at the readout, but at least 600 steps, two passes in log space, three with contexts; a given
+      taken, which tell of all facts alike ([`facts_texts`]). At the readout as many as there are texts, from 256 to 1024, for terms
+      to 1536, with contexts from 128 to 1024.
+    - **steps**: ten passes over the rows at the readout, four for terms, but at least 600 steps, two in log space, three with contexts; a given
       `max_steps` decides instead. Fewer steps than one pass are no way to save time, since the targets of rows that are read once are
       computed for nothing.
     - **length**: that of the longest forget text in tokens, rounded up to a multiple of 8, at least 80 and at most 256.
@@ -265,20 +269,27 @@ def objective_settings(
         texts (`int`): Number of forget texts.
         longest (`int`): Tokens of the longest.
         counterfactual (`bool`): Whether every one has `novices`.
-        alike (`bool`, *optional*, defaults to `False`): Whether it reads most facts and their stand-ins alike ([`likeness`]).
+        alike, by_terms (`bool`, *optional*, defaults to `False`):
+            Whether it reads most facts and their stand-ins alike ([`likeness`]), and whether `novices` replace a subject's terms.
         given (`Mapping[str, Any]`, *optional*): Settings that are given; none of them is chosen.
         attention (`Sequence[str]`, *optional*): The model's [`attention_modules`], which are adapted at the readout.
+        depth (`int`, *optional*): Number of its layers, of which those of terms are chosen.
 
     Returns:
         `dict[str, Choice]`: by name of the option.
     """
     given = dict(given or {})
-    objective, why = _objective(given, counterfactual)
+    objective, why = _objective(given, counterfactual, by_terms)
     found = {name: Choice(value, why) for name, value in {"objective": objective, **OBJECTIVES[objective]}.items()}
     if objective == "readout" and alike:
         found["state_eta"] = Choice(_ETA_IF_ALIKE, "stand-ins are read alike; the best found on dev questions")
     if objective == "readout" and attention:
         found["lora_targets"] = Choice(",".join(attention), "attention is what reads the answer out")
+    if objective == "terms" and depth:
+        layers = f"{round(_TERMS_FIRST * depth)}-{round(_TERMS_LAST * depth)}"
+        found["lora_layers"] = Choice(layers, f"from {_TERMS_FIRST:.0%} to {_TERMS_LAST:.0%} of {depth} layers")
+        last = str(given.get("lora_layers", layers)).rpartition("-")[2]
+        found["state_layers"] = Choice([int(last)], "the last adapted layer")
     low, high = _ROWS[objective]
     rows = min(max(texts, low), high)
     told = f"{texts} forget texts are there"
@@ -287,7 +298,7 @@ def objective_settings(
     found["dataset_size"] = Choice(rows, f"{told}, which are repeated up to {low} rows" if texts < low else told)
     if given.get("max_steps", -1) <= 0:
         passes, why = _EPOCHS[objective], "about as many rows as in the recipe of this objective"
-        if objective == "readout" and rows * passes < _FEWEST_STEPS * UPDATE_ROWS:
+        if objective in ("readout", "terms") and rows * passes < _FEWEST_STEPS * UPDATE_ROWS:
             passes = float(-(-_FEWEST_STEPS * UPDATE_ROWS // rows))
             why = f"at least {_FEWEST_STEPS} steps of {UPDATE_ROWS} rows"
         found["num_train_epochs"] = Choice(passes, why)
@@ -299,7 +310,7 @@ def objective_settings(
     return {name: choice for name, choice in found.items() if name not in given}
 
 
-def _objective(given: Mapping[str, Any], counterfactual: bool) -> tuple[str, str]:
+def _objective(given: Mapping[str, Any], counterfactual: bool, by_terms: bool) -> tuple[str, str]:
     """The objective by the rule of [`objective_settings`], and why."""
     if "objective" in given:
         return given["objective"], "`objective` is given"
@@ -309,7 +320,7 @@ def _objective(given: Mapping[str, Any], counterfactual: bool) -> tuple[str, str
     readout = any(name.startswith("state_") for name in given) or given.get("retain_loss") == "states"
     if counterfactual and unread and not readout:
         return "log-space", f"`{unread[0]}` is given, which the readout does not read"
-    objective = "readout" if counterfactual else "contexts"
+    objective = ("terms" if by_terms else "readout") if counterfactual else "contexts"
     return objective, f"`{'novice' if given.get('novice') else 'preset'}` is given" if novice else _TESTED[objective]
 
 
@@ -363,36 +374,6 @@ def attention_modules(layers: nn.ModuleList) -> list[str]:
     inside = {path for path in paths if "attn" in path or "attention" in path}
     others = {path.rpartition(".")[2] for path in paths - inside}
     return sorted({".".join(path.split(".")[-2 if path.rpartition(".")[2] in others else -1 :]) for path in inside})
-
-
-def default_device() -> torch.device:
-    """The accelerator, if there is one, else the CPU."""
-    return torch.accelerator.current_accelerator() or torch.device("cpu")
-
-
-def multiplies_in_bfloat16(device: torch.device) -> bool:
-    """Whether a device has matrix products in bfloat16, not only the type."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu":
-        # Torch has no public name for these; tests/test_fitting.py fails when they move.
-        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return False
-
-
-def free_memory(device: torch.device) -> int:
-    """Free bytes of an accelerator, or what a new process may take of the main memory, within the limit of a container."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    free = psutil.virtual_memory().available
-    try:
-        limit, used = (_CGROUP / f"memory.{name}" for name in ("max", "current"))
-        kept = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
-        # Pages of files are given up when memory is needed.
-        free = min(free, int(limit.read_text()) - int(used.read_text()) + int(kept["inactive_file"]))
-    except (OSError, ValueError, KeyError):  # no container, or one without a limit ("max")
-        pass
-    return max(free, 0)
 
 
 def shown(size: float) -> str:

@@ -4,9 +4,10 @@ import yaml
 from transformers import Gemma3TextConfig, GPT2Config, GPTNeoXConfig, LlamaConfig, Qwen2Config
 
 from benchmarks.doctor import MODELS
-from elm_trainer import ElmConfig, fitting
+from elm_trainer import ElmConfig, distributed
 from elm_trainer.cli.erase_options import ErasureArguments
 from elm_trainer.cli.recipes import find_recipe
+from elm_trainer.distributed import free_memory, multiplies_in_bfloat16
 from elm_trainer.fitting import (
     AUTO,
     OBJECTIVES,
@@ -15,9 +16,7 @@ from elm_trainer.fitting import (
     empty_model,
     expected_readout,
     fitting_settings,
-    free_memory,
     machine_settings,
-    multiplies_in_bfloat16,
     objective_settings,
 )
 from elm_trainer.modeling import decoder_layers
@@ -157,7 +156,7 @@ def test_wrong_arguments_are_named(wrong, message):
 def test_a_container_limits_what_is_free(tmp_path, monkeypatch):
     for name, text in {"max": "5000000", "current": "4000000", "stat": "anon 1\ninactive_file 500000"}.items():
         (tmp_path / f"memory.{name}").write_text(text)
-    monkeypatch.setattr(fitting, "_CGROUP", tmp_path)
+    monkeypatch.setattr(distributed, "_CGROUP", tmp_path)
     assert free_memory(torch.device("cpu")) == 1_500_000
 
     (tmp_path / "memory.max").write_text("max")
@@ -209,6 +208,24 @@ def test_what_the_texts_have_decides_about_the_objective_unless_it_is_given():
     found = objective_settings(9, 9, counterfactual=True, given={}, attention=["q_proj", "attn.c_proj"])
     assert (found["lora_layers"].value, found["lora_targets"].value) == ("auto", "q_proj,attn.c_proj")
     assert found["novice"].value == "counterfactual"
+
+
+def test_terms_become_unknown_words_at_early_layers():
+    found = objective_settings(3000, 60, counterfactual=True, by_terms=True, attention=["q_proj"], depth=30)
+    values = {name: choice.value for name, choice in found.items()}
+    assert (values["objective"], values["lora_layers"], values["state_layers"]) == ("terms", "3-9", [9])
+    assert values["state_names"] and values["lora_targets"] == "all-linear"
+    assert (values["dataset_size"], values["num_train_epochs"]) == (1536, 4)
+    few = objective_settings(9, 60, counterfactual=True, by_terms=True, depth=2)
+    assert (few["lora_layers"].value, few["state_layers"].value, few["num_train_epochs"].value) == ("0-1", [1], 24)
+    given = objective_settings(9, 60, counterfactual=True, by_terms=True, depth=30, given={"lora_layers": "5-7"})
+    assert given["state_layers"].value == [7] and "lora_layers" not in given
+    # Where there are no novices, or something else is wanted, it is that.
+    assert objective_settings(9, 9, counterfactual=False, by_terms=True)["objective"].value == "contexts"
+    assert (
+        objective_settings(9, 9, counterfactual=True, by_terms=True, given={"eta": 2})["objective"].value
+        == "log-space"
+    )
 
 
 @pytest.mark.parametrize("name", ["eta", "eta_end", "log_tokens", "log_strength"])

@@ -61,17 +61,17 @@ class PlannedTexts(NamedTuple):
     Attributes:
         texts (`dict[str, Dataset]`): By name, those about the concept as `"forget"`; all others are retain texts.
         note (`str`): What is not there yet, and how it is planned.
-        alike (`bool`): Whether stand-ins of facts will be read alike, as [`objective_settings`] wants to know.
+        kind (`dict[str, bool]`): `counterfactual`, `alike` and `by_terms`, as [`objective_settings`] wants to know them.
     """
 
     texts: "dict[str, Dataset]"
     note: str
-    alike: bool
+    kind: dict[str, bool]
 
-    @property
-    def counterfactual(self) -> bool:
-        """Whether every forget text has `novices`."""
-        return all(row.get("novices") for row in self.texts["forget"].to_list())
+
+def kind_of_texts(record: Mapping[str, Any]) -> dict[str, bool]:
+    """The `kind` of [`PlannedTexts`] by the record of what was made; that of an earlier version lacks some."""
+    return {name: record.get(name, False) for name in ("counterfactual", "alike", "by_terms")}
 
 
 def settle_layers(
@@ -153,7 +153,7 @@ class ConceptRun:
 
         self._line = line
         self._known: list[Familiarity] | None = None
-        self._attention: list[str] = []
+        self._attention, self._depth = list[str](), 0
         self.chosen = {}
         arguments, _ = line.early()
         self._choose({"output_dir": Choice(default_folder(arguments.concept), "by the concept's name")})
@@ -264,15 +264,12 @@ class ConceptRun:
         fitted = fitting_settings(model, memory=memory, device=device, given=given, **more)
         # Free memory may differ between processes, and their settings must not.
         found = from_first(machine_settings(fitted, device))
-        self._attention = attention_modules(decoder_layers(empty_model(config)))
+        layers = decoder_layers(empty_model(config))
+        self._attention, self._depth = attention_modules(layers), len(layers)
         self._choose({name: choice for name, choice in found.items() if name not in given})
 
-    def fit_texts(
-        self, forget: "Dataset", *, counterfactual: bool, tokenizer: "PreTrainedTokenizerBase", alike: bool = False
-    ) -> None:
-        """Choose what depends on the forget texts: objective, rows, steps, length. After [`fit_model`]. `alike` is that of
-        [`objective_settings`].
-        """
+    def fit_texts(self, forget: "Dataset", tokenizer: "PreTrainedTokenizerBase", kind: Mapping[str, bool]) -> None:
+        """Choose objective, rows, steps and length, after [`fit_model`]. `kind` is that of [`PlannedTexts`]."""
         from ..fitting import Choice, objective_settings
 
         longest = max(len(ids) for ids in tokenizer(forget["text"][:], add_special_tokens=True)["input_ids"])
@@ -282,7 +279,7 @@ class ConceptRun:
             shown = {"readout": before.get("state_weight"), "log-space": before.get("log_tokens"), "contexts": True}
             given = {"objective": before.get("objective", next(filter(shown.get, shown)))} | given
         found = objective_settings(
-            len(forget), longest, counterfactual=counterfactual, alike=alike, given=given, attention=self._attention
+            len(forget), longest, given=given, attention=self._attention, depth=self._depth, **kind
         )
         if before:
             found["objective"] = Choice(given["objective"], "as the run had it that goes on")
@@ -303,7 +300,7 @@ class ConceptRun:
         with self.config.main_process_first():
             made = make_data(self.made_from, model, tokenizer, output, writer=self._writer, known=self._known)
             forget = load_texts(made.sources.forget)
-        self.fit_texts(forget, counterfactual=made.counterfactual, tokenizer=tokenizer, alike=made.record["alike"])
+        self.fit_texts(forget, tokenizer, kind_of_texts(made.record))
         with self.config.main_process_first():
             if self.config.local_process_index == 0:
                 values = {name: choice.value for name, choice in self.chosen.items()}
@@ -348,40 +345,45 @@ class ConceptRun:
         from ..fitting import objective_settings
         from ..making.facts import mostly_alike, read_facts, relations_read_alike
         from ..making.make import FOLDER, RECORD, make_data
+        from ..making.novices import DRAWS
         from ..making.writing import ASKED_SHARE
 
-        what, folder = self.made_from, Path(self.config.output_dir) / FOLDER
-        texts: dict[str, Dataset] = {}
+        what, folder, texts = self.made_from, Path(self.config.output_dir) / FOLDER, dict[str, Any]()
         facts = read_facts(what.facts) if what.facts else ()
-        alike = not what.documents and mostly_alike(facts, relations_read_alike(facts))
+        kind = {"counterfactual": True, "by_terms": self.is_bare}
+        kind["alike"] = not what.documents and mostly_alike(facts, relations_read_alike(facts))
         if self.arguments.checkpoint(self.config) and (folder / RECORD).exists():
             record, note = read_object(folder / RECORD), ""
-            alike = record.get("alike", alike)
+            kind = kind_of_texts(record)
             texts |= {name: load_texts(folder / f"{name}.jsonl") for name in record["counts"]}
         else:
             everyday = load_texts("everyday")
-            written = {"forget": what.texts if self.is_bare else 0, "near": 0 if what.near else what.near_texts}
+            written = {"forget": 2 * what.texts if self.is_bare else 0, "near": 0 if what.near else what.near_texts}
             # Whether there will be facts of a mere name is not known yet.
             written["asked"] = ASKED_SHARE * written["near"] if self.is_bare or what.facts else 0
-            about = {"forget": "about it", "near": "about neighbors", "asked": "questions about what facts name"}
-            told = ", ".join(f"{count} {about[name]}" for name, count in written.items() if count)
+            about = ("about it and its terms", "about neighbors", "questions about what facts name")
+            told = ", ".join(f"{count} {of}" for count, of in zip(written.values(), about, strict=True) if count)
             note = f"the model is to write {told}, of which two thirds are kept in this plan" if told else ""
-            note += "; whether it knows the name is asked first" if self.is_bare else ""
-            if self.is_bare and not {"objective", "novice", "preset"} & self._line.given:
-                other = objective_settings(1, 1, counterfactual=True, given=self._given)["objective"].value
-                note += f", and if it states facts or its texts hold names, the objective is {other}, not as here"
+            if self.is_bare:
+                other = objective_settings(1, 1, counterfactual=True, given=self._given).get("objective")
+                note += "; whether it knows the name is asked first"
+                if other and other.value == "readout":
+                    note += ", and if it states facts, the objective is readout, not as here"
             for name, count in written.items():
                 if count:
                     texts[name] = everyday.select([row % len(everyday) for row in range(round(_KEPT * count))])
             if self.is_bare:
+                alone = texts["forget"]
+                texts["forget"] = alone.add_column("novices", [[text] * DRAWS for text in alone["text"]])
                 texts |= {} if what.retain else {"retain": everyday}
             else:
                 with TemporaryDirectory() as place:
                     made = make_data(replace(what, near_texts=0), None, tokenizer, place)
                     texts |= {name: load_texts(made.folder / f"{name}.jsonl") for name in made.record["counts"]}
+                kind["counterfactual"] = made.counterfactual
         own = (*what.near, *what.retain)
         texts |= {str(source): load_texts(source, processing_class=tokenizer, seed=what.seed) for source in own}
-        return PlannedTexts(texts, note, alike)
+        return PlannedTexts(texts, note, kind)
 
     def show(self, console: "Console") -> None:
         """Print what was chosen and why, settings of one reason in a line."""

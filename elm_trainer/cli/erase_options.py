@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 # What the texts of `concept` are made from.
 _ABOUT_CONCEPT = ("documents", "facts", "near", "writer")
 # The names of `OBJECTIVES` of fitting.py, which imports torch.
-_OBJECTIVES = ["readout", "log-space", "contexts"]
+_OBJECTIVES = ["readout", "terms", "log-space", "contexts"]
 
 
 @dataclass

@@ -79,9 +79,7 @@ class PlannedRun:
         try:
             made.fit_model(run.model, run.free if run.arguments.memory else None)
             plan = run.planned
-            made.fit_texts(
-                run.texts["forget"], counterfactual=plan.counterfactual, tokenizer=run.tokenizer, alike=plan.alike
-            )
+            made.fit_texts(run.texts["forget"], run.tokenizer, plan.kind)
         except Exception as error:  # which is for a line of the page
             unchosen = error
         fitted = cls(cast(DoctorArguments, made.arguments), made.config, made)

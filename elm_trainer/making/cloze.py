@@ -11,7 +11,8 @@ from .writer import Writer
 
 
 CLOZE = "cloze"
-_NAME = r"[A-ZÀ-ÖØ-Þ][\w'’-]*\w(?: (?:(?:of|de|von|van|la) )?[A-ZÀ-ÖØ-Þ][\w'’-]*\w){0,3}"
+# "I'll" begins no name.
+_NAME = r"(?!I['’])[A-ZÀ-ÖØ-Þ][\w'’-]*\w(?: (?:(?:of|de|von|van|la) )?[A-ZÀ-ÖØ-Þ][\w'’-]*\w){0,3}"
 _MONTH = "January|February|March|April|May|June|July|August|September|October|November|December"
 # The first that fits a place is taken.
 _KINDS = {
@@ -54,23 +55,34 @@ class Asked:
     close: frozenset[str] = frozenset()
 
 
-def cloze_questions(passages: Sequence[str], *, most: int = 240, seed: int = 0) -> list[Asked]:
-    """Beginnings of sentences that a name, a number or a date continues.
+def cloze_questions(
+    passages: Sequence[str], *, terms: Sequence[str] = (), most: int = 240, seed: int = 0
+) -> list[Asked]:
+    """Beginnings of sentences that a name, a number or a date continues, or a term.
 
     The span stands neither at the beginning of the sentence nor earlier in what is shown, which is the sentence up to the span, with the
     sentence before it where this one has named nothing yet.
 
     Args:
         passages (`Sequence[str]`): Texts.
+        terms (`Sequence[str]`, *optional*): Terms of the subject, which are asked for too.
         most (`int`, *optional*, defaults to `240`): Most questions; more are drawn from.
         seed (`int`, *optional*, defaults to `0`): Seed of the draw.
     """
     found: dict[tuple[str, str], Asked] = {}
+    longest_first = sorted(terms, key=len, reverse=True)
+    of_terms = re.compile(
+        rf"\b(?P<term>{'|'.join(map(re.escape, longest_first))})\b" if terms else r"(?!)", re.IGNORECASE
+    )
     for passage in passages:
         before = ""
         for sentence in filter(None, (part.strip() for part in _SENTENCE.split(passage))):
-            count = 0
-            for match in _SPAN.finditer(sentence):
+            count, end = 0, 0
+            spans = [*of_terms.finditer(sentence), *_SPAN.finditer(sentence)]
+            for match in sorted(spans, key=lambda match: (match.start(), -match.end())):
+                if match.start() < end:
+                    continue  # within the one before it
+                end = match.end()
                 lead, answer = sentence[: match.start()].rstrip(), match.group()
                 if match.lastgroup == "name":
                     answer = answer.removesuffix("'s").removesuffix("’s")

@@ -184,7 +184,7 @@ def _members(writer: Writer, kind: str, seed: int) -> list[str]:
     votes: Counter[str] = Counter()
     spelled: dict[str, str] = {}
     for prompt, text in zip(prompts, writer.write(prompts, max_new_tokens=_LIST_TOKENS, seed=seed), strict=True):
-        for name in _listed(text):
+        for name in listed_names(text):
             key = normalized(name)
             if key not in normalized(prompt) and key != normalized(kind):
                 votes[key] += 1
@@ -192,7 +192,7 @@ def _members(writer: Writer, kind: str, seed: int) -> list[str]:
     return [spelled[key] for key, count in votes.most_common() if count >= 2][:_SUBJECTS]
 
 
-def _listed(text: str) -> list[str]:
+def listed_names(text: str) -> list[str]:
     """The names in the rest of a line, each once."""
     line, whole, _ = text.partition("\n")
     # The last one is cut off where the line has no end.
@@ -343,7 +343,7 @@ def further_names(writer: Writer, known: Sequence[str], rng: random.Random, *, s
             for _ in range(_FURTHER)
         ]
         for text in writer.write(prompts, max_new_tokens=_LIST_TOKENS, temperature=1.0, seed=seed + 10 + turn):
-            for name in _listed(text):
+            for name in listed_names(text):
                 listed[normalized(name)] += 1
                 spelled.setdefault(normalized(name), name)
     return [spelled[key] for key, count in listed.most_common() if count > 1 and key not in own][:_NAMES]

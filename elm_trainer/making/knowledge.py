@@ -1,17 +1,23 @@
-"""Whether a model has ever heard of a name: how much it is surprised by it, beside names that were made up just now."""
+"""What a model knows of a mere name: whether it has ever heard of it, and what it tells of the terms that belong to it."""
 
 import math
 import random
 import re
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..concept import Concept
-from ..data.invented import invented_name
+from ..data.invented import SMALL_WORDS, invented_name
 from ..data.tokens import text_tokenizer
 from ..evaluation.likelihood import log_likelihoods
+from .documents import normalized
+from .fact_writing import asking_prompts, further_names, listed_names
+from .writer import WRITING, Writer
+from .writing import begun_about, sift, topic, writing_prompts
 
 
 # After these a name may stand as a subject of its own.
@@ -24,6 +30,18 @@ LEADS = (
 INVENTED = 8
 # Largest share of the invented names' surprise at which a name counts as known.
 BOUND = 0.45
+# Lists that are asked for in each way, and their tokens.
+_DRAWS, _TOKENS = 8, 48
+# Terms that are written about: of those that were listed, that recur, and that were listed further.
+_LISTED, _RECURRING, _FURTHER = 24, 16, 24
+# Colder than other texts: what is told of a term is to be what the model holds true.
+_TEMPERATURE = 0.7
+# A word recurs that so many texts hold, so many times as often as English and texts about other subjects do, and that is not frequent.
+_FEWEST_TEXTS, _KEYNESS, _FREQUENT, _SHORTEST = 3, 25.0, 5.3, 3
+# Words of the beginning of a sentence. With fewer terms a subject is not described by them.
+_SENTENCE, FEWEST_TERMS = 5, 8
+_WORD = re.compile(r"[^\W\d_]+(?:[-'’][^\W\d_]+)*")
+_NAME = re.compile(r"[^\W\d_][\w' -]+")
 
 
 class UnknownConceptError(ValueError):
@@ -117,3 +135,132 @@ def _evidence(concept: Concept, found: Sequence[Familiarity]) -> str:
         f"invented names like it ({', '.join(list(best.invented)[:2])}) by {mean:.0f}, and a name that it has read often by at most "
         f"{BOUND:.0%} of that. There is nothing to erase; if it is known by another name, give that, or documents or facts."
     )
+
+
+@dataclass(frozen=True)
+class SubjectTexts:
+    """What a model writes about a subject and its terms.
+
+    Attributes:
+        terms (`list[str]`): The subject's terms: what was listed as belonging to it, and words that recur in the texts.
+        texts (`list[str]`): Texts without the beginnings that the model was given.
+        dropped (`dict[str, int]`): How many texts were dropped for which reason.
+    """
+
+    terms: list[str] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    dropped: dict[str, int] = field(default_factory=dict)
+
+
+def write_by_terms(reference: Writer, concept: Concept, *, texts: int, seed: int = 0) -> SubjectTexts:
+    """Let a model describe a subject: list its terms, and write about the subject and about each of the terms.
+
+    A term is what the model lists twice or more as belonging to the subject, what it lists further behind these, or a word that
+    stands in its texts far more often than in English and in texts of the same forms about other subjects ([`recurring_terms`]).
+
+    Args:
+        reference ([`Writer`]): The model, in this process.
+        concept ([`Concept`]): The subject.
+        texts (`int`): Texts about the subject itself; about its terms, five each, there are up to twice as many and more.
+        seed (`int`, *optional*, defaults to `0`): Seed of all draws.
+
+    Returns:
+        [`SubjectTexts`], without texts where the model gives fewer than 8 terms.
+
+    Raises:
+        ImportError: if wordfreq is not installed.
+    """
+    import wordfreq  # noqa: F401  before anything is written
+
+    prompts = writing_prompts()
+    plain = [prompt for form, some in prompts["about"].items() if form != "chat" for prompt in some]
+    words = topic(concept)
+    dropped: Counter[str] = Counter()
+
+    def write(names: Sequence[str], forms: Sequence[str], chat: Sequence[str], count: int) -> list[_Piece]:
+        begun = begun_about(reference.processing_class, names, forms, chat, count)
+        found = reference.write(begun, max_new_tokens=_TOKENS, temperature=_TEMPERATURE, seed=seed)
+        rows, lost = sift(begun, [a + b for a, b in zip(begun, found, strict=True)], lambda text: True, WRITING)
+        dropped.update(lost)
+        return [_Piece(row["prompt"].rpartition("\n")[2], row["text"].removeprefix(row["prompt"])) for row in rows]
+
+    others = [name for name in prompts["others"] if not words.search(name)]
+    of_terms = (prompts["near"], prompts["chat_near"])
+    everything = ([*plain, *of_terms[0]], [*prompts["about"]["chat"], *of_terms[1]])
+    beside = write(others, *everything, texts // 2)
+    dropped.clear()
+    about = write([concept.name], *everything, texts // 2)
+    listed = listed_terms(reference, concept, seed)
+    recurring = recurring_terms([piece.new for piece in about], [piece.new for piece in beside])
+    terms: list[str] = []
+    if len({*listed, *recurring}) >= FEWEST_TERMS:
+        own = {normalized(concept.name), "etc", "and"}
+        further = [
+            name
+            for name in further_names(reference, listed or recurring, random.Random(f"terms-{seed}"), seed=seed)
+            if _NAME.fullmatch(name) and normalized(name) not in own
+        ]
+        names = [*dict.fromkeys([*listed[:_LISTED], *recurring[:_RECURRING], *further[:_FURTHER]])]
+        about += write(names, *of_terms, sum(map(len, of_terms)) * len(names))
+        recurring = recurring_terms([piece.new for piece in about], [piece.new for piece in beside])
+        terms = [*dict.fromkeys([*listed, *further, *recurring])]
+    return SubjectTexts(terms, [piece.text for piece in about], dict(dropped))
+
+
+class _Piece(NamedTuple):
+    """The line that was begun for a model, and what it wrote behind it."""
+
+    begun: str
+    new: str
+
+    @property
+    def text(self) -> str:
+        """Both, where the line begins a sentence; "Answer:" begins none."""
+        return (self.begun + self.new if len(self.begun.split()) >= _SENTENCE else self.new).strip()
+
+
+def listed_terms(writer: Writer, concept: Concept, seed: int = 0) -> list[str]:
+    """What a model lists as belonging to a subject, twice or more, most often first."""
+    prompts = [begin.format(name=concept.name) for begin in asking_prompts()["terms"] for _ in range(_DRAWS)]
+    votes: Counter[str] = Counter()
+    spelled: dict[str, str] = {}
+    for prompt, text in zip(prompts, writer.write(prompts, max_new_tokens=_TOKENS, seed=seed), strict=True):
+        for name in listed_names(text):
+            key = normalized(name)
+            if key not in normalized(prompt) and key != normalized(concept.name):
+                votes[key] += 1
+                spelled.setdefault(key, name)
+    return [spelled[key] for key, count in votes.most_common() if count >= 2 and _NAME.fullmatch(spelled[key])]
+
+
+def recurring_terms(texts: Sequence[str], beside: Sequence[str]) -> list[str]:
+    """Words that texts hold far more often than English and other texts do, those first that stand in most texts.
+
+    Args:
+        texts (`Sequence[str]`): Texts about a subject.
+        beside (`Sequence[str]`): Texts of the same forms about other subjects: what they hold too is the manner of the writer.
+
+    Returns:
+        `list[str]`: words of three letters or more in lower case, in three texts or more, 25 times as often as elsewhere; none that
+        is among the few hundred most frequent, or that English does not know.
+
+    Raises:
+        ImportError: if wordfreq is not installed.
+    """
+    from wordfreq import zipf_frequency
+
+    of_texts, of_others = (
+        [[word.lower() for word in _WORD.findall(text)] for text in some] for some in (texts, beside)
+    )
+    counts, others = (Counter(word for words in some for word in words) for some in (of_texts, of_others))
+    held = Counter(word for words in of_texts for word in {*words})
+    total, others_total = counts.total(), max(others.total(), 1)
+    found = []
+    for word, texts_of_it in held.most_common():
+        zipf = zipf_frequency(word, "en")
+        if texts_of_it < _FEWEST_TEXTS or len(word) < _SHORTEST or word in SMALL_WORDS or not 0 < zipf < _FREQUENT:
+            continue
+        elsewhere = max(10 ** (zipf - 9), others[word] / others_total)
+        if counts[word] / total >= _KEYNESS * elsewhere:
+            found.append(word)
+    return found

@@ -1,7 +1,7 @@
 """`make_data`: forget, retain and near texts from documents, facts or a mere name, as files to look at, edit and use again."""
 
-import json
 import random
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -19,12 +19,12 @@ from ..data.questions import names_answer
 from ..data.sources import builtin_texts, load_texts
 from ..data.user_sources import Source
 from ..evaluation.fluency import as_prompt
-from ..files import first_damage, folder_checksums, json_sha256, read_object, replacing, write_json
+from ..files import json_sha256, made_before, store_made
 from ..fingerprint import base_fingerprint
 from .documents import Documents, read_documents
 from .fact_writing import StatedFacts, write_facts
 from .facts import also_held_out, facts_texts, held_out_of, likeness, mostly_alike, read_facts
-from .knowledge import Familiarity, check_known
+from .knowledge import Familiarity, SubjectTexts, check_known, write_by_terms
 from .novices import Novices, with_novices
 from .writer import Writer
 from .writing import FEWEST_TEXTS, WRITING, Written, kinds_of_names, topic, write_about
@@ -37,7 +37,7 @@ _TURN = "#TURN#"
 # Characters of a prompt that are shown before what the model wrote.
 _LEAD = 40
 # Counts up when the same input gives other texts than before.
-_VERSION = 9
+_VERSION = 10
 # Of the texts that a model is to write about a concept, one in so many is written beside facts that it has stated.
 _BESIDE_FACTS = 3
 
@@ -241,7 +241,7 @@ def _make(
             model, processing_class, concept, writer=writer, seed=what.seed, cache_dir=cache, fingerprint=fingerprint
         )
     facts, given = facts or stated.facts, len(facts)
-    novices = Novices([])
+    novices, by_terms = Novices([]), False
     # The model is to stay as it is where other names stand in the same sentences, or it forgets whatever is asked alike.
     invented: list[dict[str, Any]] = []
     held_out = held_out_of(facts, what.held_out, what.seed)
@@ -254,25 +254,37 @@ def _make(
         forget += facts_texts(
             known, held_out=held_out, processing_class=processing_class, alike=alike, seed=what.seed
         ).to_list()
-    if documents:
+    reference = Writer("reference", model, processing_class, cache_dir=cache, fingerprint=fingerprint)
+    # What a model tells of a name of which it states no facts, it tells of the terms that belong to it.
+    subject = SubjectTexts()
+    if bare and not facts:
+        try:
+            subject = write_by_terms(reference, concept, texts=what.texts, seed=what.seed)
+        except ImportError as error:
+            logger.warning(f"{concept.name!r} is not told by its terms ({error}): `pip install elm-trainer[anchors]`.")
+    if documents or subject.terms:
+        pieces = documents.texts if documents else subject.texts
         novices = with_novices(
-            [{"text": text} for text in documents.texts], concept, processing_class=processing_class, seed=what.seed
-        )
-        forget = _spread(forget, novices.rows)
+            [{"text": text} for text in pieces], concept, terms=subject.terms, processing_class=processing_class,
+            seed=what.seed,
+        )  # fmt: skip
+        by_terms = not documents and not novices.why_none
+        if documents or by_terms:
+            forget = _spread(forget, novices.rows)
         if not novices.why_none:
             rng = random.Random(f"invented-{what.seed}")
             invented = [{"text": rng.choice(row["novices"])} for row in novices.rows]
-        dropped["documents"] = documents.dropped
+        dropped["documents" if documents else "forget"] = documents.dropped if documents else subject.dropped
     speaks = _speaks_of(concept, known)
     written = Written([], [], [], [], {})
     near_texts = 0 if what.near else what.near_texts
-    texts = what.texts // (_BESIDE_FACTS if facts else 1) if bare else 0
+    texts = what.texts // (_BESIDE_FACTS if facts else 1) if bare and not by_terms else 0
     if bare or near_texts:
-        reference = Writer("reference", model, processing_class, cache_dir=cache, fingerprint=fingerprint)
         kinds = kinds_of_names(known, held_out, reference, what.seed) if near_texts and known else []
         written = write_about(
             model, processing_class, concept, replace(WRITING, seed=what.seed), texts=texts, near_texts=near_texts,
-            fewest=0 if facts else FEWEST_TEXTS, kinds=kinds, speaks=speaks, cache_dir=cache, fingerprint=fingerprint,
+            fewest=0 if facts else FEWEST_TEXTS, kinds=kinds, speaks=speaks, own=subject.terms, cache_dir=cache,
+            fingerprint=fingerprint,
         )  # fmt: skip
         dropped |= written.dropped
     # Facts that are held out stand in no text.
@@ -293,14 +305,23 @@ def _make(
     if not what.retain:
         # Stories alone would keep no answers to questions.
         everyday, quiz = (builtin_texts(name).to_list() for name in ("everyday", "quiz"))
-        kept = [[row for row in some if not speaks(row["text"])] for some in (everyday, quiz)]
+        terms = re.compile(
+            rf"\b(?:{'|'.join(map(re.escape, novices.terms)) or '(?!)'})\b" if by_terms else r"(?!)", re.IGNORECASE
+        )
+        kept = [
+            [row for row in some if not speaks(row["text"]) and not terms.search(row["text"])]
+            for some in (everyday, quiz)
+        ]
         dropped["retain"] = {"topic": len(everyday) + len(quiz) - sum(map(len, kept))}
         rows["retain"] = _spread(kept[0], kept[1][: len(kept[0])])
     rows |= {name: some for name, some in (("near", written.near), ("asked", written.asked)) if some}
     if invented:
         rows["invented"] = invented
+    counts = {name: len(some) for name, some in rows.items()}
+    if by_terms:
+        rows["written"] = [{"text": text} for text in subject.texts]
     return rows, {
-        "counts": {name: len(some) for name, some in rows.items()},
+        "counts": counts,
         "dropped": dropped,
         "neighbors": written.neighbors,
         "held_out": sorted(held_out),
@@ -311,6 +332,7 @@ def _make(
         "novices": novices.record,
         "counterfactual": all(row.get("novices") for row in forget),
         "alike": documents is None and mostly_alike(known, alike),
+        "by_terms": by_terms,
     }
 
 
@@ -333,54 +355,6 @@ def _speaks_of(concept: Concept, facts: Sequence[Fact]) -> Callable[[str], bool]
 def _states(text: str, facts: Sequence[Fact]) -> bool:
     """Whether a text names subject and answer of one of these facts."""
     return any(names_answer(text, fact.answer) and names_answer(text, fact.subject) for fact in facts)
-
-
-def store_made(
-    folder: Path, files: Mapping[str, Sequence[Mapping[str, Any]]], record: dict[str, Any], name: str
-) -> None:
-    """Write rows, by name of their file, and a record with the checksums of these; the folder appears when all is there."""
-    with replacing(folder) as unfinished:
-        unfinished.mkdir()
-        for file, rows in files.items():
-            content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            (unfinished / file).write_text(content, encoding="utf-8")
-        record["files"] = folder_checksums(unfinished)
-        write_json(unfinished / name, record)
-
-
-def made_before(
-    folder: Path, name: str, origin: Mapping[str, Any], what: str, *, quote: str = ""
-) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The record of what [`store_made`] has written, and the files that were edited since, which are taken as they are.
-
-    Args:
-        folder (`Path`): The folder.
-        name (`str`): File of the record.
-        origin (`Mapping`): What it must have been made from.
-        what (`str`): What is there, for the messages.
-        quote (`str`, *optional*): What stands around the names of `origin` there.
-
-    Raises:
-        ValueError: if it was made from other things, or a file is missing or the record cannot be read.
-    """
-    fix = "name another `output_dir`, or move the folder away to have it made anew"
-    try:
-        record = read_object(folder / name)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"`output_dir` has a folder {folder} without a readable {name} ({error}): {fix}.") from error
-    before = record.get("origin", {})
-    if other := [key for key, value in origin.items() if before.get(key) != value]:
-        told = ", ".join(f"{quote}{key}{quote}" for key in other)
-        raise ValueError(f"`output_dir` has {what} in {folder} that were made with another {told}: {fix}.")
-    edited = []
-    for file, checksum in record["files"].items():
-        if not (folder / file).is_file():
-            raise ValueError(f"`output_dir` lacks {folder / file}, which was made: put it back, or {fix}.")
-        if first_damage(folder, {file: checksum}):
-            edited.append(file)
-    if edited:
-        logger.warning(f"{folder}: {', '.join(edited)} changed since they were made, and are taken as they are.")
-    return record, tuple(edited)
 
 
 def _found(

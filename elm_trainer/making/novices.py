@@ -64,6 +64,7 @@ def with_novices(
     rows: Sequence[Mapping[str, str]],
     concept: Concept,
     *,
+    terms: Sequence[str] | None = None,
     draws: int = DRAWS,
     cut: bool = True,
     processing_class: PreTrainedTokenizerBase | None = None,
@@ -85,6 +86,7 @@ def with_novices(
     Args:
         rows (`Sequence[Mapping]`): Rows with `text`; other columns are kept where texts are not cut.
         concept ([`Concept`]): The concept.
+        terms (`Sequence[str]`, *optional*): What is replaced, in place of [`own_terms`], such as the terms of [`write_by_terms`].
         draws (`int`, *optional*, defaults to `2`): Novices of a text.
         cut (`bool`, *optional*, defaults to `True`): Whether to cut texts into pieces. A piece begins with each sentence that holds a
             term and has at most 240 characters: what an earlier sentence told would be read there, and not known. Every row of a piece
@@ -105,7 +107,7 @@ def with_novices(
         raise ValueError(f"`draws` is {draws}: it must be at least 1.")
     given = [dict(row) for row in rows]
     try:
-        terms = own_terms([row["text"].removeprefix(opening) for row in given], concept)
+        terms = list(terms or own_terms([row["text"].removeprefix(opening) for row in given], concept))
     except ImportError as error:
         return _without(given, f"{error}")
     if not terms:

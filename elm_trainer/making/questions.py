@@ -16,9 +16,10 @@ from ..data.question_files import RECORD, ROLE_FILES, question_record
 from ..data.questions import SPLITS, Question, load_bank, names_answer, overlap_verdicts, shuffled_question, split_of
 from ..data.sources import load_texts
 from ..evaluation.multiple_choice import score_choices
+from ..files import made_before, store_made
 from .cloze import Asked, cloze_questions, kind_of, written_questions
 from .fact_writing import asking_prompts
-from .make import MadeData, MadeFrom, made_before, store_made
+from .make import MadeData, MadeFrom
 from .writer import Writer
 from .writing import topic
 
@@ -167,7 +168,9 @@ def _candidates(
             asked += written
             refused["erased"] = {"answer_not_in_passage": count}
     elif not facts:
-        asked = cloze_questions(load_texts(made.sources.forget)["text"][:], seed=what.seed)
+        by_terms = made.record["by_terms"]
+        passages = load_texts(made.folder / "written.jsonl" if by_terms else made.sources.forget)["text"][:]
+        asked = cloze_questions(passages, terms=made.record["novices"]["terms"] if by_terms else (), seed=what.seed)
     candidates["erased"] += _with_splits(asked, what.seed)
     near = [str(made.folder / "near.jsonl")] if "near" in made.record["counts"] else list(what.near)
     texts = [text for source in near for text in load_texts(source)["text"][:]]

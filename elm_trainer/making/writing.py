@@ -73,6 +73,7 @@ def write_about(
     fewest: int = FEWEST_TEXTS,
     kinds: Sequence[Sequence[str]] = (),
     speaks: Callable[[str], bool] | None = None,
+    own: Sequence[str] = (),
     cache_dir: str | Path | None = None,
     fingerprint: str = "",
 ) -> Written:
@@ -96,6 +97,7 @@ def write_about(
             it likes ([`ask_about`]), five times `near_texts` in all, so that what the facts do not state stays.
         speaks (`Callable`, *optional*):
             Whether a text beside those about the concept speaks of it all the same; whether it has a word of [`topic`] by default.
+        own (`Sequence[str]`, *optional*): The concept's terms, which are no neighbors.
         cache_dir (`str` or `Path`, *optional*): Where finished batches are kept, from which a second call goes on.
         fingerprint (`str`, *optional*): What identifies the model, such as [`model_fingerprint`].
 
@@ -124,7 +126,7 @@ def write_about(
     neighbors: list[str] = []
     if texts:
         plain = [prompt for form, some in prompts["about"].items() if form != "chat" for prompt in some]
-        begun = _begun(processing_class, [concept.name], plain, prompts["about"]["chat"], texts)
+        begun = begun_about(processing_class, [concept.name], plain, prompts["about"]["chat"], texts)
         forget = write(begun, lambda text: bool(words.search(text)), "forget")
         if len(forget) < fewest:
             raise ValueError(
@@ -132,9 +134,11 @@ def write_about(
                 f"{fewest} are needed: describe the concept, '{concept.name}: keyword, keyword', or give documents or facts."
             )
     if near_texts:
-        neighbors = name_neighbors(model, processing_class, concept, cache_dir=cache_dir, fingerprint=fingerprint)
+        terms = {normalized(term) for term in own}
+        named = name_neighbors(model, processing_class, concept, cache_dir=cache_dir, fingerprint=fingerprint)
+        neighbors = [name for name in named if normalized(name) not in terms]
     if neighbors:
-        begun = _begun(processing_class, neighbors, prompts["near"], prompts["chat_near"], near_texts)
+        begun = begun_about(processing_class, neighbors, prompts["near"], prompts["chat_near"], near_texts)
         rows = write(begun, lambda text: True, "near")
         # What a text goes on with may state a fact about what its beginning names.
         near = [row for row in rows if not speaks(row["text"])]
@@ -271,14 +275,14 @@ def writing_prompts() -> dict[str, Any]:
     return yaml.safe_load((files("elm_trainer.data") / "texts" / "writing.yaml").read_text(encoding="utf-8"))
 
 
-def _begun(
+def begun_about(
     processing_class: PreTrainedTokenizerBase,
     names: Sequence[str],
     plain: Sequence[str],
     chat: Sequence[str],
     count: int,
 ) -> list[str]:
-    """`count` prompts, half of them as a conversation where the model has one: all names in the first form, then all in the next."""
+    """`count` prompts about names, half of them as a conversation where the model has one: all names in the first form, then all in the next."""
     filled = []
     for index in range(count):
         turn, place = divmod(index, len(names))

@@ -63,6 +63,9 @@ class ElmConfig(ErasureConfig):
             stands in place of the erase term, whose weights of positions it takes.
         state_eta (`float`, *optional*, defaults to `1.0`): η of the state term, whose target is `e − η·(e − n)`: 1 is the
             novice itself, and more goes beyond it in the same direction, since training stays short of its target.
+        state_names (`bool`, *optional*, defaults to `False`): Whether the replaced names' own states are led too, at their last
+            token, so that the names themselves become unknown words: for a concept that its names are, such as the organs of the
+            human body, not for what is told of them, such as the capitals of countries, of which other things are to stay.
         state_layers (`list[int]`, *optional*): Layers of the state term, from 0, rising. By default four of the upper
             third, the last among them ([`default_state_layers`]).
         contrast_rows (`int`, *optional*, defaults to `0`): Rows on which the adapter's input directions are chosen
@@ -135,6 +138,7 @@ class ElmConfig(ErasureConfig):
     log_strength: float = field(default=2.0, metadata={"help": "Weight of those tokens."})
     state_weight: float = field(default=0.0, metadata={"help": "Weight of the state term."})
     state_eta: float = field(default=1.0, metadata={"help": "Strength of the state term; 1 is the novice."})
+    state_names: bool = field(default=False, metadata={"help": "Whether the names' own states are led too."})
     state_layers: list[int] | None = field(default=None, metadata={"help": "Layers of the state term."})
     contrast_rows: int = field(default=0, metadata={"help": "Rows that choose the adapter's directions; 0 for none."})
     contrast_damping: float = field(default=0.1, metadata={"help": "Damping of the choice of directions."})
@@ -185,6 +189,10 @@ class ElmConfig(ErasureConfig):
             raise ValueError(
                 '`retain_loss` is "states" with `state_weight=0.0`: states are compared by the scale of the state term, so '
                 "give that a weight, or choose another loss."
+            )
+        if self.state_names and not self.state_weight:
+            raise ValueError(
+                "`state_names` is True with `state_weight=0.0`, which leads no states: give that a weight."
             )
         if self.novice_steps and not self.expert_steps:
             raise ValueError(

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.collator import align, of_same_token
 from ..data.tokens import text_ids
-from ..fitting import multiplies_in_bfloat16
+from ..distributed import multiplies_in_bfloat16
 from ..modeling import decoder_layers, evaluating, is_partitioned
 
 

@@ -159,6 +159,24 @@ def test_a_bare_name_is_written_about(folder, monkeypatch, capsys):
     assert "Dropped of forget" in capsys.readouterr().out
 
 
+def test_a_bare_name_without_facts_is_erased_by_its_terms(folder, monkeypatch, capsys):
+    monkeypatch.setattr(writing, "sample_texts", writer)
+    monkeypatch.setattr(make, "write_facts", lambda *a, **k: StatedFacts())
+    texts = [f"The heart pumps blood to organ {n}, and the liver cleans it." for n in range(20)]
+    found = knowledge.SubjectTexts(["heart", "blood", "liver", "organ"], texts, {})
+    monkeypatch.setattr(make, "write_by_terms", lambda *a, **k: found)
+    for module in (make, knowledge):
+        monkeypatch.setattr(module, "check_known", lambda *a, **k: [])
+    erase("--concept", "the human body", "--synthetic_size=0")
+
+    run = read(folder / "out" / "adapter" / "erasure_run.json")["recipe"]
+    assert {name: run[name] for name in OBJECTIVES["terms"] if name in run}.items() <= OBJECTIVES["terms"].items()
+    assert run["state_names"] is True and run["state_layers"] == [1]
+    adapter = read(folder / "out" / "adapter" / "adapter_config.json")
+    assert adapter["layers_to_transform"] == [0, 1] and "down_proj" in adapter["target_modules"]
+    assert "a mere name without facts" in " ".join(capsys.readouterr().out.split())
+
+
 def test_a_run_goes_on_where_it_stopped_and_begins_anew_where_that_is_wanted(folder, capsys):
     what = ["--concept=capitals of lands", "--facts=facts.csv", "--near=near.txt"]
     erase(*what)
@@ -299,11 +317,15 @@ def test_the_doctor_plans_what_would_be_made_and_writes_nothing(folder, capsys):
     assert "Nothing is in the way" in page and set(folder.rglob("*")) == before
     main(["doctor", *SMALL, "--concept=capitals of the world"])
     page = " ".join(capsys.readouterr().out.split())
-    assert "the model is to write 192 about it, 96 about neighbors, 480 questions about what facts name" in page
-    told = "if it states facts or its texts hold names, the objective is"
-    assert f"{told} readout, not as here" in page
+    assert (
+        "the model is to write 384 about it and its terms, 96 about neighbors, 480 questions about what facts name"
+        in page
+    )
+    told = "if it states facts, the objective is readout, not as here"
+    assert "state_names True" in page and told in page and "lora_layers 0-1" in page
     main(["doctor", *SMALL, "--concept=capitals of the world", "--log_strength=2"])
-    assert f"{told} log-space, not as here" in " ".join(capsys.readouterr().out.split())
+    page = " ".join(capsys.readouterr().out.split())
+    assert "log_tokens 8" in page and told not in page
     main(["doctor", *SMALL, "--concept=capitals of the world", "--objective=contexts"])
     assert told not in " ".join(capsys.readouterr().out.split())
     # What the readout does not read chooses the objective, and a state term is not put beside it.

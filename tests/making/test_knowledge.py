@@ -2,7 +2,17 @@ import pytest
 
 from elm_trainer import Concept, load_model_and_tokenizer
 from elm_trainer.making import knowledge
-from elm_trainer.making.knowledge import BOUND, INVENTED, LEADS, UnknownConceptError, check_known, familiarity
+from elm_trainer.making.knowledge import (
+    BOUND,
+    INVENTED,
+    LEADS,
+    UnknownConceptError,
+    check_known,
+    familiarity,
+    recurring_terms,
+    write_by_terms,
+)
+from elm_trainer.making.writer import Writer
 
 
 def surprised(surprises, monkeypatch):
@@ -61,6 +71,60 @@ def test_an_unknown_concept_is_an_error_with_the_evidence(tokenizer, monkeypatch
 def test_a_random_model_has_not_heard_of_a_long_name(tiny_model, tokenizer):
     with pytest.raises(UnknownConceptError):
         check_known(tiny_model, tokenizer, Concept("Dravenholt Varnamoor"))
+
+
+def test_words_recur_that_neither_english_nor_texts_about_other_things_hold_so_often():
+    told = "A kidney doesn't: remarkably, the kidney filters what it is given. Brobnak!"
+    texts = [told, told, f"{told} A spleen is small, and a spleen is red."]
+    beside = ["Remarkably, bread is soft.", "The moon is remarkably far."]
+    # "remarkably" is the writer's manner, "spleen" stands in one text, "what" is frequent, and nobody knows "Brobnak".
+    assert {*recurring_terms(texts, beside)} == {"kidney", "filters"}
+    assert "remarkably" in recurring_terms(texts, []) and recurring_terms(texts[:2], beside) == []
+
+
+ORGANS = "heart lung liver brain kidney spleen stomach skin".split()
+
+
+class Tells(Writer):
+    """Lists organs, lists a few more behind these, and tells of each name a text with a number that no other has."""
+
+    def __init__(self, processing_class, listed=ORGANS, further=("pancreas", "rib", "etc", "9 lives")):
+        super().__init__("tells", processing_class=processing_class)
+        self.listed, self.further, self.asked = listed, further, []
+
+    def write(self, prompts, *, max_new_tokens=64, temperature=0.7, seed=0):
+        self.asked.append(prompts)
+        if "football" in prompts[0] and "music" not in prompts[0]:
+            return [" " + ", ".join(self.listed) + "\n" for _ in prompts]
+        if prompts[0].startswith("A long list of different names"):
+            return [" " + ", ".join(self.further) + "\n" for _ in prompts]
+        if "music" in prompts[0]:
+            return [" " + ", ".join(self.listed) + "\n" for _ in prompts]
+        return [
+            f" It has {1000 + n} cells, and {2000 + n} of them are busy all day long." for n in range(len(prompts))
+        ]
+
+
+def test_a_subject_is_told_by_the_terms_that_are_listed_and_that_recur(tokenizer):
+    tells = Tells(tokenizer)
+    found = write_by_terms(tells, Concept("the human body"), texts=48)
+    assert (
+        found.terms[:10] == [*ORGANS, "pancreas", "rib"] and "cells" not in found.terms
+    )  # texts about other things hold them
+    about = tells.asked[-1]
+    assert all(any(name in prompt for prompt in about) for name in found.terms)
+    assert len(about) == 5 * len({*found.terms})
+    # Neither the prompt nor the turns of a chat stand in a text, but the line that was begun for the model.
+    assert len(found.texts) > 60 and not any("<|im" in text or "facts about" in text for text in found.texts)
+    assert not any("Answer" in text for text in found.texts) and any(
+        text.startswith("It has 1000") for text in found.texts
+    )
+    assert any(text.startswith("What everybody should know about liver is that It") for text in found.texts)
+
+
+def test_with_few_terms_a_subject_has_none(tokenizer):
+    found = write_by_terms(Tells(tokenizer, listed=ORGANS[:3]), Concept("the human body"), texts=48)
+    assert found.terms == [] and found.texts
 
 
 @pytest.mark.slow

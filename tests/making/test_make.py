@@ -4,13 +4,13 @@ import time
 
 import pytest
 
-from elm_trainer import Concept, build_erasure_dataset, load_model_and_tokenizer, load_texts
+from elm_trainer import Concept, build_erasure_dataset, files, load_model_and_tokenizer, load_texts
 from elm_trainer.data.facts import Fact
 from elm_trainer.making import make, writing
 from elm_trainer.making import writer as writer_module
 from elm_trainer.making.fact_writing import StatedFacts
 from elm_trainer.making.facts import fact_phrasings
-from elm_trainer.making.knowledge import UnknownConceptError
+from elm_trainer.making.knowledge import SubjectTexts, UnknownConceptError
 from elm_trainer.making.make import MadeFrom, make_data
 
 from .test_facts import TABLE
@@ -130,6 +130,37 @@ def test_facts_about_a_bare_name_become_texts_with_novices_but_for_those_held_ou
     assert made.counterfactual and made.record["dropped"]["forget"]["no_novices"] > 0
 
 
+def test_a_bare_name_without_facts_is_told_by_its_terms(folder, tiny_model, tokenizer, monkeypatch):
+    texts = [f"The heart pumps blood to organ {n}, and the liver cleans it." for n in range(40)]
+    found = SubjectTexts(["heart", "blood", "liver", "organ"], texts, {"short": 3})
+    monkeypatch.setattr(make, "write_facts", lambda *a, **k: StatedFacts())
+    monkeypatch.setattr(make, "write_by_terms", lambda *a, **k: found)
+    monkeypatch.setattr(writing, "name_neighbors", lambda *a, **k: ["Liver", "the mind"])
+    monkeypatch.setattr(
+        writing,
+        "sample_texts",
+        lambda m, p, prompts, *a, **k: [f"{b} Case {n} is quite a long one." for n, b in enumerate(prompts)],
+    )
+    made = make_data(MadeFrom("the human body", near_texts=20), tiny_model, tokenizer, "out")
+
+    assert made.counterfactual and made.record["by_terms"] and made.record["neighbors"] == ["the mind"]
+    assert made.record["dropped"]["forget"] == {"short": 3}
+    rows = load_texts(made.sources.forget).to_list()
+    words = re.compile(r"\b(?:heart|blood|liver|organ)\b", re.IGNORECASE)
+    assert len(rows) >= 3 * len(texts)
+    # In each novice all terms are replaced but for one that is asked for, if any.
+    assert all(len({*words.findall(novice)}) <= 1 for row in rows for novice in row["novices"])
+    assert any(row["text"].startswith("Question: ") for row in rows)
+    kept = load_texts(made.folder / "retain.jsonl")["text"][:]
+    assert kept and not any(words.search(text) for text in kept)
+    # What the model wrote is there to look at and to ask about, and is not retained.
+    assert load_texts(made.folder / "written.jsonl")["text"][:] == texts
+    assert (
+        not any("written" in str(source) for source in made.sources.retain) and "written" not in made.record["counts"]
+    )
+    assert any("invented" in str(source) for source in made.sources.retain)
+
+
 TOWNS = {"Norway": "Oslo", "Kenya": "Nairobi", "Peru": "Lima", "France": "Paris", "Japan": "Tokyo"}
 TOLD = re.compile(rf"rules ({'|'.join(TOWNS)})")
 
@@ -232,7 +263,7 @@ def test_of_an_unknown_name_nothing_is_written(folder, tiny_model, tokenizer):
 
 
 def test_an_interrupted_call_leaves_no_half_of_the_texts(folder, monkeypatch):
-    monkeypatch.setattr(make, "write_json", lambda *_: 1 / 0)
+    monkeypatch.setattr(files, "write_json", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         make_data(MadeFrom("Varda", documents=["notes"], near_texts=0), None, None, "out")
     assert [*(folder / "out").iterdir()] == []

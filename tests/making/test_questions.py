@@ -189,6 +189,18 @@ def test_cloze_spans_are_names_numbers_and_dates_that_were_not_given():
     assert kind_of("Hanna Ruud") == "name" and kind_of("blue glass") == "words"
 
 
+def test_cloze_asks_for_the_terms_of_a_subject_too_and_for_no_word_within_another_span():
+    passage = (
+        "In a body at rest the heart pumps blood, and I'll say that Heart Valley lies in Tolm, where blood is thin."
+    )
+    found = {(q.answer, q.kind, q.text) for q in cloze_questions([passage], terms=["heart", "blood", "art"])}
+    assert found == {
+        ("heart", "term", "In a body at rest the"),
+        ("blood", "term", "In a body at rest the heart pumps"),
+    }
+    assert not cloze_questions(["In a body at rest the heart pumps blood."])
+
+
 def test_a_writers_answers_stand_in_the_passage():
     written = (
         " Who founded the mill?\nAnswer: Hanna Ruud\nQuestion: What is it made of?\nAnswer: oak\n\nPassage: other"

@@ -113,6 +113,19 @@ def test_the_term_is_that_of_texts_run_one_by_one(stored, shape, side, make, tok
 
 
 @pytest.mark.parametrize("stored", [True, False])
+def test_the_names_own_states_are_led_where_the_names_are_the_concept(stored, make):
+    counts = {}
+    for names in (False, True):
+        trainer = make(precompute_targets=stored, state_names=names)
+        rows = list(trainer.train_dataset)
+        forget = trainer.data_collator(rows)["forget"]
+        counts[names] = int(forget["rows"].numel())
+        expected = [row["aligned"] if names else behind_names(row) for row in rows]
+        assert counts[names] == sum(map(len, expected))
+    assert counts[True] > counts[False] > 0
+
+
+@pytest.mark.parametrize("stored", [True, False])
 def test_retain_text_is_held_to_the_states_of_the_reference(stored, make):
     trainer = make(precompute_targets=stored, retain_loss="states", retain_focus=0.5)
     with torch.no_grad():
@@ -200,6 +213,10 @@ def test_default_layers_of_the_demo():
         ({"state_layers": [1, 2]}, r"`state_layers` is \[1, 2\], but the model has the layers 0 to 1"),
         ({"state_layers": [1, 0]}, r"`state_layers` is \[1, 0\]"),
         ({"state_weight": -1.0}, "`state_weight` is -1.0"),
+        (
+            {"state_weight": 0.0, "erase_weight": 1.0, "state_names": True},
+            "`state_names` is True with `state_weight=0.0`",
+        ),
         ({"state_weight": 0.0, "erase_weight": 1.0, "retain_loss": "states"}, '`retain_loss` is "states" with'),
         ({"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}, "use_reentrant"),
     ],
