@@ -1,0 +1,70 @@
+"""A subject erased from its name alone, and asked about by hand: `python -m benchmarks.names "World War II"`.
+
+`elm erase --concept NAME` makes its texts, its settings and its own report. Then the reference and the erased model answer the
+questions of every file of benchmarks/banks, of which those about the subject were written by somebody who saw neither its texts nor
+how it is erased, and two built-in banks. Settings were chosen on the human body.
+"""
+
+import argparse
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+from peft import PeftModel
+from rich.console import Console
+
+from elm_trainer import load_bank, load_model_and_tokenizer
+from elm_trainer.data.question_files import read_questions
+from elm_trainer.evaluation.multiple_choice import score_choices
+from elm_trainer.modeling import DEMO_MODEL
+
+
+BANKS = Path(__file__).parent / "banks"
+BUILT_IN = ("general", "geography")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("name", help="What is erased, such as 'the human body'.")
+    parser.add_argument(
+        "--output_dir", type=Path, help="outputs/names/NAME by default; an adapter there is taken as it is."
+    )
+    parser.add_argument("erase", nargs="*", help="Further options of elm erase, behind --.")
+    arguments = parser.parse_args()
+    console = Console(soft_wrap=True, markup=False, highlight=False)
+    output = arguments.output_dir or Path("outputs/names") / "-".join(arguments.name.lower().split())
+    if not (output / "adapter").exists():
+        start = time.monotonic()
+        command = [
+            sys.executable,
+            "-m",
+            "elm_trainer",
+            "erase",
+            "--concept",
+            arguments.name,
+            "--output_dir",
+            str(output),
+        ]
+        subprocess.run([*command, *arguments.erase], check=True)
+        console.print(f"elm erase: {time.monotonic() - start:.0f} s")
+    banks = {path.stem: read_questions(path) for path in sorted(BANKS.glob("*.jsonl"))}
+    banks |= {name: load_bank(name) for name in BUILT_IN}
+    model, tokenizer = load_model_and_tokenizer(DEMO_MODEL)
+    erased = PeftModel.from_pretrained(model, output / "adapter").eval()
+    console.print(
+        "by PMI / by log-likelihood; chance is .25\n\n| | n | reference | erased |\n| --- | --- | --- | --- |"
+    )
+    for name, questions in banks.items():
+        cells = []
+        for state in (erased.disable_adapter(), nullcontext()):
+            with state:
+                scores = score_choices(erased, tokenizer, questions, batch_size=32, description=name)
+            rights = (scores.pmi, scores.log_likelihood)
+            cells.append(" / ".join(f"{sum(right) / len(right):.2f}" for right in rights))
+        console.print(f"| {name} | {len(questions)} | {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    main()
