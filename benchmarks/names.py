@@ -26,28 +26,21 @@ BUILT_IN = ("general", "geography")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    told = f"{__doc__.splitlines()[0]} Other options are those of elm erase."
+    parser = argparse.ArgumentParser(description=told, allow_abbrev=False)
     parser.add_argument("name", help="What is erased, such as 'the human body'.")
     parser.add_argument(
         "--output_dir", type=Path, help="outputs/names/NAME by default; an adapter there is taken as it is."
     )
-    parser.add_argument("erase", nargs="*", help="Further options of elm erase, behind --.")
-    arguments = parser.parse_args()
+    arguments, more = parser.parse_known_args()
+    if any(option.split("=")[0] == "--model" for option in more):
+        parser.error(f"`--model` is not taken: the banks ask for what {DEMO_MODEL} knows.")
     console = Console(soft_wrap=True, markup=False, highlight=False)
     output = arguments.output_dir or Path("outputs/names") / "-".join(arguments.name.lower().split())
     if not (output / "adapter").exists():
         start = time.monotonic()
-        command = [
-            sys.executable,
-            "-m",
-            "elm_trainer",
-            "erase",
-            "--concept",
-            arguments.name,
-            "--output_dir",
-            str(output),
-        ]
-        subprocess.run([*command, *arguments.erase], check=True)
+        what = ["erase", "--concept", arguments.name, "--output_dir", str(output)]
+        subprocess.run([sys.executable, "-m", "elm_trainer", *what, *more], check=True)
         console.print(f"elm erase: {time.monotonic() - start:.0f} s")
     banks = {path.stem: read_questions(path) for path in sorted(BANKS.glob("*.jsonl"))}
     banks |= {name: load_bank(name) for name in BUILT_IN}

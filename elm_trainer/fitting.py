@@ -289,15 +289,18 @@ def objective_settings(
         layers = f"{round(_TERMS_FIRST * depth)}-{round(_TERMS_LAST * depth)}"
         found["lora_layers"] = Choice(layers, f"from {_TERMS_FIRST:.0%} to {_TERMS_LAST:.0%} of {depth} layers")
         last = str(given.get("lora_layers", layers)).rpartition("-")[2]
-        found["state_layers"] = Choice([int(last)], "the last adapted layer")
+        if last != AUTO:
+            found["state_layers"] = Choice([int(last)], "the last adapted layer")
     low, high = _ROWS[objective]
     rows = min(max(texts, low), high)
     told = f"{texts} forget texts are there"
     if texts > high:
-        told += f", of which the first {high} are read, evenly over all facts: as many as in the recipe"
+        told += f", of which the first {high} are read"
+        told += "" if objective == "terms" else ", evenly over all facts: as many as in the recipe"
     found["dataset_size"] = Choice(rows, f"{told}, which are repeated up to {low} rows" if texts < low else told)
     if given.get("max_steps", -1) <= 0:
         passes, why = _EPOCHS[objective], "about as many rows as in the recipe of this objective"
+        why = "the best found on dev questions" if objective == "terms" else why
         if objective in ("readout", "terms") and rows * passes < _FEWEST_STEPS * UPDATE_ROWS:
             passes = float(-(-_FEWEST_STEPS * UPDATE_ROWS // rows))
             why = f"at least {_FEWEST_STEPS} steps of {UPDATE_ROWS} rows"

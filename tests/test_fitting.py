@@ -220,6 +220,8 @@ def test_terms_become_unknown_words_at_early_layers():
     assert (few["lora_layers"].value, few["state_layers"].value, few["num_train_epochs"].value) == ("0-1", [1], 24)
     given = objective_settings(9, 60, counterfactual=True, by_terms=True, depth=30, given={"lora_layers": "5-7"})
     assert given["state_layers"].value == [7] and "lora_layers" not in given
+    found = objective_settings(9, 60, counterfactual=True, by_terms=True, depth=30, given={"lora_layers": "auto"})
+    assert "state_layers" not in found  # they are found with the others
     # Where there are no novices, or something else is wanted, it is that.
     assert objective_settings(9, 9, counterfactual=False, by_terms=True)["objective"].value == "contexts"
     assert (

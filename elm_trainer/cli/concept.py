@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -67,11 +68,6 @@ class PlannedTexts(NamedTuple):
     texts: "dict[str, Dataset]"
     note: str
     kind: dict[str, bool]
-
-
-def kind_of_texts(record: Mapping[str, Any]) -> dict[str, bool]:
-    """The `kind` of [`PlannedTexts`] by the record of what was made; that of an earlier version lacks some."""
-    return {name: record.get(name, False) for name in ("counterfactual", "alike", "by_terms")}
 
 
 def settle_layers(
@@ -170,8 +166,8 @@ class ConceptRun:
         # Precision and objective are chosen later: the default of `bf16` would be warned of, and states need such a novice.
         values: dict[str, Any] = {"bf16": False}
         arguments, common = self._line.early()
-        states = arguments.objective in (None, "readout") and common.retain_loss == "states"
-        if "state_weight" in self._line.given or states:
+        states = arguments.objective in (None, "readout", "terms") and common.retain_loss == "states"
+        if "state_weight" in self._line.given or states or "state_names" in self._line.given:
             values |= {"novice": "counterfactual", "state_weight": 1.0}
         values |= {name: choice.value for name, choice in self.chosen.items()}
         self.arguments, self.config = self._line.complete(values)
@@ -276,8 +272,9 @@ class ConceptRun:
         given, before = self._given, self._before
         if before:
             # A run whose objective was given, or of an earlier version, shows it by its settings.
-            shown = {"readout": before.get("state_weight"), "log-space": before.get("log_tokens"), "contexts": True}
-            given = {"objective": before.get("objective", next(filter(shown.get, shown)))} | given
+            kinds = {"terms": "state_names", "readout": "state_weight", "log-space": "log_tokens"}
+            shown = next((name for name, setting in kinds.items() if before.get(setting)), "contexts")
+            given = {"objective": before.get("objective", shown)} | given
         found = objective_settings(
             len(forget), longest, given=given, attention=self._attention, depth=self._depth, **kind
         )
@@ -294,7 +291,7 @@ class ConceptRun:
         """
         from .. import load_texts
         from ..files import replacing
-        from ..making.make import make_data
+        from ..making.make import kind_of_texts, make_data
 
         output = Path(self.config.output_dir)
         with self.config.main_process_first():
@@ -344,13 +341,14 @@ class ConceptRun:
         from ..files import read_object
         from ..fitting import objective_settings
         from ..making.facts import mostly_alike, read_facts, relations_read_alike
-        from ..making.make import FOLDER, RECORD, make_data
+        from ..making.make import FOLDER, RECORD, kind_of_texts, make_data
         from ..making.novices import DRAWS
         from ..making.writing import ASKED_SHARE
 
         what, folder, texts = self.made_from, Path(self.config.output_dir) / FOLDER, dict[str, Any]()
         facts = read_facts(what.facts) if what.facts else ()
-        kind = {"counterfactual": True, "by_terms": self.is_bare}
+        by_terms = self.is_bare and find_spec("wordfreq") is not None
+        kind = {"counterfactual": by_terms or not self.is_bare, "by_terms": by_terms}
         kind["alike"] = not what.documents and mostly_alike(facts, relations_read_alike(facts))
         if self.arguments.checkpoint(self.config) and (folder / RECORD).exists():
             record, note = read_object(folder / RECORD), ""
@@ -370,11 +368,13 @@ class ConceptRun:
                 if other and other.value == "readout":
                     note += ", and if it states facts, the objective is readout, not as here"
             for name, count in written.items():
-                if count:
-                    texts[name] = everyday.select([row % len(everyday) for row in range(round(_KEPT * count))])
+                # Of a term there are texts, questions and turns of chat.
+                rows = round(_KEPT * count * (3 if by_terms and name == "forget" else 1))
+                texts |= {name: everyday.select([row % len(everyday) for row in range(rows)])} if rows else {}
+            if by_terms:
+                novices = [[f"Tolm {text}"] * DRAWS for text in texts["forget"]["text"]]
+                texts["forget"] = texts["forget"].add_column("novices", novices)
             if self.is_bare:
-                alone = texts["forget"]
-                texts["forget"] = alone.add_column("novices", [[text] * DRAWS for text in alone["text"]])
                 texts |= {} if what.retain else {"retain": everyday}
             else:
                 with TemporaryDirectory() as place:

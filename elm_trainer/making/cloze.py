@@ -34,7 +34,7 @@ class Asked:
     Attributes:
         text (`str`): The question, or the beginning of a text.
         answer (`str`): The right answer.
-        kind (`str`): What is asked for: a relation, or `"name"`, `"year"`, `"date"`, `"number"`.
+        kind (`str`): What is asked for: a relation, or `"name"`, `"year"`, `"date"`, `"number"`, `"term"`.
         key (`str`): What all questions about one fact have in common, which decides its split.
         subject (`str`): What is asked about.
         form, family (`str`): As of [`Question`].

@@ -12,12 +12,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..concept import Concept
 from ..data.invented import SMALL_WORDS, invented_name
+from ..data.questions import names_answer
 from ..data.tokens import text_tokenizer
 from ..evaluation.likelihood import log_likelihoods
 from .documents import normalized
 from .fact_writing import asking_prompts, further_names, listed_names
 from .writer import WRITING, Writer
-from .writing import begun_about, sift, topic, writing_prompts
+from .writing import begun_about, shares_word, sift, topic, writing_prompts
 
 
 # After these a name may stand as a subject of its own.
@@ -38,8 +39,13 @@ _LISTED, _RECURRING, _FURTHER = 24, 16, 24
 _TEMPERATURE = 0.7
 # A word recurs that so many texts hold, so many times as often as English and texts about other subjects do, and that is not frequent.
 _FEWEST_TEXTS, _KEYNESS, _FREQUENT, _SHORTEST = 3, 25.0, 5.3, 3
+# Zipf frequency from which even a listed word is none of a subject's terms: "people", "school".
+_EVERYDAY = 5.6
+# Of the texts about a term more than this share speak of the subject.
+_TELLS = 0.4
 # Words of the beginning of a sentence. With fewer terms a subject is not described by them.
 _SENTENCE, FEWEST_TERMS = 5, 8
+_NO_TERMS = frozenset("etc more others other many".split())
 _WORD = re.compile(r"[^\W\d_]+(?:[-'’][^\W\d_]+)*")
 _NAME = re.compile(r"[^\W\d_][\w' -]+")
 
@@ -142,9 +148,9 @@ class SubjectTexts:
     """What a model writes about a subject and its terms.
 
     Attributes:
-        terms (`list[str]`): The subject's terms: what was listed as belonging to it, and words that recur in the texts.
-        texts (`list[str]`): Texts without the beginnings that the model was given.
-        dropped (`dict[str, int]`): How many texts were dropped for which reason.
+        terms (`list[str]`): The subject's terms, each of which stands in the texts.
+        texts (`list[str]`): The texts, without the beginnings that the model was given, but for such as begin a sentence.
+        dropped (`dict[str, int]`): How many texts were dropped for which reason, `"topic"` with a name that tells of something else.
     """
 
     terms: list[str] = field(default_factory=list)
@@ -155,17 +161,19 @@ class SubjectTexts:
 def write_by_terms(reference: Writer, concept: Concept, *, texts: int, seed: int = 0) -> SubjectTexts:
     """Let a model describe a subject: list its terms, and write about the subject and about each of the terms.
 
-    A term is what the model lists twice or more as belonging to the subject, what it lists further behind these, or a word that
-    stands in its texts far more often than in English and in texts of the same forms about other subjects ([`recurring_terms`]).
+    Terms are what the model lists twice or more as belonging to the subject, what it lists further behind these, and words that
+    recur in its texts ([`recurring_terms`]). It writes five texts about each. A name whose texts speak neither of the subject nor
+    of another of its terms, in most cases, tells of something else, such as India, which was listed behind Japan as a term of a war: it
+    is left out with its texts.
 
     Args:
         reference ([`Writer`]): The model, in this process.
         concept ([`Concept`]): The subject.
-        texts (`int`): Texts about the subject itself; about its terms, five each, there are up to twice as many and more.
+        texts (`int`): Half of it is written about the subject itself, and as much about other subjects, to compare with.
         seed (`int`, *optional*, defaults to `0`): Seed of all draws.
 
     Returns:
-        [`SubjectTexts`], without texts where the model gives fewer than 8 terms.
+        [`SubjectTexts`], without terms where the model gives fewer than 8.
 
     Raises:
         ImportError: if wordfreq is not installed.
@@ -174,42 +182,58 @@ def write_by_terms(reference: Writer, concept: Concept, *, texts: int, seed: int
 
     prompts = writing_prompts()
     plain = [prompt for form, some in prompts["about"].items() if form != "chat" for prompt in some]
-    words = topic(concept)
+    of_terms = (prompts["near"], prompts["chat_near"])
+    everything = ([*plain, *of_terms[0]], [*prompts["about"]["chat"], *of_terms[1]])
     dropped: Counter[str] = Counter()
 
     def write(names: Sequence[str], forms: Sequence[str], chat: Sequence[str], count: int) -> list[_Piece]:
         begun = begun_about(reference.processing_class, names, forms, chat, count)
+        whose = {
+            prompt: name
+            for name in names
+            for prompt in begun_about(reference.processing_class, [name], forms, chat, count)
+        }
+        lines = {form.format(name=name, Name=name[:1].upper() + name[1:]) for form in forms for name in names}
         found = reference.write(begun, max_new_tokens=_TOKENS, temperature=_TEMPERATURE, seed=seed)
         rows, lost = sift(begun, [a + b for a, b in zip(begun, found, strict=True)], lambda text: True, WRITING)
         dropped.update(lost)
-        return [_Piece(row["prompt"].rpartition("\n")[2], row["text"].removeprefix(row["prompt"])) for row in rows]
+        pieces = []
+        for prompt, text in ((row["prompt"], row["text"]) for row in rows):
+            line = prompt.rpartition("\n")[2] if prompt in lines else ""
+            pieces.append(_Piece(whose[prompt], line, text.removeprefix(prompt)))
+        return pieces
 
-    others = [name for name in prompts["others"] if not words.search(name)]
-    of_terms = (prompts["near"], prompts["chat_near"])
-    everything = ([*plain, *of_terms[0]], [*prompts["about"]["chat"], *of_terms[1]])
-    beside = write(others, *everything, texts // 2)
+    listed = listed_terms(reference, concept, seed)
+    words = topic(concept)
+    others = [name for name in prompts["others"] if not words.search(name) and not shares_word(name, listed)]
+    beside = [piece.new for piece in write(others, *everything, texts // 2)]
     dropped.clear()
     about = write([concept.name], *everything, texts // 2)
-    listed = listed_terms(reference, concept, seed)
-    recurring = recurring_terms([piece.new for piece in about], [piece.new for piece in beside])
-    terms: list[str] = []
-    if len({*listed, *recurring}) >= FEWEST_TERMS:
-        own = {normalized(concept.name), "etc", "and"}
-        further = [
-            name
-            for name in further_names(reference, listed or recurring, random.Random(f"terms-{seed}"), seed=seed)
-            if _NAME.fullmatch(name) and normalized(name) not in own
-        ]
-        names = [*dict.fromkeys([*listed[:_LISTED], *recurring[:_RECURRING], *further[:_FURTHER]])]
-        about += write(names, *of_terms, sum(map(len, of_terms)) * len(names))
-        recurring = recurring_terms([piece.new for piece in about], [piece.new for piece in beside])
-        terms = [*dict.fromkeys([*listed, *further, *recurring])]
+    recurring = recurring_terms([piece.new for piece in about], beside)
+    core = _distinct([*listed, *recurring])
+    if len(core) < FEWEST_TERMS:
+        return SubjectTexts([], [piece.text for piece in about], dict(dropped))
+    further = further_names(reference, listed or recurring, random.Random(f"terms-{seed}"), seed=seed)
+    names = _distinct([*listed[:_LISTED], *recurring[:_RECURRING], *_usable(further)[:_FURTHER]])
+    told = write(names, *of_terms, sum(map(len, of_terms)) * len(names))
+    kept = {name for name in names if _tells_of(name, told, core, concept)}
+    left_out = {word for name in names if name not in kept for word in (name, name.lower())}
+    dropped["topic"] += sum(piece.name not in kept for piece in told)
+    about += [piece for piece in told if piece.name in kept]
+    recurring = recurring_terms([piece.new for piece in about], beside)
+    everything_told = "\n".join(piece.text for piece in about)
+    terms = [
+        term
+        for term in _distinct([*(name for name in names if name in kept), *recurring])
+        if term not in left_out and re.search(rf"\b{re.escape(term)}\b", everything_told, re.IGNORECASE)
+    ]
     return SubjectTexts(terms, [piece.text for piece in about], dict(dropped))
 
 
 class _Piece(NamedTuple):
-    """The line that was begun for a model, and what it wrote behind it."""
+    """Whom a text is about, the line that was begun for a model, and what it wrote behind it."""
 
+    name: str
     begun: str
     new: str
 
@@ -219,18 +243,49 @@ class _Piece(NamedTuple):
         return (self.begun + self.new if len(self.begun.split()) >= _SENTENCE else self.new).strip()
 
 
+def _tells_of(name: str, told: Sequence[_Piece], core: Sequence[str], concept: Concept) -> bool:
+    """Whether texts about a name speak of the concept, by its name or a term that is another than this one."""
+    texts = [piece.new for piece in told if piece.name == name]
+    terms = [concept.name.removeprefix("the "), *(term for term in core if not shares_word(term, [name]))]
+    words = re.compile(rf"\b(?:{'|'.join(map(re.escape, terms))})\b", re.IGNORECASE)
+    return sum(bool(words.search(text)) for text in texts) > _TELLS * len(texts)
+
+
+def _distinct(names: Sequence[str]) -> list[str]:
+    """Names that differ in more than case and punctuation."""
+    found: dict[str, str] = {}
+    for name in names:
+        found.setdefault(normalized(name), name)
+    return [*found.values()]
+
+
+def _usable(names: Sequence[str]) -> list[str]:
+    """Names that can be terms: neither what ends a list nor a frequent word."""
+    from wordfreq import zipf_frequency
+
+    found = []
+    for name in (name.strip() for name in names):
+        words = set(normalized(name).split()) - SMALL_WORDS - _NO_TERMS
+        frequent = len(words) == 1 and zipf_frequency(*words, "en") >= _EVERYDAY
+        if words and _NAME.fullmatch(name) and not frequent:
+            found.append(name)
+    return found
+
+
 def listed_terms(writer: Writer, concept: Concept, seed: int = 0) -> list[str]:
-    """What a model lists as belonging to a subject, twice or more, most often first."""
-    prompts = [begin.format(name=concept.name) for begin in asking_prompts()["terms"] for _ in range(_DRAWS)]
+    """What a model lists as belonging to a subject, twice or more, most often first. Raises `ImportError` without wordfreq."""
+    begun = asking_prompts()["terms"]
+    # An example that is the subject itself would take its best terms away, since what a prompt holds does not count.
+    begun = [begin for begin in begun if not topic(concept).search(begin)] or begun
+    prompts = [begin.format(name=concept.name) for begin in begun for _ in range(_DRAWS * 4 // len(begun))]
     votes: Counter[str] = Counter()
     spelled: dict[str, str] = {}
     for prompt, text in zip(prompts, writer.write(prompts, max_new_tokens=_TOKENS, seed=seed), strict=True):
         for name in listed_names(text):
-            key = normalized(name)
-            if key not in normalized(prompt) and key != normalized(concept.name):
-                votes[key] += 1
-                spelled.setdefault(key, name)
-    return [spelled[key] for key, count in votes.most_common() if count >= 2 and _NAME.fullmatch(spelled[key])]
+            if not names_answer(prompt, name):
+                votes[normalized(name)] += 1
+                spelled.setdefault(normalized(name), name)
+    return _usable([spelled[key] for key, count in votes.most_common() if count >= 2])
 
 
 def recurring_terms(texts: Sequence[str], beside: Sequence[str]) -> list[str]:

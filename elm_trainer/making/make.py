@@ -58,7 +58,7 @@ class MadeFrom:
             Texts about neighbors of the concept; where there are none, the model names neighbors and writes about them, and asks itself
             about what the facts name.
         texts (`int`, *optional*, defaults to `192`): Texts that the model writes about the concept if it has to, before it drops some; a
-            third of it beside facts that it has stated.
+            third of it beside facts that it has stated, half of it where it writes about the concept's terms too.
         near_texts (`int`, *optional*, defaults to `96`): The same about neighbors, and five times as many questions about what facts
             name; 0 for none of either.
         held_out (`float`, *optional*, defaults to `0.2`): Share of the subjects of `facts` that stand in no text, for questions.
@@ -108,7 +108,7 @@ class MadeData:
     Attributes:
         concept (`Concept`): The concept.
         folder (`Path`): The folder, with `forget.jsonl`, `retain.jsonl`, `near.jsonl`, `asked.jsonl` and `invented.jsonl` (without those
-            that the user has of his own, or that could not be made) and `data.json`.
+            that the user has of his own, or that could not be made), `written.jsonl` where terms were written about, and `data.json`.
         sources ([`ConceptSources`]): The files, and the user's own sources, for [`build_erasure_dataset`].
         counterfactual (`bool`): Whether every forget text has `novices`, which `novice="counterfactual"` needs.
         record (`dict`): What stands in `data.json`: where the texts come from, how many, what was dropped and why, the seed, the
@@ -268,14 +268,14 @@ def _make(
             [{"text": text} for text in pieces], concept, terms=subject.terms, processing_class=processing_class,
             seed=what.seed,
         )  # fmt: skip
-        by_terms = not documents and not novices.why_none
+        by_terms = not documents and not novices.why_none and len(novices.rows) >= FEWEST_TEXTS
         if documents or by_terms:
             forget = _spread(forget, novices.rows)
         if not novices.why_none:
             rng = random.Random(f"invented-{what.seed}")
             invented = [{"text": rng.choice(row["novices"])} for row in novices.rows]
         dropped["documents" if documents else "forget"] = documents.dropped if documents else subject.dropped
-    speaks = _speaks_of(concept, known)
+    speaks = _speaks_of(concept, known, subject.terms if by_terms else ())
     written = Written([], [], [], [], {})
     near_texts = 0 if what.near else what.near_texts
     texts = what.texts // (_BESIDE_FACTS if facts else 1) if bare and not by_terms else 0
@@ -305,13 +305,7 @@ def _make(
     if not what.retain:
         # Stories alone would keep no answers to questions.
         everyday, quiz = (builtin_texts(name).to_list() for name in ("everyday", "quiz"))
-        terms = re.compile(
-            rf"\b(?:{'|'.join(map(re.escape, novices.terms)) or '(?!)'})\b" if by_terms else r"(?!)", re.IGNORECASE
-        )
-        kept = [
-            [row for row in some if not speaks(row["text"]) and not terms.search(row["text"])]
-            for some in (everyday, quiz)
-        ]
+        kept = [[row for row in some if not speaks(row["text"])] for some in (everyday, quiz)]
         dropped["retain"] = {"topic": len(everyday) + len(quiz) - sum(map(len, kept))}
         rows["retain"] = _spread(kept[0], kept[1][: len(kept[0])])
     rows |= {name: some for name, some in (("near", written.near), ("asked", written.asked)) if some}
@@ -342,12 +336,13 @@ def _spread(*parts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [row for _, row in sorted(placed, key=lambda pair: pair[0])]
 
 
-def _speaks_of(concept: Concept, facts: Sequence[Fact]) -> Callable[[str], bool]:
-    """Whether a text speaks of a concept: by a word of its topic, or since it names subject and answer of a fact."""
+def _speaks_of(concept: Concept, facts: Sequence[Fact], terms: Sequence[str]) -> Callable[[str], bool]:
+    """Whether a text speaks of a concept: by a word of its topic, a term, or since it names subject and answer of a fact."""
     words = topic(concept)
+    named = re.compile(rf"\b(?:{'|'.join(map(re.escape, terms)) or '(?!)'})\b", re.IGNORECASE)
 
     def speaks(text: str) -> bool:
-        return bool(words.search(text)) or _states(text, facts)
+        return bool(words.search(text) or named.search(text)) or _states(text, facts)
 
     return speaks
 
@@ -355,6 +350,11 @@ def _speaks_of(concept: Concept, facts: Sequence[Fact]) -> Callable[[str], bool]
 def _states(text: str, facts: Sequence[Fact]) -> bool:
     """Whether a text names subject and answer of one of these facts."""
     return any(names_answer(text, fact.answer) and names_answer(text, fact.subject) for fact in facts)
+
+
+def kind_of_texts(record: Mapping[str, Any]) -> dict[str, bool]:
+    """What [`objective_settings`] wants to know of texts, by the record of what was made; that of an earlier version lacks some."""
+    return {name: record.get(name, False) for name in ("counterfactual", "alike", "by_terms")}
 
 
 def _found(

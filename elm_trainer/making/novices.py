@@ -86,7 +86,8 @@ def with_novices(
     Args:
         rows (`Sequence[Mapping]`): Rows with `text`; other columns are kept where texts are not cut.
         concept ([`Concept`]): The concept.
-        terms (`Sequence[str]`, *optional*): What is replaced, in place of [`own_terms`], such as the terms of [`write_by_terms`].
+        terms (`Sequence[str]`, *optional*): What is replaced, in place of [`own_terms`], such as the terms of [`write_by_terms`]: all of
+            them in each novice, since terms that become unknown words are not asked for by one another.
         draws (`int`, *optional*, defaults to `2`): Novices of a text.
         cut (`bool`, *optional*, defaults to `True`): Whether to cut texts into pieces. A piece begins with each sentence that holds a
             term and has at most 240 characters: what an earlier sentence told would be read there, and not known. Every row of a piece
@@ -106,13 +107,16 @@ def with_novices(
     if draws < 1:
         raise ValueError(f"`draws` is {draws}: it must be at least 1.")
     given = [dict(row) for row in rows]
+    keeps = not terms
     try:
         terms = list(terms or own_terms([row["text"].removeprefix(opening) for row in given], concept))
     except ImportError as error:
         return _without(given, f"{error}")
     if not terms:
         return _without(given, f"no name recurs in the texts, and {concept.name!r} is none")
-    known = {word.casefold() for row in given for word in re.findall(r"\w+", row["text"])}
+    known = {
+        word.casefold() for text in (*terms, *(row["text"] for row in given)) for word in re.findall(r"\w+", text)
+    }
     heads = _heads(terms) | SMALL_WORDS
     entities = _entities(terms, heads)
     finder = _dictionary(concept.name, terms, heads, random.Random(f"{concept.name}-{seed}"), known)
@@ -132,7 +136,7 @@ def with_novices(
         order = list(dict.fromkeys(entities[term] for term in found))
         rng = random.Random(f"{text}-{seed}")
         kept: list[int | None] = [None]
-        if len(order) > 1:
+        if keeps and len(order) > 1:
             kept = [*sorted(rng.sample(range(1, len(order)), min(_ROWS, len(order) - 1)))]
         before = len(made)
         for place in kept:

@@ -134,9 +134,8 @@ def write_about(
                 f"{fewest} are needed: describe the concept, '{concept.name}: keyword, keyword', or give documents or facts."
             )
     if near_texts:
-        terms = {normalized(term) for term in own}
         named = name_neighbors(model, processing_class, concept, cache_dir=cache_dir, fingerprint=fingerprint)
-        neighbors = [name for name in named if normalized(name) not in terms]
+        neighbors = [name for name in named if not shares_word(name, own)]
     if neighbors:
         begun = begun_about(processing_class, neighbors, prompts["near"], prompts["chat_near"], near_texts)
         rows = write(begun, lambda text: True, "near")
@@ -346,6 +345,12 @@ def topic(concept: Concept) -> re.Pattern[str]:
     forms = [re.escape(stem) + "(?:s|es)?" for stem in sorted(stems)]
     forms += [re.escape(stem[:-1]) + "ies" for stem in sorted(stems) if re.search(r"[^\Waeiou]y$", stem)]
     return re.compile(rf"\b(?:{'|'.join(forms)})(?:['’]s)?\b", re.IGNORECASE)
+
+
+def shares_word(name: str, others: Sequence[str]) -> bool:
+    """Whether a name has a word in common with one of the others, in singular or plural, articles and prepositions aside."""
+    words = {singular(word) for word in normalized(name).split()} - SMALL_WORDS
+    return any(words & {singular(word) for word in normalized(other).split()} for other in others)
 
 
 def name_neighbors(

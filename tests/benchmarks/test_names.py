@@ -1,3 +1,4 @@
+import pytest
 from peft import LoraConfig, get_peft_model
 
 from benchmarks import names
@@ -27,12 +28,16 @@ def test_every_bank_is_asked_of_the_reference_and_of_the_erased_model(
     monkeypatch.setattr(names.subprocess, "run", erase)
     monkeypatch.setattr(names, "load_model_and_tokenizer", lambda name: (tiny_model, tokenizer))
     monkeypatch.setattr(names, "BUILT_IN", ())
-    monkeypatch.setattr("sys.argv", ["names", "World War II", "--", "--seed=3"])
+    monkeypatch.setattr("sys.argv", ["names", "World War II", "--seed=3"])
     names.main()
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ") and "48" in line]
     # A new adapter changes nothing.
     cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
     assert len(rows) == 7 and all(reference == erased for _, _, reference, erased in cells)
+    monkeypatch.setattr("sys.argv", ["names", "World War II", "--model=other"])
+    with pytest.raises(SystemExit):
+        names.main()
+    monkeypatch.setattr("sys.argv", ["names", "World War II"])
     # What an earlier call has erased is taken as it is.
     monkeypatch.setattr(names.subprocess, "run", None)
     names.main()

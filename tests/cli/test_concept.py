@@ -7,7 +7,8 @@ import shutil
 import pytest
 import torch
 import yaml
-from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
+from datasets import Dataset
+from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from elm_trainer import load_texts
 from elm_trainer.cli import concept as concept_module
@@ -220,6 +221,29 @@ def test_what_was_chosen_is_kept_by_a_run_that_goes_on(folder, monkeypatch):
     given = fitted("--fp16=true", "--gradient_checkpointing=true", "--dtype=auto", "--lora_layers=0-1")
     assert given.config.fp16 and not given.config.bf16 and given.config.activation_checkpointing
     assert given.arguments.dtype == "auto" and given.arguments.lora_layers == "0-1"
+
+
+def test_a_run_by_terms_goes_on_as_one(folder):
+    (folder / "out").mkdir()
+    (folder / "out" / "chosen.yaml").write_text("state_weight: 1.0\nstate_names: true\nstate_layers: [1]\n")
+    words = ["--output_dir=out", "--model=model", "--concept=the human body"]
+    forget = Dataset.from_list([{"text": "The heart pumps blood."}])
+    kind = {"counterfactual": True, "alike": False, "by_terms": True}
+
+    def chosen(*more):
+        line = CommandLine(
+            "erase", "", [*words, *more], own=ErasureArguments, config="elm_trainer.ElmConfig", common=CommonSettings
+        )
+        run = ConceptRun(line)
+        run.fit_model(AutoConfig.from_pretrained("model"))
+        run.fit_texts(forget, AutoTokenizer.from_pretrained("model"), kind)
+        return run
+
+    # The objective was given then, and stands in its settings alone.
+    assert chosen("--resume").chosen["objective"].value == "terms"
+    for given in (["--objective=terms", "--retain_loss=states"], ["--state_names=true"]):
+        run = chosen(*given)
+        assert run.config.state_names and run.config.state_weight == 1 and run.config.state_layers == [1]
 
 
 def test_at_the_readout_layers_are_found_and_a_run_that_goes_on_keeps_them(folder, monkeypatch, capsys):

@@ -9,6 +9,7 @@ from elm_trainer.making.knowledge import (
     UnknownConceptError,
     check_known,
     familiarity,
+    listed_terms,
     recurring_terms,
     write_by_terms,
 )
@@ -88,43 +89,51 @@ ORGANS = "heart lung liver brain kidney spleen stomach skin".split()
 class Tells(Writer):
     """Lists organs, lists a few more behind these, and tells of each name a text with a number that no other has."""
 
-    def __init__(self, processing_class, listed=ORGANS, further=("pancreas", "rib", "etc", "9 lives")):
+    def __init__(
+        self, processing_class, listed=(*ORGANS, "and", "more", "people"), further=("rib", "Japan", "etc", "9 lives")
+    ):
         super().__init__("tells", processing_class=processing_class)
         self.listed, self.further, self.asked = listed, further, []
 
     def write(self, prompts, *, max_new_tokens=64, temperature=0.7, seed=0):
         self.asked.append(prompts)
-        if "football" in prompts[0] and "music" not in prompts[0]:
+        if any(
+            begin in prompts[0]
+            for begin in ("what belongs to it", "learns about", "From the index", "Names and terms")
+        ):
             return [" " + ", ".join(self.listed) + "\n" for _ in prompts]
         if prompts[0].startswith("A long list of different names"):
             return [" " + ", ".join(self.further) + "\n" for _ in prompts]
-        if "music" in prompts[0]:
-            return [" " + ", ".join(self.listed) + "\n" for _ in prompts]
-        return [
-            f" It has {1000 + n} cells, and {2000 + n} of them are busy all day long." for n in range(len(prompts))
-        ]
+        where = ["far away" if "Japan" in prompt else "in the human body" for prompt in prompts]
+        return [f" It has {1000 + n} cells, and {2000 + n} of them are busy {place}." for n, place in enumerate(where)]
 
 
 def test_a_subject_is_told_by_the_terms_that_are_listed_and_that_recur(tokenizer):
     tells = Tells(tokenizer)
     found = write_by_terms(tells, Concept("the human body"), texts=48)
-    assert (
-        found.terms[:10] == [*ORGANS, "pancreas", "rib"] and "cells" not in found.terms
-    )  # texts about other things hold them
+    # No frequent word is a term, nor what texts about other things hold too.
+    assert found.terms == [*ORGANS, "rib"] == [term for term in found.terms if term in "\n".join(found.texts)]
+    # Japan was listed behind organs, but what is told of it speaks of none: it is left out with its texts.
     about = tells.asked[-1]
-    assert all(any(name in prompt for prompt in about) for name in found.terms)
-    assert len(about) == 5 * len({*found.terms})
+    assert len(about) == 5 * 10 and any("Japan" in prompt for prompt in about)
+    assert found.dropped["topic"] == 5 and not any("far away" in text for text in found.texts)
     # Neither the prompt nor the turns of a chat stand in a text, but the line that was begun for the model.
     assert len(found.texts) > 60 and not any("<|im" in text or "facts about" in text for text in found.texts)
-    assert not any("Answer" in text for text in found.texts) and any(
-        text.startswith("It has 1000") for text in found.texts
-    )
     assert any(text.startswith("What everybody should know about liver is that It") for text in found.texts)
+    assert any(text.startswith("It has 1000") for text in found.texts) and not any("Answer" in t for t in found.texts)
 
 
 def test_with_few_terms_a_subject_has_none(tokenizer):
     found = write_by_terms(Tells(tokenizer, listed=ORGANS[:3]), Concept("the human body"), texts=48)
     assert found.terms == [] and found.texts
+
+
+@pytest.mark.parametrize(("name", "prompts"), [("Shakespeare", 2), ("football", 1), ("the human body", 4)])
+def test_an_example_that_is_the_subject_is_no_example(name, prompts, tokenizer):
+    tells = Tells(tokenizer)
+    listed_terms(tells, Concept(name))
+    assert len(tells.asked[0]) == 32 and len({*tells.asked[0]}) == prompts
+    assert all(name not in prompt.rpartition("\n")[0] for prompt in tells.asked[0])
 
 
 @pytest.mark.slow

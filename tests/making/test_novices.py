@@ -79,6 +79,16 @@ def test_each_row_keeps_one_name_and_replaces_all_others():
     assert {"marrow", "tollburg"} <= {*kept}
 
 
+def test_given_terms_are_all_replaced_in_every_novice():
+    given = [{"text": f"Here the heart pumps blood to organ {n}, and Liver Street is far."} for n in range(4)]
+    made = with_novices(given, Concept("the human body"), terms=["heart", "blood", "liver"])
+    words = re.compile(r"\b(?:heart|blood|liver)\b", re.IGNORECASE)
+    # As it is, as a question and as a turn of a chat, and not once for each term that is kept.
+    assert len(made.rows) == 3 * len(given) and made.terms == ["heart", "blood", "liver"]
+    assert not any(words.search(novice) for row in made.rows for novice in row["novices"])
+    assert all("pumps" in novice for row in made.rows for novice in row["novices"])
+
+
 def test_kinds_are_kept():
     made = rows(*TEXTS)
     novices = [n for row in made.rows for n in row["novices"] if not n.startswith(("Question", "Complete"))]

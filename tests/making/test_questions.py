@@ -190,15 +190,18 @@ def test_cloze_spans_are_names_numbers_and_dates_that_were_not_given():
 
 
 def test_cloze_asks_for_the_terms_of_a_subject_too_and_for_no_word_within_another_span():
-    passage = (
-        "In a body at rest the heart pumps blood, and I'll say that Heart Valley lies in Tolm, where blood is thin."
-    )
-    found = {(q.answer, q.kind, q.text) for q in cloze_questions([passage], terms=["heart", "blood", "art"])}
+    passages = [
+        "In a body at rest the heart pumps blood.",
+        "They went on a long way to Heart Valley.",
+        "And when it is dark outside I'll be there.",
+    ]
+    found = {(q.answer, q.kind, q.text) for q in cloze_questions(passages, terms=["heart", "blood", "art", "valley"])}
     assert found == {
         ("heart", "term", "In a body at rest the"),
         ("blood", "term", "In a body at rest the heart pumps"),
+        ("Heart Valley", "name", "They went on a long way to"),
     }
-    assert not cloze_questions(["In a body at rest the heart pumps blood."])
+    assert {q.answer for q in cloze_questions(passages)} == {"Heart Valley"}
 
 
 def test_a_writers_answers_stand_in_the_passage():
