@@ -2,7 +2,7 @@
 
 `elm erase --concept NAME` makes its texts, its settings and its own report. Then the reference and the erased model answer the
 questions of every file of benchmarks/banks, of which those about the subject were written by somebody who saw neither its texts nor
-how it is erased, and two built-in banks. Settings were chosen on the human body.
+how it is erased, and two built-in banks. docs/results.md says on which of them settings were chosen.
 """
 
 import argparse
@@ -33,6 +33,8 @@ def main() -> None:
         "--output_dir", type=Path, help="outputs/names/NAME by default; an adapter there is taken as it is."
     )
     arguments, more = parser.parse_known_args()
+    if sys.argv[1] != arguments.name:
+        parser.error("Name the subject first: of the options behind it some are those of elm erase.")
     if any(option.split("=")[0] == "--model" for option in more):
         parser.error(f"`--model` is not taken: the banks ask for what {DEMO_MODEL} knows.")
     console = Console(soft_wrap=True, markup=False, highlight=False)

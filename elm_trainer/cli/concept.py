@@ -356,10 +356,10 @@ class ConceptRun:
             texts |= {name: load_texts(folder / f"{name}.jsonl") for name in record["counts"]}
         else:
             everyday = load_texts("everyday")
-            written = {"forget": 2 * what.texts if self.is_bare else 0, "near": 0 if what.near else what.near_texts}
+            written = {"forget": (self.is_bare + by_terms) * what.texts, "near": 0 if what.near else what.near_texts}
             # Whether there will be facts of a mere name is not known yet.
             written["asked"] = ASKED_SHARE * written["near"] if self.is_bare or what.facts else 0
-            about = ("about it and its terms", "about neighbors", "questions about what facts name")
+            about = ("about it" + " and its terms" * by_terms, "about neighbors", "questions about what facts name")
             told = ", ".join(f"{count} {of}" for count, of in zip(written.values(), about, strict=True) if count)
             note = f"the model is to write {told}, of which two thirds are kept in this plan" if told else ""
             if self.is_bare:

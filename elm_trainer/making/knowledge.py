@@ -162,7 +162,7 @@ def write_by_terms(reference: Writer, concept: Concept, *, texts: int, seed: int
     """Let a model describe a subject: list its terms, and write about the subject and about each of the terms.
 
     Terms are what the model lists twice or more as belonging to the subject, what it lists further behind these, and words that
-    recur in its texts ([`recurring_terms`]). It writes five texts about each. A name whose texts speak neither of the subject nor
+    recur in its texts ([`recurring_terms`]). It writes five texts about each of up to 64 of them. A name whose texts speak neither of the subject nor
     of another of its terms, in most cases, tells of something else, such as India, which was listed behind Japan as a term of a war: it
     is left out with its texts.
 
@@ -227,6 +227,7 @@ def write_by_terms(reference: Writer, concept: Concept, *, texts: int, seed: int
         for term in _distinct([*(name for name in names if name in kept), *recurring])
         if term not in left_out and re.search(rf"\b{re.escape(term)}\b", everything_told, re.IGNORECASE)
     ]
+    terms = terms if len(terms) >= FEWEST_TERMS else []
     return SubjectTexts(terms, [piece.text for piece in about], dict(dropped))
 
 

@@ -34,9 +34,10 @@ def test_every_bank_is_asked_of_the_reference_and_of_the_erased_model(
     # A new adapter changes nothing.
     cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
     assert len(rows) == 7 and all(reference == erased for _, _, reference, erased in cells)
-    monkeypatch.setattr("sys.argv", ["names", "World War II", "--model=other"])
-    with pytest.raises(SystemExit):
-        names.main()
+    for wrong in (["World War II", "--model=other"], ["--seed", "3", "World War II"]):
+        monkeypatch.setattr("sys.argv", ["names", *wrong])
+        with pytest.raises(SystemExit):
+            names.main()
     monkeypatch.setattr("sys.argv", ["names", "World War II"])
     # What an earlier call has erased is taken as it is.
     monkeypatch.setattr(names.subprocess, "run", None)
