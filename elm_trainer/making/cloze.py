@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..data.questions import PLAIN, Form, names_answer
+from .documents import whole_words
 from .fact_writing import asking_prompts
 from .writer import Writer
 
@@ -70,10 +71,7 @@ def cloze_questions(
         seed (`int`, *optional*, defaults to `0`): Seed of the draw.
     """
     found: dict[tuple[str, str], Asked] = {}
-    longest_first = sorted(terms, key=len, reverse=True)
-    of_terms = re.compile(
-        rf"\b(?P<term>{'|'.join(map(re.escape, longest_first))})\b" if terms else r"(?!)", re.IGNORECASE
-    )
+    of_terms = whole_words(terms)
     for passage in passages:
         before = ""
         for sentence in filter(None, (part.strip() for part in _SENTENCE.split(passage))):
@@ -92,7 +90,7 @@ def cloze_questions(
                 shown = lead if named else f"{before} {lead}".strip()
                 if count < _SPANS and not names_answer(shown, answer):
                     subject = (named or _names(before) or [lead])[0]
-                    kind = match.lastgroup or ""
+                    kind = match.lastgroup or "term"
                     found.setdefault(
                         (shown, answer), Asked(shown, answer, kind, f"{kind} {answer.casefold()}", subject)
                     )

@@ -25,6 +25,8 @@ _WORD = re.compile(r"[\u3040-\u9fff\uac00-\ud7af]|[^\W\u3040-\u9fff\uac00-\ud7af
 # Words that are compared at once, and the share of these runs that a text has in common with an earlier one.
 SHINGLE, OVERLAP = 5, 0.8
 _SENTENCE_END = re.compile(r"(?:[.!?…][\"'”’»)]*\s+|[。！？][\"'”’»)]*\s*)")
+# The last that was written is cut off, unless it ends with one of these.
+_SENTENCE = re.compile(r"[.!?][\"')]*(?=\s|$)|\n")
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,12 @@ def sentences(text: str) -> list[str]:
     return [part for start, end in pairwise([0, *ends, len(text)]) if (part := text[start:end].strip())]
 
 
+def whole_sentences(text: str) -> str:
+    """A text without the sentence or line that was cut off at its end, unless there is no other."""
+    ends = [match.end() for match in _SENTENCE.finditer(text.rstrip())]
+    return text[: ends[-1]].rstrip() if ends and text[: ends[-1]].strip() else text.rstrip()
+
+
 def _sentences_up_to(paragraph: str, longest: int) -> Iterable[str]:
     while len(paragraph) > longest:
         head = paragraph[: longest + 1]
@@ -132,6 +140,12 @@ def _sentences_up_to(paragraph: str, longest: int) -> Iterable[str]:
 def normalized(text: str) -> str:
     """A text in lower case, as words with single spaces between: what is left when form and punctuation do not count."""
     return " ".join(_WORD.findall(unicodedata.normalize("NFKC", text).casefold()))
+
+
+def whole_words(names: Sequence[str]) -> re.Pattern[str]:
+    """What finds any of these names in a text, as whole words and whatever the case, the longest that begins at a place; none of none."""
+    some = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
+    return re.compile(rf"\b(?:{some or '(?!)'})\b", re.IGNORECASE)
 
 
 def without_duplicates(texts: Sequence[str]) -> tuple[list[int], dict[str, int]]:

@@ -3,7 +3,7 @@
 import random
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from importlib.resources import files
 from itertools import product
@@ -181,18 +181,25 @@ def is_name(text: str, words: int) -> bool:
 def _members(writer: Writer, kind: str, seed: int) -> list[str]:
     """Members of a kind, those that are listed most often first."""
     prompts = [begin.format(name=kind) for begin in asking_prompts()["members"] for _ in range(_DRAWS)]
+
+    def counts(prompt: str, name: str) -> bool:
+        return normalized(name) not in normalized(prompt) and normalized(name) != normalized(kind)
+
+    return agreed_names(writer, prompts, counts, seed)[:_SUBJECTS]
+
+
+def agreed_names(writer: Writer, prompts: Sequence[str], counts: Callable[[str, str], bool], seed: int) -> list[str]:
+    """Names that are listed behind two prompts or more, most often first; `counts` says which one does behind a prompt."""
     votes: Counter[str] = Counter()
     spelled: dict[str, str] = {}
     for prompt, text in zip(prompts, writer.write(prompts, max_new_tokens=_LIST_TOKENS, seed=seed), strict=True):
-        for name in listed_names(text):
-            key = normalized(name)
-            if key not in normalized(prompt) and key != normalized(kind):
-                votes[key] += 1
-                spelled.setdefault(key, name)
-    return [spelled[key] for key, count in votes.most_common() if count >= 2][:_SUBJECTS]
+        for name in (name for name in _listed(text) if counts(prompt, name)):
+            votes[normalized(name)] += 1
+            spelled.setdefault(normalized(name), name)
+    return [spelled[key] for key, count in votes.most_common() if count >= 2]
 
 
-def listed_names(text: str) -> list[str]:
+def _listed(text: str) -> list[str]:
     """The names in the rest of a line, each once."""
     line, whole, _ = text.partition("\n")
     # The last one is cut off where the line has no end.
@@ -343,7 +350,7 @@ def further_names(writer: Writer, known: Sequence[str], rng: random.Random, *, s
             for _ in range(_FURTHER)
         ]
         for text in writer.write(prompts, max_new_tokens=_LIST_TOKENS, temperature=1.0, seed=seed + 10 + turn):
-            for name in listed_names(text):
+            for name in _listed(text):
                 listed[normalized(name)] += 1
                 spelled.setdefault(normalized(name), name)
     return [spelled[key] for key, count in listed.most_common() if count > 1 and key not in own][:_NAMES]

@@ -15,10 +15,10 @@ from ..data.invented import SMALL_WORDS, invented_name
 from ..data.questions import names_answer
 from ..data.tokens import text_tokenizer
 from ..evaluation.likelihood import log_likelihoods
-from .documents import normalized
-from .fact_writing import asking_prompts, further_names, listed_names
+from .documents import normalized, whole_words
+from .fact_writing import agreed_names, asking_prompts, further_names
 from .writer import WRITING, Writer
-from .writing import begun_about, shares_word, sift, topic, writing_prompts
+from .writing import Begun, begun_about, forms_about, shares_word, sift, topic, writing_prompts
 
 
 # After these a name may stand as a subject of its own.
@@ -31,7 +31,7 @@ LEADS = (
 INVENTED = 8
 # Largest share of the invented names' surprise at which a name counts as known.
 BOUND = 0.45
-# Lists that are asked for in each way, and their tokens.
+# Lists that are asked for in each way, and the tokens of a text.
 _DRAWS, _TOKENS = 8, 48
 # Terms that are written about: of those that were listed, that recur, and that were listed further.
 _LISTED, _RECURRING, _FURTHER = 24, 16, 24
@@ -180,75 +180,66 @@ def write_by_terms(reference: Writer, concept: Concept, *, texts: int, seed: int
     """
     import wordfreq  # noqa: F401  before anything is written
 
-    prompts = writing_prompts()
-    plain = [prompt for form, some in prompts["about"].items() if form != "chat" for prompt in some]
-    of_terms = (prompts["near"], prompts["chat_near"])
-    everything = ([*plain, *of_terms[0]], [*prompts["about"]["chat"], *of_terms[1]])
+    about_it, turns = forms_about()
+    of_terms = (writing_prompts()["near"], writing_prompts()["chat_near"])
+    everything = ([*about_it, *of_terms[0]], [*turns, *of_terms[1]])
     dropped: Counter[str] = Counter()
 
-    def write(names: Sequence[str], forms: Sequence[str], chat: Sequence[str], count: int) -> list[_Piece]:
-        begun = begun_about(reference.processing_class, names, forms, chat, count)
-        whose = {
-            prompt: name
-            for name in names
-            for prompt in begun_about(reference.processing_class, [name], forms, chat, count)
-        }
-        lines = {form.format(name=name, Name=name[:1].upper() + name[1:]) for form in forms for name in names}
-        found = reference.write(begun, max_new_tokens=_TOKENS, temperature=_TEMPERATURE, seed=seed)
-        rows, lost = sift(begun, [a + b for a, b in zip(begun, found, strict=True)], lambda text: True, WRITING)
+    def write(names: Sequence[str], forms: tuple[list[str], list[str]], count: int) -> list[_Piece]:
+        begun = begun_about(reference.processing_class, names, *forms, count)
+        asked = {one.prompt: one for one in begun}
+        prompts = [one.prompt for one in begun]
+        found = reference.write(prompts, max_new_tokens=_TOKENS, temperature=_TEMPERATURE, seed=seed)
+        rows, lost = sift(prompts, [a + b for a, b in zip(prompts, found, strict=True)], lambda text: True, WRITING)
         dropped.update(lost)
-        pieces = []
-        for prompt, text in ((row["prompt"], row["text"]) for row in rows):
-            line = prompt.rpartition("\n")[2] if prompt in lines else ""
-            pieces.append(_Piece(whose[prompt], line, text.removeprefix(prompt)))
-        return pieces
+        return [_Piece(asked[row["prompt"]], row["text"].removeprefix(row["prompt"])) for row in rows]
 
     listed = listed_terms(reference, concept, seed)
     words = topic(concept)
-    others = [name for name in prompts["others"] if not words.search(name) and not shares_word(name, listed)]
-    beside = [piece.new for piece in write(others, *everything, texts // 2)]
+    others = [name for name in writing_prompts()["others"] if not words.search(name) and not shares_word(name, listed)]
+    beside = [piece.new for piece in write(others, everything, texts // 2)]
     dropped.clear()
-    about = write([concept.name], *everything, texts // 2)
+    about = write([concept.name], everything, texts // 2)
     recurring = recurring_terms([piece.new for piece in about], beside)
     core = _distinct([*listed, *recurring])
     if len(core) < FEWEST_TERMS:
         return SubjectTexts([], [piece.text for piece in about], dict(dropped))
     further = further_names(reference, listed or recurring, random.Random(f"terms-{seed}"), seed=seed)
     names = _distinct([*listed[:_LISTED], *recurring[:_RECURRING], *_usable(further)[:_FURTHER]])
-    told = write(names, *of_terms, sum(map(len, of_terms)) * len(names))
+    told = write(names, of_terms, sum(map(len, of_terms)) * len(names))
     kept = {name for name in names if _tells_of(name, told, core, concept)}
     left_out = {word for name in names if name not in kept for word in (name, name.lower())}
-    dropped["topic"] += sum(piece.name not in kept for piece in told)
-    about += [piece for piece in told if piece.name in kept]
+    dropped["topic"] += sum(piece.begun.name not in kept for piece in told)
+    about += [piece for piece in told if piece.begun.name in kept]
     recurring = recurring_terms([piece.new for piece in about], beside)
     everything_told = "\n".join(piece.text for piece in about)
     terms = [
         term
         for term in _distinct([*(name for name in names if name in kept), *recurring])
-        if term not in left_out and re.search(rf"\b{re.escape(term)}\b", everything_told, re.IGNORECASE)
+        if term not in left_out and whole_words([term]).search(everything_told)
     ]
     terms = terms if len(terms) >= FEWEST_TERMS else []
     return SubjectTexts(terms, [piece.text for piece in about], dict(dropped))
 
 
 class _Piece(NamedTuple):
-    """Whom a text is about, the line that was begun for a model, and what it wrote behind it."""
+    """What was begun for a model, and what it wrote behind it."""
 
-    name: str
-    begun: str
+    begun: Begun
     new: str
 
     @property
     def text(self) -> str:
-        """Both, where the line begins a sentence; "Answer:" begins none."""
-        return (self.begun + self.new if len(self.begun.split()) >= _SENTENCE else self.new).strip()
+        """With the line that was begun, where that begins a sentence; "Answer:" begins none."""
+        line = self.begun.line
+        return (line + self.new if len(line.split()) >= _SENTENCE else self.new).strip()
 
 
 def _tells_of(name: str, told: Sequence[_Piece], core: Sequence[str], concept: Concept) -> bool:
     """Whether texts about a name speak of the concept, by its name or a term that is another than this one."""
-    texts = [piece.new for piece in told if piece.name == name]
+    texts = [piece.new for piece in told if piece.begun.name == name]
     terms = [concept.name.removeprefix("the "), *(term for term in core if not shares_word(term, [name]))]
-    words = re.compile(rf"\b(?:{'|'.join(map(re.escape, terms))})\b", re.IGNORECASE)
+    words = whole_words(terms)
     return sum(bool(words.search(text)) for text in texts) > _TELLS * len(texts)
 
 
@@ -279,14 +270,8 @@ def listed_terms(writer: Writer, concept: Concept, seed: int = 0) -> list[str]:
     # An example that is the subject itself would take its best terms away, since what a prompt holds does not count.
     begun = [begin for begin in begun if not topic(concept).search(begin)] or begun
     prompts = [begin.format(name=concept.name) for begin in begun for _ in range(_DRAWS * 4 // len(begun))]
-    votes: Counter[str] = Counter()
-    spelled: dict[str, str] = {}
-    for prompt, text in zip(prompts, writer.write(prompts, max_new_tokens=_TOKENS, seed=seed), strict=True):
-        for name in listed_names(text):
-            if not names_answer(prompt, name):
-                votes[normalized(name)] += 1
-                spelled.setdefault(normalized(name), name)
-    return _usable([spelled[key] for key, count in votes.most_common() if count >= 2])
+    # What the prompt holds itself is none of its answers.
+    return _usable(agreed_names(writer, prompts, lambda prompt, name: not names_answer(prompt, name), seed))
 
 
 def recurring_terms(texts: Sequence[str], beside: Sequence[str]) -> list[str]:

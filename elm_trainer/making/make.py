@@ -1,7 +1,6 @@
 """`make_data`: forget, retain and near texts from documents, facts or a mere name, as files to look at, edit and use again."""
 
 import random
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -21,7 +20,7 @@ from ..data.user_sources import Source
 from ..evaluation.fluency import as_prompt
 from ..files import json_sha256, made_before, store_made
 from ..fingerprint import base_fingerprint
-from .documents import Documents, read_documents
+from .documents import Documents, read_documents, whole_words
 from .fact_writing import StatedFacts, write_facts
 from .facts import also_held_out, facts_texts, held_out_of, likeness, mostly_alike, read_facts
 from .knowledge import Familiarity, SubjectTexts, check_known, write_by_terms
@@ -339,7 +338,7 @@ def _spread(*parts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def _speaks_of(concept: Concept, facts: Sequence[Fact], terms: Sequence[str]) -> Callable[[str], bool]:
     """Whether a text speaks of a concept: by a word of its topic, a term, or since it names subject and answer of a fact."""
     words = topic(concept)
-    named = re.compile(rf"\b(?:{'|'.join(map(re.escape, terms)) or '(?!)'})\b", re.IGNORECASE)
+    named = whole_words(terms)
 
     def speaks(text: str) -> bool:
         return bool(words.search(text) or named.search(text)) or _states(text, facts)

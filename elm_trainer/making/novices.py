@@ -15,7 +15,7 @@ from ..concept import Concept
 from ..data.invented import SMALL_WORDS, invented_name
 from ..evaluation.fluency import as_prompt
 from ..methods.anchors import Anchor, AnchorDictionary, find_terms
-from .documents import chunks, sentences
+from .documents import chunks, sentences, whole_words
 
 
 logger = logging.get_logger(__name__)
@@ -192,7 +192,7 @@ def own_terms(texts: Sequence[str], concept: Concept) -> list[str]:
         if term.isalpha() and term.istitle() and zipf_frequency(term.lower(), "en") < _UNKNOWN
     ]
     everything = "\n".join(texts)
-    return [term for term in dict.fromkeys(terms) if re.search(rf"\b{re.escape(term)}\b", everything, re.IGNORECASE)]
+    return [term for term in dict.fromkeys(terms) if whole_words([term]).search(everything)]
 
 
 def _pieces(text: str, finder: AnchorDictionary) -> list[str]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -20,7 +20,7 @@ from ..data.invented import SMALL_WORDS
 from ..data.questions import names_answer
 from ..evaluation.fluency import as_prompt, repetition
 from ..synthesis import SynthesisConfig, sample_texts
-from .documents import normalized, without_duplicates
+from .documents import normalized, whole_sentences, without_duplicates
 from .fact_writing import FEWEST_FACTS, further_names, singular
 from .writer import WRITING, Writer
 
@@ -37,7 +37,6 @@ ASKED_SHARE = 5
 _ASKS, _TELLING = 5, 0.2
 NEIGHBORS, _WORDS_OF_A_NAME = 8, 4
 FEWEST_TEXTS = 8
-_SENTENCE = re.compile(r"[.!?][\"')]*(?=\s|$)|\n")
 _QUESTION = re.compile(r"[^?]+\?")
 # The first line that says something, with its end if it has one, and what blank stands before it.
 _FIRST_LINE = re.compile(r"\s*\S[^\n]*\n?")
@@ -114,9 +113,10 @@ def write_about(
     words = topic(concept)
     speaks = speaks or (lambda text: bool(words.search(text)))
 
-    def write(begun: Sequence[str], fits: Callable[[str], bool], what: str) -> list[dict[str, str]]:
-        found = sample_texts(model, processing_class, begun, config, cache_dir=cache_dir, fingerprint=fingerprint)
-        rows, dropped[what] = sift(begun, found, fits, config)
+    def write(begun: Sequence[Begun], fits: Callable[[str], bool], what: str) -> list[dict[str, str]]:
+        asked = [one.prompt for one in begun]
+        found = sample_texts(model, processing_class, asked, config, cache_dir=cache_dir, fingerprint=fingerprint)
+        rows, dropped[what] = sift(asked, found, fits, config)
         # Asked in order of length, they are read in any.
         random.Random(f"{what}-{config.seed}").shuffle(rows)
         return rows
@@ -125,8 +125,7 @@ def write_about(
     near: list[dict[str, str]] = []
     neighbors: list[str] = []
     if texts:
-        plain = [prompt for form, some in prompts["about"].items() if form != "chat" for prompt in some]
-        begun = begun_about(processing_class, [concept.name], plain, prompts["about"]["chat"], texts)
+        begun = begun_about(processing_class, [concept.name], *forms_about(), texts)
         forget = write(begun, lambda text: bool(words.search(text)), "forget")
         if len(forget) < fewest:
             raise ValueError(
@@ -274,23 +273,38 @@ def writing_prompts() -> dict[str, Any]:
     return yaml.safe_load((files("elm_trainer.data") / "texts" / "writing.yaml").read_text(encoding="utf-8"))
 
 
+class Begun(NamedTuple):
+    """What a model is given to go on with: the whole, whom it is about, and the line that it goes on, which a turn of chat has none of."""
+
+    prompt: str
+    name: str
+    line: str
+
+
 def begun_about(
     processing_class: PreTrainedTokenizerBase,
     names: Sequence[str],
     plain: Sequence[str],
     chat: Sequence[str],
     count: int,
-) -> list[str]:
-    """`count` prompts about names, half of them as a conversation where the model has one: all names in the first form, then all in the next."""
+) -> list[Begun]:
+    """`count` beginnings, half of them as a conversation where the model has one: all names in the first form, then all in the next."""
     filled = []
     for index in range(count):
         turn, place = divmod(index, len(names))
         name = names[place]
         chosen = chat[turn // 2 % len(chat)] if turn % 2 else plain[turn // 2 % len(plain)]
         text = chosen.format(name=name, Name=name[:1].upper() + name[1:])
-        filled.append(as_prompt(processing_class, text) if turn % 2 else text)
+        line = "" if turn % 2 else text.rpartition("\n")[2]
+        filled.append(Begun(as_prompt(processing_class, text) if turn % 2 else text, name, line))
     # Batches of like lengths waste little on padding.
-    return sorted(filled, key=len)
+    return sorted(filled, key=lambda begun: len(begun.prompt))
+
+
+def forms_about() -> tuple[list[str], list[str]]:
+    """The forms in which a model is to write about a concept: beginnings, and turns of a conversation."""
+    about = writing_prompts()["about"]
+    return [prompt for form, some in about.items() if form != "chat" for prompt in some], about["chat"]
 
 
 def sift(
@@ -319,12 +333,6 @@ def sift(
     kept, twice = without_duplicates([new for _, new in found])
     rows = [{"text": found[index][0] + found[index][1], "prompt": found[index][0]} for index in kept]
     return rows, dropped | twice
-
-
-def whole_sentences(text: str) -> str:
-    """A text without the sentence or line that was cut off at its end, unless there is no other."""
-    ends = [match.end() for match in _SENTENCE.finditer(text.rstrip())]
-    return text[: ends[-1]].rstrip() if ends and text[: ends[-1]].strip() else text.rstrip()
 
 
 def topic(concept: Concept) -> re.Pattern[str]:

@@ -364,8 +364,7 @@ class ElmTrainer(ErasureTrainer):
             past_end=not counterfactual,
             faithful=args.faithful,
             contexts_per_sample=args.contexts_per_sample,
-            behind_names=counterfactual
-            and not (args.erase_weight or args.state_names),  # a name's own states are to stay
+            behind_names=counterfactual and not (args.erase_weight or args.state_names),  # a name's states are to stay
             whole_retain=args.retain_loss == "states",
             pad_to_multiple_of=args.pad_to_multiple_of,
             seed=args.seed,

@@ -8,6 +8,7 @@ from elm_trainer import Concept
 from elm_trainer.data.facts import Fact
 from elm_trainer.making import writer as writer_module
 from elm_trainer.making import writing
+from elm_trainer.making.documents import whole_sentences
 from elm_trainer.making.writer import Writer
 from elm_trainer.making.writing import (
     WRITING,
@@ -16,7 +17,6 @@ from elm_trainer.making.writing import (
     name_neighbors,
     sift,
     topic,
-    whole_sentences,
     write_about,
     writing_prompts,
 )
