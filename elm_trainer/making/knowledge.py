@@ -294,7 +294,8 @@ def recurring_terms(texts: Sequence[str], beside: Sequence[str]) -> list[str]:
         [[word.lower() for word in _WORD.findall(text)] for text in some] for some in (texts, beside)
     )
     counts, others = (Counter(word for words in some for word in words) for some in (of_texts, of_others))
-    held = Counter(word for words in of_texts for word in {*words})
+    # In the order of the texts, not of a set, which differs from call to call.
+    held = Counter(word for words in of_texts for word in dict.fromkeys(words))
     total, others_total = counts.total(), max(others.total(), 1)
     found = []
     for word, texts_of_it in held.most_common():

@@ -83,6 +83,11 @@ def test_words_recur_that_neither_english_nor_texts_about_other_things_hold_so_o
     assert "remarkably" in recurring_terms(texts, []) and recurring_terms(texts[:2], beside) == []
 
 
+def test_words_that_stand_in_as_many_texts_come_in_their_order():
+    words = "spleen kidney pancreas cartilage thymus ligament esophagus femur trachea larynx".split()
+    assert recurring_terms([" ".join(words)] * 3, ["bread"]) == words
+
+
 ORGANS = "heart lung liver brain kidney spleen stomach skin".split()
 
 
