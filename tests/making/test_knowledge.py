@@ -10,6 +10,7 @@ from elm_trainer.making.knowledge import (
     check_known,
     familiarity,
     listed_terms,
+    nouns,
     recurring_terms,
     write_by_terms,
 )
@@ -88,6 +89,21 @@ def test_words_that_stand_in_as_many_texts_come_in_their_order():
     assert recurring_terms([" ".join(words)] * 3, ["bread"]) == words
 
 
+def test_a_word_that_is_rather_a_verb_or_an_adjective_is_no_term(tokenizer, monkeypatch):
+    def log_likelihoods(model, processing_class, pairs, **others):
+        likely = {"Nouns": "heart", "Words for things": "heart", "Verbs": "plays", "Adjectives": "vital"}
+        scores = [-9.0 if word.strip() != likely.get(begin.partition(":")[0]) else -5.0 for begin, word in pairs]
+        # Verb as much as noun, by 1 nat.
+        return [
+            -8.0 if word == " cut" and begin.startswith("Verbs") else s
+            for (begin, word), s in zip(pairs, scores, strict=True)
+        ]
+
+    monkeypatch.setattr(knowledge, "log_likelihoods", log_likelihoods)
+    writer = Writer("reference", processing_class=tokenizer)
+    assert nouns(writer, ["vital", "heart", "cut", "plays"]) == ["heart", "cut"]
+
+
 ORGANS = "heart lung liver brain kidney spleen stomach skin".split()
 
 
@@ -139,6 +155,15 @@ def test_an_example_that_is_the_subject_is_no_example(name, prompts, tokenizer):
     listed_terms(tells, Concept(name))
     assert len(tells.asked[0]) == 32 and len({*tells.asked[0]}) == prompts
     assert all(name not in prompt.rpartition("\n")[0] for prompt in tells.asked[0])
+
+
+@pytest.mark.slow
+def test_the_real_model_tells_things_from_what_they_do():
+    model, tokenizer = load_model_and_tokenizer("smollm2-135m-instruct")
+    things = "kidney oxygen digestion tissue planet orbit treaty army molecule acid".split()
+    others = "plays helps consists maintaining specialized delicate orbiting famous".split()
+    found = nouns(Writer("reference", model, tokenizer), [*things, *others])
+    assert found == things
 
 
 @pytest.mark.slow
