@@ -24,7 +24,7 @@ from ..modeling import adapter_disabled, evaluating, keep_differentiable, no_gra
 from ..ops import STATES, FinalLogits, Reading
 from ..run_lock import only_run_in
 from .checkpointing import begin_run, last_good, replacing_files, saving_checkpoint
-from .config import fixed_settings, recipe
+from .config import check_options, fixed_settings, recipe
 from .forward import (
     FurtherPlaces,
     FurtherStates,
@@ -39,17 +39,17 @@ from .forward import (
     shared_forwards,
     weighted_batches,
 )
-from .rows import COLUMNS, tokenize_dataset
 from .validation import (
+    COLUMNS,
     base_logits,
     check_adapter,
     check_columns,
-    check_options,
     check_start,
     check_tokenizer,
     load_given,
     named_datasets,
     text_limit,
+    tokenize_dataset,
 )
 
 

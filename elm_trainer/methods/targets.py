@@ -1,5 +1,7 @@
 """What is computed once before training: stored functions of frozen weights, and throw-away adapters."""
 
+import hashlib
+import json
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,6 +12,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import datasets
+import numpy as np
+import pyarrow as pa
 import torch
 from accelerate.utils import gather_object
 from peft import LoraConfig, PeftModel
@@ -22,7 +26,6 @@ from ..fingerprint import base_fingerprint, bit_sums
 from ..modeling import is_partitioned
 from .base import ErasureTrainer
 from .forward import nll_reading, visits
-from .rows import rows_digest
 
 
 logger = logging.get_logger(__name__)
@@ -209,6 +212,21 @@ def _ingredients(trainer: ErasureTrainer, plan: TargetPlan) -> dict[str, Any]:
         "device": trainer.args.device.type,
         "versions": {package: version(package) for package in PACKAGES},
     }
+
+
+def rows_digest(dataset: datasets.Dataset, columns: Sequence[str]) -> str:
+    """SHA-256 over columns of a tokenized dataset, in the order of its rows."""
+    digest = hashlib.sha256(f"{len(dataset)} {sorted(columns)}".encode())
+    for table in dataset.select_columns(sorted(columns)).with_format("arrow").iter(1000):
+        for name in table.column_names:
+            column = table[name].combine_chunks()
+            if not pa.types.is_nested(column.type) or pa.types.is_nested(column.type.value_type):
+                digest.update(json.dumps(column.to_pylist()).encode())
+                continue
+            # As 8 bytes each, whatever type the ids are kept in. The lengths tell where a row ends.
+            for values in (column.value_lengths(), column.flatten()):
+                digest.update(np.asarray(values, dtype="<i8").tobytes())
+    return digest.hexdigest()
 
 
 def _weights(trainer: ErasureTrainer) -> dict[str, str] | None:

@@ -34,7 +34,7 @@ from elm_trainer.data.target_store import (
     id_bytes,
 )
 from elm_trainer.files import json_sha256
-from elm_trainer.methods.rows import rows_digest
+from elm_trainer.methods.targets import rows_digest
 
 from .targets import assert_row, layout, make_row, make_rows, positions, store_of
 
