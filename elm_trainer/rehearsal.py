@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from .data.target_store import choose
+from .data.target_store import reason_against
 from .fitting import empty_model
 from .methods.contrast import contrast_directions
 from .methods.elm import ElmTrainer
@@ -153,7 +153,9 @@ def rehearse(
     disk = layout.total_bytes(draws.positions(len(dataset)), len(dataset)) if layout.fields else 0
     stored = args.precompute_targets
     if stored is None:
-        stored = choose(rows=len(dataset), visits=steps * update, needed=disk, missing=disk, free=free_disk).precompute
+        stored = not reason_against(
+            rows=len(dataset), visits=steps * update, needed=disk, missing=disk, free=free_disk
+        )
     peft = copy.deepcopy(lora)
     if peft.layers_to_transform is not None:
         peft.layers_to_transform = cut.adapted_places
