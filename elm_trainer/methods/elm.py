@@ -31,19 +31,19 @@ from ..ops import (
     top_k_distribution,
 )
 from .base import ErasureTrainer
-from .contrast import contrast_adapter
 from .elm_config import ElmConfig, by_batch, is_counterfactual, named_concepts, stored_targets, term_weights
-from .forward import SUB_BATCHES, batch_mean, context_places, in_float32, nll_reading, weighted_batches
-from .frozen import FrozenLayers
-from .novice_states import (
+from .elm_states import (
     check_novices,
     chosen_state_layers,
+    contrast_adapter,
     layer_outputs,
     measure_scale,
-    novice_mean,
+    novice_targets,
     state_losses,
     states_of,
 )
+from .forward import SUB_BATCHES, batch_mean, context_places, in_float32, nll_reading, weighted_batches
+from .frozen import FrozenLayers
 from .targets import TargetPlan, Teacher, precompute_targets
 
 
@@ -103,12 +103,7 @@ class ElmTrainer(ErasureTrainer):
         if stored := precompute_targets(self, self.target_plan()):
             self.data_collator.targets = stored
         if args.contrast_rows and self.train_dataset is not None:
-            contrast_adapter(
-                self,
-                args.contrast_rows,
-                args.contrast_damping,
-                lambda batch: (batch.get("target") or self.target(self.model, "erase", batch))["weights"],
-            )
+            contrast_adapter(self)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         args = self.args
@@ -241,11 +236,7 @@ class ElmTrainer(ErasureTrainer):
             even = {"weights": torch.ones_like(erase["rows"], dtype=torch.float32)}
             target = even if silent else self.erase_target(found["erase"], erase)
             if counterfactual and outputs:
-                slots = self.pack(model, list(parts.values())).slots
-                novice = novice_mean(outputs, slots, counterfactual["index"])
-                expert = states_of(self, model, parts, "erase", outputs).float()
-                target["expert_states"] = expert.flatten(1)
-                target["novice_states"] = torch.lerp(expert, novice, self.args.state_eta).flatten(1)
+                target |= novice_targets(self, model, parts, counterfactual["index"], outputs)
             made["erase"] = target
         if retain:
             reference = found["retain"]
