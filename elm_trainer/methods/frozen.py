@@ -16,6 +16,7 @@ from ..data.packing import Packing
 from ..modeling import decoder_layers, evaluating
 from ..ops import STATES
 from ..ops.head import standing_in, without_gradients
+from .elm_states import layer_outputs
 from .forward import visits
 
 
@@ -121,22 +122,12 @@ class FrozenLayers:
                 yield
                 return
         entering = self._entering(model, batches, packing) if keeps else None
-        with self._aside(entering, above), self._filling(batches, () if keeps else names, packing):
+        # What enters the first trained layer, where this forward is to leave it.
+        wanted = [self._first - 1] if names and not keeps else []
+        with self._aside(entering, above), layer_outputs(self._trainer, model, wanted) as outputs:
             yield
-
-    @contextmanager
-    def _filling(
-        self, batches: Mapping[str, Mapping[str, Any]], names: Collection[str], packing: Packing
-    ) -> Iterator[None]:
-        """While this holds, one forward leaves what enters the first trained layer for the texts of these sub-batches."""
-        if not names:
-            yield
-            return
-        outputs: list[Any] = []
-        with self._layers[self._first - 1].register_forward_hook(lambda _, args, output: outputs.append(output)):
-            yield
-        for output in outputs:
-            self._keep_all(batches, names, packing, output[0] if isinstance(output, tuple) else output)
+        for states in outputs:
+            self._keep_all(batches, names, packing, states)
 
     def _entering(self, model: nn.Module, batches: Mapping[str, Mapping[str, Any]], packing: Packing) -> torch.Tensor:
         """What enters the first trained layer, `[rows, width, hidden]` as the texts are packed."""
@@ -158,11 +149,10 @@ class FrozenLayers:
         flat, offset = states.flatten(0, 1), 0
         for name, batch in batches.items():
             seq = batch["input_ids"].size(1)
-            for row, (key, length) in enumerate(
-                zip(batch["keys"], batch["lengths"], strict=True) if name in names else ()
-            ):
+            for row, key in enumerate(batch["keys"] if name in names else ()):
                 if key in self._kept:
                     continue
+                length = batch["lengths"][row]
                 start = offset + row * seq + (seq - length if self._left else 0)
                 own = flat[packing.slots[start : start + length]]
                 if self._limit is None or self._bytes + own.nbytes <= self._limit:
