@@ -53,7 +53,7 @@ def load_given(
     model: str | PreTrainedModel | PeftModel,
     args: SFTConfig,
     processing_class: PreTrainedTokenizerBase | None,
-    quantization_config: Any = None,
+    quantization_config: Any,
 ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
     """The model and its tokenizer, loaded as [`~trl.SFTTrainer`] would where they are not given; of a processor its tokenizer.
 
@@ -355,7 +355,7 @@ def check_reference(model: PeftModel, tokens: Sequence[int], base: torch.Tensor 
         )
 
 
-def text_limit(model: PreTrainedModel | PeftModel, max_length: int | None, context: int = 0) -> int | None:
+def text_limit(model: PreTrainedModel | PeftModel, max_length: int | None, context: int) -> int | None:
     """Tokens that a text may have behind a context of so many: `max_length`, or fewer where the model has fewer positions; `None`
     for any number. Raises `ValueError` if no text of two tokens fits.
     """
