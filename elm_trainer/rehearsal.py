@@ -225,8 +225,7 @@ def _rehearsal_args(args: ElmConfig, folder: str, stored: bool, state_layers: li
         "logging_strategy": "no", "save_strategy": "no", "eval_strategy": "no", "load_best_model_at_end": False,
         "report_to": [], "push_to_hub": False, "disable_tqdm": True, "train_sampling_strategy": "sequential",
         "shuffle_dataset": False, "resume_from_checkpoint": None, "expert_steps": min(args.expert_steps, 1),
-        "novice_steps": min(args.novice_steps, 1), "concepts": args.concepts,
-        "state_layers": state_layers or None,
+        "novice_steps": min(args.novice_steps, 1), "state_layers": state_layers or None,
     }.items():  # fmt: skip
         setattr(args, name, value)
     return args
