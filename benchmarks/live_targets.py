@@ -30,14 +30,14 @@ SIDES = {
 def four_forwards(trainer: ElmTrainer, batches: Mapping[str, Any]) -> dict[str, dict[str, torch.Tensor]]:
     """The targets of both terms, with a forward for each of the expert, the novice, the plain text and the retain text."""
     forget, model = batches["erase"], trainer.model
-    contexts = {}
+    contexts = []
     with trainer.reference(model):
         for side in ("expert", "novice"):
             states = trainer.forward_positions(model, {side: forget[side]}, {side: STATES})[side]
             own = supervised_places(forget[side])
             # Both rise, so that a place's index among the supervised ones can be searched for.
             places = context_places(forget, side, trainer.args.contexts_per_sample)
-            contexts[f"{side}s"] = [states[torch.searchsorted(own, place)] for place in places]
+            contexts += [states[torch.searchsorted(own, place)] for place in places]
         reading = trainer.erase_reading(forget)
         whole = ("erase",) if trainer.args.log_tokens else ()
         found = trainer.forward_positions(

@@ -4,7 +4,7 @@ import copy
 import io
 import statistics
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -13,19 +13,14 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    PreTrainedConfig,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from .data.target_store import choose
+from .data.target_store import reason_against
 from .fitting import empty_model
-from .methods.contrast import contrast_directions
 from .methods.elm import ElmTrainer
 from .methods.elm_config import ElmConfig, stored_targets
-from .methods.novice_states import chosen_state_layers
+from .methods.elm_states import chosen_state_layers, contrast_directions
 from .ops.head import chunk_of
 from .watch import Batches, Cut, Lap, Watch, now, peak_bytes, reset_peak
 
@@ -41,36 +36,21 @@ _WIDEST = 512
 class Prediction:
     """What a run will take. Bytes are of the process on a CPU, else of the accelerator; seconds of this machine, as busy
     as it was.
-
-    Args:
-        measured (`str`): What was rehearsed.
-        weights (`int`): Bytes of the frozen weights.
-        adapter (`int`): Bytes of the adapter, its gradient and the optimizer.
-        activations (`int`): Bytes kept for the backward pass of the largest batch.
-        logits (`int`): Bytes of a chunk of logits with their gradient.
-        rest (`int`): Bytes of Python, the libraries and buffers.
-        targets_disk (`int`): Bytes of the targets on disk; 0 where they are made in each step.
-        tokens (`int`): Mean tokens of a forward pass, gaps included.
-        rows (`int`): Rows of it.
-        steps (`int`): Updates.
-        step_seconds (`float`): Mean seconds of an update.
-        targets_seconds (`float`): Seconds of the targets of all rows.
-        contrast_seconds (`float`): Seconds of the choice of the adapter's directions.
     """
 
-    measured: str
-    weights: int
-    adapter: int
-    activations: int
-    logits: int
-    rest: int
-    targets_disk: int
-    tokens: int
-    rows: int
-    steps: int
-    step_seconds: float
-    targets_seconds: float
-    contrast_seconds: float
+    measured: str  # what was rehearsed
+    weights: int  # bytes of the frozen weights
+    adapter: int  # bytes of the adapter, its gradient and the optimizer
+    activations: int  # bytes kept for the backward pass of the largest batch
+    logits: int  # bytes of a chunk of logits with their gradient
+    rest: int  # bytes of Python, the libraries and buffers
+    targets_disk: int  # bytes of the targets on disk; 0 where they are made in each step
+    tokens: int  # mean tokens of a forward pass, gaps included
+    rows: int  # rows of it
+    steps: int  # updates
+    step_seconds: float  # mean of an update
+    targets_seconds: float  # of the targets of all rows
+    contrast_seconds: float  # of the choice of the adapter's directions
 
     @property
     def peak(self) -> int:
@@ -127,15 +107,9 @@ def rehearse(
     seen before take longer on a CPU; how many there will be is drawn from the lengths of the texts.
 
     Args:
-        config (`PreTrainedConfig`): Config of the model.
-        args ([`ElmConfig`]): Settings of the run.
-        dataset (`Dataset`): Its rows, of [`build_erasure_dataset`].
-        tokenizer (`PreTrainedTokenizerBase`): Tokenizer of the model.
-        lora (`LoraConfig`): Adapter of the whole model.
-        dtype (`torch.dtype`): Data type of the weights.
-        attn_implementation (`str`, *optional*): As for [`load_model`].
-        free_disk (`int`, *optional*): Free bytes where targets are kept.
-        each (`int`, *optional*, defaults to `2`): Layers of each kind in the cut; the last shows what one more costs.
+        lora: Adapter of the whole model.
+        free_disk: Free bytes where targets are kept.
+        each: Layers of each kind in the cut; the last shows what one more costs.
     """
     text = config.get_text_config()
     watched = chosen_state_layers(args.state_layers, text.num_hidden_layers) if args.state_weight else []
@@ -153,7 +127,9 @@ def rehearse(
     disk = layout.total_bytes(draws.positions(len(dataset)), len(dataset)) if layout.fields else 0
     stored = args.precompute_targets
     if stored is None:
-        stored = choose(rows=len(dataset), visits=steps * update, needed=disk, missing=disk, free=free_disk).precompute
+        stored = not reason_against(
+            rows=len(dataset), visits=steps * update, needed=disk, missing=disk, free=free_disk
+        )
     peft = copy.deepcopy(lora)
     if peft.layers_to_transform is not None:
         peft.layers_to_transform = cut.adapted_places
@@ -232,7 +208,7 @@ def _step_seconds(
 
     The second batch, of `size` tokens, tells what its new shape costs: it is the second and the fourth step.
     """
-    first, fresh, warm, again = probe.laps
+    first, fresh, warm, again = probe.watch.laps
     usual = again.scaled(cut)
     more = max(fresh.scaled(cut) - usual, 0)
     once = max(first.seconds - warm.seconds - (fresh.seconds - again.seconds), 0)
@@ -249,8 +225,7 @@ def _rehearsal_args(args: ElmConfig, folder: str, stored: bool, state_layers: li
         "logging_strategy": "no", "save_strategy": "no", "eval_strategy": "no", "load_best_model_at_end": False,
         "report_to": [], "push_to_hub": False, "disable_tqdm": True, "train_sampling_strategy": "sequential",
         "shuffle_dataset": False, "resume_from_checkpoint": None, "expert_steps": min(args.expert_steps, 1),
-        "novice_steps": min(args.novice_steps, 1), "concepts": args.concepts,
-        "state_layers": state_layers or None,
+        "novice_steps": min(args.novice_steps, 1), "state_layers": state_layers or None,
     }.items():  # fmt: skip
         setattr(args, name, value)
     return args
@@ -273,10 +248,6 @@ class _Probe(ElmTrainer):
             if self._frozen_directions and "lora_A" in name:
                 parameter.requires_grad_(False)
 
-    @property
-    def laps(self) -> list[Lap]:
-        return self.watch.laps
-
     def target_plan(self):
         plan = super().target_plan()
 
@@ -290,10 +261,8 @@ class _Probe(ElmTrainer):
         return replace(plan, compute=compute)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        if not self.watch.laps:
-            with torch.autograd.graph.saved_tensors_hooks(self.watch.keep, lambda kept: kept):
-                loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        else:
+        counted = torch.autograd.graph.saved_tensors_hooks(self.watch.keep, lambda kept: kept)
+        with nullcontext() if self.watch.laps else counted:
             loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         self.watch.begin_backward()
         return loss
@@ -304,7 +273,7 @@ class _Probe(ElmTrainer):
 
     def reference_seconds(self) -> float:
         """Seconds of one layer for the reference of one batch."""
-        laps = [*self._target_laps, *self.laps[-1:]]
+        laps = [*self._target_laps, *self.watch.laps[-1:]]
         return statistics.median([t for lap in laps for t in (lap.reference or lap.forward).values()])
 
 

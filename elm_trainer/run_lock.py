@@ -27,15 +27,11 @@ class FolderInUseError(RuntimeError):
 
 
 @contextmanager
-def only_run_in(folder: str | Path | None, argument: str = "output_dir") -> Iterator[None]:
-    """Keep other runs out of a folder while the block lasts.
+def only_run_in(folder: str | Path | None) -> Iterator[None]:
+    """Keep other runs out of a folder, which is made, while the block lasts; without a folder there is nothing to do.
 
     All processes of a launch enter together, and the first takes the lock for them. The process that holds it may enter
     again. The operating system frees the lock of a process that has ended, however it did.
-
-    Args:
-        folder: The folder, which is made; without one there is nothing to do.
-        argument: The argument that named it, for messages.
 
     Raises:
         FolderInUseError: if another run is in the folder; it names that run's process, machine and start.
@@ -43,19 +39,18 @@ def only_run_in(folder: str | Path | None, argument: str = "output_dir") -> Iter
     """
     with ExitStack() as held:
         if folder is not None:
-            on_first(lambda: held.enter_context(_locked(Path(folder), argument)))
+            on_first(lambda: held.enter_context(_locked(Path(folder))))
         yield
 
 
 @contextmanager
-def waiting_turn(path: Path, argument: str = "cache_dir") -> Iterator[None]:
-    """Wait for the run that holds the lock at `path`, if there is one, and hold it while the block lasts.
+def waiting_turn(path: Path) -> Iterator[None]:
+    """Wait for the run that holds the lock at `path`, in a `cache_dir`, if there is one, and hold it while the block lasts.
 
-    Raises:
-        OSError: if the lock's folder, named by `argument`, cannot be written to.
+    Raises `OSError` if the lock's folder cannot be written to.
     """
     lock = FileLock(path)
-    with _named(path.parent, argument):
+    with _named(path.parent, "cache_dir"):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             lock.acquire(timeout=1)
@@ -71,15 +66,15 @@ def waiting_turn(path: Path, argument: str = "cache_dir") -> Iterator[None]:
 
 
 @contextmanager
-def _locked(folder: Path, argument: str) -> Iterator[None]:
+def _locked(folder: Path) -> Iterator[None]:
     lock = FileLock(folder / LOCK_FILE, is_singleton=True, thread_local=False)
     try:
-        with _named(folder, argument):
+        with _named(folder, "output_dir"):
             folder.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=0)
     except Timeout as error:
         raise FolderInUseError(
-            f"`{argument}` is {str(folder)!r}, where another run is writing ({_holder(folder)}): wait for it or end it, or "
+            f"`output_dir` is {str(folder)!r}, where another run is writing ({_holder(folder)}): wait for it or end it, or "
             f"name another folder. If it is gone for certain, delete {folder / LOCK_FILE}."
         ) from error
     outermost = lock.is_locked and lock.lock_counter == 1

@@ -7,7 +7,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +30,11 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 @dataclass
 class Cut:
-    """Some layers of a model that stand for all.
+    """Some layers of a model that stand for all."""
 
-    Args:
-        kinds (`dict[str, list[int]]`): All layers of the model by kind: `"frozen"` below the first adapted one, `"first"`,
-            `"adapted"`, and `"above"` it without adapter.
-        chosen (`list[int]`): The layers that are rehearsed.
-    """
-
+    # All layers by kind: "frozen" below the first adapted one, "first", "adapted", and "above" it without adapter.
     kinds: dict[str, list[int]]
-    chosen: list[int] = field(default_factory=list)
+    chosen: list[int]  # those that are rehearsed
 
     @classmethod
     def of(cls, layers: int, adapted: Sequence[int] | None, each: int = 2, watched: Sequence[int] = ()) -> "Cut":
@@ -110,7 +105,7 @@ class Watch(TrainerCallback):
         self._place: int | None = None
         self._in_backward = False
         self._since = self._mark = self._began = 0.0
-        self.new_lap()
+        self.lap = Lap()
         self._weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
         self._shapes = {
             shape for p in model.parameters() if p.dim() == 2 for shape in (tuple(p.shape), tuple(p.shape)[::-1])

@@ -125,7 +125,7 @@ def check_adapter(run: PlannedRun) -> Finding:
 
 def check_settings(run: PlannedRun) -> Finding:
     """Options that an erasure cannot follow."""
-    from ..methods.validation import check_options
+    from ..methods.config import check_options
 
     if run.unchosen is not None:
         raise run.unchosen

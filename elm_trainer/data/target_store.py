@@ -110,18 +110,11 @@ def _from_bytes(packed: torch.Tensor) -> torch.Tensor:
 
 
 class Field(NamedTuple):
-    """One kind of value of a text.
-
-    Attributes:
-        kind (`str`): `"ids"` of tokens, `"probs"` in 3 bytes, `"floats"` in float32, or `"states"` in float16.
-        width (`int`, *optional*): Values to a position; `None` for one value without that dimension.
-        per (`str`, *optional*, defaults to `"position"`): Whether there is one for each supervised `"position"` or one
-            for the `"text"`.
-    """
+    """One kind of value of a text: token ids, probabilities in 3 bytes, floats in float32, or states in float16."""
 
     kind: Literal["ids", "probs", "floats", "states"]
-    width: int | None = None
-    per: Literal["position", "text"] = "position"
+    width: int | None = None  # values to an item; without it one value without that dimension
+    per: Literal["position", "text"] = "position"  # an item for each supervised position, or for the text
 
 
 @dataclass(frozen=True)
@@ -131,10 +124,6 @@ class TargetLayout:
     A supervised position of ELM's forget text takes `top_k · (2 + 3) + 4` bytes, one of retain text `top_k · (2 + 3)`:
     with the default `top_k` of 50 that is 254 and 250 bytes per token. A vocabulary of more than 65,536 tokens takes 3
     bytes for an id in place of 2, so 304 and 300. To that come 4 bytes per text and field.
-
-    Args:
-        fields (`Mapping[str, Field]`): Fields by name.
-        vocab_size (`int`): Tokens of the vocabulary.
     """
 
     fields: Mapping[str, Field]
@@ -164,18 +153,12 @@ class TargetLayout:
             raise ValueError(f"`{name}` has the shape {tuple(values.shape)}: after the first, {shape} is stored.")
         if kind == "ids":
             return encode_ids(values, self.vocab_size)
-        if kind == "states":
-            return encode_states(values)
-        return encode_probs(values) if kind == "probs" else encode_floats(values)
+        return {"probs": encode_probs, "floats": encode_floats, "states": encode_states}[kind](values)
 
     def decode(self, name: str, stored: torch.Tensor) -> torch.Tensor:
         """The values of a field, in new memory: ids in int64, the rest in float32."""
-        kind = self.fields[name].kind
-        if kind == "ids":
-            return decode_ids(stored)
-        if kind == "states":
-            return decode_states(stored)
-        return decode_probs(stored) if kind == "probs" else stored.clone()
+        decoders = {"ids": decode_ids, "probs": decode_probs, "floats": torch.clone, "states": decode_states}
+        return decoders[self.fields[name].kind](stored)
 
     def to_json(self) -> dict[str, Any]:
         """The layout as JSON holds it."""
@@ -188,11 +171,6 @@ class TargetStore(Sequence[Mapping[str, torch.Tensor]]):
 
     Rows are read one by one from files mapped into memory, also by the workers of a `DataLoader`: what is held does not
     grow with the dataset. A store is filled by [`fill_store`], and can be read as soon as none of its files is missing.
-
-    Args:
-        folder (`Path`): Folder of the store.
-        rows (`int`): Rows of the dataset.
-        layout ([`TargetLayout`]): What is kept for each.
     """
 
     def __init__(self, folder: Path, rows: int, layout: TargetLayout):
@@ -308,9 +286,9 @@ def fill_store(
     that was killed continues after its last whole file.
 
     Args:
-        store ([`TargetStore`]): Store, whose folder exists.
-        shards (`Sequence[int]`): Numbers of the files.
-        compute (`Callable`): Makes what is stored for each row of a range, on the CPU.
+        store: Store, whose folder exists.
+        shards: Numbers of the files.
+        compute: Makes what is stored for each row of a range, on the CPU.
 
     Raises:
         OSError: if a file can't be written, as on a full disk. Those that are finished stay.
@@ -341,9 +319,9 @@ class RowTargets:
     """The targets of a store by what a row holds, so that rows may be shuffled, chosen or joined after they were stored.
 
     Args:
-        store ([`TargetStore`]): Targets of the rows, by number.
-        columns (`Sequence[str]`): The columns on which the targets depend.
-        rows (`Iterable[Mapping]`): The rows, in the order of the store.
+        store: Targets of the rows, by number.
+        columns: The columns on which the targets depend.
+        rows: The rows, in the order of the store.
     """
 
     def __init__(self, store: TargetStore, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]):
@@ -369,15 +347,8 @@ class RowTargets:
         return int.from_bytes(hashlib.blake2b(values.encode(), digest_size=8).digest())
 
 
-class Choice(NamedTuple):
-    """Whether targets are computed before training, and why (for the log)."""
-
-    precompute: bool
-    reason: str
-
-
-def choose(*, rows: int, visits: float, needed: int, missing: int, free: int) -> Choice:
-    """Compute targets before training where each row is visited at least once and the store has room.
+def reason_against(*, rows: int, visits: float, needed: int, missing: int, free: int) -> str | None:
+    """Why targets had better not be stored before training; `None` where each row is visited and the store has room.
 
     A row that is visited costs its targets either way, once when they are stored and at every visit when they are not.
     Only rows that are never visited make the store cost more than it spares. `visits` counts the rows that training
@@ -385,12 +356,12 @@ def choose(*, rows: int, visits: float, needed: int, missing: int, free: int) ->
     are free.
     """
     if visits < rows:
-        return Choice(False, f"training visits {visits:g} of {rows} rows")
+        return f"training visits {visits:g} of {rows} rows"
     if needed > LARGEST_STORE:
-        return Choice(False, f"they would take {_gib(needed)}, more than {_gib(LARGEST_STORE)}")
+        return f"they would take {_gib(needed)}, more than {_gib(LARGEST_STORE)}"
     if 2 * missing > free:
-        return Choice(False, f"they would take {_gib(missing)}, more than half of the {_gib(free)} that are free")
-    return Choice(True, f"training visits {visits:g} times one of {rows} rows, and they take {_gib(needed)}")
+        return f"they would take {_gib(missing)}, more than half of the {_gib(free)} that are free"
+    return None
 
 
 def _gib(size: int) -> str:

@@ -24,10 +24,9 @@ from ..modeling import adapter_disabled, evaluating, keep_differentiable, no_gra
 from ..ops import STATES, FinalLogits, Reading
 from ..run_lock import only_run_in
 from .checkpointing import begin_run, last_good, replacing_files, saving_checkpoint
-from .config import fixed_settings, recipe
+from .config import check_options, fixed_settings, recipe
 from .forward import (
-    FurtherPlaces,
-    FurtherStates,
+    SUB_BATCHES,
     NonFiniteLossError,
     PackedForward,
     PackInCollator,
@@ -36,20 +35,19 @@ from .forward import (
     kl_reading,
     nll_reading,
     plain_tokens,
-    shared_forwards,
     weighted_batches,
 )
-from .rows import COLUMNS, tokenize_dataset
 from .validation import (
+    COLUMNS,
     base_logits,
     check_adapter,
     check_columns,
-    check_options,
     check_start,
     check_tokenizer,
     load_given,
     named_datasets,
     text_limit,
+    tokenize_dataset,
 )
 
 
@@ -147,8 +145,8 @@ class ErasureTrainer(SFTTrainer):
         model: nn.Module,
         batches: Mapping[str, Mapping[str, torch.Tensor]],
         readings: Mapping[str, Reading] | None = None,
-        further: Mapping[str, FurtherStates] | None = None,
-        beside: Mapping[str, FurtherPlaces] | None = None,
+        further: Mapping[str, Sequence[torch.Tensor]] | None = None,
+        beside: Mapping[str, Sequence[torch.Tensor]] | None = None,
         states: Collection[str] = (),
     ) -> dict[str, Any]:
         """Logits of supervised positions, read in one forward over sub-batches: see [`PackedForward.read`]."""
@@ -203,8 +201,12 @@ class ErasureTrainer(SFTTrainer):
         return self._forward.pack(model, batches)
 
     def packed_together(self) -> list[tuple[str, ...]]:
-        """Names of the sub-batches that share a forward, for each forward of a step."""
-        return shared_forwards(self.args)
+        """Names of the sub-batches that share a forward, for each forward of a step: those of all terms that have a weight, and
+        retain text alone for the reference of a KL, which a method without `retain_loss` may have too.
+        """
+        args = self.args
+        step = tuple(name for term, name in SUB_BATCHES.items() if getattr(args, f"{term}_weight", 0))
+        return [step, *[("retain",)] * (getattr(args, "retain_loss", "kl") == "kl" and "retain" in step)]
 
     def final_logits(self, model: nn.Module) -> FinalLogits:
         """See [`PackedForward.final_logits`]."""

@@ -45,18 +45,13 @@ _NEEDED = {
 
 @dataclass(frozen=True)
 class Launch:
-    """How a run is spread over devices.
+    """How a run is spread over devices."""
 
-    Attributes:
-        sharding (`str`): What cuts the weights or the optimizer over the processes: `"none"` (one process, or
-            DistributedDataParallel), `"FSDP1"`, `"FSDP2"`, `"DeepSpeed ZeRO-2"`, ...
-        processes (`int`): Number of processes.
-        rows_per_step (`int`): Rows of the dataset that all of them together take to a step.
-    """
-
+    # What cuts the weights or the optimizer over the processes: "none" (one process, or DistributedDataParallel), "FSDP1",
+    # "FSDP2", "DeepSpeed ZeRO-2", ...
     sharding: str
     processes: int
-    rows_per_step: int
+    rows_per_step: int  # rows of the dataset that all processes together take to a step
 
     @classmethod
     def of(cls, trainer: Any) -> "Launch":
@@ -72,12 +67,8 @@ class Launch:
 
 
 def begin_run(trainer: Any, resume: str | Path | bool | None, record: Mapping[str, Any]) -> str | None:
-    """The checkpoint to resume from, after a check of all that a run in this folder must keep to.
-
-    Args:
-        trainer: Trainer, to whose `output_dir` the record is written.
-        resume: Folder of a checkpoint, or `True` for the last that is whole.
-        record: Settings of the run. All but its `recipe` must be those of the run to be resumed.
+    """The checkpoint to resume from (`resume`, or with `True` the last that is whole), after a check of all that a run in this
+    folder must keep to. Its settings are written down; all but the `recipe` must be those of the run to be resumed.
 
     Raises:
         ValueError: if the folder holds another run, or the checkpoint is not whole or of another launch.
@@ -101,25 +92,31 @@ def begin_run(trainer: Any, resume: str | Path | bool | None, record: Mapping[st
         checkpoint = Path(resume)
         check_whole(checkpoint)
     run_file = output_dir / RUN_FILE
-    if checkpoint is not None and run_file.exists():
-        try:
-            saved = read_object(run_file)
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"{run_file}, which holds the settings of the run to be resumed, cannot be read ({error}): delete it to "
-                "resume without comparing them with those of this run."
-            ) from error
-        # A run of an earlier version may lack some.
-        changed = [key for key in record if key != "recipe" and saved.get(key, record[key]) != record[key]]
-        if changed:
-            raise ValueError(
-                f"`output_dir` {str(output_dir)!r} holds a run with other settings ({', '.join(sorted(changed))} changed): "
-                "restore them to resume, or name another folder."
-            )
     if checkpoint is not None:
+        _check_settings(run_file, record)
         check_launch(checkpoint, Launch.of(trainer))
     write_json(run_file, record)
     return None if checkpoint is None else str(checkpoint)
+
+
+def _check_settings(run_file: Path, record: Mapping[str, Any]) -> None:
+    """Raise `ValueError` where a run that is to be resumed has noted other settings than this record's."""
+    if not run_file.exists():
+        return
+    try:
+        saved = read_object(run_file)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{run_file}, which holds the settings of the run to be resumed, cannot be read ({error}): delete it to "
+            "resume without comparing them with those of this run."
+        ) from error
+    # A run of an earlier version may lack some.
+    changed = [key for key in record if key != "recipe" and saved.get(key, record[key]) != record[key]]
+    if changed:
+        raise ValueError(
+            f"`output_dir` {str(run_file.parent)!r} holds a run with other settings ({', '.join(sorted(changed))} changed): "
+            "restore them to resume, or name another folder."
+        )
 
 
 @contextmanager
@@ -156,18 +153,13 @@ def replacing_files(folder: Path) -> Iterator[Path]:
 def saving_checkpoint(trainer: Any, folder: Path) -> Iterator[None]:
     """While this holds, the Trainer writes a checkpoint, which is then marked as finished; older ones are deleted only then.
 
-    All processes must enter. What fails leaves no unfinished checkpoint.
-
-    Args:
-        folder: Folder of the checkpoint.
-
-    Raises:
-        OSError: if it could not be written.
+    All processes must enter. What fails leaves no unfinished checkpoint, and raises `OSError`.
     """
     args, limit = trainer.args, trainer.args.save_total_limit
     try:
-        if args.should_save:
-            set_aside(folder)
+        if args.should_save and folder.exists():
+            # An earlier one of the same step stays until this one is finished.
+            os.rename(folder, f"{folder}{_ASIDE}")
         trainer.accelerator.wait_for_everyone()
         args.save_total_limit = None
         yield
@@ -201,11 +193,9 @@ def mark_finished(checkpoint: Path, launch: Launch) -> None:
 
 
 def read_mark(checkpoint: Path) -> tuple[Launch, dict[str, dict[str, Any]] | None]:
-    """The launch of a finished checkpoint, and the checksums of its files; `None` in one of an earlier version.
+    """The launch of a finished checkpoint, and the checksums of its files (`None` in one of an earlier version).
 
-    Raises:
-        ValueError: if the mark is damaged.
-        OSError: if it can't be read.
+    Raises `ValueError` if the mark is damaged, and `OSError` if it can't be read.
     """
     names = [field.name for field in fields(Launch)]
     try:
@@ -253,10 +243,10 @@ def _unreadable(checkpoint: Path) -> str | None:
     return None
 
 
-def checkpoints(output_dir: str | Path) -> list[Path]:
+def checkpoints(output_dir: Path) -> list[Path]:
     """The checkpoints in a folder by their step, finished or not."""
-    found = [path for path in Path(output_dir).glob("checkpoint-*") if path.is_dir()]
-    return sorted((path for path in found if _step(path) >= 0), key=_step)
+    found = [path for path in output_dir.glob("checkpoint-*") if path.is_dir() and _step(path) >= 0]
+    return sorted(found, key=_step)
 
 
 def _step(checkpoint: Path) -> int:
@@ -267,15 +257,14 @@ def _step(checkpoint: Path) -> int:
 
 def last_good(output_dir: str | Path) -> str:
     """The last finished checkpoint in a folder, as a message names it."""
-    found = (str(path) for path in reversed(checkpoints(output_dir)) if (path / FINISHED_FILE).exists())
+    found = (str(path) for path in reversed(checkpoints(Path(output_dir))) if (path / FINISHED_FILE).exists())
     return next(found, "none yet")
 
 
 def last_whole(found: Sequence[Path]) -> Path | None:
     """The last of some checkpoints that is finished and undamaged. A warning names the file that spoiled a later one.
 
-    Raises:
-        ValueError: if some are finished, but all of these are damaged.
+    Raises `ValueError` if some are finished, but all of these are damaged.
     """
     reasons = []
     for path in reversed(found):
@@ -294,15 +283,9 @@ def last_whole(found: Sequence[Path]) -> Path | None:
     return None
 
 
-def set_aside(checkpoint: Path) -> None:
-    """Keep an earlier checkpoint of the same step until the new one is finished, see [`restore_set_aside`]."""
-    if checkpoint.exists():
-        os.rename(checkpoint, f"{checkpoint}{_ASIDE}")
-
-
-def restore_set_aside(output_dir: str | Path) -> None:
+def restore_set_aside(output_dir: Path) -> None:
     """Delete what was set aside if the checkpoint in its place is finished, and put it back otherwise."""
-    for aside in Path(output_dir).glob(f"checkpoint-*{_ASIDE}"):
+    for aside in output_dir.glob(f"checkpoint-*{_ASIDE}"):
         checkpoint = aside.with_suffix("")
         if (checkpoint / FINISHED_FILE).exists():
             shutil.rmtree(aside, ignore_errors=True)
@@ -312,13 +295,9 @@ def restore_set_aside(output_dir: str | Path) -> None:
 
 
 def rotate(newest: Path, limit: int | None, best: str | Path | None) -> None:
-    """Delete the oldest checkpoints by step beside the newest, unfinished ones first, so that `limit` are left.
+    """Delete the oldest checkpoints by step beside the newest and the best, unfinished ones first, so that `limit` are left.
 
-    What has a later step than the newest is of an earlier attempt: it neither counts nor goes.
-
-    Args:
-        newest: The checkpoint that was just finished.
-        limit: How many are to be left; without it, or at 0, all.
+    Without a limit, or at 0, all are. What has a later step than the newest is of an earlier attempt: it neither counts nor goes.
     """
     if not limit or limit < 0:
         return
@@ -332,33 +311,29 @@ def rotate(newest: Path, limit: int | None, best: str | Path | None) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def check_whole(checkpoint: str | Path) -> None:
+def check_whole(checkpoint: Path) -> None:
     """Raise `ValueError` for a checkpoint that is unfinished or damaged."""
-    path, name = Path(checkpoint), f"`resume_from_checkpoint` is {str(checkpoint)!r}"
-    if not (path / FINISHED_FILE).exists():
-        raise ValueError(
-            f"{name}, which lacks {FINISHED_FILE}: it is not a checkpoint of an "
-            "erasure, or the run was stopped while it wrote it. Resume from an earlier one "
-            "(`resume_from_checkpoint=True` finds the last that is finished)."
+    if not (checkpoint / FINISHED_FILE).exists():
+        reason = (
+            f"lacks {FINISHED_FILE}: it is not a checkpoint of an erasure, or the run was stopped while it wrote it"
         )
-    if (reason := damage(path)) is not None:
-        raise ValueError(
-            f"{name}, which is damaged: {reason}. Resume from an earlier one (`resume_from_checkpoint=True` finds the last "
-            "that is whole)."
-        )
+    elif (found := damage(checkpoint)) is not None:
+        reason = f"is damaged: {found}"
+    else:
+        return
+    raise ValueError(
+        f"`resume_from_checkpoint` is {str(checkpoint)!r}, which {reason}. Resume from an earlier one "
+        "(`resume_from_checkpoint=True` finds the last that is whole)."
+    )
 
 
-def check_launch(checkpoint: str | Path, launch: Launch) -> None:
+def check_launch(checkpoint: Path, launch: Launch) -> None:
     """Raise `ValueError` for a whole checkpoint that a run under this launch cannot resume from.
 
     FSDP and DeepSpeed have file formats of their own, and DeepSpeed's are cut to the number of processes. Otherwise the
     number of processes may change; a warning says what then differs.
-
-    Args:
-        checkpoint: Folder of the checkpoint.
-        launch: The launch that is to resume from it.
     """
-    saved, files = read_mark(Path(checkpoint))
+    saved, files = read_mark(checkpoint)
     if files is None:
         logger.warning(
             f"{checkpoint} was written by an earlier version, without checksums: not all damage would be seen."

@@ -1,12 +1,13 @@
-"""`ErasureConfig`, from which the configs of all methods derive, the checks of their fields, and what a run notes of them."""
+"""`ErasureConfig`, from which the configs of all methods derive, the checks of its options, and what a run notes of them."""
 
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 from datasets import Dataset
+from transformers.trainer_utils import HubStrategy
 from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available, logging
 from trl import SFTConfig
 
@@ -26,6 +27,46 @@ _COMMON_RULES = {
     "at least 0": ("learning_rate", "num_train_epochs", "seed"),
     "at least 1": ("per_device_train_batch_size", "gradient_accumulation_steps", "pad_to_multiple_of"),
     "at least 2": ("max_length",),
+}
+
+
+_OWN_LOSS = "the loss is the method's own"
+_OWN_TEXTS = "the dataset has the columns of `build_erasure_dataset`, and every token of a text counts"
+_OWN_LAYOUT = "texts are packed without padding in every step"
+_NO_LOGITS = "a step makes no logits of whole texts that a metric could read; measure with `ErasureEvaluationCallback`"
+# Options of `SFTConfig` that an erasure cannot follow, and why.
+REFUSED_OPTIONS = {
+    "assistant_only_loss": _OWN_TEXTS,
+    "completion_only_loss": _OWN_TEXTS,
+    "dataset_text_field": _OWN_TEXTS,
+    "dataset_kwargs": _OWN_TEXTS,
+    "chat_template_path": "texts are rendered by `build_erasure_dataset`: set the tokenizer's `chat_template` before",
+    "truncation_mode": "texts are cut at their end",
+    "loss_type": _OWN_LOSS,
+    "label_smoothing_factor": _OWN_LOSS,
+    "router_aux_loss_coef": _OWN_LOSS,
+    "packing": _OWN_LAYOUT,
+    "eval_packing": _OWN_LAYOUT,
+    "padding_free": _OWN_LAYOUT,
+    "parallelism_config": "texts are not split over devices",
+    "include_for_metrics": _NO_LOGITS,
+    "batch_eval_metrics": _NO_LOGITS,
+    "label_names": _NO_LOGITS,
+}
+# Arguments of `SFTTrainer` likewise.
+REFUSED_ARGUMENTS = {
+    "compute_loss_func": _OWN_LOSS,
+    "compute_metrics": _NO_LOGITS,
+    "preprocess_logits_for_metrics": _NO_LOGITS,
+    "formatting_func": _OWN_TEXTS,
+}
+# Options that change nothing here.
+WITHOUT_EFFECT = {
+    "packing_strategy": _OWN_LAYOUT,
+    "average_tokens_across_devices": "a loss is a mean over texts, not over tokens",
+    "eval_accumulation_steps": "an evaluation keeps no logits",
+    "eval_do_concat_batches": "an evaluation keeps no logits",
+    "eval_use_gather_object": "an evaluation keeps no logits",
 }
 
 
@@ -68,13 +109,42 @@ def check_fields(config: SFTConfig, rules: Mapping[str, Sequence[str]]) -> None:
         raise ValueError(f"All of {', '.join(f'`{name}`' for name in weights)} are 0: raise one of them.")
 
 
+def check_options(args: SFTConfig, arguments: Mapping[str, Any]) -> None:
+    """Raise `ValueError` for what `SFTTrainer` would follow and an erasure would not, in a config or a trainer's further arguments."""
+    if args.push_to_hub and args.hub_strategy != HubStrategy.END:
+        raise ValueError(
+            f"`hub_strategy` is {args.hub_strategy.value!r}, which uploads checkpoints as they are, without report and "
+            "checks: use 'end', and `push_to_hub()` after the evaluation."
+        )
+    for name, why in REFUSED_ARGUMENTS.items():
+        if arguments.get(name) is not None:
+            raise ValueError(f"`{name}` is given, but {why}: leave it out.")
+    for name, why in REFUSED_OPTIONS.items():
+        if (value := getattr(args, name)) != _default(name):
+            raise ValueError(f"`{name}` is {value!r}, but {why}: leave it out.")
+    for name, why in WITHOUT_EFFECT.items():
+        if (value := getattr(args, name)) != _default(name):
+            logger.warning(f"`{name}` has no effect, though it is {value!r}: {why}.")
+    if args.activation_offloading and args.device.type == "cpu":
+        raise ValueError(
+            "`activation_offloading` is True, but there is no accelerator to bring them from: leave it out."
+        )
+    for name in ("split_batches", "dispatch_batches"):
+        if args.world_size > 1 and getattr(args.accelerator_config, name, None):
+            raise ValueError(
+                f"`accelerator_config` has `{name}=True`, but a batch holds texts of several lengths, which cannot be cut for "
+                "the processes: leave it out."
+            )
+
+
+def _default(name: str) -> Any:
+    field = SFTConfig.__dataclass_fields__[name]
+    return field.default if field.default_factory is MISSING else field.default_factory()
+
+
 def fixed_settings(args: SFTConfig, train_dataset: Dataset | None) -> dict[str, str]:
     """What must not change between a run and its resumption: the data, the settings of the method, and those that the
-    checkpoint's optimizer, schedule and order of rows would keep all the same.
-
-    Args:
-        args: Config of a method.
-        train_dataset: Tokenized rows, which are given as a SHA-256.
+    checkpoint's optimizer, schedule and order of rows would keep all the same. Tokenized rows are given as a SHA-256.
     """
     own = set(type(args).__dataclass_fields__) - set(SFTConfig.__dataclass_fields__) - set(_PLACES) | set(KEPT)
     settings = {name: repr(getattr(args, name)) for name in sorted(own)}

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -31,19 +30,19 @@ from ..ops import (
     top_k_distribution,
 )
 from .base import ErasureTrainer
-from .contrast import contrast_adapter
-from .elm_config import ElmConfig, by_batch, is_counterfactual, named_concepts, stored_targets, term_weights
-from .forward import SUB_BATCHES, batch_mean, context_places, in_float32, nll_reading, weighted_batches
-from .frozen import FrozenLayers
-from .novice_states import (
+from .elm_config import ElmConfig, batch_weights, is_counterfactual, named_concepts, stored_targets, term_weights
+from .elm_states import (
     check_novices,
     chosen_state_layers,
+    contrast_adapter,
     layer_outputs,
     measure_scale,
-    novice_mean,
+    novice_targets,
     state_losses,
     states_of,
 )
+from .forward import SUB_BATCHES, batch_mean, context_places, in_float32, nll_reading, weighted_batches
+from .frozen import FrozenLayers
 from .targets import TargetPlan, Teacher, precompute_targets
 
 
@@ -103,17 +102,11 @@ class ElmTrainer(ErasureTrainer):
         if stored := precompute_targets(self, self.target_plan()):
             self.data_collator.targets = stored
         if args.contrast_rows and self.train_dataset is not None:
-            contrast_adapter(
-                self,
-                args.contrast_rows,
-                args.contrast_damping,
-                lambda batch: (batch.get("target") or self.target(self.model, "erase", batch))["weights"],
-            )
+            contrast_adapter(self)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         args = self.args
-        weights = term_weights(args)
-        batches = weighted_batches(inputs, by_batch(weights))
+        batches = weighted_batches(inputs, batch_weights(args))
         aimed = {term: batches[term] for term in ("erase", "retain") if term in batches}
         targets = {term: batch["target"] for term, batch in aimed.items() if "target" in batch}
         if live := {term: batch for term, batch in aimed.items() if term not in targets}:
@@ -140,12 +133,11 @@ class ElmTrainer(ErasureTrainer):
         if self._consistent and "consistency" not in terms:
             # Logged as it counts: a batch without pairs is one whose rows add nothing.
             terms["consistency"] = torch.zeros((), device=args.device)
-        loss = self.weigh(terms, weights)
+        loss = self.weigh(terms, term_weights(args))
         return (loss, None) if return_outputs else loss
 
     def packed_together(self):
-        args = self.args
-        step = tuple(SUB_BATCHES[term] for term, weight in by_batch(term_weights(args)).items() if weight)
+        step = tuple(SUB_BATCHES[term] for term, weight in batch_weights(self.args).items() if weight)
         if getattr(self.data_collator, "targets", None) is not None:
             return [step]
         sides = ("forget", "forget.counterfactual.extra", "forget.expert", "forget.novice")
@@ -180,12 +172,7 @@ class ElmTrainer(ErasureTrainer):
         return lambda logits, where: argmax_cross_entropy(logits, aim.indices[where, 0])
 
     def target(self, model: nn.Module, term: str, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-        """What the adapted model is to match on a sub-batch.
-
-        Args:
-            model (`nn.Module`): Model, as the Trainer wrapped it.
-            term (`str`): `"erase"` or `"retain"`.
-            batch (`Mapping`): Its sub-batch.
+        """What the adapted model is to match on the sub-batch of a term, `"erase"` or `"retain"`.
 
         Returns:
             `dict[str, torch.Tensor]`: for each position, `indices` with `probs` or `log_probs`, `[positions, tokens]`,
@@ -201,60 +188,56 @@ class ElmTrainer(ErasureTrainer):
         """[`target`] of several terms, from one forward of the reference over all of their texts, those behind contexts and
         counterfactual novices too; throw-away adapters each run one of their own.
         """
-        parts, readings, further, beside = {}, dict[str, Reading](), dict[str, Any](), dict[str, Any]()
+        args = self.args
         erase, retain = batches.get("erase"), batches.get("retain")
         counterfactual = erase.get("counterfactual") if erase else None
-        states = ("erase",) if erase and self.args.log_tokens and self.args.erase_weight else ()
-        # Where positions weigh the same and no term reads logits, nobody asks what expert and novice would say.
-        silent = not (self.args.erase_weight or self.args.fact_share)
+        parts: dict[str, Mapping[str, Any]] = {}
+        readings: dict[str, Reading] = {}
+        # What experts and then novices say at the positions of forget text: states of teachers, places in this forward.
+        taught: list[torch.Tensor] = []
+        places: list[torch.Tensor] = []
+        # Where positions weigh the same and no term reads logits, nobody asks for that.
+        silent = not (args.erase_weight or args.fact_share)
         if erase:
             parts["erase"], readings["erase"] = erase, STATES if silent else self.erase_reading(erase)
             if counterfactual:
-                beside |= {} if silent else {"erase": counterfactual["index"]}
-            else:
-                sides = [side for side in SIDES if side in erase]
-                offsets = accumulate(part["input_ids"].numel() for part in (erase, *(erase[side] for side in sides)))
-                contexts = self.args.contexts_per_sample
-                beside["erase"] = {
-                    f"{side}s": context_places(erase, side, contexts) + offset
-                    for side, offset in zip(sides, offsets, strict=False)
-                }
-            for name, part in (("extra", (counterfactual or {}).get("extra")), *((s, erase.get(s)) for s in SIDES)):
-                if part is not None:
-                    parts[name], readings[name] = part, STATES
+                places += counterfactual["index"]
+                if "extra" in counterfactual:
+                    parts["extra"], readings["extra"] = counterfactual["extra"], STATES
+            for side in SIDES:
+                if side in erase:
+                    offset = sum(part["input_ids"].numel() for part in parts.values())
+                    places += context_places(erase, side, args.contexts_per_sample) + offset
+                    parts[side], readings[side] = erase[side], STATES
         if retain:
+            states_alone = args.retain_loss in ("log", "states")
             parts["retain"] = retain
-            readings["retain"] = lambda logits, where: top_k_distribution(logits, self.args.top_k)
-            if self.args.retain_loss in ("log", "states"):
-                readings["retain"] = STATES
-        watched = self._state_layers if counterfactual or self.args.retain_loss == "states" else []
+            readings["retain"] = (
+                STATES if states_alone else lambda logits, where: top_k_distribution(logits, args.top_k)
+            )
+        watched = self._state_layers if counterfactual or args.retain_loss == "states" else []
+        further, beside = {"erase": taught}, {"erase": places}
+        states = ("erase",) if erase and args.log_tokens and args.erase_weight else ()
         with self.reference(model), self._target_precision(model):
             for side, teacher in self._teachers.items() if erase and not counterfactual else ():
                 with teacher.in_place():
-                    of_teacher = self.forward_positions(model, {side: batches["erase"]}, {side: STATES})[side]
-                further.setdefault("erase", {})[f"{side}s"] = [of_teacher]
+                    taught.append(self.forward_positions(model, {side: batches["erase"]}, {side: STATES})[side])
             spared = self._frozen.spared(model, parts, readings, leaving=batches)
             with spared, layer_outputs(self, model, watched) as outputs:
                 found = self.forward_positions(model, parts, readings, further, beside, states)
         made: dict[str, dict[str, torch.Tensor]] = {}
         if erase:
             even = {"weights": torch.ones_like(erase["rows"], dtype=torch.float32)}
-            target = even if silent else self.erase_target(found["erase"], erase)
+            made["erase"] = even if silent else self.erase_target(found["erase"], erase)
             if counterfactual and outputs:
-                slots = self.pack(model, list(parts.values())).slots
-                novice = novice_mean(outputs, slots, counterfactual["index"])
-                expert = states_of(self, model, parts, "erase", outputs).float()
-                target["expert_states"] = expert.flatten(1)
-                target["novice_states"] = torch.lerp(expert, novice, self.args.state_eta).flatten(1)
-            made["erase"] = target
+                made["erase"] |= novice_targets(self, model, parts, counterfactual["index"], outputs)
         if retain:
-            reference = found["retain"]
-            if self.args.retain_loss == "states":
+            if args.retain_loss == "states":
                 made["retain"] = {"layer_states": states_of(self, model, parts, "retain", outputs).flatten(1)}
-            elif self.args.retain_loss == "log":
-                made["retain"] = {"states": reference}
+            elif args.retain_loss == "log":
+                made["retain"] = {"states": found["retain"]}
             else:
-                made["retain"] = dict(zip(("indices", "probs"), reference, strict=True))
+                made["retain"] = dict(zip(("indices", "probs"), found["retain"], strict=True))
         return made
 
     def erase_target(self, found: Sequence[torch.Tensor], batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
@@ -266,19 +249,14 @@ class ElmTrainer(ErasureTrainer):
     def erase_reading(self, batch: Mapping[str, Any]) -> Reading:
         """`t = b − η·(e − n)` of the reference (and the teachers), see [`erasure_target`] and [`log_space_target`]."""
         args, eta = self.args, self._eta(batch)
+        experts = 1 if args.expert_steps else args.contexts_per_sample
 
-        def read(
-            base: torch.Tensor,
-            where: slice,
-            *counterfactuals: torch.Tensor,
-            experts: Sequence[torch.Tensor] = (),
-            novices: Sequence[torch.Tensor] = (),
-        ) -> tuple[torch.Tensor, ...]:
-            if counterfactuals:
-                expert, novice = base, log_mean_probs(counterfactuals)
+        def read(base: torch.Tensor, where: slice, *others: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            if args.novice == "counterfactual":
+                expert, novice = base, log_mean_probs(others)
             else:
                 # Without a novice of its own, the reference is the novice.
-                expert, novice = mean_log_probs(experts), mean_log_probs(novices or [base])
+                expert, novice = mean_log_probs(others[:experts]), mean_log_probs(others[experts:] or [base])
             apart = disagreement(expert, novice)
             if not args.erase_weight:
                 return (apart,)
@@ -310,8 +288,7 @@ class ElmTrainer(ErasureTrainer):
 
         def compute(inputs: dict[str, Any]) -> list[dict[str, torch.Tensor]]:
             parts: list[dict[str, torch.Tensor]] = [{} for _ in inputs["forget"]["lengths"]]
-            weights = term_weights(args) | {"consistency": 0.0}
-            batches = weighted_batches(inputs, by_batch(weights))
+            batches = weighted_batches(inputs, batch_weights(args) | {"consistency": 0.0})
             for term, made in self.targets(self.model, batches).items():
                 counts = torch.bincount(batches[term]["rows"], minlength=len(parts)).tolist()
                 for key, values in made.items():

@@ -218,15 +218,7 @@ class ElmConfig(ErasureConfig):
 
 
 class StoredTargets(NamedTuple):
-    """What is kept of ELM's targets, and what they depend on.
-
-    Attributes:
-        layout ([`TargetLayout`]): The target of each position of forget text with its weight, and the reference's most
-            probable tokens at each position of retain text: the first alone where `retain_loss` is `"argmax"`, and
-            what enters the head where it is `"log"`.
-        settings (`dict[str, Any]`): Settings of the method.
-        columns (`list[str]`): Columns of the tokenized dataset.
-    """
+    """What is kept of ELM's targets, and the settings and columns of the tokenized dataset that it depends on."""
 
     layout: TargetLayout
     settings: dict[str, Any]
@@ -257,14 +249,8 @@ def stored_targets(
         else:
             kept |= {"forget_indices": Field("ids", args.top_k), "forget_probs": Field("probs", args.top_k)}
         if args.expert_steps:
-            names += [
-                "expert_steps",
-                "novice_steps",
-                "teacher_learning_rate",
-                "teacher_rank",
-                "teacher_batch_size",
-                "seed",
-            ]
+            names += ["expert_steps", "novice_steps", "teacher_learning_rate", "teacher_rank", "teacher_batch_size"]
+            names += ["seed"]
     if args.retain_weight:
         columns += ["retain_ids", "retain_start"]
         if args.retain_loss == "states":
@@ -286,11 +272,10 @@ def term_weights(args: ElmConfig) -> dict[str, float]:
     return {term: getattr(args, f"{term}_weight") for term in ("erase", "state", "retain", "consistency")}
 
 
-def by_batch(weights: Mapping[str, float]) -> dict[str, float]:
+def batch_weights(args: ElmConfig) -> dict[str, float]:
     """The weights by sub-batch: the state term reads that of the erase term."""
-    return {"erase": max(weights["erase"], weights["state"])} | {
-        term: weight for term, weight in weights.items() if term not in ("erase", "state")
-    }
+    erase = max(args.erase_weight, args.state_weight)
+    return {"erase": erase, "retain": args.retain_weight, "consistency": args.consistency_weight}
 
 
 def is_counterfactual(args: ElmConfig) -> bool:

@@ -2,8 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import islice
-from typing import Any, TypeAlias
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -31,17 +30,9 @@ ATTENTION = 4
 SUB_BATCHES = {"erase": "forget", "retain": "retain", "consistency": "synthetic"}
 
 
-# What a reading takes beside the logits of its own forward, by position or by name.
-FurtherStates: TypeAlias = Sequence[torch.Tensor] | Mapping[str, Sequence[torch.Tensor]]
-FurtherPlaces: TypeAlias = torch.Tensor | Mapping[str, torch.Tensor]
-
-
 def weighted_batches(inputs: Mapping[str, Any], weights: Mapping[str, float]) -> dict[str, Any]:
     """The sub-batch of each term that has a weight: forget text for `erase`, retain text for `retain`, synthetic pairs
-    for `consistency`. A batch without pairs lacks the last.
-
-    Raises:
-        ValueError: if nothing is left.
+    for `consistency`. A batch without pairs lacks the last. Raises `ValueError` if nothing is left.
     """
     batches = {
         term: inputs[SUB_BATCHES[term]] for term, weight in weights.items() if weight and SUB_BATCHES[term] in inputs
@@ -49,14 +40,6 @@ def weighted_batches(inputs: Mapping[str, Any], weights: Mapping[str, float]) ->
     if not batches:
         raise ValueError("`consistency_weight` alone is above 0, but a batch has no synthetic pairs: add some.")
     return batches
-
-
-def shared_forwards(args: Any) -> list[tuple[str, ...]]:
-    """Names of the sub-batches that share a forward, for each forward of a step: those of all terms that have a weight, and
-    retain text alone for the reference of a KL, which a method without `retain_loss` may have too.
-    """
-    step = tuple(name for term, name in SUB_BATCHES.items() if getattr(args, f"{term}_weight", 0))
-    return [step, *[("retain",)] * (getattr(args, "retain_loss", "kl") == "kl" and "retain" in step)]
 
 
 def visits(trainer: Any) -> float:
@@ -129,29 +112,12 @@ def run_packed(model: nn.Module, batches: Sequence[Mapping[str, Any]], packing: 
     ).logits
 
 
-def _flat(groups: Any) -> list[torch.Tensor]:
-    """States or places, group by group."""
-    return [part for group in groups.values() for part in group] if isinstance(groups, Mapping) else [*groups]
-
-
-def _by_name(reading: Reading, groups: Mapping[str, Sequence[torch.Tensor] | torch.Tensor]) -> Reading:
-    """The same reading of logits that are given one after the other, group by group."""
-
-    def read(logits: torch.Tensor, where: slice, *others: torch.Tensor) -> Any:
-        rest = iter(others)
-        named = {name: list(islice(rest, len(group))) for name, group in groups.items()}
-        return reading(logits, where, *rest, **named)
-
-    return read
-
-
 @contextmanager
 def in_float32(model: nn.Module) -> Iterator[None]:
     """While this holds, all weights and buffers of a model are in float32, nothing is autocast, and `sdpa` stands for flash
     attention, which has no float32. Afterwards all is as before: casting 16 bits up and down loses nothing.
 
-    Raises:
-        ValueError: if weights are quantized, or lie in shards (FSDP, DeepSpeed ZeRO-3).
+    Raises `ValueError` if weights are quantized, or lie in shards (FSDP, DeepSpeed ZeRO-3).
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     tensors = [*model.parameters(), *model.buffers()]
@@ -182,11 +148,7 @@ class NonFiniteLossError(FloatingPointError):
 
 
 class TermTotals:
-    """Sums of the values of each loss term since the last log.
-
-    Args:
-        device (`torch.device`): Device of the values.
-    """
+    """Sums of the values of each loss term since the last log."""
 
     def __init__(self, device: torch.device):
         self._device = device
@@ -221,12 +183,8 @@ class PackedForward:
     """Runs sub-batches through a model in one forward, and reads the head at their supervised positions only.
 
     What a model does to its head's output, and whether texts in one row see each other, is measured the first time that it
-    is needed and then kept.
-
-    Args:
-        unwrap (`Callable`): Gives the model itself where the Trainer has wrapped it.
-        processing_class ([`~transformers.PreTrainedTokenizerBase`]): Tokenizer, for its padding side and plain tokens.
-        pad_to_multiple_of (`int`, *optional*): Multiple to which packed rows are padded.
+    is needed and then kept. `unwrap` gives the model itself where the Trainer has wrapped it; packed rows are padded to a
+    multiple of `pad_to_multiple_of`.
     """
 
     def __init__(
@@ -249,8 +207,8 @@ class PackedForward:
         model: nn.Module,
         batches: Mapping[str, Mapping[str, torch.Tensor]],
         readings: Mapping[str, Reading],
-        further: Mapping[str, FurtherStates],
-        beside: Mapping[str, FurtherPlaces],
+        further: Mapping[str, Sequence[torch.Tensor]],
+        beside: Mapping[str, Sequence[torch.Tensor]],
         states: Collection[str],
     ) -> dict[str, Any]:
         """Run several sub-batches in one forward, packed without padding, and read the logits of their supervised positions.
@@ -262,11 +220,9 @@ class PackedForward:
                 takes `[chunk, vocab]` and a `slice` of the positions, and gives one number per position, or without
                 gradients also a tuple of tensors `[chunk, ...]`. [`STATES`] asks for what enters the head.
             further: By name of sub-batch, states `[positions, hidden]` of other forwards at the same positions, whose
-                logits the reading takes after `where`; of a mapping of lists of states, as keyword arguments with
-                lists of logits.
+                logits the reading takes after `where`.
             beside: By name of sub-batch, other positions of the same forward whose logits the reading takes after
-                those, `[others, positions]`: indices into the flattened tokens of all sub-batches, one after the
-                other. Of a mapping of such, as keyword arguments, where `further` gives keyword arguments or nothing.
+                those, `[positions]` each: indices into the flattened tokens of all sub-batches, one after the other.
             states: Names of sub-batches whose reading gives a tuple, to which what enters the head is added,
                 `[positions, hidden]`.
 
@@ -276,17 +232,6 @@ class PackedForward:
         """
         if not batches:
             return {}
-        readings = dict(readings)
-        others: dict[str, Sequence[torch.Tensor]] = {}
-        places: dict[str, Sequence[torch.Tensor]] = {}
-        for name in {*further, *beside}:
-            states_of, places_of = further.get(name, ()), beside.get(name, ())
-            groups = [group for group in (states_of, places_of) if isinstance(group, Mapping)]
-            if groups:
-                readings[name] = _by_name(
-                    readings[name], {key: part for group in groups for key, part in group.items()}
-                )
-            others[name], places[name] = _flat(states_of), _flat(places_of)
         parts = list(batches.values())
         packing = self.pack(model, parts)
         supervised, offset = [], 0
@@ -297,8 +242,8 @@ class PackedForward:
             Plan(
                 len(own),
                 readings.get(name),
-                others.get(name, ()),
-                [packing.slots[index] for index in places.get(name, ())],
+                further.get(name, ()),
+                [packing.slots[index] for index in beside.get(name, ())],
                 name in states,
             )
             for name, own in zip(batches, supervised, strict=True)
@@ -375,7 +320,7 @@ class PackInCollator(TrainerCallback):
     Args:
         trainer: Trainer of the package; only once it begins to train is its model where it can be measured.
         collator: Collator that it was given; another than [`ElmDataCollator`] is left alone, and the step packs its batches.
-        rule (`Callable`): Measures the model, and gives the [`PackingRule`].
+        rule: Measures the model, and gives the [`PackingRule`].
     """
 
     def __init__(self, trainer: Any, collator: Any, rule: Callable[[], PackingRule]):

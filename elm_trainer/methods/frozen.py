@@ -1,7 +1,7 @@
 """Layers that a step need not run: frozen ones, whose output for a text is kept, and those that no loss term reads."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +16,7 @@ from ..data.packing import Packing
 from ..modeling import decoder_layers, evaluating
 from ..ops import STATES
 from ..ops.head import standing_in, without_gradients
+from .elm_states import layer_outputs
 from .forward import visits
 
 
@@ -36,12 +37,13 @@ class FrozenLayers:
     and the last of them gives what was kept. Whether that changes anything is measured on the first batch.
 
     Args:
-        trainer ([`ElmTrainer`]): Trainer, before its model is wrapped.
-        last (`int`, *optional*): The last layer whose output a loss term reads; none where a term reads logits.
+        trainer: Trainer, before its model is wrapped.
+        last: The last layer whose output a loss term reads; none where a term reads logits.
     """
 
     def __init__(self, trainer: "ElmTrainer", last: int | None):
         self._trainer, self._last = trainer, last
+        self._left = trainer.processing_class.padding_side == "left"
         model = trainer.accelerator.unwrap_model(trainer.model)
         self._layers = list(decoder_layers(model))
         self._first = self._first_trained(model)
@@ -97,11 +99,10 @@ class FrozenLayers:
         """While this holds, a forward over these sub-batches runs no more layers than it must.
 
         Args:
-            model (`nn.Module`): Model, as the Trainer wrapped it.
-            batches (`Mapping`): Sub-batches of a step by term, in the order of its forward.
-            readings (`Mapping`): What is read of the logits of each.
-            leaving (`Collection[str]`, *optional*): Where the forward is one of the reference, the sub-batches whose states it
-                leaves for later steps.
+            model: Model, as the Trainer wrapped it.
+            batches: Sub-batches of a step by term, in the order of its forward.
+            readings: What is read of the logits of each.
+            leaving: Where the forward is one of the reference, the sub-batches whose states it leaves for later steps.
         """
         above = self._last if all(reading is STATES for reading in readings.values()) else None
         # In another precision the reference's states would not be the step's.
@@ -114,64 +115,50 @@ class FrozenLayers:
         self._trainer.final_logits(model)  # measured by a forward of its own
         packing = self._trainer.pack(model, list(batches.values()))
         keeps = bool(names) and leaving is None
-        if (above is not None or keeps) and not self._stands(model, batches, keeps, above):
-            yield
-            return
+        if above is not None or keeps:
+            if keeps not in self._usable:
+                self._usable[keeps] = self._measure(model, batches, keeps, above)
+            if not self._usable[keeps]:
+                yield
+                return
         entering = self._entering(model, batches, packing) if keeps else None
-        with self._aside(entering, above), self._filling(batches, () if keeps else names, packing):
+        # What enters the first trained layer, where this forward is to leave it.
+        wanted = [self._first - 1] if names and not keeps else []
+        with self._aside(entering, above), layer_outputs(self._trainer, model, wanted) as outputs:
             yield
-
-    @contextmanager
-    def _filling(
-        self, batches: Mapping[str, Mapping[str, Any]], names: Collection[str], packing: Packing
-    ) -> Iterator[None]:
-        """While this holds, one forward leaves what enters the first trained layer for the texts of these sub-batches."""
-        if not names:
-            yield
-            return
-        outputs: list[Any] = []
-        hook = self._layers[self._first - 1].register_forward_hook(lambda _, args, output: outputs.append(output))
-        try:
-            yield
-        finally:
-            hook.remove()
-        for output in outputs:
-            self._keep_all(batches, names, packing, output[0] if isinstance(output, tuple) else output)
+        for states in outputs:
+            self._keep_all(batches, names, packing, states)
 
     def _entering(self, model: nn.Module, batches: Mapping[str, Mapping[str, Any]], packing: Packing) -> torch.Tensor:
         """What enters the first trained layer, `[rows, width, hidden]` as the texts are packed."""
-        left = self._trainer.processing_class.padding_side == "left"
         if any(key not in self._kept for batch in batches.values() for key in batch["keys"]):
             found = self._run_below(model, batches)
             self._keep_all(batches, batches, packing, found)
             return found
-        padded = []
+        padded, side = [], "left" if self._left else "right"
         for batch in batches.values():
-            rows = pad_sequence(
-                [self._kept[key] for key in batch["keys"]], True, padding_side="left" if left else "right"
-            )
+            rows = pad_sequence([self._kept[key] for key in batch["keys"]], True, padding_side=side)
             gap = batch["input_ids"].size(1) - rows.size(1)
-            padded.append(F.pad(rows, (0, 0, gap, 0) if left else (0, 0, 0, gap)).flatten(0, 1))
+            padded.append(F.pad(rows, (0, 0, gap, 0) if self._left else (0, 0, 0, gap)).flatten(0, 1))
         return torch.cat(padded)[packing.tokens]
 
     def _keep_all(
         self, batches: Mapping[str, Mapping[str, Any]], names: Collection[str], packing: Packing, states: torch.Tensor
     ) -> None:
-        """Keep the states `[rows, width, hidden]` of the texts of some sub-batches, by their tokens."""
-        left = self._trainer.processing_class.padding_side == "left"
+        """Keep the states `[rows, width, hidden]` of the texts of some sub-batches, by their tokens, as long as there is room."""
         flat, offset = states.flatten(0, 1), 0
         for name, batch in batches.items():
             seq = batch["input_ids"].size(1)
-            for key, length in zip(batch["keys"], batch["lengths"], strict=True) if name in names else ():
-                start = offset + (seq - length if left else 0)
-                self._keep(key, flat[packing.slots[start : start + length]])
-                offset += seq
-            offset += 0 if name in names else batch["input_ids"].numel()
-
-    def _keep(self, key: bytes, states: torch.Tensor) -> None:
-        if key not in self._kept and (self._limit is None or self._bytes + states.nbytes <= self._limit):
-            self._kept[key] = states
-            self._bytes += states.nbytes
+            for row, key in enumerate(batch["keys"] if name in names else ()):
+                if key in self._kept:
+                    continue
+                length = batch["lengths"][row]
+                start = offset + row * seq + (seq - length if self._left else 0)
+                own = flat[packing.slots[start : start + length]]
+                if self._limit is None or self._bytes + own.nbytes <= self._limit:
+                    self._kept[key] = own
+                    self._bytes += own.nbytes
+            offset += batch["input_ids"].numel()
 
     @without_gradients()
     def _run_below(self, model: nn.Module, batches: Mapping[str, Mapping[str, Any]]) -> torch.Tensor:
@@ -216,23 +203,14 @@ class FrozenLayers:
         with standing_in(instead):
             yield
 
-    def _stands(
-        self, model: nn.Module, batches: Mapping[str, Mapping[str, Any]], keeps: bool, last: int | None
-    ) -> bool:
-        """Whether layers may stand aside, measured the first time."""
-        if keeps not in self._usable:
-            self._usable[keeps] = self._measure(model, batches, keeps, last)
-        return self._usable[keeps]
-
     def _measure(
         self, model: nn.Module, batches: Mapping[str, Mapping[str, Any]], keeps: bool, last: int | None
     ) -> bool:
         """Whether the last layer that is read gives the same while others stand aside."""
         seen: list[Any] = []
         read = self._layers[-1 if last is None else last]
-        with without_gradients(), evaluating(self._trainer.accelerator.unwrap_model(model)), ExitStack() as hooks:
-            hook = read.register_forward_hook(lambda _, args, output: seen.append(output))
-            hooks.callback(hook.remove)
+        seeing = read.register_forward_hook(lambda _, args, output: seen.append(output))
+        with seeing, without_gradients(), evaluating(self._trainer.accelerator.unwrap_model(model)):
             self._run(model, batches)
             self._tuples = isinstance(seen[0], tuple)
             # What a layer gives beside its states would be missed.
@@ -241,10 +219,8 @@ class FrozenLayers:
                 with self._aside(entering, last):
                     self._run(model, batches)
         # The forward that stops at the first trained layer passes on what enters it.
-        first, *_, again = (
-            [output[0] if self._tuples else output for output in seen] if len(seen) > 1 else [None, None]
-        )
-        same = first is not None and torch.allclose(first, again, rtol=1e-2, atol=1e-2 * first.abs().mean().item())
+        first, again = (output[0] if self._tuples else output for output in (seen[0], seen[-1]))
+        same = len(seen) > 1 and torch.allclose(first, again, rtol=1e-2, atol=1e-2 * first.abs().mean().item())
         if not same:
             logger.warning(
                 f"{type(read).__name__} gives something else where layers stand aside, so each step runs all of them."

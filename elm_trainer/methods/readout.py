@@ -1,7 +1,7 @@
 """Find the layer at which a model reads a fact out of a name: where an erasure can cut it off (`lora_layers: auto`)."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -235,12 +235,10 @@ def _at_layers(model: nn.Module, do: Any) -> Iterator[None]:
     def hook(layer: int) -> Any:
         return lambda _, args, output: do(layer, output[0] if isinstance(output, tuple) else output)
 
-    handles = [part.register_forward_hook(hook(layer)) for layer, part in enumerate(decoder_layers(model))]
-    try:
+    with ExitStack() as hooks:
+        for layer, part in enumerate(decoder_layers(model)):
+            hooks.enter_context(part.register_forward_hook(hook(layer)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _run(
@@ -253,9 +251,6 @@ def _run(
         at = where.to(hidden.device)
         return hidden.gather(1, at[..., None].expand(-1, -1, hidden.size(-1))), *rest
 
-    handle = model.get_output_embeddings().register_forward_pre_hook(only)
-    try:
+    with model.get_output_embeddings().register_forward_pre_hook(only):
         output = model(input_ids=ids, attention_mask=mask, **options)
-    finally:
-        handle.remove()
     return output.logits.float(), output.get("past_key_values")

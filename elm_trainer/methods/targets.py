@@ -1,28 +1,39 @@
 """What is computed once before training: stored functions of frozen weights, and throw-away adapters."""
 
+import hashlib
+import json
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
 import datasets
+import numpy as np
+import pyarrow as pa
 import torch
 from accelerate.utils import gather_object
 from peft import LoraConfig, PeftModel
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from ..data.target_store import RowTargets, TargetLayout, TargetStore, choose, fill_store, remove_locks
+from ..data.target_store import (
+    RowTargets,
+    TargetLayout,
+    TargetStore,
+    fill_store,
+    reason_against,
+    remove_locks,
+)
 from ..files import json_sha256
 from ..fingerprint import base_fingerprint, bit_sums
 from ..modeling import is_partitioned
 from .base import ErasureTrainer
 from .forward import nll_reading, visits
-from .rows import rows_digest
 
 
 logger = logging.get_logger(__name__)
@@ -37,16 +48,15 @@ class TargetPlan:
     """What a method keeps for each training row.
 
     Args:
-        switch (`str`): The config's field that asks for it: `True`, `False`, or `None` for the rule of
-            [`~elm_trainer.data.target_store.choose`].
-        layout ([`TargetLayout`]): What is kept.
-        settings (`Mapping[str, Any]`): Every setting of the method that the targets depend on, as JSON holds it.
-        columns (`Sequence[str]`): Columns of the tokenized dataset that they depend on.
-        compute (`Callable`): Makes what is kept for each row, on the CPU, from a batch of the collator.
-        targets_dir (`str`, *optional*): Folder of all stores; `elm_targets` in the cache of `datasets` by default.
-        contexts (`bool`, *optional*, defaults to `False`): Whether they depend on the collator's contexts.
-        prepare (`Callable`, *optional*): Gives the context that surrounds the computation; not entered without one.
-        description (`str`, *optional*): What the progress bar says.
+        switch: The config's field that asks for it: `True`, `False`, or `None` for the rule of [`reason_against`].
+        layout: What is kept.
+        settings: Every setting of the method that the targets depend on, as JSON holds it.
+        columns: Columns of the tokenized dataset that they depend on.
+        compute: Makes what is kept for each row, on the CPU, from a batch of the collator.
+        targets_dir: Folder of all stores; [`default_targets_dir`] without one.
+        contexts: Whether they depend on the collator's contexts.
+        prepare: Gives the context that surrounds the computation.
+        description: What the progress bar says.
     """
 
     switch: str
@@ -69,12 +79,9 @@ def precompute_targets(trainer: ErasureTrainer, plan: TargetPlan) -> RowTargets 
     """The targets of all training rows from the folder that is named after what they depend on.
 
     What is missing there is computed first, each process its share; so a second run computes nothing, and one that was
-    killed continues after the last whole file. While it computes, a process holds the whole model on its device. All
-    processes must see the folder: on several nodes it must lie on a drive that they share, or each node must have been
-    given the finished folder. Processes that wait for others do so at most `ddp_timeout` seconds.
-
-    Args:
-        trainer: Trainer, before its model is wrapped.
+    killed continues after the last whole file. While it computes, a process holds the whole model, which is not wrapped yet,
+    on its device. All processes must see the folder: on several nodes it must lie on a drive that they share, or each node must
+    have been given the finished folder. Processes that wait for others do so at most `ddp_timeout` seconds.
 
     Returns:
         [`RowTargets`], or `None` where the step is to make its targets itself.
@@ -88,12 +95,10 @@ def precompute_targets(trainer: ErasureTrainer, plan: TargetPlan) -> RowTargets 
     if wanted is False or dataset is None or not plan.layout.fields:
         return None
     rows, needed = len(dataset), plan.layout.total_bytes(_positions(dataset), len(dataset))
-    read = visits(trainer)
-    if wanted is None:
-        early = choose(rows=rows, visits=read, needed=needed, missing=0, free=0)
-        if not early.precompute:
-            _live(early.reason)
-            return None
+    against = partial(reason_against, rows=rows, visits=visits(trainer), needed=needed)
+    if wanted is None and (reason := against(missing=0, free=0)):
+        _make_live(plan, wanted, reason)
+        return None
 
     states = _everywhere(lambda: (_weights(trainer), _ingredients(trainer, plan)))
     weights, ingredients = states[0]
@@ -103,33 +108,30 @@ def precompute_targets(trainer: ErasureTrainer, plan: TargetPlan) -> RowTargets 
         )
     if weights is None:
         reason = "the model's weights were offloaded, and can't be read to name the store"
-        if wanted is None:
-            _live(reason)
-            return None
-        raise ValueError(f"`{plan.switch}` is True, but {reason}: keep the model on devices, or set it to False.")
+        _make_live(plan, wanted, reason, "keep the model on devices, or set it to False")
+        return None
     ingredients = ingredients | {"weights": weights}
     folder = Path(plan.targets_dir or default_targets_dir())
     store = TargetStore(folder / json_sha256(ingredients), rows, plan.layout)
 
     rank, processes = trainer.accelerator.process_index, trainer.accelerator.num_processes
-    found = _everywhere(lambda: (_missing(store, range(rank, store.shards, processes)), _free(folder)))
+    own = range(rank, store.shards, processes)
+    found = _everywhere(lambda: ([shard for shard in own if not store.is_whole(shard)], _free(folder)))
     missing = sorted(shard for shards, _ in found for shard in shards)
     if missing:
+        if is_partitioned(trainer.model):
+            reason = (
+                f"ZeRO-3 has already split the model's weights over the processes, and {store.folder} is not complete"
+            )
+            fix = "build the trainer once in one process without DeepSpeed, which fills it"
+            _make_live(plan, wanted, reason, f"{fix}, or set `{plan.switch}=False`")
+            return None
+        to_write = needed * len(missing) // store.shards
+        if wanted is None and (reason := against(missing=to_write, free=found[0][1])):
+            _make_live(plan, wanted, reason)
+            return None
         # Only processes that hold the weights can compute: FSDP's frugal loading gives them to the first of a node.
         holders = [number for number, (held, _) in enumerate(states) if held == weights]
-        partitioned = is_partitioned(trainer.model)
-        if wanted is None:
-            to_write = needed * len(missing) // store.shards
-            choice = choose(rows=rows, visits=read, needed=needed, missing=to_write, free=found[0][1])
-            if partitioned or not choice.precompute:
-                _live("ZeRO-3 has split the model's weights" if partitioned else choice.reason)
-                return None
-        if partitioned:
-            raise ValueError(
-                f"`{plan.switch}` is True, but ZeRO-3 has already split the model's weights over the processes, and "
-                f"{store.folder} is not complete: build the trainer once in one process without DeepSpeed, which fills "
-                f"it, or set `{plan.switch}=False`."
-            )
         share = missing[holders.index(rank) :: len(holders)] if rank in holders else []
         try:
             _everywhere(lambda: store.describe(ingredients))
@@ -191,15 +193,14 @@ def _fill(trainer: ErasureTrainer, plan: TargetPlan, store: TargetStore, share: 
 def _ingredients(trainer: ErasureTrainer, plan: TargetPlan) -> dict[str, Any]:
     """What the targets depend on beside the weights, the same in every process."""
     model, collator, dataset = trainer.model, trainer.data_collator, trainer.train_dataset
-    contexts, rows = None, dataset["row"][:]
-    if plan.contexts and collator.concepts is not None:
-        contexts = collator.contexts_digest()
+    rows = dataset["row"][:]
+    with_contexts = plan.contexts and collator.concepts is not None
     config = {name: value for name, value in model.config.to_dict().items() if name not in _NO_MATTER}
     return {
         "settings": dict(plan.settings),
         "layout": plan.layout.to_json(),
         "rows": rows_digest(dataset, plan.columns if rows == [*range(len(dataset))] else _columns(plan)),
-        "contexts": contexts,
+        "contexts": collator.contexts_digest() if with_contexts else None,
         "collator": f"{type(collator).__module__}.{type(collator).__qualname__}",
         "config": json_sha256({"config": repr(sorted(config.items()))}),
         "autocast": trainer.accelerator.mixed_precision,
@@ -209,6 +210,21 @@ def _ingredients(trainer: ErasureTrainer, plan: TargetPlan) -> dict[str, Any]:
         "device": trainer.args.device.type,
         "versions": {package: version(package) for package in PACKAGES},
     }
+
+
+def rows_digest(dataset: datasets.Dataset, columns: Sequence[str]) -> str:
+    """SHA-256 over columns of a tokenized dataset, in the order of its rows."""
+    digest = hashlib.sha256(f"{len(dataset)} {sorted(columns)}".encode())
+    for table in dataset.select_columns(sorted(columns)).with_format("arrow").iter(1000):
+        for name in table.column_names:
+            column = table[name].combine_chunks()
+            if not pa.types.is_nested(column.type) or pa.types.is_nested(column.type.value_type):
+                digest.update(json.dumps(column.to_pylist()).encode())
+                continue
+            # As 8 bytes each, whatever type the ids are kept in. The lengths tell where a row ends.
+            for values in (column.value_lengths(), column.flatten()):
+                digest.update(np.asarray(values, dtype="<i8").tobytes())
+    return digest.hexdigest()
 
 
 def _weights(trainer: ErasureTrainer) -> dict[str, str] | None:
@@ -237,26 +253,20 @@ def _check_seen(store: TargetStore, rank: int, switch: str) -> None:
         )
 
 
-def _missing(store: TargetStore, shards: Sequence[int]) -> list[int]:
-    return [shard for shard in shards if not store.is_whole(shard)]
-
-
 def _free(folder: Path) -> int:
     """Free bytes of the disk on which a folder is, or would be made."""
     return shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if path.exists())).free
 
 
-def _live(reason: str) -> None:
-    """Say why there is no store."""
+def _make_live(plan: TargetPlan, wanted: bool | None, reason: str, fix: str = "") -> None:
+    """Say why there is no store; raise `ValueError` where one was asked for."""
+    if wanted:
+        raise ValueError(f"`{plan.switch}` is True, but {reason}: {fix}.")
     logger.warning(f"Targets are made in each step, not once before training: {reason}.")
 
 
 def _everywhere(work: Callable[[], T]) -> list[T]:
-    """What all processes make, by rank; what fails in one is raised in all, so that nobody waits for it.
-
-    Raises:
-        RuntimeError: if another process failed.
-    """
+    """What all processes make, by rank; what fails in one is raised in all (`RuntimeError`), so that nobody waits for it."""
     made, failure = None, None
     try:
         made = work()
@@ -271,12 +281,8 @@ def _everywhere(work: Callable[[], T]) -> list[T]:
 
 
 class Teacher:
-    """A LoRA adapter beside the trained one, fine-tuned by next-token prediction and removed after use.
-
-    Args:
-        model (`PeftModel`): Model that carries it.
-        name (`str`): Name of its adapter, such as `"expert"`; the model must have none of that name yet.
-        trained (`str`): Name of the adapter that is trained to erase.
+    """A LoRA adapter of this name beside the one that is trained to erase, fine-tuned by next-token prediction and removed after
+    use.
     """
 
     def __init__(self, model: PeftModel, name: str, trained: str):
@@ -285,16 +291,10 @@ class Teacher:
 
     @classmethod
     def fit(cls, trainer: ErasureTrainer, name: str, texts: Sequence[list[int]], steps: int) -> "Teacher":
-        """Add the adapter and fine-tune it on tokenized texts; the global random state is left as it was.
+        """Add the adapter and fine-tune it on tokenized texts, over so many steps in which the learning rate decays to 0.
 
-        Args:
-            trainer: Trainer, whose config has `teacher_rank`, `teacher_learning_rate` and `teacher_batch_size`.
-            name: Name of the adapter.
-            texts: Token ids of the texts.
-            steps: Steps, over which the learning rate decays to 0.
-
-        Raises:
-            ValueError: if the texts are empty (the dataset has no permuted facts).
+        The config has `teacher_rank`, `teacher_learning_rate` and `teacher_batch_size`; the global random state is left as it was.
+        Raises `ValueError` if the texts are empty (the dataset has no permuted facts).
         """
         texts = [ids for ids in texts if len(ids) > 1]
         args = trainer.args
@@ -337,8 +337,7 @@ class Teacher:
                 if len(order) < args.teacher_batch_size:
                     order += torch.randperm(len(texts), generator=generator).tolist()
                 chosen, order = order[: args.teacher_batch_size], order[args.teacher_batch_size :]
-                batch = trainer.data_collator.pad([(texts[index], 0) for index in chosen])
-                batch = trainer.on_device(batch)
+                batch = trainer.on_device(trainer.data_collator.pad([(texts[index], 0) for index in chosen]))
                 with trainer.accelerator.autocast():
                     loss = trainer.forward_positions(model, {name: batch}, {name: nll_reading(batch)})[name].mean()
                 loss.backward()

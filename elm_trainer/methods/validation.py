@@ -1,9 +1,8 @@
-"""Checks of what an erasure trainer is given, before anything is computed."""
+"""What an erasure trainer is given: model, tokenizer, datasets and adapter are checked, and texts become token ids."""
 
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING
 from typing import Any
 
 import torch
@@ -12,89 +11,23 @@ from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
-from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 from trl import SFTConfig
 from trl.trainer.utils import create_model_from_path
 
-from ..data.tokens import text_tokenizer
+from ..data.collator import align
+from ..data.tokens import text_ids, text_tokenizer, tokenize_pair
 from ..modeling import LINEAR, adapter_disabled, evaluating, is_partitioned
-from .rows import check_texts
 
 
 logger = logging.get_logger(__name__)
-COLUMNS = ("concept", "forget", "retain", "prompt", "completion")
-_OWN_LOSS = "the loss is the method's own"
-_OWN_TEXTS = "the dataset has the columns of `build_erasure_dataset`, and every token of a text counts"
-_OWN_LAYOUT = "texts are packed without padding in every step"
-_NO_LOGITS = "a step makes no logits of whole texts that a metric could read; measure with `ErasureEvaluationCallback`"
-# Options of `SFTConfig` that an erasure cannot follow, and why.
-REFUSED_OPTIONS = {
-    "assistant_only_loss": _OWN_TEXTS,
-    "completion_only_loss": _OWN_TEXTS,
-    "dataset_text_field": _OWN_TEXTS,
-    "dataset_kwargs": _OWN_TEXTS,
-    "chat_template_path": "texts are rendered by `build_erasure_dataset`: set the tokenizer's `chat_template` before",
-    "truncation_mode": "texts are cut at their end",
-    "loss_type": _OWN_LOSS,
-    "label_smoothing_factor": _OWN_LOSS,
-    "router_aux_loss_coef": _OWN_LOSS,
-    "packing": _OWN_LAYOUT,
-    "eval_packing": _OWN_LAYOUT,
-    "padding_free": _OWN_LAYOUT,
-    "parallelism_config": "texts are not split over devices",
-    "include_for_metrics": _NO_LOGITS,
-    "batch_eval_metrics": _NO_LOGITS,
-    "label_names": _NO_LOGITS,
-}
-# Arguments of `SFTTrainer` likewise.
-REFUSED_ARGUMENTS = {
-    "compute_loss_func": _OWN_LOSS,
-    "compute_metrics": _NO_LOGITS,
-    "preprocess_logits_for_metrics": _NO_LOGITS,
-    "formatting_func": _OWN_TEXTS,
-}
-# Options that change nothing here.
-WITHOUT_EFFECT = {
-    "packing_strategy": _OWN_LAYOUT,
-    "average_tokens_across_devices": "a loss is a mean over texts, not over tokens",
-    "eval_accumulation_steps": "an evaluation keeps no logits",
-    "eval_do_concat_batches": "an evaluation keeps no logits",
-    "eval_use_gather_object": "an evaluation keeps no logits",
-}
-
-
-def check_options(args: SFTConfig, arguments: Mapping[str, Any]) -> None:
-    """Raise `ValueError` for what `SFTTrainer` would follow and an erasure would not.
-
-    Args:
-        args: Config of a method.
-        arguments: Arguments of the trainer by name.
-    """
-    if args.push_to_hub and args.hub_strategy != HubStrategy.END:
-        raise ValueError(
-            f"`hub_strategy` is {args.hub_strategy.value!r}, which uploads checkpoints as they are, without report and "
-            "checks: use 'end', and `push_to_hub()` after the evaluation."
-        )
-    for name, why in REFUSED_ARGUMENTS.items():
-        if arguments.get(name) is not None:
-            raise ValueError(f"`{name}` is given, but {why}: leave it out.")
-    for name, why in REFUSED_OPTIONS.items():
-        if (value := getattr(args, name)) != _default(name):
-            raise ValueError(f"`{name}` is {value!r}, but {why}: leave it out.")
-    for name, why in WITHOUT_EFFECT.items():
-        if (value := getattr(args, name)) != _default(name):
-            logger.warning(f"`{name}` has no effect, though it is {value!r}: {why}.")
-    if args.activation_offloading and args.device.type == "cpu":
-        raise ValueError(
-            "`activation_offloading` is True, but there is no accelerator to bring them from: leave it out."
-        )
-    for name in ("split_batches", "dispatch_batches"):
-        if args.world_size > 1 and getattr(args.accelerator_config, name, None):
-            raise ValueError(
-                f"`accelerator_config` has `{name}=True`, but a batch holds texts of several lengths, which cannot be cut for "
-                "the processes: leave it out."
-            )
+_TEXTS = ("concept", "forget", "retain", "prompt", "completion")
+_SIDES = ("forget", "retain", "synthetic")
+# Columns of a tokenized dataset, which the Trainer leaves to the collator.
+COLUMNS = (
+    "row", "concept", "forget_ids", "retain_ids", "retain_start", "novice_ids", "novices_ids", "aligned",
+    "synthetic_ids", "completion_start",
+)  # fmt: skip
 
 
 def named_datasets(train_dataset: Any, eval_dataset: Any) -> dict[str, Any]:
@@ -116,27 +49,15 @@ def named_datasets(train_dataset: Any, eval_dataset: Any) -> dict[str, Any]:
     return {name: dataset for name, dataset in found.items() if dataset is not None}
 
 
-def _default(name: str) -> Any:
-    field = SFTConfig.__dataclass_fields__[name]
-    return field.default if field.default_factory is MISSING else field.default_factory()
-
-
 def load_given(
     model: str | PreTrainedModel | PeftModel,
     args: SFTConfig,
     processing_class: PreTrainedTokenizerBase | None,
-    quantization_config: Any = None,
+    quantization_config: Any,
 ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
-    """The model and its tokenizer, loaded as [`~trl.SFTTrainer`] would where they are not given.
+    """The model and its tokenizer, loaded as [`~trl.SFTTrainer`] would where they are not given; of a processor its tokenizer.
 
-    Args:
-        model: Model, its folder or its id on the Hub.
-        args: Config; `model_init_kwargs` are used up by the loading.
-        processing_class: Tokenizer, or a processor, whose tokenizer is taken.
-        quantization_config: See [`~trl.SFTTrainer`].
-
-    Raises:
-        ValueError: if there is no tokenizer beside the model.
+    `model_init_kwargs` of the config are used up by the loading. Raises `ValueError` if no tokenizer lies beside the model.
     """
     if isinstance(model, str):
         options = dict(args.model_init_kwargs or {})
@@ -169,15 +90,104 @@ def check_columns(datasets: Mapping[str, Any]) -> None:
     for name, dataset in datasets.items():
         if not isinstance(dataset, Dataset):
             raise TypeError(f"`{name}` is a {type(dataset).__name__}: pass the `Dataset` of `build_erasure_dataset`.")
-        if "forget_ids" not in dataset.column_names and (missing := set(COLUMNS) - set(dataset.column_names)):
+        tokenized = "forget_ids" in dataset.column_names
+        if not tokenized and (missing := set(_TEXTS) - set(dataset.column_names)):
             raise ValueError(
                 f"`{name}` has the columns {dataset.column_names} and lacks {sorted(missing)}: make it with "
                 "`build_erasure_dataset`."
             )
         if len(dataset) == 0:
             raise ValueError(f"`{name}` is empty: it needs forget and retain texts.")
-        if "forget_ids" not in dataset.column_names:
-            check_texts(dataset, name)
+        if not tokenized:
+            _check_texts(dataset, name)
+
+
+def _check_texts(dataset: Dataset, name: str) -> None:
+    """Raise `ValueError` unless a dataset called `name` holds text in each row, and not empty texts alone."""
+    plain = dataset.with_format(None)
+    completions = plain["completion"][:]
+    for column in _TEXTS:
+        values = plain[column][:]
+        for row, (value, completion) in enumerate(zip(values, completions, strict=True)):
+            without_pair = value is None and not completion and column in ("prompt", "completion")
+            if not isinstance(value, str) and not without_pair:
+                raise ValueError(
+                    f"`{name}`, row {row}: `{column}` is {str(value)[:60]}, of type {type(value).__name__}, where text is "
+                    "needed: correct the row or leave it out."
+                )
+        if column in ("forget", "retain") and not any(map(str.strip, values)):
+            raise ValueError(f"`{name}` has only empty texts in its column {column!r}: fill the {column} set.")
+
+
+def _tokenize_row(
+    example: Mapping[str, Any], processing_class: PreTrainedTokenizerBase, limit: int | None
+) -> dict[str, Any]:
+    """`COLUMNS` but for `row` of one row of an erasure dataset, each text cut to `limit` tokens; `too_long`, which of `_SIDES`
+    were cut; and `usable`, whether each text still has a token to predict.
+    """
+    starts = dict.fromkeys(_SIDES, 0)
+    texts: dict[str, list[int]] = {"forget": text_ids(processing_class, example["forget"]), "synthetic": []}
+    if prompt := example.get("retain_prompt"):
+        answer = example["retain"].removeprefix(prompt)
+        texts["retain"], starts["retain"] = tokenize_pair(processing_class, prompt, answer)
+    else:
+        texts["retain"] = text_ids(processing_class, example["retain"])
+    if example["completion"]:
+        pair = tokenize_pair(processing_class, example["prompt"], example["completion"])
+        texts["synthetic"], starts["synthetic"] = pair
+    kept = {side: texts[side][:limit] for side in _SIDES}
+    left = {side: len(kept[side]) - max(starts[side], 1) for side in _SIDES}
+    novices = [text_ids(processing_class, text)[:limit] for text in example.get("novices") or []]
+    return {f"{side}_ids": kept[side] for side in _SIDES} | {
+        "concept": example["concept"],
+        "retain_start": starts["retain"],
+        "completion_start": starts["synthetic"],
+        "novice_ids": text_ids(processing_class, example.get("novice") or "")[:limit],
+        "novices_ids": novices,
+        "aligned": align(kept["forget"], novices),
+        "too_long": [len(kept[side]) < len(texts[side]) for side in _SIDES],
+        "usable": min(left["forget"], left["retain"]) > 0 and (left["synthetic"] > 0 or not texts["synthetic"]),
+    }
+
+
+def tokenize_dataset(
+    dataset: Dataset, processing_class: PreTrainedTokenizerBase, args: SFTConfig, limit: int | None, name: str
+) -> Dataset:
+    """The rows of an erasure dataset as token ids, of each text at most `limit`, numbered in the column `row`, without those that
+    hold nothing to learn. Raises `ValueError` if no row is left.
+    """
+    length = args.length_column_name if args.train_sampling_strategy == "group_by_length" else None
+
+    def tokenize(example: Mapping[str, Any]) -> dict[str, Any]:
+        tokens = _tokenize_row(example, processing_class, limit)
+        # What the sampler of transformers groups by.
+        return tokens | ({length: sum(len(tokens[f"{side}_ids"]) for side in _SIDES)} if length else {})
+
+    # Names of the texts are kept apart from their tokens, which alone stay in the dataset.
+    dataset = dataset.with_format(None).map(
+        tokenize,
+        remove_columns=dataset.column_names,
+        num_proc=args.dataset_num_proc,
+        desc=f"Tokenizing {name} dataset",
+    )
+    flags = dataset.select_columns(["too_long", "usable"])[:]
+    usable = [row for row, fits in enumerate(flags["usable"]) if fits]
+    dropped = len(dataset) - len(usable)
+    truncated = {side: sum(cut) for side, cut in zip(_SIDES, zip(*flags["too_long"], strict=True), strict=True)}
+    if any(truncated.values()) or dropped:
+        logger.warning(
+            f"The {name} dataset: cut to `max_length={limit}` tokens: {truncated}; dropped {dropped} of {len(dataset)} rows "
+            "that hold nothing to learn after that."
+        )
+    if not usable:
+        raise ValueError(
+            f"`max_length` is {limit}, at which every text of the {name} dataset truncates to nothing: raise it, or give "
+            "texts of two tokens and more."
+        )
+    dataset = dataset.remove_columns(["too_long", "usable"]).select(usable)
+    if args.shuffle_dataset:
+        dataset = dataset.shuffle(seed=args.seed)
+    return dataset.add_column("row", list(range(len(dataset))))
 
 
 def check_adapter(model: PreTrainedModel | PeftModel, peft_config: PeftConfig | None) -> None:
@@ -219,13 +229,11 @@ def check_adapter(model: PreTrainedModel | PeftModel, peft_config: PeftConfig | 
             f"{config.num_hidden_layers - 1}: choose among these."
         )
     targets = getattr(peft_config, "target_modules", None)
-    names = {name for name, module in model.named_modules() if not list(module.children()) and name}
     if isinstance(targets, (list, set, tuple)):
-        leaves = {name.rpartition(".")[2] for name in names}
-        unknown = [t for t in targets if t not in leaves and not any(n == t or n.endswith(f".{t}") for n in names)]
-        if unknown:
+        modules = {name: module for name, module in model.named_modules() if name and not list(module.children())}
+        if unknown := [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in modules)]:
             linear = sorted(
-                {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, LINEAR)}
+                {name.rpartition(".")[2] for name, module in modules.items() if isinstance(module, LINEAR)}
             )
             raise ValueError(f"`target_modules` {sorted(unknown)} match nothing in the model; it has: {linear}.")
 
@@ -233,11 +241,6 @@ def check_adapter(model: PreTrainedModel | PeftModel, peft_config: PeftConfig | 
 def check_start(model: PeftModel, tokens: Sequence[int], base: torch.Tensor | None) -> None:
     """Raise `ValueError` for an adapter in place that fits the model badly, or leaves no reference ([`check_reference`]); warn
     of one that [`load_erased`] would refuse.
-
-    Args:
-        model: Model with its adapter, before training.
-        tokens: Token ids of a short text.
-        base: [`base_logits`] of the model before it had an adapter.
     """
     _check_patterns(model)
     _warn_of_loading(model)
@@ -298,12 +301,7 @@ def _few_logits(model: nn.Module, tokens: Sequence[int]) -> torch.Tensor:
 
 def check_reference(model: PeftModel, tokens: Sequence[int], base: torch.Tensor | None) -> None:
     """Raise `ValueError` unless the model with its adapter disabled is its base, now and when the adapter is trained, and the
-    adapter changes nothing yet.
-
-    Args:
-        model: Model with its adapter, before training.
-        tokens: Token ids of a short text.
-        base: [`few_logits`] of the base before it had an adapter.
+    adapter changes nothing yet, on a short text whose logits before there was an adapter were `base` ([`base_logits`]).
     """
     name = model.active_adapter
     with adapter_disabled(model):
@@ -357,15 +355,9 @@ def check_reference(model: PeftModel, tokens: Sequence[int], base: torch.Tensor 
         )
 
 
-def text_limit(model: PreTrainedModel | PeftModel, max_length: int | None, context: int = 0) -> int | None:
-    """Tokens that a text may have: `max_length`, or fewer where the model has fewer positions; `None` for any number.
-
-    Args:
-        max_length: What the config says.
-        context: Tokens of the longest context that is put before a text.
-
-    Raises:
-        ValueError: if no text of two tokens fits.
+def text_limit(model: PreTrainedModel | PeftModel, max_length: int | None, context: int) -> int | None:
+    """Tokens that a text may have behind a context of so many: `max_length`, or fewer where the model has fewer positions; `None`
+    for any number. Raises `ValueError` if no text of two tokens fits.
     """
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if not isinstance(positions, int) or positions <= 0:

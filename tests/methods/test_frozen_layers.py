@@ -15,17 +15,23 @@ def deep(tokenizer):
     return LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes))
 
 
+@pytest.fixture
+def make(deep, tokenizer, dataset, settings):
+    """Makes a trainer of a method whose adapter is in the last two of four layers."""
+
+    def make(name, **fields):
+        method = METHODS[name]
+        own = dict(method.fields) | ({"layer": 3} if name == "rmu" else {})
+        lora = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], layers_to_transform=[2, 3])
+        args = settings(method.config, max_steps=1, **own, **fields)
+        return method.trainer(deep, args, train_dataset=dataset, processing_class=tokenizer, peft_config=lora)
+
+    return make
+
+
 @pytest.mark.parametrize("name", METHODS)
-def test_layers_below_the_first_adapted_one_keep_no_graph(name, deep, tokenizer, dataset, settings):
-    method = METHODS[name]
-    fields = dict(method.fields) | ({"layer": 3} if name == "rmu" else {})
-    trainer = method.trainer(
-        deep,
-        settings(method.config, max_steps=1, **fields),
-        train_dataset=dataset,
-        processing_class=tokenizer,
-        peft_config=LoraConfig(r=4, target_modules=["q_proj", "down_proj"], layers_to_transform=[2, 3]),
-    )
+def test_layers_below_the_first_adapted_one_keep_no_graph(name, deep, make):
+    trainer = make(name)
     seen: dict[int, list[bool]] = {index: [] for index in range(4)}
     for index, layer in enumerate(deep.model.layers):
         layer.register_forward_hook(
@@ -39,16 +45,8 @@ def test_layers_below_the_first_adapted_one_keep_no_graph(name, deep, tokenizer,
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_with_checkpointing_the_backward_ends_at_the_first_adapted_layer(name, deep, tokenizer, dataset, settings):
-    method = METHODS[name]
-    fields = dict(method.fields) | ({"layer": 3} if name == "rmu" else {})
-    trainer = method.trainer(
-        deep,
-        settings(method.config, max_steps=1, gradient_checkpointing=True, **fields),
-        train_dataset=dataset,
-        processing_class=tokenizer,
-        peft_config=LoraConfig(r=4, target_modules=["q_proj", "down_proj"], layers_to_transform=[2, 3]),
-    )
+def test_with_checkpointing_the_backward_ends_at_the_first_adapted_layer(name, deep, make):
+    trainer = make(name, gradient_checkpointing=True)
     reached: list[int] = []
 
     def watch(index, output):

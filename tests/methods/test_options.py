@@ -9,7 +9,7 @@ from transformers import TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from elm_trainer import ElmConfig
-from elm_trainer.methods.validation import REFUSED_ARGUMENTS, REFUSED_OPTIONS, WITHOUT_EFFECT
+from elm_trainer.methods.config import REFUSED_ARGUMENTS, REFUSED_OPTIONS, WITHOUT_EFFECT
 
 from .methods import METHODS, tiny
 

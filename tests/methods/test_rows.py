@@ -4,8 +4,7 @@ import pytest
 from datasets import Dataset
 
 from elm_trainer import ElmConfig
-from elm_trainer.methods.rows import tokenize_dataset
-from elm_trainer.methods.validation import check_columns
+from elm_trainer.methods.validation import check_columns, tokenize_dataset
 
 
 ROWS = {

@@ -424,10 +424,9 @@ def test_weights_that_zero_3_has_split_are_enough_for_a_store_that_is_complete(s
     assert split.what("holds") == alone.what("holds") * 2 and split.computed == []
 
 
-@pytest.mark.parametrize("method", ["elm", "npo"])
+@pytest.mark.parametrize("method", SWITCHES)
 def test_targets_go_by_what_a_row_holds(method, make, tokenizer):
     """A dataset that a trainer has tokenised is shuffled, chosen from or joined, and given to another."""
-    switch = {"elm": "precompute_targets", "npo": "precompute_ref_log_probs"}[method]
     sources = ConceptSources([f"{a} is the capital of {b}." for a, b in (("Oslo", "Norway"), ("Rome", "Italy"), ("Riga", "Latvia"))], [["The cat sat."]])  # fmt: skip
     model = tiny("llama", len(tokenizer))
     for parameter in model.parameters():
@@ -439,7 +438,7 @@ def test_targets_go_by_what_a_row_holds(method, make, tokenizer):
         rows.shuffle(seed=3), rows.select([5, 1]), concatenate_datasets([rows.select([4, 2]), rows.select([0])])
     ):  # fmt: skip
         found = [
-            make(method, model=copy.deepcopy(model), rows=others, **{switch: stored}, max_steps=2)
+            make(method, model=copy.deepcopy(model), rows=others, **{SWITCHES[method]: stored}, max_steps=2)
             .train()
             .training_loss
             for stored in (True, False)
@@ -447,10 +446,9 @@ def test_targets_go_by_what_a_row_holds(method, make, tokenizer):
         assert found[0] == pytest.approx(found[1], rel=1e-5)
 
 
-@pytest.mark.parametrize("method", ["elm", "npo"])
+@pytest.mark.parametrize("method", SWITCHES)
 def test_a_training_set_may_be_put_in_another_order_but_not_exchanged(method, make):
-    switch = {"elm": "precompute_targets", "npo": "precompute_ref_log_probs"}[method]
-    trainer, live = (make(method, **{switch: stored}) for stored in (True, False))
+    trainer, live = (make(method, **{SWITCHES[method]: stored}) for stored in (True, False))
     batches = []
     for made in (trainer, live):
         made.train_dataset = made.train_dataset.shuffle(seed=1)
@@ -462,11 +460,10 @@ def test_a_training_set_may_be_put_in_another_order_but_not_exchanged(method, ma
         trainer.data_collator([other[0]])
 
 
-@pytest.mark.parametrize("method", ["elm", "npo"])
+@pytest.mark.parametrize("method", SWITCHES)
 def test_predict_makes_the_targets_of_its_own_rows(method, make, dataset):
-    switch = {"elm": "precompute_targets", "npo": "precompute_ref_log_probs"}[method]
     sources = ConceptSources(["Lima is the capital of France.", "A longer text about Lima, at length."], [["Bread."]])
-    trainer = make(method, **{switch: True})
+    trainer = make(method, **{SWITCHES[method]: True})
     rows = trainer._prepare_dataset(
         build_erasure_dataset({"capitals": sources}, size=10),
         trainer.processing_class,
