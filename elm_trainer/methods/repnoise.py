@@ -338,7 +338,7 @@ def layer_mlps(layers: nn.ModuleList) -> list[nn.Module]:
                 f"`beta` needs the outputs of every layer's `mlp`, but {type(layer).__name__} has only {sorted(children)}: "
                 "set `beta=0`, or use another model."
             )
-    return [layer.mlp for layer in layers]
+    return [layer.get_submodule("mlp") for layer in layers]
 
 
 def final_norm(decoder: nn.Module, layers: nn.ModuleList) -> nn.Module:

@@ -131,13 +131,8 @@ def adaptive_coefficient(reference: torch.Tensor, scale: float) -> torch.Tensor:
 
 
 def rmu_lora(model: PreTrainedModel, args: RmuConfig, *, rank: int = 16, **options: Any) -> LoraConfig:
-    """LoRA on the matrices that RMU trains.
-
-    Args:
-        model: Model to be trained, without an adapter.
-        args: Its `layers` and `target_module` say which matrices.
-        rank: Rank, and by default alpha.
-        options: Other fields of [`~peft.LoraConfig`].
+    """LoRA on the matrices of a model without an adapter that `args.layers` and `args.target_module` name. The rank is also its
+    alpha, unless `options`, other fields of [`~peft.LoraConfig`], say otherwise.
 
     Raises:
         ValueError: if the model lacks the layer or the module.
@@ -170,7 +165,7 @@ def _down_projections(model: nn.Module, args: RmuConfig) -> dict[str, nn.Module]
     found: dict[str, nn.Module] = {}
     for index in args.layers or ():
         modules = {path: module for path, module in stack[index].named_modules() if isinstance(module, LINEAR)}
-        shapes = {
+        shapes: dict[str, Any] = {
             path: (module.nx, module.nf) if isinstance(module, Conv1D) else (module.in_features, module.out_features)
             for path, module in modules.items()
         }
