@@ -18,19 +18,19 @@ _EXPORTS = {
     "ErasureEvaluationCallback": ".evaluation.callback",
     "ErasureTrainer": ".methods.base",
     "EvaluationSuite": ".evaluation.suite",
-    "GradDiffConfig": ".methods.graddiff",
-    "GradDiffTrainer": ".methods.graddiff",
+    "GradDiffConfig": ".methods.likelihood",
+    "GradDiffTrainer": ".methods.likelihood",
     "ModelPair": ".evaluation.pair",
     "NonFiniteLossError": ".methods.forward",
-    "NpoConfig": ".methods.npo",
-    "NpoTrainer": ".methods.npo",
+    "NpoConfig": ".methods.likelihood",
+    "NpoTrainer": ".methods.likelihood",
     "PublishOptions": ".hub.publish",
     "RepNoiseConfig": ".methods.repnoise",
     "RepNoiseTrainer": ".methods.repnoise",
     "RmuConfig": ".methods.rmu",
     "RmuTrainer": ".methods.rmu",
-    "SimNpoConfig": ".methods.simnpo",
-    "SimNpoTrainer": ".methods.simnpo",
+    "SimNpoConfig": ".methods.likelihood",
+    "SimNpoTrainer": ".methods.likelihood",
     "SynthesisConfig": ".synthesis",
     "WhpConfig": ".methods.whp",
     "WhpTrainer": ".methods.whp",
@@ -82,12 +82,10 @@ if TYPE_CHECKING:
     from .methods.anchors import counterfactuals
     from .methods.base import ErasureTrainer
     from .methods.elm import ElmConfig, ElmTrainer
-    from .methods.graddiff import GradDiffConfig, GradDiffTrainer
-    from .methods.npo import NpoConfig, NpoTrainer
+    from .methods.likelihood import GradDiffConfig, GradDiffTrainer, NpoConfig, NpoTrainer, SimNpoConfig, SimNpoTrainer
     from .methods.readout import find_readout
     from .methods.repnoise import RepNoiseConfig, RepNoiseTrainer
     from .methods.rmu import RmuConfig, RmuTrainer
-    from .methods.simnpo import SimNpoConfig, SimNpoTrainer
     from .methods.whp import WhpConfig, WhpTrainer
     from .modeling import load_model_and_tokenizer
     from .synthesis import SynthesisConfig, synthesize_completions

@@ -185,27 +185,17 @@ class Attack(ABC):
         wordings: Mapping[str, Mapping[str, str]],
         questions: Sequence[Question] = (),
     ) -> dict[str, str]:
-        """The prompts with which this attack asks one question, in their final form and by `<attack>.<variant>`.
+        """The prompts with which this attack asks one question, in their final form and by `<attack>.<variant>`: in wordings
+        as those of an [`AttackTarget`], or behind examples that are drawn from questions about the same concept.
 
         There are none of an attack that changes weights, searches or samples, and of a wording that needs the subject
         of a question without one.
-
-        Args:
-            processing_class: Tokenizer, whose chat template stands around what is asked.
-            question: The question; its `subject` may be empty.
-            wordings: As those of an [`AttackTarget`].
-            questions: Questions about the same concept, of which examples may be drawn.
         """
         return {}
 
     def settings(self) -> dict[str, Any]:
         """The settings, as they stand in the report."""
         return asdict(self)
-
-    def _require_positive(self, *names: str) -> None:
-        for name in names:
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` is {getattr(self, name)}: it must be at least 1.")
 
 
 def check_asked(questions: Sequence[Question]) -> None:

@@ -12,6 +12,7 @@ from accelerate.utils import send_to_device
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..checks import check_numbers
 from ..data.collator import ElmDataCollator
 from ..data.questions import Question
 from ..data.tokens import continuation_ids, continuation_text, text_ids
@@ -171,7 +172,7 @@ class PrefillingAttack(WordingAttack):
     max_new_tokens: int = 10
 
     def __post_init__(self):
-        self._require_positive("max_new_tokens")
+        check_numbers(self, [("at least 1", ("max_new_tokens",))])
 
     def prompt(self, processing_class: PreTrainedTokenizerBase, question: Question, wording: str) -> str:
         return as_prompt(processing_class, question.text) + wording.format(subject=question.subject)
@@ -202,9 +203,7 @@ class BestOfNAttack(Attack):
     max_new_tokens: int = ANSWER_TOKENS
 
     def __post_init__(self):
-        self._require_positive("n", "max_new_tokens")
-        if self.temperature <= 0:
-            raise ValueError(f"`temperature` is {self.temperature}: it must be above 0, or all answers are one.")
+        check_numbers(self, [("at least 1", ("n", "max_new_tokens")), ("above 0", ("temperature",))])
 
     def run(self, target: AttackTarget) -> list[AttackResult]:
         prompts = [as_prompt(target.processing_class, question.text) for question in target.questions] * self.n
@@ -245,7 +244,7 @@ class GcgAttack(Attack):
     batch_size: int = 64
 
     def __post_init__(self):
-        self._require_positive("steps", "candidates", "top_k", "suffix_tokens", "shown", "batch_size")
+        check_numbers(self, [("at least 1", ("steps", "candidates", "top_k", "suffix_tokens", "shown", "batch_size"))])
 
     def run(self, target: AttackTarget) -> list[AttackResult]:
         count = len(subjects_of(target.questions))

@@ -98,20 +98,12 @@ def _build(where: str, entry: Any) -> Attack:
         if key not in known:
             raise ValueError(f"{where}: {kind} has no setting {key!r}; it has: {', '.join(known)}.")
         if not is_a(value, known[key]):
-            hint = ": YAML reads it as text, write 2.0e-5" if isinstance(value, str) and _is_number(value) else ""
+            hint = ": YAML reads 2e-5 as text, write 2.0e-5" if isinstance(value, str) and known[key] is float else ""
             raise ValueError(f"{where}: `{key}` is {value!r}, but must be {described(known[key])}{hint}.")
     try:
         return ATTACKS[kind](**settings)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
 
 
 def built_in_target(
@@ -122,8 +114,6 @@ def built_in_target(
     *,
     bank: Sequence[Question] | None = None,
     forget: Sequence[str] = (),
-    batch_size: int = 16,
-    seed: int = 0,
 ) -> AttackTarget:
     """What attacks need to know about a concept with built-in facts, `"capitals"` or `"elements"`, or your own.
 
@@ -134,15 +124,14 @@ def built_in_target(
         bank: Your own questions, in place of built-in ones; each must name its subject. Attacks that ask in prepared
             wordings are left out then.
         forget: With `bank`, texts about the concept, to relearn it from.
-        seed: Seed of their draw.
 
     Raises:
         ValueError: if the concept has no built-in facts and there is no `bank`, or no question is asked for.
     """
     if questions < 1:
         raise ValueError(f"`questions` is {questions}: ask at least 1.")
-    wordings: dict[str, dict[str, str]] = {}
-    texts, revision = {"forget": list(forget)}, None
+    names, wordings, revision = {"unrelated": "everyday"}, {}, None
+    texts = {"forget": list(forget)}
     if bank is None:
         if concept not in FACTS:
             raise ValueError(
@@ -152,14 +141,11 @@ def built_in_target(
         read = frozenset(fact.subject for fact in facts_of(concept)) - held_out_subjects(concept)
         bank = load_bank(concept, subjects=read, split="test")
         wordings = built_in_wordings(concept)
-        sources = {"forget": concept, "near": f"{concept}-near"}
-        texts = {
-            kind: load_texts(name, processing_class=processing_class)["text"][:] for kind, name in sources.items()
-        }
+        names = {"forget": concept, "near": f"{concept}-near"} | names
         revision = f"elm-trainer {version('elm-trainer')} test"
-    texts["unrelated"] = load_texts("everyday", processing_class=processing_class)["text"][:]
-    asked = draw_questions(bank, questions, random.Random(seed))
-    return AttackTarget(pair, processing_class, asked, wordings, texts, batch_size, revision)
+    texts |= {kind: load_texts(name, processing_class=processing_class)["text"][:] for kind, name in names.items()}
+    asked = draw_questions(bank, questions, random.Random(0))
+    return AttackTarget(pair, processing_class, asked, wordings, texts, revision=revision)
 
 
 def built_in_wordings(concept: str) -> dict[str, dict[str, str]]:

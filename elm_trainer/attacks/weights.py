@@ -21,6 +21,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
+from ..checks import check_numbers
 from ..data.questions import Question, names_answer
 from ..data.tokens import tokenize
 from ..evaluation.fluency import as_prompt
@@ -77,7 +78,7 @@ class LayerRemovalAttack(Attack):
     width: int = 1
 
     def __post_init__(self):
-        self._require_positive("width")
+        check_numbers(self, [("at least 1", ("width",))])
 
     def run(self, target: AttackTarget) -> list[AttackResult]:
         layers = changed_layers(target.pair)
@@ -270,11 +271,8 @@ class RelearningAttack(Attack):
                 raise ValueError(f"`{name}` is {value!r}: use one of {', '.join(known)}.")
         if not self.steps or min(self.steps) < 1:
             raise ValueError(f"`steps` is {self.steps}: give steps of at least 1.")
-        if self.learning_rate <= 0:
-            raise ValueError(f"`learning_rate` is {self.learning_rate}: it must be above 0.")
-        self._require_positive("batch_size", "max_length", "lora_rank")
-        if self.examples is not None:
-            self._require_positive("examples")
+        counts = ("batch_size", "max_length", "lora_rank", "examples")
+        check_numbers(self, [("at least 1", counts), ("above 0", ("learning_rate",))])
 
     def inapplicable(self, target: AttackTarget) -> str | None:
         if not target.texts.get(self._source):

@@ -14,11 +14,9 @@ from ..data.question_files import read_questions
 from ..data.questions import FACTS, SPLITS, Question, split_of
 from ..methods.base import ErasureTrainer
 from ..methods.elm import ElmConfig, ElmTrainer
-from ..methods.graddiff import GradDiffConfig, GradDiffTrainer
-from ..methods.npo import NpoConfig, NpoTrainer
+from ..methods.likelihood import GradDiffConfig, GradDiffTrainer, NpoConfig, NpoTrainer, SimNpoConfig, SimNpoTrainer
 from ..methods.repnoise import RepNoiseConfig, RepNoiseTrainer
 from ..methods.rmu import RmuConfig, RmuTrainer
-from ..methods.simnpo import SimNpoConfig, SimNpoTrainer
 from ..methods.whp import WhpConfig, WhpTrainer
 from ..modeling import layer_range, lora_config
 

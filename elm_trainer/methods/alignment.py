@@ -1,7 +1,7 @@
 """Align texts with their translations by an anchor dictionary (arXiv 2310.02238, §2.2 and algorithm 1)."""
 
 from bisect import bisect_right
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import NamedTuple
@@ -17,21 +17,13 @@ logger = logging.get_logger(__name__)
 
 
 class Alignment(NamedTuple):
-    """The positions of a text that get a generic label, and the positions of its translation that the label comes from.
-
-    Attributes:
-        ids (`list[int]`): Token ids of the text.
-        translated_ids (`list[int]`): Token ids of its translation, as far as it is needed.
-        positions (`list[int]`): Positions in the text, ascending.
-        counterparts (`list[int]`): For each of them, its position in the translation.
-        spent (`list[tuple[int, int]]`): Index in `positions` and token id of each token that begins the translation of
-            an anchor which the text has already named.
-    """
+    """The positions of a text that get a generic label, and the positions of its translation that the label comes from."""
 
     ids: list[int]
-    translated_ids: list[int]
-    positions: list[int]
-    counterparts: list[int]
+    translated_ids: list[int]  # as far as they are needed
+    positions: list[int]  # in the text, ascending
+    counterparts: list[int]  # of each, its position in the translation
+    # Index in `positions` and token id of each token that begins the translation of an anchor which the text has named before.
     spent: list[tuple[int, int]]
 
 
@@ -40,8 +32,7 @@ def first_tokens(processing_class: PreTrainedTokenizerBase, words: Sequence[str]
     tokens: dict[str, set[int]] = {word: set() for word in words}
     for before in ("\n", "a "):
         for word, text in zip(words, tokenize(processing_class, [before + word for word in words]), strict=True):
-            first = bisect_right(text.ends, len(before))
-            tokens[word].add(text.ids[first])
+            tokens[word].add(text.ids[bisect_right(text.ends, len(before))])
     return tokens
 
 
@@ -89,16 +80,17 @@ def align(
     limit = len(original.ids) if max_length is None else max_length
     ids = original.ids[:limit]
     # The last position has no token of the text after it.
-    positions = [index for index in sorted(counterparts) if index < len(ids) - 1]
-    if max_length is not None:
-        positions = [index for index in positions if counterparts[index] < max_length]
+    positions = [
+        index
+        for index in sorted(counterparts)
+        if index < len(ids) - 1 and (max_length is None or counterparts[index] < max_length)
+    ]
     spent: list[tuple[int, int]] = []
     known: set[int] = set()
-    passed = 0
+    anchors = deque(translation.anchors)
     for index, position in enumerate(positions):
-        while passed < len(translation.anchors) and translation.anchors[passed].end <= original.ends[position]:
-            known |= firsts[translation.anchors[passed].replacement]
-            passed += 1
+        while anchors and anchors[0].end <= original.ends[position]:
+            known |= firsts[anchors.popleft().replacement]
         spent += [(index, token) for token in sorted(known)]
     places = [counterparts[position] for position in positions]
     return Alignment(ids, translated.ids[: max(places, default=-1) + 1], positions, places, spent)

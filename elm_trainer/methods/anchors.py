@@ -4,7 +4,8 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from importlib.resources import files
 from itertools import groupby
 from pathlib import Path
@@ -21,7 +22,6 @@ from ..synthesis import SynthesisConfig, sample_texts
 
 logger = logging.get_logger(__name__)
 
-_FIELDS = ("name", "anchors")
 _WORD = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*")
 _SENTENCE_ENDS = ".!?:;|"
 # Zipf frequency of the few hundred most frequent words, which are capitalized in headings and are no names.
@@ -37,14 +37,7 @@ Moby Dick: Old Grey
 
 
 class Anchor(NamedTuple):
-    """A term that was found in a text.
-
-    Attributes:
-        start (`int`): Its first character in the text.
-        end (`int`): The character after its last.
-        term (`str`): The term of the dictionary.
-        replacement (`str`): What stands for it here, in the case of the text.
-    """
+    """A term that was found in a text: its place there, the dictionary's term, and what stands for it in the text's case."""
 
     start: int
     end: int
@@ -53,26 +46,14 @@ class Anchor(NamedTuple):
 
 
 class Translation(NamedTuple):
-    """A text in which generic terms stand for the anchored ones.
+    """A text in which generic terms stand for the anchored ones, and what was replaced, in order."""
 
-    Attributes:
-        original (`str`): The text.
-        text (`str`): Its translation.
-        anchors (`tuple[Anchor, ...]`): What was replaced, in order.
-    """
-
-    original: str
     text: str
     anchors: tuple[Anchor, ...]
 
     def places(self, ends: Sequence[int]) -> list[int | None]:
-        """How many characters of the translation stand for the first `end` characters of the text.
-
-        Args:
-            ends: Numbers of characters, in ascending order.
-
-        Returns:
-            `list[int | None]`: a number for each, `None` where the text is cut within an anchor.
+        """How many characters of the translation stand for the first `end` characters of the text, for ascending `ends`;
+        `None` where the text is cut within an anchor.
         """
         places: list[int | None] = []
         shift, passed = 0, 0
@@ -105,7 +86,6 @@ class AnchorDictionary:
 
     name: str
     terms: Mapping[str, str]
-    _forms: dict[str, tuple[str, str]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self):
         if not isinstance(self.terms, Mapping) or not self.terms:
@@ -118,13 +98,22 @@ class AnchorDictionary:
                     f"The anchors of {self.name!r} hold {text!r}: a term and its replacement must be text without space "
                     "around it; quote words that YAML takes for something else, such as yes or 1984."
                 )
-        object.__setattr__(self, "_forms", _forms(self.terms))
         for term, replacement in self.terms.items():
             if found := self.find(replacement):
                 raise ValueError(
                     f"The anchors of {self.name!r} replace {term!r} by {replacement!r}, which holds the term "
                     f"{found[0].term!r} itself: choose another replacement."
                 )
+
+    @cached_property
+    def _forms(self) -> dict[str, tuple[str, str]]:
+        """Term and replacement by the forms in which a term may stand in a text; the dictionary's own spelling goes first."""
+        forms = {term: (term, replacement) for term, replacement in self.terms.items()}
+        for term, replacement in self.terms.items():
+            first, other = term[0].upper() + term[1:], replacement[0].upper() + replacement[1:]
+            forms.setdefault(first, (term, other))
+            forms.setdefault(term.upper(), (term, replacement.upper()))
+        return forms
 
     def find(self, text: str) -> tuple[Anchor, ...]:
         """The terms in a text, longest first where they overlap, in order of place."""
@@ -146,7 +135,7 @@ class AnchorDictionary:
         for anchor in anchors:
             pieces += [text[start : anchor.start], anchor.replacement]
             start = anchor.end
-        return Translation(text, "".join([*pieces, text[start:]]), anchors)
+        return Translation("".join([*pieces, text[start:]]), anchors)
 
     def save(self, path: str | Path) -> None:
         """Write the dictionary to a YAML file, for a human to look over and for [`load_anchors`] to read."""
@@ -210,26 +199,27 @@ def load_anchors(name_or_path: str) -> AnchorDictionary:
         OSError: if the file cannot be read.
     """
     path = Path(name_or_path)
-    if path.suffix not in (".yaml", ".yml"):
-        if name_or_path not in anchor_presets():
-            raise ValueError(
-                f"`anchors` is {name_or_path!r}, which is no preset; use one of {', '.join(anchor_presets())}, or the "
-                "path of a .yaml file."
-            )
-        text = (files("elm_trainer.data") / "anchors" / f"{name_or_path}.yaml").read_text(encoding="utf-8")
-    else:
+    if path.suffix in (".yaml", ".yml"):
         try:
             text = path.read_text(encoding="utf-8")
         except OSError as error:
             raise OSError(f"`anchors` is {name_or_path!r}, which cannot be read ({error}): check the path.") from error
+    elif name_or_path in anchor_presets():
+        text = (files("elm_trainer.data") / "anchors" / f"{name_or_path}.yaml").read_text(encoding="utf-8")
+    else:
+        raise ValueError(
+            f"`anchors` is {name_or_path!r}, which is no preset; use one of {', '.join(anchor_presets())}, or the "
+            "path of a .yaml file."
+        )
     try:
         record = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ValueError(f"`anchors` file {name_or_path} is no valid YAML ({error}): correct it.") from error
-    if not isinstance(record, dict) or set(record) != set(_FIELDS):
+    fields = ["name", "anchors"]
+    if not isinstance(record, dict) or set(record) != set(fields):
         what = sorted(map(str, record)) if isinstance(record, dict) else type(record).__name__
-        raise ValueError(f"`anchors` file {name_or_path} holds {what}: give exactly the fields {list(_FIELDS)}.")
-    return AnchorDictionary(**{"name": record["name"], "terms": record["anchors"]})
+        raise ValueError(f"`anchors` file {name_or_path} holds {what}: give exactly the fields {fields}.")
+    return AnchorDictionary(record["name"], record["anchors"])
 
 
 def find_terms(
@@ -324,13 +314,8 @@ def ask_replacements(
 
 
 def usable_replacements(terms: Sequence[str], answers: Sequence[str]) -> dict[str, str]:
-    """The first line of each answer, less those that are empty, share a word with a term, or stand for an earlier term.
-
-    Args:
-        answers: What a model said for each.
-
-    Returns:
-        `dict[str, str]`: replacements by term.
+    """Replacements by term: the first line of each term's answer, unless it is empty, shares a word with any term, or stands
+    for an earlier one.
     """
     idiosyncratic = {word.lower() for term in terms for word, *_ in _words(term)} - {"the", "of", "a", "and"}
     replacements: dict[str, str] = {}
@@ -340,16 +325,6 @@ def usable_replacements(terms: Sequence[str], answers: Sequence[str]) -> dict[st
         if words and not words & idiosyncratic and replacement not in replacements.values():
             replacements[term] = replacement
     return replacements
-
-
-def _forms(terms: Mapping[str, str]) -> dict[str, tuple[str, str]]:
-    """Term and replacement by the forms in which a term may stand in a text; the dictionary's own spelling goes first."""
-    forms = {term: (term, replacement) for term, replacement in terms.items()}
-    for term, replacement in terms.items():
-        first, other = term[0].upper() + term[1:], replacement[0].upper() + replacement[1:]
-        forms.setdefault(first, (term, other))
-        forms.setdefault(term.upper(), (term, replacement.upper()))
-    return forms
 
 
 def _occurrences(form: str, text: str) -> Iterator[int]:

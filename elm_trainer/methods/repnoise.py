@@ -2,7 +2,7 @@
 
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ from torch import nn
 
 from ..distributed import gathered
 from ..modeling import decoder_layers, reentrant
-from ..ops import FinalLogits, read_positions
+from ..ops import FinalLogits, read_positions, text_sums
 from .base import ErasureTrainer
 from .config import ErasureConfig, check_fields
 from .forward import nll_reading, upcast
@@ -66,8 +66,7 @@ def gaussian_mmd(source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     draws them together.
 
     Args:
-        source: `[samples, features]`.
-        target: `[samples, features]`.
+        source, target: `[samples, features]`.
 
     Returns:
         `torch.Tensor`: a scalar, in float32 or, for such samples, float64.
@@ -95,12 +94,7 @@ def ascent_term(total: torch.Tensor, layers: int) -> torch.Tensor:
 
 
 class PositionWeights(NamedTuple):
-    """How the cross-entropies of a sub-batch's positions make one.
-
-    Attributes:
-        values (`torch.Tensor`): Weight of each position, `[positions]`.
-        constant (`torch.Tensor` or `float`): What is added to their weighted sum.
-    """
+    """How the cross-entropies of a sub-batch's positions make one: weights `[positions]`, and what is added to their sum."""
 
     values: torch.Tensor
     constant: torch.Tensor | float = 0.0
@@ -113,16 +107,8 @@ class PositionWeights(NamedTuple):
 def text_weights(batch: Mapping[str, torch.Tensor], dtype: torch.dtype = torch.float32) -> PositionWeights:
     """The mean over texts of the mean over each text's positions."""
     texts, rows = batch["input_ids"].size(0), batch["rows"]
-    ones = torch.ones(len(rows), dtype=dtype, device=rows.device)
-    counts = ones.new_zeros(texts).index_add(0, rows, ones)
+    counts = text_sums(torch.ones(len(rows), dtype=dtype, device=rows.device), rows, texts)
     return PositionWeights(1 / (texts * counts[rows]))
-
-
-def token_places(batch: Mapping[str, Any]) -> torch.Tensor:
-    """Column of each text's first, second, ... token, `[batch, longest]`; behind a text's end any column."""
-    first = batch["attention_mask"].argmax(-1, keepdim=True)
-    places = first + torch.arange(max(batch["lengths"]), device=first.device)
-    return places.clamp(max=batch["input_ids"].size(1) - 1)
 
 
 def differing_tokens(batch: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -130,13 +116,12 @@ def differing_tokens(batch: Mapping[str, torch.Tensor], other: Mapping[str, torc
 
     Padding is never in it. In the official code it is where the other text continues.
     """
-    mask, ids = batch["attention_mask"].bool(), batch["input_ids"]
+    mask, ids, paired = batch["attention_mask"].bool(), batch["input_ids"], other["input_ids"]
     # Places are counted from the first token, wherever the padding is.
     place = mask.cumsum(-1) - 1
     column = place + other["attention_mask"].argmax(-1, keepdim=True)
     within = place < other["attention_mask"].sum(-1, keepdim=True)
-    paired = other["input_ids"].gather(1, column.clamp(0, other["input_ids"].size(1) - 1))
-    return mask & ~(within & (paired == ids))
+    return mask & ~(within & (paired.gather(1, column.clamp(0, paired.size(1) - 1)) == ids))
 
 
 def official_weights(
@@ -157,8 +142,8 @@ def official_weights(
     return PositionWeights(weights * visible, (weights * ~visible).sum() * math.log(vocabulary))
 
 
-class _DifferentiateNow(torch.autograd.Function):
-    """Sum of a function over pieces, differentiated in the forward: what the function makes is freed piece by piece."""
+class SumOverPieces(torch.autograd.Function):
+    """`Σ function(piece)` over tensors, differentiated in the forward, so that what the function makes is freed piece by piece."""
 
     @staticmethod
     def forward(ctx, function, *pieces):
@@ -176,17 +161,6 @@ class _DifferentiateNow(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_output):
         return (None, *(None if saved is None else saved * grad_output for saved in ctx.saved_tensors))
-
-
-def sum_over_pieces(function: Callable[[torch.Tensor], torch.Tensor], pieces: Sequence[torch.Tensor]) -> torch.Tensor:
-    """`Σ function(piece)`, with the memory of one piece at a time: gradients are made at once and all else is dropped.
-
-    Args:
-        pieces: Its arguments, one after the other.
-    """
-    if not torch.is_grad_enabled():
-        return torch.stack([function(piece) for piece in pieces]).sum()
-    return _DifferentiateNow.apply(function, *pieces)
 
 
 class RepNoiseTrainer(ErasureTrainer):
@@ -256,7 +230,9 @@ class RepNoiseTrainer(ErasureTrainer):
             losses = self.position_losses(model, batches)
         terms = {"retain": self._weights(inputs, "retain", losses["retain"].dtype).sum(losses["retain"])}
         if alpha or beta:
-            slots = self._slots(model, batches, "forget")  # [batch, seq]
+            # Where the forget text's tokens lie in the rows that `position_losses` packed, retain text first.
+            packing, forget = self.pack(model, list(batches.values())), inputs["forget"]["input_ids"]
+            slots = packing.slots[-forget.numel() :].view_as(forget)  # [batch, seq]
         if alpha:
             total = self._layerwise_nll(losses["forget"], states, final, slots, inputs)
             terms["ascent"] = ascent_term(total, len(self._layers))
@@ -274,18 +250,15 @@ class RepNoiseTrainer(ErasureTrainer):
         inputs: Mapping[str, Any],
     ) -> torch.Tensor:
         """`S`, of L + 2 terms."""
-        forget = inputs["forget"]
-        weights = self._weights(inputs, "forget", losses.dtype)
+        forget, weights = inputs["forget"], self._weights(inputs, "forget", losses.dtype)
         # Through one norm, the last layer is read as the head reads it.
         total = (1 if self.args.faithful else 2) * weights.sum(losses)
-        places = slots[forget["rows"], forget["columns"]]
+        places, nll = slots[forget["rows"], forget["columns"]], nll_reading(forget)
         # The model's forward alone runs in mixed precision; the readings are to run as it does.
         with self.accelerator.autocast(), gathered(self._head):
             for state in states:
                 supervised = self._norm(state.flatten(0, 1).index_select(0, places))
-                values = read_positions(
-                    self._head, final, nll_reading(forget), supervised, vocabulary=self._vocabulary
-                )
+                values = read_positions(self._head, final, nll, supervised, vocabulary=self._vocabulary)
                 total = total + weights.sum(values)
         return total
 
@@ -294,28 +267,29 @@ class RepNoiseTrainer(ErasureTrainer):
     ) -> torch.Tensor:
         """`N`, the mean over layers."""
         forget = inputs["forget"]
-        mask = differing_tokens(forget, inputs["retain"]) if self.args.faithful else forget["attention_mask"].bool()
+        real, lengths = forget["attention_mask"], forget["lengths"]
+        mask = differing_tokens(forget, inputs["retain"]) if self.args.faithful else real.bool()
         # From every text's first token on, so that what is drawn for a token does not depend on padding.
-        places = token_places(forget)  # [batch, longest]
-        within = torch.arange(places.size(1), device=places.device) < forget["attention_mask"].sum(-1, keepdim=True)
+        places = real.argmax(-1, keepdim=True) + torch.arange(max(lengths), device=real.device)  # [batch, longest]
+        places = places.clamp(max=real.size(1) - 1)
+        within = torch.arange(max(lengths), device=real.device) < real.sum(-1, keepdim=True)
         mask = (mask.gather(1, places) & within).flatten()[:, None]  # [batch·longest, 1]
-        slots = slots.gather(1, places)
+        slots = slots.gather(1, places).flatten()
         generator = self._generator(slots.device)
 
         def distance(activations: torch.Tensor) -> torch.Tensor:  # [batch·longest, hidden]
             source = upcast(activations)
             noise = torch.randn(source.shape, generator=generator, device=source.device, dtype=source.dtype)
-            return gaussian_mmd(*((part * mask).view(len(slots), -1) for part in (source, noise)))
+            return gaussian_mmd(*((part * mask).view(len(lengths), -1) for part in (source, noise)))
 
-        activations = [output.flatten(0, 1).index_select(0, slots.flatten()) for output in outputs]
-        return sum_over_pieces(distance, activations) / len(activations)
+        activations = [output.flatten(0, 1).index_select(0, slots) for output in outputs]
+        return SumOverPieces.apply(distance, *activations) / len(activations)
 
     def _weights(self, inputs: Mapping[str, Any], name: str, dtype: torch.dtype) -> PositionWeights:
-        batch = inputs[name]
         if not self.args.faithful:
-            return text_weights(batch, dtype)
+            return text_weights(inputs[name], dtype)
         other = inputs["retain" if name == "forget" else "forget"]
-        return official_weights(batch, other, self._vocabulary, dtype)
+        return official_weights(inputs[name], other, self._vocabulary, dtype)
 
     @contextmanager
     def _watch(self) -> Iterator[tuple[list[torch.Tensor], list[torch.Tensor]]]:
@@ -345,12 +319,6 @@ class RepNoiseTrainer(ErasureTrainer):
             for handle in handles:
                 handle.remove()
 
-    def _slots(self, model: nn.Module, batches: Mapping[str, Mapping[str, Any]], name: str) -> torch.Tensor:
-        """Where the tokens of a sub-batch lie in the rows that `forward_positions` packed, `[batch, seq]`."""
-        packing = self.pack(model, list(batches.values()))
-        parts = packing.slots.split([batch["input_ids"].numel() for batch in batches.values()])
-        return dict(zip(batches, parts, strict=True))[name].view_as(batches[name]["input_ids"])
-
     def _generator(self, device: torch.device) -> torch.Generator:
         """The random state of a step's noise, apart from the global one."""
         source = f"{self.args.seed}-{self.accelerator.process_index}"
@@ -362,12 +330,7 @@ class RepNoiseTrainer(ErasureTrainer):
 
 
 def layer_mlps(layers: nn.ModuleList) -> list[nn.Module]:
-    """Each layer's MLP.
-
-    Raises:
-        ValueError: if a layer has none of that name.
-    """
-    mlps = []
+    """Each layer's MLP; raises `ValueError` if a layer has none of that name."""
     for layer in layers:
         children = dict(layer.named_children())
         if "mlp" not in children:
@@ -375,16 +338,11 @@ def layer_mlps(layers: nn.ModuleList) -> list[nn.Module]:
                 f"`beta` needs the outputs of every layer's `mlp`, but {type(layer).__name__} has only {sorted(children)}: "
                 "set `beta=0`, or use another model."
             )
-        mlps.append(children["mlp"])
-    return mlps
+    return [layer.get_submodule("mlp") for layer in layers]
 
 
 def final_norm(decoder: nn.Module, layers: nn.ModuleList) -> nn.Module:
-    """The norm between the last layer and the head: the decoder's last part beside its layers that is a norm.
-
-    Raises:
-        ValueError: if there is none.
-    """
+    """The norm before the head: the decoder's last part beside its layers that is a norm; raises `ValueError` if none is."""
     # Parts of a part, since a norm that is trained is wrapped.
     norms = [
         child

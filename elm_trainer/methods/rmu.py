@@ -2,8 +2,10 @@
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,11 @@ from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.pytorch_utils import Conv1D
 
-from ..modeling import evaluating, layer_stack, reentrant
+from ..modeling import LINEAR, decoder_layers, evaluating, layer_stack, reentrant
 from ..ops import KeepPositions, text_mean
 from .base import ErasureTrainer
 from .config import ErasureConfig, check_fields
 from .forward import run_packed, upcast, weighted_batches
-from .rmu_layers import check_layer, down_projections, first_trained_layer
 from .validation import named_datasets
 
 
@@ -89,14 +90,8 @@ class RmuConfig(ErasureConfig):
 
 
 def control_vectors(concepts: Iterable[str], width: int, seed: int) -> dict[str, torch.Tensor]:
-    """The directions u that forget states are steered to: uniform[0, 1)^d, normalized (arXiv 2403.03218, section 4).
-
-    Args:
-        concepts: Names of the concepts.
-        seed: Seed. A concept's vector does not depend on which others there are.
-
-    Returns:
-        `dict[str, torch.Tensor]`: one vector `[hidden]` of norm 1 for each concept, in float32.
+    """The directions u that forget states are steered to, `[hidden]` in float32: uniform[0, 1)^d, normalized (arXiv
+    2403.03218, section 4). A concept's vector does not depend on which others there are.
     """
     vectors = {}
     for concept in concepts:
@@ -108,61 +103,93 @@ def control_vectors(concepts: Iterable[str], width: int, seed: int) -> dict[str,
 
 
 def misdirection_loss(hidden: torch.Tensor, control: torch.Tensor, coefficient: float | torch.Tensor) -> torch.Tensor:
-    """`MSE(h_θ(forget), c·u)` per token (arXiv 2403.03218, forget loss of section 4).
+    """`MSE(h_θ(forget), c·u)` per token, `[tokens]` (arXiv 2403.03218, forget loss of section 4).
 
     Args:
         hidden: States of the trained model at layer ℓ, `[tokens, hidden]`.
         control: u of each token's concept, `[tokens, hidden]`.
         coefficient: c, one for all or one per token `[tokens, 1]`.
-
-    Returns:
-        `torch.Tensor`: mean squared difference over the hidden size, `[tokens]`.
     """
-    return _mean_square(hidden, coefficient * control)
+    return (upcast(hidden) - upcast(coefficient * control)).square().mean(-1)
 
 
 def retention_loss(hidden: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """`MSE(h_θ(retain), h_ref(retain))` per token, `[tokens]` (arXiv 2403.03218, retain loss of section 4).
-
-    Args:
-        hidden: States of the trained model at layer ℓ, `[tokens, hidden]`.
-        reference: States of the reference, same shape.
+    """`MSE(h_θ(retain), h_ref(retain))` per token, `[tokens]` (arXiv 2403.03218, retain loss of section 4), for states at
+    layer ℓ of the trained model and of the reference, `[tokens, hidden]`.
     """
-    return _mean_square(hidden, reference)
+    return (upcast(hidden) - upcast(reference)).square().mean(-1)
 
 
 def adaptive_coefficient(reference: torch.Tensor, scale: float) -> torch.Tensor:
-    """`c = s·‖h_ref(forget)‖` per token, `[tokens, 1]` (arXiv 2408.06223, loss of Adaptive RMU).
+    """`c = s·‖h_ref(forget)‖` per token, `[tokens, 1]`, for states `[tokens, hidden]` of the reference at layer ℓ (arXiv
+    2408.06223, loss of Adaptive RMU).
 
     Its released code takes one mean over the tokens of the first batch, padding included; the paper's formula, which
     this is, gives each token its own coefficient.
-
-    Args:
-        reference: States of the reference at layer ℓ, `[tokens, hidden]`.
     """
     return scale * upcast(reference).norm(dim=-1, keepdim=True)
 
 
 def rmu_lora(model: PreTrainedModel, args: RmuConfig, *, rank: int = 16, **options: Any) -> LoraConfig:
-    """LoRA on the matrices that RMU trains.
-
-    Args:
-        model: Model to be trained, without an adapter.
-        args: Its `layers` and `target_module` say which matrices.
-        rank: Rank, and by default alpha.
-        options: Other fields of [`~peft.LoraConfig`].
+    """LoRA on the matrices of a model without an adapter that `args.layers` and `args.target_module` name. The rank is also its
+    alpha, unless `options`, other fields of [`~peft.LoraConfig`], say otherwise.
 
     Raises:
         ValueError: if the model lacks the layer or the module.
     """
-    check_layer(model, args.layer)
-    projections = down_projections(model, args.layers or [], args.target_module)
+    _check_layer(model, args.layer)
+    projections = _down_projections(model, args)
     defaults = {
         "lora_alpha": rank,
         "task_type": "CAUSAL_LM",
         "fan_in_fan_out": any(isinstance(module, Conv1D) for module in projections.values()),
     }
     return LoraConfig(r=rank, target_modules=sorted(projections), **(defaults | options))
+
+
+def _check_layer(model: nn.Module, layer: int) -> None:
+    """Raise `ValueError` unless the model has the layer ℓ."""
+    depth = len(decoder_layers(model))
+    if layer >= depth:
+        raise ValueError(
+            f"`layer` is {layer}, but the model has the layers 0 to {depth - 1}: choose among these (the paper's "
+            f"are a quarter of the way up, which would be {depth // 4})."
+        )
+
+
+def _down_projections(model: nn.Module, args: RmuConfig) -> dict[str, nn.Module]:
+    """The modules whose weight is trained, by name; raises `ValueError` where none or several could be meant."""
+    stack, target = decoder_layers(model), args.target_module
+    prefix = next(path for path, module in model.named_modules() if module is stack)
+    width = model.config.get_text_config().hidden_size
+    found: dict[str, nn.Module] = {}
+    for index in args.layers or ():
+        modules = {path: module for path, module in stack[index].named_modules() if isinstance(module, LINEAR)}
+        shapes: dict[str, Any] = {
+            path: (module.nx, module.nf) if isinstance(module, Conv1D) else (module.in_features, module.out_features)
+            for path, module in modules.items()
+        }
+        widest = max((inputs for inputs, outputs in shapes.values() if outputs == width), default=0)
+        paths = [path for path in shapes if (shapes[path] == (widest, width) if target is None else path == target)]
+        if len(paths) != 1:
+            wanted = f"names no linear module of layer {index}" if target else f"fits {paths or 'none'}"
+            raise ValueError(f"`target_module` is {target!r}, which {wanted}; there are {sorted(shapes)}: name one.")
+        found[f"{prefix}.{index}.{paths[0]}"] = modules[paths[0]]
+    return found
+
+
+def _first_trained_layer(model: nn.Module, layer: int) -> int:
+    """Lowest layer with a trained weight; raises `ValueError` if others than those of layers 0 to ℓ are trained."""
+    layers = decoder_layers(model)[: layer + 1]
+    reached = set(layers.parameters())
+    outside = [path for path, weight in model.named_parameters() if weight.requires_grad and weight not in reached]
+    if outside:
+        raise ValueError(
+            f"`peft_config` (or the model's adapter) trains {len(outside)} tensors outside the layers 0 to {layer}, "
+            f"which the loss at `layer={layer}` does not reach, such as {outside[0]!r}: use "
+            f"`rmu_lora(model, args)`, or a list of `target_modules` with `layers_to_transform=list(range({layer + 1}))`."
+        )
+    return next(i for i, part in enumerate(layers) if any(weight.requires_grad for weight in part.parameters()))
 
 
 class RmuTrainer(ErasureTrainer):
@@ -207,63 +234,58 @@ class RmuTrainer(ErasureTrainer):
                     "reference's cannot be put back: pass `peft_config=rmu_lora(model, args)`."
                 )
             self.model.requires_grad_(False)
-            for module in down_projections(self.model, args.layers, args.target_module).values():
+            for module in _down_projections(self.model, args).values():
                 module.weight.requires_grad_(True)
                 self._kept.append((module.weight, module.weight.detach().clone()))
         self._stack = layer_stack(self.model)
-        self._first_layer = first_trained_layer(self.model, args.layer)
+        self._first_layer = _first_trained_layer(self.model, args.layer)
         datasets = named_datasets(self.train_dataset, self.eval_dataset).values()
         concepts = sorted({name for dataset in datasets for name in dataset.unique("concept")})
         width = self.model.config.get_text_config().hidden_size
         self._set_control_vectors(control_vectors(concepts, width, args.seed))
-        self.data_collator = _WithConcepts(self.data_collator, concepts)
+        self.data_collator = partial(_with_concepts, self.data_collator, concepts)
 
     def check_given(self, model, args, datasets, data_collator):
-        check_layer(model, args.layer)
+        _check_layer(model, args.layer)
 
     def packed_together(self):
         step = super().packed_together()[0]
         return [step, *[("retain",)] * (not self.args.adaptive and "retain" in step)]
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        weights = {"erase": self.args.erase_weight, "retain": self.args.retain_weight}
+        args, weights = self.args, {"erase": self.args.erase_weight, "retain": self.args.retain_weight}
         batches = weighted_batches(inputs, weights)
-        compared = {"retain", "erase"} if self.args.adaptive else {"retain"}
         with self.reference(model):
-            reference = self.hidden_states(model, {term: batch for term, batch in batches.items() if term in compared})
+            reference = self.hidden_states(
+                model, {term: batch for term, batch in batches.items() if term == "retain" or args.adaptive}
+            )
         hidden = self.hidden_states(model, batches)
-        terms = {}
+        losses = {}
         if "erase" in hidden:
-            coefficient: float | torch.Tensor = self.args.steering_coefficient
-            if self.args.adaptive:
-                coefficient = adaptive_coefficient(reference["erase"], self.args.steering_scale)
+            coefficient: float | torch.Tensor = args.steering_coefficient
+            if args.adaptive:
+                coefficient = adaptive_coefficient(reference["erase"], args.steering_scale)
             control = self._control[batches["erase"]["concept"]]  # [tokens, hidden]
-            losses = misdirection_loss(hidden["erase"], control, coefficient)
-            terms["erase"] = _text_mean(losses, batches["erase"])
+            losses["erase"] = misdirection_loss(hidden["erase"], control, coefficient)
         if "retain" in hidden:
-            losses = retention_loss(hidden["retain"], reference["retain"])
-            terms["retain"] = _text_mean(losses, batches["retain"])
+            losses["retain"] = retention_loss(hidden["retain"], reference["retain"])
+        terms = {
+            term: text_mean(values, batches[term]["text"], len(batches[term]["lengths"]))
+            for term, values in losses.items()
+        }
         loss = self.weigh(terms, weights)
         return (loss, None) if return_outputs else loss
 
     def hidden_states(self, model: nn.Module, batches: Mapping[str, Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        """Run several sub-batches in one forward, packed without padding and up to layer ℓ, and return its output.
-
-        Args:
-            model (`nn.Module`): Model, as the Trainer wrapped it.
-            batches (`Mapping`): Sub-batches of the collator by name. Without any, nothing is run.
-
-        Returns:
-            `dict[str, torch.Tensor]`: states `[tokens, hidden]` of each sub-batch's tokens, text after text.
+        """The output of layer ℓ for each sub-batch's tokens, `[tokens, hidden]`, text after text, from one packed forward up
+        to that layer. Without sub-batches nothing is run.
         """
         if not batches:
             return {}
         parts = list(batches.values())
         packing = self.pack(model, parts)
-        places, offset = [], 0
-        for batch in parts:
-            places.append(batch["tokens"] + offset)
-            offset += batch["input_ids"].numel()
+        offsets = accumulate((batch["input_ids"].numel() for batch in parts), initial=0)
+        places = [batch["tokens"] + offset for batch, offset in zip(parts, offsets, strict=False)]
         # The head is run on no position at all: nobody reads logits.
         head, nowhere = self.accelerator.unwrap_model(model).get_output_embeddings(), packing.slots.new_empty(0)
         with self._up_to_layer() as output, KeepPositions(head, nowhere):
@@ -277,8 +299,7 @@ class RmuTrainer(ErasureTrainer):
 
         The forward still enters through the wrapped model and returns as usual. Leaving it by an exception from a hook
         at layer ℓ would be shorter, but then DistributedDataParallel never prepares its reducer, and gradients are not
-        averaged, and FSDP leaves its modules gathered. A stack cut from below would save the layers under the first
-        trained one for the reference, but models look up masks by a layer's place in the stack.
+        averaged, and FSDP leaves its modules gathered.
         """
         owner, name = self._stack
         stack = getattr(owner, name)
@@ -292,10 +313,10 @@ class RmuTrainer(ErasureTrainer):
         def start(_, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
             # Gradient checkpointing makes the embeddings' output require a gradient. Nothing below the first trained
             # layer needs one; only the reentrant kind wants an input with a gradient to start from.
-            return (args[0].detach().requires_grad_(self._reentrant), *args[1:])
+            wanted = torch.is_grad_enabled() and reentrant(self.args)
+            return (args[0].detach().requires_grad_(wanted), *args[1:])
 
-        def keep(*args: Any) -> None:
-            result = args[-1]
+        def keep(_, args: Any, result: Any) -> None:
             output.append(result[0] if isinstance(result, tuple) else result)
 
         def mend(*_) -> None:
@@ -314,10 +335,6 @@ class RmuTrainer(ErasureTrainer):
             for handle in handles:
                 handle.remove()
 
-    @property
-    def _reentrant(self) -> bool:
-        return torch.is_grad_enabled() and reentrant(self.args)
-
     @contextmanager
     def reference(self, model: nn.Module):
         """The frozen reference: the adapter disabled, or the former matrices put back in place of the trained ones."""
@@ -325,13 +342,10 @@ class RmuTrainer(ErasureTrainer):
             with super().reference(model):
                 yield
             return
-        with evaluating(self.accelerator.unwrap_model(model)):
+        with evaluating(self.accelerator.unwrap_model(model)), torch.no_grad(), ExitStack() as afterwards:
             self._exchange()
-            try:
-                with torch.no_grad():
-                    yield
-            finally:
-                self._exchange()
+            afterwards.callback(self._exchange)
+            yield
 
     def _exchange(self) -> None:
         # Pointers change places; no weight is copied. No graph is alive at that time: a step's backward has ended
@@ -365,31 +379,16 @@ class RmuTrainer(ErasureTrainer):
         self._control = torch.stack(list(self.control_vectors.values())).to(self.args.device)  # [concepts, hidden]
 
 
-@dataclass
-class _WithConcepts:
-    """Adds to batches of [`ElmDataCollator`] what RMU needs to know of their tokens, computed on the CPU.
-
-    `tokens`, `[tokens]`, are the places of real tokens in the flattened batch, text after text; `text` says which text
-    each is of, and `concept`, of the forget batch, which of `concepts`.
+def _with_concepts(
+    collator: Callable[[list[dict[str, Any]]], dict[str, Any]], concepts: list[str], examples: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """A batch of a collator with what RMU needs to know of its tokens, computed on the CPU: their places in the flattened
+    sub-batch, text after text, and the text of each; of forget text also the number of its concept. All `[tokens]`.
     """
-
-    collator: Callable[[list[dict[str, Any]]], dict[str, Any]]
-    concepts: list[str]
-
-    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        batches = self.collator(examples)
-        for name in ("forget", "retain"):
-            batch = batches[name]
-            batch["text"], columns = batch["attention_mask"].nonzero(as_tuple=True)
-            batch["tokens"] = batch["text"] * batch["input_ids"].size(1) + columns
-        concepts = torch.tensor([self.concepts.index(example["concept"]) for example in examples])
-        batches["forget"]["concept"] = concepts[batches["forget"]["text"]]
-        return batches
-
-
-def _text_mean(losses: torch.Tensor, batch: Mapping[str, Any]) -> torch.Tensor:
-    return text_mean(losses, batch["text"], len(batch["lengths"]))
-
-
-def _mean_square(hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    return (upcast(hidden) - upcast(target)).square().mean(-1)
+    batches = collator(examples)
+    for batch in (batches["forget"], batches["retain"]):
+        batch["text"], columns = batch["attention_mask"].nonzero(as_tuple=True)
+        batch["tokens"] = batch["text"] * batch["input_ids"].size(1) + columns
+    numbers = torch.tensor([concepts.index(example["concept"]) for example in examples])
+    batches["forget"]["concept"] = numbers[batches["forget"]["text"]]
+    return batches

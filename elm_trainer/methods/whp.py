@@ -1,15 +1,13 @@
 """Who's Harry Potter (arXiv 2310.02238): config and trainer."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from itertools import accumulate
 from typing import Any, TypeAlias
 
 import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase
-from transformers.utils import logging
 
 from ..data.collator import IGNORE_INDEX, ElmDataCollator
 from ..files import json_sha256
@@ -21,8 +19,6 @@ from .config import ErasureConfig, check_fields
 from .forward import batch_mean
 from .targets import Teacher, place_model
 
-
-logger = logging.get_logger(__name__)
 
 LABELS = "generic_labels"
 # A forget text by its concept and its tokens.
@@ -93,8 +89,8 @@ def generic_logits(
     """`v_generic = v_baseline − α·ReLU(v_reinforced − v_baseline)` on raw logits (arXiv 2310.02238, eq. 1).
 
     Args:
-        baseline: Logits of the baseline on the translated text, `[positions, vocab]`.
-        reinforced: Logits of the reinforced model on the text itself, `[positions, vocab]`.
+        baseline, reinforced: Logits of the baseline on the translated text, and of the reinforced model on the text itself,
+            `[positions, vocab]`.
         relu: `False` leaves the ReLU out: the linear form the paper starts from, which is ELM's target with η=α, the
             baseline as novice and the reinforced model as expert.
     """
@@ -112,12 +108,8 @@ def generic_labels(
 ) -> torch.Tensor:
     """Most probable tokens under [`generic_logits`] (arXiv 2310.02238, §2.4), `[positions]`.
 
-    Args:
-        baseline: See [`generic_logits`].
-        reinforced: See [`generic_logits`].
-        relu: See [`generic_logits`].
-        spent: Positions and tokens whose baseline logit is lowered to the mean of its position: the translations of
-            anchors that were named before (§2.2; the amount is the authors' code's).
+    `spent` are positions and tokens whose baseline logit is lowered to the mean of its position: the translations of
+    anchors that were named before (§2.2; the amount is the authors' code's).
     """
     places = torch.tensor(spent, dtype=torch.long, device=baseline.device).reshape(-1, 2)
     baseline = baseline.float()
@@ -233,16 +225,23 @@ class WhpTrainer(ErasureTrainer):
         if not isinstance(data_collator, WhpDataCollator):
             raise TypeError(f"`data_collator` is of type {type(data_collator).__name__}: pass a WhpDataCollator.")
         unlabeled = {name: dataset for name, dataset in datasets.items() if LABELS not in dataset.column_names}
+        texts: dict[str, dict[str, None]] = {}
         for name, dataset in unlabeled.items():
             if "forget" not in dataset.column_names:
                 raise ValueError(
                     f"`{name}` holds tokens, not texts to find anchors in: pass the one of `build_erasure_dataset`."
                 )
-        dictionaries = _dictionaries(args, self._anchors, unlabeled.values())
+            for concept, text in zip(dataset["concept"], dataset["forget"], strict=True):
+                texts.setdefault(concept, {})[text] = None  # each distinct one, in order
+        dictionaries = _dictionaries(args, self._anchors, sorted(texts))
         self._anchor_terms = {name: dict(dictionary.terms) for name, dictionary in dictionaries.items()}
-        self._alignments = _align_datasets(
-            dictionaries, unlabeled.values(), data_collator.processing_class, args.max_length
-        )
+        self._alignments: dict[TextKey, Alignment] = {
+            (name, tuple(alignment.ids)): alignment
+            for name, dictionary in dictionaries.items()
+            for alignment in align_texts(
+                dictionary, list(texts[name]), data_collator.processing_class, args.max_length
+            )
+        }
 
     def reinforce(self) -> Teacher | None:
         """Stage 1: fine-tune the reinforced adapter, which stays beside the trained one until its `remove` is called."""
@@ -265,42 +264,36 @@ class WhpTrainer(ErasureTrainer):
         for start in tqdm(range(0, len(order), size), desc="Computing generic labels", disable=disable):
             chosen = order[start : start + size]
             texts = [alignments[index] for index in chosen]
-            found = self._generic_labels(texts, reinforced).cpu()
-            counts = [len(text.positions) for text in texts]
-            for index, text, own in zip(chosen, texts, found.split(counts), strict=True):
+            found = self._generic_labels(texts, reinforced).cpu().split([len(text.positions) for text in texts])
+            for index, text, own in zip(chosen, texts, found, strict=True):
                 labels[index][text.positions] = own
         return [row.tolist() for row in labels]
 
     def _generic_labels(self, texts: Sequence[Alignment], reinforced: Teacher | None) -> torch.Tensor:
         """The labels of a batch of texts, `[positions]`, text after text."""
-        collator = self.data_collator
-        translated = collator.pad_at([(text.translated_ids, text.counterparts) for text in texts])
-        original = collator.pad_at([(text.ids, text.positions) for text in texts])
-        spent, offset = [], 0
-        for text in texts:
-            spent += [(offset + index, token) for index, token in text.spent]
-            offset += len(text.positions)
-        with self.accelerator.autocast(), self.reference(self.model):
-            inputs = self.on_device({"translated": translated, "original": original})
-            batches = {"translated": inputs["translated"]}
-            if reinforced is None:
-                readings = {"translated": lambda logits, where: self._read_labels(logits, where, logits, spent)}
-                return self.forward_positions(self.model, batches, readings)["translated"]
-            states = self.forward_positions(self.model, batches, {"translated": STATES})["translated"]
-            with reinforced.in_place():
-                return self.forward_positions(
-                    self.model,
-                    {"original": inputs["original"]},
-                    {"original": partial(self._read_labels, spent=spent)},
-                    {"original": [states]},
-                )["original"]
+        offsets = accumulate((len(text.positions) for text in texts), initial=0)
+        spent = [
+            (offset + index, token)
+            for text, offset in zip(texts, offsets, strict=False)
+            for index, token in text.spent
+        ]
 
-    def _read_labels(
-        self, strong: torch.Tensor, where: slice, baseline: torch.Tensor, spent: Sequence[tuple[int, int]]
-    ) -> torch.Tensor:
-        """The labels of a chunk of positions, `[chunk]`."""
-        own = [(row - where.start, token) for row, token in spent if 0 <= row - where.start < len(baseline)]
-        return generic_labels(baseline, strong, alpha=self.args.alpha, relu=self.args.relu, spent=own)
+        def read(strong: torch.Tensor, where: slice, baseline: torch.Tensor) -> torch.Tensor:
+            own = [(row - where.start, token) for row, token in spent if 0 <= row - where.start < len(baseline)]
+            return generic_labels(baseline, strong, alpha=self.args.alpha, relu=self.args.relu, spent=own)
+
+        pad = self.data_collator.pad_at
+        translated = {"translated": pad([(text.translated_ids, text.counterparts) for text in texts])}
+        original = {"original": pad([(text.ids, text.positions) for text in texts])}
+        with self.accelerator.autocast(), self.reference(self.model):
+            translated, original = self.on_device(translated), self.on_device(original)
+            if reinforced is None:
+                readings = {"translated": lambda logits, where: read(logits, where, logits)}
+                return self.forward_positions(self.model, translated, readings)["translated"]
+            states = self.forward_positions(self.model, translated, {"translated": STATES})["translated"]
+            with reinforced.in_place():
+                further = {"original": [states]}
+                return self.forward_positions(self.model, original, {"original": read}, further)["original"]
 
     def erase_term(self, model, nll, batch):
         return batch_mean(nll, batch)  # the labels of the forget batch are the generic ones
@@ -317,10 +310,9 @@ class WhpTrainer(ErasureTrainer):
 
 
 def _dictionaries(
-    args: WhpConfig, anchors: Sequence[AnchorDictionary] | None, datasets: Iterable[Dataset]
+    args: WhpConfig, anchors: Sequence[AnchorDictionary] | None, names: Sequence[str]
 ) -> dict[str, AnchorDictionary]:
-    """The dictionary of each concept in the datasets."""
-    names = sorted({name for dataset in datasets for name in dataset.unique("concept")})
+    """The dictionary of each concept."""
     given = anchors if anchors is not None else [load_anchors(name) for name in args.anchors or names]
     dictionaries = {dictionary.name: dictionary for dictionary in given}
     if missing := set(names) - set(dictionaries):
@@ -329,24 +321,6 @@ def _dictionaries(
             f"{sorted(missing)}: add theirs."
         )
     return {name: dictionaries[name] for name in names}
-
-
-def _align_datasets(
-    dictionaries: Mapping[str, AnchorDictionary],
-    datasets: Iterable[Dataset],
-    processing_class: PreTrainedTokenizerBase,
-    max_length: int | None,
-) -> dict[TextKey, Alignment]:
-    """The alignment of every distinct forget text, by its concept and tokens."""
-    texts: dict[str, dict[str, None]] = {name: {} for name in dictionaries}
-    for dataset in datasets:
-        for concept, text in zip(dataset["concept"], dataset["forget"], strict=True):
-            texts[concept][text] = None
-    return {
-        (name, tuple(alignment.ids)): alignment
-        for name, dictionary in dictionaries.items()
-        for alignment in align_texts(dictionary, list(texts[name]), processing_class, max_length)
-    }
 
 
 def _add_labels(dataset: Dataset | None, labels: Mapping[TextKey, list[int]]) -> Dataset | None:

@@ -32,10 +32,8 @@ MEMORY_SHARE = 1 / 64
 
 
 def chunk_of(device: torch.device) -> int:
-    """Logits that are made at a time on a device, of which float32 takes 4 bytes each.
-
-    `CHUNK` (32 MB) on a CPU and wherever the memory is not known; on a GPU of NVIDIA, AMD or Intel `ACCELERATOR_CHUNK` (256
-    MB), or what makes 1/64 of its memory where that is less, but never below `CHUNK`.
+    """Logits that are made at a time: `CHUNK` on a CPU and wherever the memory is not known; on a GPU of NVIDIA, AMD or Intel
+    `ACCELERATOR_CHUNK`, or `MEMORY_SHARE` of its memory where that is less, but never below `CHUNK`.
     """
     if device.type not in ("cuda", "xpu"):
         return CHUNK
@@ -108,15 +106,10 @@ def cast_once(head: nn.Module) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class FinalLogits:
-    """What a model does to its head's output: `cap·tanh(scale·x/cap)`, or `scale·x` without a cap.
+    """What a model does to its head's output: `cap·tanh(scale·x/cap)`, or `scale·x` without a cap."""
 
-    Args:
-        scale (`float`, *optional*, defaults to `1.0`): As of Cohere and Granite.
-        cap (`float`, *optional*): As of Gemma 2.
-    """
-
-    scale: float = 1.0
-    cap: float | None = None
+    scale: float = 1.0  # as of Cohere and Granite
+    cap: float | None = None  # as of Gemma 2
 
     def __call__(self, logits: torch.Tensor) -> torch.Tensor:
         if self.scale != 1:
@@ -223,11 +216,9 @@ class _DifferentiateNow(torch.autograd.Function):
 
 @dataclass
 class Plan:
-    """What is wanted of some of the positions.
+    """What is wanted of `count` positions: what a reading gives, or whole logits without one.
 
     Args:
-        count (`int`): Number of positions.
-        reading (`Reading`, *optional*): What their logits are read for; whole logits without one.
         further (`Sequence[torch.Tensor]`, *optional*): Further states, `[positions, hidden]` each.
         beside (`Sequence[torch.Tensor]`, *optional*): Flat indices `row * seq + column` of other positions of the same
             forward, `[positions]` each, whose states are read as further ones.
@@ -247,22 +238,14 @@ class ReadHead:
     """Read the LM head on chosen positions while the model runs.
 
     The readings happen within the head's own call, where FSDP and DeepSpeed have gathered its weights.
-
-    Args:
-        head (`nn.Module`): Output embeddings of the model.
-        final (`FinalLogits`): What the model does to their output.
-        positions (`torch.Tensor`): Flat indices `row * seq + column`, `[positions]`, plan after plan.
-        plans (`Sequence[Plan]`): What is wanted of them.
-        vocabulary (`int`): Size of the head's output.
-        compiled (`bool`, *optional*, defaults to `False`): Whether `torch.compile` has the head, which then casts as it will.
     """
 
     head: nn.Module
     final: FinalLogits
-    positions: torch.Tensor
+    positions: torch.Tensor  # flat indices `row * seq + column`, `[positions]`, plan after plan
     plans: Sequence[Plan]
     vocabulary: int
-    compiled: bool = False
+    compiled: bool = False  # whether `torch.compile` has the head, which then casts as it will
     _read: list[Any] = field(default_factory=list, init=False)
 
     @contextmanager
@@ -303,12 +286,8 @@ class ReadHead:
 class KeepPositions:
     """Run the LM head on chosen positions only, inside the model's own forward.
 
-    The head's input `[batch, seq, hidden]` is reduced to `[1, kept, hidden]` by a forward pre-hook, so the model still
-    applies its own scaling or soft-capping, and no `[batch, seq, vocab]` tensor is made.
-
-    Args:
-        head (`nn.Module`): Output embeddings of the model.
-        positions (`torch.Tensor`): Flat indices `row * seq + column` of the positions to keep, `[kept]`.
+    The head's input `[batch, seq, hidden]` is reduced to `[1, kept, hidden]`, those at the flat indices `positions`, `row * seq +
+    column`: the model still scales or soft-caps its logits, and no `[batch, seq, vocab]` tensor is made.
     """
 
     def __init__(self, head: nn.Module, positions: torch.Tensor):

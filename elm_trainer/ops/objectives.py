@@ -11,10 +11,7 @@ def text_mean(values: torch.Tensor, text: torch.Tensor, texts: int) -> torch.Ten
     """Mean over texts of the mean over each text's positions; a text without positions counts as 0.
 
     Unlike a mean over tokens it does not depend on how texts are split over batches, accumulation steps or processes.
-
-    Args:
-        values: One value per position, `[positions]`.
-        text: Which text each position belongs to, `[positions]`.
+    `values` has one value per position and `text` the number of its text, both `[positions]`.
     """
     return text_means(values, text, texts).mean()
 
@@ -31,26 +28,18 @@ def text_sums(values: torch.Tensor, text: torch.Tensor, texts: int) -> torch.Ten
 
 
 def position_weights(values: torch.Tensor, text: torch.Tensor, texts: int, share: float) -> torch.Tensor:
-    """Weights of the positions in the erase term, `[positions]`, whose mean over each text is 1.
-
-    Args:
-        values: [`disagreement`] of expert and novice, `[positions]`.
-        text, texts: As of [`text_mean`].
-        share: Share of a text's weight that is spread in proportion to `values`; the rest is spread evenly.
+    """Weights of the positions in the erase term, `[positions]`, whose mean over each text is 1: a `share` of a text's weight
+    is spread in proportion to `values`, the [`disagreement`] of expert and novice, and the rest evenly. Arguments as of
+    [`text_mean`].
     """
     return (1 - share) + share * values / text_means(values, text, texts)[text]
 
 
 class SparseDistribution(NamedTuple):
-    """A distribution over the vocabulary that is stored for its `top_k` tokens only.
+    """A distribution over the vocabulary that is stored for its `top_k` tokens only."""
 
-    Attributes:
-        indices (`torch.Tensor`): Token ids, `[positions, top_k]`.
-        probs (`torch.Tensor`): Their probabilities in float32, `[positions, top_k]`.
-    """
-
-    indices: torch.Tensor
-    probs: torch.Tensor
+    indices: torch.Tensor  # token ids, `[positions, top_k]`
+    probs: torch.Tensor  # their probabilities in float32, `[positions, top_k]`
 
     def part(self, where: slice) -> "SparseDistribution":
         """The same for some of the positions."""
@@ -60,13 +49,9 @@ class SparseDistribution(NamedTuple):
 def plausible_tokens(base: torch.Tensor, novice: torch.Tensor, plausibility: float) -> torch.Tensor:
     """Plausibility constraint, after contrastive decoding (arXiv 2210.15097, eq. 3).
 
-    Args:
-        base, novice (`torch.Tensor`): Log-probabilities of reference and novice, `[positions, vocab]`.
-        plausibility: Share of the largest probability below which a token is dropped; `0` keeps all.
-
     Returns:
-        `torch.Tensor`: Boolean mask `[positions, vocab]` of tokens whose probability under the even mixture of `base`
-        and `novice` is at least `plausibility` times the largest.
+        `torch.Tensor`: Boolean mask `[positions, vocab]` of tokens whose probability under the even mixture of `base` and
+        `novice`, log-probabilities of that shape, is at least `plausibility` times the largest; `0` keeps all.
     """
     if plausibility == 0:
         return torch.ones_like(base, dtype=torch.bool)
@@ -114,28 +99,21 @@ def _column(eta: float | torch.Tensor) -> float | torch.Tensor:
 
 
 class LogTarget(NamedTuple):
-    """A distribution that differs from a reference's in the odds of a few tokens only.
+    """A distribution that differs from a reference's in the odds of a few tokens only."""
 
-    Attributes:
-        indices (`torch.Tensor`): Ids of these tokens, `[positions, tokens]`.
-        log_probs (`torch.Tensor`): Their log-probabilities in float32, in nats, `[positions, tokens]`.
-    """
-
-    indices: torch.Tensor
-    log_probs: torch.Tensor
+    indices: torch.Tensor  # ids of these tokens, `[positions, tokens]`
+    log_probs: torch.Tensor  # their log-probabilities in float32, in nats, `[positions, tokens]`
 
     def part(self, where: slice) -> "LogTarget":
         """The same for some of the positions."""
         return LogTarget(self.indices[where], self.log_probs[where])
 
     def over(self, reference: torch.Tensor) -> torch.Tensor:
-        """All log-probabilities, `[positions, vocab]`: what these tokens leave is shared as the reference shares it.
+        """All log-probabilities, `[positions, vocab]`: what these tokens leave is shared as the logits of the reference,
+        `[positions, vocab]`, share it.
 
         What they leave is 1 less the sum of their float32 probabilities, and at least 1e-6. So the probabilities of the
         other tokens are off by up to 2e-6 in all, and their logarithms by as much divided by what is left.
-
-        Args:
-            reference: Logits of the reference, `[positions, vocab]`.
         """
         others = reference.float().scatter(-1, self.indices, -torch.inf).log_softmax(-1)
         left = torch.log1p(-self.log_probs.exp().sum(-1, keepdim=True).clamp(max=1 - 1e-6))
@@ -151,18 +129,15 @@ def log_space_target(
     tokens: int,
     floor: float = -16.0,
 ) -> LogTarget:
-    """ELM's target `t = b − η·(e − n)`, applied where the knowledge is: at the tokens that the expert prefers most.
-
-    Cross-entropy with a target barely moves tokens that are improbable both there and in the model, and four-choice
-    ranking lives among these. So the equation of the erasing objective (arXiv 2410.02760) is taken at the `tokens` of
-    largest `e − n`, which are held to it in log-probabilities, and every other token keeps the reference's odds:
+    """ELM's target `t = b − η·(e − n)` (arXiv 2410.02760), applied where the knowledge is: at the `tokens` that the expert prefers
+    most, while all others keep the reference's odds.
 
         log t(v) = b(v) − η·(e(v) − n(v))   for the tokens of largest e − n, as far as it is above 0,
         log t(v) = b(v)                     for all others, then normalized.
 
     What the expert alone knows falls to what the novice thinks of it, and the answer that is left is the reference's
     next guess, another one for every subject. (The tokens that the *novice* prefers are left alone: they are alike for
-    all subjects, and raising them would teach one wrong answer to all questions.) With `η = 0` it is the reference.
+    all subjects, and raising them would teach one wrong answer to all questions.)
 
     Args:
         base_logits, expert_logits, novice_logits (`torch.Tensor`): As of [`erasure_target`], `[positions, vocab]`.
@@ -210,12 +185,8 @@ def log_space_divergence(logits: torch.Tensor, reference: torch.Tensor) -> torch
 
 
 def ramped_eta(positions: torch.Tensor, lengths: torch.Tensor, start: float, end: float) -> torch.Tensor:
-    """η of the released code: linear from `start` at a text's first token to `end` at its last.
-
-    Args:
-        positions: Index of each token within its text, any shape.
-        lengths: Number of tokens of that text, same shape.
-        start, end (`float`): η of the first and of the last token.
+    """η of the released code: linear from `start` at a text's first token to `end` at its last, for the index of each token
+    within its text, of any shape, and the number of tokens of that text, of the same shape.
     """
     return start + (end - start) * positions / (lengths - 1).clamp(min=1)
 

@@ -24,11 +24,16 @@ from trl import SFTConfig
 
 from elm_trainer.methods.base import ErasureTrainer
 from elm_trainer.methods.elm import ElmConfig, ElmTrainer
-from elm_trainer.methods.graddiff import GradDiffConfig, GradDiffTrainer
-from elm_trainer.methods.npo import NpoConfig, NpoTrainer
+from elm_trainer.methods.likelihood import (
+    GradDiffConfig,
+    GradDiffTrainer,
+    NpoConfig,
+    NpoTrainer,
+    SimNpoConfig,
+    SimNpoTrainer,
+)
 from elm_trainer.methods.repnoise import RepNoiseConfig, RepNoiseTrainer
 from elm_trainer.methods.rmu import RmuConfig, RmuTrainer
-from elm_trainer.methods.simnpo import SimNpoConfig, SimNpoTrainer
 from elm_trainer.methods.whp import WhpConfig, WhpTrainer
 
 

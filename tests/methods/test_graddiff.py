@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from elm_trainer import ConceptSources, build_erasure_dataset
-from elm_trainer.methods.graddiff import GradDiffConfig, GradDiffTrainer
+from elm_trainer.methods.likelihood import GradDiffConfig, GradDiffTrainer
 
 from .by_hand import assert_same_gradients, batch_of, column_nlls, gradients
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from elm_trainer import ElmDataCollator
 from elm_trainer.methods.forward import nll_reading
-from elm_trainer.methods.npo import NpoConfig, NpoTrainer, npo_loss, sequence_nll
+from elm_trainer.methods.likelihood import NpoConfig, NpoTrainer, npo_loss, sequence_nll
 
 from .by_hand import assert_same_gradients, batch_of, column_nlls, gradients
 from .methods import tiny

@@ -13,11 +13,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalL
 from elm_trainer.methods.repnoise import (
     RepNoiseConfig,
     RepNoiseTrainer,
+    SumOverPieces,
     ascent_term,
     differing_tokens,
     gaussian_mmd,
     official_weights,
-    sum_over_pieces,
     text_weights,
 )
 from elm_trainer.ops.head import CHUNK
@@ -164,12 +164,12 @@ def test_a_sum_over_pieces_has_the_gradients_of_the_plain_sum():
 
     plain = sum(function(piece) for piece in pieces)
     expected = torch.autograd.grad(3 * plain, [pieces[0], pieces[2]])
-    ours = sum_over_pieces(function, pieces)
+    ours = SumOverPieces.apply(function, *pieces)
     torch.testing.assert_close(ours, plain)
     for gradient, other in zip(torch.autograd.grad(3 * ours, [pieces[0], pieces[2]]), expected, strict=True):
         torch.testing.assert_close(gradient, other)
     with torch.no_grad():
-        torch.testing.assert_close(sum_over_pieces(function, pieces), plain)
+        torch.testing.assert_close(SumOverPieces.apply(function, *pieces), plain)
 
 
 # ------------------------------------------------------------------------------------------------------------- the loss

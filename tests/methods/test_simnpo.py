@@ -6,8 +6,7 @@ from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
-from elm_trainer.methods.npo import npo_loss
-from elm_trainer.methods.simnpo import SimNpoConfig, SimNpoTrainer, simnpo_loss
+from elm_trainer.methods.likelihood import SimNpoConfig, SimNpoTrainer, npo_loss, simnpo_loss
 
 from .by_hand import assert_same_gradients, batch_of, column_nlls, gradients
 
