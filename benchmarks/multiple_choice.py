@@ -20,8 +20,7 @@ from transformers import HfArgumentParser, PreTrainedModel, PreTrainedTokenizerB
 
 from elm_trainer.data.questions import load_bank
 from elm_trainer.evaluation.harness import harness_tasks
-from elm_trainer.evaluation.likelihood import log_likelihoods
-from elm_trainer.evaluation.multiple_choice import PROMPT, likeliest
+from elm_trainer.evaluation.likelihood import PROMPT, likeliest, log_likelihoods
 from elm_trainer.modeling import DEMO_MODEL, load_model_and_tokenizer
 
 

@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
 
     from .. import evaluate_erasure, load_model_and_tokenizer, stack_erasures
     from ..evaluation.evaluate import write_evaluation
-    from ..evaluation.generators import VllmGenerator
+    from ..evaluation.fluency import VllmGenerator
     from ..evaluation.harness import task_manager
     from ..evaluation.measures import measurable
     from ..evaluation.report import read_report, retained_ratios

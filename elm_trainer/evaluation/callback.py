@@ -12,9 +12,9 @@ from transformers.integrations import TensorBoardCallback, TrackioCallback, Wand
 from transformers.utils import logging
 
 from ..files import read_object, write_json
-from .evaluate import compared
-from .measures import MEASURES, Items, Setting
+from .measures import MEASURES, Setting
 from .pair import ModelPair, Side, in_shards
+from .statistics import Items, compared
 from .suite import EvaluationSuite, built_in_suite
 from .tables import markdown_table
 from .verdict import CRITERIA, RANKING_RULES, Criteria, counted, judge, multiple

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..data.questions import Question
 from ..data.tokens import text_ids, tokenize_pairs
 from .hidden_states import activation_norms, final_norm, hidden_effect, hidden_states, weight_effects
-from .multiple_choice import PROMPT, likeliest
+from .likelihood import PROMPT, likeliest
 from .pair import SIDES, ModelPair
 from .statistics import Estimate, bootstrap_ratio
 

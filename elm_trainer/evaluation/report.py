@@ -18,8 +18,8 @@ from peft.utils.integrations import gather_params_ctx
 from ..data.questions import Question
 from ..files import read_object
 from ..fingerprint import adapter_fingerprint, model_fingerprint
-from .measures import Items, change, correct_p
 from .pair import ModelPair
+from .statistics import Items, change, correct_p
 from .suite import EvaluationSuite
 
 

@@ -1,15 +1,20 @@
-"""Measured values, the items that they are made of and their 95 % bootstrap interval, and tests of a change."""
+"""Measured values, the items that they are made of, their 95 % bootstrap intervals, and what the items of both sides say."""
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 from scipy.stats import binomtest
 
+from .pair import SIDES, Side
+from .verdict import RANKING_RULES
+
 
 RESAMPLES = 2000
+# Margin of the reference over chance from which on a metric says something about what was erased.
+LEAST_MARGIN = 0.15
 
 
 @dataclass(frozen=True)
@@ -223,3 +228,95 @@ def entropy(labels: Sequence[str]) -> float:
 def _check_same_items(before: Sequence[float], after: Sequence[float]) -> None:
     if len(before) != len(after):
         raise ValueError(f"`before` holds {len(before)} items and `after` {len(after)}: judge the same ones.")
+
+
+def change(before: Items, after: Items) -> dict[str, Any]:
+    """How a metric changed from the reference to the erased model, item by item.
+
+    Returns:
+        `dict`: `change`, the difference (for a perplexity, the ratio) with its paired 95 % interval; and `p`,
+        uncorrected: McNemar's exact test where the items are verdicts, else the paired bootstrap's, or `None` where
+        there is nothing to test (a divergence is never negative; a set is one item).
+    """
+    if before.statistic == "set":
+        value = after.values[0] - before.values[0]
+        return {"change": Estimate(value, value, value, int(before.counts[0])).to_dict(), "p": None}
+    difference, p = paired_difference(before.values, after.values, before.counts or None, after.counts or None)
+    if before.statistic == "perplexity":
+        difference = difference.exp()
+    elif before.statistic == "ratio":
+        return {"change": difference.to_dict(), "p": None}
+    elif not before.counts and {*before.values, *after.values} <= {0.0, 1.0}:
+        p = mcnemar([bool(value) for value in before.values], [bool(value) for value in after.values])
+    return {"change": difference.to_dict(), "p": p}
+
+
+def against_chance(before: Items, after: Items) -> dict[str, Any]:
+    """Where the accuracy of choices stands to a guess.
+
+    Returns:
+        `dict`: empty for a metric that is not about choices; else `chance`, and `left`, the share of the reference's
+        margin over chance that is left, with its paired 95 % interval over subjects. `left` is `None` where the
+        reference itself does not know the answers, as [`knows`] tells: then the metric says nothing.
+    """
+    if not before.chances:
+        return {}
+    left = share_left(before.values, after.values, before.chances, before.groups) if is_known(before) else None
+    return {"chance": float(np.mean(before.chances)), "left": None if left is None else left.to_dict()}
+
+
+def is_known(items: Items) -> bool:
+    """Whether accuracy lies above chance by at least `LEAST_MARGIN`, and its whole interval lies above chance."""
+    metric, chance = items.estimate(), float(np.mean(items.chances))
+    return metric.value - chance >= LEAST_MARGIN and metric.low > chance
+
+
+def with_families(
+    items: Mapping[str, Items], before: Mapping[str, Items], roles: Mapping[str, str]
+) -> dict[str, Items]:
+    """The items, and for each rule `families.erased.<rule>` and `families.unseen.<rule>`: all ways of asking together.
+
+    Args:
+        items: Items of one model.
+        before: Those of the reference. A bank that it does not know by a rule is left out.
+        roles: Role of each bank.
+    """
+    found = dict(items)
+    for role in ("erased", "unseen"):
+        for rule in RANKING_RULES:
+            names = [f"multiple_choice.{bank}.{rule}" for bank, its in roles.items() if its == role]
+            parts = [
+                items[name] for name in names if name in before and before[name].chances and is_known(before[name])
+            ]
+            if parts:
+                found[f"families.{role}.{rule}"] = Items(
+                    "mean",
+                    [value for part in parts for value in part.values],
+                    chances=[chance for part in parts for chance in part.chances],
+                    groups=[group for part in parts for group in part.groups],
+                )
+    return found
+
+
+def correct_p(metrics: Mapping[str, dict[str, Any]]) -> None:
+    """Correct the `p` of all metrics that have one by Holm's method, in place."""
+    tested = [metric for metric in metrics.values() if metric["p"] is not None]
+    for metric, p in zip(tested, holm([metric["p"] for metric in tested]), strict=True):
+        metric["p"] = p
+
+
+def compared(measured: Mapping[Side, Mapping[str, Items]], roles: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """The `figures` of a report: metrics of both sides and what they say together, and all ways of asking as one."""
+    before, after = (with_families(measured[side], measured["reference"], roles) for side in SIDES)
+    metrics = {
+        name: {
+            "statistic": one.statistic,
+            "reference": one.estimate().to_dict(),
+            "erased": after[name].estimate().to_dict(),
+            **change(one, after[name]),
+            **against_chance(one, after[name]),
+        }
+        for name, one in before.items()
+    }
+    correct_p(metrics)
+    return metrics

@@ -13,7 +13,7 @@ from elm_trainer import EvaluationSuite, evaluate_erasure
 from elm_trainer.data.questions import BANKS, load_bank
 from elm_trainer.evaluation.evaluate import write_evaluation
 from elm_trainer.evaluation.harness import TASKS, HarnessTasks, evaluate_with_harness, export_banks, harness_tasks
-from elm_trainer.evaluation.multiple_choice import score_choices
+from elm_trainer.evaluation.likelihood import score_choices
 from elm_trainer.evaluation.report import compare_reports
 
 

@@ -4,7 +4,7 @@ import datasets
 import evaluate
 import numpy as np
 
-from elm_trainer.evaluation.multiple_choice import likeliest, pmi
+from elm_trainer.evaluation.likelihood import likeliest, pmi
 from elm_trainer.evaluation.statistics import bootstrap_mean
 
 
