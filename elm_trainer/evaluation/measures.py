@@ -16,7 +16,15 @@ from transformers.utils import logging
 from ..data.collator import ElmDataCollator
 from ..data.questions import PLAIN, given_answer, names_answer
 from ..data.tokens import text_tokenizer, tokenize
-from .benchmarks import answer_tokens, free_prompts, model_utility, score_answers, score_likelihoods
+from .benchmarks import (
+    HarnessTasks,
+    answer_tokens,
+    free_prompts,
+    model_utility,
+    sample_scores,
+    score_answers,
+    score_likelihoods,
+)
 from .fluency import (
     Generations,
     Generator,
@@ -27,7 +35,6 @@ from .fluency import (
     generate_answers,
     repetition,
 )
-from .harness import HarnessTasks, sample_scores
 from .likelihood import judge_answers, position_logits, reverse_perplexity, score_choices, score_letters
 from .pair import SIDES, ModelPair, Side, run_batches
 from .statistics import Items, entropy
