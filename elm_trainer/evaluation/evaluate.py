@@ -235,33 +235,24 @@ def _samples(suite: EvaluationSuite, items: Mapping[str, Mapping[str, Items]]) -
         key.split(".")[1]: sides for key, sides in items.items() if key.startswith("benchmarks.") and ".rouge_l" in key
     }
     for role, count in counts.items():
-        for one in suite.benchmarks if written else ():
-            for index, probe in enumerate(one.probes[:count] if one.role == role else ()):
-                samples.append(
-                    {"role": role, "prompt": probe.prompt, "answer": probe.answer}
-                    | {side: found.texts[index] for side, found in written[one.name].items()}
-                )
-        for name in suite.named(role):
-            sides = items.get(f"open_answers.{name}", {})
-            for index, question in enumerate(suite.open_questions.get(name, ())[:count] if sides else ()):
-                samples.append(
-                    {"role": role, "prompt": question.prompt, "answer": question.answer}
-                    | {side: found.texts[index] for side, found in sides.items()}
-                )
+        asked: list[tuple[Sequence[Any], Mapping[str, Items]]] = [
+            (one.probes, written.get(one.name, {})) for one in suite.benchmarks if one.role == role
+        ]
+        asked += [
+            (suite.open_questions.get(name, ()), items.get(f"open_answers.{name}", {})) for name in suite.named(role)
+        ]
+        for questions, sides in asked:
+            for index, question in enumerate(questions[:count] if sides else ()):
+                texts = {side: found.texts[index] for side, found in sides.items()}
+                samples.append({"role": role, "prompt": question.prompt, "answer": question.answer, **texts})
     return samples
 
 
 def find_shortcuts(banks: Mapping[str, Sequence[Question]], removed: Mapping[str, Items]) -> dict[str, dict[str, Any]]:
-    """Hold two ways of guessing against chance.
+    """Hold two ways of guessing against chance, in each bank of which `removed` says what the reference answers without the question.
 
-    Args:
-        banks: Questions by name of the bank.
-        removed: Which of them the reference answers with the question removed.
-
-    Returns:
-        `dict`: for each bank in `removed`, the accuracies `question_removed` and `letters` (picking the option that
-        looks most like the question's subject), both over different sets of options; `chance`; and `flagged`: whether
-        the interval of one of them lies above chance.
+    They are `question_removed` and `letters` (picking the option that looks most like the question's subject), both over
+    different sets of options. A bank is `flagged` if the interval of one of them lies above chance.
     """
     found = {}
     for name, items in removed.items():

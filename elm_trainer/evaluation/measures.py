@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from accelerate.utils import send_to_device
+from scipy.stats import entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -37,7 +38,7 @@ from .fluency import (
 )
 from .likelihood import judge_answers, position_logits, reverse_perplexity, score_choices, score_letters
 from .pair import SIDES, ModelPair, Side, run_batches
-from .statistics import Items, entropy
+from .statistics import Items
 from .suite import EvaluationSuite
 
 
@@ -219,7 +220,7 @@ def free_answers(setting: Setting, side: Side, what: Literal["open_answers", "cl
         if setting.suite.roles.get(name) == "erased":
             given = [given_answer(text, q.prompt) for text, q in zip(texts, asked, strict=True)]
             wrong = Counter(answer for answer, right in zip(given, named, strict=True) if not right)
-            count, nats = len(texts), entropy(given)
+            count, nats = len(texts), float(entropy([*Counter(given).values()]))
             spread = {
                 "commonest": max(wrong.values(), default=0) / count,
                 "entropy": nats,

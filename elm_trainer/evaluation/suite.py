@@ -194,7 +194,7 @@ def built_in_suite(
                 suite.banks[bank_name] = draw_questions(bank, bank_size(questions, role, family), rng)
                 suite.roles[bank_name] = role
                 # One wording to a metric, so that answers differ for their subjects alone.
-                asked = [OpenQuestion(q.text, q.answer, q.aliases) for q in _first_wording(bank, questions // 2, rng)]
+                asked = _open(_first_wording(bank, questions // 2, rng))
                 if family == "cloze":
                     suite.cloze[name] = asked
                 elif family == PLAIN:
@@ -210,8 +210,7 @@ def built_in_suite(
             suite.banks[name] = _draw(bank, questions, rng)
             suite.roles[name] = "near" if name in near else "far"
             # A few that are answered freely show what is kept; they are drawn apart, so that no other draw changes.
-            kept = _draw(bank, max(questions // 10, 1), random.Random(seed))
-            suite.open_questions[name] = [OpenQuestion(q.text, q.answer, q.aliases) for q in kept]
+            suite.open_questions[name] = _open(_draw(bank, max(questions // 10, 1), random.Random(seed)))
     suite.check()
     return suite
 
@@ -282,6 +281,10 @@ def benchmark_suite(
     return suite
 
 
+def _open(questions: Sequence[Question]) -> list[OpenQuestion]:
+    return [OpenQuestion(question.text, question.answer, question.aliases) for question in questions]
+
+
 def _ask_made(
     suite: EvaluationSuite, concept: str, path: Path, questions: int, split: str, rng: random.Random
 ) -> None:
@@ -301,8 +304,7 @@ def _ask_made(
             suite.banks[name] = draw_questions(bank, bank_size(questions, role, family), rng)
             suite.roles[name] = role
             kept = role in ("near", "far")
-            alone = _first_wording(bank, max(questions // 10, 1) if kept else questions // 2, rng)
-            asked = [OpenQuestion(q.text, q.answer, q.aliases) for q in alone]
+            asked = _open(_first_wording(bank, max(questions // 10, 1) if kept else questions // 2, rng))
             if family == PLAIN:
                 suite.open_questions[name] = asked
             elif family == "cloze" and not kept:
@@ -324,7 +326,7 @@ def _ask_own(
     suite.roles[concept] = "erased"
     # One question to a subject, so that answers differ for their subjects alone.
     alone = _first_wording(bank, questions // 2, rng)
-    suite.open_questions[concept] = [OpenQuestion(q.text, q.answer, q.aliases) for q in alone]
+    suite.open_questions[concept] = _open(alone)
     suite.concept_prompts += [question.text for question in alone[: max(1, questions // 3)]]
 
 
