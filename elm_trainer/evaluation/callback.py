@@ -209,14 +209,7 @@ class ErasureEvaluationCallback(TrainerCallback):
 
 
 def log_table(trackers: Sequence[TrainerCallback], name: str, rows: Sequence[Mapping[str, str]], step: int) -> None:
-    """Give a table to the trackers that are open: as text to TensorBoard, as their own kind of table to the others.
-
-    Args:
-        trackers: Callbacks of transformers, of the kinds in `TRACKERS`.
-        name: Name of the table.
-        rows: Its rows, all with the same keys.
-        step: Step of the training.
-    """
+    """Give a table to the trackers that are open: as text to TensorBoard, as their own kind of table to the others."""
     for tracker in trackers:
         if isinstance(tracker, TensorBoardCallback) and tracker.tb_writer is not None:
             cells = [[" ".join(text.replace("|", r"\|").split()) for text in row.values()] for row in rows]

@@ -145,11 +145,6 @@ def probe_states(
     Returns:
         [`ProbeCurve`]: one entry per layer, with the interval over resampled subjects; their number is its `n`. The
         interval does not cover what other training statements would have given.
-
-    Raises:
-        ImportError: if scikit-learn is not installed.
-        ValueError: if there are fewer subjects than folds, or the questions share so few answers that none are left to
-            train on.
     """
     rng = np.random.default_rng(seed)
     names, groups = np.unique([statement.group for statement in statements], return_inverse=True)

@@ -341,14 +341,7 @@ _NEEDS = {
 
 
 def measurable(names: str | Sequence[str] | None, suite: EvaluationSuite) -> list[str]:
-    """The measures, of those that are asked for, for which a suite holds what they need; the others are logged.
-
-    Args:
-        names: Names in `MEASURES`, or `"inside"`. All by default.
-
-    Raises:
-        ValueError: for an unknown name, or if nothing can be measured.
-    """
+    """The measures, of `MEASURES` and `"inside"` or those that are named, for which a suite holds what they need; others are logged."""
     asked = list(_NEEDS) if names is None else [names] if isinstance(names, str) else list(names)
     if unknown := [name for name in asked if name not in _NEEDS]:
         raise ValueError(f"`measures` names {unknown}, which do not exist; use: {', '.join(_NEEDS)}.")
