@@ -26,8 +26,7 @@ from trl import SFTConfig, SFTTrainer
 from elm_trainer import load_bank, load_model_and_tokenizer, load_texts
 from elm_trainer.data.invented import invented_name
 from elm_trainer.data.questions import Form, Question
-from elm_trainer.evaluation.likelihood import log_likelihoods
-from elm_trainer.evaluation.multiple_choice import score_choices
+from elm_trainer.evaluation.likelihood import log_likelihoods, score_choices
 from elm_trainer.modeling import DEMO_MODEL
 
 

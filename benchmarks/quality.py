@@ -19,7 +19,7 @@ from elm_trainer import (
     load_concept,
     load_model_and_tokenizer,
 )
-from elm_trainer.evaluation.multiple_choice import score_choices
+from elm_trainer.evaluation.likelihood import score_choices
 
 from .callbacks import Lap, PacedTraining
 from .figures import Figure

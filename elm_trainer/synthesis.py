@@ -16,8 +16,7 @@ from transformers.utils import logging
 from .checks import check_numbers, number_range
 from .concept import Concept
 from .data.tokens import behind_context, continuation_text, text_ids, text_tokenizer, tokenize
-from .evaluation.fluency import repetition
-from .evaluation.likelihood import generating, read_prompts
+from .evaluation.fluency import generating, read_prompts, repetition
 from .files import append_line, json_sha256, read_lines, sealed, settings_of, unsealed, write_text
 from .modeling import evaluating
 from .ops import plausible_tokens

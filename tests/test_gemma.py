@@ -17,8 +17,7 @@ from elm_trainer import (
 )
 from elm_trainer.data.tokens import text_ids
 from elm_trainer.evaluation.fluency import as_prompt, generate
-from elm_trainer.evaluation.likelihood import log_likelihoods
-from elm_trainer.evaluation.multiple_choice import score_choices
+from elm_trainer.evaluation.likelihood import log_likelihoods, score_choices
 from elm_trainer.modeling import load_model_and_tokenizer
 from tests.methods.methods import trained
 

@@ -21,11 +21,11 @@ from elm_trainer import (
 )
 from elm_trainer.attacks import AttackTarget, GcgAttack, PrefillingAttack, RelearningAttack
 from elm_trainer.data.questions import Question
-from elm_trainer.evaluation.fluency import generate, judge_answers, retention
+from elm_trainer.evaluation.fluency import generate
 from elm_trainer.evaluation.hidden_states import hidden_states
 from elm_trainer.evaluation.inside import logit_lens
-from elm_trainer.evaluation.likelihood import log_likelihoods
-from elm_trainer.evaluation.multiple_choice import score_choices
+from elm_trainer.evaluation.likelihood import judge_answers, log_likelihoods, score_choices
+from elm_trainer.evaluation.measures import retention
 from elm_trainer.evaluation.pair import ModelPair
 from elm_trainer.methods.anchors import AnchorDictionary
 

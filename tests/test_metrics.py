@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 from elm_trainer.data.questions import load_bank
-from elm_trainer.evaluation.fluency import judge_answers
-from elm_trainer.evaluation.multiple_choice import score_choices
+from elm_trainer.evaluation.likelihood import judge_answers, score_choices
 
 
 evaluate = pytest.importorskip("evaluate")

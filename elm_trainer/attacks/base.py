@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from ..data.questions import Question, check_questions, names_answer
 from ..data.tokens import text_tokenizer
 from ..evaluation.fluency import generate
-from ..evaluation.multiple_choice import PROMPT, score_choices
+from ..evaluation.likelihood import PROMPT, score_choices
 from ..evaluation.pair import SIDES, ModelPair, Side
 
 

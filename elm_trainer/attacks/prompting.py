@@ -16,8 +16,8 @@ from ..checks import check_numbers
 from ..data.collator import ElmDataCollator
 from ..data.questions import Question
 from ..data.tokens import continuation_ids, continuation_text, text_ids
-from ..evaluation.fluency import as_prompt, token_losses
-from ..evaluation.multiple_choice import PROMPT
+from ..evaluation.fluency import as_prompt
+from ..evaluation.likelihood import PROMPT, token_losses
 from ..evaluation.pair import SIDES
 from .base import ANSWER_TOKENS, Attack, AttackResult, AttackTarget, draw_subjects, seeded, subjects_of
 

@@ -77,9 +77,9 @@ def main(argv: list[str] | None = None) -> None:
     from peft import PeftModel
 
     from .. import evaluate_erasure, load_model_and_tokenizer, stack_erasures
+    from ..evaluation.benchmarks import task_manager
     from ..evaluation.evaluate import write_evaluation
-    from ..evaluation.generators import VllmGenerator
-    from ..evaluation.harness import task_manager
+    from ..evaluation.fluency import VllmGenerator
     from ..evaluation.measures import measurable
     from ..evaluation.report import read_report, retained_ratios
     from ..evaluation.suite import benchmark_suite, suite_from_files

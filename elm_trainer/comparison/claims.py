@@ -6,8 +6,16 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from ..evaluation.measures import Items, against_chance, is_known, with_families
-from ..evaluation.statistics import RESAMPLES, Estimate, bootstrap, ratio
+from ..evaluation.statistics import (
+    RESAMPLES,
+    Estimate,
+    Items,
+    against_chance,
+    bootstrap,
+    is_known,
+    ratio,
+    with_families,
+)
 from ..evaluation.verdict import CRITERIA, FAILS, HOLDS, UNCERTAIN, Criteria
 
 

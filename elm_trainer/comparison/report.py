@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from ..evaluation.measures import Items
 from ..evaluation.report import SCHEMA_VERSION, environment
+from ..evaluation.statistics import Items
 from ..evaluation.verdict import CRITERIA, judge, multiple
 from .claims import difference, paper_claims, summarize, with_pools
 from .config import METHODS, ComparisonConfig

@@ -16,9 +16,9 @@ from peft import PeftModel
 from tqdm.auto import tqdm
 
 from ..attacks import attack_erasure, built_in_target, load_attacks
-from ..evaluation.measures import with_families
 from ..evaluation.pair import ModelPair
 from ..evaluation.report import environment
+from ..evaluation.statistics import with_families
 from ..files import MissingRunError, Runs, discard, discard_unfinished, replacing, write_json
 from ..run_lock import only_run_in
 from .claims import summarize

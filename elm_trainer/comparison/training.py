@@ -18,9 +18,10 @@ from transformers.trainer_utils import set_seed
 
 from ..data.dataset import ConceptSources, build_erasure_dataset
 from ..data.questions import SPLITS
-from ..evaluation.measures import MEASURES, Items, Setting
+from ..evaluation.measures import MEASURES, Setting
 from ..evaluation.pair import ModelPair, Side
 from ..evaluation.report import PACKAGES, dataset_info, suite_info
+from ..evaluation.statistics import Items
 from ..evaluation.suite import EvaluationSuite, bank_size, built_in_suite
 from ..files import Runs
 from ..fingerprint import model_fingerprint

@@ -12,9 +12,9 @@ from transformers.integrations import TensorBoardCallback, TrackioCallback, Wand
 from transformers.utils import logging
 
 from ..files import read_object, write_json
-from .evaluate import compared
-from .measures import MEASURES, Items, Setting
+from .measures import MEASURES, Setting
 from .pair import ModelPair, Side, in_shards
+from .statistics import Items, compared
 from .suite import EvaluationSuite, built_in_suite
 from .tables import markdown_table
 from .verdict import CRITERIA, RANKING_RULES, Criteria, counted, judge, multiple
@@ -209,14 +209,7 @@ class ErasureEvaluationCallback(TrainerCallback):
 
 
 def log_table(trackers: Sequence[TrainerCallback], name: str, rows: Sequence[Mapping[str, str]], step: int) -> None:
-    """Give a table to the trackers that are open: as text to TensorBoard, as their own kind of table to the others.
-
-    Args:
-        trackers: Callbacks of transformers, of the kinds in `TRACKERS`.
-        name: Name of the table.
-        rows: Its rows, all with the same keys.
-        step: Step of the training.
-    """
+    """Give a table to the trackers that are open: as text to TensorBoard, as their own kind of table to the others."""
     for tracker in trackers:
         if isinstance(tracker, TensorBoardCallback) and tracker.tb_writer is not None:
             cells = [[" ".join(text.replace("|", r"\|").split()) for text in row.values()] for row in rows]

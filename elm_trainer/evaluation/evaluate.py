@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from peft import PeftModel
 from rich.console import Console
 from rich.text import Text
@@ -17,12 +18,12 @@ from ..data.questions import PLAIN, Question, overlap_verdicts
 from ..distributed import processes_and_rank
 from ..files import Journal, write_json
 from ..run_lock import only_run_in
-from .generators import Generator, transformers_name
-from .measures import INSIDE, MEASURES, Items, Setting, against_chance, change, correct_p, measurable, with_families
+from .fluency import Generator
+from .measures import INSIDE, MEASURES, Setting, measurable
 from .pair import SIDES, ModelPair, Side, in_shards
 from .plots import plot_inside, plot_report
 from .report import SCHEMA_VERSION, environment, harness_results, pair_fingerprint, suite_info
-from .statistics import bootstrap_mean
+from .statistics import Items, bootstrap_mean, compared
 from .suite import EvaluationSuite, Role, built_in_suite
 from .tables import render_summary, verdict_lines, write_markdown, write_samples
 from .verdict import Criteria, judge, raise_flags, split_name
@@ -200,7 +201,9 @@ def _evaluate(
         "samples": _samples(suite, items),
         "inside": inside,
         **({"harness": harness_results(tasks, items)} if tasks else {}),
-        "generator": transformers_name() if setting.generator is None else setting.generator.name,
+        "generator": f"transformers {transformers.__version__}"
+        if setting.generator is None
+        else setting.generator.name,
         "settings": settings,
         **identity,
         **environment(seconds | {"evaluation": time.perf_counter() - started}),
@@ -211,23 +214,6 @@ def _evaluate(
         write_json(Path(output_dir) / "report.json", report)
         journal.close()
     return report
-
-
-def compared(measured: Mapping[Side, Mapping[str, Items]], roles: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """The `figures` of a report: metrics of both sides and what they say together, and all ways of asking as one."""
-    before, after = (with_families(measured[side], measured["reference"], roles) for side in SIDES)
-    metrics = {
-        name: {
-            "statistic": one.statistic,
-            "reference": one.estimate().to_dict(),
-            "erased": after[name].estimate().to_dict(),
-            **change(one, after[name]),
-            **against_chance(one, after[name]),
-        }
-        for name, one in before.items()
-    }
-    correct_p(metrics)
-    return metrics
 
 
 def _arithmetic(pair: ModelPair) -> list[str]:
@@ -249,33 +235,24 @@ def _samples(suite: EvaluationSuite, items: Mapping[str, Mapping[str, Items]]) -
         key.split(".")[1]: sides for key, sides in items.items() if key.startswith("benchmarks.") and ".rouge_l" in key
     }
     for role, count in counts.items():
-        for one in suite.benchmarks if written else ():
-            for index, probe in enumerate(one.probes[:count] if one.role == role else ()):
-                samples.append(
-                    {"role": role, "prompt": probe.prompt, "answer": probe.answer}
-                    | {side: found.texts[index] for side, found in written[one.name].items()}
-                )
-        for name in suite.named(role):
-            sides = items.get(f"open_answers.{name}", {})
-            for index, question in enumerate(suite.open_questions.get(name, ())[:count] if sides else ()):
-                samples.append(
-                    {"role": role, "prompt": question.prompt, "answer": question.answer}
-                    | {side: found.texts[index] for side, found in sides.items()}
-                )
+        asked: list[tuple[Sequence[Any], Mapping[str, Items]]] = [
+            (one.probes, written.get(one.name, {})) for one in suite.benchmarks if one.role == role
+        ]
+        asked += [
+            (suite.open_questions.get(name, ()), items.get(f"open_answers.{name}", {})) for name in suite.named(role)
+        ]
+        for questions, sides in asked:
+            for index, question in enumerate(questions[:count] if sides else ()):
+                texts = {side: found.texts[index] for side, found in sides.items()}
+                samples.append({"role": role, "prompt": question.prompt, "answer": question.answer, **texts})
     return samples
 
 
 def find_shortcuts(banks: Mapping[str, Sequence[Question]], removed: Mapping[str, Items]) -> dict[str, dict[str, Any]]:
-    """Hold two ways of guessing against chance.
+    """Hold two ways of guessing against chance, in each bank of which `removed` says what the reference answers without the question.
 
-    Args:
-        banks: Questions by name of the bank.
-        removed: Which of them the reference answers with the question removed.
-
-    Returns:
-        `dict`: for each bank in `removed`, the accuracies `question_removed` and `letters` (picking the option that
-        looks most like the question's subject), both over different sets of options; `chance`; and `flagged`: whether
-        the interval of one of them lies above chance.
+    They are `question_removed` and `letters` (picking the option that looks most like the question's subject), both over
+    different sets of options. A bank is `flagged` if the interval of one of them lies above chance.
     """
     found = {}
     for name, items in removed.items():

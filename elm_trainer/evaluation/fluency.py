@@ -1,27 +1,376 @@
-"""Seamlessness and retention: answers, their perplexity under a judge (R-PPL), repetition, language; perplexity on retain text."""
+"""Free answers: who writes them (transformers, or vLLM where it is installed), how often they repeat, and their language."""
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
-from accelerate.utils import send_to_device
+from peft import PeftModel
 from py3langid.langid import MODEL_FILE, LanguageIdentifier
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data.collator import ElmDataCollator
-from ..data.tokens import continuation_ids, continuation_text, text_tokenizer, tokenize
+from ..data.prefix_tree import obeys_masks
+from ..data.tokens import common_prefix, continuation_text, text_tokenizer, tokenize
+from ..distributed import processes_and_rank
 from ..modeling import evaluating
-from ..ops import KeepPositions
-from .likelihood import generating, generation_inputs
-from .pair import SIDES, ModelPair, run_batches
+from .pair import Side, run_batches
 
 
+# A separate forward pass for fewer tokens costs more than it saves.
+_LEAST_SHARED = 4
+# The default of transformers: sampling among the 50 likeliest tokens.
+_TOP_K = 50
+# Ranks that vLLM reserves room for (`MaxLoRARanks` in its `config/lora.py`).
+_VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 # Odds of the likeliest language over the second below which a text is undecided.
 _LEAST_ODDS = 4.0
 # A name or two, which belong to no language.
 _LEAST_LETTERS = 12
+
+
+@dataclass(frozen=True)
+class Generations:
+    """Continuations in the order of their prompts, without special tokens, and whether each was cut off at the longest length."""
+
+    texts: list[str]
+    truncated: list[bool]
+
+
+def as_prompt(processing_class: PreTrainedTokenizerBase, question: str) -> str:
+    """The question as a chat turn where the tokenizer has a chat template, else as `"Question: …\\nAnswer:"`."""
+    tokenizer = text_tokenizer(processing_class)
+    if tokenizer.chat_template is None:
+        return f"Question: {question}\nAnswer:"
+    messages = [{"role": "user", "content": question}]
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+
+def end_tokens(model: PreTrainedModel, processing_class: PreTrainedTokenizerBase) -> list[int]:
+    """The tokenizer's end token and those of the model's own settings, such as the end of a chat turn."""
+    configured = model.generation_config.eos_token_id
+    more = configured if isinstance(configured, list) else [configured]
+    return sorted({token for token in (processing_class.eos_token_id, *more) if token is not None})
+
+
+def generation_inputs(
+    model: PreTrainedModel | PeftModel, rows: Sequence[list[int]], pad_token_id: int, new_tokens: int
+) -> dict[str, Any]:
+    """What `generate` takes for prompts of which at most `new_tokens` are generated: ids and mask `[rows, width]`, maybe a cache.
+
+    The tokens that all of them begin with are run once, and their keys and values repeated for every row. Padding then
+    stands behind them, `[shared, padding, rest]`, masked and without a position; otherwise on the left.
+    """
+    width = max(len(row) for row in rows)
+    # What the first and the last in order have in common, all between them have; each keeps one token or more.
+    shared = min(common_prefix(min(rows), max(rows)), min(map(len, rows)) - 1) if len(rows) > 1 else 0
+    if shared < _LEAST_SHARED or not obeys_masks(model, width + new_tokens):
+        shared = 0
+    input_ids = torch.full((len(rows), width), pad_token_id)
+    mask = torch.zeros_like(input_ids)
+    for index, row in enumerate(rows):
+        rest = width - len(row) + shared
+        input_ids[index, :shared], input_ids[index, rest:] = torch.tensor(row[:shared]), torch.tensor(row[shared:])
+        mask[index, :shared] = mask[index, rest:] = 1
+    inputs: dict[str, Any] = {"input_ids": input_ids.to(model.device), "attention_mask": mask.to(model.device)}
+    if shared:
+        cache = model(input_ids=inputs["input_ids"][:1, :shared], use_cache=True).past_key_values
+        cache.batch_repeat_interleave(len(rows))
+        inputs["past_key_values"] = cache
+    return inputs
+
+
+@torch.no_grad()
+def read_prompts(
+    model: PreTrainedModel | PeftModel, rows: Sequence[list[int]], new_tokens: int
+) -> tuple[torch.Tensor, Any, torch.Tensor]:
+    """Run a batch of prompts, those that are there several times once, and what all of them begin with once.
+
+    Returns:
+        `tuple[torch.Tensor, Cache, torch.Tensor]`: the logits behind each prompt, `[rows, vocab]`, the cache, and its mask, `[rows,
+        width]`, whose sum is the position of the next token.
+    """
+    distinct = sorted(set(map(tuple, rows)))
+    inputs = generation_inputs(model, [list(row) for row in distinct], 0, new_tokens)
+    mask, cache = inputs["attention_mask"], inputs.get("past_key_values")
+    shared = cache.get_seq_length() if cache is not None else 0
+    output = model(
+        input_ids=inputs["input_ids"][:, shared:],
+        attention_mask=mask,
+        position_ids=(mask.cumsum(-1) - 1).clamp(min=0)[:, shared:],
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    places = {row: place for place, row in enumerate(distinct)}
+    whose = torch.tensor([places[tuple(row)] for row in rows], device=model.device)
+    output.past_key_values.batch_select_indices(whose)
+    return output.logits[whose, -1], output.past_key_values, mask[whose]
+
+
+@contextmanager
+def generating(model: PreTrainedModel | PeftModel) -> Iterator[None]:
+    """While this holds, `generate` uses the settings it is given alone, none of the model's own (penalties, beams, a minimum
+    length, a cache), and works under FSDP, whose weights outside the layers only `forward` would gather.
+
+    What the head reads is made contiguous: torch would multiply a slice of the states row by row with a head that needs
+    no gradient, and copy its weights for every row.
+    """
+    head = model.get_output_embeddings()
+    # PEFT keeps the settings beside the base's, and hands them over.
+    parts = [model, model.get_base_model()] if isinstance(model, PeftModel) else [model]
+    owned = [(part, part.generation_config) for part in parts if "generation_config" in vars(part)]
+    for part, _ in owned:
+        part.generation_config = GenerationConfig()
+    handle = head.register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
+    sharded = isinstance(model, FSDPModule)
+    if sharded:
+        register_fsdp_forward_method(model, "generate")
+    try:
+        yield
+    finally:
+        for part, settings in owned:
+            part.generation_config = settings
+        handle.remove()
+        if sharded:
+            del model.generate  # the instance's; the method of the class is left
+
+
+def generate(
+    model: PreTrainedModel,
+    processing_class: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int = 32,
+    temperature: float = 0.0,
+    seed: int | None = None,
+    batch_size: int = 32,
+) -> list[str]:
+    """The texts of [`generate_answers`], where the work is not shared over processes."""
+    return generate_answers(
+        model,
+        processing_class,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        batch_size=batch_size,
+    ).texts
+
+
+@torch.no_grad()
+def generate_answers(
+    model: PreTrainedModel,
+    processing_class: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int = 32,
+    temperature: float = 0.0,
+    seed: int | None = None,
+    batch_size: int = 32,
+    over_ranks: bool = False,
+) -> Generations:
+    """Continue prompts that are already in their final form.
+
+    Of the model's own generation settings only the end tokens are used, not its penalties, beams or lengths.
+
+    Args:
+        max_new_tokens: Longest continuation, in tokens.
+        temperature: Of sampling among the 50 likeliest tokens; `0` is greedy.
+        seed: Of sampling, for the same continuations of the same prompts at the same batch size, whatever the number
+            of processes: batch `i` is drawn with `seed + i`. torch's global random state is then left as it was.
+            Without a seed, that state is drawn from.
+        over_ranks: See [`run_batches`].
+
+    Raises:
+        ValueError: if processes are to share sampled answers without a seed.
+    """
+    if over_ranks and temperature > 0 and seed is None:
+        raise ValueError(
+            "`seed` is None, so that each process would draw its own answers: give one with `over_ranks`."
+        )
+    processing_class = text_tokenizer(processing_class)
+    ends = end_tokens(model, processing_class)
+    # Padding is masked, so any token will do where there is no end token either.
+    pad = (ends or [0])[0] if processing_class.pad_token_id is None else processing_class.pad_token_id
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=temperature > 0,
+        temperature=temperature or None,
+        top_k=_TOP_K if temperature else None,
+        eos_token_id=ends,
+        pad_token_id=pad,
+        use_cache=True,  # a model that trains with gradient checkpointing has it switched off
+    )
+    device = model.device
+    devices = [device] if device.type == "cuda" else []
+    ids = [prompt.ids for prompt in tokenize(processing_class, prompts)]
+    # Prompts that begin alike share a batch. What is sampled depends on the batch, which is then left as it came.
+    order = sorted(range(len(ids)), key=ids.__getitem__) if temperature == 0 else list(range(len(ids)))
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+    def run(batch: list[int]) -> list[tuple[str, bool]]:
+        with nullcontext() if seed is None else torch.random.fork_rng(devices=devices):
+            if seed is not None:
+                torch.manual_seed(seed + batch[0] // batch_size)
+            inputs = generation_inputs(model, [ids[index] for index in batch], pad, max_new_tokens)
+            tokens = model.generate(**inputs, generation_config=config)[:, inputs["input_ids"].size(1) :]
+        # [batch, new tokens]; behind its end token a row holds padding.
+        truncated = ~torch.isin(tokens, torch.tensor(ends, device=device)).any(-1)
+        rows = zip(batch, tokens.tolist(), truncated.tolist(), strict=True)
+        return [(continuation_text(processing_class, ids[index], new), cut) for index, new, cut in rows]
+
+    with evaluating(model), generating(model):
+        found = run_batches(run, batches, model, over_ranks=over_ranks)
+    answers = [pair for _, pair in sorted(zip(order, chain(*found), strict=True))]
+    return Generations([text for text, _ in answers], [truncated for _, truncated in answers])
+
+
+class Generator(Protocol):
+    """Writes free answers in place of [`generate_answers`]; a report calls it by its `name`."""
+
+    name: str
+
+    def __call__(
+        self,
+        side: Side,
+        processing_class: PreTrainedTokenizerBase,
+        prompts: Sequence[str],
+        *,
+        max_new_tokens: int,
+        temperature: float,
+        seed: int | None,
+        ends: Sequence[int],
+    ) -> Generations:
+        """The answers of a side's model to prompts in their final form; an answer ends with one of the tokens `ends`."""
+
+
+class VllmGenerator:
+    """Free answers by vLLM: the reference is its model, and the erased one the same with the adapter as a `LoRARequest`.
+
+    It holds weights of its own beside those that are measured. Answers are those of the same weights, but not of the same
+    arithmetic: where two tokens are nearly as likely, they may differ from those of transformers.
+
+    Args:
+        model (`str`): Base of the adapter, as vLLM takes it: a folder, or an id on the Hub.
+        adapter (`str`): LoRA adapter: a folder, or an id on the Hub.
+        dtype (`str`, *optional*, defaults to `"auto"`): Data type of the weights.
+        tensor_parallel_size (`int`, *optional*, defaults to `1`): GPUs that share the weights.
+        gpu_memory_utilization (`float`, *optional*, defaults to `0.4`): Share of a GPU's memory that vLLM takes; what is
+            measured otherwise needs the rest.
+        rank (`int`, *optional*): Rank of the adapter; read from its `adapter_config.json` where it is a folder, and needed
+            where it is on the Hub.
+
+    Raises:
+        ImportError: where vLLM is not installed.
+        ValueError: in a launch of several processes, or for a rank above 512.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        adapter: str,
+        *,
+        dtype: str = "auto",
+        tensor_parallel_size: int = 1,
+        gpu_memory_utilization: float = 0.4,
+        rank: int | None = None,
+    ):
+        if (ranks := processes_and_rank()[0]) > 1:
+            raise ValueError(
+                f"`generator` is vLLM in a launch of {ranks} processes: start one, and let vLLM divide the weights by "
+                "`tensor_parallel_size`."
+            )
+        if rank is None:
+            path = Path(adapter) / "adapter_config.json"
+            if not path.is_file():
+                raise ValueError(
+                    f"`adapter` is {adapter!r}, which is no folder of an adapter here: give one, or its rank as `rank`."
+                )
+            config = json.loads(path.read_text(encoding="utf-8"))
+            rank = max([config["r"], *(config.get("rank_pattern") or {}).values()])
+        room = next((most for most in _VLLM_RANKS if most >= rank), None)
+        if room is None:
+            raise ValueError(
+                f"`adapter` {adapter!r} has the rank {rank}, and vLLM serves up to {_VLLM_RANKS[-1]}: use `elm shrink`, or "
+                "transformers."
+            )
+        try:
+            import vllm
+            from vllm.lora.request import LoRARequest
+        except ImportError as error:
+            raise ImportError(
+                f"vLLM cannot be imported ({error}): `pip install vllm`, or use transformers."
+            ) from error
+        self.name = f"vllm {vllm.__version__}"
+        self._parameters = vllm.SamplingParams
+        self._adapter = LoRARequest("erased", 1, adapter)
+        self._model = vllm.LLM(
+            model=model,
+            dtype=dtype,
+            seed=0,
+            tensor_parallel_size=tensor_parallel_size,
+            gpu_memory_utilization=gpu_memory_utilization,
+            enable_lora=True,
+            max_loras=1,
+            max_lora_rank=room,
+        )
+
+    def __call__(
+        self,
+        side: Side,
+        processing_class: PreTrainedTokenizerBase,
+        prompts: Sequence[str],
+        *,
+        max_new_tokens: int,
+        temperature: float,
+        seed: int | None,
+        ends: Sequence[int],
+    ) -> Generations:
+        """See [`Generator`]. Each prompt is sampled with a seed of its own, `seed` and its number."""
+        tokenizer = text_tokenizer(processing_class)
+        ids = [prompt.ids for prompt in tokenize(tokenizer, prompts)]
+        parameters = [
+            self._parameters(
+                temperature=temperature,
+                top_k=_TOP_K if temperature > 0 else 0,  # 0: all tokens
+                max_tokens=max_new_tokens,
+                stop_token_ids=list(ends),
+                seed=None if seed is None else seed + number,
+                detokenize=False,
+            )
+            for number in range(len(ids))
+        ]
+        # Tokens, so that vLLM reads what the other measures read.
+        written = self._model.generate(
+            [{"prompt_token_ids": row} for row in ids],
+            parameters,
+            use_tqdm=False,
+            lora_request=self._adapter if side == "erased" else None,
+        )
+        outputs = [one.outputs[0] for one in written]
+        texts = []
+        for row, one in zip(ids, outputs, strict=True):
+            tokens = list(one.token_ids)
+            if tokens and tokens[-1] in ends:
+                tokens.pop()
+            texts.append(continuation_text(tokenizer, row, tokens))
+        return Generations(texts, [one.finish_reason == "length" for one in outputs])
+
+
+def repetition(text: str) -> float:
+    """Share of a text's word 3-grams that occurred in it before; 0 for a text shorter than three words."""
+    return 1 - distinct_n([text], 3) if len(text.split()) >= 3 else 0.0
+
+
+def distinct_n(texts: Sequence[str], n: int = 2) -> float:
+    """Share of distinct word n-grams over all texts."""
+    grams = [gram for text in texts for gram in zip(*(text.split()[offset:] for offset in range(n)), strict=False)]
+    return len(set(grams)) / len(grams) if grams else 0.0
 
 
 class LanguageDetector:
@@ -46,289 +395,5 @@ class LanguageDetector:
         is undecided, as of empty answers, names and single words: count these apart, neither as kept nor as lost.
         """
         asked = {prompt: self.detect(prompt) for prompt in set(prompts)}
-        verdicts: list[bool | None] = []
-        for prompt, answer in zip(prompts, answers, strict=True):
-            expected, found = asked[prompt], self.detect(answer)
-            verdicts.append(None if expected is None or found is None else found == expected)
-        return verdicts
-
-
-@dataclass(frozen=True)
-class Generations:
-    """Continuations in the order of their prompts.
-
-    Attributes:
-        texts (`list[str]`): The continuations without special tokens.
-        truncated (`list[bool]`): Whether each was cut off at the longest length, before the model ended it.
-    """
-
-    texts: list[str]
-    truncated: list[bool]
-
-
-def as_prompt(processing_class: PreTrainedTokenizerBase, question: str) -> str:
-    """The question as a chat turn where the tokenizer has a chat template, else as `"Question: …\\nAnswer:"`."""
-    tokenizer = text_tokenizer(processing_class)
-    if tokenizer.chat_template is None:
-        return f"Question: {question}\nAnswer:"
-    messages = [{"role": "user", "content": question}]
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-
-
-def generate(
-    model: PreTrainedModel,
-    processing_class: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
-    *,
-    max_new_tokens: int = 32,
-    temperature: float = 0.0,
-    seed: int | None = None,
-    batch_size: int = 32,
-    over_ranks: bool = False,
-) -> list[str]:
-    """The texts of [`generate_answers`], which takes the same arguments."""
-    return generate_answers(
-        model,
-        processing_class,
-        prompts,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        seed=seed,
-        batch_size=batch_size,
-        over_ranks=over_ranks,
-    ).texts
-
-
-@torch.no_grad()
-def generate_answers(
-    model: PreTrainedModel,
-    processing_class: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
-    *,
-    max_new_tokens: int = 32,
-    temperature: float = 0.0,
-    seed: int | None = None,
-    batch_size: int = 32,
-    over_ranks: bool = False,
-) -> Generations:
-    """Continue prompts that are already in their final form.
-
-    Of the model's own generation settings only the end tokens are used, not its penalties, beams or lengths.
-
-    Args:
-        model: Model; put in evaluation mode for the call, then back.
-        max_new_tokens: Longest continuation, in tokens.
-        temperature: Of sampling among the 50 likeliest tokens; `0` is greedy.
-        seed: Of sampling, for the same continuations of the same prompts at the same batch size, whatever the number
-            of processes: batch `i` is drawn with `seed + i`. torch's global random state is then left as it was.
-            Without a seed, that state is drawn from.
-        over_ranks: Whether the processes of a launch share the work; then all of them must call this.
-
-    Raises:
-        ValueError: if processes are to share sampled answers without a seed.
-    """
-    if over_ranks and temperature > 0 and seed is None:
-        raise ValueError(
-            "`seed` is None, so that each process would draw its own answers: give one with `over_ranks`."
-        )
-    processing_class = text_tokenizer(processing_class)
-    ends = end_tokens(model, processing_class)
-    # Padding is masked, so any token will do where there is no end token either.
-    pad = (ends or [0])[0] if processing_class.pad_token_id is None else processing_class.pad_token_id
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=temperature > 0,
-        temperature=temperature or None,
-        # The default of transformers: sampling among the 50 likeliest tokens.
-        top_k=50 if temperature else None,
-        eos_token_id=ends,
-        pad_token_id=pad,
-        use_cache=True,  # a model that trains with gradient checkpointing has it switched off
-    )
-    device = model.device
-    devices = [device] if device.type == "cuda" else []
-    ids = [prompt.ids for prompt in tokenize(processing_class, prompts)]
-    # Prompts that begin alike share a batch. What is sampled depends on the batch, which is then left as it came.
-    order = sorted(range(len(ids)), key=ids.__getitem__) if temperature == 0 else list(range(len(ids)))
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-
-    def run(batch: list[int]) -> list[tuple[str, bool]]:
-        with nullcontext() if seed is None else torch.random.fork_rng(devices=devices):
-            if seed is not None:
-                torch.manual_seed(seed + batch[0] // batch_size)
-            inputs = generation_inputs(model, [ids[index] for index in batch], pad, max_new_tokens)
-            tokens = model.generate(**inputs, generation_config=config)[:, inputs["input_ids"].size(1) :]
-        # [batch, new tokens]; behind its end token a row holds padding.
-        ended = torch.isin(tokens, torch.tensor(ends, device=device)).any(-1).tolist()
-        texts = [
-            continuation_text(processing_class, ids[index], new)
-            for index, new in zip(batch, tokens.tolist(), strict=True)
-        ]
-        return list(zip(texts, (not end for end in ended), strict=True))
-
-    with evaluating(model), generating(model):
-        found = run_batches(run, batches, model, over_ranks=over_ranks)
-    answers = [pair for _, pair in sorted(zip(order, chain(*found), strict=True))]
-    return Generations([text for text, _ in answers], [truncated for _, truncated in answers])
-
-
-def end_tokens(model: PreTrainedModel, processing_class: PreTrainedTokenizerBase) -> list[int]:
-    """The tokenizer's end token and those of the model's own settings, such as the end of a chat turn."""
-    configured = model.generation_config.eos_token_id
-    more = configured if isinstance(configured, list) else [configured]
-    return sorted({token for token in (processing_class.eos_token_id, *more) if token is not None})
-
-
-def judge_answers(
-    judge: PreTrainedModel,
-    processing_class: PreTrainedTokenizerBase,
-    questions: Sequence[str],
-    answers: Sequence[str],
-    *,
-    batch_size: int = 16,
-    over_ranks: bool = False,
-) -> tuple[list[float], list[int]]:
-    """[`reverse_perplexity`] of answers under any judge, which is asked each question in its own chat template.
-
-    The prompts that a model was given may hold special tokens that mean nothing to another judge, so it reads the bare
-    question. The white space between prompt and answer is made what the judge expects there. Perplexities are per token
-    of the judge: two models compare under one judge, but a model's values under two judges don't.
-
-    Args:
-        processing_class: The judge's own tokenizer.
-        questions: Questions, without any template.
-        answers: An answer to each.
-        over_ranks: Whether the processes of a launch share the work; then all of them must call this.
-    """
-    prompts = [as_prompt(processing_class, question) for question in questions]
-    space = " " if text_tokenizer(processing_class).chat_template is None else ""
-    texts = [space + answer.lstrip() if answer.strip() else "" for answer in answers]
-    return reverse_perplexity(judge, processing_class, prompts, texts, batch_size=batch_size, over_ranks=over_ranks)
-
-
-@torch.no_grad()
-def reverse_perplexity(
-    judge: PreTrainedModel,
-    processing_class: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
-    answers: Sequence[str],
-    *,
-    batch_size: int = 16,
-    over_ranks: bool = False,
-) -> tuple[list[float], list[int]]:
-    """Negative log-likelihood (sum, in nats) and length in tokens of each answer, given its prompt, under a judge.
-
-    An empty answer counts as one end-of-text token. R-PPL is `exp(Σ nlls / Σ tokens)`.
-
-    Args:
-        judge: Model that judges; put in evaluation mode for the call, then back.
-        processing_class: The judge's own tokenizer.
-        prompts: Prompts in the form in which the judge is to read them; see [`judge_answers`].
-        answers: An answer to each.
-        over_ranks: Whether the processes of a launch share the work; then all of them must call this.
-    """
-    collator = ElmDataCollator(processing_class)
-    tokenizer = collator.processing_class
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    rows = []
-    for head, answer in zip(tokenize(tokenizer, prompts), answers, strict=True):
-        # The judge reads the tokens that were generated after the prompt: tokenized apart, as they were made. An empty
-        # answer is judged by the end-of-text token that is all it holds.
-        tail = continuation_ids(tokenizer, answer) or end
-        rows.append((head.ids + tail, len(head.ids)))
-
-    def run(batch: list[tuple[list[int], int]]) -> list[float]:
-        padded = send_to_device(collator.pad(batch), judge.device)
-        losses = token_losses(judge, padded)
-        return losses.new_zeros(len(batch)).index_add(0, padded["rows"], losses).tolist()
-
-    batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
-    with evaluating(judge):
-        found = run_batches(run, batches, judge, over_ranks=over_ranks)
-    return list(chain(*found)), [len(ids) - first for ids, first in rows]
-
-
-def token_losses(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Negative log-likelihood of every label of a batch of [`ElmDataCollator`], `[positions]`."""
-    logits = position_logits(model, batch)
-    labels = batch["labels"][batch["rows"], batch["columns"] + 1]
-    return torch.nn.functional.cross_entropy(logits.float(), labels, reduction="none")
-
-
-def position_logits(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Logits at the positions of a batch that predict a label, `[positions, vocab]`."""
-    mask = batch["attention_mask"]
-    with KeepPositions(model.get_output_embeddings(), batch["rows"] * mask.size(1) + batch["columns"]):
-        return model(
-            input_ids=batch["input_ids"],
-            attention_mask=mask,
-            position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
-            use_cache=False,
-        ).logits[0]
-
-
-def repetition(text: str, n: int = 3) -> float:
-    """Share of a text's word n-grams that occurred in it before; 0 for a text shorter than n words."""
-    return 1 - distinct_n([text], n) if len(text.split()) >= n else 0.0
-
-
-def distinct_n(texts: Sequence[str], n: int = 2) -> float:
-    """Share of distinct word n-grams over all texts."""
-    grams = [gram for text in texts for gram in zip(*(text.split()[offset:] for offset in range(n)), strict=False)]
-    return len(set(grams)) / len(grams) if grams else 0.0
-
-
-@dataclass(frozen=True)
-class Retention:
-    """Sums over each text's tokens, in nats: negative log-likelihoods of both models and `KL(reference ‖ adapted)`."""
-
-    reference_nll: list[float]
-    adapted_nll: list[float]
-    kl: list[float]
-    tokens: list[int]
-
-
-@torch.no_grad()
-def retention(
-    pair: ModelPair,
-    processing_class: PreTrainedTokenizerBase,
-    texts: Sequence[str],
-    *,
-    max_length: int = 64,
-    batch_size: int = 8,
-    over_ranks: bool = False,
-) -> Retention:
-    """Compare the erased model with its reference, token by token, on retain text.
-
-    Args:
-        texts: Retain texts that training did not see.
-        max_length: Tokens of a text that are read.
-        over_ranks: Whether the processes of a launch share the work; then all of them must call this.
-    """
-    collator = ElmDataCollator(processing_class)
-
-    def run(batch: Sequence[str]) -> list[list[float]]:
-        rows = [(text.ids[:max_length], 0) for text in tokenize(processing_class, batch)]
-        padded = collator.pad(rows)
-        labels = padded["labels"][padded["rows"], padded["columns"] + 1]
-        log_probs = {}
-        for side in SIDES:
-            with pair.use(side) as model:
-                logits = position_logits(model, send_to_device(padded, model.device))
-            log_probs[side] = logits.float().log_softmax(-1)
-        reference = log_probs["reference"]
-        adapted = log_probs["erased"].to(reference.device)  # two full models may lie on two devices
-        chosen = labels.to(reference.device)[:, None]
-        values = (
-            -reference.gather(-1, chosen)[:, 0],
-            -adapted.gather(-1, chosen)[:, 0],
-            (reference.exp() * (reference - adapted)).sum(-1),
-        )
-        place = padded["rows"].to(reference.device)
-        sums = [value.new_zeros(len(rows)).index_add(0, place, value).tolist() for value in values]
-        return [*sums, torch.bincount(padded["rows"], minlength=len(rows)).tolist()]
-
-    batches = [texts[start : start + batch_size] for start in range(0, len(texts), batch_size)]
-    found = run_batches(run, batches, *pair.models, over_ranks=over_ranks)
-    columns = [list(chain(*column)) for column in zip(*found, strict=True)] or [[], [], [], []]
-    return Retention(columns[0], columns[1], columns[2], [int(count) for count in columns[3]])
+        languages = [(asked[prompt], self.detect(answer)) for prompt, answer in zip(prompts, answers, strict=True)]
+        return [None if None in both else both[0] == both[1] for both in languages]

@@ -31,14 +31,7 @@ class ActivationNorms:
 
 @dataclass(frozen=True)
 class WeightEffect:
-    """The change ΔW of one adapted weight.
-
-    Attributes:
-        layer (`int`, *optional*): Index of its decoder layer; `None` outside the layers.
-        module (`str`): Its name within the layer.
-        singular_values (`list[float]`): Of ΔW, the largest first; the others are zero.
-        effective_rank (`float`), stable_rank (`float`): See the functions of these names.
-    """
+    """The change ΔW of one adapted weight: its layer (`None` outside them), its name there, singular values, the largest first."""
 
     layer: int | None
     module: str
@@ -73,13 +66,11 @@ def hidden_states(
     max_length: int | None = None,
     batch_size: int = 16,
 ) -> list[torch.Tensor]:
-    """Hidden states of every layer, without running the head.
+    """Hidden states of every layer, without running the head, of a model that is in evaluation mode.
 
     Args:
-        model: Model, already in evaluation mode.
         positions: `"last"` for the last token of each text, `"all"` for all of its tokens.
         max_length: Tokens of a text that are read; all of them by default.
-        batch_size: Texts per forward pass.
 
     Returns:
         `list[torch.Tensor]`: for each text `[layers + 1, tokens, hidden]`, in float32 on the CPU. The first entry is
@@ -105,18 +96,7 @@ def activation_norms(
     """How large the hidden states of both models are on the same texts, layer by layer.
 
     A text's first token is left out: models park attention on it and give it a norm that can be a hundred times that
-    of the others, so that it alone would make the mean.
-
-    Args:
-        pair: The erased model and its reference.
-        texts: Texts to read, of two tokens or more.
-        max_length: Tokens of a text that are read.
-        batch_size: Texts per forward pass.
-        seed: Seed of the intervals.
-
-    Returns:
-        [`ActivationNorms`]: one entry per layer, with the interval over resampled texts; the ratio's resamples hold
-        the same texts on both sides.
+    of the others, so that it alone would make the mean. Intervals are over resampled texts, the same ones on both sides.
     """
     tokens = [0] * len(texts)
     sums: dict[str, list[list[float]]] = {}
@@ -147,13 +127,8 @@ def hidden_effect(
 ) -> HiddenEffect:
     """Rank of the change of the hidden states on the same tokens, layer by layer, for any pair of models.
 
-    The first token of a text is left out, as in [`activation_norms`], which has the same arguments.
-
-    Args:
-        max_tokens: Tokens after which no further text is read. All layers of all these tokens are held at once.
-
-    Raises:
-        ValueError: if the texts have fewer than two tokens beside their first, or the models differ in shape.
+    The first token of a text is left out, as in [`activation_norms`]. After `max_tokens` no further text is read: all layers of
+    all these tokens are held at once.
     """
     read: list[str] = []
     tokens = 0
@@ -187,18 +162,10 @@ def hidden_effect(
 
 
 def weight_effects(model: PeftModel) -> list[WeightEffect]:
-    """Rank of the change that the active LoRA adapters make to each weight, `ΔW = Σ scaling·B·A`.
+    """Rank of the change that the active LoRA adapters make to each weight, `ΔW = Σ scaling·B·A`; empty for other adapters.
 
-    Only low-rank changes are counted: biases, and modules that an adapter saves whole, are not.
-
-    Args:
-        model: Model with its adapter, not merged into the weights.
-
-    Returns:
-        `list[WeightEffect]`: one per weight that LoRA adapts, in the model's order; empty for an adapter of another kind.
-
-    Raises:
-        ValueError: if a weight's change is not `scaling·B·A`, as with DoRA or LoRA on the experts' stacked weights.
+    Only low-rank changes are counted: biases, and modules that an adapter saves whole, are not. Where a change is not
+    `scaling·B·A`, as with DoRA or LoRA on the experts' stacked weights, that is a `ValueError`.
     """
     effects = []
     for name, module in model.named_modules():
@@ -253,12 +220,7 @@ def _singular_values(name: str, layer: LoraLayer) -> torch.Tensor | None:
 
 
 def decoder_of(model: PreTrainedModel | PeftModel) -> nn.Module:
-    """The model without its head, its adapter in place.
-
-    Raises:
-        ValueError: if the adapter is a learned prompt, which stands outside the decoder, or there is no decoder apart
-            from the head.
-    """
+    """The model without its head, its adapter in place; a learned prompt, which stands outside the decoder, is refused."""
     if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
         raise ValueError(
             f"The adapter {model.active_adapter!r} is a {model.active_peft_config.peft_type.value}, a learned prompt "
@@ -279,9 +241,6 @@ def final_norm(model: PreTrainedModel | PeftModel) -> nn.Module:
     """The norm between the last layer and the head: the child of the decoder whose output is the decoder's own.
 
     Its name and place differ between model classes, so it is found by running a few tokens.
-
-    Raises:
-        ValueError: if no child's output is the decoder's.
     """
     decoder = decoder_of(model)
     outputs: list[tuple[nn.Module, object]] = []

@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from pandas import factorize
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.questions import Question
 from ..data.tokens import text_ids, tokenize_pairs
 from .hidden_states import activation_norms, final_norm, hidden_effect, hidden_states, weight_effects
-from .multiple_choice import PROMPT, likeliest
+from .likelihood import PROMPT, likeliest
 from .pair import SIDES, ModelPair
 from .statistics import Estimate, bootstrap_ratio
 
@@ -38,11 +39,7 @@ def look_inside(
     """Everything that is measured inside the models, on both sides, as JSON can hold it.
 
     Args:
-        pair: The erased model and its reference.
         questions: Questions about the erased concept; a hundred or more, about many subjects.
-        forget_texts: Texts about the concept.
-        batch_size: Texts per forward pass.
-        seed: Seed of everything drawn.
 
     Returns:
         `dict`: where *curve* stands for a list over layers, the embeddings' output first, of `{"value", "low", "high",
@@ -86,14 +83,7 @@ def look_inside(
 
 @dataclass(frozen=True)
 class Statement:
-    """A question answered with one of its options.
-
-    Attributes:
-        text (`str`): Question and answer.
-        option (`str`): The answer given.
-        true (`bool`): Whether it is the right one.
-        group (`str`): The question's subject, or its text where it has none.
-    """
+    """A question answered with one of its options: `group` is its subject, or its text where it has none."""
 
     text: str
     option: str
@@ -130,15 +120,7 @@ def probe_truth(
     batch_size: int = 16,
     seed: int = 0,
 ) -> ProbeCurve:
-    """Probe every layer's hidden state at a statement's last token for whether the statement is true.
-
-    Args:
-        model: Model, already in evaluation mode.
-        questions: Questions; each makes two statements.
-        shuffles: See [`probe_states`], whose errors it raises.
-        batch_size: Statements per forward pass.
-        seed: Seed of the wrong options, folds, shuffles and intervals.
-    """
+    """Probe every layer's hidden state at a statement's last token for whether the statement is true: see [`probe_states`]."""
     statements = make_statements(questions, seed=seed)
     states = hidden_states(model, processing_class, [item.text for item in statements], batch_size=batch_size)
     return probe_states(torch.cat(states, dim=1), statements, shuffles=shuffles, seed=seed)
@@ -159,16 +141,10 @@ def probe_states(
         folds: Parts into which the subjects are split.
         shuffles: Draws of the control, whose labels are exchanged within half of the pairs at random; its accuracy is
             the mean over the draws.
-        seed: Seed of folds, shuffles and intervals.
 
     Returns:
         [`ProbeCurve`]: one entry per layer, with the interval over resampled subjects; their number is its `n`. The
         interval does not cover what other training statements would have given.
-
-    Raises:
-        ImportError: if scikit-learn is not installed.
-        ValueError: if there are fewer subjects than folds, or the questions share so few answers that none are left to
-            train on.
     """
     rng = np.random.default_rng(seed)
     names, groups = np.unique([statement.group for statement in statements], return_inverse=True)
@@ -201,16 +177,13 @@ def _held_out(features: np.ndarray, labels: np.ndarray, splits: list[tuple[np.nd
     if find_spec("sklearn") is None:
         raise ImportError("Probing needs scikit-learn: `pip install elm-trainer[eval]`.")
     from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import cross_val_predict
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    right: np.ndarray = np.zeros(len(labels), dtype=bool)
-    for train, test in splits:
-        # Leaving answers out may take more statements of one label than of the other.
-        classifier = LogisticRegression(C=REGULARIZATION, class_weight="balanced", max_iter=1000)
-        probe = make_pipeline(StandardScaler(), classifier).fit(features[train], labels[train])
-        right[test] = probe.predict(features[test]) == labels[test]
-    return right
+    # Leaving answers out may take more statements of one label than of the other.
+    classifier = LogisticRegression(C=REGULARIZATION, class_weight="balanced", max_iter=1000)
+    return cross_val_predict(make_pipeline(StandardScaler(), classifier), features, labels, cv=splits) == labels
 
 
 def _over_groups(right: np.ndarray, groups: np.ndarray, seed: int) -> Estimate:
@@ -248,19 +221,7 @@ def logit_lens(
 
     The state is that of the prompt's last token. A question is skipped where two options begin with the same token.
     The logits are those of the head alone: a model's own scaling or capping of them is left out, which changes no
-    ranking.
-
-    Args:
-        model: Model, already in evaluation mode.
-        questions: Questions with their options.
-        batch_size: Questions per forward pass.
-        seed: Seed of the intervals.
-
-    Returns:
-        [`LensScores`]: verdicts of every layer; the last layer's are the model's own.
-
-    Raises:
-        ValueError: if no question is left, or the model's final norm or head cannot be found.
+    ranking, so that the last layer's verdicts are the model's own.
     """
     firsts = [_first_tokens(processing_class, question) for question in questions]
     indices = [index for index, tokens in enumerate(firsts) if tokens]
@@ -273,14 +234,13 @@ def logit_lens(
     prompts = [PROMPT.format(question=question.text) for question in kept]
     states = torch.cat(hidden_states(model, processing_class, prompts, batch_size=batch_size), dim=1)
     logits = _option_logits(model, states, [firsts[index] for index in indices], batch_size)
-    subjects = [question.subject or question.text for question in kept]
-    numbers = {subject: number for number, subject in enumerate(dict.fromkeys(subjects))}
-    groups = np.array([numbers[subject] for subject in subjects])
+    groups, _ = factorize(np.array([question.subject or question.text for question in kept], dtype=object))
     accuracy = []
     for layer in logits:
-        best = [question.options[likeliest(scores)] for question, scores in zip(kept, layer, strict=True)]
-        right = np.array([option == question.answer for question, option in zip(kept, best, strict=True)])
-        accuracy.append(_over_groups(right, groups, seed))
+        right = [
+            question.options[likeliest(row)] == question.answer for question, row in zip(kept, layer, strict=True)
+        ]
+        accuracy.append(_over_groups(np.array(right), groups, seed))
     return LensScores(accuracy, logits, indices, sum(1 / len(question.options) for question in kept) / len(kept))
 
 

@@ -1,132 +1,35 @@
-"""Log-likelihoods of many continuations, and inputs for generating them; what prompts begin with alike is run once."""
+"""Log-likelihoods: of continuations, of the options of multiple choice, and of answers under a judge (R-PPL)."""
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, TypeAlias
+from string import ascii_uppercase
+from typing import TypeAlias
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from peft import PeftModel
-from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..data.collator import ElmDataCollator
 from ..data.prefix_tree import PrefixTree, additive_mask, obeys_masks, sharing_rows
-from ..data.tokens import common_prefix, tokenize_pairs
+from ..data.questions import Question
+from ..data.tokens import continuation_ids, text_tokenizer, tokenize, tokenize_pairs
 from ..modeling import evaluating
 from ..ops import KeepPositions
+from .fluency import as_prompt
 from .pair import run_batches
 
 
 Sharing: TypeAlias = Callable[[Hashable, Callable[[], torch.Tensor]], torch.Tensor]
-# A separate forward pass for fewer tokens costs more than it saves.
-_LEAST_SHARED = 4
-
-
-@dataclass(frozen=True)
-class _Sequence:
-    """Tokens of a prompt with its continuation, and the index of the continuation's first token."""
-
-    ids: list[int]
-    first: int
-
-
-def generation_inputs(
-    model: PreTrainedModel | PeftModel, rows: Sequence[list[int]], pad_token_id: int, new_tokens: int
-) -> dict[str, Any]:
-    """What `generate` is to be called with for a batch of prompts.
-
-    The tokens that all of them begin with are run once, and their keys and values repeated for every row. Padding then
-    stands behind them, `[shared, padding, rest]`, masked and without a position; otherwise on the left.
-
-    Args:
-        model: Model, in evaluation mode.
-        rows: Tokens of each prompt.
-        pad_token_id: Token that stands where there is none.
-        new_tokens: Tokens that will be generated at most.
-
-    Returns:
-        `dict`: `input_ids` and `attention_mask`, `[rows, width]`, and where something is shared `past_key_values`.
-    """
-    width = max(len(row) for row in rows)
-    # What the first and the last in order have in common, all between them have; each keeps one token or more.
-    shared = min(common_prefix(min(rows), max(rows)), min(map(len, rows)) - 1) if len(rows) > 1 else 0
-    if shared < _LEAST_SHARED or not obeys_masks(model, width + new_tokens):
-        shared = 0
-    input_ids = torch.full((len(rows), width), pad_token_id)
-    mask = torch.zeros_like(input_ids)
-    for index, row in enumerate(rows):
-        rest = width - len(row) + shared
-        input_ids[index, :shared], input_ids[index, rest:] = torch.tensor(row[:shared]), torch.tensor(row[shared:])
-        mask[index, :shared] = mask[index, rest:] = 1
-    inputs: dict[str, Any] = {"input_ids": input_ids.to(model.device), "attention_mask": mask.to(model.device)}
-    if shared:
-        cache = model(input_ids=inputs["input_ids"][:1, :shared], use_cache=True).past_key_values
-        cache.batch_repeat_interleave(len(rows))
-        inputs["past_key_values"] = cache
-    return inputs
-
-
-@torch.no_grad()
-def read_prompts(
-    model: PreTrainedModel | PeftModel, rows: Sequence[list[int]], new_tokens: int
-) -> tuple[torch.Tensor, Any, torch.Tensor]:
-    """Run a batch of prompts, those that are there several times once, and what all of them begin with once.
-
-    Args:
-        model: Model, in evaluation mode.
-        rows: Tokens of each prompt.
-        new_tokens: Tokens that will be generated at most.
-
-    Returns:
-        `tuple[torch.Tensor, Cache, torch.Tensor]`: the logits behind each prompt, `[rows, vocab]`, the cache, and its mask, `[rows,
-        width]`, whose sum is the position of the next token.
-    """
-    distinct = sorted(set(map(tuple, rows)))
-    inputs = generation_inputs(model, [list(row) for row in distinct], 0, new_tokens)
-    mask, cache = inputs["attention_mask"], inputs.get("past_key_values")
-    shared = cache.get_seq_length() if cache is not None else 0
-    output = model(
-        input_ids=inputs["input_ids"][:, shared:],
-        attention_mask=mask,
-        position_ids=(mask.cumsum(-1) - 1).clamp(min=0)[:, shared:],
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    )
-    places = {row: place for place, row in enumerate(distinct)}
-    whose = torch.tensor([places[tuple(row)] for row in rows], device=model.device)
-    output.past_key_values.batch_select_indices(whose)
-    return output.logits[whose, -1], output.past_key_values, mask[whose]
-
-
-@contextmanager
-def generating(model: PreTrainedModel | PeftModel) -> Iterator[None]:
-    """While this holds, `generate` uses the settings it is given alone, none of the model's own (penalties, beams, a minimum
-    length, a cache), and works under FSDP, whose weights outside the layers only `forward` would gather.
-
-    What the head reads is made contiguous: torch would multiply a slice of the states row by row with a head that needs
-    no gradient, and copy its weights for every row.
-    """
-    head = model.get_output_embeddings()
-    # PEFT keeps the settings beside the base's, and hands them over.
-    parts = [model, model.get_base_model()] if isinstance(model, PeftModel) else [model]
-    owned = [(part, part.generation_config) for part in parts if "generation_config" in vars(part)]
-    for part, _ in owned:
-        part.generation_config = GenerationConfig()
-    handle = head.register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
-    sharded = isinstance(model, FSDPModule)
-    if sharded:
-        register_fsdp_forward_method(model, "generate")
-    try:
-        yield
-    finally:
-        for part, settings in owned:
-            part.generation_config = settings
-        handle.remove()
-        if sharded:
-            del model.generate  # the instance's; the method of the class is left
+PROMPT = "Question: {question}\nAnswer:"
+BARE_PROMPT = "Answer:"
+# What stands for `BARE_PROMPT` where options answer a turn of chat: a turn in which nothing was asked. SmolLM2-135M
+# finds .66 of the capitals by PMI so, and .56 where options are discounted by their likelihood after "Answer:".
+BARE_TURN = ""
+_OPTIONS = 4
 
 
 def log_likelihoods(
@@ -148,20 +51,23 @@ def log_likelihoods(
     padded row for each pair instead.
 
     Args:
-        model: Model; put in evaluation mode for the call, then back.
         pairs: Prompts and their continuations, with the space between them.
         batch_size: Most pairs in a forward pass.
-        description: Label of the progress bar.
-        over_ranks: Whether the processes of a launch share the work; then all of them must call this.
+        over_ranks: See [`run_batches`].
         sharing: Runs a forward, given what tells its inputs from others; see [`SharedLayers.run`].
 
     Raises:
         ValueError: if a prompt or a continuation has no token.
     """
-    sequences = _tokenize(processing_class, pairs)
-    packed = obeys_masks(model, max((len(sequence.ids) for sequence in sequences), default=0))
+    sequences = tokenize_pairs(processing_class, pairs)
+    for (prompt, continuation), (ids, first) in zip(pairs, sequences, strict=True):
+        if not 0 < first < len(ids):
+            raise ValueError(
+                f"Prompt {prompt!r} with continuation {continuation!r} leaves nothing to predict: neither may be empty."
+            )
+    packed = obeys_masks(model, max((len(ids) for ids, _ in sequences), default=0))
     # What begins alike shares a pack, what is of one length shares a padded batch.
-    batches = sharing_rows([sequence.ids[:-1] for sequence in sequences], batch_size, tuple if packed else len)
+    batches = sharing_rows([ids[:-1] for ids, _ in sequences], batch_size, tuple if packed else len)
 
     def run(batch: list[int]) -> list[float]:
         members = [sequences[index] for index in batch]
@@ -173,24 +79,13 @@ def log_likelihoods(
     return [totals[index] for index in range(len(sequences))]
 
 
-def _tokenize(processing_class: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]]) -> list[_Sequence]:
-    sequences = []
-    for (prompt, continuation), (ids, first) in zip(pairs, tokenize_pairs(processing_class, pairs), strict=True):
-        if not 0 < first < len(ids):
-            raise ValueError(
-                f"Prompt {prompt!r} with continuation {continuation!r} leaves nothing to predict: neither may be empty."
-            )
-        sequences.append(_Sequence(ids, first))
-    return sequences
-
-
 def _packed_sums(
-    model: PreTrainedModel | PeftModel, sequences: Sequence[_Sequence], sharing: Sharing | None
+    model: PreTrainedModel | PeftModel, sequences: Sequence[tuple[list[int], int]], sharing: Sharing | None
 ) -> list[float]:
     """Sums over sequences sorted by their tokens, which are laid out as a tree in one row."""
     # Nothing is predicted from the last token.
-    tree = PrefixTree.of([sequence.ids[:-1] for sequence in sequences])
-    places = [path[sequence.first - 1 :] for sequence, path in zip(sequences, tree.paths, strict=True)]
+    tree = PrefixTree.of([ids[:-1] for ids, _ in sequences])
+    places = [path[first - 1 :] for (_, first), path in zip(sequences, tree.paths, strict=True)]
     batch = {
         "input_ids": torch.tensor([tree.tokens]),
         "position_ids": torch.tensor([tree.depths]),
@@ -200,18 +95,14 @@ def _packed_sums(
 
 
 def _padded_sums(
-    model: PreTrainedModel | PeftModel, sequences: Sequence[_Sequence], sharing: Sharing | None
+    model: PreTrainedModel | PeftModel, sequences: Sequence[tuple[list[int], int]], sharing: Sharing | None
 ) -> list[float]:
     """Sums over sequences in rows of their own, padded on the right, where no causal model sees it."""
-    width = max(len(sequence.ids) for sequence in sequences) - 1
-    input_ids = torch.zeros(len(sequences), width, dtype=torch.long)
-    mask = torch.zeros_like(input_ids)
-    for row, sequence in enumerate(sequences):
-        input_ids[row, : len(sequence.ids) - 1] = torch.tensor(sequence.ids[:-1])
-        mask[row, : len(sequence.ids) - 1] = 1
+    input_ids = pad_sequence([torch.tensor(ids[:-1]) for ids, _ in sequences], batch_first=True)
+    mask = pad_sequence([torch.ones(len(ids) - 1, dtype=torch.long) for ids, _ in sequences], batch_first=True)
+    width = input_ids.size(1)
     places = [
-        [row * width + column for column in range(sequence.first - 1, len(sequence.ids) - 1)]
-        for row, sequence in enumerate(sequences)
+        list(range(row * width + first - 1, row * width + len(ids) - 1)) for row, (ids, first) in enumerate(sequences)
     ]
     return _sums(model, {"input_ids": input_ids, "attention_mask": mask}, sequences, places, sharing)
 
@@ -220,14 +111,14 @@ def _padded_sums(
 def _sums(
     model: PreTrainedModel | PeftModel,
     inputs: dict[str, torch.Tensor],
-    sequences: Sequence[_Sequence],
+    sequences: Sequence[tuple[list[int], int]],
     places: Sequence[Sequence[int]],
     sharing: Sharing | None,
 ) -> list[float]:
     """One forward pass; `places` are the flat positions that predict the tokens of each continuation."""
     device = model.device
     kept, rows = np.unique(np.concatenate(places), return_inverse=True)
-    targets = [token for sequence in sequences for token in sequence.ids[sequence.first :]]
+    targets = [token for ids, first in sequences for token in ids[first:]]
 
     def forward() -> torch.Tensor:
         return model(**{name: tensor.to(device) for name, tensor in inputs.items()}, use_cache=False).logits
@@ -243,3 +134,247 @@ def _sums(
     chosen = logits[index, torch.tensor(targets, device=device)] - logits.logsumexp(-1)[index]
     starts = np.cumsum([0, *(len(place) for place in places[:-1])])
     return [float(total) for total in np.add.reduceat(chosen.cpu().double().numpy(), starts)]
+
+
+@dataclass(frozen=True)
+class ChoiceScores:
+    """What each question was answered, in the order of the questions.
+
+    Attributes:
+        log_likelihood (`list[bool]`): Whether the most likely option is the right one.
+        normalized (`list[bool]`): The same by log-likelihood per character (the harness's `acc_norm`).
+        pmi (`list[bool]`): Whether the option of highest PMI is the right one.
+        removed (`list[bool]`): Whether the option that is likeliest after the bare prompt is the right one. A bank on
+            which this is far from chance can be answered without its questions.
+        scores (`list[list[float]]`): Log-likelihood of each option, in nats.
+        bare (`list[list[float]]`): Log-likelihood of each option after the bare prompt, in nats.
+    """
+
+    log_likelihood: list[bool]
+    normalized: list[bool]
+    pmi: list[bool]
+    removed: list[bool]
+    scores: list[list[float]]
+    bare: list[list[float]]
+
+
+def score_choices(
+    model: PreTrainedModel | PeftModel,
+    processing_class: PreTrainedTokenizerBase,
+    questions: Sequence[Question],
+    *,
+    batch_size: int = 16,
+    prompt: str = PROMPT,
+    description: str = "Multiple choice",
+    over_ranks: bool = False,
+    sharing: Sharing | None = None,
+) -> ChoiceScores:
+    """Answer multiple-choice questions by ranking the options.
+
+    An option's log-likelihood is the sum of its tokens' log-probabilities after the prompt, which has the question's
+    own form. Its PMI is that minus the same sum after a bare `"Answer:"`, which removes the preference for frequent
+    strings (for a turn of chat: after one in which nothing was asked). What several questions have in common, such as
+    options after the bare prompt, is scored once.
+
+    Args:
+        questions: Questions, each with its options; the first option need not be the right one.
+        batch_size: Questions per forward pass.
+        prompt: What stands before an option of a question in the form `"question"`.
+        over_ranks: See [`run_batches`].
+        sharing: See [`log_likelihoods`].
+
+    Raises:
+        ValueError: if there are no questions.
+    """
+    if not questions:
+        raise ValueError("`questions` is empty, so there is nothing to score: pass at least one Question.")
+    parts = _parts(processing_class, questions, prompt)
+    asked = [[(before, option) for option in options] for before, _, options in parts]
+    alone = [[(bare, option) for option in options] for _, bare, options in parts]
+    pairs = list(dict.fromkeys(pair for rows in (alone, asked) for row in rows for pair in row))
+    found = log_likelihoods(
+        model,
+        processing_class,
+        pairs,
+        batch_size=_OPTIONS * batch_size,
+        description=description,
+        over_ranks=over_ranks,
+        sharing=sharing,
+    )
+    likelihoods = dict(zip(pairs, found, strict=True))
+    scores, bare = ([[likelihoods[pair] for pair in row] for row in rows] for rows in (asked, alone))
+    normalized = [
+        [score / len(option) for score, option in zip(row, question.options, strict=True)]
+        for row, question in zip(scores, questions, strict=True)
+    ]
+    return ChoiceScores(
+        log_likelihood=_verdicts(questions, scores),
+        normalized=_verdicts(questions, normalized),
+        pmi=_verdicts(questions, [pmi(*both) for both in zip(scores, bare, strict=True)]),
+        removed=_verdicts(questions, bare),
+        scores=scores,
+        bare=bare,
+    )
+
+
+def _parts(
+    processing_class: PreTrainedTokenizerBase, questions: Sequence[Question], prompt: str
+) -> list[tuple[str, str, list[str]]]:
+    """Of each question the prompt, the bare prompt, and the options with the space before them."""
+    has_turns = text_tokenizer(processing_class).chat_template is not None
+    parts = []
+    for question in questions:
+        if question.form == "chat" and has_turns:
+            prompts = as_prompt(processing_class, question.text), as_prompt(processing_class, BARE_TURN)
+            parts.append((*prompts, list(question.options)))
+        else:
+            before = question.text if question.form == "text" else prompt.format(question=question.text)
+            parts.append((before, BARE_PROMPT, [f" {option}" for option in question.options]))
+    return parts
+
+
+def pmi(scores: Sequence[float], bare: Sequence[float]) -> list[float]:
+    """Pointwise mutual information, in nats, of a question with options of these log-likelihoods after it and after the bare prompt."""
+    return [score - alone for score, alone in zip(scores, bare, strict=True)]
+
+
+def likeliest(values: Sequence[float]) -> int:
+    """Index of the largest value; the first of equals, as in the harness."""
+    return max(range(len(values)), key=values.__getitem__)
+
+
+def _verdicts(questions: Sequence[Question], values: Sequence[Sequence[float]]) -> list[bool]:
+    return [
+        question.options[likeliest(row)] == question.answer for question, row in zip(questions, values, strict=True)
+    ]
+
+
+def letter_prompt(question: Question) -> str:
+    """The question with its options behind the letters A, B, C, …, in their order."""
+    lines = [f"{letter}. {option}" for letter, option in zip(ascii_uppercase, question.options, strict=False)]
+    return "\n".join([f"Question: {question.text}", *lines, "Answer:"])
+
+
+def score_letters(
+    model: PreTrainedModel | PeftModel,
+    processing_class: PreTrainedTokenizerBase,
+    questions: Sequence[Question],
+    *,
+    batch_size: int = 16,
+    over_ranks: bool = False,
+) -> list[bool]:
+    """Whether the likeliest letter after each question and its options is the right one.
+
+    This is how MMLU and WMDP are asked. It needs the knowledge *and* the format: a model that merely lost the habit of
+    answering by letter falls here, but not by PMI.
+
+    Raises:
+        ValueError: if there are no questions, or one has more options than there are letters.
+    """
+    if not questions:
+        raise ValueError("`questions` is empty, so there is nothing to score: pass at least one Question.")
+    for question in questions:
+        if len(question.options) > len(ascii_uppercase):
+            raise ValueError(f"Question {question.text!r} has {len(question.options)} options: letters end at 26.")
+    pairs = [
+        (letter_prompt(question), f" {letter}")
+        for question in questions
+        for letter in ascii_uppercase[: len(question.options)]
+    ]
+    most = max(len(question.options) for question in questions)
+    found = iter(
+        log_likelihoods(
+            model,
+            processing_class,
+            pairs,
+            batch_size=most * batch_size,
+            description="Letter choice",
+            over_ranks=over_ranks,
+        )
+    )
+    return _verdicts(questions, [[next(found) for _ in question.options] for question in questions])
+
+
+def judge_answers(
+    judge: PreTrainedModel,
+    processing_class: PreTrainedTokenizerBase,
+    questions: Sequence[str],
+    answers: Sequence[str],
+    *,
+    batch_size: int = 16,
+    over_ranks: bool = False,
+) -> tuple[list[float], list[int]]:
+    """[`reverse_perplexity`] of answers under any judge, which is asked each question in its own chat template.
+
+    The prompts that a model was given may hold special tokens that mean nothing to another judge, so it reads the bare
+    question. The white space between prompt and answer is made what the judge expects there. Perplexities are per token
+    of the judge: two models compare under one judge, but a model's values under two judges don't.
+
+    Args:
+        processing_class: The judge's own tokenizer.
+        questions: Questions, without any template.
+        over_ranks: See [`run_batches`].
+    """
+    prompts = [as_prompt(processing_class, question) for question in questions]
+    space = " " if text_tokenizer(processing_class).chat_template is None else ""
+    texts = [space + answer.lstrip() if answer.strip() else "" for answer in answers]
+    return reverse_perplexity(judge, processing_class, prompts, texts, batch_size=batch_size, over_ranks=over_ranks)
+
+
+@torch.no_grad()
+def reverse_perplexity(
+    judge: PreTrainedModel,
+    processing_class: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    answers: Sequence[str],
+    *,
+    batch_size: int = 16,
+    over_ranks: bool = False,
+) -> tuple[list[float], list[int]]:
+    """Negative log-likelihood (sum, in nats) and length in tokens of each answer, given its prompt, under a judge.
+
+    An empty answer counts as one end-of-text token. R-PPL is `exp(Σ nlls / Σ tokens)`.
+
+    Args:
+        processing_class: The judge's own tokenizer.
+        prompts: Prompts in the form in which the judge is to read them; see [`judge_answers`].
+        over_ranks: See [`run_batches`].
+    """
+    collator = ElmDataCollator(processing_class)
+    tokenizer = collator.processing_class
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    rows = []
+    for head, answer in zip(tokenize(tokenizer, prompts), answers, strict=True):
+        # The judge reads the tokens that were generated after the prompt: tokenized apart, as they were made. An empty
+        # answer is judged by the end-of-text token that is all it holds.
+        tail = continuation_ids(tokenizer, answer) or end
+        rows.append((head.ids + tail, len(head.ids)))
+
+    def run(batch: list[tuple[list[int], int]]) -> list[float]:
+        padded = send_to_device(collator.pad(batch), judge.device)
+        losses = token_losses(judge, padded)
+        return losses.new_zeros(len(batch)).index_add(0, padded["rows"], losses).tolist()
+
+    batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+    with evaluating(judge):
+        found = run_batches(run, batches, judge, over_ranks=over_ranks)
+    return list(chain(*found)), [len(ids) - first for ids, first in rows]
+
+
+def token_losses(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Negative log-likelihood of every label of a batch of [`ElmDataCollator`], `[positions]`."""
+    logits = position_logits(model, batch)
+    labels = batch["labels"][batch["rows"], batch["columns"] + 1]
+    return torch.nn.functional.cross_entropy(logits.float(), labels, reduction="none")
+
+
+def position_logits(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Logits at the positions of a batch that predict a label, `[positions, vocab]`."""
+    mask = batch["attention_mask"]
+    with KeepPositions(model.get_output_embeddings(), batch["rows"] * mask.size(1) + batch["columns"]):
+        return model(
+            input_ids=batch["input_ids"],
+            attention_mask=mask,
+            position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
+            use_cache=False,
+        ).logits[0]

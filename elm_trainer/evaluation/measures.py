@@ -1,129 +1,99 @@
-"""What is measured on one side of a pair, item by item, and what the items of both sides say."""
+"""What is measured on one side of a pair, item by item: one function a measure."""
 
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import chain
 from typing import Any, Literal, TypeAlias
 
-import numpy as np
+import torch
+from accelerate.utils import send_to_device
+from scipy.stats import entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from ..data.collator import ElmDataCollator
 from ..data.questions import PLAIN, given_answer, names_answer
-from ..data.tokens import text_tokenizer
-from .benchmarks import answer_tokens, free_prompts, model_utility, score_answers, score_likelihoods
+from ..data.tokens import text_tokenizer, tokenize
+from .benchmarks import (
+    HarnessTasks,
+    answer_tokens,
+    free_prompts,
+    model_utility,
+    sample_scores,
+    score_answers,
+    score_likelihoods,
+)
 from .fluency import (
     Generations,
+    Generator,
     LanguageDetector,
-    Retention,
     as_prompt,
     distinct_n,
     end_tokens,
     generate_answers,
-    judge_answers,
     repetition,
-    retention,
-    reverse_perplexity,
 )
-from .generators import Generator
-from .harness import HarnessTasks, sample_scores
-from .multiple_choice import score_choices, score_letters
-from .pair import ModelPair, Side
-from .statistics import (
-    Estimate,
-    Items,
-    entropy,
-    holm,
-    mcnemar,
-    paired_difference,
-    share_left,
-)
+from .likelihood import judge_answers, position_logits, reverse_perplexity, score_choices, score_letters
+from .pair import SIDES, ModelPair, Side, run_batches
+from .statistics import Items
 from .suite import EvaluationSuite
-from .verdict import RANKING_RULES
 
 
 logger = logging.get_logger(__name__)
 # A prompt is as long as an option with its question, four of which make a question.
 _PROMPTS_PER_QUESTION = 4
-# Margin of the reference over chance from which on a metric says something about what was erased.
-LEAST_MARGIN = 0.15
 
 
-def change(before: Items, after: Items) -> dict[str, Any]:
-    """How a metric changed from the reference to the erased model, item by item.
+@dataclass(frozen=True)
+class Retention:
+    """Sums over each text's tokens, in nats: negative log-likelihoods of both models and `KL(reference ‖ adapted)`."""
 
-    Returns:
-        `dict`: `change`, the difference (for a perplexity, the ratio) with its paired 95 % interval; and `p`,
-        uncorrected: McNemar's exact test where the items are verdicts, else the paired bootstrap's, or `None` where
-        there is nothing to test (a divergence is never negative; a set is one item).
-    """
-    if before.statistic == "set":
-        value = after.values[0] - before.values[0]
-        return {"change": Estimate(value, value, value, int(before.counts[0])).to_dict(), "p": None}
-    difference, p = paired_difference(before.values, after.values, before.counts or None, after.counts or None)
-    if before.statistic == "perplexity":
-        difference = difference.exp()
-    elif before.statistic == "ratio":
-        return {"change": difference.to_dict(), "p": None}
-    elif not before.counts and {*before.values, *after.values} <= {0.0, 1.0}:
-        p = mcnemar([bool(value) for value in before.values], [bool(value) for value in after.values])
-    return {"change": difference.to_dict(), "p": p}
+    reference_nll: list[float]
+    adapted_nll: list[float]
+    kl: list[float]
+    tokens: list[int]
 
 
-def against_chance(before: Items, after: Items) -> dict[str, Any]:
-    """Where the accuracy of choices stands to a guess.
+@torch.no_grad()
+def retention(
+    pair: ModelPair,
+    processing_class: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    *,
+    max_length: int = 64,
+    batch_size: int = 8,
+    over_ranks: bool = False,
+) -> Retention:
+    """Compare the erased model with its reference on the first `max_length` tokens of retain texts that training did not see."""
+    collator = ElmDataCollator(processing_class)
 
-    Returns:
-        `dict`: empty for a metric that is not about choices; else `chance`, and `left`, the share of the reference's
-        margin over chance that is left, with its paired 95 % interval over subjects. `left` is `None` where the
-        reference itself does not know the answers, as [`knows`] tells: then the metric says nothing.
-    """
-    if not before.chances:
-        return {}
-    left = share_left(before.values, after.values, before.chances, before.groups) if is_known(before) else None
-    return {"chance": float(np.mean(before.chances)), "left": None if left is None else left.to_dict()}
+    def run(batch: Sequence[str]) -> list[list[Any]]:
+        rows = [(text.ids[:max_length], 0) for text in tokenize(processing_class, batch)]
+        padded = collator.pad(rows)
+        labels = padded["labels"][padded["rows"], padded["columns"] + 1]
+        log_probs = {}
+        for side in SIDES:
+            with pair.use(side) as model:
+                logits = position_logits(model, send_to_device(padded, model.device))
+            log_probs[side] = logits.float().log_softmax(-1)
+        reference = log_probs["reference"]
+        adapted = log_probs["erased"].to(reference.device)  # two full models may lie on two devices
+        chosen = labels.to(reference.device)[:, None]
+        values = (
+            -reference.gather(-1, chosen)[:, 0],
+            -adapted.gather(-1, chosen)[:, 0],
+            (reference.exp() * (reference - adapted)).sum(-1),
+        )
+        place = padded["rows"].to(reference.device)
+        sums = [value.new_zeros(len(rows)).index_add(0, place, value).tolist() for value in values]
+        return [*sums, torch.bincount(padded["rows"], minlength=len(rows)).tolist()]
 
-
-def is_known(items: Items) -> bool:
-    """Whether accuracy lies above chance by at least `LEAST_MARGIN`, and its whole interval lies above chance."""
-    metric, chance = items.estimate(), float(np.mean(items.chances))
-    return metric.value - chance >= LEAST_MARGIN and metric.low > chance
-
-
-def with_families(
-    items: Mapping[str, Items], before: Mapping[str, Items], roles: Mapping[str, str]
-) -> dict[str, Items]:
-    """The items, and for each rule `families.erased.<rule>` and `families.unseen.<rule>`: all ways of asking together.
-
-    Args:
-        items: Items of one model.
-        before: Those of the reference. A bank that it does not know by a rule is left out.
-        roles: Role of each bank.
-    """
-    found = dict(items)
-    for role in ("erased", "unseen"):
-        for rule in RANKING_RULES:
-            names = [f"multiple_choice.{bank}.{rule}" for bank, its in roles.items() if its == role]
-            parts = [
-                items[name] for name in names if name in before and before[name].chances and is_known(before[name])
-            ]
-            if parts:
-                found[f"families.{role}.{rule}"] = Items(
-                    "mean",
-                    [value for part in parts for value in part.values],
-                    chances=[chance for part in parts for chance in part.chances],
-                    groups=[group for part in parts for group in part.groups],
-                )
-    return found
-
-
-def correct_p(metrics: Mapping[str, dict[str, Any]]) -> None:
-    """Correct the `p` of all metrics that have one by Holm's method, in place."""
-    tested = [metric for metric in metrics.values() if metric["p"] is not None]
-    for metric, p in zip(tested, holm([metric["p"] for metric in tested]), strict=True):
-        metric["p"] = p
+    batches = [texts[start : start + batch_size] for start in range(0, len(texts), batch_size)]
+    found = run_batches(run, batches, *pair.models, over_ranks=over_ranks)
+    return Retention(*([list(chain(*column)) for column in zip(*found, strict=True)] or [[], [], [], []]))
 
 
 @dataclass(frozen=True)
@@ -131,14 +101,10 @@ class Setting:
     """What every measurement is given.
 
     Attributes:
-        pair (`ModelPair`): The models.
-        processing_class ([`~transformers.PreTrainedTokenizerBase`]): Their tokenizer.
-        suite ([`EvaluationSuite`]): What is asked.
         judges (`Mapping`): Further judges of fluency with their own tokenizers, by name.
-        temperature (`float`): Of sampled answers.
+        temperature (`float`), seed (`int`): Of sampled answers.
         batch_size (`int`): Questions per batch.
-        seed (`int`): Seed of sampled answers.
-        over_ranks (`bool`): Whether the processes of a launch share the work; then all of them must measure.
+        over_ranks (`bool`): See [`run_batches`].
         generator ([`Generator`], *optional*): Who writes free answers; transformers by default.
     """
 
@@ -254,7 +220,7 @@ def free_answers(setting: Setting, side: Side, what: Literal["open_answers", "cl
         if setting.suite.roles.get(name) == "erased":
             given = [given_answer(text, q.prompt) for text, q in zip(texts, asked, strict=True)]
             wrong = Counter(answer for answer, right in zip(given, named, strict=True) if not right)
-            count, nats = len(texts), entropy(given)
+            count, nats = len(texts), float(entropy([*Counter(given).values()]))
             spread = {
                 "commonest": max(wrong.values(), default=0) / count,
                 "entropy": nats,
@@ -375,14 +341,7 @@ _NEEDS = {
 
 
 def measurable(names: str | Sequence[str] | None, suite: EvaluationSuite) -> list[str]:
-    """The measures, of those that are asked for, for which a suite holds what they need; the others are logged.
-
-    Args:
-        names: Names in `MEASURES`, or `"inside"`. All by default.
-
-    Raises:
-        ValueError: for an unknown name, or if nothing can be measured.
-    """
+    """The measures, of `MEASURES` and `"inside"` or those that are named, for which a suite holds what they need; others are logged."""
     asked = list(_NEEDS) if names is None else [names] if isinstance(names, str) else list(names)
     if unknown := [name for name in asked if name not in _NEEDS]:
         raise ValueError(f"`measures` names {unknown}, which do not exist; use: {', '.join(_NEEDS)}.")

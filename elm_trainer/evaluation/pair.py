@@ -117,13 +117,7 @@ class SharedLayers:
         self._layers = layers[: min((places.get(id(module), 0) for module in adapted), default=0)]
 
     def run(self, side: Side, key: Hashable, forward: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """What a forward gives that keeps no cache, on a side of the pair.
-
-        Args:
-            side: Side whose model it runs.
-            key: What tells its inputs from all others.
-            forward: Runs it.
-        """
+        """What a forward gives that keeps no cache, on a side of the pair; `key` tells its inputs from all others."""
         if not self._layers:
             return forward()
         last = self._layers[-1]

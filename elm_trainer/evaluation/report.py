@@ -14,12 +14,13 @@ import numpy as np
 import torch
 from peft import get_peft_model_state_dict
 from peft.utils.integrations import gather_params_ctx
+from scipy.stats import sem
 
 from ..data.questions import Question
 from ..files import read_object
 from ..fingerprint import adapter_fingerprint, model_fingerprint
-from .measures import Items, change, correct_p
 from .pair import ModelPair
+from .statistics import Items, change, correct_p
 from .suite import EvaluationSuite
 
 
@@ -138,13 +139,8 @@ def harness_results(
 ) -> dict[str, dict[str, Any]]:
     """What tasks of lm-evaluation-harness found, with what identifies them.
 
-    Args:
-        asked (`Mapping`): [`HarnessTasks.info`].
-        items (`Mapping`): Items of both sides by name of the metric, such as `"harness.wmdp_bio.acc"`.
-
-    Returns:
-        `dict`: of each task what `asked` says, the version of `lm_eval`, and by metric and side `value`, `stderr` and `n`. The
-        standard error is that of a mean of independent documents, as the harness computes it for a task.
+    Of each task that is what [`HarnessTasks.info`] says, the version of `lm_eval`, and by metric and side `value`, `stderr` and
+    `n`. The standard error is that of a mean of independent documents, as the harness computes it for a task.
     """
     found = {}
     for task, info in asked.items():
@@ -154,9 +150,7 @@ def harness_results(
                 figures[name.removeprefix(f"harness.{task}.")] = {
                     side: {
                         "value": float(np.mean(one.values)),
-                        "stderr": float(np.std(one.values, ddof=1) / len(one.values) ** 0.5)
-                        if len(one.values) > 1
-                        else None,
+                        "stderr": float(sem(one.values)) if len(one.values) > 1 else None,
                         "n": len(one.values),
                     }
                     for side, one in sides.items()

@@ -179,7 +179,9 @@ def built_in_suite(
             _ask_made(suite, concept, own, questions, split, rng)
             continue
         if own is not None:
-            _ask_own(suite, concept, own, questions, rng)
+            if own:
+                _ask_bank(suite, concept, "erased", PLAIN, own, questions, rng)
+                suite.concept_prompts += [q.prompt for q in suite.open_questions[concept][: max(1, questions // 3)]]
             continue
         held_out = held_out_subjects(concept)
         seen = {fact.subject for fact in facts_of(concept)} - held_out
@@ -190,15 +192,7 @@ def built_in_suite(
         for name, role, subjects in parts:
             for family in bank_families(concept, split):
                 bank = load_bank(concept, subjects=frozenset(subjects), split=split, family=family)
-                bank_name = name if family == PLAIN else f"{name}-{family}"
-                suite.banks[bank_name] = draw_questions(bank, bank_size(questions, role, family), rng)
-                suite.roles[bank_name] = role
-                # One wording to a metric, so that answers differ for their subjects alone.
-                asked = [OpenQuestion(q.text, q.answer, q.aliases) for q in _first_wording(bank, questions // 2, rng)]
-                if family == "cloze":
-                    suite.cloze[name] = asked
-                elif family == PLAIN:
-                    suite.open_questions[name] = asked
+                _ask_bank(suite, name, role, family, bank, questions, rng)
         prompts = bank_record(concept)["prompts"]
         plain = load_bank(concept, subjects=frozenset(seen), split=split)
         for index, question in enumerate(_first_wording(plain, questions // 3, rng)):
@@ -210,8 +204,7 @@ def built_in_suite(
             suite.banks[name] = _draw(bank, questions, rng)
             suite.roles[name] = "near" if name in near else "far"
             # A few that are answered freely show what is kept; they are drawn apart, so that no other draw changes.
-            kept = _draw(bank, max(questions // 10, 1), random.Random(seed))
-            suite.open_questions[name] = [OpenQuestion(q.text, q.answer, q.aliases) for q in kept]
+            suite.open_questions[name] = _open(_draw(bank, max(questions // 10, 1), random.Random(seed)))
     suite.check()
     return suite
 
@@ -282,6 +275,34 @@ def benchmark_suite(
     return suite
 
 
+def _ask_bank(
+    suite: EvaluationSuite,
+    name: str,
+    role: Role,
+    family: str,
+    bank: Sequence[Question],
+    questions: int,
+    rng: random.Random,
+) -> None:
+    """Put a bank of one way of asking into a suite, and some of its questions to be answered freely.
+
+    Of the latter there is one wording to a subject, so that answers differ for their subjects alone.
+    """
+    bank_name = name if family == PLAIN else f"{name}-{family}"
+    suite.banks[bank_name] = draw_questions(bank, bank_size(questions, role, family), rng)
+    suite.roles[bank_name] = role
+    kept = role in ("near", "far")
+    asked = _open(_first_wording(bank, max(questions // 10, 1) if kept else questions // 2, rng))
+    if family == PLAIN:
+        suite.open_questions[name] = asked
+    elif family == "cloze" and not kept:
+        suite.cloze[name] = asked
+
+
+def _open(questions: Sequence[Question]) -> list[OpenQuestion]:
+    return [OpenQuestion(question.text, question.answer, question.aliases) for question in questions]
+
+
 def _ask_made(
     suite: EvaluationSuite, concept: str, path: Path, questions: int, split: str, rng: random.Random
 ) -> None:
@@ -297,35 +318,12 @@ def _ask_made(
         for question in roles.get(role, ()):
             families.setdefault(question.family, []).append(question)
         for family, bank in families.items():
-            name = names[role] if family == PLAIN else f"{names[role]}-{family}"
-            suite.banks[name] = draw_questions(bank, bank_size(questions, role, family), rng)
-            suite.roles[name] = role
-            kept = role in ("near", "far")
-            alone = _first_wording(bank, max(questions // 10, 1) if kept else questions // 2, rng)
-            asked = [OpenQuestion(q.text, q.answer, q.aliases) for q in alone]
-            if family == PLAIN:
-                suite.open_questions[name] = asked
-            elif family == "cloze" and not kept:
-                suite.cloze[names[role]] = asked
+            _ask_bank(suite, names[role], role, family, bank, questions, rng)
     # Without a question in plain words, beginnings of texts are continued for the judgment of fluency.
     plain = [q for q in roles["erased"] if q.family == PLAIN] or roles["erased"]
     suite.concept_prompts += [question.text for question in _first_wording(plain, max(1, questions // 3), rng)]
     texts = [text for text in record.get("forget_texts", ()) if isinstance(text, str)]
     suite.forget_texts += _draw(texts, len(suite.retain_texts), rng)
-
-
-def _ask_own(
-    suite: EvaluationSuite, concept: str, bank: Sequence[Question], questions: int, rng: random.Random
-) -> None:
-    """Put a custom bank into a suite: its questions with their options, and some of them to be answered freely."""
-    if not bank:
-        return
-    suite.banks[concept] = draw_questions(bank, questions, rng)
-    suite.roles[concept] = "erased"
-    # One question to a subject, so that answers differ for their subjects alone.
-    alone = _first_wording(bank, questions // 2, rng)
-    suite.open_questions[concept] = [OpenQuestion(q.text, q.answer, q.aliases) for q in alone]
-    suite.concept_prompts += [question.text for question in alone[: max(1, questions // 3)]]
 
 
 def bank_size(questions: int, role: Role, family: str = PLAIN) -> int:

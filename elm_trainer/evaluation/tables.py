@@ -85,12 +85,7 @@ def cell(figure: Mapping[str, float], digits: int = 3) -> str:
 
 
 def metric_label(name: str, roles: Mapping[str, str]) -> tuple[str, str]:
-    """What a metric is about, and how it was measured; its name and nothing where it is none of this version.
-
-    Args:
-        name: Name of the metric in the report, such as `"multiple_choice.capitals.pmi"`.
-        roles: Role of each bank.
-    """
+    """What a metric such as `"multiple_choice.capitals.pmi"` is about, and how it was measured; its name and nothing if it is unknown."""
     kind, bank, rule = split_name(name)
     about = f"{bank} ({ROLES[roles[bank]]})" if roles.get(bank) in ROLES else bank
     if kind == "multiple_choice" and rule in _RULES:

@@ -166,13 +166,7 @@ def raise_flags(
     `not-erased`: nothing that asks for the content fell significantly. `letter-choice-only`: the choice of a letter
     fell, but ranking and free answers did not: the model unlearned a format, not the knowledge. `shortcut`: a bank can
     be answered without its questions. `still-inside`: a linear probe on the erased model's hidden states tells true
-    answers from false ones.
-
-    Args:
-        metrics: Metrics of the report.
-        roles: Role of each bank.
-        shortcuts: What [`find_shortcuts`] found.
-        inside: What [`look_inside`] found.
+    answers from false ones. `shortcuts` and `inside` are what [`find_shortcuts`] and [`look_inside`] found.
     """
     flags: list[tuple[str, str]] = []
     for bank in (name for name, role in roles.items() if role == "erased"):

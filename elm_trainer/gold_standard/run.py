@@ -14,8 +14,8 @@ from transformers.utils import logging
 
 from ..data.invented import CONCEPT, RETAINED
 from ..data.questions import CHANCE, Question, names_answer
-from ..evaluation.fluency import as_prompt, generate, reverse_perplexity
-from ..evaluation.multiple_choice import score_choices
+from ..evaluation.fluency import as_prompt, generate
+from ..evaluation.likelihood import reverse_perplexity, score_choices
 from ..evaluation.report import SCHEMA_VERSION, environment, read_report
 from ..evaluation.statistics import Estimate, bootstrap, bootstrap_mean, bootstrap_perplexity
 from ..files import Journal, discard_unfinished, write_json

@@ -15,7 +15,7 @@ from ..data.facts import Fact
 from ..data.question_files import RECORD, ROLE_FILES, question_record
 from ..data.questions import SPLITS, Question, load_bank, names_answer, overlap_verdicts, shuffled_question, split_of
 from ..data.sources import load_texts
-from ..evaluation.multiple_choice import score_choices
+from ..evaluation.likelihood import score_choices
 from ..files import made_before, store_made
 from .cloze import Asked, cloze_questions, kind_of, written_questions
 from .fact_writing import asking_prompts

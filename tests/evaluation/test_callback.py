@@ -15,7 +15,8 @@ from elm_trainer import (
     built_in_suite,
 )
 from elm_trainer.evaluation.callback import BestStep, log_table
-from elm_trainer.evaluation.measures import MEASURES, Items
+from elm_trainer.evaluation.measures import MEASURES
+from elm_trainer.evaluation.statistics import Items
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from elm_trainer import EvaluationSuite, evaluate_erasure, load_bank, read_report
 from elm_trainer.data.questions import Question
 from elm_trainer.evaluation.fluency import as_prompt
-from elm_trainer.evaluation.multiple_choice import letter_prompt
+from elm_trainer.evaluation.likelihood import letter_prompt
 from elm_trainer.evaluation.pair import ModelPair
 from elm_trainer.evaluation.suite import OpenQuestion
 from elm_trainer.files import append_line

@@ -7,15 +7,8 @@ from peft import LoraConfig, get_peft_model
 from tokenizers.processors import TemplateProcessing
 
 from elm_trainer.data.tokens import text_ids
-from elm_trainer.evaluation.fluency import (
-    as_prompt,
-    distinct_n,
-    generate,
-    generate_answers,
-    judge_answers,
-    repetition,
-    reverse_perplexity,
-)
+from elm_trainer.evaluation.fluency import as_prompt, distinct_n, generate, generate_answers, repetition
+from elm_trainer.evaluation.likelihood import judge_answers, reverse_perplexity
 
 
 PROMPTS = ["The capital of France is", "Rome", "In Asia, the seat of government of a large country is", "Oslo"]

@@ -9,9 +9,7 @@ import pytest
 import torch
 
 from elm_trainer import ModelPair, evaluate_erasure
-from elm_trainer.evaluation import generators
-from elm_trainer.evaluation.fluency import end_tokens, generate_answers
-from elm_trainer.evaluation.generators import VllmGenerator
+from elm_trainer.evaluation.fluency import VllmGenerator, end_tokens, generate_answers
 from elm_trainer.evaluation.tables import write_markdown
 
 
@@ -163,7 +161,7 @@ def test_what_vllm_cannot_serve_is_refused(vllm, adapter, tmp_path, monkeypatch)
         VllmGenerator("org/base", adapter, rank=600)
     with pytest.raises(ValueError, match="'org/adapter', which is no folder of an adapter here"):
         VllmGenerator("org/base", "org/adapter")
-    monkeypatch.setattr(generators, "processes_and_rank", lambda: (2, 0))
+    monkeypatch.setattr("elm_trainer.evaluation.fluency.processes_and_rank", lambda: (2, 0))
     with pytest.raises(ValueError, match="vLLM in a launch of 2 processes: start one"):
         VllmGenerator("org/base", adapter)
 

@@ -11,9 +11,9 @@ from transformers import LlamaForCausalLM
 
 from elm_trainer import EvaluationSuite, evaluate_erasure
 from elm_trainer.data.questions import BANKS, load_bank
+from elm_trainer.evaluation.benchmarks import TASKS, HarnessTasks, export_banks, harness_tasks
 from elm_trainer.evaluation.evaluate import write_evaluation
-from elm_trainer.evaluation.harness import TASKS, HarnessTasks, evaluate_with_harness, export_banks, harness_tasks
-from elm_trainer.evaluation.multiple_choice import score_choices
+from elm_trainer.evaluation.likelihood import score_choices
 from elm_trainer.evaluation.report import compare_reports
 
 
@@ -34,7 +34,7 @@ def test_the_shipped_tasks_hold_the_banks_as_they_are(tmp_path):
 def test_the_harness_and_our_scorer_agree_on_the_test_split(bank, sharp_model, tokenizer):
     questions = load_bank(bank, split="test")[:20]
     ours = score_choices(sharp_model, tokenizer, questions, batch_size=7)
-    theirs = evaluate_with_harness(sharp_model, tokenizer, [f"elm_{bank}"], limit=20, batch_size=4)
+    theirs = HarnessTasks([f"elm_{bank}"], limit=20).run(sharp_model, tokenizer, batch_size=4)
 
     samples = sorted_samples(theirs, f"elm_{bank}")
     assert [sample["doc"]["question"] for sample in samples] == [question.text for question in questions]
@@ -47,7 +47,7 @@ def test_the_harness_and_our_scorer_agree_on_the_test_split(bank, sharp_model, t
 
 
 def test_the_dev_split_is_never_asked(tiny_model, tokenizer):
-    result = evaluate_with_harness(tiny_model, tokenizer, ["elm_general"], batch_size=64)
+    result = HarnessTasks(["elm_general"]).run(tiny_model, tokenizer, batch_size=64)
 
     asked = [sample["doc"]["question"] for sample in sorted_samples(result, "elm_general")]
     assert asked == [question.text for question in load_bank("general", split="test")]
@@ -55,7 +55,7 @@ def test_the_dev_split_is_never_asked(tiny_model, tokenizer):
 
 def test_the_model_is_handed_back_in_the_mode_it_came_in(tiny_model, tokenizer):
     tiny_model.train()
-    evaluate_with_harness(tiny_model, tokenizer, ["elm_general"], limit=1)
+    HarnessTasks(["elm_general"], limit=1).run(tiny_model, tokenizer)
 
     assert tiny_model.training
 
@@ -64,7 +64,7 @@ def test_a_report_has_what_the_harness_says_and_is_compared_with_no_other_revisi
     tasks = ["elm_general", "elm_geography"]
     suite = EvaluationSuite({}, {}, {}, {}, [], [], harness=tasks, limit=9)
     report = evaluate_erasure(adapted_model, None, suite, tokenizer, measures=["harness"])
-    theirs = evaluate_with_harness(adapted_model, tokenizer, tasks, limit=9)
+    theirs = HarnessTasks(tasks, limit=9).run(adapted_model, tokenizer)
 
     for task in tasks:
         found = report["harness"][task]
@@ -98,7 +98,7 @@ def test_a_reference_that_answered_another_revision_is_asked_again(adapted_model
         return len(asked)
 
     assert (evaluate(), evaluate()) == (2, 1)
-    monkeypatch.setattr("elm_trainer.evaluation.harness.dataset_revision", lambda data: "b" * 40)
+    monkeypatch.setattr("elm_trainer.evaluation.benchmarks.dataset_revision", lambda data: "b" * 40)
     assert evaluate() == 2
 
 
@@ -138,7 +138,7 @@ def test_the_harness_own_wmdp_and_mmlu_stand_in_a_report(adapted_model, tokenize
 @pytest.mark.slow  # the harness reads its thousands of task files first
 def test_an_unknown_task_is_refused(tiny_model, tokenizer):
     with pytest.raises(ValueError, match="'no_such_task'.*elm_capitals"):
-        evaluate_with_harness(tiny_model, tokenizer, ["no_such_task"])
+        HarnessTasks(["no_such_task"]).run(tiny_model, tokenizer)
 
 
 @pytest.mark.slow
@@ -155,7 +155,7 @@ def test_a_task_file_of_ones_own_is_found(tiny_model, tokenizer, tmp_path):
         f"dataset_kwargs: {{data_files: {{test: {tmp_path / 'rivers.jsonl'}}}}}\n"
     )
 
-    result = evaluate_with_harness(tiny_model, tokenizer, ["my_rivers"], include_path=tmp_path)
+    result = HarnessTasks(["my_rivers"], include_path=tmp_path).run(tiny_model, tokenizer)
 
     assert len(result["samples"]["my_rivers"]) == 1
 
@@ -167,7 +167,7 @@ def test_the_harness_own_tasks_are_known_and_want_their_data_from_the_hub(task, 
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
 
     with pytest.raises((OSError, ImportError)) as caught:  # ConnectionError, or tinyBenchmarks is not installed
-        evaluate_with_harness(tiny_model, tokenizer, [task], limit=1)
+        HarnessTasks([task], limit=1).run(tiny_model, tokenizer)
 
     assert "`tasks` names" not in str(caught.value)
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from elm_trainer.data.questions import Question, load_bank
-from elm_trainer.evaluation.multiple_choice import letter_prompt, score_letters
+from elm_trainer.evaluation.likelihood import letter_prompt, score_letters
 
 
 def slow_letters(model, tokenizer, questions):

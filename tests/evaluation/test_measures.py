@@ -5,7 +5,8 @@ import pytest
 from elm_trainer import ModelPair
 from elm_trainer.evaluation import measures
 from elm_trainer.evaluation.fluency import Generations
-from elm_trainer.evaluation.measures import MEASURES, Items, Setting, against_chance, with_families
+from elm_trainer.evaluation.measures import MEASURES, Setting
+from elm_trainer.evaluation.statistics import Items, against_chance, with_families
 from elm_trainer.evaluation.suite import OpenQuestion
 
 

@@ -5,7 +5,7 @@ import torch
 
 from elm_trainer.data.questions import Question
 from elm_trainer.evaluation.fluency import as_prompt
-from elm_trainer.evaluation.multiple_choice import score_choices
+from elm_trainer.evaluation.likelihood import score_choices
 
 
 def slow_score(model, tokenizer, prompt, option, space=" "):

@@ -3,8 +3,7 @@ import torch
 from peft import PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BloomConfig, MambaConfig, MistralConfig
 
-from elm_trainer.evaluation.fluency import generate
-from elm_trainer.evaluation.likelihood import generation_inputs
+from elm_trainer.evaluation.fluency import generate, generation_inputs
 from tests.methods.methods import SHAPES, tiny
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from elm_trainer import ModelPair
-from elm_trainer.evaluation.fluency import retention
+from elm_trainer.evaluation.measures import retention
 
 
 TEXTS = [

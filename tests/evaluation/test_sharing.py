@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from elm_trainer.distributed import from_first, processes_and_rank
-from elm_trainer.evaluation.fluency import generate
+from elm_trainer.evaluation.fluency import generate_answers
 from elm_trainer.evaluation.pair import in_shards, run_batches
 from tests.processes import run
 
@@ -28,7 +28,7 @@ def test_one_process_runs_every_batch_in_order(tiny_model):
 
 def test_sampled_answers_without_a_seed_cannot_be_shared(tiny_model, tokenizer):
     with pytest.raises(ValueError, match="`seed` is None.*give one"):
-        generate(tiny_model, tokenizer, ["Oslo"], temperature=1.0, over_ranks=True)
+        generate_answers(tiny_model, tokenizer, ["Oslo"], temperature=1.0, over_ranks=True)
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import pytest
 from elm_trainer import load_bank
 from elm_trainer.data.questions import Question
 from elm_trainer.evaluation.evaluate import find_shortcuts
-from elm_trainer.evaluation.measures import Items
+from elm_trainer.evaluation.statistics import Items
 
 
 def test_options_that_show_in_the_name_are_flagged_and_the_built_in_concepts_are_not():

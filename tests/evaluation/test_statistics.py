@@ -8,7 +8,6 @@ from elm_trainer.evaluation.statistics import (
     bootstrap_mean,
     bootstrap_perplexity,
     bootstrap_ratio,
-    entropy,
     holm,
     mcnemar,
     share_left,
@@ -161,11 +160,3 @@ def test_a_margin_that_is_none_gives_numbers_all_the_same():
 def test_a_share_needs_the_same_items_on_both_sides():
     with pytest.raises(ValueError, match="`before` holds 1 items and `after` 2"):
         share_left([1.0], [1.0, 0.0], [0.25], ["a"])
-
-
-@pytest.mark.parametrize(
-    ("labels", "nats"),
-    [("aaaa", 0.0), ("abcd", math.log(4)), ("aabb", math.log(2)), ("aaab", 2 * math.log(2) - 0.75 * math.log(3))],
-)
-def test_entropy_is_that_of_the_shares(labels, nats):
-    assert entropy(list(labels)) == pytest.approx(nats)

@@ -2,9 +2,9 @@
 
 import datasets
 import evaluate
-import numpy as np
+from scipy.stats import sem
 
-from elm_trainer.evaluation.multiple_choice import likeliest, pmi
+from elm_trainer.evaluation.likelihood import likeliest, pmi
 from elm_trainer.evaluation.statistics import bootstrap_mean
 
 
@@ -48,5 +48,5 @@ class PmiAccuracy(evaluate.Metric):
             for scores, alone, answer in zip(predictions, bare, references, strict=True)
         ]
         metric = bootstrap_mean(right)
-        error = float(np.std(right, ddof=1) / np.sqrt(len(right))) if len(right) > 1 else 0.0
+        error = float(sem(right)) if len(right) > 1 else 0.0
         return {"pmi_accuracy": metric.value, "standard_error": error, "low": metric.low, "high": metric.high}

@@ -5,7 +5,7 @@ import evaluate
 import numpy as np
 import torch
 
-from elm_trainer.evaluation.fluency import judge_answers
+from elm_trainer.evaluation.likelihood import judge_answers
 from elm_trainer.evaluation.statistics import bootstrap_perplexity
 from elm_trainer.modeling import load_model_and_tokenizer
 

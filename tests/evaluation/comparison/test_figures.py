@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from elm_trainer.comparison.claims import difference, summarize, with_pools
-from elm_trainer.evaluation.measures import Items, change
+from elm_trainer.evaluation.statistics import Items, change
 
 
 def mean(*values):

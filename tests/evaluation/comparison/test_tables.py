@@ -14,7 +14,7 @@ from elm_trainer.comparison.tables import (
     render_comparison,
     table_rows,
 )
-from elm_trainer.evaluation.measures import Items
+from elm_trainer.evaluation.statistics import Items
 
 
 NAMES = [pattern.format(concept="capitals") for pattern in HEADLINES]
