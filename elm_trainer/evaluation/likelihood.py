@@ -12,7 +12,7 @@ from peft import PeftModel
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data.prefix_tree import PrefixTree, additive_mask, obeys_masks, sharing_rows
+from ..data.packing import PrefixTree, additive_mask, obeys_masks, sharing_rows
 from ..data.tokens import common_prefix, tokenize_pairs
 from ..modeling import evaluating
 from ..ops import KeepPositions
