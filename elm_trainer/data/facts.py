@@ -4,8 +4,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from importlib.resources import files
 from itertools import combinations
 from typing import Any
+
+import yaml
 
 
 # Entries of countryinfo that are not sovereign countries today, or whose capital is disputed or has moved since the data
@@ -26,20 +29,20 @@ _LANGUAGES = {
 _TRANSLATIONS = {"french": "fr", "german": "de", "spanish": "es"}
 
 
+@cache
+def own_yaml(name: str) -> Any:
+    """What stands in a YAML file of this folder, which is for reading alone."""
+    return yaml.safe_load((files(__package__) / name).read_text(encoding="utf-8"))
+
+
 @dataclass(frozen=True)
 class Fact:
-    """One fact: what is asked about, what the answer is, and which facts make fair distractors.
+    """One fact: what is asked about, what the answer is, and which facts make fair distractors."""
 
-    Attributes:
-        subject (`str`): What the fact is about, e.g. `"Kenya"`.
-        answer (`str`): The answer, e.g. `"Nairobi"`.
-        group (`str`): Facts of one group are each other's distractors, e.g. `"Africa"`.
-        near (`dict[str, str]`): Other properties of the subject, which an erasure must leave alone.
-    """
-
-    subject: str
-    answer: str
-    group: str
+    subject: str  # what the fact is about, such as `"Kenya"`
+    answer: str  # such as `"Nairobi"`
+    group: str  # facts of one group are each other's distractors; such as `"Africa"`
+    # Other properties of the subject, which an erasure must leave alone.
     near: dict[str, str] = field(default_factory=dict, compare=False)
 
 
@@ -87,13 +90,12 @@ def _between(records: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> 
     borders = {
         record["name"]: {names[code] for code in record.get("borders", ()) if code in names} for record in records
     }
-    found = {}
+    found: dict[str, str] = {}
     for name, around in borders.items():
         plain = sorted(other for other in around if " and " not in other and "(" not in other)
         for one, other in combinations(plain, 2):
             if borders.get(one, set()) & borders.get(other, set()) == {name}:
-                found[name] = f"{one} and {other}"
-                break
+                found.setdefault(name, f"{one} and {other}")
     return found
 
 

@@ -7,13 +7,10 @@ import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
-from functools import cache, lru_cache
-from importlib.resources import files
+from functools import lru_cache
 from typing import Any, Literal, TypeAlias
 
-import yaml
-
-from .facts import Fact, capitals, elements
+from .facts import Fact, capitals, elements, own_yaml
 
 
 BANKS = ("capitals", "elements", "general", "geography")
@@ -34,42 +31,25 @@ Form: TypeAlias = Literal["question", "chat", "text"]
 
 @dataclass(frozen=True)
 class Question:
-    """A question with its options.
+    """A question with its options."""
 
-    Attributes:
-        text (`str`): The question, without the options.
-        options (`tuple[str, ...]`): Options, mostly four, in a fixed random order.
-        answer (`str`): The right one, a member of `options`.
-        subject (`str`): What is asked about; empty where a question stands alone.
-        topic (`str`): Kind of question within its bank.
-        aliases (`tuple[str, ...]`): Other names of the answer, which a free answer may give.
-        form (`str`): `"question"`, `"chat"` or `"text"`: what stands around the text where a model reads it.
-        family (`str`): Way of asking within its bank.
-        cue (`str`): What the letters of the options might give away: what is asked about, as the question names it. The
-            subject where empty.
-    """
-
-    text: str
-    options: tuple[str, ...]
-    answer: str
-    subject: str = ""
-    topic: str = ""
-    aliases: tuple[str, ...] = ()
-    form: Form = "question"
-    family: str = PLAIN
+    text: str  # the question, without the options
+    options: tuple[str, ...]  # options, mostly four, in a fixed random order
+    answer: str  # the right one, a member of `options`
+    subject: str = ""  # what is asked about; empty where a question stands alone
+    topic: str = ""  # kind of question within its bank
+    aliases: tuple[str, ...] = ()  # other names of the answer, which a free answer may give
+    form: Form = "question"  # `"question"`, `"chat"` or `"text"`: what stands around the text where a model reads it
+    family: str = PLAIN  # way of asking within its bank
+    # What the letters of the options might give away: what is asked about, as the question names it. The subject
+    # where empty.
     cue: str = ""
 
 
-def held_out_subjects(name: str, share: float = 0.2, seed: int = 0) -> frozenset[str]:
-    """Subjects that stand in no forget text, so that erasure of *unseen* facts can be measured.
-
-    Args:
-        name (`str`): Built-in fact source, `"capitals"` or `"elements"`.
-        share (`float`, *optional*, defaults to `0.2`): Share of the subjects that is held out.
-        seed (`int`, *optional*, defaults to `0`): Seed of the draw.
-    """
+def held_out_subjects(name: str) -> frozenset[str]:
+    """A fifth of the subjects of a built-in source, which stand in no forget text, so that erasure of *unseen* facts can be measured."""
     subjects = [fact.subject for fact in facts_of(name)]
-    return frozenset(random.Random(f"{name}-held-out-{seed}").sample(subjects, round(share * len(subjects))))
+    return frozenset(random.Random(f"{name}-held-out-0").sample(subjects, round(0.2 * len(subjects))))
 
 
 def facts_of(name: str) -> tuple[Fact, ...]:
@@ -135,12 +115,7 @@ def bank_record(name: str) -> dict[str, Any]:
     """What stands in the file of a built-in bank; raises `ValueError` naming the banks that there are."""
     if name not in BANKS:
         raise ValueError(f"`bank` is {name!r}, which is no built-in question bank; use one of: {', '.join(BANKS)}.")
-    return _read_record(name)
-
-
-@cache
-def _read_record(name: str) -> dict[str, Any]:
-    return yaml.safe_load((files(__package__) / "banks" / f"{name}.yaml").read_text(encoding="utf-8"))
+    return own_yaml(f"banks/{name}.yaml")
 
 
 def split_of(question: Question) -> str:
@@ -175,13 +150,10 @@ def check_questions(name: str, questions: Sequence[Question]) -> None:
             raise ValueError(f"{where}: the question names its answer {question.answer!r}: reword it.")
 
 
-def overlap_accuracy(questions: Sequence[Question]) -> float:
-    """Share of the questions of [`overlap_verdicts`]: letters give answers away unless it is near chance (.25)."""
-    return sum(overlap_verdicts(questions)) / len(questions)
-
-
 def overlap_verdicts(questions: Sequence[Question]) -> list[bool]:
-    """Which questions are answered by picking the option whose letters look most like the question's subject."""
+    """Which questions are answered by picking the option whose letters look most like the question's subject: letters give answers
+    away unless their share is near chance (.25).
+    """
     verdicts = []
     for question in questions:
         asked = question.cue or question.subject or question.text
@@ -223,10 +195,7 @@ def _questions_of_family(name: str, record: Mapping[str, Any], family: str, seed
             # The lines before a table's last one may hold the very fact; and some names hold their capital's.
             if kind != "judgment" and (names_answer(text, right) or (local and cue[:4] == right[:4])):
                 continue
-            other: dict[str, Any] = {
-                "aliases": tuple(alias for alias in aliases if alias != right),
-                "form": spec["form"],
-            }
+            other = {"aliases": tuple(alias for alias in aliases if alias != right), "form": spec["form"]}
             questions.append(
                 shuffled_question(text, right, wrong, seed, subject=fact.subject, family=family, cue=cue, **other)
             )
@@ -280,7 +249,6 @@ def names_answer(text: str, answer: str, aliases: Sequence[str] = ()) -> bool:
 
     Case is ignored, save for answers of at most three letters: the symbol `He` is not the word *he*.
     """
-
     return any(pattern.search(fold(text)) for fold, pattern in map(_whole_words, (answer, *aliases)))
 
 
