@@ -11,7 +11,6 @@ from elm_trainer.data.questions import overlap_verdicts
 from elm_trainer.evaluation.multiple_choice import ChoiceScores
 from elm_trainer.evaluation.suite import suite_from_files
 from elm_trainer.making import questions as module
-from elm_trainer.making.cloze import cloze_questions, kind_of, written_questions
 from elm_trainer.making.fact_writing import (
     StatedFacts,
     asking_prompts,
@@ -22,7 +21,7 @@ from elm_trainer.making.fact_writing import (
 )
 from elm_trainer.making.facts import also_held_out, fact_phrasings
 from elm_trainer.making.make import MadeFrom, make_data
-from elm_trainer.making.questions import make_questions
+from elm_trainer.making.questions import cloze_questions, kind_of, make_questions, written_questions
 from elm_trainer.making.writer import Writer
 
 
