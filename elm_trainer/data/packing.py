@@ -32,46 +32,31 @@ MOST_SHARING = 512
 
 @dataclass(frozen=True)
 class PackingRule:
-    """What decides how texts are packed, beside their lengths.
+    """What decides how texts are packed, beside their lengths."""
 
-    Args:
-        left_padded (`bool`): Whether sub-batches are padded on the left.
-        attention (`float`, *optional*): Tokens of a row at which attention costs as much as the matrices.
-        one_row (`bool`, *optional*, defaults to `False`): One row for all texts, as flash attention needs it.
-        apart (`bool`, *optional*, defaults to `False`): One text to a row, for models that carry a state along a row.
-        pad_to_multiple_of (`int`, *optional*): What the width of the rows is to be a multiple of.
-    """
-
-    left_padded: bool
-    attention: float = math.inf
-    one_row: bool = False
-    apart: bool = False
-    pad_to_multiple_of: int | None = None
+    left_padded: bool  # whether sub-batches are padded on the left
+    attention: float = math.inf  # tokens of a row at which attention costs as much as the matrices
+    one_row: bool = False  # one row for all texts, as flash attention needs it
+    apart: bool = False  # one text to a row, for models that carry a state along a row
+    pad_to_multiple_of: int | None = None  # what the width of the rows is to be a multiple of
 
 
 @dataclass(frozen=True)
 class Packing:
-    """How the rows of padded sub-batches lie in packed rows.
+    """How the rows of padded sub-batches lie in packed rows."""
 
-    Attributes:
-        tokens (`torch.Tensor`): For each packed slot, its token's index in the flattened sub-batches, `[rows, width]`.
-        position_ids (`torch.Tensor`, *optional*): Positions that start anew at each text, `[rows, width]`; none where each
-            has a row to itself, so that the model counts in its own way.
-        slots (`torch.Tensor`): For each index in the flattened sub-batches, its packed slot, `[tokens]`; 0 for padding.
-        source (`tuple`): What it was made from: the rule, and width and lengths of each sub-batch.
-        ends (`torch.Tensor`, *optional*): Where texts begin and end in the one row of flash attention, `[texts + 1]`, in
-            int32, the gap at its end as one more text; none where there are more rows.
-        longest (`int`, *optional*): Tokens of the longest of these.
-        seen (`torch.Tensor`, *optional*): Which slots of its row each slot sees, bool `[rows, width, width]`, where texts
-            share what they begin with; otherwise the model keeps texts apart by their positions.
-    """
-
-    tokens: torch.Tensor
+    tokens: torch.Tensor  # for each packed slot, its token's index in the flattened sub-batches, `[rows, width]`
+    # Positions that start anew at each text, `[rows, width]`; none where each has a row to itself, so that the model
+    # counts in its own way.
     position_ids: torch.Tensor | None
-    slots: torch.Tensor
-    source: tuple[Any, ...]
+    slots: torch.Tensor  # for each index in the flattened sub-batches, its packed slot, `[tokens]`; 0 for padding
+    source: tuple[Any, ...]  # what it was made from: the rule, and width and lengths of each sub-batch
+    # Where texts begin and end in the one row of flash attention, `[texts + 1]`, in int32, the gap at its end as one
+    # more text; none where there are more rows.
     ends: torch.Tensor | None = None
-    longest: int | None = None
+    longest: int | None = None  # tokens of the longest of these
+    # Which slots of its row each slot sees, bool `[rows, width, width]`, where texts share what they begin with;
+    # otherwise the model keeps texts apart by their positions.
     seen: torch.Tensor | None = None
 
     def attention_arguments(self, model: nn.Module) -> dict[str, Any]:
@@ -276,19 +261,12 @@ def share_beginnings(batches: Sequence[Mapping[str, Any]], rule: PackingRule) ->
 
 @dataclass(frozen=True)
 class PrefixTree:
-    """Texts as branches of trees, in which each distinct beginning has one token.
+    """Texts as branches of trees, in which each distinct beginning has one token."""
 
-    Attributes:
-        tokens (`list[int]`): Token ids.
-        depths (`list[int]`): How many tokens stand before each in its text.
-        parents (`list[int]`): Index of the token before each, -1 for the first of a text.
-        paths (`list[list[int]]`): For each text, the indices of its tokens.
-    """
-
-    tokens: list[int]
-    depths: list[int]
-    parents: list[int]
-    paths: list[list[int]]
+    tokens: list[int]  # token ids
+    depths: list[int]  # how many tokens stand before each in its text
+    parents: list[int]  # index of the token before each, -1 for the first of a text
+    paths: list[list[int]]  # for each text, the indices of its tokens
 
     @classmethod
     def of(cls, texts: Sequence[Sequence[int]]) -> "PrefixTree":

@@ -1,7 +1,6 @@
 """Question banks of your own: a file, or the folder that [`make_questions`] writes."""
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -14,12 +13,7 @@ from .questions import PLAIN, SPLITS, Form, Question, check_questions, shuffled_
 
 logger = logging.get_logger(__name__)
 # What a folder of questions holds: a file for each role, and what is to be said about them.
-ROLE_FILES: dict[str, str] = {
-    "erased": "concept.jsonl",
-    "unseen": "unseen.jsonl",
-    "near": "near.jsonl",
-    "far": "far.jsonl",
-}
+ROLE_FILES = {"erased": "concept.jsonl", "unseen": "unseen.jsonl", "near": "near.jsonl", "far": "far.jsonl"}
 RECORD = "questions.json"
 
 
@@ -60,10 +54,10 @@ def read_questions(path: str | Path, split: str | None = None) -> list[Question]
         raise ValueError(
             f"Question bank {path} holds no list `questions`: write one, or JSON lines into a .jsonl file."
         )
-    places = [f"Question bank {path}, question {n}" for n in range(1, len(records) + 1)]
+    every = [_read_question(record, f"Question bank {path}, question {n}") for n, record in enumerate(records, 1)]
     questions = [
         question
-        for question, record in ((_read_question(*both), both[0]) for both in zip(records, places, strict=True))
+        for question, record in zip(every, records, strict=True)
         if split is None or record.get("split") in (None, "", split)
     ]
     check_questions(str(path), questions)
@@ -105,11 +99,7 @@ def question_record(question: Question, split: str) -> dict[str, Any]:
 
 
 def made_folder(path: str | Path) -> Path:
-    """The folder of [`make_questions`] at a path: this one, its `questions`, or its `data/questions`.
-
-    Raises:
-        ValueError: if none of them holds a `questions.json`.
-    """
+    """The folder of [`make_questions`] at a path: this one, its `questions`, or its `data/questions`, whichever holds a record."""
     for folder in (Path(path), Path(path) / "questions", Path(path) / "data" / "questions"):
         if (folder / RECORD).is_file():
             return folder
@@ -119,14 +109,8 @@ def made_folder(path: str | Path) -> Path:
 
 
 def read_made(path: str | Path, split: str | None = None) -> tuple[dict[str, list[Question]], dict[str, Any]]:
-    """The questions of a folder by role, and its record. Files that were edited are taken as they are.
-
-    Args:
-        path (`str` or `Path`): A folder for [`made_folder`].
-        split (`str`, *optional*): `"dev"` or `"test"`: leave out the questions of the other one.
-
-    Returns:
-        Roles (`"erased"`, `"unseen"`, `"near"`, `"far"`) that have questions in the split, and what stands in `questions.json`.
+    """The questions of a folder for [`made_folder`], by the roles that have some in the split (`"erased"`, `"unseen"`, `"near"`, `"far"`),
+    and what stands in `questions.json`. Files that were edited are taken as they are.
 
     Raises:
         ValueError: if the folder has no record, or lacks one of its files; and what [`read_questions`] raises.
@@ -134,7 +118,7 @@ def read_made(path: str | Path, split: str | None = None) -> tuple[dict[str, lis
     folder = made_folder(path)
     record = read_object(folder / RECORD)
     found: dict[str, list[Question]] = {}
-    sums: Mapping[str, Any] = record.get("files", {})
+    sums = record.get("files", {})
     for role, name in ROLE_FILES.items():
         if not (folder / name).is_file():
             if name in sums:
