@@ -18,7 +18,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase
 
-from elm_trainer.data.questions import load_bank
+from elm_trainer.data.facts import load_bank
 from elm_trainer.evaluation.harness import harness_tasks
 from elm_trainer.evaluation.likelihood import log_likelihoods
 from elm_trainer.evaluation.multiple_choice import PROMPT, likeliest

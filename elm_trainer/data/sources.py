@@ -14,8 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .benchmarks import benchmark_hub_id, is_benchmark, read_benchmark_texts
-from .facts import Fact, own_yaml
-from .questions import facts_of, held_out_subjects
+from .facts import Fact, facts_of, held_out_subjects, own_yaml
 from .tokens import text_tokenizer
 from .user_sources import (
     Messages,

@@ -13,7 +13,8 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.benchmarks import dataset_revision
-from ..data.questions import BANKS, load_bank, split_of
+from ..data.facts import BANKS, load_bank
+from ..data.questions import split_of
 from ..distributed import from_first, processes_and_rank
 from ..files import write_text
 from ..modeling import evaluating

@@ -13,9 +13,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..concept import Concept
-from ..data.facts import Fact
-from ..data.question_files import RECORD, ROLE_FILES, question_record
-from ..data.questions import SPLITS, Question, load_bank, names_answer, overlap_verdicts, shuffled_question, split_of
+from ..data.facts import Fact, load_bank
+from ..data.questions import (
+    RECORD,
+    ROLE_FILES,
+    SPLITS,
+    Question,
+    names_answer,
+    overlap_verdicts,
+    question_record,
+    shuffled_question,
+    split_of,
+)
 from ..data.sources import load_texts
 from ..evaluation.multiple_choice import score_choices
 from ..files import made_before, store_made
@@ -90,10 +99,9 @@ class MadeQuestions:
         for role, counts in self.record["counts"].items():
             facts, dropped = self.record["facts"][role], self.record["dropped"].get(role, {})
             told = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in dropped.items() if count)
-            lines.append(
-                f"{role}: {counts['dev']} questions about {facts['dev']} facts in dev, {counts['test']} about {facts['test']} in test"
-                + (f"; dropped: {told}." if told else ".")
-            )
+            dev = f"{counts['dev']} questions about {facts['dev']} facts in dev"
+            told = f"; dropped: {told}" if told else ""
+            lines.append(f"{role}: {dev}, {counts['test']} about {facts['test']} in test{told}.")
         return "\n".join(lines)
 
 
@@ -175,15 +183,13 @@ def _candidates(
 ) -> tuple[dict[str, list[tuple[str, Asked]]], dict[str, dict[str, int]]]:
     """What can be asked in each role, with its split, and how much was refused for which reason."""
     given, documents = what.read()
-    stated = made.record["stated"]
-    facts = given or [Fact(subject, answer, relation, {"relation": relation}) for subject, relation, answer in stated]
+    facts = given or [Fact(name, answer, kind, {"relation": kind}) for name, kind, answer in made.record["stated"]]
     splits = _splits([fact.subject for fact in facts], what.seed)
     candidates: dict[str, list[tuple[str, Asked]]] = {"erased": [], "unseen": [], "near": []}
     for fact in facts:
         role, split = "unseen" if fact.subject in made.record["held_out"] else "erased", splits[fact.subject]
         candidates[role] += [(split, asked) for asked in fact_questions(fact, facts, split)]
-    refused: dict[str, dict[str, int]] = {}
-    asked: list[Asked] = []
+    refused, asked = dict[str, dict[str, int]](), list[Asked]()
     if documents is not None:
         passages = documents.texts
         asked = cloze_questions(passages, seed=what.seed)

@@ -8,16 +8,12 @@ import pytest
 import yaml
 
 from elm_trainer import load_bank, read_questions
+from elm_trainer.data.facts import BANKS, JUDGMENTS, bank_families, bank_record, facts_of
 from elm_trainer.data.questions import (
-    BANKS,
-    JUDGMENTS,
     PLAIN,
     SPLITS,
     Question,
-    bank_families,
-    bank_record,
     check_questions,
-    facts_of,
     given_answer,
     names_answer,
     overlap_verdicts,

@@ -8,7 +8,8 @@ import pytest
 from datasets import Dataset
 
 from elm_trainer import ConceptSources, build_erasure_dataset, load_bank, load_texts
-from elm_trainer.data.questions import BANKS, bank_families, facts_of, held_out_subjects, overlap_verdicts
+from elm_trainer.data.facts import BANKS, bank_families, facts_of, held_out_subjects
+from elm_trainer.data.questions import overlap_verdicts
 from elm_trainer.data.sources import BUILTIN_SOURCES, load_pairs
 
 

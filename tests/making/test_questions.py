@@ -6,8 +6,7 @@ import pytest
 
 from elm_trainer import Concept, EvaluationSuite, load_model_and_tokenizer, read_questions
 from elm_trainer.data.facts import Fact
-from elm_trainer.data.question_files import read_made
-from elm_trainer.data.questions import overlap_verdicts
+from elm_trainer.data.questions import overlap_verdicts, read_made
 from elm_trainer.evaluation.multiple_choice import ChoiceScores
 from elm_trainer.evaluation.suite import suite_from_files
 from elm_trainer.making import questions as module
