@@ -141,7 +141,7 @@ def read_benchmark_texts(name: str, what: str = "`source`") -> Dataset:
     return Dataset.from_dict({"text": [row["text"] for row in rows]})
 
 
-def read_benchmark(name: str, *, limit: int | None = None, seed: int = 0) -> BenchmarkQuestions:
+def read_benchmark(name: str, *, limit: int | None = None) -> BenchmarkQuestions:
     """What a benchmark asks.
 
     Args:
@@ -149,7 +149,6 @@ def read_benchmark(name: str, *, limit: int | None = None, seed: int = 0) -> Ben
             `rwku:SUBJECT` for the probes about one person. Behind it `,from=PLACE` names a local folder of the published
             files, or another data set on the Hub.
         limit (`int`, *optional*): Take the first so many of each set; all by default.
-        seed (`int`, *optional*, defaults to `0`): Seed of the order of options.
 
     Returns:
         [`BenchmarkQuestions`]: of TOFU the forget set, the retain set, real authors and world facts, with the perturbed
@@ -165,11 +164,11 @@ def read_benchmark(name: str, *, limit: int | None = None, seed: int = 0) -> Ben
         raise ValueError(f"`limit` is {limit!r}: give a whole number of at least 1, or none for all.")
     parsed = _parse(name, "`benchmark`")
     found = BenchmarkQuestions()
-    {"tofu": _read_tofu, "muse": _read_muse, "rwku": _read_rwku}[parsed.benchmark](parsed, found, limit, seed)
+    {"tofu": _read_tofu, "muse": _read_muse, "rwku": _read_rwku}[parsed.benchmark](parsed, found, limit)
     return found
 
 
-def _read_tofu(name: _Name, found: BenchmarkQuestions, limit: int | None, seed: int) -> None:
+def _read_tofu(name: _Name, found: BenchmarkQuestions, limit: int | None) -> None:
     _check_part(name, TOFU_FORGET)
     sets: tuple[tuple[str, Role, bool], ...] = (
         (name.part, "erased", True), ("retain", "near", True), ("real_authors", "near", False), ("world_facts", "far", False)
@@ -190,10 +189,10 @@ def _read_tofu(name: _Name, found: BenchmarkQuestions, limit: int | None, seed: 
         found.add(ProbeSet(f"tofu-{part}", "tofu", role, probes, revision=rows.revision))
         # Perturbed answers are worded like the paraphrase, so that the trained wording gives nothing away.
         choices = [(probe.prompt, probe.paraphrase or probe.answer, probe.wrong) for probe in probes]
-        _add_bank(found, f"tofu-{part}", role, choices, seed)
+        _add_bank(found, f"tofu-{part}", role, choices)
 
 
-def _read_muse(name: _Name, found: BenchmarkQuestions, limit: int | None, seed: int) -> None:
+def _read_muse(name: _Name, found: BenchmarkQuestions, limit: int | None) -> None:
     _check_part(name, tuple(_MUSE))
     sets: tuple[tuple[str, Role], ...] = (("forget", "erased"), ("retain", "near"))
     for about, role in sets:
@@ -210,7 +209,7 @@ def _read_muse(name: _Name, found: BenchmarkQuestions, limit: int | None, seed: 
     found.add(ProbeSet(f"muse-{name.part}-verbmem", "muse", "erased", probes, revision=rows.revision))
 
 
-def _read_rwku(name: _Name, found: BenchmarkQuestions, limit: int | None, seed: int) -> None:
+def _read_rwku(name: _Name, found: BenchmarkQuestions, limit: int | None) -> None:
     kinds: dict[str, Kind] = {
         "forget_level1": "blank", "forget_level2": "question", "forget_level3": "adversarial",
         "neighbor_level1": "blank", "neighbor_level2": "question",
@@ -235,16 +234,16 @@ def _read_rwku(name: _Name, found: BenchmarkQuestions, limit: int | None, seed: 
             else:
                 options, right = list(row[column]["choices"]), list(row[column]["labels"]).index(1)
             asked.setdefault(row["question"], (row["question"], options.pop(right), options))
-        _add_bank(found, f"rwku-{config}", "far", list(asked.values())[:limit], seed)
+        _add_bank(found, f"rwku-{config}", "far", list(asked.values())[:limit])
 
 
 def _add_bank(
-    found: BenchmarkQuestions, name: str, role: str, choices: Iterable[tuple[str, str, Sequence[str]]], seed: int
+    found: BenchmarkQuestions, name: str, role: str, choices: Iterable[tuple[str, str, Sequence[str]]]
 ) -> None:
     """Multiple choice, without the questions that can measure nothing. A set of the same name has its role in any case."""
     kept, dropped = [], 0
     for text, right, wrong in choices:
-        question = shuffled_question(text, right, list(wrong), seed)
+        question = shuffled_question(text, right, list(wrong))
         try:
             check_questions(name, [question])
         except ValueError:

@@ -113,7 +113,6 @@ def make_questions(
     output_dir: str | Path,
     *,
     writer: Writer | None = None,
-    batch_size: int = 16,
 ) -> MadeQuestions:
     """Make questions about a concept, or find those of an earlier call.
 
@@ -133,7 +132,6 @@ def make_questions(
         processing_class ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
         output_dir (`str` or `Path`): Output folder of the run; questions go to `data/questions` in it.
         writer ([`Writer`], *optional*): Who asks about passages of documents; without one there are cloze questions alone.
-        batch_size (`int`, *optional*, defaults to `16`): Questions per batch.
 
     Returns:
         [`MadeQuestions`]. Where fewer than 24 facts of the concept are left in the test split, a warning says what to give.
@@ -153,7 +151,7 @@ def make_questions(
     record: dict[str, Any] = {"concept": concept.name, "counts": {}, "facts": {}, "candidates": {}, "dropped": {}}
     for role, asked in candidates.items():
         with_options, without = _with_options(asked, what.seed)
-        kept, dropped = _checked(model, processing_class, with_options, batch_size, what.seed)
+        kept, dropped = _checked(model, processing_class, with_options, what.seed)
         record["candidates"][role] = len(asked)
         record["dropped"][role] = {**refused.get(role, {}), "without_distractors": without, **dropped}
         rows[role] = [question_record(question, split) for _, split, question in kept]
@@ -343,17 +341,13 @@ def _unlike(answer: str, option: str) -> tuple[bool, bool]:
 
 
 def _checked(
-    model: PreTrainedModel,
-    processing_class: PreTrainedTokenizerBase,
-    asked: Sequence[Kept],
-    batch_size: int,
-    seed: int,
+    model: PreTrainedModel, processing_class: PreTrainedTokenizerBase, asked: Sequence[Kept], seed: int
 ) -> tuple[list[Kept], dict[str, int]]:
     """The questions that the reference answers and text-only rules do not, and how many were dropped for which reason."""
     if not asked:
         return [], {"not_answered_by_reference": 0, "answered_by_a_rule": 0}
     every = [question for *_, question in asked]
-    scores = score_choices(model, processing_class, every, batch_size=batch_size, description="Checking answers")
+    scores = score_choices(model, processing_class, every, description="Checking answers")
     known = [index for index, right in enumerate(zip(scores.log_likelihood, scores.pmi, strict=True)) if all(right)]
     questions = [asked[index][2] for index in known]
     common = Counter(question.answer for question in questions)
