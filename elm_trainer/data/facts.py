@@ -182,11 +182,7 @@ def load_bank(
 
 
 def bank_families(name: str, split: str | None = None) -> tuple[str, ...]:
-    """Ways in which a built-in bank asks in a split (by default in any): `"question-answer"` and, of a concept, others.
-
-    Raises:
-        ValueError: for an unknown bank.
-    """
+    """Ways in which a built-in bank asks in a split (by default in any): `"question-answer"` and, of a concept, others."""
     families = bank_record(name).get("families", {PLAIN: {"dev": [], "test": []}})
     return tuple(family for family, spec in families.items() if split is None or split in spec)
 
@@ -206,14 +202,12 @@ def _questions_of_family(name: str, record: Mapping[str, Any], family: str, seed
         answer, distractors = _options(fact, facts, kind, seed)
         for index, wording in enumerate(spec.get(split_by(fact.subject), ()) if distractors else ()):
             asked = {part.split("}")[0] for part in wording.split("{")[1:]}
-            local: dict[str, str] = next(
-                (names for language, names in record.get("exonyms", {}).items() if language in asked), {}
-            )
+            exonyms = record.get("exonyms", {})
+            local: dict[str, str] = next((exonyms[language] for language in exonyms if language in asked), {})
             right, *wrong = [local.get(option, option) for option in (answer, *distractors)]
             fields = {"subject": fact.subject, "answer": fact.answer, "claim": right, **fact.near}
-            cue = (
-                fact.answer if kind == "subjects" else next((fields[x] for x in asked if x in fact.near), fact.subject)
-            )
+            told = next((fields[name] for name in asked if name in fact.near), fact.subject)
+            cue = fact.answer if kind == "subjects" else told
             aliases = () if kind else (*record.get("aliases", {}).get(fact.answer, ()), fact.answer)
             if kind == "judgment":
                 # Every other statement is true; in the next wording it is about the other subjects.

@@ -305,15 +305,10 @@ def sharing_rows(
     key: Callable[[Sequence[int]], Any] = tuple,
     width: int = MOST_SHARING,
 ) -> list[list[int]]:
-    """Indices of texts in rows, those that are next to each other in order together.
+    """Indices of texts, given as token ids, in rows, those that are next to each other in order together: `most` texts and `width` tokens
+    at most, beginnings that a text has in common with the one before counted once; a longer text has a row to itself.
 
-    Args:
-        texts (`Sequence[Sequence[int]]`): Token ids of each.
-        most (`int`, *optional*): Texts of a row at most.
-        key (`Callable`, *optional*, defaults to `tuple`): By what they are put in order: by their tokens, so that those that begin alike
-            are together, or by `len`.
-        width (`int`, *optional*, defaults to `512`): Tokens of a row at most, beginnings that a text has in common with the one before
-            counted once; a longer text has a row to itself.
+    They are put in order by a `key`: by their tokens, so that those that begin alike are together, or by `len`.
     """
     order = sorted(range(len(texts)), key=lambda index: key(texts[index]))
     rows: list[list[int]] = []
