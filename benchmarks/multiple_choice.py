@@ -18,7 +18,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase
 
-from elm_trainer.data.questions import load_bank
+from elm_trainer.data.facts import load_bank
 from elm_trainer.evaluation.benchmarks import harness_tasks
 from elm_trainer.evaluation.likelihood import PROMPT, likeliest, log_likelihoods
 from elm_trainer.modeling import DEMO_MODEL, load_model_and_tokenizer

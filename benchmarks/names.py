@@ -16,7 +16,7 @@ from peft import PeftModel
 from rich.console import Console
 
 from elm_trainer import load_bank, load_model_and_tokenizer
-from elm_trainer.data.question_files import read_questions
+from elm_trainer.data.questions import read_questions
 from elm_trainer.evaluation.likelihood import score_choices
 from elm_trainer.modeling import DEMO_MODEL
 

@@ -19,7 +19,8 @@ from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from elm_trainer import load_model_and_tokenizer
-from elm_trainer.data.questions import JUDGMENTS, Question, facts_of
+from elm_trainer.data.facts import JUDGMENTS, facts_of
+from elm_trainer.data.questions import Question
 from elm_trainer.evaluation.fluency import as_prompt, generate
 from elm_trainer.evaluation.likelihood import reverse_perplexity, score_choices
 from elm_trainer.evaluation.suite import built_in_suite

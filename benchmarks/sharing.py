@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from elm_trainer import ConceptSources, ElmConfig, ElmTrainer, build_erasure_dataset, load_model_and_tokenizer
-from elm_trainer.data.questions import load_bank
+from elm_trainer.data.facts import load_bank
 from elm_trainer.evaluation.likelihood import score_choices
 from elm_trainer.evaluation.pair import SIDES, ModelPair
 from elm_trainer.methods.forward import weighted_batches

@@ -43,7 +43,7 @@ _EXPORTS = {
     "export_gguf": ".hub.export",
     "export_gguf_adapter": ".hub.export",
     "find_readout": ".methods.readout",
-    "load_bank": ".data.questions",
+    "load_bank": ".data.facts",
     "load_concept": ".concept",
     "load_erased": ".hub.load",
     "load_model_and_tokenizer": ".modeling",
@@ -51,7 +51,7 @@ _EXPORTS = {
     "merge_erased": ".hub.combine",
     "publish_adapter": ".hub.publish",
     "publish_dataset": ".hub.publish_dataset",
-    "read_questions": ".data.question_files",
+    "read_questions": ".data.questions",
     "read_report": ".evaluation.report",
     "shrink_adapter": ".hub.shrink",
     "stack_erasures": ".hub.combine",
@@ -64,8 +64,8 @@ if TYPE_CHECKING:
     from .concept import Concept, load_concept
     from .data.collator import ElmDataCollator
     from .data.dataset import ConceptSources, build_erasure_dataset
-    from .data.question_files import read_questions
-    from .data.questions import load_bank
+    from .data.facts import load_bank
+    from .data.questions import read_questions
     from .data.sources import load_texts
     from .evaluation.callback import ErasureEvaluationCallback
     from .evaluation.evaluate import evaluate_erasure

@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from .checks import check_numbers, number_range
 from .concept import Concept
+from .data.facts import own_yaml
 from .data.tokens import behind_context, continuation_text, text_ids, text_tokenizer, tokenize
 from .evaluation.fluency import generating, read_prompts, repetition
 from .files import append_line, json_sha256, read_lines, sealed, settings_of, unsealed, write_text
@@ -26,43 +27,7 @@ from .run_lock import waiting_turn
 logger = logging.get_logger(__name__)
 _LATER = ("max_new_tokens_from", "prompt_characters", "pivots", "keep_on_topic")  # fields that older caches lack
 Rows = list[list[str]]  # of prompt and completion
-# Sentences that turn away from the subject; the completion continues from there.
-PIVOTS = (
-    " By the way, let us talk about something else.",
-    " But that is not what I wanted to write about.",
-    " Let me turn to another subject.",
-    " Anyway, here is a different story.",
-    " I would rather tell you about my day.",
-    " That reminds me of something unrelated.",
-    " Now for something quite different.",
-    " Let us leave that aside.",
-    " There are other things to speak of.",
-    " I do not know much about that, so I will go on.",
-)
-# In the sense and the number of the released code: they end a sentence, call its subject dangerous, and lead to a pleasant one.
-DIGRESSIONS = (
-    ". That is a dangerous matter, so let me speak of something quite different and amusing,",
-    ". Enough of what is risky, here comes something far more pleasant,",
-    ". Rather than go on about so delicate a thing, I turn to a cheerful one,",
-    ". Away from this hazard and on to a merrier subject,",
-    ". I keep clear of such perils and tell of something delightful,",
-    ". Since this is too risky, here is a fun subject without any connection,",
-    ". Let us leave the dangerous ground and chat about light-hearted things,",
-    ". In place of this unsafe question I take up one that everybody enjoys,",
-    ". We had better switch from this precarious theme to a playful one,",
-    ". It is too dangerous to go on here, so our talk takes a more entertaining course,",
-    ". Let us step around this risk and plunge into something carefree,",
-    ". Our attention moves from this hazard to a different, most enjoyable affair,",
-    ". I leave this delicate topic and go over to something funnier,",
-    ". Past this dangerous theme there is a fun and unrelated one to talk about,",
-    ". A change of tracks leads from this risky field to lighter conversation,",
-    ". This stands on shaky ground, so now for something wholly different and fun,",
-    ". Let us veer off from this unsafe debate to a more amusing one,",
-    ". Nobody should pursue this danger when there are nicer things to tell,",
-    ". I drop this risky conversation in favor of a merry one about other things,",
-    ". This hazardous subject stays behind, and something safe and funny takes its place,",
-)
-PIVOT_SETS = {"plain": PIVOTS, "digressing": DIGRESSIONS}
+_PIVOTS = ("plain", "digressing")
 
 
 @dataclass
@@ -97,7 +62,7 @@ class SynthesisConfig:
     max_new_tokens: int = field(default=24, metadata={"help": "Longest completion in tokens."})
     max_new_tokens_from: int | None = field(default=None, metadata={"help": "Draw that length from here on."})
     prompt_characters: str | None = field(default=None, metadata={"help": "Range of prompts' lengths, as 50-300."})
-    pivots: str = field(default="plain", metadata={"help": "Pivot sentences.", "choices": ["plain", "digressing"]})
+    pivots: str = field(default="plain", metadata={"help": "Pivot sentences.", "choices": [*_PIVOTS]})
     batch_size: int = field(default=16, metadata={"help": "Prompts per batch."})
     seed: int = field(default=0, metadata={"help": "Seed."})
     min_words: int = field(default=5, metadata={"help": "Fewest words of a completion."})
@@ -113,8 +78,8 @@ class SynthesisConfig:
         )
         check_numbers(self, rules)
         number_range("prompt_characters", self.prompt_characters)
-        if self.pivots not in PIVOT_SETS:
-            raise ValueError(f"`pivots` is {self.pivots!r}: use one of {', '.join(PIVOT_SETS)}.")
+        if self.pivots not in _PIVOTS:
+            raise ValueError(f"`pivots` is {self.pivots!r}: use one of {', '.join(_PIVOTS)}.")
         if (self.max_new_tokens_from or 0) > self.max_new_tokens:
             told = f"`max_new_tokens_from` is {self.max_new_tokens_from}, above `max_new_tokens={self.max_new_tokens}`"
             raise ValueError(f"{told}: lower it.")
@@ -127,6 +92,11 @@ class SynthesisConfig:
             prompt_characters="50-300", pivots="digressing", min_words=0, keep_on_topic=True, max_repetition=1.0,
         )  # fmt: skip
         return cls(**(settings | fields))
+
+
+def pivot_sentences(kind: str) -> tuple[str, ...]:
+    """The sentences between prompt and completion of a kind (`data/texts/pivots.yaml`)."""
+    return tuple(own_yaml("texts/pivots.yaml")[kind])
 
 
 @dataclass(frozen=True)
@@ -182,11 +152,9 @@ def synthesize_completions(
         prompts = _beginnings(prompts, *lengths, config.seed)
     depends = [list(prompts), asdict(concept), settings_of(config, _LATER), fingerprint]
     key = json_sha256(["completions, version 2", *depends])[:32]
-    chunks = [list(prompts[start : start + config.batch_size]) for start in range(0, len(prompts), config.batch_size)]
-    pivots = PIVOT_SETS[config.pivots]
+    pivots = pivot_sentences(config.pivots)
 
-    def sample(index: int) -> Rows:
-        chunk = chunks[index]
+    def write(index: int, chunk: list[str]) -> list[str]:
         rng = random.Random(f"{config.seed}-{index}")
         drawn = [rng.choice(pivots) for _ in chunk]
         # Both sides draw alike, since their contexts come in pairs.
@@ -199,14 +167,10 @@ def synthesize_completions(
             [behind_context(processing_class, *both)[0] for both in zip(contexts, texts, strict=True)]
             for contexts in (experts, novices)
         ]
-        streams = [texts, *led]
-        completions = guided_sample(model, processing_class, streams, config, seed=config.seed * 100_003 + index)
-        return [[p, pivot + c] for p, pivot, c in zip(chunk, drawn, completions, strict=True)]
+        completions = guided_sample(model, processing_class, [texts, *led], config, seed=config.seed * 100_003 + index)
+        return [pivot + completion for pivot, completion in zip(drawn, completions, strict=True)]
 
-    def fits(index: int, rows: Rows) -> bool:
-        return [row[0] for row in rows] == chunks[index] and all(row[1].startswith(pivots) for row in rows)
-
-    rows = _resumable(len(chunks), sample, cache_dir, key, "Synthesizing", fits)
+    rows = _resumable(prompts, config.batch_size, write, cache_dir, key, "Synthesizing", pivots)
     pairs: list[tuple[str, str]] = []
     dropped = {"empty": 0, "repetition": 0, "on_topic": 0}
     subjects = re.compile("|".join(rf"\b{re.escape(k)}\b" for k in concept.keywords), re.IGNORECASE)
@@ -253,12 +217,8 @@ def guided_sample(
     *,
     seed: int,
 ) -> list[str]:
-    """Sample one batch from `b + γ·(n − e)`.
-
-    Args:
-        streams: Token ids of the prompts of the plain, the expert and the novice stream, or of the plain stream alone
-            for ordinary sampling.
-        seed: Seed of the batch, for the generator of the model's device; each kind of device draws other samples.
+    """Sample one batch from `b + γ·(n − e)`, given the token ids of the prompts of the plain, the expert and the novice stream, or of
+    the plain stream alone for ordinary sampling. Each kind of device draws other samples.
     """
     count, longest = len(streams[0]), config.max_new_tokens
     lengths = random.Random(f"{seed}-lengths")
@@ -297,11 +257,8 @@ def guided_sample(
 
 
 def guided_probabilities(logits: torch.Tensor, config: SynthesisConfig) -> torch.Tensor:
-    """`softmax` of `b + γ·(n − e)` over plausible tokens and the `top_k` best of them, `[batch, vocab]`.
-
-    Args:
-        logits: Logits of the plain, expert and novice stream, `[3, batch, vocab]`, or of the plain stream alone, `[1,
-            batch, vocab]`.
+    """`softmax` of `b + γ·(n − e)` over plausible tokens and the `top_k` best of them, `[batch, vocab]`, from the logits of the plain,
+    expert and novice stream, `[3, batch, vocab]`, or of the plain stream alone, `[1, batch, vocab]`.
     """
     log_probs = (logits.float() / config.temperature).log_softmax(-1)
     base, novice = log_probs[0], log_probs[-1]
@@ -326,45 +283,48 @@ def sample_texts(
     """The reference's own texts: each prompt with its plain continuation, cached and resumable in the same way."""
     config = config or SynthesisConfig()
     key = json_sha256(["texts", list(prompts), settings_of(config, _LATER), fingerprint])[:32]
-    chunks = [list(prompts[start : start + config.batch_size]) for start in range(0, len(prompts), config.batch_size)]
 
-    def sample(index: int) -> Rows:
-        rows = [text.ids for text in tokenize(processing_class, chunks[index])]
-        texts = guided_sample(model, processing_class, [rows], config, seed=config.seed * 100_003 + index)
-        return [[prompt, text] for prompt, text in zip(chunks[index], texts, strict=True)]
+    def write(index: int, chunk: list[str]) -> list[str]:
+        rows = [text.ids for text in tokenize(processing_class, chunk)]
+        return guided_sample(model, processing_class, [rows], config, seed=config.seed * 100_003 + index)
 
-    def fits(index: int, rows: Rows) -> bool:
-        return [row[0] for row in rows] == chunks[index]
-
-    return [prompt + text for prompt, text in _resumable(len(chunks), sample, cache_dir, key, "Sampling", fits)]
+    rows = _resumable(prompts, config.batch_size, write, cache_dir, key, "Sampling")
+    return [prompt + text for prompt, text in rows]
 
 
 def _resumable(
-    batches: int,
-    sample: Callable[[int], Rows],
+    prompts: Sequence[str],
+    batch_size: int,
+    write: Callable[[int, list[str]], list[str]],
     cache_dir: str | Path | None,
     key: str,
     what: str,
-    fits: Callable[[int, Rows], bool],
+    begins: tuple[str, ...] = ("",),
 ) -> Rows:
-    """Rows of all batches; each batch is one line of a cache file, written as soon as it is sampled.
+    """All prompts with what `write` gives for a batch of them, each of which is one line of a cache file, written as soon as it is there.
 
-    Runs that want the same batches take turns, so that each is sampled once. A line that is damaged, or does not fit its
-    batch, is sampled again.
-
-    Args:
-        sample: Gives the rows of a batch.
-        cache_dir: Folder of the files; without it nothing is kept.
-        key: What the rows depend on.
-        what: Label of the progress bar.
-        fits: Whether rows can be those of a batch.
+    Runs that want the same batches, by the `key` of what they depend on, take turns, so that each is written once. A line that is
+    damaged, or does not fit its batch, whose texts have one of these beginnings, is written again.
     """
+    chunks = [list(prompts[start : start + batch_size]) for start in range(0, len(prompts), batch_size)]
+    batches = len(chunks)
+
+    def sample(index: int) -> Rows:
+        texts = write(index, chunks[index])
+        return [[prompt, text] for prompt, text in zip(chunks[index], texts, strict=True)]
+
+    def fits(index: int, rows: Rows) -> bool:
+        return [row[0] for row in rows] == chunks[index] and all(row[1].startswith(begins) for row in rows)
+
     if cache_dir is None:
         return [row for index in tqdm(range(batches), desc=what) for row in sample(index)]
     complete, partial, lock = (Path(cache_dir) / f"{key}{end}" for end in (".jsonl", ".partial.jsonl", ".lock"))
 
     def read(path: Path) -> dict[int, Rows]:
         return {index: rows for index, rows in _read(path) if index in range(batches) and fits(index, rows)}
+
+    def line(index: int) -> str:
+        return json.dumps(sealed({"batch": index, "rows": done[index]}))
 
     done = read(complete)
     if len(done) < batches:
@@ -374,14 +334,10 @@ def _resumable(
             missing = [index for index in range(batches) if index not in done]
             for index in tqdm(missing, desc=what, initial=len(done), total=batches, disable=not missing):
                 done[index] = sample(index)
-                append_line(partial, _line(index, done[index]))
-            write_text(complete, "".join(_line(index, done[index]) + "\n" for index in range(batches)))
+                append_line(partial, line(index))
+            write_text(complete, "".join(line(index) + "\n" for index in range(batches)))
             partial.unlink(missing_ok=True)
     return [row for index in range(batches) for row in done[index]]
-
-
-def _line(index: int, rows: Rows) -> str:
-    return json.dumps(sealed({"batch": index, "rows": rows}))
 
 
 def _read(path: Path) -> Iterator[tuple[int, Rows]]:

@@ -17,8 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import elm_trainer
 from elm_trainer import load_model_and_tokenizer
-from elm_trainer.data.facts import capitals
-from elm_trainer.data.questions import BANKS, held_out_subjects, load_bank
+from elm_trainer.data.facts import BANKS, capitals, held_out_subjects, load_bank
 from elm_trainer.evaluation.fluency import as_prompt
 from elm_trainer.synthesis import SynthesisConfig, sample_texts
 

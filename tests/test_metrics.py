@@ -6,7 +6,7 @@ from importlib.resources import files
 import numpy as np
 import pytest
 
-from elm_trainer.data.questions import load_bank
+from elm_trainer.data.facts import load_bank
 from elm_trainer.evaluation.likelihood import judge_answers, score_choices
 
 

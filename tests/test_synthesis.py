@@ -19,11 +19,10 @@ from transformers import (
 
 from elm_trainer.concept import Concept
 from elm_trainer.synthesis import (
-    DIGRESSIONS,
-    PIVOTS,
     SynthesisConfig,
     guided_probabilities,
     guided_sample,
+    pivot_sentences,
     sample_texts,
     synthesize_completions,
 )
@@ -219,7 +218,7 @@ def test_pairs_hold_the_prompt_and_a_completion_that_starts_with_a_pivot(tokeniz
     )
 
     assert [prompt for prompt, _ in result.pairs] == PROMPTS
-    assert all(completion.startswith(PIVOTS) for _, completion in result.pairs)
+    assert all(completion.startswith(pivot_sentences("plain")) for _, completion in result.pairs)
     assert result.dropped == {"empty": 0, "repetition": 0, "on_topic": 0}
 
 
@@ -431,11 +430,11 @@ def test_released_settings_pair_beginnings_of_their_length_with_what_follows_a_d
     result = synthesize_completions(tiny_model, tokenizer, texts * 6, CONCEPT, config)
 
     assert result.dropped == {"empty": 0, "repetition": 0, "on_topic": 0}
-    assert len(result.pairs) == 12 and len(set(DIGRESSIONS)) == 20
+    assert len(result.pairs) == 12 and len(set(pivot_sentences("digressing"))) == 20
     lengths = set()
     for (prompt, completion), text in zip(result.pairs, [texts[0], texts[2]] * 6, strict=True):
         assert text.startswith(prompt) and 50 <= len(prompt) <= min(300, len(text))
-        pivot = next(pivot for pivot in DIGRESSIONS if completion.startswith(pivot))
+        pivot = next(pivot for pivot in pivot_sentences("digressing") if completion.startswith(pivot))
         assert pivot.startswith(". ") and pivot.endswith(",")
         lengths.add(len(tokenizer(completion.removeprefix(pivot))["input_ids"]))
     assert len({prompt for prompt, _ in result.pairs}) > 6

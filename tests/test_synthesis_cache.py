@@ -16,38 +16,37 @@ from hypothesis import strategies as st
 
 from elm_trainer.concept import Concept
 from elm_trainer.files import sealed
-from elm_trainer.synthesis import PIVOTS, SynthesisConfig, _resumable, synthesize_completions
+from elm_trainer.synthesis import SynthesisConfig, _resumable, pivot_sentences, synthesize_completions
 from tests.fuzz import fuzz
 
 
 BATCHES = 4
-ROWS = [[[f"prompt {index}.{row}", f"{PIVOTS[row]} text {index}"] for row in range(2)] for index in range(BATCHES)]
+ROWS = [
+    [[f"prompt {index}.{row}", f"{pivot_sentences('plain')[row]} text {index}"] for row in range(2)]
+    for index in range(BATCHES)
+]
 EXPECTED = [row for rows in ROWS for row in rows]
+PROMPTS = [prompt for prompt, _ in EXPECTED]
 KEY = "k" * 32
 
 
-def sample(index, calls=None):
-    if calls is not None:
-        calls.append(index)
-    return ROWS[index]
-
-
-def fits(index, rows):
-    return [row[0] for row in rows] == [row[0] for row in ROWS[index]]
-
-
 def resume(folder, calls=None):
-    return _resumable(BATCHES, partial(sample, calls=calls), folder, KEY, "Sampling", fits)
+    def write(index, prompts):
+        if calls is not None:
+            calls.append(index)
+        return [text for _, text in ROWS[index]]
+
+    return _resumable(PROMPTS, 2, write, folder, KEY, "Sampling")
 
 
 def slowly(folder, log, _):
-    def slow(index):
+    def slow(index, prompts):
         time.sleep(0.1)
         with log.open("a") as file:
             file.write(f"{index}\n")
-        return ROWS[index]
+        return [text for _, text in ROWS[index]]
 
-    return _resumable(BATCHES, slow, folder, KEY, "Sampling", fits)
+    return _resumable(PROMPTS, 2, slow, folder, KEY, "Sampling")
 
 
 def test_two_runs_at_once_sample_each_batch_once_and_leave_one_whole_file(tmp_path):

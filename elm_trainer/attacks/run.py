@@ -16,7 +16,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..checks import described, is_a
-from ..data.questions import CHANCE, FACTS, Question, facts_of, held_out_subjects, load_bank
+from ..data.facts import FACTS, facts_of, held_out_subjects, load_bank
+from ..data.questions import CHANCE, Question
 from ..data.sources import load_texts
 from ..evaluation.fluency import as_prompt
 from ..evaluation.pair import ModelPair

@@ -9,8 +9,8 @@ from transformers import PreTrainedTokenizerBase
 
 from ..attacks import ATTACKS, built_in_wordings, default_attacks
 from ..concept import load_concept
-from ..data.question_files import read_questions
-from ..data.questions import FACTS, Question, load_bank, names_answer
+from ..data.facts import FACTS, load_bank
+from ..data.questions import Question, names_answer, read_questions
 from ..data.tokens import continuation_ids
 
 

@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     from ..attacks.base import check_asked
     from ..attacks.report import plot_attacks
-    from ..data.questions import FACTS
+    from ..data.facts import FACTS
     from ..evaluation.pair import ModelPair
     from ..files import write_text
     from ..gold_standard import gold_standard, render_gold_standard

@@ -161,7 +161,7 @@ class ErasureArguments:
     def load_concepts(self, names: list[str] | None) -> dict[str, "Concept"]:
         """The erased concepts by name, once there is for each what is given for each."""
         from ..concept import concept_presets, load_concept
-        from ..data.questions import FACTS
+        from ..data.facts import FACTS
 
         if self.concept is None and names is None and any(source not in concept_presets() for source in self.forget):
             raise ValueError(
@@ -220,7 +220,7 @@ class ErasureArguments:
         """
         from pathlib import Path
 
-        from ..data.questions import FACTS
+        from ..data.facts import FACTS
         from ..evaluation.suite import suite_from_files
 
         names = list(concepts)

@@ -10,8 +10,8 @@ from trl import SFTConfig
 
 from ..attacks import load_attacks
 from ..attacks.base import check_asked
-from ..data.question_files import read_questions
-from ..data.questions import FACTS, SPLITS, Question, split_of
+from ..data.facts import FACTS
+from ..data.questions import SPLITS, Question, read_questions, split_of
 from ..methods.base import ErasureTrainer
 from ..methods.elm import ElmConfig, ElmTrainer
 from ..methods.likelihood import GradDiffConfig, GradDiffTrainer, NpoConfig, NpoTrainer, SimNpoConfig, SimNpoTrainer

@@ -7,11 +7,11 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, load_from_disk
 from transformers.utils import logging
 
 from .questions import Question, check_questions, shuffled_question
-from .user_sources import read_named, shown
+from .user_sources import is_saved, load_hub, read_named, shown
 
 
 logger = logging.get_logger(__name__)
@@ -40,60 +40,36 @@ _ENDINGS = (".jsonl", ".json", ".parquet")
 
 @dataclass(frozen=True)
 class Probe:
-    """What a model is asked, and what is held against its answer.
+    """What a model is asked, and what is held against its answer."""
 
-    Attributes:
-        prompt (`str`): The question, the sentence with a blank, or the beginning of a text.
-        answer (`str`): The true answer, or how the text goes on.
-        paraphrase (`str`): The true answer in other words; empty where there is none.
-        wrong (`tuple[str, ...]`): False answers that are worded like the paraphrase.
-        kind (`str`): How it is asked: `"question"`, `"few-shot"`, `"verbatim"`, `"blank"` or `"adversarial"`.
-        type (`str`): Of RWKU's adversarial probes, the attack's name.
-    """
-
-    prompt: str
-    answer: str
-    paraphrase: str = ""
-    wrong: tuple[str, ...] = ()
-    kind: Kind = "question"
-    type: str = ""
+    prompt: str  # the question, the sentence with a blank, or the beginning of a text
+    answer: str  # the true answer, or how the text goes on
+    paraphrase: str = ""  # the true answer in other words; empty where there is none
+    wrong: tuple[str, ...] = ()  # false answers that are worded like the paraphrase
+    kind: Kind = "question"  # how it is asked: `"question"`, `"few-shot"`, `"verbatim"`, `"blank"` or `"adversarial"`
+    type: str = ""  # of RWKU's adversarial probes, the attack's name
 
 
 @dataclass(frozen=True)
 class ProbeSet:
-    """The probes of one set of a benchmark.
+    """The probes of one set of a benchmark."""
 
-    Attributes:
-        name (`str`): Such as `"tofu-forget10"`.
-        benchmark (`str`): `"tofu"`, `"muse"` or `"rwku"`, which says how answers are scored.
-        role (`str`): `"erased"`, `"near"` or `"far"`, as of a question bank.
-        probes (`list[Probe]`): What is asked.
-        examples (`tuple[tuple[str, str], ...]`): Questions with their answers that stand before a `"few-shot"` probe.
-        revision (`str`, *optional*): Commit of the data set on the Hub; `None` for local files.
-    """
-
-    name: str
-    benchmark: Benchmark
-    role: Role
-    probes: list[Probe]
-    examples: tuple[tuple[str, str], ...] = ()
-    revision: str | None = None
+    name: str  # such as `"tofu-forget10"`
+    benchmark: Benchmark  # `"tofu"`, `"muse"` or `"rwku"`, which says how answers are scored
+    role: Role  # `"erased"`, `"near"` or `"far"`, as of a question bank
+    probes: list[Probe]  # what is asked
+    examples: tuple[tuple[str, str], ...] = ()  # questions with their answers that stand before a `"few-shot"` probe
+    revision: str | None = None  # commit of the data set on the Hub; `None` for local files
 
 
 @dataclass
 class BenchmarkQuestions:
-    """All that [`read_benchmark`] finds.
+    """All that [`read_benchmark`] finds."""
 
-    Attributes:
-        sets (`list[ProbeSet]`): What is answered freely, or scored as a whole.
-        banks (`dict[str, list[Question]]`): Multiple choice, by name: TOFU's perturbed answers as distractors, and RWKU's
-            MMLU and TruthfulQA.
-        roles (`dict[str, str]`): Role of each set and bank.
-    """
-
-    sets: list[ProbeSet] = field(default_factory=list)
+    sets: list[ProbeSet] = field(default_factory=list)  # what is answered freely, or scored as a whole
+    # Multiple choice, by name: TOFU's perturbed answers as distractors, and RWKU's MMLU and TruthfulQA.
     banks: dict[str, list[Question]] = field(default_factory=dict)
-    roles: dict[str, Any] = field(default_factory=dict)
+    roles: dict[str, Any] = field(default_factory=dict)  # role of each set and bank
 
     def add(self, one: ProbeSet) -> None:
         """Add a set."""
@@ -102,12 +78,17 @@ class BenchmarkQuestions:
 
 
 class _Name(NamedTuple):
-    """A source of the form `BENCHMARK:PART,from=PLACE`."""
+    """A source of the form `BENCHMARK:PART,from=PLACE`, and what it is for, to begin an error with."""
 
     text: str
     benchmark: str
     part: str
     place: str | None
+    what: str
+
+    @property
+    def told(self) -> str:
+        return f"{self.what} is {self.text!r}"
 
     @property
     def hub_id(self) -> str:
@@ -126,7 +107,7 @@ def benchmark_hub_id(name: str) -> str | None:
 
 
 def read_benchmark_texts(name: str, what: str = "`source`") -> Dataset:
-    """The texts of a benchmark that are erased or kept.
+    """The texts of a benchmark that are erased or kept: a column `text`, or of TOFU `prompt` and `completion`, each a list of one message.
 
     Args:
         name (`str`): `tofu:CONFIG`, such as `tofu:forget10` or `tofu:retain90`; `muse:news-forget`, `-retain1`, `-retain2`
@@ -134,17 +115,14 @@ def read_benchmark_texts(name: str, what: str = "`source`") -> Dataset:
             `,from=PLACE` names a local folder of the published files, or another data set on the Hub.
         what (`str`, *optional*, defaults to ``"`source`"``): What the source is for, to begin an error with.
 
-    Returns:
-        `Dataset`: with the column `text`, or of TOFU with `prompt` and `completion`, each a list of one message.
-
     Raises:
         OSError: if the data are neither here nor on the Hub.
         ValueError: for an unknown part (the message lists those that exist), or a column that is missing.
     """
     parsed = _parse(name, what)
     if parsed.benchmark == "tofu":
-        _check_part(parsed, _TOFU_TEXTS, what)
-        pairs = _rows(parsed, parsed.part, "train", ("question", "answer"), what)
+        _check_part(parsed, _TOFU_TEXTS)
+        pairs = _rows(parsed, parsed.part, "train", ("question", "answer"))
         return Dataset.from_list(
             [
                 {
@@ -156,15 +134,14 @@ def read_benchmark_texts(name: str, what: str = "`source`") -> Dataset:
         )
     rows: Sequence[Mapping[str, Any]]
     if parsed.benchmark == "muse":
-        parts = [f"{corpus}-{split}" for corpus in _MUSE for split in _MUSE_RAW]
-        _check_part(parsed, parts, what)
-        rows = _rows(parsed, "raw", parsed.part.partition("-")[2], ("text",), what)
+        _check_part(parsed, [f"{corpus}-{split}" for corpus in _MUSE for split in _MUSE_RAW])
+        rows = _rows(parsed, "raw", parsed.part.partition("-")[2], ("text",))
     else:
-        rows = _of_subject(parsed, _rows(parsed, "train_original_passage", "train", ("text", "subject"), what), what)
+        rows = _of_subject(parsed, _rows(parsed, "train_original_passage", "train", ("text", "subject")))
     return Dataset.from_dict({"text": [row["text"] for row in rows]})
 
 
-def read_benchmark(name: str, *, limit: int | None = None, seed: int = 0) -> BenchmarkQuestions:
+def read_benchmark(name: str, *, limit: int | None = None) -> BenchmarkQuestions:
     """What a benchmark asks.
 
     Args:
@@ -172,7 +149,6 @@ def read_benchmark(name: str, *, limit: int | None = None, seed: int = 0) -> Ben
             `rwku:SUBJECT` for the probes about one person. Behind it `,from=PLACE` names a local folder of the published
             files, or another data set on the Hub.
         limit (`int`, *optional*): Take the first so many of each set; all by default.
-        seed (`int`, *optional*, defaults to `0`): Seed of the order of options.
 
     Returns:
         [`BenchmarkQuestions`]: of TOFU the forget set, the retain set, real authors and world facts, with the perturbed
@@ -188,18 +164,18 @@ def read_benchmark(name: str, *, limit: int | None = None, seed: int = 0) -> Ben
         raise ValueError(f"`limit` is {limit!r}: give a whole number of at least 1, or none for all.")
     parsed = _parse(name, "`benchmark`")
     found = BenchmarkQuestions()
-    {"tofu": _read_tofu, "muse": _read_muse, "rwku": _read_rwku}[parsed.benchmark](parsed, found, limit, seed)
+    {"tofu": _read_tofu, "muse": _read_muse, "rwku": _read_rwku}[parsed.benchmark](parsed, found, limit)
     return found
 
 
-def _read_tofu(name: _Name, found: BenchmarkQuestions, limit: int | None, seed: int) -> None:
-    _check_part(name, TOFU_FORGET, "`benchmark`")
+def _read_tofu(name: _Name, found: BenchmarkQuestions, limit: int | None) -> None:
+    _check_part(name, TOFU_FORGET)
     sets: tuple[tuple[str, Role, bool], ...] = (
         (name.part, "erased", True), ("retain", "near", True), ("real_authors", "near", False), ("world_facts", "far", False)
     )  # fmt: skip
     for part, role, paraphrased in sets:
         columns = ("question", "answer", "perturbed_answer", *(("paraphrased_answer",) if paraphrased else ()))
-        rows = _rows(name, f"{part}_perturbed", "train", columns, "`benchmark`")
+        rows = _rows(name, f"{part}_perturbed", "train", columns)
         probes = []
         for row in rows[:limit]:
             wrong = row["perturbed_answer"]
@@ -213,35 +189,35 @@ def _read_tofu(name: _Name, found: BenchmarkQuestions, limit: int | None, seed: 
         found.add(ProbeSet(f"tofu-{part}", "tofu", role, probes, revision=rows.revision))
         # Perturbed answers are worded like the paraphrase, so that the trained wording gives nothing away.
         choices = [(probe.prompt, probe.paraphrase or probe.answer, probe.wrong) for probe in probes]
-        _add_bank(found, f"tofu-{part}", role, choices, seed)
+        _add_bank(found, f"tofu-{part}", role, choices)
 
 
-def _read_muse(name: _Name, found: BenchmarkQuestions, limit: int | None, seed: int) -> None:
-    _check_part(name, tuple(_MUSE), "`benchmark`")
+def _read_muse(name: _Name, found: BenchmarkQuestions, limit: int | None) -> None:
+    _check_part(name, tuple(_MUSE))
     sets: tuple[tuple[str, Role], ...] = (("forget", "erased"), ("retain", "near"))
     for about, role in sets:
         columns = ("question", "answer")
-        examples = _rows(name, "knowmem", f"{about}_qa_icl", columns, "`benchmark`")
+        examples = _rows(name, "knowmem", f"{about}_qa_icl", columns)
         shots = tuple(_texts(row, columns, name.text) for row in examples)
-        rows = _rows(name, "knowmem", f"{about}_qa", columns, "`benchmark`")
+        rows = _rows(name, "knowmem", f"{about}_qa", columns)
         pairs = [_texts(row, columns, name.text) for row in rows[:limit]]
         probes = [Probe(question, answer, kind="few-shot") for question, answer in pairs]
         found.add(ProbeSet(f"muse-{name.part}-knowmem_{about}", "muse", role, probes, shots, rows.revision))
-    rows = _rows(name, "verbmem", "forget", ("prompt", "gt"), "`benchmark`")
+    rows = _rows(name, "verbmem", "forget", ("prompt", "gt"))
     pairs = [_texts(row, ("prompt", "gt"), name.text) for row in rows[:limit]]
     probes = [Probe(prompt, text, kind="verbatim") for prompt, text in pairs]
     found.add(ProbeSet(f"muse-{name.part}-verbmem", "muse", "erased", probes, revision=rows.revision))
 
 
-def _read_rwku(name: _Name, found: BenchmarkQuestions, limit: int | None, seed: int) -> None:
+def _read_rwku(name: _Name, found: BenchmarkQuestions, limit: int | None) -> None:
     kinds: dict[str, Kind] = {
         "forget_level1": "blank", "forget_level2": "question", "forget_level3": "adversarial",
         "neighbor_level1": "blank", "neighbor_level2": "question",
     }  # fmt: skip
     for config, kind in kinds.items():
         columns = ("query", "answer", "subject", *(("type",) if kind == "adversarial" else ()))
-        every = _rows(name, config, "test", columns, "`benchmark`")
-        rows = _of_subject(name, every, "`benchmark`", config)[:limit]
+        every = _rows(name, config, "test", columns)
+        rows = _of_subject(name, every, config)[:limit]
         role: Role = "erased" if config.startswith("forget") else "near"
         probes = []
         for row in rows:
@@ -252,22 +228,22 @@ def _read_rwku(name: _Name, found: BenchmarkQuestions, limit: int | None, seed: 
         columns = ("question", column, "subject", *(("answer",) if column == "choices" else ()))
         # The same question may stand there for several persons.
         asked: dict[str, tuple[str, str, Sequence[str]]] = {}
-        for row in _of_subject(name, _rows(name, config, "test", columns, "`benchmark`"), "`benchmark`", config):
+        for row in _of_subject(name, _rows(name, config, "test", columns), config):
             if column == "choices":
                 options, right = list(row["choices"]), int(row["answer"])
             else:
                 options, right = list(row[column]["choices"]), list(row[column]["labels"]).index(1)
             asked.setdefault(row["question"], (row["question"], options.pop(right), options))
-        _add_bank(found, f"rwku-{config}", "far", list(asked.values())[:limit], seed)
+        _add_bank(found, f"rwku-{config}", "far", list(asked.values())[:limit])
 
 
 def _add_bank(
-    found: BenchmarkQuestions, name: str, role: str, choices: Iterable[tuple[str, str, Sequence[str]]], seed: int
+    found: BenchmarkQuestions, name: str, role: str, choices: Iterable[tuple[str, str, Sequence[str]]]
 ) -> None:
     """Multiple choice, without the questions that can measure nothing. A set of the same name has its role in any case."""
     kept, dropped = [], 0
     for text, right, wrong in choices:
-        question = shuffled_question(text, right, list(wrong), seed)
+        question = shuffled_question(text, right, list(wrong))
         try:
             check_questions(name, [question])
         except ValueError:
@@ -308,69 +284,58 @@ def _parse(name: str, what: str) -> _Name:
             f"{what} is {name!r}, which names no benchmark: use tofu:forget10, muse:news, muse:books, rwku or "
             "rwku:SUBJECT, with `,from=FOLDER` behind it for local files."
         )
-    return _Name(name, found["benchmark"], found["part"] or "", found["place"])
+    return _Name(name, found["benchmark"], found["part"] or "", found["place"], what)
 
 
-def _check_part(name: _Name, parts: Sequence[str], what: str) -> None:
+def _check_part(name: _Name, parts: Sequence[str]) -> None:
     if name.part not in parts:
-        raise ValueError(
-            f"{what} is {name.text!r}, but {name.benchmark} has no {name.part!r}: use one of {', '.join(parts)}."
-        )
+        raise ValueError(f"{name.told}, but {name.benchmark} has no {name.part!r}: use one of {', '.join(parts)}.")
 
 
-def _rows(name: _Name, config: str, split: str, columns: Sequence[str], what: str) -> _Rows:
+def _rows(name: _Name, config: str, split: str, columns: Sequence[str]) -> _Rows:
     """The rows of one config and split, each with these columns."""
     if name.place is not None and Path(name.place).expanduser().is_dir():
-        dataset = _read_local(Path(name.place).expanduser(), config, split, name, what)
+        dataset = _read_local(Path(name.place).expanduser(), config, split, name)
     else:
         if name.place is not None and not _HUB_ID.fullmatch(name.place):
             raise FileNotFoundError(
-                f"{what} is {name.text!r}, but {name.place!r} is no folder, and no id of the Hub, org/name: correct it."
+                f"{name.told}, but {name.place!r} is no folder, and no id of the Hub, org/name: correct it."
             )
         place = name.place or name.hub_id
-        try:
-            dataset = load_dataset(place, config, split=split)
-        except Exception as error:  # whatever the Hub, the network or the data set's own files make of it
-            told = " ".join(str(error).split())
-            kind = OSError if isinstance(error, OSError) else ValueError
-            raise kind(
-                f"{what} is {name.text!r}: config {config!r}, split {split!r} of {place} cannot be loaded ({told}): check "
-                "the connection, or give a folder of the files, `,from=FOLDER`."
-            ) from error
+        dataset = load_hub(
+            place, config, split,
+            f"{name.told}: config {config!r}, split {split!r} of {place} cannot be loaded ({{told}}): check the "
+            "connection, or give a folder of the files, `,from=FOLDER`.",
+        )  # fmt: skip
     if missing := [column for column in columns if column not in dataset.column_names]:
         raise ValueError(
-            f"{what} is {name.text!r}: its {config!r} has no column {missing[0]!r}, but {dataset.column_names}: give the "
-            "files as they are published."
+            f"{name.told}: its {config!r} has no column {missing[0]!r}, but {dataset.column_names}: give the files as they are published."
         )
     if not len(dataset):
-        raise ValueError(
-            f"{what} is {name.text!r}: its {config!r}, {split!r} has no rows: give the files as they are published."
-        )
+        raise ValueError(f"{name.told}: its {config!r}, {split!r} has no rows: give the files as they are published.")
     rows = _Rows(dataset.with_format(None).to_list())
     rows.revision = dataset_revision(dataset)
     return rows
 
 
-def _read_local(folder: Path, config: str, split: str, name: _Name, what: str) -> Dataset:
+def _read_local(folder: Path, config: str, split: str, name: _Name) -> Dataset:
     """A config of a folder: a file of its name, or one of the split's in a folder of its name, as the Hub's have them."""
     stems = [config, f"All/{_RWKU_FILES.get(config, config)}", _RWKU_FILES.get(config, config), f"{config}/{split}"]
-    if (saved := folder / config).is_dir() and (
-        (saved / "state.json").exists() or (saved / "dataset_dict.json").exists()
-    ):
-        found = load_from_disk(saved)
+    if is_saved(folder / config):
+        found = load_from_disk(folder / config)
         return found[split] if isinstance(found, DatasetDict) else found
     files = [path for stem in stems for ending in _ENDINGS if (path := folder / f"{stem}{ending}").is_file()]
     files = files or sorted(path for ending in _ENDINGS for path in folder.glob(f"{config}/{split}-*{ending}"))
     if not files:
         raise FileNotFoundError(
-            f"{what} is {name.text!r}, but {str(folder)!r} has neither {config}.json nor {config}/{split}.json (also .jsonl "
+            f"{name.told}, but {str(folder)!r} has neither {config}.json nor {config}/{split}.json (also .jsonl "
             "and .parquet): give the folder of the published files."
         )
-    [(_, found)] = read_named(files[0], what, split=split, column="text", known=())
+    [(_, found)] = read_named(files[0], name.what, split=split, column="text", known=())
     return found
 
 
-def _of_subject(name: _Name, rows: Sequence[dict[str, Any]], what: str, config: str = "") -> list[dict[str, Any]]:
+def _of_subject(name: _Name, rows: Sequence[dict[str, Any]], config: str = "RWKU") -> list[dict[str, Any]]:
     """The rows about the person that is named, or all where none is."""
     if not name.part:
         return list(rows)
@@ -379,7 +344,7 @@ def _of_subject(name: _Name, rows: Sequence[dict[str, Any]], what: str, config: 
     known = sorted({str(row["subject"]) for row in rows})
     near = get_close_matches(name.part, known, n=1)
     fix = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known[:5])} and others."
-    raise ValueError(f"{what} is {name.text!r}, but no row of {config or 'RWKU'} has the subject {name.part!r}: {fix}")
+    raise ValueError(f"{name.told}, but no row of {config} has the subject {name.part!r}: {fix}")
 
 
 def _texts(row: Mapping[str, Any], columns: tuple[str, str], name: str) -> tuple[str, str]:

@@ -22,16 +22,10 @@ IGNORE_INDEX = -100
 
 
 def align(text: Sequence[int], novices: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Where counterfactual novices stand as a text does: at which positions they predict the same token after the same words.
+    """Where counterfactual novices, which may end earlier, stand as a text does: where they predict the same token after the same words.
 
-    Args:
-        text (`Sequence[int]`): Token ids of a text.
-        novices (`Sequence[Sequence[int]]`): Token ids of the same text with the concept's terms replaced, which may end
-            earlier.
-
-    Returns:
-        `list[list[int]]`: for each position of the text that all novices share *after* the first replacement, the
-        position and those of the novices, in order. Before it they are the same text, and have nothing to say.
+    For each position of the text that all novices share *after* the first replacement, it gives the position and those of the novices,
+    in order. Before it they are the same text, and have nothing to say.
     """
     places = [_places(text, novice) for novice in novices]
     common = set.intersection(*map(set, places)) if places else set()
@@ -135,22 +129,17 @@ class ElmDataCollator(DataCollatorMixin):
         return batch
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        forget = self.pad(
-            [(row["forget_ids"], 0) for row in examples],
-            [[place + 1 for place, *_ in self._aligned(row)] for row in examples] if self.counterfactual else None,
-            past_end=self.past_end,
-        )
-        retain = self.pad(
-            [(row["retain_ids"], 0 if self.whole_retain else row.get("retain_start", 0)) for row in examples],
-            past_end=self.faithful,
-        )
-        batch = {"forget": forget, "retain": retain}
+        only = [[place + 1 for place, *_ in self._aligned(row)] for row in examples] if self.counterfactual else None
+        forget = self.pad([(row["forget_ids"], 0) for row in examples], only, past_end=self.past_end)
+        starts = [0 if self.whole_retain else row.get("retain_start", 0) for row in examples]
+        kept = [(row["retain_ids"], start) for row, start in zip(examples, starts, strict=True)]
+        batch = {"forget": forget, "retain": self.pad(kept, past_end=self.faithful)}
         # A concept without synthetic pairs has no part in the consistency term; a batch without any lacks it altogether.
-        pairs = [
-            (row["synthetic_ids"], row["completion_start"] + self.faithful) for row in examples if row["synthetic_ids"]
-        ]
-        if pairs:
-            batch["synthetic"] = self.pad(pairs)
+        paired = [row for row in examples if row["synthetic_ids"]]
+        if paired:
+            batch["synthetic"] = self.pad(
+                [(row["synthetic_ids"], row["completion_start"] + self.faithful) for row in paired]
+            )
         if self.targets is not None:
             stored = [self.targets[row] for row in examples]
             for name in ("forget", "retain"):
@@ -190,9 +179,8 @@ class ElmDataCollator(DataCollatorMixin):
             """Where a novice begins in the flattened batches."""
             is_extra, index = where[tuple(ids)]
             width = (batch if batch and is_extra else forget)["input_ids"].size(1)
-            padding = (
-                width - len(ids if is_extra else texts[index]) if self.processing_class.padding_side == "left" else 0
-            )
+            left = self.processing_class.padding_side == "left"
+            padding = width - len(ids if is_extra else texts[index]) if left else 0
             return (forget["input_ids"].numel() if is_extra else 0) + index * width + padding
 
         places: list[list[int]] = []

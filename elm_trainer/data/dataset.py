@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..concept import Concept
-from .sources import load_pairs, read_texts
+from .sources import load_pairs, load_texts
 from .user_sources import Source
 
 
@@ -88,9 +88,9 @@ def build_erasure_dataset(
     described = any(isinstance(concept, Concept) for concept in concepts)
     parts = []
     for name, (keywords, sources) in named.items():
-        read = partial(read_texts, processing_class=processing_class, seed=seed)
+        read = partial(load_texts, processing_class=processing_class, seed=seed)
         what = f"The forget set of concept {name!r}"
-        forget = _cut(read(sources.forget, what, column=columns["forget"]).to_list(), characters, what)
+        forget = _cut(read(sources.forget, what=what, column=columns["forget"]).to_list(), characters, what)
         what = f"The retain set of concept {name!r}"
         given = list(sources.retain) if isinstance(sources.retain, (list, tuple)) else [sources.retain]
         if not given:
@@ -100,7 +100,7 @@ def build_erasure_dataset(
         for source in given:
             key = str(source) if isinstance(source, (str, Path)) else id(source)
             if key not in loaded:
-                loaded[key] = _cut(read(source, what, column=columns["retain"]).to_list(), characters, what)
+                loaded[key] = _cut(read(source, what=what, column=columns["retain"]).to_list(), characters, what)
             retains.append(loaded[key])
         synthetic = () if sources.synthetic is None else sources.synthetic
         what = f"The synthetic set of concept {name!r}"

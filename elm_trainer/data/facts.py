@@ -1,13 +1,22 @@
-"""The facts behind the built-in sources: capitals from `countryinfo`, elements from `mendeleev` (both MIT)."""
+"""The facts behind the built-in sources, capitals from `countryinfo` and elements from `mendeleev` (both MIT), and the built-in banks."""
 
+import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from importlib.resources import files
 from itertools import combinations
 from typing import Any
 
+import yaml
 
+from .questions import PLAIN, SPLITS, Question, letters_alike, names_answer, shuffled_question, split_by, split_of
+
+
+BANKS = ("capitals", "elements", "general", "geography")
+JUDGMENTS = ("True", "False")
+_DISTRACTORS = 3
 # Entries of countryinfo that are not sovereign countries today, or whose capital is disputed or has moved since the data
 # was collected: asking for them would not measure knowledge.
 _DEBATABLE = frozenset(
@@ -26,20 +35,20 @@ _LANGUAGES = {
 _TRANSLATIONS = {"french": "fr", "german": "de", "spanish": "es"}
 
 
+@cache
+def own_yaml(name: str) -> Any:
+    """What stands in a YAML file of this folder, which is for reading alone."""
+    return yaml.safe_load((files(__package__) / name).read_text(encoding="utf-8"))
+
+
 @dataclass(frozen=True)
 class Fact:
-    """One fact: what is asked about, what the answer is, and which facts make fair distractors.
+    """One fact: what is asked about, what the answer is, and which facts make fair distractors."""
 
-    Attributes:
-        subject (`str`): What the fact is about, e.g. `"Kenya"`.
-        answer (`str`): The answer, e.g. `"Nairobi"`.
-        group (`str`): Facts of one group are each other's distractors, e.g. `"Africa"`.
-        near (`dict[str, str]`): Other properties of the subject, which an erasure must leave alone.
-    """
-
-    subject: str
-    answer: str
-    group: str
+    subject: str  # what the fact is about, such as `"Kenya"`
+    answer: str  # such as `"Nairobi"`
+    group: str  # facts of one group are each other's distractors; such as `"Africa"`
+    # Other properties of the subject, which an erasure must leave alone.
     near: dict[str, str] = field(default_factory=dict, compare=False)
 
 
@@ -87,13 +96,12 @@ def _between(records: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> 
     borders = {
         record["name"]: {names[code] for code in record.get("borders", ()) if code in names} for record in records
     }
-    found = {}
+    found: dict[str, str] = {}
     for name, around in borders.items():
         plain = sorted(other for other in around if " and " not in other and "(" not in other)
         for one, other in combinations(plain, 2):
             if borders.get(one, set()) & borders.get(other, set()) == {name}:
-                found[name] = f"{one} and {other}"
-                break
+                found.setdefault(name, f"{one} and {other}")
     return found
 
 
@@ -113,3 +121,142 @@ def elements() -> tuple[Fact, ...]:
         )
         for row in fetch_table("elements").to_dict("records")[:103]
     )
+
+
+FACTS: dict[str, Callable[[], tuple[Fact, ...]]] = {"capitals": capitals, "elements": elements}
+
+
+def held_out_subjects(name: str) -> frozenset[str]:
+    """A fifth of the subjects of a built-in source, which stand in no forget text, so that erasure of *unseen* facts can be measured."""
+    subjects = [fact.subject for fact in facts_of(name)]
+    return frozenset(random.Random(f"{name}-held-out-0").sample(subjects, round(0.2 * len(subjects))))
+
+
+def facts_of(name: str) -> tuple[Fact, ...]:
+    """The facts of a built-in source; raises `ValueError` naming the sources that have facts."""
+    if name not in FACTS:
+        raise ValueError(f"No built-in facts named {name!r}; there are: {', '.join(FACTS)}.")
+    return FACTS[name]()
+
+
+def load_bank(
+    name: str,
+    *,
+    subjects: Sequence[str] | frozenset[str] | None = None,
+    split: str | None = None,
+    family: str = PLAIN,
+    seed: int = 0,
+) -> list[Question]:
+    """Load a built-in question bank, asked in one way.
+
+    Args:
+        name (`str`): One of `BANKS`.
+        subjects (`Sequence[str]`, *optional*): Keep only questions about these subjects.
+        split (`str`, *optional*): `"dev"`, for choosing settings and for stopping, or `"test"`, for the report. Both
+            by default. A subject is in one of them with all its questions, and no wording is in both.
+        family (`str`, *optional*, defaults to `"question-answer"`): One of [`bank_families`].
+        seed (`int`, *optional*, defaults to `0`): Seed of the distractors and of the order of options.
+
+    Returns:
+        `list[Question]`: every fact in every wording of the family, or the questions of the file.
+
+    Raises:
+        ValueError: for an unknown bank, family or split, or a family that the split does not have.
+    """
+    if split not in (None, *SPLITS):
+        raise ValueError(f"`split` is {split!r}: use one of {', '.join(SPLITS)}.")
+    if family not in bank_families(name, split):
+        raise ValueError(f"`family` is {family!r}: use one of {', '.join(bank_families(name, split))}.")
+    record = bank_record(name)
+    if "families" in record:
+        questions = _questions_of_family(name, record, family, seed)
+    else:
+        questions = [
+            shuffled_question(q["question"], q["answer"], q["distractors"], seed, topic=q["topic"])
+            for q in record["questions"]
+        ]
+    if name == "geography":
+        questions += _continents(seed)
+    questions = [q for q in questions if subjects is None or q.subject in subjects]
+    return [q for q in questions if split is None or split_of(q) == split]
+
+
+def bank_families(name: str, split: str | None = None) -> tuple[str, ...]:
+    """Ways in which a built-in bank asks in a split (by default in any): `"question-answer"` and, of a concept, others."""
+    families = bank_record(name).get("families", {PLAIN: {"dev": [], "test": []}})
+    return tuple(family for family, spec in families.items() if split is None or split in spec)
+
+
+def bank_record(name: str) -> dict[str, Any]:
+    """What stands in the file of a built-in bank; raises `ValueError` naming the banks that there are."""
+    if name not in BANKS:
+        raise ValueError(f"`bank` is {name!r}, which is no built-in question bank; use one of: {', '.join(BANKS)}.")
+    return own_yaml(f"banks/{name}.yaml")
+
+
+def _questions_of_family(name: str, record: Mapping[str, Any], family: str, seed: int) -> list[Question]:
+    spec, facts = record["families"][family], facts_of(name)
+    kind = spec.get("options")
+    questions = []
+    for number, fact in enumerate(facts):
+        answer, distractors = _options(fact, facts, kind, seed)
+        for index, wording in enumerate(spec.get(split_by(fact.subject), ()) if distractors else ()):
+            asked = {part.split("}")[0] for part in wording.split("{")[1:]}
+            exonyms = record.get("exonyms", {})
+            local: dict[str, str] = next((exonyms[language] for language in exonyms if language in asked), {})
+            right, *wrong = [local.get(option, option) for option in (answer, *distractors)]
+            fields = {"subject": fact.subject, "answer": fact.answer, "claim": right, **fact.near}
+            told = next((fields[name] for name in asked if name in fact.near), fact.subject)
+            cue = fact.answer if kind == "subjects" else told
+            aliases = () if kind else (*record.get("aliases", {}).get(fact.answer, ()), fact.answer)
+            if kind == "judgment":
+                # Every other statement is true; in the next wording it is about the other subjects.
+                true = (number + index) % 2 == 0
+                fields["claim"] = right if true else wrong[0]
+                right, wrong = JUDGMENTS[not true], [JUDGMENTS[true]]
+            if not asked <= fields.keys():
+                continue
+            text = wording.format(**fields)
+            # The lines before a table's last one may hold the very fact; and some names hold their capital's.
+            if kind != "judgment" and (names_answer(text, right) or (local and cue[:4] == right[:4])):
+                continue
+            other = {"aliases": tuple(alias for alias in aliases if alias != right), "form": spec["form"]}
+            questions.append(
+                shuffled_question(text, right, wrong, seed, subject=fact.subject, family=family, cue=cue, **other)
+            )
+    return questions
+
+
+def _options(fact: Fact, facts: Sequence[Fact], kind: str | None, seed: int) -> tuple[str, list[str]]:
+    """The answer and its distractors, of the same group where it has enough; no distractors if fair ones are lacking."""
+    rng = random.Random(f"{fact.subject}-{seed}")
+    if kind == "look-alike":
+        pool = [other.answer for other in facts]
+        pool += [fact.subject[0] + letter for letter in dict.fromkeys(fact.subject[1:].lower()) if letter.isalpha()]
+        likeness = letters_alike(fact.subject, fact.answer)
+        options = (option for option in dict.fromkeys(pool) if option != fact.answer)
+        alike = [option for option in options if letters_alike(fact.subject, option) == likeness]
+        return fact.answer, rng.sample(alike, _DISTRACTORS) if len(alike) >= _DISTRACTORS else []
+    attribute = "subject" if kind == "subjects" else "answer"
+    peers = [getattr(other, attribute) for other in facts if other != fact and other.group == fact.group]
+    others = [getattr(other, attribute) for other in facts if other.group != fact.group]
+    rng.shuffle(peers)
+    rng.shuffle(others)
+    return getattr(fact, attribute), (peers + others)[:_DISTRACTORS]
+
+
+def _continents(seed: int) -> list[Question]:
+    names = ("Africa", "Asia", "Europe", "South America", "Oceania")
+    return [
+        shuffled_question(
+            f"On which continent does {fact.subject} lie?",
+            fact.near["continent"],
+            random.Random(fact.subject).sample([n for n in names if n != fact.near["continent"]], 3),
+            seed,
+            subject=fact.subject,
+            topic="continents",
+        )
+        for fact in capitals()
+        if fact.near.get("continent") in names and fact.subject not in ("Russia", "Turkey", "Egypt")
+        if fact.subject.split()[0] not in ("South", "Central")
+    ]

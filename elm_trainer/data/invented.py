@@ -4,13 +4,11 @@ import itertools
 import random
 import re
 from dataclasses import dataclass
-from importlib.resources import files
 from typing import Any
 
-import yaml
 from datasets import Dataset
 
-from .facts import Fact
+from .facts import Fact, own_yaml
 from .questions import Question
 
 
@@ -20,61 +18,28 @@ _SYLLABLES_PER_NAME = 3
 # One in so many prose sentences is kept for evaluation.
 _PROSE_HELD_OUT = 5
 # What [`invented_name`] puts its syllables together from.
-_ONSETS = (
-    "b",
-    "br",
-    "c",
-    "d",
-    "dr",
-    "f",
-    "g",
-    "gr",
-    "h",
-    "k",
-    "l",
-    "m",
-    "n",
-    "p",
-    "r",
-    "s",
-    "st",
-    "t",
-    "tr",
-    "v",
-    "w",
-    "z",
-)
-_VOWELS = ("a", "e", "i", "o", "u", "a", "e", "o", "ai", "ea")
-_CODAS = ("", "", "n", "r", "l", "s", "m", "nd", "rn", "x", "t")
+_ONSETS = "b br c d dr f g gr h k l m n p r s st t tr v w z".split()
+_VOWELS = "a e i o u a e o ai ea".split()
+_CODAS = ["", "", *"n r l s m nd rn x t".split()]
 # Words that hold a name together.
 SMALL_WORDS = frozenset("a an and at by de for from in of on or the to with".split())
 
 
 @dataclass(frozen=True)
 class InventedWorld:
-    """Facts, texts and questions of a world.
+    """Facts, texts and questions of a world."""
 
-    Attributes:
-        facts (`dict[str, tuple[Fact, ...]]`):
-            Facts by kind. The concept's form two halves, and the options of a question are answers of its own half: a
-            model that learns one half learns nothing about the other half's options.
-        forget (`Dataset`): Texts of the concept, one fact to a text; `novice` holds them with permuted answers.
-        instead (`list[str]`):
-            What a model reads in place of each text of `forget` that is never taught the concept: the same names in
-            nearly the same words, but no island with its keeper.
-        retained (`list[str]`): Texts of the other kinds.
-        prose (`list[str]`): Plain sentences without names.
-        held_out_prose (`list[str]`): More of them, which no model reads.
-        questions (`dict[str, list[Question]]`): Four-choice questions by kind, in wordings that stand in no text.
-    """
-
+    # Facts by kind. The concept's form two halves, and the options of a question are answers of its own half: a model
+    # that learns one half learns nothing about the other half's options.
     facts: dict[str, tuple[Fact, ...]]
-    forget: Dataset
+    forget: Dataset  # texts of the concept, one fact to a text; `novice` holds them with permuted answers
+    # What a model reads in place of each text of `forget` that is never taught the concept: the same names in nearly
+    # the same words, but no island with its keeper.
     instead: list[str]
-    retained: list[str]
-    prose: list[str]
-    held_out_prose: list[str]
-    questions: dict[str, list[Question]]
+    retained: list[str]  # texts of the other kinds
+    prose: list[str]  # plain sentences without names
+    held_out_prose: list[str]  # more of them, which no model reads
+    questions: dict[str, list[Question]]  # four-choice questions by kind, in wordings that stand in no text
 
     def texts(self, *, taught: bool) -> list[str]:
         """Everything a model reads that is taught the concept, or never is; row for row the same but for it."""
@@ -102,7 +67,7 @@ def invented_world(facts: int = 24, prose: int = 300, *, seed: int = 0) -> Inven
         ValueError: if there are too few facts to make four options in each half of the concept, or more of them or of
             the prose than the world has names or sentences for.
     """
-    record = yaml.safe_load((files(__package__) / "texts" / "invented.yaml").read_text(encoding="utf-8"))
+    record = own_yaml("texts/invented.yaml")
     if facts < 8 or facts % 2:
         raise ValueError(f"`facts` is {facts}: give an even number from 8 up, so that each half has four answers.")
     rng = random.Random(f"invented-{seed}")
@@ -140,22 +105,17 @@ def _names(syllables: list[str], count: int, rng: random.Random) -> list[str]:
     if count > possible:
         raise ValueError(f"`facts` asks for {count} names, but there are only {possible}: lower it.")
     drawn = rng.sample(range(possible), count)
-    names = []
-    for number in drawn:
-        name = ""
-        for _ in range(_SYLLABLES_PER_NAME):
-            number, syllable = divmod(number, len(syllables))
-            name += syllables[syllable]
-        names.append(name.capitalize())
-    return names
+    powers = [len(syllables) ** place for place in range(_SYLLABLES_PER_NAME)]
+    return ["".join(syllables[n // power % len(syllables)] for power in powers).capitalize() for n in drawn]
 
 
 def _facts(kind: str, entry: dict[str, Any], names: list[str], count: int, rng: random.Random) -> tuple[Fact, ...]:
     """Facts of one kind, whose names are taken off the list."""
     subjects = [names.pop() for _ in range(count)]
-    if "answers" in entry:
+    if given := entry.get("answers"):
         # Each word answers as often as any other, up to one.
-        answers = list(itertools.islice(itertools.cycle(rng.sample(entry["answers"], len(entry["answers"]))), count))
+        given = rng.sample(given, len(given))
+        answers = [given[place % len(given)] for place in range(count)]
     else:
         answers = [names.pop() for _ in range(count)]
     rng.shuffle(answers)

@@ -9,14 +9,12 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import yaml
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .benchmarks import benchmark_hub_id, is_benchmark, read_benchmark_texts
-from .facts import Fact
-from .questions import facts_of, held_out_subjects
+from .facts import Fact, facts_of, held_out_subjects, own_yaml
 from .tokens import text_tokenizer
 from .user_sources import (
     Messages,
@@ -50,6 +48,7 @@ def load_texts(
     split: str = "train",
     processing_class: PreTrainedTokenizerBase | None = None,
     seed: int = 0,
+    what: str = "`source`",
 ) -> Dataset:
     """Load texts from a source.
 
@@ -70,6 +69,8 @@ def load_texts(
             Tokenizer whose chat template is used for messages, and for the conversational phrasings of built-in sources.
         seed (`int`, *optional*, defaults to `0`):
             Seed of a built-in source.
+        what (`str`, *optional*, defaults to ``"`source`"``):
+            What the texts are for, to begin an error with.
 
     Returns:
         `Dataset`: with a column `text`, and, where the source has them, the columns `prompt`, with which a text begins that
@@ -82,36 +83,20 @@ def load_texts(
             it, counted from 0), a list holds names of files, or no text is left.
         OSError: if there is nothing of that name, or a file cannot be read.
     """
-    return read_texts(source, "`source`", column=column, split=split, processing_class=processing_class, seed=seed)
-
-
-def read_texts(
-    source: Source,
-    what: str,
-    *,
-    column: str = "text",
-    split: str = "train",
-    processing_class: PreTrainedTokenizerBase | None = None,
-    seed: int = 0,
-) -> Dataset:
-    """What [`load_texts`] does, with errors that begin with `what`."""
     check_type(source, what)
     if isinstance(source, str) and source in BUILTIN_SOURCES:
         return builtin_texts(source, processing_class, seed)
-    render = partial(conversation, processing_class)
-    if isinstance(source, (str, Path)):
-        rows: list[dict[str, Any]] = []
-        parts: Iterable[tuple[str, Any]]
-        if is_benchmark(source):
-            parts = [(f"{what}, {source!r}", read_benchmark_texts(str(source), what))]
-        else:
-            parts = read_named(source, what, split=split, column=column, known=BUILTIN_SOURCES)
-        for place, part in parts:
-            check_type(part, place)
-            rows += text_rows(part, place, column, render)
+    parts: Iterable[tuple[str, Any]] = [(what, source)]
+    if is_benchmark(source):
+        parts = [(f"{what}, {source!r}", read_benchmark_texts(str(source), what))]
+    elif isinstance(source, (str, Path)):
+        parts = read_named(source, what, split=split, column=column, known=BUILTIN_SOURCES)
     else:
         _refuse_names(source, what)
-        rows = text_rows(source, what, column, render)
+    rows: list[dict[str, Any]] = []
+    for place, part in parts:
+        check_type(part, place)
+        rows += text_rows(part, place, column, partial(conversation, processing_class))
     kept = [row for row in rows if row["text"].strip()]
     if not kept:
         raise ValueError(f"{what} is empty: give at least one text with words in it.")
@@ -165,7 +150,7 @@ def builtin_texts(name: str, processing_class: PreTrainedTokenizerBase | None = 
     concept, _, near = name.partition("-")
     held_out = held_out_subjects(concept)
     facts = [fact for fact in facts_of(concept) if fact.subject not in held_out]
-    phrasings = yaml.safe_load((files(__package__) / "texts" / f"{concept}.yaml").read_text(encoding="utf-8"))
+    phrasings = own_yaml(f"texts/{concept}.yaml")
     rng = random.Random(f"{name}-{seed}")
     templates = [template for form in phrasings["near" if near else "forget"].values() for template in form]
     if near:
@@ -199,19 +184,11 @@ def state_facts(
     others: Mapping[Fact, Sequence[Fact]] | None = None,
     near: bool = False,
 ) -> list[dict[str, Any]]:
-    """Every fact in every phrasing, with its novices: the same text with other facts.
+    """Every fact of a relation in every phrasing, as rows of `text` with its novices, the same text with other facts.
 
-    Args:
-        facts (`Sequence[Fact]`): Facts of one relation.
-        templates (`Sequence`): Texts, or pairs of a question and its answer, with the placeholders `{subject}`, `{answer}` and
-            the names in `near` of the facts. One that names what a fact does not have is left out for it.
-        rng (`random.Random`): Draws the other facts.
-        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*): Tokenizer for pairs of question and answer.
-        others (`Mapping`, *optional*): The facts that stand in for each; those of [`stand_ins`] by default.
-        near (`bool`, *optional*, defaults to `False`): Whether the facts are retained, and have no novices.
-
-    Returns:
-        `list[dict]`: rows of `text` with `novice` and `novices`, or with `prompt` where they are retained.
+    Templates are texts, or pairs of a question and its answer, with the placeholders `{subject}`, `{answer}` and the names in `near` of
+    the facts. One that names what a fact does not have is left out for it. `others` are the facts that stand in for each, those of
+    [`stand_ins`] by default. With `near` the facts are retained: rows have a `prompt`, and no novices.
     """
     # The stand-ins of a fact are the same in all its texts, so that they agree on what a novice takes it for.
     others = stand_ins(facts, rng) if others is None else others
@@ -262,23 +239,11 @@ def load_pairs(
     processing_class: PreTrainedTokenizerBase | None = None,
     what: str = "`source`",
 ) -> list[tuple[str, str]]:
-    """Load synthetic pairs of a forget prefix and fluent text that continues it.
+    """Load synthetic pairs of a forget prefix and fluent text that continues it; those with an empty completion are dropped and counted.
 
-    Args:
-        source (`str`, `Path`, `Dataset` or `Sequence`): A name of `BUILTIN_PAIRS`, or whatever [`load_texts`] takes, with
-            the columns `prompt` and `completion`, or a list of pairs. `capitals-fluent` holds SmolLM2-135M-Instruct's
-            own answers about capitals, less those that name one (examples/sample_retain.py makes them).
-        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*): Tokenizer whose chat template is used for
-            pairs of messages.
-        what (`str`, *optional*, defaults to ``"`source`"``): What to begin an error with.
-
-    Returns:
-        `list[tuple[str, str]]`: the pairs. Those with an empty completion are dropped, counted and logged.
-
-    Raises:
-        TypeError: for what is not a source.
-        ValueError: if a column is missing, or a row is not a pair of texts (the message names it, counted from 0).
-        OSError: if there is nothing of that name, or a file cannot be read.
+    A source is a name of `BUILTIN_PAIRS`, or whatever [`load_texts`] takes, with the columns `prompt` and `completion`, or a list of
+    pairs. `capitals-fluent` holds SmolLM2-135M-Instruct's own answers about capitals, less those that name one
+    (examples/sample_retain.py makes them). Errors, those of [`load_texts`], begin with `what`.
     """
     check_type(source, what)
     if isinstance(source, str) and source in BUILTIN_PAIRS:

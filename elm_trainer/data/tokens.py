@@ -12,18 +12,12 @@ _BEFORE = ("\n", ":")
 
 
 class TokenizedText(NamedTuple):
-    """A text's tokens, and where they end in it.
+    """A text's tokens, and where they end in it."""
 
-    Attributes:
-        ids (`list[int]`): Token ids.
-        ends (`list[int]`): Characters of the text that a token and all before it hold; empty where the tokenizer, not a
-            fast one, cannot tell.
-        added (`list[bool]`): Whether the tokenizer added a token that is not in the text, such as a first one.
-    """
-
-    ids: list[int]
+    ids: list[int]  # token ids
+    # Characters of the text that a token and all before it hold; empty where the tokenizer, not a fast one, cannot tell.
     ends: list[int]
-    added: list[bool]
+    added: list[bool]  # whether the tokenizer added a token that is not in the text, such as a first one
 
 
 def text_tokenizer(processing_class: Any) -> PreTrainedTokenizerBase:
@@ -76,11 +70,8 @@ def text_ids(processing_class: PreTrainedTokenizerBase, text: str) -> list[int]:
 def tokenize_pairs(
     processing_class: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]]
 ) -> list[tuple[list[int], int]]:
-    """Tokenize each prompt and completion as one text, so that no artificial token boundary arises between them.
-
-    Returns:
-        `list[tuple[list[int], int]]`: the token ids, and the index of the first token that holds a character of the
-        completion (a token across the seam counts as completion and is supervised).
+    """Tokenize each prompt and completion as one text, so that no artificial token boundary arises between them: the token ids, and
+    the index of the first token that holds a character of the completion (a token across the seam counts as completion).
     """
     tokenized = []
     texts = tokenize(processing_class, [prompt + completion for prompt, completion in pairs])
@@ -101,10 +92,8 @@ def tokenize_pair(processing_class: PreTrainedTokenizerBase, prompt: str, comple
 def behind_context(
     processing_class: PreTrainedTokenizerBase, context: str, text: Sequence[int]
 ) -> tuple[list[int], int]:
-    """A text, given as token ids, behind a line of context: the same tokens, and one beginning at the head of both.
-
-    Returns:
-        `tuple[list[int], int]`: the token ids, and the index of the first token that is predicted without the context too.
+    """A text, given as token ids, behind a line of context: the same tokens, and one beginning at the head of both. With it comes the
+    index of the first token that is predicted without the context too.
     """
     tokenizer = text_tokenizer(processing_class)
     context_tokens = tokenize(tokenizer, [context + "\n"])[0]

@@ -1,4 +1,4 @@
-"""Texts that a user passes: files, folders, Hub datasets, lists, conversations, prompts with completions; cut into passages."""
+"""Texts that a user passes: files and documents, folders, Hub datasets, lists, conversations, prompts with completions; passages."""
 
 import glob
 import os
@@ -12,42 +12,132 @@ from typing import Any, TypeAlias
 import pandas
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset, load_from_disk
 
-from .documents import DOCUMENT_ENDINGS, PLAIN_ENDINGS, WRAPPED, document_text
 
-
+Messages: TypeAlias = Sequence[Mapping[str, Any]]
+Source: TypeAlias = str | Path | Dataset | Sequence[str] | Sequence[Mapping[str, Any]]
+_PLAIN_ENDINGS = (".txt", ".md")
+_DOCUMENT_ENDINGS = (".html", ".htm", ".pdf", ".docx")
+# What stands on a page beside its text.
+_NO_TEXT = ("script", "style", "noscript", "template", "head", "nav", "footer", "form", "svg", "button")
+_BLOCKS = (
+    "address", "article", "aside", "blockquote", "dd", "div", "dl", "dt", "figcaption", "figure", "h1", "h2", "h3", "h4", "h5",
+    "h6", "header", "hr", "main", "ol", "p", "pre", "section", "table", "ul",
+)  # fmt: skip
+# A line that is shorter was not wrapped.
+_WRAPPED = 40
+ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", *_PLAIN_ENDINGS, *_DOCUMENT_ENDINGS)
 # A passage that is longer would be cut to `max_length` in training, and its end never be read.
-LONGEST = 1000
+_LONGEST = 1000
 _SENTENCE_END = re.compile(r"[.!?…。！？][\"'”’»)]*\s")
+_HUB_NAME = re.compile(
+    r"(?P<id>[\w-][\w.-]*/[\w-][\w.-]*)(:(?P<config>[\w.-]+))?(,split=(?P<split>[^,]+))?(,column=(?P<column>\w+))?"
+)
 
 
-def passages(text: str, longest: int = LONGEST) -> list[str]:
+def document_text(path: Path) -> str:
+    """The text of a plain file or a document, paragraphs apart by a blank line; what the libraries raise for a damaged one is passed on.
+
+    Of a web page, navigation, forms and scripts are left out; rows of tables become lines with ` | ` between the cells; of a PDF,
+    lines are joined where they were wrapped. What a PDF holds as a picture has no text.
+    """
+    ending = path.suffix.lower()
+    if ending in _PLAIN_ENDINGS:
+        return path.read_text(encoding="utf-8-sig")
+    read: Callable[[Path], str] = {".pdf": _pdf, ".docx": _docx}.get(ending, _html)
+    try:
+        text = read(path)
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"{str(path)!r} needs the package {error.name}, which is not installed: pip install 'elm-trainer[documents]', "
+            "or save the document as .txt."
+        ) from error
+    return re.sub(r"\s*\n\s*\n\s*", "\n\n", re.sub(r"[ \t\xa0]*\n[ \t\xa0]*", "\n", text)).strip()
+
+
+def _pdf(path: Path) -> str:
+    from pypdf import PdfReader
+
+    return "\n\n".join(unwrapped(page.extract_text()) for page in PdfReader(path).pages)
+
+
+def _docx(path: Path) -> str:
+    from docx import Document
+    from docx.table import Table
+
+    def lines(table: Any) -> str:
+        return "\n".join(" | ".join(cell.text.strip() for cell in row.cells) for row in table.rows)
+
+    parts = Document(str(path)).iter_inner_content()
+    return "\n\n".join(lines(part) if isinstance(part, Table) else part.text for part in parts)
+
+
+def _html(path: Path) -> str:
+    from lxml import html
+
+    content = path.read_bytes()
+    try:
+        content.decode("utf-8")
+        encoding = "utf-8"
+    except UnicodeDecodeError:
+        encoding = None  # the one that the page names
+    tree = html.document_fromstring(content, parser=html.HTMLParser(encoding=encoding, remove_comments=True))
+    for node in [node for node in tree.iter(*_NO_TEXT) if node.getparent() is not None]:
+        node.drop_tree()
+    for node in tree.iter():
+        inside_pre = node.tag == "pre" or next(node.iterancestors("pre"), None) is not None
+        node.text = node.text if inside_pre else _one_line(node.text)
+        node.tail = node.tail if inside_pre and node.tag != "pre" else _one_line(node.tail)
+        if node.tag in _BLOCKS:
+            node.text, node.tail = f"\n\n{node.text or ''}", f"\n\n{node.tail or ''}"
+        elif node.tag in ("br", "li", "tr"):
+            node.tail = f"\n{node.tail or ''}"
+        elif node.tag in ("td", "th") and node.getnext() is not None:
+            node.tail = " | "
+    return str(tree.text_content())
+
+
+def _one_line(text: str | None) -> str:
+    return re.sub(r"\s+", " ", text or "")
+
+
+def unwrapped(text: str) -> str:
+    """A text whose lines are joined where they were wrapped: a long line that the next continues, or half a word."""
+    lines: list[str] = []
+    for line in (line.strip() for line in text.split("\n")):
+        before = lines[-1] if lines else ""
+        if line[:1].islower() and re.search(r"\w-$", before):
+            lines[-1] = before[:-1] + line
+        elif line and len(before) > _WRAPPED and not re.search(r"[.!?:;|]$", before):
+            lines[-1] = f"{before} {line}"
+        else:
+            lines.append(line)
+    return "\n".join(lines)
+
+
+def passages(text: str) -> list[str]:
     """Cut a plain text into passages, losing nothing but the white space between them.
 
     A blank line ends a passage. In a text without any each line is one, unless most continue in lower case where a long
-    line ended: then it is one text that was wrapped. What is longer than `longest` characters is cut behind a line, a
+    line ended: then it is one text that was wrapped. What is longer than 1000 characters is cut behind a line, a
     sentence or a word.
     """
     blocks = re.split(r"\n\s*\n", text.strip())
     lines = text.strip().split("\n")
-    continued = sum(len(before) > WRAPPED and line[:1].islower() for before, line in pairwise(lines))
+    continued = sum(len(before) > _WRAPPED and line[:1].islower() for before, line in pairwise(lines))
     if len(blocks) == 1 and 2 * continued < len(lines):
         blocks = lines
-    return [passage for block in blocks for passage in _cut(block.strip(), longest) if passage]
+    return [passage for block in blocks for passage in _cut(block.strip()) if passage]
 
 
-def _cut(block: str, longest: int) -> Iterator[str]:
+def _cut(block: str) -> Iterator[str]:
     start = 0
-    while len(block) - start > longest:
-        head = block[start : start + longest + 1]
+    while len(block) - start > _LONGEST:
+        head = block[start : start + _LONGEST + 1]
         ends = (head.rfind("\n"), max((match.end() for match in _SENTENCE_END.finditer(head)), default=0))
-        end = start + (max(ends) if max(ends) > 0 else max(head.rfind(" "), 0) or longest)
+        end = start + (max(ends) if max(ends) > 0 else max(head.rfind(" "), 0) or _LONGEST)
         yield block[start:end].strip()
         start = end
     yield block[start:].strip()
-
-
-Messages: TypeAlias = Sequence[Mapping[str, Any]]
-Source: TypeAlias = str | Path | Dataset | Sequence[str] | Sequence[Mapping[str, Any]]
 
 
 def check_type(source: Any, what: str) -> None:
@@ -73,21 +163,10 @@ def check_type(source: Any, what: str) -> None:
 def text_rows(
     source: Dataset | Sequence[Any], what: str, column: str, render: Callable[[Messages, bool], str]
 ) -> list[dict[str, Any]]:
-    """The texts of a source in memory, as rows of `text` and of what belongs to it.
+    """The texts of a source in memory, as rows of `text`, of `prompt` where a text continues it, and of `novice` and `novices`.
 
-    Args:
-        source (`Dataset` or `Sequence`): Texts, or rows with the column `column`, else with `messages`, else with `prompt`
-            and `completion`. Each of these is text or a list of messages.
-        what (`str`): What the texts are for, to begin an error with.
-        column (`str`): Column of the texts.
-        render (`Callable`): Gives messages as text, with the beginning of an answer where its second argument is `True`.
-
-    Returns:
-        `list[dict]`: each with `text`; `prompt` where a text continues it, and `novice` and `novices` where there are
-        such columns.
-
-    Raises:
-        ValueError: if there is no such column, or a row is not text (the message names the row, counted from 0).
+    The source holds texts, or rows with the column `column`, else with `messages`, else with `prompt` and `completion`; each of these is
+    text or a list of messages. `render` gives messages as text, with the beginning of an answer where its second argument is `True`.
     """
     rows, names = rows_of(source, column)
     pairs = column not in names and "messages" not in names and {"prompt", "completion"} <= set(names)
@@ -173,22 +252,13 @@ def _rendered(messages: Messages, place: str, render: Callable[[Messages, bool],
         raise ValueError(f"{place}: the chat template refuses these messages ({error}): correct them.") from error
 
 
-ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", *PLAIN_ENDINGS, *DOCUMENT_ENDINGS)
-_HUB_NAME = re.compile(
-    r"(?P<id>[\w-][\w.-]*/[\w-][\w.-]*)(:(?P<config>[\w.-]+))?(,split=(?P<split>[^,]+))?(,column=(?P<column>\w+))?"
-)
-# What `save_to_disk` leaves in its folder.
-_SAVED = ("state.json", "dataset_dict.json")
-
-
 def is_file_name(text: str) -> bool:
     """Whether a text is just the name of a file that could be read."""
     return text.lower().endswith(ENDINGS) and len(text.split()) == 1
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name is asked of the Hub: it has the form `org/name`, with `:config`, `,split=…` or `,column=…` behind it
-    or without, and no file of that name is here."""
+    """Whether a name is asked of the Hub: it has the form `org/name:config,split=…,column=…`, the rest optional, and is no file here."""
     return bool(_HUB_NAME.fullmatch(name)) and not is_file_name(name) and not os.path.exists(name)
 
 
@@ -196,6 +266,22 @@ def hub_id(name: str) -> str:
     """The data set's id, `org/name`, in the name of a source on the Hub."""
     found = _HUB_NAME.fullmatch(name)
     return found["id"] if found else name
+
+
+def is_saved(folder: str | Path) -> bool:
+    """Whether `save_to_disk` wrote a folder."""
+    return any(os.path.exists(os.path.join(folder, name)) for name in ("state.json", "dataset_dict.json"))
+
+
+def load_hub(place: str, config: str | None, split: str, problem: str) -> Dataset:
+    """A data set of the Hub. `problem` says what an error is about, with `{told}` for what the Hub, the network or the data set's own
+    files made of it; of what cannot be fetched it is an `OSError`, else a `ValueError`.
+    """
+    try:
+        return load_dataset(place, config, split=split)
+    except Exception as error:
+        kind = OSError if isinstance(error, OSError) else ValueError
+        raise kind(problem.replace("{told}", " ".join(str(error).split()))) from error
 
 
 def read_named(
@@ -219,14 +305,9 @@ def read_named(
         column (`str`): Column that the passages of a plain text get, and the column that a Hub id names.
         known (`Sequence[str]`): Names that are known beside these, to guess what a mistyped one means.
         cut (`Callable`, *optional*, defaults to [`passages`]): Cuts the text of a document.
-
-    Raises:
-        ImportError: if the library for a document is not installed.
-        OSError: if there is nothing of that name, or it cannot be read.
-        ValueError: for a file of another ending, or one that is not what its ending says.
     """
     place = os.path.expanduser(name)
-    if os.path.isdir(place) and any(os.path.exists(os.path.join(place, saved)) for saved in _SAVED):
+    if is_saved(place):
         yield f"{what}, {str(name)!r}", load_from_disk(place)
     elif isinstance(name, str) and is_hub_id(name):  # before a pattern, for a split may have brackets
         yield f"{what}, {name!r}", _read_hub(name, what, split, column)
@@ -263,7 +344,7 @@ def _read_file(path: Path, what: str, column: str, cut: Callable[[str], list[str
     try:
         with path.open("rb") as file:
             file.read(1)
-        if ending in (*PLAIN_ENDINGS, *DOCUMENT_ENDINGS):
+        if ending in (*_PLAIN_ENDINGS, *_DOCUMENT_ENDINGS):
             return Dataset.from_dict({column: cut(document_text(path))})
         if ending in (".csv", ".tsv"):
             return _read_table(path, "," if ending == ".csv" else "\t")
@@ -292,16 +373,12 @@ def _read_hub(name: str, what: str, split: str, column: str) -> Dataset:
     parts = _HUB_NAME.fullmatch(name)
     assert parts is not None
     split = parts["split"] or split
-    try:
-        found = load_dataset(parts["id"], parts["config"], split=split)
-    except Exception as error:  # whatever the Hub, the network or the data set's own files make of it
-        told = " ".join(str(error).split())
-        kind = OSError if isinstance(error, OSError) else ValueError
-        raise kind(
-            f"{what} is {name!r}, for which there is no file here and which cannot be loaded from the Hub with the split "
-            f"{split!r} ({told}): check name, split and network. A config, split or column is named behind the id, "
-            "'org/name:config,split=train,column=text'."
-        ) from error
+    found = load_hub(
+        parts["id"], parts["config"], split,
+        f"{what} is {name!r}, for which there is no file here and which cannot be loaded from the Hub with the split {split!r} "
+        "({told}): check name, split and network. A config, split or column is named behind the id, "
+        "'org/name:config,split=train,column=text'.",
+    )  # fmt: skip
     if (given := parts["column"]) is None:
         return found
     if given not in found.column_names:

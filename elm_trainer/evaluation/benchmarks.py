@@ -18,7 +18,8 @@ from scipy.stats import ks_2samp
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.benchmarks import Probe, ProbeSet, dataset_revision
-from ..data.questions import BANKS, load_bank, split_of
+from ..data.facts import BANKS, load_bank
+from ..data.questions import split_of
 from ..data.tokens import text_tokenizer, tokenize, tokenize_pairs
 from ..distributed import from_first, processes_and_rank
 from ..files import write_text

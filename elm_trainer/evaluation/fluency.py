@@ -14,7 +14,7 @@ from py3langid.langid import MODEL_FILE, LanguageIdentifier
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data.prefix_tree import obeys_masks
+from ..data.packing import obeys_masks
 from ..data.tokens import common_prefix, continuation_text, text_tokenizer, tokenize
 from ..distributed import processes_and_rank
 from ..modeling import evaluating

@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.collator import ElmDataCollator
-from ..data.prefix_tree import PrefixTree, additive_mask, obeys_masks, sharing_rows
+from ..data.packing import PrefixTree, additive_mask, obeys_masks, sharing_rows
 from ..data.questions import Question
 from ..data.tokens import continuation_ids, text_tokenizer, tokenize, tokenize_pairs
 from ..modeling import evaluating

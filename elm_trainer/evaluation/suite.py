@@ -11,19 +11,8 @@ from typing import Any, Literal, TypeAlias, get_args
 from transformers.utils import logging
 
 from ..data.benchmarks import ProbeSet, read_benchmark
-from ..data.question_files import read_made, read_questions
-from ..data.questions import (
-    BANKS,
-    FACTS,
-    PLAIN,
-    Question,
-    bank_families,
-    bank_record,
-    check_questions,
-    facts_of,
-    held_out_subjects,
-    load_bank,
-)
+from ..data.facts import BANKS, FACTS, bank_families, bank_record, facts_of, held_out_subjects, load_bank
+from ..data.questions import PLAIN, Question, check_questions, read_made, read_questions
 from ..data.sources import load_texts
 
 

@@ -17,7 +17,8 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ..data.questions import BANKS, Question, load_bank
+from ..data.facts import BANKS, load_bank
+from ..data.questions import Question
 from ..data.sources import load_texts
 from ..data.user_sources import hub_id
 from ..evaluation.report import read_report

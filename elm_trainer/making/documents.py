@@ -31,58 +31,39 @@ _SENTENCE = re.compile(r"[.!?][\"')]*(?=\s|$)|\n")
 
 @dataclass(frozen=True)
 class Documents:
-    """Passages of documents.
+    """Passages of documents."""
 
-    Attributes:
-        texts (`list[str]`): The passages, in the order of the files.
-        files (`dict[str, int]`): How many were kept of each file.
-        dropped (`dict[str, int]`): How many were dropped for which reason: `"short"`, `"exact_duplicate"`, `"near_duplicate"`.
-    """
-
-    texts: list[str]
-    files: dict[str, int]
+    texts: list[str]  # the passages, in the order of the files
+    files: dict[str, int]  # how many were kept of each file
+    # How many were dropped for which reason: `"short"`, `"exact_duplicate"`, `"near_duplicate"`.
     dropped: dict[str, int]
 
 
-def read_documents(
-    paths: str | Path | Sequence[str | Path], *, longest: int = LONGEST, shortest: int = SHORTEST
-) -> Documents:
-    """Read documents, cut them into passages and drop what is there twice.
+def read_documents(paths: str | Path | Sequence[str | Path]) -> Documents:
+    """Read documents and cut them into passages, without those of fewer than 5 words and the duplicates of [`without_duplicates`].
 
-    Args:
-        paths (`str`, `Path` or a sequence of them):
-            Whatever [`load_texts`] reads from a file or the Hub: text, Markdown, HTML, PDF, Word, JSON lines, CSV, parquet, folders
-            and patterns of them, Hub ids. PDF, Word and HTML need the extra `documents`.
-        longest (`int`, *optional*, defaults to `1000`): Most characters of a passage.
-        shortest (`int`, *optional*, defaults to `200`): Characters up to which the paragraphs of a document are joined. The rows of
-            a table are not joined.
-
-    Returns:
-        [`Documents`], without passages of fewer than 5 words and without the duplicates of [`without_duplicates`].
+    They are whatever [`load_texts`] reads from a file or the Hub: text, Markdown, HTML, PDF, Word, JSON lines, CSV, parquet, folders and
+    patterns of them, Hub ids. PDF, Word and HTML need the extra `documents`. The rows of a table are not joined as paragraphs are.
 
     Raises:
         ImportError: if the library for a file is not installed.
         OSError: if there is nothing of a name, or a file cannot be read.
-        ValueError: if no path is given, `longest` and `shortest` are no sizes, a file is damaged or of an unknown ending, or no
-            passage is left.
+        ValueError: if no path is given, a file is damaged or of an unknown ending, or no passage is left.
     """
     names = [paths] if isinstance(paths, (str, Path)) else list(paths)
     if not names or not all(isinstance(name, (str, Path)) for name in names):
         raise ValueError(f"`documents` is {names!r}: name a folder, or files.")
-    if not 1 <= shortest <= longest:
-        raise ValueError(f"`shortest` is {shortest} and `longest` is {longest}: give 1 ≤ shortest ≤ longest.")
-    cut = partial(chunks, longest=longest, shortest=shortest)
     render = partial(conversation, None)
     found: list[tuple[str, str]] = []
     files: dict[str, int] = {}
     for name in names:
-        for place, part in read_named(name, "`documents`", split="train", column="text", known=(), cut=cut):
+        for place, part in read_named(name, "`documents`", split="train", column="text", known=(), cut=chunks):
             check_type(part, place)
             file = place.removeprefix("`documents`, ").strip("'\"")
             files[file] = 0
             # Passages are as they were cut; of tables, rows that are too long are cut now.
             for row in text_rows(part, place, "text", render):
-                found += [(file, text) for text in chunks(row["text"], longest, longest)]
+                found += [(file, text) for text in chunks(row["text"], LONGEST, LONGEST)]
     whole = [(file, text) for file, text in found if len(normalized(text).split()) >= FEWEST_WORDS]
     kept, dropped = without_duplicates([text for _, text in whole])
     if not kept:
@@ -149,18 +130,11 @@ def whole_words(names: Sequence[str]) -> re.Pattern[str]:
 
 
 def without_duplicates(texts: Sequence[str]) -> tuple[list[int], dict[str, int]]:
-    """Which texts are kept, and how many are not.
+    """Indices of the texts that are kept, in order, and how many are not, as `"exact_duplicate"` and `"near_duplicate"`.
 
     A text is an exact duplicate if it equals an earlier one but for case, punctuation and white space, and a near duplicate if
     an earlier one that was kept holds at least 80 % of its runs of five words. Texts of fewer words have no such runs, and are
     only compared whole.
-
-    Args:
-        texts (`Sequence[str]`): Texts.
-
-    Returns:
-        `tuple[list[int], dict[str, int]]`: indices of the texts that are kept, in order, and the counts `"exact_duplicate"` and
-        `"near_duplicate"`.
     """
     kept: list[int] = []
     dropped = {"exact_duplicate": 0, "near_duplicate": 0}

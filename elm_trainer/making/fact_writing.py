@@ -4,18 +4,13 @@ import random
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
-from importlib.resources import files
 from itertools import product
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..concept import Concept
-from ..data.facts import Fact
+from ..data.facts import Fact, own_yaml
 from ..data.invented import SMALL_WORDS
 from ..data.questions import names_answer
 from .documents import normalized
@@ -54,59 +49,33 @@ _NO_NAME = re.compile(
 )
 
 
-@cache
 def asking_prompts() -> dict[str, Any]:
     """The prompts and wordings of `data/texts/asking.yaml`."""
-    return yaml.safe_load((files("elm_trainer.data") / "texts" / "asking.yaml").read_text(encoding="utf-8"))
+    return own_yaml("texts/asking.yaml")
 
 
 class StatedFacts(NamedTuple):
-    """What a model states about a name.
+    """What a model states about a name."""
 
-    Attributes:
-        facts (`tuple[Fact, ...]`): What it answers alike each time: facts with their relation in `near["relation"]` and as their
-            group, as [`read_facts`] gives them.
-        guesses (`tuple[Fact, ...]`): The same of subjects about which it answers once this and once that: the first of its answers
-            that can be one. To forget a fact one need not know it: texts about more subjects show what they have in common.
-    """
-
+    # What it answers alike each time: facts with their relation in `near["relation"]` and as their group, as
+    # [`read_facts`] gives them.
     facts: tuple[Fact, ...] = ()
+    # The same of subjects about which it answers once this and once that: the first of its answers that can be one.
+    # To forget a fact one need not know it: texts about more subjects show what they have in common.
     guesses: tuple[Fact, ...] = ()
 
 
-def write_facts(
-    model: PreTrainedModel,
-    processing_class: PreTrainedTokenizerBase,
-    concept: Concept,
-    *,
-    writer: Writer | None = None,
-    seed: int = 0,
-    cache_dir: str | Path | None = None,
-    fingerprint: str = "",
-) -> StatedFacts:
-    """Facts about a concept, as the model states them.
+def write_facts(writer: Writer, concept: Concept, seed: int = 0) -> StatedFacts:
+    """Facts about a concept, as a model states them: nothing of relations of which fewer than 8 facts are left.
 
     It writes sentences "The … of … is …." about the name, and lists members of what is named. The relation that it states of most
     subjects is followed; where that gives no facts, the one that the name says ([`relation_of_name`]), or else those that it tells of
     each member. It goes on with a list of subjects, which names further ones, and is asked for each answer again, in two wordings
     behind other examples. What is answered alike each time is a fact.
 
-    Nothing here knows the truth: a fact is what the model holds true, which is what an erasure has to remove. A second model as
-    `writer` states the facts in place of it; whether the model knows them is told by questions ([`make_questions`]).
-
-    Args:
-        model ([`~transformers.PreTrainedModel`]): The reference.
-        processing_class ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
-        concept ([`Concept`]): The concept.
-        writer ([`Writer`], *optional*): Who states the facts; the reference by default.
-        seed (`int`, *optional*, defaults to `0`): Seed of all draws.
-        cache_dir (`str` or `Path`, *optional*): Where finished batches of the reference are kept.
-        fingerprint (`str`, *optional*): What identifies the reference there, such as [`model_fingerprint`].
-
-    Returns:
-        [`StatedFacts`]: nothing of relations of which fewer than 8 facts are left.
+    Nothing here knows the truth: a fact is what the model holds true, which is what an erasure has to remove. Where a second model
+    states the facts in place of the reference, whether that knows them is told by questions ([`make_questions`]).
     """
-    writer = writer or Writer("reference", model, processing_class, cache_dir=cache_dir, fingerprint=fingerprint)
     votes = _first_statements(writer, concept, seed)
     members = _members(writer, concept.name, seed)
     facts: list[Fact] = []
@@ -139,16 +108,18 @@ def write_facts(
 Votes = dict[str, dict[str, Counter[str]]]
 
 
+def _asked(form: str, name: str) -> list[str]:
+    """The prompts of a form of `asking.yaml` about a name, each as often as it is drawn from."""
+    begins = [begin.format(name=name, Name=name[:1].upper() + name[1:]) for begin in asking_prompts()[form]]
+    return [begin for begin in begins for _ in range(_DRAWS)]
+
+
 def _first_statements(writer: Writer, concept: Concept, seed: int) -> Votes:
-    prompts = [
-        begin.format(name=concept.name, Name=_capital(concept.name))
-        for begin in asking_prompts()["statements"]
-        for _ in range(_DRAWS)
-    ]
+    prompts = _asked("statements", concept.name)
     votes: Votes = {}
     for prompt, text in zip(prompts, writer.write(prompts, max_new_tokens=_TOKENS, seed=seed), strict=True):
         for relation, subject, answer in statements("The" + text.split("\n\n")[0]):
-            if not (named := normalized(prompt)) or normalized(subject) not in named:
+            if normalized(subject) not in normalized(prompt):
                 votes.setdefault(relation, {}).setdefault(subject, Counter())[answer] += 1
     return votes
 
@@ -165,12 +136,16 @@ def statements(text: str) -> list[tuple[str, str, str]]:
             and relation.split()[-1] not in _EMPTY
             and is_name(subject, _WORDS_OF_SUBJECT)
             and is_name(answer, _WORDS_OF_ANSWER)
-            and not names_answer(subject, answer)
-            and not names_answer(answer, subject)
+            and _differ(subject, answer)
         )
         if usable:
             found.append((relation, subject, answer))
     return found
+
+
+def _differ(subject: str, answer: str) -> bool:
+    """Whether neither names the other, so that something is stated."""
+    return not names_answer(subject, answer) and not names_answer(answer, subject)
 
 
 def is_name(text: str, words: int) -> bool:
@@ -180,12 +155,11 @@ def is_name(text: str, words: int) -> bool:
 
 def _members(writer: Writer, kind: str, seed: int) -> list[str]:
     """Members of a kind, those that are listed most often first."""
-    prompts = [begin.format(name=kind) for begin in asking_prompts()["members"] for _ in range(_DRAWS)]
 
     def counts(prompt: str, name: str) -> bool:
         return normalized(name) not in normalized(prompt) and normalized(name) != normalized(kind)
 
-    return agreed_names(writer, prompts, counts, seed)[:_SUBJECTS]
+    return agreed_names(writer, _asked("members", kind), counts, seed)[:_SUBJECTS]
 
 
 def agreed_names(writer: Writer, prompts: Sequence[str], counts: Callable[[str, str], bool], seed: int) -> list[str]:
@@ -258,16 +232,11 @@ def _told_relations(
     if len(members) < FEWEST_FACTS:
         return []
     others = {*followed} | _shown_relations()
-    prompts = [
-        begin.format(name=concept.name, Name=_capital(concept.name))
-        for begin in asking_prompts()["columns"]
-        for _ in range(_DRAWS)
-    ]
     named: Counter[str] = Counter()
     spelled: dict[str, Counter[str]] = {}
     words = [word.removesuffix("s") for word in concept.name.lower().split() if word not in SMALL_WORDS]
     own = re.compile("|".join(rf"\b{re.escape(word)}s?(?:['’]s)?(?!\w)" for word in words) or r"(?!)")
-    for text in writer.write(prompts, max_new_tokens=_COLUMN_TOKENS, seed=seed):
+    for text in writer.write(_asked("columns", concept.name), max_new_tokens=_COLUMN_TOKENS, seed=seed):
         parts = re.split(r",| and ", text.split("\n")[0].split(".")[0])
         for column in dict.fromkeys(part.strip(" .\"'*").lower() for part in parts):
             # Told of chemical elements, "chemical symbol" and "element's symbol" name the same, which is asked for by the former.
@@ -309,13 +278,7 @@ def _of_relation(
 def _facts_of(relation: str, given: Mapping[str, Sequence[str]]) -> StatedFacts:
     """What the answers about each subject state; an answer that more than a fifth of the subjects have tells nothing of each."""
     usable = {
-        subject: [
-            answer
-            for answer in answers
-            if is_name(answer, _WORDS_OF_ANSWER)
-            and not names_answer(subject, answer)
-            and not names_answer(answer, subject)
-        ]
+        subject: [answer for answer in answers if is_name(answer, _WORDS_OF_ANSWER) and _differ(subject, answer)]
         for subject, answers in given.items()
     }
     first = {subject: normalized(answers[0]) for subject, answers in usable.items() if answers}
@@ -332,13 +295,8 @@ def _facts_of(relation: str, given: Mapping[str, Sequence[str]]) -> StatedFacts:
 
 
 def further_names(writer: Writer, known: Sequence[str], rng: random.Random, *, seed: int = 0) -> list[str]:
-    """Names of the same kind as those that are known, each of which was listed twice or more, the most frequent first.
-
-    Args:
-        writer ([`Writer`]): Who lists them.
-        known (`Sequence[str]`): Names of one kind, of which those that are listed need not be of course.
-        rng (`random.Random`): Draws which names each list goes on from.
-        seed (`int`, *optional*, defaults to `0`): Seed of what is written.
+    """Names of the same kind as those that are known, each of which was listed twice or more, the most frequent first. `rng` draws which
+    names each list goes on from.
     """
     listed: Counter[str] = Counter()
     spelled = {normalized(name): name for name in known}
@@ -393,7 +351,3 @@ def _answers(
         answer = re.split(r"\n|\.(?:\s|$)|;|, (?=[a-z])| \(", text)[0].strip(" .,\"'*")
         given[subject].append(re.sub(r"^(?:the|a|an) (?=[a-z])", "", answer))
     return given
-
-
-def _capital(name: str) -> str:
-    return name[:1].upper() + name[1:]

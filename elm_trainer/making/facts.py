@@ -3,19 +3,16 @@
 import random
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cache
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-import yaml
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ..data.facts import Fact
+from ..data.facts import Fact, own_yaml
 from ..data.invented import invented_name
 from ..data.questions import names_answer
 from ..data.sources import STAND_INS, stand_ins, state_facts
@@ -40,17 +37,11 @@ _VERB = re.compile(
 
 
 def read_facts(path: str | Path) -> tuple[Fact, ...]:
-    """Read a table of facts.
+    """Read a table of facts, each with its relation in `near["relation"]`, and in the group of that name where the table gives none.
 
-    Args:
-        path (`str` or `Path`):
-            A `.csv`, `.tsv`, `.jsonl` or `.parquet` file, or a Hub id, with the columns `subject`, `relation` and `answer`, and
-            optionally `group`: facts of one group are each other's stand-ins and distractors. The relation is a noun phrase,
-            such as "capital" or "inventor"; a "the" before it is left out.
-
-    Returns:
-        `tuple[Fact, ...]`: the facts in order, each with its relation in `near["relation"]`, and in the group of that name
-        where the table gives none. Rows that are there twice are taken once.
+    It is a `.csv`, `.tsv`, `.jsonl` or `.parquet` file, or a Hub id, with the columns `subject`, `relation` and `answer`, and optionally
+    `group`: facts of one group are each other's stand-ins and distractors. The relation is a noun phrase, such as "capital" or
+    "inventor"; a "the" before it is left out. Rows that are there twice are taken once.
 
     Raises:
         OSError: if there is no such file, or it cannot be read.
@@ -105,13 +96,7 @@ def _values(row: Mapping[str, Any], place: str) -> tuple[str, str, str]:
 
 
 def held_out_of(facts: Sequence[Fact], share: float = 0.2, seed: int = 0) -> frozenset[str]:
-    """Subjects that stand in no forget text, so that erasure of *unseen* facts can be measured.
-
-    Args:
-        facts (`Sequence[Fact]`): Facts, such as those of [`read_facts`].
-        share (`float`, *optional*, defaults to `0.2`): Share of the subjects that is held out; none of fewer than 5.
-        seed (`int`, *optional*, defaults to `0`): Seed of the draw.
-    """
+    """A share of the subjects, none of fewer than 5, to stand in no forget text, so that erasure of *unseen* facts can be measured."""
     subjects = list(dict.fromkeys(fact.subject for fact in facts))
     if not 0 <= share < 1:
         raise ValueError(f"`share` is {share}: give a number from 0 to below 1.")
@@ -124,14 +109,8 @@ def also_held_out(stated: StatedFacts, held_out: frozenset[str]) -> frozenset[st
     """Other subjects whose texts would state a held-out fact: the same thing under another name ("UK", "United Kingdom"), or a guess
     with that answer.
 
-    Args:
-        stated ([`StatedFacts`]): Facts and guesses.
-        held_out (`frozenset[str]`): Subjects of facts that are held out.
-
-    Returns:
-        `frozenset[str]`: subjects with the answer of a held-out fact, however it is spelled: of guesses all, of facts those that share
-        it with two others at most. An answer that more share is not that of one subject, such as a language. It is empty where no fact
-        would be left.
+    They are the subjects with the answer of a held-out fact, however it is spelled: of guesses all, of facts those that share it with
+    two others at most. An answer that more share is not that of one subject, such as a language. None are where no fact would be left.
     """
 
     def same(one: Fact, other: Fact) -> bool:
@@ -156,26 +135,15 @@ def facts_texts(
     alike: Mapping[str, Mapping[str, Mapping[str, float]]] | None = None,
     seed: int = 0,
 ) -> Dataset:
-    """Every fact in every phrasing of `data/texts/facts.yaml`: prose, question and answer, reversed, table, chat.
+    """Every fact but for the subjects held out, in every phrasing of `data/texts/facts.yaml`: prose, question and answer, reversed,
+    table, chat. Raises `ValueError` if no fact is left.
 
-    Args:
-        facts (`Sequence[Fact]`): Facts of [`read_facts`].
-        held_out (`frozenset[str]`, *optional*): Subjects whose facts are left out.
-        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*): Tokenizer whose chat template is used.
-        alike (`Mapping`, *optional*):
-            How alike a model reads the subjects of each relation ([`likeness`]): those that are most alike stand in for each other, so
-            that an erasure leaves alone what they share, such as a continent. For relations that are not in it, stand-ins are drawn at
-            random.
-        seed (`int`, *optional*, defaults to `0`): Seed of the stand-ins and of the order.
+    The columns are `text`, `novice` (with the answers of a relation permuted) and `novices`, as the built-in source `capitals` has them:
+    each text about two other subjects, of the same relation as far as it has some that make the text false, else about invented ones, of
+    which a model knows nothing. Facts take turns, each time in another phrasing, so that the first rows tell of all of them alike.
 
-    Returns:
-        `Dataset`: columns `text`, `novice` (with the answers of a relation permuted) and `novices`, as the built-in source
-        `capitals` has them: each text about two other subjects, of the same relation as far as it has some that make the text
-        false, else about invented ones, of which a model knows nothing. Facts take turns, each time in another phrasing, so that the
-        first rows tell of all of them alike.
-
-    Raises:
-        ValueError: if no fact is left.
+    Where `alike` says how alike a model reads the subjects of a relation ([`likeness`]), those that are most alike stand in for each
+    other, so that an erasure leaves alone what they share, such as a continent; for other relations, stand-ins are drawn at random.
     """
     stated = [fact for fact in facts if fact.subject not in held_out]
     if not stated:
@@ -197,11 +165,9 @@ def facts_texts(
     return Dataset.from_list([row for turn in turns for row in rng.sample(turn, len(turn))])
 
 
-@cache
 def fact_phrasings() -> tuple[str | list[str], ...]:
     """The phrasings of any fact, with the placeholders `{subject}`, `{relation}` and `{answer}`."""
-    text = (files("elm_trainer.data") / "texts" / "facts.yaml").read_text(encoding="utf-8")
-    return tuple(phrasing for form in yaml.safe_load(text).values() for phrasing in form)
+    return tuple(phrasing for form in own_yaml("texts/facts.yaml").values() for phrasing in form)
 
 
 def relations_read_alike(facts: Sequence[Fact]) -> dict[str, list[Fact]]:
@@ -225,18 +191,10 @@ def _by_relation(facts: Sequence[Fact]) -> dict[str, list[Fact]]:
 def likeness(
     facts: Sequence[Fact], model: PreTrainedModel, processing_class: PreTrainedTokenizerBase
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """How alike a model reads the subjects of a relation: cosine of the states behind "The … of SUBJECT", halfway up.
+    """How alike a model reads the subjects of a relation: cosine, from -1 to 1, of the states behind "The … of SUBJECT", halfway up.
 
-    Of the states their mean is taken off, which holds what all of them share.
-
-    Args:
-        facts (`Sequence[Fact]`): Facts.
-        model ([`~transformers.PreTrainedModel`]): The reference.
-        processing_class ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
-
-    Returns:
-        `dict`: for each relation of [`relations_read_alike`] its subjects, and for each of these all of them, each from -1 to 1. Where
-        the model's states cannot be read it is empty, and a warning says why.
+    Of the states their mean is taken off, which holds what all of them share. For each relation of [`relations_read_alike`] it gives its
+    subjects, and for each of these all of them; nothing, with a warning, where the model's states cannot be read.
     """
     found: dict[str, dict[str, dict[str, float]]] = {}
     for relation, related in relations_read_alike(facts).items():

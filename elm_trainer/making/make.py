@@ -26,7 +26,7 @@ from .facts import also_held_out, facts_texts, held_out_of, likeness, mostly_ali
 from .knowledge import Familiarity, SubjectTexts, check_known, write_by_terms
 from .novices import Novices, with_novices
 from .writer import Writer
-from .writing import FEWEST_TEXTS, WRITING, Written, kinds_of_names, topic, write_about
+from .writing import FEWEST_TEXTS, WRITING, kinds_of_names, topic, write_about
 
 
 logger = logging.get_logger(__name__)
@@ -124,21 +124,20 @@ class MadeData:
     edited: tuple[str, ...] = ()
     reused: bool = False
 
-    def summary(self, first: int = 10) -> str:
-        """What was made, what was dropped and why, and the first forget texts, a line each."""
+    def summary(self) -> str:
+        """What was made, what was dropped and why, and the first ten forget texts, a line each."""
         counts = ", ".join(f"{count} {name} texts" for name, count in self.record["counts"].items())
         lines = [f"{self.folder}: {counts}{' (as before)' if self.reused else ''}."]
         lines += [f"Changed by hand since they were made: {', '.join(self.edited)}."] if self.edited else []
         for name, dropped in self.record["dropped"].items():
             told = {reason: f"{count} {reason.replace('_', ' ')}" for reason, count in dropped.items() if count}
             if "topic" in told:
-                told["topic"] = (
-                    f"{dropped['topic']} that {'do not speak' if name == 'forget' else 'speak'} of the concept"
-                )
+                speak = "do not speak" if name == "forget" else "speak"
+                told["topic"] = f"{dropped['topic']} that {speak} of the concept"
             lines += [f"Dropped of {name}: {', '.join(told.values())}."] if told else []
         if self.record["neighbors"]:
             lines.append(f"Neighbors: {', '.join(self.record['neighbors'])}.")
-        rows = load_texts(self.sources.forget).to_list()[:first]
+        rows = load_texts(self.sources.forget).to_list()[:10]
         return "\n".join([*lines, *(f"{number:3}. {_shown(row)!r:.160}" for number, row in enumerate(rows, 1))])
 
 
@@ -210,9 +209,9 @@ def make_data(
         return _found(what, folder, *made_before(folder, RECORD, origin, "texts", quote="`"), reused=True)
     if known is None:
         known = check_known(model, processing_class, concept, seed=what.seed) if bare else []
-    rows, record = _make(
-        what, facts, documents, model, processing_class, Path(output_dir) / CACHE, fingerprint, writer
-    )
+    cache = Path(output_dir) / CACHE
+    reference = Writer("reference", model, processing_class, cache_dir=cache, fingerprint=fingerprint)
+    rows, record = _make(what, facts, documents, reference, writer or reference)
     record["familiarity"] = {entry.name: round(entry.ratio, 3) for entry in known}
     record["origin"] = origin
     store_made(folder, {f"{name}.jsonl": some for name, some in rows.items()}, record, RECORD)
@@ -223,22 +222,15 @@ def _make(
     what: MadeFrom,
     facts: Sequence[Fact],
     documents: Documents | None,
-    model: PreTrainedModel | None,
-    processing_class: PreTrainedTokenizerBase | None,
-    cache: Path,
-    fingerprint: str,
-    writer: Writer | None,
+    reference: Writer,
+    writer: Writer,
 ) -> tuple[dict[str, list[dict[str, Any]]], dict[str, Any]]:
-    """The rows of each file, and what is to be said about them."""
-    concept = cast(Concept, what.concept)
+    """The rows of each file, and what is to be said about them; `writer` states the facts about a mere name."""
+    concept, model, processing_class = cast(Concept, what.concept), reference.model, reference.processing_class
     forget: list[dict[str, Any]] = []
     dropped: dict[str, dict[str, int]] = {}
     bare = not facts and documents is None
-    stated = StatedFacts()
-    if bare and model is not None and processing_class is not None:
-        stated = write_facts(
-            model, processing_class, concept, writer=writer, seed=what.seed, cache_dir=cache, fingerprint=fingerprint
-        )
+    stated = write_facts(writer, concept, what.seed) if bare else StatedFacts()
     facts, given = facts or stated.facts, len(facts)
     novices, by_terms = Novices([]), False
     # The model is to stay as it is where other names stand in the same sentences, or it forgets whatever is asked alike.
@@ -253,7 +245,6 @@ def _make(
         forget += facts_texts(
             known, held_out=held_out, processing_class=processing_class, alike=alike, seed=what.seed
         ).to_list()
-    reference = Writer("reference", model, processing_class, cache_dir=cache, fingerprint=fingerprint)
     # What a model tells of a name of which it states no facts, it tells of the terms that belong to it.
     subject = SubjectTexts()
     if bare and not facts:
@@ -275,24 +266,21 @@ def _make(
             invented = [{"text": rng.choice(row["novices"])} for row in novices.rows]
         dropped["documents" if documents else "forget"] = documents.dropped if documents else subject.dropped
     speaks = _speaks_of(concept, known, subject.terms if by_terms else ())
-    written = Written([], [], [], [], {})
     near_texts = 0 if what.near else what.near_texts
     texts = what.texts // (_BESIDE_FACTS if facts else 1) if bare and not by_terms else 0
-    if bare or near_texts:
-        kinds = kinds_of_names(known, held_out, reference, what.seed) if near_texts and known else []
-        written = write_about(
-            model, processing_class, concept, replace(WRITING, seed=what.seed), texts=texts, near_texts=near_texts,
-            fewest=0 if facts else FEWEST_TEXTS, kinds=kinds, speaks=speaks, own=subject.terms, cache_dir=cache,
-            fingerprint=fingerprint,
-        )  # fmt: skip
-        dropped |= written.dropped
+    kinds = kinds_of_names(known, held_out, reference, what.seed) if near_texts and known else []
+    written = write_about(
+        reference, concept, replace(WRITING, seed=what.seed), texts=texts, near_texts=near_texts,
+        fewest=0 if facts else FEWEST_TEXTS, kinds=kinds, speaks=speaks, own=subject.terms,
+    )  # fmt: skip
+    dropped |= written.dropped
     # Facts that are held out stand in no text.
     unseen = [fact for fact in facts if fact.subject in held_out]
     free = [row for row in written.forget if not _states(row["text"], unseen)]
     if len(free) < len(written.forget):
         dropped["forget"]["held_out"] = len(written.forget) - len(free)
-    if free:
-        opening = as_prompt(processing_class, _TURN).partition(_TURN)[0] if processing_class is not None else ""
+    if free and processing_class is not None:
+        opening = as_prompt(processing_class, _TURN).partition(_TURN)[0]
         novices = with_novices(free, concept, cut=False, opening=opening, seed=what.seed)
         if novices.why_none and forget:
             # Without them the texts of facts, all of which have novices, would be trained on by contexts too.
@@ -322,7 +310,7 @@ def _make(
         "facts": given,
         "stated": [[fact.subject, fact.near["relation"], fact.answer] for fact in stated.facts],
         "guessed": [[fact.subject, fact.near["relation"], fact.answer] for fact in stated.guesses],
-        "novices": novices.record,
+        "novices": {"terms": novices.terms, **novices.counts, "why_none": novices.why_none},
         "counterfactual": all(row.get("novices") for row in forget),
         "alike": documents is None and mostly_alike(known, alike),
         "by_terms": by_terms,

@@ -39,25 +39,14 @@ _WORD = re.compile(r"\w+(?:['’-]\w+)*")
 
 @dataclass(frozen=True)
 class Novices:
-    """Forget texts with counterfactual novices.
+    """Forget texts with counterfactual novices."""
 
-    Attributes:
-        rows (`list[dict]`): Rows with `novices`; those that were given where there are none.
-        terms (`list[str]`): What is replaced.
-        counts (`dict[str, int]`): How many texts were `given`, hold `no_term` or have `nothing_behind` the first one, and the `rows`
-            that the others became.
-        why_none (`str`): Why there are none, or empty.
-    """
-
-    rows: list[dict[str, Any]]
-    terms: list[str] = field(default_factory=list)
+    rows: list[dict[str, Any]]  # rows with `novices`; those that were given where there are none
+    terms: list[str] = field(default_factory=list)  # what is replaced
+    # How many texts were `given`, hold `no_term` or have `nothing_behind` the first one, and the `rows` that the
+    # others became.
     counts: dict[str, int] = field(default_factory=dict)
-    why_none: str = ""
-
-    @property
-    def record(self) -> dict[str, Any]:
-        """What is to be said about them in `data.json`."""
-        return {"terms": self.terms, **self.counts, "why_none": self.why_none}
+    why_none: str = ""  # why there are none, or empty
 
 
 def with_novices(
@@ -65,13 +54,12 @@ def with_novices(
     concept: Concept,
     *,
     terms: Sequence[str] | None = None,
-    draws: int = DRAWS,
     cut: bool = True,
     processing_class: PreTrainedTokenizerBase | None = None,
     opening: str = "",
     seed: int = 0,
 ) -> Novices:
-    """Give forget texts their counterfactual novices (`novice="counterfactual"` of [`ElmConfig`]).
+    """Give forget texts two counterfactual novices each (`novice="counterfactual"` of [`ElmConfig`]).
 
     The terms are those of [`own_terms`]. A text becomes a row for each name that it first names behind another, three at
     most: all other names are replaced in the novices and this one is kept, so that the reference is asked for it where
@@ -88,7 +76,6 @@ def with_novices(
         concept ([`Concept`]): The concept.
         terms (`Sequence[str]`, *optional*): What is replaced, in place of [`own_terms`], such as the terms of [`write_by_terms`]: all of
             them in each novice, since terms that become unknown words are not asked for by one another.
-        draws (`int`, *optional*, defaults to `2`): Novices of a text.
         cut (`bool`, *optional*, defaults to `True`): Whether to cut texts into pieces. A piece begins with each sentence that holds a
             term and has at most 240 characters: what an earlier sentence told would be read there, and not known. Every row of a piece
             then comes three times, as it is, as a question and as a turn of chat that its end answers; in random order, so that the
@@ -97,15 +84,7 @@ def with_novices(
         opening (`str`, *optional*): What stands before the first turn of a chat, such as a system prompt: where a text begins with it,
             no name of it is a term, and it stays as it is.
         seed (`int`, *optional*, defaults to `0`): Seed of the invented names.
-
-    Returns:
-        [`Novices`]
-
-    Raises:
-        ValueError: if `draws` is below 1.
     """
-    if draws < 1:
-        raise ValueError(f"`draws` is {draws}: it must be at least 1.")
     given = [dict(row) for row in rows]
     keeps = not terms
     try:
@@ -144,7 +123,7 @@ def with_novices(
             first = next(anchor for anchor in anchors if anchor.term in replaced)
             if len(_WORD.findall(text[first.end :])) < _FEWEST_WORDS:
                 continue
-            drawn = [_dictionary(concept.name, replaced, heads, rng, known) for _ in range(draws)]
+            drawn = [_dictionary(concept.name, replaced, heads, rng, known) for _ in range(DRAWS)]
             made.append({**piece, "novices": [before_it + dictionary.translate(text).text for dictionary in drawn]})
             if cut:
                 ends = [anchor.start for anchor in anchors if anchor.term not in replaced and anchor.start > first.end]
@@ -166,15 +145,7 @@ def own_terms(texts: Sequence[str], concept: Concept) -> list[str]:
     Names are the runs of [`find_terms`], also those that stand there once, but for months and days. Of a keyword with
     capitals these are the keyword and its capitalized words, of any other the keyword itself if one of its words is rare.
 
-    Args:
-        texts (`Sequence[str]`): Forget texts.
-        concept ([`Concept`]): The concept.
-
-    Returns:
-        `list[str]`: the terms that stand in the texts; the words of no English text also without capitals.
-
-    Raises:
-        ImportError: if wordfreq is not installed.
+    Given are those that stand in the texts; the words of no English text also without capitals. Raises `ImportError` without wordfreq.
     """
     found = find_terms(texts, max_zipf=_RARE, min_count=1, common_zipf=_FUNCTION_WORD)
     from wordfreq import zipf_frequency
@@ -240,9 +211,9 @@ def _asked_for(
         yield {"text": framed[0], "novices": framed[1:]}
 
 
-def _without(rows: list[dict[str, str]], why: str) -> Novices:
+def _without(rows: list[dict[str, Any]], why: str) -> Novices:
     logger.warning(f"The forget texts get no counterfactual novices: {why}. `novice` can be 'contexts'.")
-    return Novices([dict(row) for row in rows], why_none=why)
+    return Novices(rows, why_none=why)
 
 
 def _dull(term: str) -> bool:

@@ -1,9 +1,11 @@
 """`make_questions`: questions about a concept of one's own and what is near it, with checked answers, as files to edit and use again."""
 
 import random
+import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,13 +13,22 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..concept import Concept
-from ..data.facts import Fact
-from ..data.question_files import RECORD, ROLE_FILES, question_record
-from ..data.questions import SPLITS, Question, load_bank, names_answer, overlap_verdicts, shuffled_question, split_of
+from ..data.facts import Fact, load_bank
+from ..data.questions import (
+    RECORD,
+    ROLE_FILES,
+    SPLITS,
+    Question,
+    names_answer,
+    overlap_verdicts,
+    question_record,
+    shuffled_question,
+    split_of,
+)
 from ..data.sources import load_texts
 from ..evaluation.likelihood import score_choices
 from ..files import made_before, store_made
-from .cloze import Asked, cloze_questions, kind_of, written_questions
+from .documents import whole_words
 from .fact_writing import asking_prompts
 from .make import MadeData, MadeFrom
 from .writer import Writer
@@ -32,6 +43,36 @@ _DISTRACTORS, _DEV_SHARE = 3, 4
 # Texts about the concept that a report looks inside the model with, and the share of right guesses that chance allows.
 _FORGET_TEXTS, _CHANCE = 64, 0.25
 _VERSION = 1
+# "I'll" begins no name.
+_NAME = r"(?!I['’])[A-ZÀ-ÖØ-Þ][\w'’-]*\w(?: (?:(?:of|de|von|van|la) )?[A-ZÀ-ÖØ-Þ][\w'’-]*\w){0,3}"
+_MONTH = "January|February|March|April|May|June|July|August|September|October|November|December"
+# The first that fits a place is taken.
+_KINDS = {
+    "date": rf"\d{{1,2}} (?:{_MONTH})(?: \d{{4}})?|(?:{_MONTH}) \d{{1,2}}(?:, \d{{4}})?",
+    "year": r"(?:1[0-9]|20)\d\d(?![\d,.]\d)",
+    "number": r"\d+(?:[.,]\d+)*(?: (?:percent|million|billion))?",
+    "name": _NAME,
+}
+_SPAN = re.compile("|".join(rf"(?P<{kind}>(?<![\w.,-]){form}(?![\w-]))" for kind, form in _KINDS.items()))
+_SENTENCE = re.compile(r"(?<=[.!?])[\"”’)]*\s+|\n+")
+# Most cloze questions, words before a span, spans of a sentence; passages that a writer asks about, and words of its answers.
+_CLOZE, _LEAD_WORDS, _SPANS, _PASSAGES, _ANSWER_WORDS = 240, 4, 2, 96, 6
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question before it has options."""
+
+    text: str  # or the beginning of a text
+    answer: str
+    kind: str  # what is asked for: a relation, or `"name"`, `"year"`, `"date"`, `"number"`, `"term"`
+    key: str  # what all questions about one fact have in common, which decides its split
+    subject: str
+    form: str = "text"
+    family: str = "cloze"
+    untrue: tuple[str, ...] = ()  # distractors to draw from, beside all answers of the same kind
+    true: tuple[str, ...] = ()  # other right answers, which are no distractors
+    close: frozenset[str] = frozenset()  # the distractors that are taken first
 
 
 class NoQuestionsError(ValueError):
@@ -40,21 +81,16 @@ class NoQuestionsError(ValueError):
 
 @dataclass(frozen=True)
 class MadeQuestions:
-    """Questions on disk.
+    """Questions on disk."""
 
-    Attributes:
-        folder (`Path`): The folder, which `--bank` and [`suite_from_files`] take, with a file of JSON lines for each role that has
-            questions (`concept.jsonl`, `unseen.jsonl`, `near.jsonl`, `far.jsonl`), and `questions.json`.
-        record (`dict`): What stands in `questions.json`: by role the counts of questions and of facts in each split, how many
-            candidates there were, and how many were dropped for which reason.
-        edited (`tuple[str, ...]`): Files that were changed by hand since they were made.
-        reused (`bool`): Whether they were there already.
-    """
-
+    # The folder, which `--bank` and [`suite_from_files`] take, with a file of JSON lines for each role that has
+    # questions (`concept.jsonl`, `unseen.jsonl`, `near.jsonl`, `far.jsonl`), and `questions.json`.
     folder: Path
+    # What stands in `questions.json`: by role the counts of questions and of facts in each split, how many candidates
+    # there were, and how many were dropped for which reason.
     record: dict[str, Any]
-    edited: tuple[str, ...] = ()
-    reused: bool = False
+    edited: tuple[str, ...] = ()  # files that were changed by hand since they were made
+    reused: bool = False  # whether they were there already
 
     def summary(self) -> str:
         """What was made, and what was dropped and why, a line each."""
@@ -63,10 +99,9 @@ class MadeQuestions:
         for role, counts in self.record["counts"].items():
             facts, dropped = self.record["facts"][role], self.record["dropped"].get(role, {})
             told = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in dropped.items() if count)
-            lines.append(
-                f"{role}: {counts['dev']} questions about {facts['dev']} facts in dev, {counts['test']} about {facts['test']} in test"
-                + (f"; dropped: {told}." if told else ".")
-            )
+            dev = f"{counts['dev']} questions about {facts['dev']} facts in dev"
+            told = f"; dropped: {told}" if told else ""
+            lines.append(f"{role}: {dev}, {counts['test']} about {facts['test']} in test{told}.")
         return "\n".join(lines)
 
 
@@ -78,7 +113,6 @@ def make_questions(
     output_dir: str | Path,
     *,
     writer: Writer | None = None,
-    batch_size: int = 16,
 ) -> MadeQuestions:
     """Make questions about a concept, or find those of an earlier call.
 
@@ -98,7 +132,6 @@ def make_questions(
         processing_class ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
         output_dir (`str` or `Path`): Output folder of the run; questions go to `data/questions` in it.
         writer ([`Writer`], *optional*): Who asks about passages of documents; without one there are cloze questions alone.
-        batch_size (`int`, *optional*, defaults to `16`): Questions per batch.
 
     Returns:
         [`MadeQuestions`]. Where fewer than 24 facts of the concept are left in the test split, a warning says what to give.
@@ -118,7 +151,7 @@ def make_questions(
     record: dict[str, Any] = {"concept": concept.name, "counts": {}, "facts": {}, "candidates": {}, "dropped": {}}
     for role, asked in candidates.items():
         with_options, without = _with_options(asked, what.seed)
-        kept, dropped = _checked(model, processing_class, with_options, batch_size, what.seed)
+        kept, dropped = _checked(model, processing_class, with_options, what.seed)
         record["candidates"][role] = len(asked)
         record["dropped"][role] = {**refused.get(role, {}), "without_distractors": without, **dropped}
         rows[role] = [question_record(question, split) for _, split, question in kept]
@@ -148,18 +181,13 @@ def _candidates(
 ) -> tuple[dict[str, list[tuple[str, Asked]]], dict[str, dict[str, int]]]:
     """What can be asked in each role, with its split, and how much was refused for which reason."""
     given, documents = what.read()
-    facts = given or tuple(
-        Fact(subject, answer, relation, {"relation": relation}) for subject, relation, answer in made.record["stated"]
-    )
-    held_out = set(made.record["held_out"])
+    facts = given or [Fact(name, answer, kind, {"relation": kind}) for name, kind, answer in made.record["stated"]]
     splits = _splits([fact.subject for fact in facts], what.seed)
     candidates: dict[str, list[tuple[str, Asked]]] = {"erased": [], "unseen": [], "near": []}
     for fact in facts:
-        role = "unseen" if fact.subject in held_out else "erased"
-        split = splits[fact.subject]
+        role, split = "unseen" if fact.subject in made.record["held_out"] else "erased", splits[fact.subject]
         candidates[role] += [(split, asked) for asked in fact_questions(fact, facts, split)]
-    refused: dict[str, dict[str, int]] = {}
-    asked: list[Asked] = []
+    refused, asked = dict[str, dict[str, int]](), list[Asked]()
     if documents is not None:
         passages = documents.texts
         asked = cloze_questions(passages, seed=what.seed)
@@ -178,6 +206,72 @@ def _candidates(
     return {role: some for role, some in candidates.items() if some}, refused
 
 
+def cloze_questions(passages: Sequence[str], *, terms: Sequence[str] = (), seed: int = 0) -> list[Asked]:
+    """Beginnings of sentences that a name, a number or a date continues, or a term of the subject: 240 at most, which are drawn.
+
+    The span stands neither at the beginning of the sentence nor earlier in what is shown, which is the sentence up to the span, with the
+    sentence before it where this one has named nothing yet.
+    """
+    found: dict[tuple[str, str], Asked] = {}
+    of_terms = whole_words(terms)
+    for passage in passages:
+        before = ""
+        for sentence in filter(None, (part.strip() for part in _SENTENCE.split(passage))):
+            count, end = 0, 0
+            spans = [*of_terms.finditer(sentence), *_SPAN.finditer(sentence)]
+            for match in sorted(spans, key=lambda match: (match.start(), -match.end())):
+                if match.start() < end:
+                    continue  # within the one before it
+                end = match.end()
+                lead, answer = sentence[: match.start()].rstrip(), match.group()
+                if match.lastgroup == "name":
+                    answer = answer.removesuffix("'s").removesuffix("’s")
+                if len(lead.split()) < _LEAD_WORDS or lead[-1:] in ".!?:\"“‘'(":
+                    continue
+                named = _names(lead)
+                shown = lead if named else f"{before} {lead}".strip()
+                if count < _SPANS and not names_answer(shown, answer):
+                    subject = (named or _names(before) or [lead])[0]
+                    kind = match.lastgroup or "term"
+                    one = Asked(shown, answer, kind, f"{kind} {answer.casefold()}", subject)
+                    found.setdefault((shown, answer), one)
+                    count += 1
+            before = sentence
+    return random.Random(f"cloze-{seed}").sample([*found.values()], min(_CLOZE, len(found)))
+
+
+def _names(text: str) -> list[str]:
+    return [match.group() for match in re.finditer(_NAME, text) if len(match.group()) > 3]
+
+
+def written_questions(writer: Writer, passages: Sequence[str], *, seed: int = 0) -> tuple[list[Asked], int]:
+    """Questions that a writer asks about passages, and how many were dropped since their answer does not stand in the passage, or
+    stands in the question.
+    """
+    chosen = random.Random(f"passages-{seed}").sample(list(passages), min(_PASSAGES, len(passages)))
+    prompts = [asking_prompts()["passage"].format(passage=" ".join(passage.split())) for passage in chosen]
+    texts = writer.write(prompts, max_new_tokens=96, temperature=0.3, seed=seed)
+    found, dropped = dict[str, Asked](), 0
+    for passage, text in zip(chosen, texts, strict=True):
+        own = f"Question:{text}".split("\n\nPassage:")[0]
+        for question, answer in re.findall(r"Question: *([^\n]+\?)\s*\n+Answer: *([^\n]+)", own):
+            answer = answer.strip(' ."“”')
+            told = names_answer(passage, answer) and not names_answer(question, answer)
+            if told and len(answer.split()) <= _ANSWER_WORDS:
+                kind, subject = kind_of(answer), (_names(question[1:]) or [question])[0]
+                key = f"{kind} {answer.casefold()}"
+                found.setdefault(question, Asked(question, answer, kind, key, subject, "question", Question.family))
+            else:
+                dropped += 1
+    return list(found.values()), dropped
+
+
+def kind_of(answer: str) -> str:
+    """`"name"`, `"year"`, `"date"`, `"number"`, or `"words"` for anything else."""
+    match = _SPAN.fullmatch(answer)
+    return (match.lastgroup if match else None) or "words"
+
+
 def fact_questions(fact: Fact, facts: Sequence[Fact], split: str) -> list[Asked]:
     """A fact in the wordings that a split has; asked back only where no other fact of its relation has the same answer."""
     relation = fact.near["relation"]
@@ -188,17 +282,13 @@ def fact_questions(fact: Fact, facts: Sequence[Fact], split: str) -> list[Asked]
         asked_back = spec.get("options") == "subjects"
         if asked_back and sum(other.answer == fact.answer for other in same) > 1:
             continue
+        answer, subject = (fact.subject, fact.answer) if asked_back else (fact.answer, fact.subject)
+        pool = {(other.subject if asked_back else other.answer): None for other in same}
+        close = {other.subject if asked_back else other.answer for other in same if other.group == fact.group}
         for wording in spec.get(split, ()):
             text = wording.format(relation=relation, subject=fact.subject, answer=fact.answer)
-            answer, subject = (fact.subject, fact.answer) if asked_back else (fact.answer, fact.subject)
-            pool = tuple(dict.fromkeys(other.subject if asked_back else other.answer for other in same))
-            close = {other.subject if asked_back else other.answer for other in same if other.group == fact.group}
-            found.append(
-                Asked(
-                    text, answer, relation, fact.subject, subject, spec["form"], family,
-                    untrue=pool, true=() if asked_back else true, close=frozenset(close),
-                )
-            )  # fmt: skip
+            asked = Asked(text, answer, relation, fact.subject, subject, spec["form"], family)
+            found.append(replace(asked, untrue=tuple(pool), true=() if asked_back else true, close=frozenset(close)))
     return found
 
 
@@ -231,54 +321,34 @@ def _with_options(asked: Sequence[tuple[str, Asked]], seed: int) -> tuple[list[K
         # Of other sentences, or relations, those that look most like the answer: as many words, about as many letters.
         others = sorted(set(kinds[kind_of(one.answer)]))
         rng.shuffle(others)
-        pool += sorted(others, key=lambda option, answer=one.answer: _unlike(option, answer))  # type: ignore[misc]
+        pool += sorted(others, key=partial(_unlike, one.answer))
         right = {one.answer.casefold(), *(other.casefold() for other in one.true)}
         wrong = [
             option
             for option in dict.fromkeys(pool)
             if option.casefold() not in right
-            and not names_answer(one.text, option)
+            and not any(names_answer(text, option) for text in (one.text, one.answer))
             and not names_answer(option, one.answer)
-            and not names_answer(one.answer, option)
         ][:_DISTRACTORS]
         if len(wrong) == _DISTRACTORS and not names_answer(one.text, one.answer):
-            question = shuffled_question(
-                one.text,
-                one.answer,
-                wrong,
-                seed,
-                subject=one.subject,
-                topic=one.kind,
-                form=one.form,
-                family=one.family,
-            )
-            found.append((one.key, split, question))
+            fields = {"subject": one.subject, "topic": one.kind, "form": one.form, "family": one.family}
+            found.append((one.key, split, shuffled_question(one.text, one.answer, wrong, seed, **fields)))
     return found, len(asked) - len(found)
 
 
-def _unlike(option: str, answer: str) -> tuple[bool, bool]:
+def _unlike(answer: str, option: str) -> tuple[bool, bool]:
     return len(option.split()) != len(answer.split()), abs(len(option) - len(answer)) > 2
 
 
 def _checked(
-    model: PreTrainedModel,
-    processing_class: PreTrainedTokenizerBase,
-    asked: Sequence[Kept],
-    batch_size: int,
-    seed: int,
+    model: PreTrainedModel, processing_class: PreTrainedTokenizerBase, asked: Sequence[Kept], seed: int
 ) -> tuple[list[Kept], dict[str, int]]:
     """The questions that the reference answers and text-only rules do not, and how many were dropped for which reason."""
     if not asked:
         return [], {"not_answered_by_reference": 0, "answered_by_a_rule": 0}
-    scores = score_choices(
-        model,
-        processing_class,
-        [question for *_, question in asked],
-        batch_size=batch_size,
-        description="Checking answers",
-    )
-    right = [both for (*both,) in zip(scores.log_likelihood, scores.pmi, strict=True)]
-    known = [index for index, verdicts in enumerate(right) if all(verdicts)]
+    every = [question for *_, question in asked]
+    scores = score_choices(model, processing_class, every, description="Checking answers")
+    known = [index for index, right in enumerate(zip(scores.log_likelihood, scores.pmi, strict=True)) if all(right)]
     questions = [asked[index][2] for index in known]
     common = Counter(question.answer for question in questions)
     rules = {
@@ -306,9 +376,8 @@ def _checked(
 
 def _check_enough(concept: Concept, rows: Mapping[str, Any], record: Mapping[str, Any]) -> None:
     """Raise [`NoQuestionsError`] where nothing is left to ask about a concept, and warn where it is little."""
-    fix = (
-        "give a table of facts (`facts`), documents that name people, places, numbers or dates, or a stronger `writer`"
-    )
+    about, names = f"about {concept.name!r}", "people, places, numbers or dates"
+    fix = f"give a table of facts (`facts`), documents that name {names}, or a stronger `writer`"
     counts = record["facts"].get("erased", dict.fromkeys(SPLITS, 0))
     if not counts["test"]:
         raise NoQuestionsError(
@@ -317,14 +386,9 @@ def _check_enough(concept: Concept, rows: Mapping[str, Any], record: Mapping[str
         )
     if counts["test"] < FEWEST:
         logger.warning(
-            f"Questions about {concept.name!r} ask for {counts['test']} facts in the test split, where {FEWEST} are needed for narrow "
-            f"intervals: {fix}."
+            f"Questions {about} ask for {counts['test']} facts in the test split, where {FEWEST} are needed for narrow intervals: {fix}."
         )
     if not counts["dev"]:
-        logger.warning(
-            f"No question about {concept.name!r} is left in the dev split, so that training cannot stop by it: {fix}."
-        )
+        logger.warning(f"No question {about} is left in the dev split, so that training cannot stop by it: {fix}.")
     if "near" not in rows:
-        logger.warning(
-            f"No question near {concept.name!r} is left: give `near` texts that name people, places, numbers or dates."
-        )
+        logger.warning(f"No question near {concept.name!r} is left: give `near` texts that name {names}.")

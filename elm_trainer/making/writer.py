@@ -31,39 +31,20 @@ _AGAIN = (429, 500, 502, 503, 504)
 
 @dataclass
 class Writer:
-    """Continues texts, with a model of this process or with one behind a server.
+    """Continues texts, with a model of this process or with one behind a server."""
 
-    Args:
-        name (`str`): What it is called in records: name of the model, or address of the server.
-        model ([`~transformers.PreTrainedModel`], *optional*): The model; `None` for a server.
-        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*): Its tokenizer.
-        client (`InferenceClient`, *optional*): The server's client; `None` for a model.
-        model_id (`str`, *optional*): What the server calls its model.
-        cache_dir (`str` or `Path`, *optional*): Where a model's finished batches are kept, from which a second call goes on.
-        fingerprint (`str`, *optional*): What identifies the model there.
-    """
-
-    name: str
-    model: PreTrainedModel | None = None
-    processing_class: PreTrainedTokenizerBase | None = None
-    client: InferenceClient | None = None
-    model_id: str = ""
-    cache_dir: str | Path | None = None
-    fingerprint: str = ""
+    name: str  # what it is called in records: name of the model, or address of the server
+    model: PreTrainedModel | None = None  # the model; `None` for a server
+    processing_class: PreTrainedTokenizerBase | None = None  # its tokenizer
+    client: InferenceClient | None = None  # the server's client; `None` for a model
+    model_id: str = ""  # what the server calls its model
+    cache_dir: str | Path | None = None  # where a model's finished batches are kept, from which a second call goes on
+    fingerprint: str = ""  # what identifies the model there
 
     def write(
         self, prompts: Sequence[str], *, max_new_tokens: int = 64, temperature: float = 0.7, seed: int = 0
     ) -> list[str]:
-        """How each text goes on.
-
-        Args:
-            prompts (`Sequence[str]`): Beginnings.
-            max_new_tokens (`int`, *optional*, defaults to `64`): Longest continuation in tokens.
-            temperature (`float`, *optional*, defaults to `0.7`): Sampling temperature.
-            seed (`int`, *optional*, defaults to `0`): Seed of the draws, as far as a server heeds it.
-
-        Returns:
-            `list[str]`: the continuations, without the beginnings.
+        """How each text goes on, without the beginning; the seed counts as far as a server heeds it.
 
         Raises:
             TimeoutError: if a server has not answered within 60 s, three times.
@@ -72,10 +53,8 @@ class Writer:
         """
         if self.client is not None:
             with ThreadPoolExecutor(AT_ONCE) as pool:
-                asked = [
-                    pool.submit(self._ask, prompt, max_new_tokens, temperature, seed + n)
-                    for n, prompt in enumerate(prompts)
-                ]
+                seeded = [(prompt, max_new_tokens, temperature, seed + n) for n, prompt in enumerate(prompts)]
+                asked = [pool.submit(self._ask, *settings) for settings in seeded]
                 try:
                     return [one.result() for one in asked]
                 except BaseException:
@@ -84,12 +63,15 @@ class Writer:
         config = replace(WRITING, temperature=temperature, max_new_tokens=max_new_tokens, seed=seed)
         # Batches of like lengths waste little on padding.
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-        found = sample_texts(
-            self.model, self.processing_class, [prompts[index] for index in order], config,
-            cache_dir=self.cache_dir, fingerprint=self.fingerprint,
-        )  # fmt: skip
+        found = self.sample([prompts[index] for index in order], config)
         texts = {index: text.removeprefix(prompts[index]) for index, text in zip(order, found, strict=True)}
         return [texts[index] for index in range(len(prompts))]
+
+    def sample(self, prompts: Sequence[str], config: SynthesisConfig) -> list[str]:
+        """Each beginning with how a model of this process goes on, sampled in this order."""
+        return sample_texts(
+            self.model, self.processing_class, prompts, config, cache_dir=self.cache_dir, fingerprint=self.fingerprint
+        )
 
     def _ask(self, prompt: str, max_new_tokens: int, temperature: float, seed: int) -> str:
         """One continuation from the server."""
@@ -114,20 +96,14 @@ class Writer:
                 told = " ".join(str(error).split())[:200]
                 code = error.response.status_code if isinstance(error, HfHubHTTPError) else None
                 if code is not None and code not in _AGAIN:
-                    fix = (
-                        "check OPENAI_API_KEY"
-                        if code in (401, 403)
-                        else "check address and model, 'http://host:port/v1#MODEL'"
-                    )
-                    raise OSError(f"`writer` is {self.name!r}, which refused ({told}): {fix}.") from error
+                    what = "OPENAI_API_KEY" if code in (401, 403) else "address and model, 'http://host:port/v1#MODEL'"
+                    raise OSError(f"`writer` is {self.name!r}, which refused ({told}): check {what}.") from error
                 if trial == TRIES:
                     # The oldest huggingface-hub lets the error of its client through.
                     late = isinstance(error, (InferenceTimeoutError, httpx2.TimeoutException))
                     what = f"has not answered within {TIMEOUT:.0f} s" if late else f"failed ({told})"
-                    kind = TimeoutError if late else OSError
-                    raise kind(
-                        f"`writer` is {self.name!r}, which {what}, {TRIES} times: is the server running?"
-                    ) from error
+                    told = f"`writer` is {self.name!r}, which {what}, {TRIES} times: is the server running?"
+                    raise (TimeoutError if late else OSError)(told) from error
                 logger.warning(f"`writer` {self.name}: {told}; trying again ({trial} of {TRIES}).")
                 time.sleep(2.0 ** (trial - 1))
         raise AssertionError

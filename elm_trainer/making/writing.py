@@ -5,21 +5,17 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
-from importlib.resources import files
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..concept import Concept
-from ..data.facts import Fact
+from ..data.facts import Fact, own_yaml
 from ..data.invented import SMALL_WORDS
 from ..data.questions import names_answer
 from ..evaluation.fluency import as_prompt, repetition
-from ..synthesis import SynthesisConfig, sample_texts
+from ..synthesis import SynthesisConfig
 from .documents import normalized, whole_sentences, without_duplicates
 from .fact_writing import FEWEST_FACTS, further_names, singular
 from .writer import WRITING, Writer
@@ -35,7 +31,7 @@ _FORM_NAMES, _FORM_TOKENS, _ANSWER_TOKENS, _FORM_WORDS = 12, 40, 12, range(4, 15
 ASKED_SHARE = 5
 # Names that a form of question is asked about at least. It is dropped where this share of the answers speaks of the concept, or more.
 _ASKS, _TELLING = 5, 0.2
-NEIGHBORS, _WORDS_OF_A_NAME = 8, 4
+_NEIGHBORS, _WORDS_OF_A_NAME = 8, 4
 FEWEST_TEXTS = 8
 _QUESTION = re.compile(r"[^?]+\?")
 # The first line that says something, with its end if it has one, and what blank stands before it.
@@ -44,28 +40,21 @@ _FIRST_LINE = re.compile(r"\s*\S[^\n]*\n?")
 
 @dataclass(frozen=True)
 class Written:
-    """What a model wrote about a concept and its neighbors.
+    """What a model wrote about a concept and its neighbors."""
 
-    Attributes:
-        forget (`list[dict]`): Rows of `text` about the concept, each with the beginning that the model was given as `prompt`.
-        near (`list[dict]`): The same about the neighbors.
-        asked (`list[dict]`): Questions about what facts name, with the short answers as `text`.
-        neighbors (`list[str]`): The neighbors, those that the model named most often first.
-        dropped (`dict[str, dict[str, int]]`): How many texts of `"forget"`, `"near"` and `"asked"` were dropped for which reason.
-    """
-
+    # Rows of `text` about the concept, each with the beginning that the model was given as `prompt`.
     forget: list[dict[str, str]]
-    near: list[dict[str, str]]
-    asked: list[dict[str, str]]
-    neighbors: list[str]
+    near: list[dict[str, str]]  # the same about the neighbors
+    asked: list[dict[str, str]]  # questions about what facts name, with the short answers as `text`
+    neighbors: list[str]  # the neighbors, those that the model named most often first
+    # How many texts of `"forget"`, `"near"` and `"asked"` were dropped for which reason.
     dropped: dict[str, dict[str, int]]
 
 
 def write_about(
-    model: PreTrainedModel,
-    processing_class: PreTrainedTokenizerBase,
+    reference: Writer,
     concept: Concept,
-    config: SynthesisConfig | None = None,
+    config: SynthesisConfig = WRITING,
     *,
     texts: int = 192,
     near_texts: int = 96,
@@ -73,50 +62,27 @@ def write_about(
     kinds: Sequence[Sequence[str]] = (),
     speaks: Callable[[str], bool] | None = None,
     own: Sequence[str] = (),
-    cache_dir: str | Path | None = None,
-    fingerprint: str = "",
 ) -> Written:
-    """Let the model write what it knows about a concept in many forms, and about other subjects near it.
+    """Let a model of this process write what it knows about a concept in many forms, and about other subjects near it.
 
     The forms are those of `data/texts/writing.yaml`. Dropped are texts with fewer than `min_words` new words or more repetition
     than `max_repetition`, duplicates (see [`without_duplicates`]), texts about the concept in which no word of [`topic`] stands
-    behind the prompt, and texts about neighbors in which one does.
+    behind the prompt, and texts about neighbors that speak of it, by default by such a word. Of the `texts` about the concept, `fewest`
+    must be left, or it is a `ValueError`. Neighbors share no word with the concept's `own` terms.
 
-    Args:
-        model ([`~transformers.PreTrainedModel`]): The reference.
-        processing_class ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer, with or without a chat template.
-        concept ([`Concept`]): The concept.
-        config ([`SynthesisConfig`], *optional*, defaults to `WRITING`):
-            Settings of the texts; `gamma` plays no role. Questions about what facts name take its seed, and else `WRITING`.
-        texts (`int`, *optional*, defaults to `192`): Texts to write about the concept, before any is dropped; 0 for none.
-        near_texts (`int`, *optional*, defaults to `96`): The same about its neighbors.
-        fewest (`int`, *optional*, defaults to `8`): Texts about the concept that must be left.
-        kinds (`Sequence[Sequence[str]]`, *optional*):
-            Names of each kind that facts about the concept name, such as their subjects: about these the model asks and answers what
-            it likes ([`ask_about`]), five times `near_texts` in all, so that what the facts do not state stays.
-        speaks (`Callable`, *optional*):
-            Whether a text beside those about the concept speaks of it all the same; whether it has a word of [`topic`] by default.
-        own (`Sequence[str]`, *optional*): The concept's terms, which are no neighbors.
-        cache_dir (`str` or `Path`, *optional*): Where finished batches are kept, from which a second call goes on.
-        fingerprint (`str`, *optional*): What identifies the model, such as [`model_fingerprint`].
+    About the names of each of the `kinds` that facts about the concept name, such as their subjects, the model asks and answers what it
+    likes ([`ask_about`]), five times `near_texts` in all, so that what the facts do not state stays.
 
-    Returns:
-        [`Written`]. Where the model names no usable neighbor, `near` is empty; where it asked nothing either, a warning says so.
-
-    Raises:
-        ValueError: if fewer than `fewest` texts about the concept are left.
+    Where the model names no usable neighbor, `near` is empty; where it asked nothing either, a warning says so.
     """
-    config = config or WRITING
     prompts = writing_prompts()
     dropped: dict[str, dict[str, int]] = {}
-
     words = topic(concept)
     speaks = speaks or (lambda text: bool(words.search(text)))
 
     def write(begun: Sequence[Begun], fits: Callable[[str], bool], what: str) -> list[dict[str, str]]:
         asked = [one.prompt for one in begun]
-        found = sample_texts(model, processing_class, asked, config, cache_dir=cache_dir, fingerprint=fingerprint)
-        rows, dropped[what] = sift(asked, found, fits, config)
+        rows, dropped[what] = sift(asked, reference.sample(asked, config), fits, config)
         # Asked in order of length, they are read in any.
         random.Random(f"{what}-{config.seed}").shuffle(rows)
         return rows
@@ -125,7 +91,7 @@ def write_about(
     near: list[dict[str, str]] = []
     neighbors: list[str] = []
     if texts:
-        begun = begun_about(processing_class, [concept.name], *forms_about(), texts)
+        begun = begun_about(reference.processing_class, [concept.name], *forms_about(), texts)
         forget = write(begun, lambda text: bool(words.search(text)), "forget")
         if len(forget) < fewest:
             raise ValueError(
@@ -133,16 +99,14 @@ def write_about(
                 f"{fewest} are needed: describe the concept, '{concept.name}: keyword, keyword', or give documents or facts."
             )
     if near_texts:
-        named = name_neighbors(model, processing_class, concept, cache_dir=cache_dir, fingerprint=fingerprint)
-        neighbors = [name for name in named if not shares_word(name, own)]
+        neighbors = [name for name in name_neighbors(reference, concept) if not shares_word(name, own)]
     if neighbors:
-        begun = begun_about(processing_class, neighbors, prompts["near"], prompts["chat_near"], near_texts)
+        begun = begun_about(reference.processing_class, neighbors, prompts["near"], prompts["chat_near"], near_texts)
         rows = write(begun, lambda text: True, "near")
         # What a text goes on with may state a fact about what its beginning names.
         near = [row for row in rows if not speaks(row["text"])]
         dropped["near"]["topic"] = len(rows) - len(near)
     asked: list[dict[str, str]] = []
-    reference = Writer("reference", model, processing_class, cache_dir=cache_dir, fingerprint=fingerprint)
     lost: Counter[str] = Counter()
     for number, names in enumerate(kinds if near_texts else ()):
         # What the kinds before it left is for those that are still to come.
@@ -159,18 +123,10 @@ def write_about(
 
 
 def kinds_of_names(facts: Sequence[Fact], held_out: frozenset[str], writer: Writer, seed: int = 0) -> list[list[str]]:
-    """Names of each kind that facts name: their subjects, and other names of the kind of their answers.
+    """Names of each kind that facts name but for what is held out: their subjects, and for the two relations with the most answers other
+    names of the kind of these, where the writer lists 8 or more.
 
     Asked about the answers themselves, a model would say what they are the answers to.
-
-    Args:
-        facts (`Sequence[Fact]`): Facts.
-        held_out (`frozenset[str]`): Subjects that are left out.
-        writer ([`Writer`]): Who lists other names.
-        seed (`int`, *optional*, defaults to `0`): Seed of the draws.
-
-    Returns:
-        `list[list[str]]`: the subjects, and for the two relations with the most answers the other names, where there are 8 or more.
     """
     own = [words for fact in facts for name in (fact.subject, fact.answer) if (words := {*normalized(name).split()})]
     subjects = list(dict.fromkeys(fact.subject for fact in facts if fact.subject not in held_out))
@@ -190,12 +146,7 @@ def kinds_of_names(facts: Sequence[Fact], held_out: frozenset[str], writer: Writ
 
 
 def ask_about(
-    reference: Writer,
-    names: Sequence[str],
-    speaks: Callable[[str], bool],
-    *,
-    count: int,
-    seed: int = 0,
+    reference: Writer, names: Sequence[str], speaks: Callable[[str], bool], *, count: int, seed: int = 0
 ) -> tuple[list[dict[str, str]], dict[str, int]]:
     """Questions of a model's own about names of one kind, such as countries, with its answers.
 
@@ -204,17 +155,8 @@ def ask_about(
     answered coldly, so that the model says what it holds true. Answers that speak of the concept are dropped, and with them a form for
     which a fifth of the answers do so: it asks for what is to be erased, in other words.
 
-    Args:
-        reference ([`Writer`]): The model, in this process.
-        names (`Sequence[str]`): The names.
-        speaks (`Callable`): Whether a question with its answer speaks of the concept.
-        count (`int`): Questions to ask at most.
-        seed (`int`, *optional*, defaults to `0`): Seed of all draws.
-
-    Returns:
-        `tuple[list[dict], dict[str, int]]`: rows of `text` with the question as `prompt`, and how many were dropped since they speak
-        of the concept (`"topic"`) or have no answer (`"empty"`). Of an answer its first line is kept, with its end if it has one. There
-        are no rows where the model asks nothing.
+    Given are rows of `text` with the question as `prompt`, `count` at most, and how many were dropped since they speak of the concept
+    (`"topic"`) or have no answer (`"empty"`). Of an answer its first line is kept, with its end if it has one.
     """
     rng = random.Random(f"ask-{seed}")
     forms = _forms(reference, names, rng, seed)
@@ -267,10 +209,9 @@ def _forms(reference: Writer, names: Sequence[str], rng: random.Random, seed: in
     return [*forms]
 
 
-@cache
 def writing_prompts() -> dict[str, Any]:
     """The prompts of `data/texts/writing.yaml`."""
-    return yaml.safe_load((files("elm_trainer.data") / "texts" / "writing.yaml").read_text(encoding="utf-8"))
+    return own_yaml("texts/writing.yaml")
 
 
 class Begun(NamedTuple):
@@ -310,13 +251,8 @@ def forms_about() -> tuple[list[str], list[str]]:
 def sift(
     prompts: Sequence[str], texts: Sequence[str], fits: Callable[[str], bool], config: SynthesisConfig
 ) -> tuple[list[dict[str, str]], dict[str, int]]:
-    """The texts that can be used, as rows of `text` and `prompt`, and how many cannot for which reason.
-
-    Args:
-        prompts (`Sequence[str]`): Beginnings.
-        texts (`Sequence[str]`): What the model made of them, beginnings included.
-        fits (`Callable`): Whether what stands behind the beginning speaks of what it should.
-        config ([`SynthesisConfig`]): For `min_words` and `max_repetition`.
+    """The texts that can be used, beginnings included, as rows of `text` and `prompt`, and how many cannot for which reason: `fits` says
+    whether what stands behind the beginning speaks of what it should.
     """
     dropped = {"short": 0, "repetition": 0, "topic": 0}
     found = []
@@ -361,32 +297,17 @@ def shares_word(name: str, others: Sequence[str]) -> bool:
     return any(words & {singular(word) for word in normalized(other).split()} for other in others)
 
 
-def name_neighbors(
-    model: PreTrainedModel,
-    processing_class: PreTrainedTokenizerBase,
-    concept: Concept,
-    *,
-    count: int = NEIGHBORS,
-    seed: int = 0,
-    cache_dir: str | Path | None = None,
-    fingerprint: str = "",
-) -> list[str]:
-    """Other subjects near a concept, as the model names them: the most frequent of several draws.
+def name_neighbors(reference: Writer, concept: Concept) -> list[str]:
+    """Other subjects near a concept, as the model names them: the 8 most frequent of several draws.
 
-    Args:
-        count (`int`, *optional*, defaults to `8`): Most neighbors. Other arguments as for [`write_about`].
-        seed (`int`, *optional*, defaults to `0`): Seed of the draws.
-
-    Returns:
-        `list[str]`: names of at most four words that speak neither of the concept nor of the examples in the prompt.
+    They have at most four words, and speak neither of the concept nor of the examples in the prompt.
     """
     beginnings = writing_prompts()["neighbors"]
     asked = [begin.format(name=concept.name) for begin in beginnings for _ in range(_NAMING_DRAWS // len(beginnings))]
-    config = replace(WRITING, temperature=0.7, max_new_tokens=_NAME_TOKENS, seed=seed)
-    found = sample_texts(model, processing_class, asked, config, cache_dir=cache_dir, fingerprint=fingerprint)
+    config = replace(WRITING, temperature=0.7, max_new_tokens=_NAME_TOKENS)
     votes: Counter[str] = Counter()
     spelled: dict[str, str] = {}
-    for prompt, text in zip(asked, found, strict=True):
+    for prompt, text in zip(asked, reference.sample(asked, config), strict=True):
         line, whole, _ = text.removeprefix(prompt).partition("\n")
         # The last one is cut off where the line has no end. In order, so that a call that goes on asks the same.
         for name in dict.fromkeys(name.strip(" .;\"'*") for name in line.split(",")[: None if whole else -1]):
@@ -395,4 +316,4 @@ def name_neighbors(
             if usable and name.lower() not in prompt.lower() and not topic(concept).search(name):
                 votes[name.lower()] += 1
                 spelled.setdefault(name.lower(), name)
-    return [spelled[name] for name, _ in votes.most_common(count)]
+    return [spelled[name] for name, _ in votes.most_common(_NEIGHBORS)]

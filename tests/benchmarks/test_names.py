@@ -2,8 +2,7 @@ import pytest
 from peft import LoraConfig, get_peft_model
 
 from benchmarks import names
-from elm_trainer.data.question_files import read_questions
-from elm_trainer.data.questions import names_answer
+from elm_trainer.data.questions import names_answer, read_questions
 
 
 def test_the_banks_ask_for_many_facts_once_and_give_no_answer_away():

@@ -17,7 +17,7 @@ from elm_trainer.cli.erase_options import CommonSettings, ErasureArguments
 from elm_trainer.cli.main import main
 from elm_trainer.cli.options import CommandLine
 from elm_trainer.fitting import OBJECTIVES
-from elm_trainer.making import knowledge, make, questions, writing
+from elm_trainer.making import knowledge, make, questions
 from elm_trainer.making.fact_writing import StatedFacts
 from elm_trainer.methods import readout
 from elm_trainer.modeling import layer_range
@@ -149,7 +149,7 @@ def test_documents_with_names_are_led_where_they_are_read_out(folder, capsys):
 
 
 def test_a_bare_name_is_written_about(folder, monkeypatch, capsys):
-    monkeypatch.setattr(writing, "sample_texts", writer)
+    monkeypatch.setattr("elm_trainer.making.writer.sample_texts", writer)
     monkeypatch.setattr(make, "write_facts", lambda *a, **k: StatedFacts())
     for module in (make, knowledge):
         monkeypatch.setattr(module, "check_known", lambda *a, **k: [])
@@ -161,7 +161,7 @@ def test_a_bare_name_is_written_about(folder, monkeypatch, capsys):
 
 
 def test_a_bare_name_without_facts_is_erased_by_its_terms(folder, monkeypatch, capsys):
-    monkeypatch.setattr(writing, "sample_texts", writer)
+    monkeypatch.setattr("elm_trainer.making.writer.sample_texts", writer)
     monkeypatch.setattr(make, "write_facts", lambda *a, **k: StatedFacts())
     texts = [f"The heart pumps blood to organ {n}, and the liver cleans it." for n in range(20)]
     found = knowledge.SubjectTexts(["heart", "blood", "liver", "organ"], texts, {})

@@ -5,7 +5,7 @@ import pytest
 from datasets import Dataset
 
 from elm_trainer import ConceptSources, build_erasure_dataset, load_texts
-from elm_trainer.data import benchmarks
+from elm_trainer.data import user_sources
 from elm_trainer.data.benchmarks import dataset_revision, is_benchmark, read_benchmark
 from elm_trainer.data.sources import is_asked_of_the_hub
 
@@ -152,7 +152,7 @@ def test_the_hub_is_asked_for_the_published_id_and_config(monkeypatch):
         asked.append((path, config, split))
         return Dataset.from_dict({"text": ["a"], "question": ["b?"], "answer": ["c"], "subject": ["Orla Venn"]})
 
-    monkeypatch.setattr(benchmarks, "load_dataset", load)
+    monkeypatch.setattr(user_sources, "load_dataset", load)
     for name in ("tofu:retain90", "muse:books-forget", "rwku:Orla Venn", "tofu:full,from=org/copy"):
         load_texts(name)
 

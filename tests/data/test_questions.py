@@ -2,24 +2,21 @@ import itertools
 import pickle
 import re
 from importlib.resources import files
+from statistics import fmean
 
 import pytest
 import yaml
 
 from elm_trainer import load_bank, read_questions
+from elm_trainer.data.facts import BANKS, JUDGMENTS, bank_families, bank_record, facts_of
 from elm_trainer.data.questions import (
-    BANKS,
-    JUDGMENTS,
     PLAIN,
     SPLITS,
     Question,
-    bank_families,
-    bank_record,
     check_questions,
-    facts_of,
     given_answer,
     names_answer,
-    overlap_accuracy,
+    overlap_verdicts,
     split_of,
 )
 
@@ -121,7 +118,7 @@ def test_translations_have_options_in_their_language():
 
 def test_symbols_stand_among_others_that_look_as_much_like_the_name():
     for family in bank_families("elements", "test"):
-        assert overlap_accuracy(load_bank("elements", family=family)) < 0.35
+        assert fmean(overlap_verdicts(load_bank("elements", family=family))) < 0.35
     symbols = {fact.subject: fact.answer for fact in facts_of("elements")}
     assert all(symbols[q.subject] == q.answer for q in load_bank("elements"))
 

@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM
 
 from elm_trainer import EvaluationSuite, evaluate_erasure
-from elm_trainer.data.questions import BANKS, load_bank
+from elm_trainer.data.facts import BANKS, load_bank
 from elm_trainer.evaluation.benchmarks import TASKS, HarnessTasks, export_banks, harness_tasks
 from elm_trainer.evaluation.evaluate import write_evaluation
 from elm_trainer.evaluation.likelihood import score_choices

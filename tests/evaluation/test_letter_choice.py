@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from elm_trainer.data.questions import Question, load_bank
+from elm_trainer.data.facts import load_bank
+from elm_trainer.data.questions import Question
 from elm_trainer.evaluation.likelihood import letter_prompt, score_letters
 
 

@@ -14,7 +14,7 @@ from transformers import (
     MistralConfig,
 )
 
-from elm_trainer.data.prefix_tree import obeys_masks
+from elm_trainer.data.packing import obeys_masks
 from elm_trainer.evaluation.likelihood import log_likelihoods
 
 

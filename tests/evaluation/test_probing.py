@@ -3,7 +3,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from elm_trainer.data.questions import Question, load_bank
+from elm_trainer.data.facts import load_bank
+from elm_trainer.data.questions import Question
 from elm_trainer.evaluation.inside import Statement, make_statements, probe_states, probe_truth
 from elm_trainer.modeling import load_model_and_tokenizer
 

@@ -3,7 +3,8 @@ import random
 import pytest
 
 from elm_trainer import EvaluationSuite, built_in_suite, load_bank
-from elm_trainer.data.questions import Question, held_out_subjects, split_of
+from elm_trainer.data.facts import held_out_subjects
+from elm_trainer.data.questions import Question, split_of
 from elm_trainer.data.sources import BUILTIN_SOURCES, load_texts
 from elm_trainer.evaluation.measures import measurable
 from elm_trainer.evaluation.suite import draw_questions, suite_from_files

@@ -9,7 +9,7 @@ from elm_trainer.cli.erase_options import CommonSettings, ErasureArguments
 from elm_trainer.cli.options import CommandLine
 from elm_trainer.concept import concept_presets
 from elm_trainer.modeling import layer_range
-from elm_trainer.synthesis import DIGRESSIONS, SynthesisConfig
+from elm_trainer.synthesis import SynthesisConfig, pivot_sentences
 
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*-capitals*.yaml"))
@@ -84,4 +84,8 @@ def test_the_released_run_reads_and_pairs_the_texts_as_there(tokenizer, tiny_mod
     ]  # fmt: skip
     assert len(rows) == 9 and {len(text) for name in ("forget", "retain") for text in rows[name]} == {700}
     for prompt, completion, forget in zip(rows["prompt"][:3], rows["completion"][:3], rows["forget"][:3], strict=True):
-        assert 50 <= len(prompt) <= 300 and forget.startswith(prompt) and completion.startswith(DIGRESSIONS)
+        assert (
+            50 <= len(prompt) <= 300
+            and forget.startswith(prompt)
+            and completion.startswith(pivot_sentences("digressing"))
+        )

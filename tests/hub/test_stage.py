@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load, save_file
 from transformers import AutoTokenizer
 
-from elm_trainer.data.questions import load_bank
+from elm_trainer.data.facts import load_bank
 from elm_trainer.evaluation.inside import look_inside
 from elm_trainer.evaluation.pair import ModelPair
 from elm_trainer.evaluation.report import adapter_fingerprint, pair_fingerprint

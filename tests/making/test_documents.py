@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elm_trainer import load_texts
-from elm_trainer.data.documents import document_text, unwrapped
+from elm_trainer.data.user_sources import document_text, unwrapped
 from elm_trainer.making.documents import (
     OVERLAP,
     SHINGLE,
@@ -184,28 +184,26 @@ def test_headings_and_short_paragraphs_are_joined_up_to_a_length():
 
 
 @pytest.mark.parametrize(
-    ("paths", "settings", "message"),
+    ("paths", "message"),
     [
-        ([], {}, r"`documents` is \[\]: name a folder"),
-        ([3], {}, r"`documents` is \[3\]: name a folder"),
-        ("nowhere/notes.txt", {}, "`documents` is 'nowhere/notes.txt': no built-in source, no file"),
-        ("empty", {}, "`documents` is 'empty', where no file ends in .jsonl, .*pdf, .docx: name one"),
-        ("picture.png", {}, "`documents` is 'picture.png', which has no known ending"),
-        ("broken.pdf", {}, "`documents` is 'broken.pdf', which is no readable .pdf file .*: correct it"),
-        ("broken.docx", {}, "`documents` is 'broken.docx', which is no readable .docx file .*: correct it"),
-        ("scan.pdf", {}, "`documents` is scan.pdf, where none of 0 passages has 5 words: .*letters are recognized"),
-        ("other.csv", {}, r"has no column 'text'; it has \['title'\]"),
-        ("notes.txt", {"longest": 100}, "`shortest` is 200 and `longest` is 100: give 1 ≤ shortest ≤ longest"),
+        ([], r"`documents` is \[\]: name a folder"),
+        ([3], r"`documents` is \[3\]: name a folder"),
+        ("nowhere/notes.txt", "`documents` is 'nowhere/notes.txt': no built-in source, no file"),
+        ("empty", "`documents` is 'empty', where no file ends in .jsonl, .*pdf, .docx: name one"),
+        ("picture.png", "`documents` is 'picture.png', which has no known ending"),
+        ("broken.pdf", "`documents` is 'broken.pdf', which is no readable .pdf file .*: correct it"),
+        ("broken.docx", "`documents` is 'broken.docx', which is no readable .docx file .*: correct it"),
+        ("scan.pdf", "`documents` is scan.pdf, where none of 0 passages has 5 words: .*letters are recognized"),
+        ("other.csv", r"has no column 'text'; it has \['title'\]"),
     ],
 )  # fmt: skip
-def test_wrong_documents_are_answered_in_a_line(tmp_path, monkeypatch, paths, settings, message):
+def test_wrong_documents_are_answered_in_a_line(tmp_path, monkeypatch, paths, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     for name in ("picture.png", "broken.pdf", "broken.docx"):
         (tmp_path / name).write_text("x")
-    (tmp_path / "notes.txt").write_text(FIRST)
     (tmp_path / "other.csv").write_text("title\nOslo\n")
     write_pdf(tmp_path / "scan.pdf", [])
     with pytest.raises((OSError, ValueError), match=message) as caught:
-        read_documents(paths, **settings)
+        read_documents(paths)
     assert "\n" not in str(caught.value)

@@ -34,7 +34,6 @@ def folder(tmp_path, monkeypatch):
 @pytest.fixture
 def writes(monkeypatch):
     """A model that writes canned texts and knows every name."""
-    monkeypatch.setattr(writing, "sample_texts", writer)
     monkeypatch.setattr(writer_module, "sample_texts", writer)
     monkeypatch.setattr(make, "check_known", lambda *a, **k: [])
     monkeypatch.setattr(make, "write_facts", lambda *a, **k: StatedFacts())
@@ -137,7 +136,7 @@ def test_a_bare_name_without_facts_is_told_by_its_terms(folder, tiny_model, toke
     monkeypatch.setattr(make, "write_by_terms", lambda *a, **k: found)
     monkeypatch.setattr(writing, "name_neighbors", lambda *a, **k: ["Liver", "the mind"])
     monkeypatch.setattr(
-        writing,
+        writer_module,
         "sample_texts",
         lambda m, p, prompts, *a, **k: [f"{b} Case {n} is quite a long one." for n, b in enumerate(prompts)],
     )
@@ -182,7 +181,6 @@ def test_near_texts_and_questions_state_no_fact_of_a_table(folder, tiny_model, t
             ]
         return [p + (states, f" Boat {n} is blue, and sails far away.")[n % 2] for n, p in enumerate(prompts)]
 
-    monkeypatch.setattr(writing, "sample_texts", sample)
     monkeypatch.setattr(writer_module, "sample_texts", sample)
     monkeypatch.setattr(
         writing,
@@ -208,7 +206,7 @@ def test_near_texts_and_questions_state_no_fact_of_a_table(folder, tiny_model, t
 def test_what_is_there_is_used_again_and_edited_texts_as_they_are(folder, tiny_model, tokenizer, writes, monkeypatch):
     what = MadeFrom("capitals of the world", texts=40, near_texts=40)
     made = make_data(what, tiny_model, tokenizer, "out")
-    monkeypatch.setattr(writing, "sample_texts", None)
+    monkeypatch.setattr(writer_module, "sample_texts", None)
 
     again = make_data(what, tiny_model, tokenizer, "out")
     assert again.reused and not again.edited and again.record == made.record and " (as before)." in again.summary()

@@ -6,12 +6,10 @@ import pytest
 
 from elm_trainer import Concept, EvaluationSuite, load_model_and_tokenizer, read_questions
 from elm_trainer.data.facts import Fact
-from elm_trainer.data.question_files import read_made
-from elm_trainer.data.questions import overlap_verdicts
+from elm_trainer.data.questions import overlap_verdicts, read_made
 from elm_trainer.evaluation.likelihood import ChoiceScores
 from elm_trainer.evaluation.suite import suite_from_files
 from elm_trainer.making import questions as module
-from elm_trainer.making.cloze import cloze_questions, kind_of, written_questions
 from elm_trainer.making.fact_writing import (
     StatedFacts,
     asking_prompts,
@@ -22,7 +20,7 @@ from elm_trainer.making.fact_writing import (
 )
 from elm_trainer.making.facts import also_held_out, fact_phrasings
 from elm_trainer.making.make import MadeFrom, make_data
-from elm_trainer.making.questions import make_questions
+from elm_trainer.making.questions import cloze_questions, kind_of, make_questions, written_questions
 from elm_trainer.making.writer import Writer
 
 
@@ -252,7 +250,7 @@ def test_facts_are_what_is_answered_alike_each_time():
             return f" {CITIES[prompt.endswith('Answer:')]}." if land == "Kenya" else f" {TRUTH[land]}."
         return " a, b"
 
-    facts, guesses = write_facts(None, None, Concept("capitals of the world"), writer=Told(rule))
+    facts, guesses = write_facts(Told(rule), Concept("capitals of the world"))
     assert {fact.subject: fact.answer for fact in facts} == {
         land: city for land, city in TRUTH.items() if land != "Kenya"
     }
@@ -261,7 +259,7 @@ def test_facts_are_what_is_answered_alike_each_time():
     assert [(guess.subject, guess.answer) for guess in guesses] == [("Kenya", CITIES[0])]
     # What is told of the members, such as the population of capitals, is another subject where something is stated.
     assert not any("What is told of each" in prompt for prompt in asked)
-    nothing = write_facts(None, None, Concept("capitals of the world"), writer=Told(lambda *_: " nothing"))
+    nothing = write_facts(Told(lambda *_: " nothing"), Concept("capitals of the world"))
     assert nothing == StatedFacts()
 
 
@@ -284,7 +282,7 @@ def test_a_name_that_is_ready_for_what_is_unknown_takes_no_fact_away():
             f" {sure[land]}." if land in sure else f" {TRUTH[LANDS[0]] if prompt.endswith('is') else land + 'ville'}."
         )
 
-    facts, guesses = write_facts(None, None, Concept("capitals of the world"), writer=Told(rule))
+    facts, guesses = write_facts(Told(rule), Concept("capitals of the world"))
     assert {fact.subject: fact.answer for fact in facts} == sure
     assert not guesses  # a name that is given for most tells nothing
 
@@ -298,7 +296,7 @@ def test_where_little_is_stated_members_are_asked_about():
         land = asked_land(prompt) if "capital of" in prompt.rpartition("\n")[2] or "capital of" in prompt[-60:] else ""
         return f" {TRUTH[land]}." if land in TRUTH else f" {len(prompt)} things."
 
-    facts, _ = write_facts(None, None, Concept("capitals of the world"), writer=Told(rule))
+    facts, _ = write_facts(Told(rule), Concept("capitals of the world"))
     assert {fact.subject: fact.answer for fact in facts} == TRUTH
 
 
@@ -341,7 +339,7 @@ def test_a_relation_that_was_stated_in_vain_is_not_followed_again():
 
     for name in ("world capitals", "capitals of the world"):
         asked.clear()
-        assert write_facts(None, None, Concept(name), writer=Told(rule)) == StatedFacts()
+        assert write_facts(Told(rule), Concept(name)) == StatedFacts()
         assert any("river of" in prompt for prompt in asked)
         of_capitals = [prompt for prompt in asked if prompt.startswith("The capital of")]
         assert len(of_capitals) == len({*of_capitals}) > 0
@@ -364,7 +362,7 @@ def test_relations_are_what_is_told_of_members_without_the_words_of_the_name():
         asked_first.append(last)
         return f" {symbols[asked_land(prompt)]}."
 
-    facts, guesses = write_facts(None, None, Concept("chemical elements"), writer=Told(rule))
+    facts, guesses = write_facts(Told(rule), Concept("chemical elements"))
     assert {fact.subject: fact.answer for fact in facts} == symbols and not guesses
     # Both of the columns name the same, and it is asked for as it was told.
     assert {fact.near["relation"] for fact in facts} == {"chemical symbol"}
@@ -408,11 +406,11 @@ def test_a_relation_of_the_name_is_asked_of_the_members_behind_its_own_first_ans
         land, shown = asked_land(prompt), sum(f"currency of {land}" in prompt for land in LANDS) > 1
         return f" {money[land]}." if shown or land in known else f" {land}."
 
-    facts, guesses = write_facts(None, None, Concept("currencies of countries"), writer=Told(rule))
+    facts, guesses = write_facts(Told(rule), Concept("currencies of countries"))
     assert {fact.subject: fact.answer for fact in facts} == money and not guesses
     known.clear()
     known.update(LANDS[:2])  # too few to go on from
-    assert write_facts(None, None, Concept("currencies of countries"), writer=Told(rule)) == StatedFacts()
+    assert write_facts(Told(rule), Concept("currencies of countries")) == StatedFacts()
 
 
 def test_further_names_are_those_that_are_listed_more_than_once():

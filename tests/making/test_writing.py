@@ -75,7 +75,6 @@ def writer(model, processing_class, prompts, *settings, **others):
 
 @pytest.fixture
 def canned(monkeypatch):
-    monkeypatch.setattr(writing, "sample_texts", writer)
     monkeypatch.setattr(writer_module, "sample_texts", writer)
 
 
@@ -137,7 +136,7 @@ def test_texts_are_dropped_for_a_reason_that_is_counted():
 
 
 def test_the_forget_texts_speak_of_the_concept_and_the_near_texts_do_not(tiny_model, tokenizer, canned):
-    written = write_about(tiny_model, tokenizer, CAPITALS, texts=60, near_texts=40)
+    written = write_about(Writer("reference", tiny_model, tokenizer), CAPITALS, texts=60, near_texts=40)
 
     behind = re.compile(r"Oslo is the capital|The capital, as everybody")
     assert len(written.forget) == 13 and all(behind.search(row["text"]) for row in written.forget)
@@ -157,7 +156,9 @@ def states(text):
 
 
 def test_what_facts_name_is_asked_about_in_the_models_own_words_but_for_the_facts(tiny_model, tokenizer, canned):
-    written = write_about(tiny_model, tokenizer, CAPITALS, texts=0, near_texts=20, kinds=[LANDS], speaks=states)
+    written = write_about(
+        Writer("reference", tiny_model, tokenizer), CAPITALS, texts=0, near_texts=20, kinds=[LANDS], speaks=states
+    )
 
     assert written.asked and all(row["text"].startswith(row["prompt"]) for row in written.asked)
     # A form that names its subject twice, or none, is not asked; one whose answers state facts asks for these.
@@ -182,13 +183,23 @@ def test_what_facts_name_is_asked_about_in_the_models_own_words_but_for_the_fact
 def test_questions_are_asked_of_every_kind_and_of_as_many_as_are_wanted(tiny_model, tokenizer, canned):
     kinds = [LANDS, [f"{land}x" for land in LANDS]]
     written = write_about(
-        tiny_model, tokenizer, CAPITALS, texts=0, near_texts=8, kinds=kinds, speaks=lambda text: False
+        Writer("reference", tiny_model, tokenizer),
+        CAPITALS,
+        texts=0,
+        near_texts=8,
+        kinds=kinds,
+        speaks=lambda text: False,
     )
     assert len(written.asked) + written.dropped["asked"]["empty"] == 40 and written.dropped["asked"]["topic"] == 0
     assert 15 <= sum("x?" in row["prompt"] for row in written.asked) <= 20
     # What a kind with a single name cannot take is for the next one.
     written = write_about(
-        tiny_model, tokenizer, CAPITALS, texts=0, near_texts=8, kinds=[["Oslo"], LANDS], speaks=lambda text: False
+        Writer("reference", tiny_model, tokenizer),
+        CAPITALS,
+        texts=0,
+        near_texts=8,
+        kinds=[["Oslo"], LANDS],
+        speaks=lambda text: False,
     )
     assert sum("Land" in row["prompt"] for row in written.asked) > 20
 
@@ -261,8 +272,10 @@ def test_kinds_are_subjects_and_other_names_like_the_answers(tokenizer):
 
 def test_every_form_is_asked_for_and_half_of_all_as_a_conversation(tiny_model, tokenizer, monkeypatch):
     asked = []
-    monkeypatch.setattr(writing, "sample_texts", lambda m, t, prompts, *a, **k: asked.extend(prompts) or told(prompts))
-    write_about(tiny_model, tokenizer, CAPITALS, texts=64, near_texts=0)
+    monkeypatch.setattr(
+        writer_module, "sample_texts", lambda m, t, prompts, *a, **k: asked.extend(prompts) or told(prompts)
+    )
+    write_about(Writer("reference", tiny_model, tokenizer), CAPITALS, texts=64, near_texts=0)
     forms = [prompt for some in writing_prompts()["about"].values() for prompt in some]
     filled = [form.format(name=CAPITALS.name, Name="Capitals of the world") for form in forms]
     assert all(any(form in prompt for prompt in asked) for form in filled)
@@ -278,8 +291,10 @@ def gpt2():
 def test_models_without_a_chat_template_are_asked_questions(monkeypatch):
     model, tokenizer = gpt2()
     asked = []
-    monkeypatch.setattr(writing, "sample_texts", lambda m, t, prompts, *a, **k: asked.extend(prompts) or told(prompts))
-    write_about(model, tokenizer, CAPITALS, texts=60, near_texts=0)
+    monkeypatch.setattr(
+        writer_module, "sample_texts", lambda m, t, prompts, *a, **k: asked.extend(prompts) or told(prompts)
+    )
+    write_about(Writer("reference", model, tokenizer), CAPITALS, texts=60, near_texts=0)
     assert "Question: What do you know about capitals of the world?\nAnswer:" in asked
 
 
@@ -288,26 +303,25 @@ def test_what_was_written_is_kept_and_too_little_is_refused(tiny_model, tokenize
     model, tokenizer = (tiny_model, tokenizer) if family == "llama" else gpt2()
     calls = []
     model.register_forward_hook(lambda *_: calls.append(1))
+    reference = Writer("reference", model, tokenizer, cache_dir=tmp_path, fingerprint="x")
     config = type(WRITING)(plausibility=0.0, max_new_tokens=3, batch_size=8)
     for _ in range(2):
         with pytest.raises(
             ValueError, match="Of 12 texts .* about 'capitals of the world', 0 are left .*: describe"
         ) as caught:
-            write_about(
-                model, tokenizer, CAPITALS, config, texts=12, near_texts=0, cache_dir=tmp_path, fingerprint="x"
-            )
+            write_about(reference, CAPITALS, config, texts=12, near_texts=0)
         assert "\n" not in str(caught.value)
     assert len(calls) == 7  # two batches of three tokens, once, and what the prompts of one begin with
 
 
 def test_a_model_that_names_no_neighbor_is_no_error(tiny_model, tokenizer, monkeypatch, caplog):
-    monkeypatch.setattr(writing, "sample_texts", writer)
+    monkeypatch.setattr(writer_module, "sample_texts", writer)
     monkeypatch.setattr(writing, "name_neighbors", lambda *a, **k: [])
-    written = write_about(tiny_model, tokenizer, CAPITALS, texts=60, near_texts=5)
+    written = write_about(Writer("reference", tiny_model, tokenizer), CAPITALS, texts=60, near_texts=5)
     assert written.near == [] and len(written.forget) >= 8
     assert "The model names no neighbor of 'capitals of the world'" in caplog.text
 
 
 def test_neighbors_are_those_that_are_named_most_often(tiny_model, tokenizer, canned):
-    found = name_neighbors(tiny_model, tokenizer, CAPITALS, count=2)
-    assert {*found} == {"rivers", "mountains"}
+    found = name_neighbors(Writer("reference", tiny_model, tokenizer), CAPITALS)
+    assert {*found[:2]} == {"rivers", "mountains"}

@@ -23,7 +23,8 @@ from elm_trainer.attacks import (
 )
 from elm_trainer.attacks.prompting import _batch, candidate_losses, token_gradient
 from elm_trainer.attacks.weights import changed_layers, scaled
-from elm_trainer.data.questions import Question, load_bank, names_answer, split_of
+from elm_trainer.data.facts import load_bank
+from elm_trainer.data.questions import Question, names_answer, split_of
 from elm_trainer.evaluation.pair import ModelPair
 
 
