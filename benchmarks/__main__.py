@@ -20,15 +20,12 @@ from transformers.utils import logging
 
 from .doctor import measure_doctor
 from .gpu import LIMITS, measure_gpu
-from .growth import REAL, REAL_SIZES, measure_growth
-from .live_targets import measure_live_targets
 from .measured import measure_prediction
 from .packing import measure_packing
 from .quality import measure_quality
 from .report import draw, figures_of, read_report, write_report
-from .sharing import measure_sharing
-from .step import measure_step
-from .target_precision import measure_target_precision
+from .step import REAL, REAL_SIZES, measure_growth, measure_step
+from .targets import measure_live_targets, measure_sharing, measure_target_precision
 
 
 @dataclass
@@ -74,16 +71,14 @@ class BenchmarkArguments:
                 raise ValueError(f"`{name}` is {getattr(self, name)}: it must be above 0.")
 
 
-def _growth_real(arguments: BenchmarkArguments) -> dict[str, Any]:
-    return {"growth_real": measure_growth(arguments.repeats, arguments.threads, REAL, REAL_SIZES)}
-
-
 # Beside the sections, as it has a report of its own.
 GPU = "gpu"
 SECTIONS: dict[str, Callable[[BenchmarkArguments], dict[str, Any]]] = {
     "step": lambda arguments: measure_step(arguments.repeats, arguments.threads),
     "growth": lambda arguments: {"growth": measure_growth(arguments.repeats, arguments.threads)},
-    "growth_real": _growth_real,
+    "growth_real": lambda arguments: {
+        "growth_real": measure_growth(arguments.repeats, arguments.threads, REAL, REAL_SIZES)
+    },
     "prediction": lambda arguments: {"prediction": measure_prediction(arguments.repeats, arguments.threads)},
     "doctor": lambda arguments: measure_doctor(arguments.threads),
     "packing": lambda arguments: measure_packing(arguments.repeats, arguments.threads),

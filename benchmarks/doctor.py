@@ -17,9 +17,9 @@ from transformers.utils import logging
 
 from elm_trainer.modeling import DEMO_MODEL, load_tokenizer
 
-from .figures import Figure
-from .memory import peak_bytes
+from .report import Figure
 from .shapes import ModelShape
+from .workers import peak_bytes
 
 
 logger = logging.get_logger(__name__)

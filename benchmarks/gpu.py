@@ -17,12 +17,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from transformers.utils import logging
+from elm_trainer.files import write_json
 
 from .report import machine
 
 
-logger = logging.get_logger(__name__)
 ROOT = Path(__file__).resolve().parents[1]
 SCHEMA_VERSION = 1
 # Seconds that each part has at most.
@@ -54,15 +53,12 @@ def measure_gpu(folder: Path, device: str, size: str, parts: Sequence[str]) -> d
         "size": size,
         "parts": {},
     }
-    folder.mkdir(parents=True, exist_ok=True)
     for name in parts:
         part = run_part(name, device, size, LIMITS[name])
         report["parts"][name] = part
         report["summary"] = summary(report["parts"])
         report["complete"] = len(report["parts"]) == len(parts) and all(map(went_well, report["parts"].values()))
-        unfinished = folder / "gpu.json.part"
-        unfinished.write_text(json.dumps(report, indent=2), encoding="utf-8")
-        os.replace(unfinished, folder / "gpu.json")
+        write_json(folder / "gpu.json", report)
         print(_lines(name, part), flush=True)  # noqa: T201
     return report
 

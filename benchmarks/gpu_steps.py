@@ -21,9 +21,9 @@ from trl import SFTConfig, SFTTrainer
 from elm_trainer import ElmConfig, ElmTrainer, NpoConfig, NpoTrainer, RmuConfig, RmuTrainer
 from elm_trainer.modeling import DEMO_MODEL
 
-from .memory import peak_bytes, release_freed, reset_peak, resident_bytes
 from .prediction import Device, Memory, StepShape, memory, step_flops, step_seconds
 from .shapes import Adapter, ModelShape
+from .workers import peak_bytes, release_freed, reset_peak, resident_bytes
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,9 @@
 """What is compared: ELM as it is, TRL's supervised fine-tuning, and the released loop, on the same texts and adapter."""
 
+import json
+import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -9,17 +11,24 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from tokenizers import Tokenizer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
-from elm_trainer import ElmConfig, ElmTrainer, load_concept, load_model_and_tokenizer
+from elm_trainer import (
+    ConceptSources,
+    ElmConfig,
+    ElmTrainer,
+    build_erasure_dataset,
+    load_concept,
+    load_model_and_tokenizer,
+    load_texts,
+)
 from elm_trainer.modeling import DEMO_MODEL, load_tokenizer
 
-from .callbacks import Lap, PacedTraining
 from .released_loop import released_updates, tokenize_samples
 from .shapes import Adapter, ModelShape
-from .texts import released_texts, short_texts
-from .workers import Pacer
+from .workers import Lap, PacedTraining, Pacer
 
 
 # As released: rank 256 on all seven projections of layers 4 to 7.
@@ -61,6 +70,11 @@ class Side:
         """Samples of three texts that an update is made of."""
         return self.batch * self.accumulation / (3 if self.trainer == "sft" else 1)
 
+    @property
+    def texts(self) -> Dataset:
+        """The samples."""
+        return short_texts(self.samples) if self.short else released_texts(self.samples)
+
     def setting(self) -> str:
         """The batch in words."""
         words = [f"{self.batch} {'texts' if self.trainer == 'sft' else 'samples'} in a forward pass"]
@@ -73,16 +87,14 @@ def train(pacer: Pacer, folder: str, side: Side) -> None:
     """Prepare a side and train it, block by block."""
     torch.manual_seed(0)
     model, tokenizer = model_of(side)
-    dataset = short_texts(side.samples) if side.short else released_texts(side.samples)
-    TRAINERS[side.trainer](pacer, folder, side, model, tokenizer, dataset)
+    TRAINERS[side.trainer](pacer, folder, side, model, tokenizer, side.texts)
 
 
 def tokenized_samples(side: Side) -> Dataset:
     """The tokens that a side trains on."""
-    dataset = short_texts(side.samples) if side.short else released_texts(side.samples)
     with TemporaryDirectory() as folder:
         config = ElmConfig(precompute_targets=False, **common_settings(folder, side))
-        return tokenize(dataset, load_tokenizer(side.tokenizer), config)
+        return tokenize(side.texts, load_tokenizer(side.tokenizer), config)
 
 
 def _train_elm(pacer, folder, side, model, tokenizer, dataset) -> None:
@@ -184,3 +196,67 @@ def _timed(pacer: Pacer, name: str, work: Callable[[], Any]) -> Any:
     result = work()
     pacer.lap(name, time.perf_counter() - started)
     return result
+
+
+def released_texts(samples: int, characters: int = 700) -> Dataset:
+    """Samples of the shape that the released code trains on: forget, retain and synthetic text of 700 characters each.
+
+    The sentences are the built-in ones, joined and cut.
+    """
+    forget = _joined(load_texts("capitals")["text"], characters, samples)
+    retain = _joined(load_texts("everyday")["text"], characters, samples)
+    prompt = 40
+    more = _joined(load_texts("countries")["text"], characters - prompt, samples)
+    pairs = [(text[:prompt], completion) for text, completion in zip(forget, more, strict=True)]
+    return _dataset(forget, retain, pairs, samples)
+
+
+def short_texts(samples: int, words: int = 12, seed: int = 0) -> Dataset:
+    """Samples of short synthetic texts, every one another: random words of the built-in texts."""
+    rng = random.Random(seed)
+    vocabulary = sorted({word for text in load_texts("everyday-held-out")["text"] for word in text.split()})
+
+    def draw() -> list[str]:
+        return [" ".join(rng.choices(vocabulary, k=words)) for _ in range(samples)]
+
+    forget, retain, more = draw(), draw(), draw()
+    pairs = [(prompt, f" {completion}") for prompt, completion in zip(_halves(forget), _halves(more), strict=True)]
+    return _dataset(forget, retain, pairs, samples)
+
+
+def cut_vocabulary(tokenizer: PreTrainedTokenizerBase, size: int) -> PreTrainedTokenizerBase:
+    """A byte-pair tokenizer of the first `size` tokens, which is what it was after so many merges were learned.
+
+    Args:
+        tokenizer: Tokenizer, which is given back if it has no more tokens than that.
+        size (`int`): Tokens that are kept; those of single bytes must be among them.
+    """
+    if len(tokenizer) <= size:
+        return tokenizer
+    record = json.loads(tokenizer.backend_tokenizer.to_str())
+    tokens = {token: index for token, index in record["model"]["vocab"].items() if index < size}
+    pairs = (pair.split(" ") if isinstance(pair, str) else pair for pair in record["model"]["merges"])
+    kept = [pair for pair in pairs if {*pair, "".join(pair)} <= tokens.keys()]
+    record["model"] |= {"vocab": tokens, "merges": kept}
+    record["added_tokens"] = [token for token in record["added_tokens"] if token["id"] < size]
+    special = {name: token for name, token in tokenizer.special_tokens_map.items() if token in tokens}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(record)), **special)
+
+
+def _halves(texts: Sequence[str]) -> list[str]:
+    return [" ".join(text.split()[: len(text.split()) // 2]) for text in texts]
+
+
+def _joined(texts: Sequence[str], characters: int, count: int) -> list[str]:
+    joined, place = [], 0
+    for _ in range(count):
+        text = ""
+        while len(text) < characters:
+            text += texts[place % len(texts)] + "\n"
+            place += 1
+        joined.append(text[:characters])
+    return joined
+
+
+def _dataset(forget: list[str], retain: list[str], pairs: list[tuple[str, str]], samples: int) -> Dataset:
+    return build_erasure_dataset({"capitals": ConceptSources(forget, [retain], pairs)}, size=samples)

@@ -7,7 +7,7 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from benchmarks.figures import Figure as Ratio
+from benchmarks.report import Figure as Ratio
 from benchmarks.report import draw
 from elm_trainer.attacks.report import plot_attacks
 from elm_trainer.comparison.tables import plot_comparison
