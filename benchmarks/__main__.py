@@ -30,20 +30,9 @@ from .targets import measure_live_targets, measure_sharing, measure_target_preci
 
 @dataclass
 class BenchmarkArguments:
-    """What is measured.
+    """What is measured. Figures that are in `output_dir` and are not measured again are kept."""
 
-    Args:
-        only (`list[str]`): Sections to measure. `time_to_quality`, `growth_real`, `live_targets`, `sharing` and `target_precision` run the real
-            model for minutes, and `gpu` needs a card: these are measured only where they are named.
-        output_dir (`str`): Where `report.json` and `report.png` go; figures that are there and not measured again are kept.
-        repeats (`int`): Rounds in which the sides take turns.
-        threads (`int`): Threads of every side.
-        budget (`float`): Seconds of training that the released loop gets at most in `time_to_quality`.
-        device (`str`): Device of `gpu`: `"cuda"`, or `"cpu"` for the same code without a card.
-        size (`str`): Models of `gpu`: `"full"` ones of 7 and 8 billion weights, or `"tiny"` ones.
-        parts (`list[str]`): Parts of `gpu`.
-    """
-
+    # The others run the real model for minutes, or need a card: they are measured only where they are named.
     only: list[str] = field(
         default_factory=lambda: ["step", "growth", "prediction", "doctor", "packing"],
         metadata={

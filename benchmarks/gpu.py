@@ -30,16 +30,7 @@ _OPTIONAL = ("bitsandbytes", "flash_attn", "liger_kernel", "triton", "datasets")
 
 
 def measure_gpu(folder: Path, device: str, size: str, parts: Sequence[str]) -> dict[str, Any]:
-    """Run parts one after the other, and write `gpu.json` after each.
-
-    Args:
-        folder (`Path`): Where it goes; made if it does not exist.
-        device (`str`): `"cuda"`, or `"cpu"` for the same code without a card.
-        size (`str`): `"full"`, or `"tiny"` for narrow models of three layers.
-        parts (`Sequence[str]`): Names in `LIMITS`.
-
-    Returns:
-        `dict[str, Any]`: the report. It is `complete` where no part failed or was stopped.
+    """Run parts one after the other, and write `gpu.json` after each; it is `complete` where none failed or was stopped.
 
     Raises:
         ValueError: if there is no such device.
@@ -64,12 +55,7 @@ def measure_gpu(folder: Path, device: str, size: str, parts: Sequence[str]) -> d
 
 
 def run_part(name: str, device: str, size: str, limit: float, command: Sequence[str] = ()) -> dict[str, Any]:
-    """Run a part in a process of its own, which is ended with all that it has started when its time is over.
-
-    Args:
-        name (`str`), device (`str`), size (`str`): What is run.
-        limit (`float`): Seconds that it has.
-        command (`Sequence[str]`, *optional*): Command in place of that of `gpu_parts`; the folder is added to it.
+    """Run a part in a process of its own, which is ended with all that it has started when its `limit` of seconds is over.
 
     Returns:
         `dict[str, Any]`: its `status` (`"done"`, `"failed"`, `"stopped"`), `seconds`, `limit`, and the `rows` that it wrote;

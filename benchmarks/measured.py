@@ -36,14 +36,7 @@ def measure_prediction(repeats: int, threads: int) -> dict[str, Any]:
     """Train models of random weights, and compare seconds and memory of a step with the formulas.
 
     The device's rates are measured where the step is, right before it in every round: they are inputs of the formula, and a
-    busy machine changes both.
-
-    Args:
-        repeats (`int`): Rounds.
-        threads (`int`): Threads of every side.
-
-    Returns:
-        `dict[str, Any]`: the figure: predicted / measured seconds, and the same for memory, by model.
+    busy machine changes both. The figure is predicted / measured seconds, and has the same for memory, by model.
     """
     sides = {name: Side("elm", SAMPLES, BATCH, model=shape, adapter=ADAPTER) for name, shape in SHAPES.items()}
     steps = {name: mean_step(side, SHAPES[name]) for name, side in sides.items()}

@@ -39,15 +39,10 @@ QUESTIONS, EVERY = 60, 20
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a recipe says, read without the script that it is written for.
-
-    Args:
-        path (`str`): YAML file.
-        overrides (`dict`): What is to be otherwise.
-    """
+    """What a recipe says, read without the script that it is written for."""
 
     path: str
-    overrides: dict[str, Any] = field(default_factory=dict)
+    overrides: dict[str, Any] = field(default_factory=dict)  # what is to be otherwise
 
     @property
     def record(self) -> dict[str, Any]:
@@ -132,14 +127,7 @@ def measure_quality(threads: int, budget: float) -> dict[str, Any]:
     """Train our recipe to its end, then the released one until it is as good or the budget is spent.
 
     As good is to rank no more capitals rightly and no less of the geography around them, which a model that is merely
-    broken would not.
-
-    Args:
-        threads (`int`): Threads of both.
-        budget (`float`): Seconds of training that the released loop is given at most.
-
-    Returns:
-        `dict[str, Any]`: the figure. Where the released loop did not get there, it is a lower bound and says so.
+    broken would not. Where the released loop does not get there in `budget` seconds of training, the figure is a lower bound and says so.
     """
     with workers({"ours": (train_ours, (OURS, QUESTIONS))}, threads) as started:
         worker = started["ours"]

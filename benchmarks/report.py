@@ -21,23 +21,14 @@ _LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate")
 
 @dataclass(frozen=True)
 class Figure:
-    """A ratio that was measured in several rounds.
+    """A ratio that was measured in several rounds."""
 
-    Args:
-        meaning (`str`): What is divided by what.
-        rounds (`Sequence[float]`): The ratio in each round.
-        at_most (`float`, *optional*): What the median should not exceed.
-        at_least (`float`, *optional*): What it should reach.
-        bound (`bool`, *optional*, defaults to `False`): Whether the true ratio is only known to be at least this large.
-        details (`dict`, *optional*): What the rounds measured, for the report.
-    """
-
-    meaning: str
+    meaning: str  # what is divided by what
     rounds: Sequence[float]
-    at_most: float | None = None
-    at_least: float | None = None
-    bound: bool = False
-    details: dict[str, Any] = field(default_factory=dict)
+    at_most: float | None = None  # what the median should not exceed
+    at_least: float | None = None  # what it should reach
+    bound: bool = False  # whether the true ratio is only known to be at least this large
+    details: dict[str, Any] = field(default_factory=dict)  # what the rounds measured, for the report
 
     def record(self) -> dict[str, Any]:
         """The figure as it stands in the report."""
@@ -64,13 +55,7 @@ def ratios(numerator: Sequence[float], denominator: Sequence[float]) -> list[flo
 def seconds_in_turns(
     sides: Mapping[str, Callable[[], object]], repeats: int, calls: int = 1
 ) -> dict[str, list[float]]:
-    """Seconds of a call of each side in each round, after one call of each that warms up.
-
-    Args:
-        sides (`Mapping`): What is called, by name.
-        repeats (`int`): Rounds.
-        calls (`int`, *optional*, defaults to `1`): Calls of a side in a round.
-    """
+    """Seconds of a call of each side, a mean over `calls` in each of so many rounds, after one call that warms up."""
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for side in sides.values():
         side()
@@ -89,12 +74,9 @@ def medians(seconds: Mapping[str, Sequence[float]]) -> dict[str, float]:
 
 
 def write_report(folder: str | Path, figures: Mapping[str, Any], settings: Mapping[str, Any]) -> Path:
-    """Write figures into `report.json`, beside those that an earlier run measured and this one did not.
+    """Write records of [`Figure`] into `report.json`, beside those that an earlier run measured and this one did not.
 
-    Args:
-        folder (`str` or `Path`): Made if it does not exist.
-        figures (`Mapping`): Records of [`Figure`] by key. Each was measured with its baseline in one run, and says where.
-        settings (`Mapping`): What the run was asked for.
+    Each was measured with its baseline in one run, and says where and with what settings.
 
     Raises:
         ValueError: if the folder holds a report of another schema.

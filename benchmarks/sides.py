@@ -37,33 +37,19 @@ RELEASED_ADAPTER = Adapter(rank=256, layers=(4, 5, 6, 7), alpha=16, dropout=0.05
 
 @dataclass(frozen=True)
 class Side:
-    """One side of a comparison.
+    """One side of a comparison."""
 
-    Args:
-        trainer (`str`): `"elm"`, `"sft"` or `"released"`.
-        samples (`int`): Samples in the dataset, three texts each; they are gone through again and again.
-        batch (`int`): Samples (`"sft"`: texts) in a forward pass.
-        accumulation (`int`, *optional*, defaults to `1`): Forward passes in an update.
-        padding_free (`bool`, *optional*, defaults to `False`): TRL's padding-free batches.
-        group_by_length (`bool`, *optional*, defaults to `False`): Batches of texts of like length.
-        model (`str` or [`ModelShape`], *optional*): The model, or the shape of one with random weights.
-        tokenizer (`str`, *optional*): The tokenizer of a model of random weights.
-        adapter ([`Adapter`], *optional*): The adapter.
-        short (`bool`, *optional*, defaults to `False`): Short synthetic texts in place of 700 characters.
-        epochs (`int`, *optional*): End after so many passes through the samples.
-    """
-
-    trainer: str
-    samples: int
-    batch: int
-    accumulation: int = 1
-    padding_free: bool = False
-    group_by_length: bool = False
-    model: str | ModelShape = DEMO_MODEL
-    tokenizer: str = DEMO_MODEL
+    trainer: str  # `"elm"`, `"sft"` or `"released"`
+    samples: int  # in the dataset, three texts each; they are gone through again and again
+    batch: int  # samples (`"sft"`: texts) in a forward pass
+    accumulation: int = 1  # forward passes in an update
+    padding_free: bool = False  # TRL's padding-free batches
+    group_by_length: bool = False  # batches of texts of like length
+    model: str | ModelShape = DEMO_MODEL  # or the shape of one with random weights
+    tokenizer: str = DEMO_MODEL  # of a model of random weights
     adapter: Adapter = RELEASED_ADAPTER
-    short: bool = False
-    epochs: int | None = None
+    short: bool = False  # short synthetic texts in place of 700 characters
+    epochs: int | None = None  # end after so many passes through the samples
 
     @property
     def samples_per_update(self) -> float:
@@ -227,9 +213,7 @@ def short_texts(samples: int, words: int = 12, seed: int = 0) -> Dataset:
 def cut_vocabulary(tokenizer: PreTrainedTokenizerBase, size: int) -> PreTrainedTokenizerBase:
     """A byte-pair tokenizer of the first `size` tokens, which is what it was after so many merges were learned.
 
-    Args:
-        tokenizer: Tokenizer, which is given back if it has no more tokens than that.
-        size (`int`): Tokens that are kept; those of single bytes must be among them.
+    Those of single bytes must be among them. A tokenizer that has no more is given back.
     """
     if len(tokenizer) <= size:
         return tokenizer

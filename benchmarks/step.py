@@ -32,15 +32,7 @@ RELEASED = Side("released", SAMPLES, 1, SAMPLES)
 
 
 def measure_step(repeats: int, threads: int) -> dict[str, Any]:
-    """Find the fastest setting of ELM and of fine-tuning, then let these take turns with the other baselines.
-
-    Args:
-        repeats (`int`): Rounds that count.
-        threads (`int`): Threads of every side.
-
-    Returns:
-        `dict[str, Any]`: figures by their key in the report.
-    """
+    """Find the fastest setting of ELM and of fine-tuning, then let these take turns with the other baselines."""
     found_elm, found_sft = (search(candidates, threads) for candidates in (ELM_CANDIDATES, SFT_CANDIDATES))
     sides = {"elm": fastest(found_elm), "best_sft": fastest(found_sft), "sft_batch4": SFT_PLAIN, "released": RELEASED}
     with workers({name: (train, (side,)) for name, side in sides.items()}, threads) as started:
@@ -130,19 +122,9 @@ REAL_SIZES = (100, 1_000)
 
 
 def measure_growth(repeats: int, threads: int, side: Side = SIDE, sizes: Sequence[int] = SIZES) -> dict[str, Any]:
-    """Train once through 100, 1,000 and 10,000 samples, each with all its targets made before.
+    """Train a side once through so many samples, the baseline's number first, each with all its targets made before.
 
     The sizes take turns: in every round each does its share of its own steps, so that all are spread over the same time.
-
-    Args:
-        repeats (`int`): Rounds.
-        threads (`int`): Threads of every side.
-        side (`Side`, *optional*): What is trained; its number of samples is replaced.
-        sizes (`Sequence[int]`, *optional*): Numbers of samples, the baseline first.
-
-    Returns:
-        `dict[str, Any]`: the figure: seconds per sample of the largest size / the smallest, with the other ratios, memory
-        and set-up.
     """
     sides = {str(size): replace(side, samples=size) for size in sizes}
     # One update warms up; the last block ends with the last sample.

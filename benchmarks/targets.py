@@ -78,15 +78,7 @@ def four_forwards(trainer: ElmTrainer, batches: Mapping[str, Any]) -> dict[str, 
 
 
 def measure_live_targets(repeats: int, threads: int) -> dict[str, Any]:
-    """Seconds of making the targets of four samples, in one forward / in four, which take turns.
-
-    Args:
-        repeats (`int`): Rounds.
-        threads (`int`): Threads of PyTorch.
-
-    Returns:
-        `dict[str, Any]`: a figure for a small model of random weights and one for SmolLM2-135M.
-    """
+    """Seconds of making the targets of four samples, in one forward / in four, of a small model of random weights and of the demo's."""
     torch.set_num_threads(threads)
     figures = {}
     for name, side in SIDES.items():
@@ -119,13 +111,7 @@ def measure_live_targets(repeats: int, threads: int) -> dict[str, Any]:
 
 def measure_target_precision(threads: int) -> dict[str, Any]:
     """Share of the positions of four forget texts at which the target's most probable token is that of float32, for the
-    targets of a bfloat16 model as they are, and with `target_dtype="float32"`.
-
-    Args:
-        threads (`int`): Threads of PyTorch.
-
-    Returns:
-        `dict[str, Any]`: a figure for each of the two; a round is a strength η, whose values are in the report.
+    targets of a bfloat16 model as they are, and with `target_dtype="float32"`; a round is a strength η.
     """
     torch.set_num_threads(threads)
     tops: dict[str, list[torch.Tensor]] = {}
@@ -154,15 +140,7 @@ def measure_target_precision(threads: int) -> dict[str, Any]:
 
 
 def measure_sharing(repeats: int, threads: int) -> dict[str, Any]:
-    """Seconds with sharing / without, which take turns, of SmolLM2-135M's targets and of its multiple choice with the adapter.
-
-    Args:
-        repeats (`int`): Rounds.
-        threads (`int`): Threads of PyTorch.
-
-    Returns:
-        `dict[str, Any]`: a figure for each.
-    """
+    """Seconds with sharing / without, which take turns, of SmolLM2-135M's targets and of its multiple choice with the adapter."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     model, tokenizer = load_model_and_tokenizer(DEMO_MODEL)
