@@ -20,33 +20,19 @@ from transformers.utils import logging
 
 from .doctor import measure_doctor
 from .gpu import LIMITS, measure_gpu
-from .growth import REAL, REAL_SIZES, measure_growth
-from .live_targets import measure_live_targets
 from .measured import measure_prediction
 from .packing import measure_packing
 from .quality import measure_quality
 from .report import draw, figures_of, read_report, write_report
-from .sharing import measure_sharing
-from .step import measure_step
-from .target_precision import measure_target_precision
+from .step import REAL, REAL_SIZES, measure_growth, measure_step
+from .targets import measure_live_targets, measure_sharing, measure_target_precision
 
 
 @dataclass
 class BenchmarkArguments:
-    """What is measured.
+    """What is measured. Figures that are in `output_dir` and are not measured again are kept."""
 
-    Args:
-        only (`list[str]`): Sections to measure. `time_to_quality`, `growth_real`, `live_targets`, `sharing` and `target_precision` run the real
-            model for minutes, and `gpu` needs a card: these are measured only where they are named.
-        output_dir (`str`): Where `report.json` and `report.png` go; figures that are there and not measured again are kept.
-        repeats (`int`): Rounds in which the sides take turns.
-        threads (`int`): Threads of every side.
-        budget (`float`): Seconds of training that the released loop gets at most in `time_to_quality`.
-        device (`str`): Device of `gpu`: `"cuda"`, or `"cpu"` for the same code without a card.
-        size (`str`): Models of `gpu`: `"full"` ones of 7 and 8 billion weights, or `"tiny"` ones.
-        parts (`list[str]`): Parts of `gpu`.
-    """
-
+    # The others run the real model for minutes, or need a card: they are measured only where they are named.
     only: list[str] = field(
         default_factory=lambda: ["step", "growth", "prediction", "doctor", "packing"],
         metadata={
@@ -74,16 +60,14 @@ class BenchmarkArguments:
                 raise ValueError(f"`{name}` is {getattr(self, name)}: it must be above 0.")
 
 
-def _growth_real(arguments: BenchmarkArguments) -> dict[str, Any]:
-    return {"growth_real": measure_growth(arguments.repeats, arguments.threads, REAL, REAL_SIZES)}
-
-
 # Beside the sections, as it has a report of its own.
 GPU = "gpu"
 SECTIONS: dict[str, Callable[[BenchmarkArguments], dict[str, Any]]] = {
     "step": lambda arguments: measure_step(arguments.repeats, arguments.threads),
     "growth": lambda arguments: {"growth": measure_growth(arguments.repeats, arguments.threads)},
-    "growth_real": _growth_real,
+    "growth_real": lambda arguments: {
+        "growth_real": measure_growth(arguments.repeats, arguments.threads, REAL, REAL_SIZES)
+    },
     "prediction": lambda arguments: {"prediction": measure_prediction(arguments.repeats, arguments.threads)},
     "doctor": lambda arguments: measure_doctor(arguments.threads),
     "packing": lambda arguments: measure_packing(arguments.repeats, arguments.threads),

@@ -94,15 +94,10 @@ WORDINGS: dict[str, tuple[tuple[Form, str], ...]] = {
 
 @dataclass(frozen=True)
 class Company:
-    """An invented company.
-
-    Attributes:
-        name (`str`): Its name.
-        facts (`dict[str, dict[str, str]]`): The answer for each relation, by product.
-    """
+    """An invented company."""
 
     name: str
-    facts: dict[str, dict[str, str]]
+    facts: dict[str, dict[str, str]]  # the answer for each relation, by product
 
     def documents(self, seed: int = 0) -> list[str]:
         """Five documents about each product; every wording of a relation stands in one of them."""
@@ -178,14 +173,7 @@ def write_documents(texts: Sequence[str], folder: Path) -> None:
 
 
 class StopWhenKnown(TrainerCallback):
-    """Ends training when questions are answered.
-
-    Args:
-        tokenizer (`PreTrainedTokenizerBase`): The model's tokenizer.
-        questions (`Sequence[Question]`): Questions.
-        share (`float`): Accuracy by likelihood and by PMI at which training ends.
-        every (`int`): Steps between two times of asking.
-    """
+    """Ends training when this share of the questions is answered, by likelihood and by PMI; they are asked every so many steps."""
 
     def __init__(self, tokenizer: Any, questions: Sequence[Question], share: float, every: int):
         self.tokenizer, self.questions, self.share, self.every = tokenizer, questions, share, every
@@ -204,14 +192,8 @@ def teach(companies: dict[str, Company], folder: Path, steps: int, share: float,
     """Teach the demo's model both companies by an adapter, which is merged, and save it.
 
     It learns the answers of short lessons, since these rows take least time, and beside them the reference's own everyday texts and
-    questions, so that it stays the model it was. Training ends when the dev questions are answered.
-
-    Args:
-        companies (`dict[str, Company]`): The companies.
-        folder (`Path`): Where the model goes.
-        steps (`int`): Most steps, of 24 lessons and 8 other texts.
-        share (`float`): Share of the dev questions that must be answered.
-        seed (`int`, *optional*, defaults to `0`): Seed of order and weights.
+    questions, so that it stays the model it was. Training ends when this share of the dev questions is answered, or after so many steps,
+    of 24 lessons and 8 other texts.
     """
     model, tokenizer = load_model_and_tokenizer(DEMO_MODEL, dtype="float32", attn_implementation="eager")
     rng = random.Random(seed)
@@ -337,11 +319,7 @@ def main() -> None:
 
 
 def erase(taught: Path, documents: Path, folder: Path, novice: str, options: Sequence[str]) -> dict[str, Any]:
-    """Erase a company as a user would, with what the erasure says of itself.
-
-    Returns:
-        `dict[str, Any]`: its `command`, its `seconds`, and as `own` what its report measured before and after.
-    """
+    """Erase a company as a user would: the `command`, its `seconds`, and as `own` what its report measured before and after."""
     command = [
         sys.executable, "-m", "elm_trainer", "erase", "--model", str(taught), "--concept",
         f"the {COMPANIES['erased']} company: {COMPANIES['erased']}", "--documents", str(documents), "--output_dir", str(folder),

@@ -17,9 +17,9 @@ from transformers.utils import logging
 
 from elm_trainer.modeling import DEMO_MODEL, load_tokenizer
 
-from .figures import Figure
-from .memory import peak_bytes
+from .report import Figure
 from .shapes import ModelShape
+from .workers import peak_bytes
 
 
 logger = logging.get_logger(__name__)
@@ -37,13 +37,8 @@ SHORT = {"dataset_size": 48, "contrast_rows": 16, "max_steps": 6, "evaluate": "f
 def measure_doctor(threads: int) -> dict[str, Any]:
     """Ask the doctor about the recipe in log space, made short, on three sizes of model, and run each right afterwards.
 
-    Both are processes of their own with as many threads, one after the other.
-
-    Args:
-        threads (`int`): Threads of every process.
-
-    Returns:
-        `dict[str, Any]`: the figures: predicted / measured peak of memory, and seconds of a step, a round for each model.
+    Both are processes of their own with as many threads, one after the other. The figures are predicted / measured peak of memory,
+    and seconds of a step, a round for each model.
     """
     models = {}
     for name, (shape, layers) in MODELS.items():

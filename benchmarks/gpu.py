@@ -17,12 +17,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from transformers.utils import logging
+from elm_trainer.files import write_json
 
 from .report import machine
 
 
-logger = logging.get_logger(__name__)
 ROOT = Path(__file__).resolve().parents[1]
 SCHEMA_VERSION = 1
 # Seconds that each part has at most.
@@ -31,16 +30,7 @@ _OPTIONAL = ("bitsandbytes", "flash_attn", "liger_kernel", "triton", "datasets")
 
 
 def measure_gpu(folder: Path, device: str, size: str, parts: Sequence[str]) -> dict[str, Any]:
-    """Run parts one after the other, and write `gpu.json` after each.
-
-    Args:
-        folder (`Path`): Where it goes; made if it does not exist.
-        device (`str`): `"cuda"`, or `"cpu"` for the same code without a card.
-        size (`str`): `"full"`, or `"tiny"` for narrow models of three layers.
-        parts (`Sequence[str]`): Names in `LIMITS`.
-
-    Returns:
-        `dict[str, Any]`: the report. It is `complete` where no part failed or was stopped.
+    """Run parts one after the other, and write `gpu.json` after each; it is `complete` where none failed or was stopped.
 
     Raises:
         ValueError: if there is no such device.
@@ -54,26 +44,18 @@ def measure_gpu(folder: Path, device: str, size: str, parts: Sequence[str]) -> d
         "size": size,
         "parts": {},
     }
-    folder.mkdir(parents=True, exist_ok=True)
     for name in parts:
         part = run_part(name, device, size, LIMITS[name])
         report["parts"][name] = part
         report["summary"] = summary(report["parts"])
         report["complete"] = len(report["parts"]) == len(parts) and all(map(went_well, report["parts"].values()))
-        unfinished = folder / "gpu.json.part"
-        unfinished.write_text(json.dumps(report, indent=2), encoding="utf-8")
-        os.replace(unfinished, folder / "gpu.json")
+        write_json(folder / "gpu.json", report)
         print(_lines(name, part), flush=True)  # noqa: T201
     return report
 
 
 def run_part(name: str, device: str, size: str, limit: float, command: Sequence[str] = ()) -> dict[str, Any]:
-    """Run a part in a process of its own, which is ended with all that it has started when its time is over.
-
-    Args:
-        name (`str`), device (`str`), size (`str`): What is run.
-        limit (`float`): Seconds that it has.
-        command (`Sequence[str]`, *optional*): Command in place of that of `gpu_parts`; the folder is added to it.
+    """Run a part in a process of its own, which is ended with all that it has started when its `limit` of seconds is over.
 
     Returns:
         `dict[str, Any]`: its `status` (`"done"`, `"failed"`, `"stopped"`), `seconds`, `limit`, and the `rows` that it wrote;

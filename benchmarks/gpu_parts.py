@@ -34,8 +34,7 @@ from .gpu_steps import Bench, Run
 from .measured import rates
 from .prediction import BITS4, Device
 from .shapes import ModelShape
-from .sides import tokenize
-from .texts import cut_vocabulary, released_texts
+from .sides import cut_vocabulary, released_texts, tokenize
 
 
 ROOT = Path(__file__).resolve().parents[1]

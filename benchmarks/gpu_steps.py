@@ -21,35 +21,24 @@ from trl import SFTConfig, SFTTrainer
 from elm_trainer import ElmConfig, ElmTrainer, NpoConfig, NpoTrainer, RmuConfig, RmuTrainer
 from elm_trainer.modeling import DEMO_MODEL
 
-from .memory import peak_bytes, release_freed, reset_peak, resident_bytes
 from .prediction import Device, Memory, StepShape, memory, step_flops, step_seconds
 from .shapes import Adapter, ModelShape
+from .workers import peak_bytes, release_freed, reset_peak, resident_bytes
 
 
 @dataclass(frozen=True)
 class Size:
-    """How large the parts are.
+    """How large the parts are."""
 
-    Args:
-        samples (`int`): Samples of three texts.
-        batch (`int`): Samples in a forward pass, which is an update.
-        text (`int`): Tokens of every text.
-        adapter ([`Adapter`]): The adapter of all methods but RMU.
-        blocks, updates (`int`): Blocks of updates that are timed, after one that warms up.
-        rating (`float`): Seconds in which a rate of the device is measured.
-        narrow (`Mapping`): What replaces the sizes that a model's config names.
-        demo (`Mapping`): Options of the demo beside its recipe.
-    """
-
-    samples: int
-    batch: int
-    text: int
-    adapter: Adapter
-    blocks: int
-    updates: int
-    rating: float
-    narrow: Mapping[str, int] = field(default_factory=dict)
-    demo: Mapping[str, str] = field(default_factory=dict)
+    samples: int  # of three texts
+    batch: int  # samples in a forward pass, which is an update
+    text: int  # tokens of every text
+    adapter: Adapter  # of all methods but RMU
+    blocks: int  # of updates that are timed, after one that warms up
+    updates: int  # of a block
+    rating: float  # seconds in which a rate of the device is measured
+    narrow: Mapping[str, int] = field(default_factory=dict)  # what replaces the sizes that a model's config names
+    demo: Mapping[str, str] = field(default_factory=dict)  # options of the demo beside its recipe
 
     @property
     def steps(self) -> int:
@@ -81,21 +70,13 @@ SIZES = {
 
 @dataclass
 class Run:
-    """A part as it is run.
-
-    Args:
-        part (`str`): Its name in `PARTS`.
-        folder (`str`): Where it writes `rows.jsonl`, and keeps what it needs meanwhile.
-        device (`str`, *optional*, defaults to `"cuda"`): `"cuda"` or `"cpu"`.
-        size (`str`, *optional*, defaults to `"full"`): Name in `SIZES`.
-        tokenizer (`str`, *optional*): Tokenizer, whose vocabulary is cut to the model's.
-    """
+    """A part as it is run."""
 
     part: str = field(metadata={"help": "Name of the part."})
-    folder: str = field(metadata={"help": "Where rows.jsonl goes."})
+    folder: str = field(metadata={"help": "Where rows.jsonl goes, and what is needed meanwhile."})
     device: str = field(default="cuda", metadata={"help": "cuda or cpu."})
     size: str = field(default="full", metadata={"help": "full or tiny."})
-    tokenizer: str = field(default=DEMO_MODEL, metadata={"help": "Tokenizer."})
+    tokenizer: str = field(default=DEMO_MODEL, metadata={"help": "Tokenizer, cut to the model's vocabulary."})
 
     @property
     def sizes(self) -> Size:
@@ -143,23 +124,14 @@ class Laps(TrainerCallback):
 
 @dataclass
 class Bench:
-    """A model whose trainings are timed one after the other.
-
-    Args:
-        run ([`Run`]): The part.
-        model (`PreTrainedModel`): The model, which every training leaves as it was.
-        processing_class (`PreTrainedTokenizerBase`): Its tokenizer.
-        rows (`Dataset`): Tokens of the samples.
-        device ([`Device`]): What the device can do.
-        weight_bytes (`float`): Bytes of a frozen weight.
-    """
+    """A model whose trainings are timed one after the other."""
 
     run: Run
-    model: PreTrainedModel
+    model: PreTrainedModel  # every training leaves it as it was
     processing_class: PreTrainedTokenizerBase
-    rows: Dataset
+    rows: Dataset  # tokens of the samples
     device: Device
-    weight_bytes: float = 2
+    weight_bytes: float = 2  # of a frozen weight
 
     @property
     def shape(self) -> ModelShape:

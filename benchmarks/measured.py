@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from itertools import combinations
 from typing import Any
 
@@ -13,8 +13,8 @@ from elm_trainer.data.packing import best_rows
 from elm_trainer.methods.forward import ATTENTION
 from elm_trainer.ops.head import CHUNK
 
-from .figures import Figure, ratios
 from .prediction import Device, StepShape, memory, moved_bytes, step_flops, step_seconds
+from .report import Figure, ratios
 from .shapes import Adapter, ModelShape
 from .sides import Side, tokenized_samples, train
 from .workers import Pacer, take_turns, workers
@@ -32,32 +32,14 @@ ADAPTER = Adapter(rank=64, layers=(2, 3, 4, 5))
 SAMPLES, BATCH = 4, 2
 
 
-def measure_prediction(
-    repeats: int,
-    threads: int,
-    shapes: Mapping[str, ModelShape] = SHAPES,
-    adapter: Adapter = ADAPTER,
-    short: bool = False,
-) -> dict[str, Any]:
+def measure_prediction(repeats: int, threads: int) -> dict[str, Any]:
     """Train models of random weights, and compare seconds and memory of a step with the formulas.
 
     The device's rates are measured where the step is, right before it in every round: they are inputs of the formula, and a
-    busy machine changes both.
-
-    Args:
-        repeats (`int`): Rounds.
-        threads (`int`): Threads of every side.
-        shapes (`Mapping`, *optional*): Models by name.
-        adapter ([`Adapter`], *optional*): Their adapter.
-        short (`bool`, *optional*, defaults to `False`): Short synthetic texts in place of 700 characters.
-
-    Returns:
-        `dict[str, Any]`: the figure: predicted / measured seconds, and the same for memory, by model.
+    busy machine changes both. The figure is predicted / measured seconds, and has the same for memory, by model.
     """
-    sides = {
-        name: Side("elm", SAMPLES, BATCH, model=shape, adapter=adapter, short=short) for name, shape in shapes.items()
-    }
-    steps = {name: mean_step(side, shapes[name]) for name, side in sides.items()}
+    sides = {name: Side("elm", SAMPLES, BATCH, model=shape, adapter=ADAPTER) for name, shape in SHAPES.items()}
+    steps = {name: mean_step(side, SHAPES[name]) for name, side in sides.items()}
     with workers({name: (train_with_rates, (side, steps[name])) for name, side in sides.items()}, threads) as started:
         once = dict.fromkeys(sides, 1)
         take_turns(started, 1, once)
@@ -65,12 +47,12 @@ def measure_prediction(
     with workers({name: (train, (side,)) for name, side in sides.items()}, threads, EXACT_MEMORY) as started:
         held = {name: worker.run(2)["added"] for name, worker in started.items()}
     models = {}
-    for name, shape in shapes.items():
+    for name, shape in SHAPES.items():
         blocks, step = rounds[name], steps[name]
         predicted = [
-            step_seconds(shape, adapter, step, Device(block["flops"], block["bandwidth"])) for block in blocks
+            step_seconds(shape, ADAPTER, step, Device(block["flops"], block["bandwidth"])) for block in blocks
         ]
-        need = memory(shape, adapter, step)
+        need = memory(shape, ADAPTER, step)
         models[name] = {
             "parameters": shape.parameters,
             "seconds": statistics.median(block["seconds"] for block in blocks),
@@ -81,8 +63,8 @@ def measure_prediction(
             "memory_ratio": need.added / held[name],
             "tokens": step.tokens,
             "positions": step.positions,
-            "flops": step_flops(shape, adapter, step),
-            "moved_bytes": moved_bytes(shape, adapter, step),
+            "flops": step_flops(shape, ADAPTER, step),
+            "moved_bytes": moved_bytes(shape, ADAPTER, step),
             "device_flops": statistics.median(block["flops"] for block in blocks),
             "device_bandwidth": statistics.median(block["bandwidth"] for block in blocks),
         }
@@ -144,15 +126,12 @@ def rates(shape: ModelShape, step: StepShape, seconds: float = 1.0, device: str 
     # Larger than any cache, as are the activations of a step together.
     large, other, out = torch.ones(3, 2**24 if device == "cpu" else 2**28, device=device)
     moved = 3 * large.numel() * large.element_size()
-    wait = torch.cuda.synchronize if device == "cuda" else _no_wait
+    # A CPU has done what it was told when a call returns.
+    wait: Callable[[], None] = torch.cuda.synchronize if device == "cuda" else lambda: None
     return {
         "flops": operations / _seconds_of(products, seconds, wait),
         "bandwidth": moved / _seconds_of(lambda: torch.add(large, other, out=out), seconds, wait),
     }
-
-
-def _no_wait() -> None:
-    """A CPU has done what it was told when a call returns."""
 
 
 def _seconds_of(work: Callable[[], Any], seconds: float, wait: Callable[[], None]) -> float:

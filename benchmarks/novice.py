@@ -31,11 +31,7 @@ DRAWS = 3
 
 
 class StandIns:
-    """Draws another country of the same continent, or another capital.
-
-    Args:
-        seed (`int`): Seed of the draws.
-    """
+    """Draws another country of the same continent, or another capital."""
 
     def __init__(self, seed: int):
         self._rng = random.Random(seed)

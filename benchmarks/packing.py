@@ -1,21 +1,18 @@
 """Host time of laying texts into rows: `packing`."""
 
 import random
-import time
 from collections.abc import Callable, Sequence
-from statistics import median
 from typing import Any
 
 import torch
 
 from elm_trainer.data.packing import PackingPlan, PackingRule, find_packing, pack, pack_batches
 
-from .figures import Figure, ratios
+from .report import Figure, medians, ratios, seconds_in_turns
 
 
 ATTENTION = 4 * 576.0  # of SmolLM2-135M
 SIZES = (96, 384)
-_LOOPS = 3
 
 
 def exhaustive_rows(lengths: Sequence[int], attention: float) -> list[list[int]]:
@@ -50,13 +47,8 @@ def text_by_text(lengths: Sequence[int], seq: int, rows: Sequence[Sequence[int]]
 def measure_packing(repeats: int, threads: int) -> dict[str, Any]:
     """Host seconds of a step for packing 96 and 384 texts of 40 to 200 tokens: before, and now that the collator does it.
 
-    Args:
-        repeats (`int`): Rounds in which the sides take turns.
-        threads (`int`): Threads of PyTorch.
-
-    Returns:
-        `dict[str, Any]`: two figures: what is left in the step, and the whole work wherever it is done, each over the
-        time before, at 384 texts; with the seconds of all sizes.
+    Of the two figures, one is what is left in the step and one the whole work wherever it is done, each over the time before, at
+    384 texts.
     """
     torch.set_num_threads(threads)
     seconds: dict[int, dict[str, list[float]]] = {}
@@ -78,21 +70,9 @@ def measure_packing(repeats: int, threads: int) -> dict[str, Any]:
             return pack_batches([batch], rule)
 
         sides: dict[str, Callable[[], object]] = {"before": before, "step": step, "collator": whole}
-        for side in sides.values():
-            side()
-        seconds[size] = {name: [] for name in sides}
-        for _ in range(repeats):
-            for name, side in sides.items():
-                start = time.perf_counter()
-                for _ in range(_LOOPS):
-                    side()
-                seconds[size][name].append((time.perf_counter() - start) / _LOOPS)
+        seconds[size] = seconds_in_turns(sides, repeats, calls=3)
     largest = seconds[SIZES[-1]]
-    details = {
-        "seconds": {
-            str(size): {name: median(values) for name, values in found.items()} for size, found in seconds.items()
-        }
-    }
+    details = {"seconds": {str(size): medians(found) for size, found in seconds.items()}}
     texts = f"{SIZES[-1]} texts"
     return {
         "packing_step": Figure(

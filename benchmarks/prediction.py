@@ -27,64 +27,38 @@ SHARES = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
 
 @dataclass(frozen=True)
 class StepShape:
-    """What a forward and backward pass is made of.
+    """What a forward and backward pass is made of."""
 
-    Args:
-        tokens (`int`): Tokens of all texts.
-        positions (`int`): Those whose prediction is supervised.
-        text (`int`): Tokens that attend to each other: those of a text, or of the row that it is packed into.
-        weight_bytes (`float`, *optional*, defaults to `2`): Bytes of a frozen weight.
-        bytes (`int`, *optional*, defaults to `2`): Bytes of an activation.
-        mask_bytes (`int`, *optional*, defaults to `1`): Bytes that dropout keeps for an element; on a CPU as many as the
-            element itself has.
-        checkpointing (`bool`, *optional*, defaults to `False`): Whether layers are computed again in the backward pass.
-        chunk (`int`, *optional*): Logits that are made at a time; by default as on a GPU of 16 GB and more.
-    """
-
-    tokens: int
-    positions: int
-    text: int
-    weight_bytes: float = 2
-    bytes: int = 2
-    mask_bytes: int = 1
-    checkpointing: bool = False
-    chunk: int = ACCELERATOR_CHUNK
+    tokens: int  # of all texts
+    positions: int  # whose prediction is supervised
+    text: int  # tokens that attend to each other: of a text, or of the row that it is packed into
+    weight_bytes: float = 2  # of a frozen weight
+    bytes: int = 2  # of an activation
+    mask_bytes: int = 1  # that dropout keeps for an element; on a CPU as many as the element itself has
+    checkpointing: bool = False  # whether layers are computed again in the backward pass
+    chunk: int = ACCELERATOR_CHUNK  # logits that are made at a time; by default as on a GPU of 16 GB and more
 
 
 @dataclass(frozen=True)
 class Device:
-    """What a device can do. All of it is given, not predicted.
+    """What a device can do. All of it is given, not predicted."""
 
-    Args:
-        flops (`float`): Floating-point operations per second that matrix products reach.
-        bandwidth (`float`): Bytes per second to and from its memory.
-        memory (`float`, *optional*, defaults to `0`): Bytes it holds.
-        link (`float`, *optional*, defaults to `inf`): Bytes per second to other devices.
-    """
-
-    flops: float
-    bandwidth: float
-    memory: float = 0
-    link: float = float("inf")
+    flops: float  # floating-point operations per second that matrix products reach
+    bandwidth: float  # bytes per second to and from its memory
+    memory: float = 0  # bytes it holds
+    link: float = float("inf")  # bytes per second to other devices
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on a device at the peak of a step, by what they hold.
+    """Bytes on a device at the peak of a step, by what they hold."""
 
-    Args:
-        weights: Frozen weights.
-        adapter: The adapter in float32, its gradient and Adam's two moments: 16 bytes to a weight.
-        activations: What the forward pass keeps for the backward pass.
-        working: Gradients of one layer's activations while it is passed through, and weights gathered from other devices.
-        head: Logits of a chunk of positions, and the final states with their gradients.
-    """
-
-    weights: float
-    adapter: float
-    activations: float
+    weights: float  # frozen ones
+    adapter: float  # in float32, its gradient and Adam's two moments: 16 bytes to a weight
+    activations: float  # what the forward pass keeps for the backward pass
+    # Gradients of a layer's activations while it is passed through, and weights gathered from other devices.
     working: float
-    head: float
+    head: float  # logits of a chunk of positions, and the final states with their gradients
 
     @property
     def total(self) -> float:
@@ -124,15 +98,9 @@ def kept_bytes(shape: ModelShape, adapter: Adapter | None, step: StepShape) -> f
 
 
 def memory(shape: ModelShape, adapter: Adapter, step: StepShape, devices: int = 1, sharded: bool = False) -> Memory:
-    """Bytes on each device at the peak of a step, which comes where the backward pass begins.
+    """Bytes on each device at the peak of a step of its own texts, which comes where the backward pass begins.
 
-    Args:
-        shape ([`ModelShape`]): The model.
-        adapter ([`Adapter`]): The adapter.
-        step ([`StepShape`]): The texts of one device.
-        devices (`int`, *optional*, defaults to `1`): Number of devices.
-        sharded (`bool`, *optional*, defaults to `False`): Whether weights, adapter and optimizer are cut over them (FSDP2,
-            ZeRO-3), in place of a whole copy on each (DDP).
+    If `sharded`, weights, adapter and optimizer are cut over the devices (FSDP2, ZeRO-3), in place of a whole copy on each (DDP).
     """
     share = devices if sharded else 1
     layers = layers_with_gradient(shape, adapter)
@@ -214,12 +182,8 @@ def target_bytes(top_k: int, retain_kl: bool, vocab: int) -> tuple[int, int]:
     """Bytes of stored targets per supervised token, of forget text and of retain text.
 
     A token of a target takes an index of 2 bytes (3 where the vocabulary is larger than 65,536) and a probability of 3;
-    each position of forget text also has a weight of 4 bytes.
-
-    Args:
-        top_k (`int`): Tokens of a target.
-        retain_kl (`bool`): Whether the retain term keeps a distribution too, or the most probable token alone.
-        vocab (`int`): Size of the vocabulary.
+    each position of forget text also has a weight of 4 bytes. With `retain_kl`, the retain term keeps a distribution too, not the most
+    probable token alone.
     """
     entry = (2 if vocab <= 2**16 else 3) + 3
     return top_k * entry + 4, (top_k if retain_kl else 1) * entry

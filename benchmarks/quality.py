@@ -20,12 +20,12 @@ from elm_trainer import (
     load_model_and_tokenizer,
 )
 from elm_trainer.evaluation.likelihood import score_choices
+from elm_trainer.modeling import layer_range
 
-from .callbacks import Lap, PacedTraining
-from .figures import Figure
 from .released_loop import released_updates, tokenize_samples
+from .report import Figure
 from .shapes import Adapter
-from .workers import Pacer, workers
+from .workers import Lap, PacedTraining, Pacer, workers
 
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
@@ -33,19 +33,16 @@ RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 PAIRS = "capitals-fluent"
 # What is to be forgotten, and what is to be kept.
 BANKS = ("capitals", "geography")
+# Dev questions of each of them, and updates of the released loop between two looks at these. Asking is not timed.
+QUESTIONS, EVERY = 60, 20
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a recipe says, read without the script that it is written for.
-
-    Args:
-        path (`str`): YAML file.
-        overrides (`dict`): What is to be otherwise.
-    """
+    """What a recipe says, read without the script that it is written for."""
 
     path: str
-    overrides: dict[str, Any] = field(default_factory=dict)
+    overrides: dict[str, Any] = field(default_factory=dict)  # what is to be otherwise
 
     @property
     def record(self) -> dict[str, Any]:
@@ -64,8 +61,7 @@ class Recipe:
 
     def adapter(self) -> Adapter:
         record = self.record
-        first, _, last = record["lora_layers"].partition("-")
-        layers = tuple(range(int(first), int(last) + 1))
+        layers = tuple(layer_range(record["lora_layers"]) or ())
         dropout, targets = record.get("lora_dropout", 0.0), tuple(record["lora_targets"].split(","))
         return Adapter(record["lora_rank"], layers, record["lora_alpha"], dropout, targets)
 
@@ -127,42 +123,24 @@ def train_released(pacer: Pacer, folder: str, recipe: Recipe, questions: int) ->
         )
 
 
-def measure_quality(
-    threads: int,
-    budget: float,
-    *,
-    ours: Recipe = OURS,
-    released: Recipe = RELEASED,
-    questions: int = 60,
-    every: int = 20,
-) -> dict[str, Any]:
+def measure_quality(threads: int, budget: float) -> dict[str, Any]:
     """Train our recipe to its end, then the released one until it is as good or the budget is spent.
 
     As good is to rank no more capitals rightly and no less of the geography around them, which a model that is merely
-    broken would not.
-
-    Args:
-        threads (`int`): Threads of both.
-        budget (`float`): Seconds of training that the released loop is given at most.
-        ours ([`Recipe`], *optional*), released ([`Recipe`], *optional*): The recipes.
-        questions (`int`, *optional*, defaults to `60`): Dev questions of each of the two banks. Asking is not timed.
-        every (`int`, *optional*, defaults to `20`): Updates of the released loop between two looks at them.
-
-    Returns:
-        `dict[str, Any]`: the figure. Where the released loop did not get there, it is a lower bound and says so.
+    broken would not. Where the released loop does not get there in `budget` seconds of training, the figure is a lower bound and says so.
     """
-    with workers({"ours": (train_ours, (ours, questions))}, threads) as started:
+    with workers({"ours": (train_ours, (OURS, QUESTIONS))}, threads) as started:
         worker = started["ours"]
-        block = worker.run(ours.record["max_steps"])
+        block = worker.run(OURS.record["max_steps"])
         setup = worker.ready["setup"]
     goal, taken = {name: block[name] for name in BANKS}, sum(setup.values()) + block["seconds"]
     looks = []
-    with workers({"released": (train_released, (released, questions))}, threads) as started:
+    with workers({"released": (train_released, (RELEASED, QUESTIONS))}, threads) as started:
         worker = started["released"]
         seconds, updates, reached = sum(worker.ready["setup"].values()), 0, False
         while seconds < budget and not reached:
-            block = worker.run(every)
-            seconds, updates = seconds + block["seconds"], updates + every
+            block = worker.run(EVERY)
+            seconds, updates = seconds + block["seconds"], updates + EVERY
             reached = block["capitals"] <= goal["capitals"] and block["geography"] >= goal["geography"]
             looks.append({"updates": updates, "seconds": seconds, **{name: block[name] for name in BANKS}})
     return Figure(

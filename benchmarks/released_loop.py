@@ -21,20 +21,14 @@ from elm_trainer.data.tokens import behind_context, text_ids, tokenize_pair
 
 @dataclass(frozen=True)
 class ReleasedSample:
-    """Tokens of one sample.
-
-    Args:
-        forget, expert, novice (`list[int]`): The forget text, alone and behind either context.
-        retain (`list[int]`): The retain text.
-        synthetic (`list[int]`), completion_start (`int`): A synthetic pair, and where its completion begins.
-    """
+    """Tokens of one sample."""
 
     forget: list[int]
-    expert: list[int]
-    novice: list[int]
+    expert: list[int]  # the forget text behind an expert context
+    novice: list[int]  # and behind a novice one
     retain: list[int]
-    synthetic: list[int]
-    completion_start: int
+    synthetic: list[int]  # a pair
+    completion_start: int  # where its completion begins
 
 
 def tokenize_samples(
@@ -65,16 +59,12 @@ def released_target(
     tau: float,
     top_k: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Erase target of one text: `b − η·(e − n)` in float64, η growing along the text, then its `top_k` largest.
+    """Erase target of one text: `b − η·(e − n)` in float64, then its `top_k` largest: token ids and probabilities, `[seq, top_k]`.
 
     Args:
         base, expert, novice (`torch.Tensor`): Logits behind each token of one text, `[seq, vocab]`.
-        eta, eta_end (`float`): η behind the text's first and last token.
+        eta, eta_end (`float`): η behind the text's first and last token, between which it grows.
         tau (`float`): Temperature.
-        top_k (`int`): Tokens kept.
-
-    Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: token ids and probabilities, `[seq, top_k]`.
     """
     b, e, n = (F.log_softmax(logits.double() / tau, dim=-1) for logits in (base, expert, novice))
     ramp = torch.linspace(eta, eta_end, base.size(0), dtype=torch.float64, device=base.device)[:, None]

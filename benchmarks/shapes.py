@@ -11,26 +11,16 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of a model of Llama's kind.
+    """Sizes of a model of Llama's kind."""
 
-    Args:
-        hidden (`int`): Width of the residual stream.
-        intermediate (`int`): Width within the feed-forward part.
-        layers (`int`): Number of layers.
-        heads (`int`), kv_heads (`int`): Heads of the queries, and of keys and values.
-        vocab (`int`): Rows of the embeddings.
-        tied (`bool`, *optional*, defaults to `True`): Whether the LM head shares the embeddings.
-        head (`int`, *optional*): Width of a head; of all of them that of the residual stream by default.
-    """
-
-    hidden: int
-    intermediate: int
+    hidden: int  # width of the residual stream
+    intermediate: int  # width within the feed-forward part
     layers: int
-    heads: int
-    kv_heads: int
-    vocab: int
-    tied: bool = True
-    head: int | None = None
+    heads: int  # of the queries
+    kv_heads: int  # of keys and values
+    vocab: int  # rows of the embeddings
+    tied: bool = True  # whether the LM head shares the embeddings
+    head: int | None = None  # width of a head; of all of them that of the residual stream by default
 
     @classmethod
     def of(cls, config: PreTrainedConfig) -> "ModelShape":
@@ -88,21 +78,13 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class Adapter:
-    """A LoRA adapter on matrices of some layers.
-
-    Args:
-        rank (`int`): Its rank.
-        layers (`tuple[int, ...]`): Adapted layers.
-        alpha (`int`, *optional*, defaults to `16`): LoRA's α.
-        dropout (`float`, *optional*, defaults to `0.0`): Dropout of its inputs.
-        targets (`tuple[str, ...]`, *optional*): Adapted matrices; all of them by default.
-    """
+    """A LoRA adapter on matrices of some layers."""
 
     rank: int
-    layers: tuple[int, ...]
+    layers: tuple[int, ...]  # the adapted ones
     alpha: int = 16
-    dropout: float = 0.0
-    targets: tuple[str, ...] = PROJECTIONS
+    dropout: float = 0.0  # of its inputs
+    targets: tuple[str, ...] = PROJECTIONS  # the adapted matrices
 
     def lora(self) -> LoraConfig:
         """The adapter's configuration for PEFT."""

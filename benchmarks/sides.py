@@ -1,7 +1,9 @@
 """What is compared: ELM as it is, TRL's supervised fine-tuning, and the released loop, on the same texts and adapter."""
 
+import json
+import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -9,17 +11,24 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from tokenizers import Tokenizer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
-from elm_trainer import ElmConfig, ElmTrainer, load_concept, load_model_and_tokenizer
+from elm_trainer import (
+    ConceptSources,
+    ElmConfig,
+    ElmTrainer,
+    build_erasure_dataset,
+    load_concept,
+    load_model_and_tokenizer,
+    load_texts,
+)
 from elm_trainer.modeling import DEMO_MODEL, load_tokenizer
 
-from .callbacks import Lap, PacedTraining
 from .released_loop import released_updates, tokenize_samples
 from .shapes import Adapter, ModelShape
-from .texts import released_texts, short_texts
-from .workers import Pacer
+from .workers import Lap, PacedTraining, Pacer
 
 
 # As released: rank 256 on all seven projections of layers 4 to 7.
@@ -28,38 +37,29 @@ RELEASED_ADAPTER = Adapter(rank=256, layers=(4, 5, 6, 7), alpha=16, dropout=0.05
 
 @dataclass(frozen=True)
 class Side:
-    """One side of a comparison.
+    """One side of a comparison."""
 
-    Args:
-        trainer (`str`): `"elm"`, `"sft"` or `"released"`.
-        samples (`int`): Samples in the dataset, three texts each; they are gone through again and again.
-        batch (`int`): Samples (`"sft"`: texts) in a forward pass.
-        accumulation (`int`, *optional*, defaults to `1`): Forward passes in an update.
-        padding_free (`bool`, *optional*, defaults to `False`): TRL's padding-free batches.
-        group_by_length (`bool`, *optional*, defaults to `False`): Batches of texts of like length.
-        model (`str` or [`ModelShape`], *optional*): The model, or the shape of one with random weights.
-        tokenizer (`str`, *optional*): The tokenizer of a model of random weights.
-        adapter ([`Adapter`], *optional*): The adapter.
-        short (`bool`, *optional*, defaults to `False`): Short synthetic texts in place of 700 characters.
-        epochs (`int`, *optional*): End after so many passes through the samples.
-    """
-
-    trainer: str
-    samples: int
-    batch: int
-    accumulation: int = 1
-    padding_free: bool = False
-    group_by_length: bool = False
-    model: str | ModelShape = DEMO_MODEL
-    tokenizer: str = DEMO_MODEL
+    trainer: str  # `"elm"`, `"sft"` or `"released"`
+    samples: int  # in the dataset, three texts each; they are gone through again and again
+    batch: int  # samples (`"sft"`: texts) in a forward pass
+    accumulation: int = 1  # forward passes in an update
+    padding_free: bool = False  # TRL's padding-free batches
+    group_by_length: bool = False  # batches of texts of like length
+    model: str | ModelShape = DEMO_MODEL  # or the shape of one with random weights
+    tokenizer: str = DEMO_MODEL  # of a model of random weights
     adapter: Adapter = RELEASED_ADAPTER
-    short: bool = False
-    epochs: int | None = None
+    short: bool = False  # short synthetic texts in place of 700 characters
+    epochs: int | None = None  # end after so many passes through the samples
 
     @property
     def samples_per_update(self) -> float:
         """Samples of three texts that an update is made of."""
         return self.batch * self.accumulation / (3 if self.trainer == "sft" else 1)
+
+    @property
+    def texts(self) -> Dataset:
+        """The samples."""
+        return short_texts(self.samples) if self.short else released_texts(self.samples)
 
     def setting(self) -> str:
         """The batch in words."""
@@ -73,16 +73,14 @@ def train(pacer: Pacer, folder: str, side: Side) -> None:
     """Prepare a side and train it, block by block."""
     torch.manual_seed(0)
     model, tokenizer = model_of(side)
-    dataset = short_texts(side.samples) if side.short else released_texts(side.samples)
-    TRAINERS[side.trainer](pacer, folder, side, model, tokenizer, dataset)
+    TRAINERS[side.trainer](pacer, folder, side, model, tokenizer, side.texts)
 
 
 def tokenized_samples(side: Side) -> Dataset:
     """The tokens that a side trains on."""
-    dataset = short_texts(side.samples) if side.short else released_texts(side.samples)
     with TemporaryDirectory() as folder:
         config = ElmConfig(precompute_targets=False, **common_settings(folder, side))
-        return tokenize(dataset, load_tokenizer(side.tokenizer), config)
+        return tokenize(side.texts, load_tokenizer(side.tokenizer), config)
 
 
 def _train_elm(pacer, folder, side, model, tokenizer, dataset) -> None:
@@ -184,3 +182,65 @@ def _timed(pacer: Pacer, name: str, work: Callable[[], Any]) -> Any:
     result = work()
     pacer.lap(name, time.perf_counter() - started)
     return result
+
+
+def released_texts(samples: int, characters: int = 700) -> Dataset:
+    """Samples of the shape that the released code trains on: forget, retain and synthetic text of 700 characters each.
+
+    The sentences are the built-in ones, joined and cut.
+    """
+    forget = _joined(load_texts("capitals")["text"], characters, samples)
+    retain = _joined(load_texts("everyday")["text"], characters, samples)
+    prompt = 40
+    more = _joined(load_texts("countries")["text"], characters - prompt, samples)
+    pairs = [(text[:prompt], completion) for text, completion in zip(forget, more, strict=True)]
+    return _dataset(forget, retain, pairs, samples)
+
+
+def short_texts(samples: int, words: int = 12, seed: int = 0) -> Dataset:
+    """Samples of short synthetic texts, every one another: random words of the built-in texts."""
+    rng = random.Random(seed)
+    vocabulary = sorted({word for text in load_texts("everyday-held-out")["text"] for word in text.split()})
+
+    def draw() -> list[str]:
+        return [" ".join(rng.choices(vocabulary, k=words)) for _ in range(samples)]
+
+    forget, retain, more = draw(), draw(), draw()
+    pairs = [(prompt, f" {completion}") for prompt, completion in zip(_halves(forget), _halves(more), strict=True)]
+    return _dataset(forget, retain, pairs, samples)
+
+
+def cut_vocabulary(tokenizer: PreTrainedTokenizerBase, size: int) -> PreTrainedTokenizerBase:
+    """A byte-pair tokenizer of the first `size` tokens, which is what it was after so many merges were learned.
+
+    Those of single bytes must be among them. A tokenizer that has no more is given back.
+    """
+    if len(tokenizer) <= size:
+        return tokenizer
+    record = json.loads(tokenizer.backend_tokenizer.to_str())
+    tokens = {token: index for token, index in record["model"]["vocab"].items() if index < size}
+    pairs = (pair.split(" ") if isinstance(pair, str) else pair for pair in record["model"]["merges"])
+    kept = [pair for pair in pairs if {*pair, "".join(pair)} <= tokens.keys()]
+    record["model"] |= {"vocab": tokens, "merges": kept}
+    record["added_tokens"] = [token for token in record["added_tokens"] if token["id"] < size]
+    special = {name: token for name, token in tokenizer.special_tokens_map.items() if token in tokens}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(record)), **special)
+
+
+def _halves(texts: Sequence[str]) -> list[str]:
+    return [" ".join(text.split()[: len(text.split()) // 2]) for text in texts]
+
+
+def _joined(texts: Sequence[str], characters: int, count: int) -> list[str]:
+    joined, place = [], 0
+    for _ in range(count):
+        text = ""
+        while len(text) < characters:
+            text += texts[place % len(texts)] + "\n"
+            place += 1
+        joined.append(text[:characters])
+    return joined
+
+
+def _dataset(forget: list[str], retain: list[str], pairs: list[tuple[str, str]], samples: int) -> Dataset:
+    return build_erasure_dataset({"capitals": ConceptSources(forget, [retain], pairs)}, size=samples)

@@ -1,11 +1,17 @@
-"""An ELM step beside fine-tuning and the released loop: `time_vs_*`, `memory_vs_*` and `released_time_vs_ours`."""
+"""An ELM step beside fine-tuning and the released loop: `time_vs_*`, `memory_vs_*` and `released_time_vs_ours`; and as the
+number of samples grows: `growth`.
+"""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from transformers.utils import logging
 
-from .figures import Figure, ratios
+from elm_trainer.modeling import DEMO_MODEL
+
+from .report import Figure, medians, ratios
+from .shapes import Adapter, ModelShape
 from .sides import Side, train
 from .workers import take_turns, workers
 
@@ -25,28 +31,10 @@ SFT_CANDIDATES = [
 RELEASED = Side("released", SAMPLES, 1, SAMPLES)
 
 
-def measure_step(
-    repeats: int,
-    threads: int,
-    elm: Iterable[Side] = tuple(ELM_CANDIDATES),
-    sft: Iterable[Side] = tuple(SFT_CANDIDATES),
-    plain: Side = SFT_PLAIN,
-    released: Side = RELEASED,
-) -> dict[str, Any]:
-    """Find the fastest setting of ELM and of fine-tuning, then let these take turns with the other baselines.
-
-    Args:
-        repeats (`int`): Rounds that count.
-        threads (`int`): Threads of every side.
-        elm, sft (`Iterable[Side]`): Settings to choose among.
-        plain (`Side`): Fine-tuning of four samples at a time, padded.
-        released (`Side`): The released loop.
-
-    Returns:
-        `dict[str, Any]`: figures by their key in the report.
-    """
-    found_elm, found_sft = (search(candidates, threads) for candidates in (elm, sft))
-    sides = {"elm": fastest(found_elm), "best_sft": fastest(found_sft), "sft_batch4": plain, "released": released}
+def measure_step(repeats: int, threads: int) -> dict[str, Any]:
+    """Find the fastest setting of ELM and of fine-tuning, then let these take turns with the other baselines."""
+    found_elm, found_sft = (search(candidates, threads) for candidates in (ELM_CANDIDATES, SFT_CANDIDATES))
+    sides = {"elm": fastest(found_elm), "best_sft": fastest(found_sft), "sft_batch4": SFT_PLAIN, "released": RELEASED}
     with workers({name: (train, (side,)) for name, side in sides.items()}, threads) as started:
         once = dict.fromkeys(sides, 1)
         take_turns(started, 1, once)
@@ -123,3 +111,52 @@ def _table(found: list[tuple[Side, float, int]]) -> list[dict[str, Any]]:
     return [
         {"setting": side.setting(), "seconds_per_sample": seconds, "peak_bytes": peak} for side, seconds, peak in found
     ]
+
+
+# A model so small that ten thousand samples take minutes: what could grow is not the model's.
+SMALL = ModelShape(hidden=64, intermediate=128, layers=4, heads=4, kv_heads=2, vocab=49152)
+SIDE = Side("elm", 0, 4, model=SMALL, adapter=Adapter(rank=8, layers=(2, 3)), short=True, epochs=1)
+REAL = replace(SIDE, model=DEMO_MODEL, adapter=Adapter(rank=32, layers=tuple(range(6, 22))))
+SIZES = (100, 1_000, 10_000)
+REAL_SIZES = (100, 1_000)
+
+
+def measure_growth(repeats: int, threads: int, side: Side = SIDE, sizes: Sequence[int] = SIZES) -> dict[str, Any]:
+    """Train a side once through so many samples, the baseline's number first, each with all its targets made before.
+
+    The sizes take turns: in every round each does its share of its own steps, so that all are spread over the same time.
+    """
+    sides = {str(size): replace(side, samples=size) for size in sizes}
+    # One update warms up; the last block ends with the last sample.
+    blocks = {name: (side.samples // side.batch - 1) // repeats for name, side in sides.items()}
+    if short := [name for name, updates in blocks.items() if updates < 1]:
+        raise ValueError(f"`sizes` has {', '.join(short)}, too few for {repeats} blocks of updates: raise them.")
+    with workers({name: (train, (side,)) for name, side in sides.items()}, threads) as started:
+        first = {name: side.samples // side.batch - repeats * blocks[name] for name, side in sides.items()}
+        take_turns(started, 1, first)
+        rounds = take_turns(started, repeats, blocks)
+        ready = {name: worker.ready for name, worker in started.items()}
+    samples = {name: blocks[name] * sides[name].batch for name in sides}
+    seconds = {name: [block["seconds"] / samples[name] for block in rounds[name]] for name in sides}
+    smallest, largest = str(sizes[0]), str(sizes[-1])
+    peaks = {name: max(block["peak"] for block in rounds[name]) for name in sides}
+    return Figure(
+        f"seconds per sample, {largest} samples / {smallest} samples",
+        ratios(seconds[largest], seconds[smallest]),
+        at_most=1.1,
+        at_least=0.9,
+        details={
+            "model": side.model if isinstance(side.model, str) else f"random weights, {side.model}",
+            "settings": side.setting(),
+            "updates": {name: first[name] + repeats * blocks[name] for name in sides},
+            "seconds_per_sample": medians(seconds),
+            "time_ratios": medians({name: ratios(seconds[name], seconds[smallest]) for name in sides}),
+            "peak_bytes": peaks,
+            "memory_ratios": {name: peaks[name] / peaks[smallest] for name in sides},
+            "added_bytes": {name: max(block["added"] for block in rounds[name]) for name in sides},
+            "setup_seconds_per_sample": {
+                name: {part: value / sides[name].samples for part, value in ready[name]["setup"].items()}
+                for name in sides
+            },
+        },
+    ).record()

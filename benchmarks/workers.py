@@ -1,9 +1,11 @@
-"""Sides of a comparison, each in a process of its own, which take turns.
+"""Sides of a comparison, each in a process of its own, which take turns; and how much memory a process holds, and held at most.
 
 Every side loads and prepares once and then waits; while one trains, the others sleep. So memory is each side's alone, and
 what disturbs the machine disturbs all sides alike.
 """
 
+import ctypes
+import gc
 import multiprocessing
 import os
 import tempfile
@@ -12,11 +14,58 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
+from transformers import TrainerCallback
 
-from .memory import peak_bytes, release_freed, reset_peak, resident_bytes
+
+_STATUS = Path("/proc/self/status")
+
+
+def resident_bytes() -> int:
+    """Memory held now: resident set of the process, or what torch has allocated on the accelerator."""
+    return torch.cuda.memory_allocated() if torch.cuda.is_available() else _field("VmRSS")
+
+
+def peak_bytes() -> int:
+    """Largest value of `resident_bytes` since the process began, or since `reset_peak`.
+
+    Unlike `ru_maxrss` this does not begin at the size of the process that started this one.
+    """
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _field("VmHWM")
+
+
+def reset_peak() -> None:
+    """Let `peak_bytes` begin anew."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        # "5" is the kernel's word for: reset the peak of the resident set.
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def release_freed() -> None:
+    """Give memory that was freed back to the system, which keeps it within the process for later use otherwise.
+
+    So what set-up has freed neither counts as held nor hides what a step takes.
+    """
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    else:
+        # Of glibc; another C library has no such name, and says so.
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _field(name: str) -> int:
+    if not _STATUS.exists():
+        raise OSError(f"{_STATUS} does not exist, where peak memory is read: run the benchmarks on Linux.")
+    lines = _STATUS.read_text(encoding="ascii").splitlines()
+    [value] = [line.split()[1] for line in lines if line.startswith(f"{name}:")]
+    return int(value) * 1024
 
 
 class Pacer:
@@ -69,6 +118,36 @@ class Pacer:
         return True
 
 
+class PacedTraining(TrainerCallback):
+    """Hands the steps of a `Trainer` to a [`Pacer`]."""
+
+    def __init__(self, pacer: Pacer):
+        self._pacer = pacer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if not self._pacer.start():
+            control.should_training_stop = True
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if not self._pacer.step():
+            control.should_training_stop = True
+
+
+class Lap(TrainerCallback):
+    """Notes how long it took until training begins. It must stand before [`PacedTraining`].
+
+    Args:
+        pacer ([`Pacer`]): Where it is noted.
+        name (`str`): What took so long.
+    """
+
+    def __init__(self, pacer: Pacer, name: str):
+        self._pacer, self._name, self._started = pacer, name, time.perf_counter()
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._pacer.lap(self._name, time.perf_counter() - self._started)
+
+
 class Worker:
     """The measuring process's end of a side.
 
@@ -101,7 +180,7 @@ class Worker:
         )
         # A cache of its own, so that nothing is found there which a baseline had to make. Read when it is imported.
         given = {"HF_DATASETS_CACHE": self._folder.name, "OMP_NUM_THREADS": str(threads), **(environment or {})}
-        with _environment(given):
+        with mock.patch.dict(os.environ, given):
             self._process.start()
         child.close()
         self.ready: dict[str, Any] = {}
@@ -189,17 +268,3 @@ def _serve(connection: Connection, work: Callable[..., None], arguments: tuple[A
     except BaseException:
         connection.send({"failed": traceback.format_exc()})
         raise
-
-
-@contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value

@@ -1,24 +1,36 @@
-"""What a comparison is given: data, adapter, budgets, and a grid of settings for each method."""
+"""What a comparison is given (data, adapter, budgets, a grid of settings for each method), and what all of its runs share."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from functools import cached_property, partial
+from importlib.metadata import version
 from typing import Any, NamedTuple
 
+import torch
+from datasets import Dataset
 from peft import LoraConfig
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
 
 from ..attacks import load_attacks
 from ..attacks.base import check_asked
+from ..data.dataset import ConceptSources, build_erasure_dataset
 from ..data.facts import FACTS
 from ..data.questions import SPLITS, Question, read_questions, split_of
+from ..evaluation.measures import MEASURES, Setting
+from ..evaluation.pair import ModelPair, Side
+from ..evaluation.report import PACKAGES, dataset_info, suite_info
+from ..evaluation.statistics import Items
+from ..evaluation.suite import EvaluationSuite, bank_size, built_in_suite
+from ..files import Runs
+from ..fingerprint import model_fingerprint
 from ..methods.base import ErasureTrainer
 from ..methods.elm import ElmConfig, ElmTrainer
 from ..methods.likelihood import GradDiffConfig, GradDiffTrainer, NpoConfig, NpoTrainer, SimNpoConfig, SimNpoTrainer
 from ..methods.repnoise import RepNoiseConfig, RepNoiseTrainer
 from ..methods.rmu import RmuConfig, RmuTrainer
 from ..methods.whp import WhpConfig, WhpTrainer
-from ..modeling import layer_range, lora_config
+from ..modeling import layer_range, load_model, load_tokenizer, lora_config
 
 
 class Method(NamedTuple):
@@ -229,8 +241,7 @@ class ComparisonConfig:
 
     def lora(self, method: str, model: PreTrainedModel) -> LoraConfig:
         """The adapter of a model that a method trains."""
-        shape = self.lora_shape(method)
-        return lora_config(model, rank=shape["rank"], targets=shape["targets"], layers=shape["layers"])
+        return lora_config(model, **self.lora_shape(method))
 
     def lora_shape(self, method: str) -> Mapping[str, Any]:
         """`rank`, `layers` and `targets` of a method's adapter."""
@@ -239,3 +250,115 @@ class ComparisonConfig:
         if unknown := own.keys() - shared.keys():
             raise ValueError(f"`methods.{method}.lora` has {sorted(unknown)}; it takes: {', '.join(shared)}.")
         return shared | own
+
+
+# Held-out texts of the retain set that belong to the dev split.
+_DEV_TEXTS = 10
+
+
+class Bench:
+    """Model and data of a comparison, each made when it is first needed.
+
+    Args:
+        config ([`ComparisonConfig`]): Settings.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`]): The model's tokenizer.
+    """
+
+    def __init__(self, config: ComparisonConfig, processing_class: PreTrainedTokenizerBase):
+        self.config, self.processing_class = config, processing_class
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        """The reference. A run that adapts it takes its adapter off again."""
+        model = load_model(self.config.model, dtype=self.config.dtype)
+        return model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+    def dataset(self, seed: int) -> Dataset:
+        """What every method trains on with this seed."""
+        config = self.config
+        sources = ConceptSources(config.forget or config.concept, list(config.retain), config.synthetic or [])
+        return build_erasure_dataset(
+            {config.concept: sources}, size=config.dataset_size, processing_class=self.processing_class, seed=seed
+        )
+
+    def measure(self, pair: ModelPair, suite: EvaluationSuite, side: Side) -> dict[str, Any]:
+        """The items of all metrics of one side of a pair, as JSON holds them."""
+        setting = Setting(pair, self.processing_class, suite, {}, temperature=0.0, batch_size=16, seed=0)
+        items: dict[str, Items] = {}
+        for name in ("multiple-choice", "open-answers", "cloze", "greedy-fluency", "specificity"):
+            items |= MEASURES[name](setting, side)
+        return {name: asdict(found) for name, found in items.items() if not name.endswith(".removed")}
+
+
+def suite_of(config: ComparisonConfig, split: str) -> EvaluationSuite:
+    """What is asked in the `"dev"` or the `"test"` split: no question, prompt or text is in both."""
+    count = config.questions if split == "test" else config.dev_questions
+    prompts = max(1, round(config.prompts * count / config.questions))
+    # A third as many prompts as questions are drawn; what is beyond the size of the comparison is cut off.
+    own = config.own_questions(split)
+    banks = None if own is None else {config.concept: own}
+    suite = built_in_suite([config.concept], max(count, 3 * prompts), split=split, banks=banks)
+    half = max(1, count // 2)
+    suite.concept_prompts = suite.concept_prompts[:prompts]
+    suite.banks = {
+        name: bank[: max(1, bank_size(count, suite.roles[name], bank[0].family))] for name, bank in suite.banks.items()
+    }
+    # Free answers take long, and those about anything but the concept have no bound.
+    erased = suite.named("erased")
+    suite.open_questions = {name: asked[:half] for name, asked in suite.open_questions.items() if name in erased}
+    suite.cloze = {name: asked[:half] for name, asked in suite.cloze.items() if name in erased}
+    suite.retain_texts = suite.retain_texts[:_DEV_TEXTS] if split == "dev" else suite.retain_texts[_DEV_TEXTS:]
+    suite.forget_texts = []
+    return suite
+
+
+def from_json(items: Mapping[str, Any]) -> dict[str, Items]:
+    """Items that JSON held."""
+    return {name: Items(**found) for name, found in items.items()}
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The tokenizer, what is asked, and what the reference answers.
+
+    Attributes:
+        processing_class ([`~transformers.PreTrainedTokenizerBase`]): Tokenizer.
+        suites (`dict[str, EvaluationSuite]`): What is asked, by split.
+        items (`dict[str, dict]`): The reference's items by split, as JSON holds them.
+        versions (`dict[str, str]`): Versions of packages.
+        model (`str`): SHA-256 of the weights.
+        data (`dict[str, dict]`): Size and SHA-256 of the training texts, by seed.
+        questions (`dict[str, dict]`): The same of what is asked, by split.
+    """
+
+    processing_class: PreTrainedTokenizerBase
+    suites: dict[str, EvaluationSuite]
+    items: dict[str, dict[str, Any]]
+    versions: dict[str, str]
+    model: str
+    data: dict[str, dict[str, Any]]
+    questions: dict[str, dict[str, Any]]
+
+    def identity(self, split: str) -> dict[str, Any]:
+        """What metrics of a split depend on, beside how a model was trained."""
+        return {"versions": self.versions, "model": self.model, "questions": self.questions[split]}
+
+
+def measure_reference(config: ComparisonConfig, runs: Runs) -> Reference:
+    """Make what is shared; the reference is measured unless that is finished."""
+    bench = Bench(config, load_tokenizer(config.model))
+    suites = {split: suite_of(config, split) for split in SPLITS}
+    versions = {package: version(package) for package in PACKAGES}
+    data = {}
+    for seed in (*config.seeds, config.search_seed):
+        rows = bench.dataset(seed)
+        data[str(seed)] = {name: dataset_info(rows[name]) for name in ("forget", "retain", "prompt", "completion")}
+    questions = {
+        split: suite_info(suite) | {"answers": {"tokens": suite.answer_tokens, "fluency tokens": suite.max_new_tokens}}
+        for split, suite in suites.items()
+    }
+    found = Reference(bench.processing_class, suites, {}, versions, model_fingerprint(bench.model), data, questions)
+    for split, suite in suites.items():
+        measure = partial(bench.measure, ModelPair(bench.model, bench.model), suite, "reference")
+        found.items[split] = runs.once(f"reference-{split}", found.identity(split), measure)
+    return found

@@ -1,24 +1,136 @@
-"""The report of a comparison, made from its runs alone, and the rule that ranks settings and methods."""
+"""The report of a comparison, made from its runs alone: metrics over several seeds, and the rule that ranks settings and methods."""
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from typing import Any
+from dataclasses import asdict, replace
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from ..evaluation.report import SCHEMA_VERSION, environment
-from ..evaluation.statistics import Items
+from ..evaluation.statistics import (
+    RESAMPLES,
+    Estimate,
+    Items,
+    against_chance,
+    bootstrap,
+    is_known,
+    ratio,
+    with_families,
+)
 from ..evaluation.verdict import CRITERIA, judge, multiple
-from .claims import difference, paper_claims, summarize, with_pools
-from .config import METHODS, ComparisonConfig
-from .training import Reference, from_json
+from .claims import paper_claims
+from .config import METHODS, ComparisonConfig, Reference, from_json
 
 
+BUDGETS = ("updates", "seconds")
 RULE = (
     "Every figure that the verdict holds to a bound is taken as a multiple of that bound (perplexities by their "
     "logarithms); of the concept, that is the share of the margin over chance that is left, in the worst way of asking "
     "that the reference can answer. A criterion's score is its largest multiple, and a setting's the largest of the "
     "three: at most 1 means that all bounds are kept. The lowest wins; of equals the one of the lowest mean over the criteria."
 )
+
+
+class Headline(NamedTuple):
+    """A metric on which a rival can beat ELM: its title in the file, that in the terminal if it stands there, and what is better."""
+
+    title: str
+    short: str | None = None
+    more_is_better: bool = False
+
+
+HEADLINES = {
+    "multiple_choice.{concept}.pmi": Headline("concept by PMI", "concept (PMI)"),
+    "multiple_choice.{concept}.log_likelihood": Headline("concept by likelihood"),
+    "families.erased.pmi": Headline("all ways of asking by PMI"),
+    "families.erased.log_likelihood": Headline("all ways of asking by likelihood"),
+    "open_answers.{concept}": Headline("open answers", "named freely"),
+    "cloze.{concept}": Headline("cloze"),
+    "fluency.greedy.r_ppl": Headline("R-PPL", "R-PPL"),
+    "specificity.near": Headline("near knowledge", "near", more_is_better=True),
+    "specificity.far": Headline("far knowledge", "far", more_is_better=True),
+    "retention.perplexity": Headline("retain perplexity", "retain"),
+}
+
+
+def headlines(concept: str) -> dict[str, Headline]:
+    """`HEADLINES` by the names of their metrics in the report."""
+    return {pattern.format(concept=concept): headline for pattern, headline in HEADLINES.items()}
+
+
+def resampled_mean(runs: Sequence[Items]) -> np.ndarray:
+    """Mean over seeds of the statistic (for perplexities its logarithm), then its resamples: `[1 + RESAMPLES]`.
+
+    A resample draws items with replacement, and seeds with replacement; every seed was asked the same items. The draws are
+    the same for all methods, so that their differences are paired.
+    """
+    values = np.stack([_resampled(items) for items in runs])  # [seeds, 1 + RESAMPLES]
+    if len(runs) == 1:
+        return values[0]
+    seeds = np.random.default_rng([0, len(runs)]).integers(0, len(runs), size=(RESAMPLES, len(runs)))
+    resamples = values[:, 1:][seeds, np.arange(RESAMPLES)[:, None]].mean(1)
+    return np.concatenate([values[:, 0].mean(keepdims=True), resamples])
+
+
+def _resampled(items: Items) -> np.ndarray:
+    values = np.asarray(items.values, dtype=float)
+    if items.statistic == "set":
+        return np.full(1 + RESAMPLES, values[0])
+    value, samples = bootstrap(ratio, values, items.counts or np.ones(len(values)))
+    return np.concatenate([[value], samples])
+
+
+def summarize(reference: Items, runs: Sequence[Items]) -> dict[str, Any]:
+    """`statistic`, `reference`, `erased` and `change` of a metric, as in a report of [`evaluate_erasure`].
+
+    Args:
+        runs: The erased model's, one for each seed.
+    """
+    before, after = resampled_mean([reference]), resampled_mean(runs)
+    count = int(reference.counts[0]) if reference.statistic == "set" else len(reference.values)
+    found: dict[str, Any] = {"statistic": reference.statistic}
+    for name, values in (("reference", before), ("erased", after), ("change", after - before)):
+        found[name] = _estimate(values, count, reference.statistic)
+    # All runs count alike, and each answers the questions of the reference.
+    parts = ("values", "chances", "groups")
+    repeated = replace(reference, **{name: getattr(reference, name) * len(runs) for name in parts})
+    found |= against_chance(repeated, replace(repeated, values=[value for run in runs for value in run.values]))
+    # Whether the reference knows the answers does not depend on the number of runs.
+    return found if "left" not in found or is_known(reference) else found | {"left": None}
+
+
+def difference(first: Sequence[Items], second: Sequence[Items]) -> dict[str, Any]:
+    """How the second method differs from the first on the same seeds and items: a difference, for perplexities a ratio.
+
+    Raises:
+        ValueError: if they have not as many seeds.
+    """
+    if len(first) != len(second):
+        raise ValueError(f"`first` has {len(first)} seeds and `second` {len(second)}: compare the same ones.")
+    return _estimate(resampled_mean(second) - resampled_mean(first), len(first[0].values), first[0].statistic)
+
+
+def _estimate(values: np.ndarray, count: int, statistic: str) -> dict[str, Any]:
+    """The first value, with the interval of the others."""
+    metric = Estimate.of(float(values[0]), values[1:], count)
+    return (metric.exp() if statistic == "perplexity" else metric).to_dict()
+
+
+def with_pools(items: Mapping[str, Items], before: Mapping[str, Items], roles: Mapping[str, str]) -> dict[str, Items]:
+    """The items, those of [`with_families`], and PMI verdicts on all banks of knowledge that is kept, near and far, together.
+
+    Args:
+        items: Items of one model.
+        before: Those of the reference.
+        roles: Role of each bank.
+    """
+    found = with_families(items, before, roles)
+    for role in ("near", "far"):
+        banks = [items[f"multiple_choice.{bank}.pmi"] for bank, its in roles.items() if its == role]
+        if banks:
+            found[f"specificity.{role}"] = Items("mean", [value for bank in banks for value in bank.values])
+    return found
 
 
 def score(metrics: Mapping[str, Mapping[str, Any]], roles: Mapping[str, str]) -> dict[str, float]:
@@ -43,23 +155,6 @@ def choose(scores: Sequence[Mapping[str, float] | None]) -> int | None:
     return min(ended)[2] if ended else None
 
 
-BUDGETS = ("updates", "seconds")
-_SAMPLES = 3
-# The metrics on which a rival can beat ELM, and whether the larger one is better.
-HEADLINES = {
-    "multiple_choice.{concept}.pmi": False,
-    "multiple_choice.{concept}.log_likelihood": False,
-    "families.erased.pmi": False,
-    "families.erased.log_likelihood": False,
-    "open_answers.{concept}": False,
-    "cloze.{concept}": False,
-    "fluency.greedy.r_ppl": False,
-    "specificity.near": True,
-    "specificity.far": True,
-    "retention.perplexity": False,
-}
-
-
 def make_report(
     config: ComparisonConfig, reference: Reference, results: Mapping[str, Mapping[str, Any]], seconds: float | None
 ) -> dict[str, Any]:
@@ -71,23 +166,31 @@ def make_report(
         seconds: Budget of the table of equal time.
     """
     suite = reference.suites["test"]
-    roles = suite.roles
     measured = from_json(reference.items["test"])
-    before = with_pools(measured, measured, roles)
+    before = with_pools(measured, measured, suite.roles)
     items: dict[str, dict[str, dict[int, dict[str, Items]]]] = {budget: {} for budget in BUDGETS}
     tables: dict[str, dict[str, Any]] = {}
+    claims, beaten = [], []
     for budget in BUDGETS:
         rows = {}
         for method, result in results.items():
             entries = _entries(config, method, result, budget)
             items[budget][method] = {
-                seed: with_pools(from_json(entry["items"]), measured, roles)
+                seed: with_pools(from_json(entry["items"]), measured, suite.roles)
                 for seed, entry in entries.items()
                 if "items" in entry
             }
-            rows[method] = _row(result, entries, before, items[budget][method], roles)
+            rows[method] = _row(result, entries, before, items[budget][method], suite.roles)
         tables[budget] = {"budget": config.updates if budget == "updates" else seconds, "methods": rows}
+        claims += paper_claims(rows, config.concept, budget)
+        beaten += _beaten(budget, items[budget], before, config.concept)
     methods = {method: _method(config, method, result) for method, result in results.items()}
+    attacks = {method: result["attacks"] for method, result in results.items() if result["attacks"] is not None}
+    # The largest peak of a process: at the end of a method's first training, or of its attacks, which come last.
+    peaks = [entry["peak_memory_bytes"] for entry in (*methods.values(), *attacks.values())]
+    texts = {
+        f"training {name}, seed {seed}": info for seed, rows in reference.data.items() for name, info in rows.items()
+    }
     return {
         "schema_version": SCHEMA_VERSION,
         "kind": "comparison",
@@ -95,28 +198,20 @@ def make_report(
         "rule": RULE,
         "methods": methods,
         "tables": tables,
-        "claims": [
-            claim for budget in BUDGETS for claim in paper_claims(tables[budget]["methods"], config.concept, budget)
-        ],
-        "beaten": [entry for budget in BUDGETS for entry in _beaten(budget, items[budget], before, config.concept)],
+        "claims": claims,
+        "beaten": beaten,
         "attacks": {
-            method: {key: result["attacks"][key] for key in ("worst_case", "families", "figures", "skipped")}
-            for method, result in results.items()
-            if result["attacks"] is not None
+            method: {key: found[key] for key in ("worst_case", "families", "figures", "skipped")}
+            for method, found in attacks.items()
         },
         "samples": _samples(suite.concept_prompts, before, items["updates"]),
-        "roles": dict(roles),
+        "roles": dict(suite.roles),
         "recipe": asdict(config),
         "reference_sha256": reference.model,
-        "datasets": {name: info for name, info in reference.questions["test"].items() if "sha256" in info}
-        | {
-            f"training {name}, seed {seed}": info
-            for seed, texts in reference.data.items()
-            for name, info in texts.items()
-        },
+        "datasets": {name: info for name, info in reference.questions["test"].items() if "sha256" in info} | texts,
         **environment({}),
         "seconds": {method: entry["total_seconds"] for method, entry in methods.items()},
-        "peak_memory_bytes": _peak(results, methods),
+        "peak_memory_bytes": max((peak for peak in peaks if peak is not None), default=0),
     }
 
 
@@ -151,49 +246,36 @@ def _row(
         "score": None,
     }
     if items:
-        row["figures"] = {
-            name: summarize(found, [run[name] for run in items.values()]) for name, found in before.items()
-        }
-        row["verdict"] = judge(row["figures"], roles)
-        row["score"] = score(row["figures"], roles)
+        figures = {name: summarize(found, [run[name] for run in items.values()]) for name, found in before.items()}
+        row |= {"figures": figures, "verdict": judge(figures, roles), "score": score(figures, roles)}
     return row
 
 
 def _method(config: ComparisonConfig, method: str, result: Mapping[str, Any]) -> dict[str, Any]:
     """What a method was given, what its search found, and what it costs."""
-    finals = list(result["finals"].values())
+    search, finals, chosen = result["search"], list(result["finals"].values()), result["chosen"]
     args = config.arguments(method, 0, seed=0, output_dir="unused")
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    runs = [*result["search"], *finals]
-    peaks = {
-        key: max((run[key] for run in runs if run.get(key) is not None), default=None)
-        for key in ("peak_memory_bytes", "peak_device_memory_bytes")
-    }
     trained = [
         (entry["training_seconds"] - final["setup"]) / (entry["updates"] * batch)
         for final in finals
         if "failed" not in (entry := final["budgets"]["updates"])
     ]
+    attacked = result["attacks"]["seconds"]["total"] if result["attacks"] is not None else 0.0
     return {
         "label": METHODS[method].label,
         "adapter": dict(config.lora_shape(method)),
-        "search": result["search"],
-        "chosen": result["chosen"],
-        "settings": None if result["chosen"] is None else config.chosen(method, result["chosen"]),
+        "search": search,
+        "chosen": chosen,
+        "settings": None if chosen is None else config.chosen(method, chosen),
         "setup_seconds": _mean([final["setup"] for final in finals]),
         "seconds_per_sample": _mean(trained),
-        "total_seconds": sum(entry["seconds"] for entry in result["search"])
-        + sum(final["seconds"] for final in finals)
-        + (result["attacks"]["seconds"]["total"] if result["attacks"] is not None else 0.0),
-        **peaks,
+        "total_seconds": sum(run["seconds"] for run in (*search, *finals)) + attacked,
+        **{
+            key: max((run[key] for run in (*search, *finals) if run.get(key) is not None), default=None)
+            for key in ("peak_memory_bytes", "peak_device_memory_bytes")
+        },
     }
-
-
-def _peak(results: Mapping[str, Mapping[str, Any]], methods: Mapping[str, Mapping[str, Any]]) -> int:
-    """Largest peak of a process: at the end of a method's first training, or of its attacks, which come last."""
-    peaks = [entry["peak_memory_bytes"] for entry in methods.values()]
-    peaks += [result["attacks"]["peak_memory_bytes"] for result in results.values() if result["attacks"] is not None]
-    return max((peak for peak in peaks if peak is not None), default=0)
 
 
 def _mean(values: list[float]) -> float | None:
@@ -210,14 +292,13 @@ def _beaten(
         seeds = [seed for seed in own if seed in runs]
         if method == "elm" or not seeds:
             continue
-        for pattern, larger in HEADLINES.items():
-            name = pattern.format(concept=concept)
+        for name, headline in headlines(concept).items():
             if name not in before:
                 continue
             ours, theirs = ([part[seed][name] for seed in seeds] for part in (own, runs))
             apart = difference(ours, theirs)
             even = 1.0 if before[name].statistic == "perplexity" else 0.0
-            if apart["low"] > even if larger else apart["high"] < even:
+            if apart["low"] > even if headline.more_is_better else apart["high"] < even:
                 found.append(
                     {
                         "budget": budget,
@@ -235,7 +316,7 @@ def _beaten(
 def _samples(
     prompts: list[str], before: Mapping[str, Items], items: Mapping[str, Mapping[int, Mapping[str, Items]]]
 ) -> list[dict[str, Any]]:
-    """What the reference and the first seed of each method answer to the same prompts about the concept."""
+    """What the reference and the first seed of each method answer to three prompts about the concept."""
     name = "fluency.greedy.r_ppl"
     first = {method: next(iter(runs.values())) for method, runs in items.items() if runs}
     return [
@@ -244,5 +325,5 @@ def _samples(
             "reference": before[name].texts[index],
             "methods": {method: found[name].texts[index] for method, found in first.items()},
         }
-        for index, prompt in enumerate(prompts[:_SAMPLES])
+        for index, prompt in enumerate(prompts[:3])
     ]

@@ -1,30 +1,139 @@
-"""`compare_methods`: for each method the search, the final runs of all seeds, and the attacks."""
+"""`compare_methods`: for each method the search, the final runs of all seeds, each for both budgets, and the attacks."""
 
 import math
 import os
+import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from threading import Thread
 from typing import Any, TypeVar
 
-from peft import PeftModel
+import torch
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from tqdm.auto import tqdm
+from transformers import PrinterCallback, TrainerCallback
+from transformers.trainer_utils import set_seed
 
 from ..attacks import attack_erasure, built_in_target, load_attacks
 from ..evaluation.pair import ModelPair
 from ..evaluation.report import environment
-from ..evaluation.statistics import with_families
 from ..files import MissingRunError, Runs, discard, discard_unfinished, replacing, write_json
+from ..methods.forward import NonFiniteLossError
 from ..run_lock import only_run_in
-from .claims import summarize
-from .config import ComparisonConfig
-from .report import choose, make_report, score
-from .training import Bench, Reference, Training, from_json, measure_reference, restore, to_json, trained
+from .config import METHODS, Bench, ComparisonConfig, Reference, from_json, measure_reference
+from .report import choose, make_report, score, summarize, with_pools
+
+
+# The run ends when both budgets are used; the rate is constant, so nothing depends on this number.
+_NO_END = 1_000_000
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """An adapter on the way.
+
+    Attributes:
+        updates (`int`): Updates it has had.
+        seconds (`float`): Seconds since the run began, set-up included.
+        state (`dict[str, torch.Tensor]`): The adapter's tensors; empty after no update.
+    """
+
+    updates: int
+    seconds: float
+    state: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
+
+
+class Budgets(TrainerCallback):
+    """Keeps the adapter after so many updates and the last one within so many seconds, then ends the run.
+
+    Args:
+        updates (`int`): Budget in updates.
+        seconds (`float`, *optional*): Budget in seconds since this was made.
+
+    Attributes:
+        setup (`float`): Seconds before the first update: tokens, teachers, targets, labels, reference log-probabilities.
+        snapshots (`dict[str, Snapshot]`): The adapters by budget, `"updates"` and, where one was set, `"seconds"`; one
+            that a failure came before is missing.
+        failed (`str`, *optional*): Why the run ended early: a loss or a weight became NaN or infinite.
+    """
+
+    def __init__(self, updates: int, seconds: float | None):
+        self._updates, self._seconds, self._started = updates, seconds, time.perf_counter()
+        self.setup = 0.0
+        self.failed: str | None = None
+        self.snapshots: dict[str, Snapshot] = {}
+        self._within = Snapshot(0, 0.0)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.setup = time.perf_counter() - self._started
+        self._within = Snapshot(0, self.setup)
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        now = time.perf_counter() - self._started
+        open_ended = self._seconds is not None and "seconds" not in self.snapshots
+        if open_ended and now > self._seconds:
+            self.snapshots["seconds"] = self._within
+            open_ended = False
+        if open_ended or state.global_step == self._updates:
+            # Without the last argument PEFT would look on the Hub, at every update, whether the vocabulary has grown.
+            state_dict = get_peft_model_state_dict(model, save_embedding_layers=False)
+            tensors = {name: tensor.detach().cpu().clone() for name, tensor in state_dict.items()}
+            if not all(tensor.isfinite().all() for tensor in tensors.values()):
+                self.failed = f"Weights became NaN or infinite by update {state.global_step}."
+                control.should_training_stop = True
+                return
+            self._within = Snapshot(state.global_step, now, tensors)
+            if state.global_step == self._updates:
+                self.snapshots["updates"] = self._within
+        if "updates" in self.snapshots and not open_ended:
+            control.should_training_stop = True
+
+
+@contextmanager
+def trained(
+    bench: Bench, method: str, index: int, seed: int, *, seconds: float | None = None
+) -> Iterator[tuple[PeftModel, Budgets]]:
+    """Train a method in one of its settings; the model is handed back without its adapter.
+
+    Args:
+        method: One of `METHODS`.
+        index: Which setting of its grid.
+        seconds: Budget in seconds, beside that in updates.
+    """
+    config = bench.config
+    model, dataset = bench.model, bench.dataset(seed)
+    set_seed(seed)  # of new adapters
+    with tempfile.TemporaryDirectory() as folder:
+        updates = config.updates_of(method)
+        steps = updates if seconds is None else _NO_END
+        args = config.arguments(method, index, seed=seed, output_dir=folder, max_steps=steps)
+        budgets = Budgets(updates, seconds)
+        if hasattr(args, "targets_dir"):
+            # The run makes its own targets: their time is part of what is compared.
+            args.targets_dir = str(Path(folder) / "targets")
+        trainer = METHODS[method].trainer(
+            model,
+            args,
+            train_dataset=dataset,
+            processing_class=bench.processing_class,
+            peft_config=config.lora(method, model),
+        )
+        try:
+            trainer.add_callback(budgets)
+            trainer.remove_callback(PrinterCallback)  # without bars it would print every log
+            try:
+                trainer.train()
+            except NonFiniteLossError as error:
+                budgets.failed = str(error)
+            yield trainer.model, budgets
+        finally:
+            trainer.model.unload()
 
 
 class MethodRun:
@@ -72,9 +181,8 @@ class MethodRun:
             entry = {key: value for key, value in found.items() if key != "items"}
             entry |= {"settings": config.chosen(self.method, index), "score": None}
             if "items" in found:
-                items, before = from_json(found["items"]), from_json(self._reference.items["dev"])
-                roles = self._reference.suites["dev"].roles
-                pooled, known = with_families(items, before, roles), with_families(before, before, roles)
+                roles, before = self._reference.suites["dev"].roles, from_json(self._reference.items["dev"])
+                pooled, known = (with_pools(items, before, roles) for items in (from_json(found["items"]), before))
                 entry["score"] = score({name: summarize(known[name], [pooled[name]]) for name in pooled}, roles)
             entries.append(entry)
         return entries
@@ -111,40 +219,40 @@ class MethodRun:
 
     def _search_one(self, index: int) -> dict[str, Any]:
         begun = time.perf_counter()
-        with trained(self._bench, self.method, index, self.config.search_seed) as training:
+        with trained(self._bench, self.method, index, self.config.search_seed) as (model, budgets):
             memory = self._memory()
-            found = self._measure(training, "updates", "dev")
+            found = self._measure(model, budgets, "updates", "dev")
         return found | memory | {"seconds": time.perf_counter() - begun}
 
     def _final_one(self, index: int, seed: int) -> dict[str, Any]:
         begun = time.perf_counter()
-        with trained(self._bench, self.method, index, seed, seconds=self.seconds) as training:
+        with trained(self._bench, self.method, index, seed, seconds=self.seconds) as (model, budgets):
             memory = self._memory()
             names = ["updates"] if self.seconds is None else ["updates", "seconds"]
-            budgets = {budget: self._measure(training, budget, "test") for budget in names}
-            if seed == self.config.seeds[0] and "updates" in training.snapshots:
-                restore(training.model, training.snapshots["updates"])
+            found = {budget: self._measure(model, budgets, budget, "test") for budget in names}
+            if seed == self.config.seeds[0] and "updates" in budgets.snapshots:
+                set_peft_model_state_dict(model, budgets.snapshots["updates"].state)
                 folder = self._runs.path(*self._final(index, seed))
                 discard(folder)
                 with replacing(folder) as unfinished:
-                    training.model.save_pretrained(str(unfinished), save_embedding_layers=False)
-        return {"setup": training.setup, "budgets": budgets, "seconds": time.perf_counter() - begun, **memory}
+                    model.save_pretrained(str(unfinished), save_embedding_layers=False)
+        return {"setup": budgets.setup, "budgets": found, "seconds": time.perf_counter() - begun, **memory}
 
-    def _measure(self, training: Training, budget: str, split: str) -> dict[str, Any]:
+    def _measure(self, model: PeftModel, budgets: Budgets, budget: str, split: str) -> dict[str, Any]:
         """`updates`, `training_seconds` and `items` of the model of a budget, or why it `failed`."""
-        if budget not in training.snapshots:
-            return {"failed": training.failed}
-        snapshot = training.snapshots[budget]
+        if budget not in budgets.snapshots:
+            return {"failed": budgets.failed}
+        snapshot = budgets.snapshots[budget]
         found: dict[str, Any] = {"updates": snapshot.updates, "training_seconds": snapshot.seconds}
         if not snapshot.state:
             # No update ended within the budget: the model is still the reference.
             return found | {"items": self._reference.items[split]}
-        restore(training.model, snapshot)
-        items = self._bench.measure(ModelPair(training.model), self._reference.suites[split], "erased")
+        set_peft_model_state_dict(model, snapshot.state)
+        items = self._bench.measure(ModelPair(model), self._reference.suites[split], "erased")
         for name, measured in items.items():
-            if not all(map(math.isfinite, measured.values)):
+            if not all(map(math.isfinite, measured["values"])):
                 return {"failed": f"`{name}` of the model after {snapshot.updates} updates is not finite."}
-        return found | {"items": to_json(items)}
+        return found | {"items": items}
 
     def _memory(self) -> dict[str, int | None]:
         """Peak memory of the first training in this process; later it would be that of what was measured, too."""

@@ -12,30 +12,10 @@ from ..attacks.report import HEADER, attack_rows
 from ..evaluation.plots import plot_file
 from ..evaluation.tables import cell, markdown_table, terminal_table
 from ..evaluation.verdict import CRITERIA, HOLDS
+from .report import headlines
 
 
 TITLES = {"updates": "A set number of updates", "seconds": "The same wall-clock time"}
-_COLUMNS = {
-    "multiple_choice.{concept}.pmi": "concept by PMI",
-    "multiple_choice.{concept}.log_likelihood": "concept by likelihood",
-    "families.erased.pmi": "all ways of asking by PMI",
-    "families.erased.log_likelihood": "all ways of asking by likelihood",
-    "open_answers.{concept}": "open answers",
-    "cloze.{concept}": "cloze",
-    "fluency.greedy.r_ppl": "R-PPL",
-    "specificity.near": "near knowledge",
-    "specificity.far": "far knowledge",
-    "retention.perplexity": "retain perplexity",
-}
-
-_SHORT = {
-    "multiple_choice.{concept}.pmi": "concept (PMI)",
-    "open_answers.{concept}": "named freely",
-    "fluency.greedy.r_ppl": "R-PPL",
-    "specificity.near": "near",
-    "specificity.far": "far",
-    "retention.perplexity": "retain",
-}
 
 
 def render_comparison(report: Mapping[str, Any]) -> list[Table]:
@@ -54,19 +34,21 @@ def render_comparison(report: Mapping[str, Any]) -> list[Table]:
 
 def short_rows(report: Mapping[str, Any], budget: str) -> list[list[str]]:
     """One of the two tables with the values of few metrics as text, header first."""
-    names = _named(report, _SHORT)
-    rows = [["method", *names.values(), "× bound"]]
+    names = {name: headline.short for name, headline in headlines(report["concept"]).items() if headline.short}
+
+    def values(row: Mapping[str, Any], side: str) -> list[str]:
+        return [f"{row['figures'][name][side]['value']:.3g}" for name in names]
+
+    rows, reference = [], []
     for method, row in report["tables"][budget]["methods"].items():
         label = f"{_label(report, method)} (failed)" if row["failed"] else _label(report, method)
-        if not row["figures"]:
+        if row["figures"]:
+            # The same in every row.
+            reference = [["reference", *values(row, "reference"), "–"]]
+            rows.append([label, *values(row, "erased"), f"{row['score']['worst']:.2f}"])
+        else:
             rows.append([label, *["–"] * (len(names) + 1)])
-            continue
-        if len(rows) == 1 or rows[1][0] != "reference":
-            before = [f"{row['figures'][name]['reference']['value']:.3g}" for name in names]
-            rows.insert(1, ["reference", *before, "–"])
-        values = [f"{row['figures'][name]['erased']['value']:.3g}" for name in names]
-        rows.append([label, *values, f"{row['score']['worst']:.2f}"])
-    return rows
+    return [["method", *names.values(), "× bound"], *reference, *rows]
 
 
 def markdown_comparison(report: Mapping[str, Any]) -> str:
@@ -112,7 +94,7 @@ def markdown_comparison(report: Mapping[str, Any]) -> str:
 
 def first_paragraph(report: Mapping[str, Any]) -> str:
     """Where a rival beats ELM, in words."""
-    sentences = []
+    sentences, titles = [], headlines(report["concept"])
     for budget, title in TITLES.items():
         rows = report["tables"][budget]["methods"]
         scores = {method: row["score"]["worst"] for method, row in rows.items() if row["score"] is not None}
@@ -131,7 +113,7 @@ def first_paragraph(report: Mapping[str, Any]) -> str:
         beaten: dict[str, list[str]] = {method: [] for method in rows}
         for entry in report["beaten"]:
             if entry["budget"] == budget:
-                beaten[entry["method"]].append(_named(report, _COLUMNS)[entry["figure"]])
+                beaten[entry["method"]].append(titles[entry["figure"]].title)
         better = [f"{_label(report, method)} on {_list(names)}" for method, names in beaten.items() if names]
         if better:
             sentences.append(f"Beyond the 95 % interval, ELM is beaten by {'; by '.join(better)}.")
@@ -147,41 +129,36 @@ def first_paragraph(report: Mapping[str, Any]) -> str:
 def table_rows(report: Mapping[str, Any], budget: str) -> list[list[str]]:
     """One of the two tables as text, header first; every method has a row, whatever became of it."""
     methods = report["tables"][budget]["methods"]
-    names = _named(report, _COLUMNS)
+    counts = {name: found["erased"]["n"] for row in methods.values() for name, found in row["figures"].items()}
     # There is no metric of all ways of asking where the reference knows the answers in none of them.
-    measured = {name for row in methods.values() for name in row["figures"]}
-    names = {name: title for name, title in names.items() if name in measured or not name.startswith("families.")}
-    counts = {
-        name: f" (n {row['figures'][name]['erased']['n']})"
-        for row in methods.values()
-        for name in names
-        if row["figures"]
+    names = {
+        name: headline.title + (f" (n {counts[name]})" if name in counts else "")
+        for name, headline in headlines(report["concept"]).items()
+        if name in counts or not name.startswith("families.")
     }
-    titles = [title + counts.get(name, "") for name, title in names.items()]
-    header = ["method", "updates", "seconds", *titles, "× worst bound", *CRITERIA]
-    rows = []
-    reference: list[str] | None = None
+    header = ["method", "updates", "seconds", *names.values(), "× worst bound", *CRITERIA]
+    rows, reference = [], []
     for method, row in methods.items():
-        label = _label(report, method)
+        label, figures = _label(report, method), row["figures"]
         if row["failed"]:
-            label += f" (failed: {', '.join(_seed(key) for key in row['failed'])})"
-        if not row["figures"]:
+            label += f" (failed: {', '.join(map(_seed, row['failed']))})"
+        if not figures:
             rows.append([label, *["–"] * (len(header) - 1)])
             continue
-        # Its values without intervals: they are the same in every row.
-        values = [f"{row['figures'][name]['reference']['value']:z.3f}" for name in names]
-        reference = reference or ["reference", "0", "0", *values, "–", *["–"] * 3]
+        # Without intervals: they are the same in every row.
+        values = [f"{figures[name]['reference']['value']:z.3f}" for name in names]
+        reference = [["reference", "0", "0", *values, *["–"] * (1 + len(CRITERIA))]]
         rows.append(
             [
                 label,
-                _span(row["updates"], "{:.0f}"),
-                _span(row["seconds"], "{:.0f}"),
-                *(cell(row["figures"][name]["erased"]) for name in names),
+                _span(row["updates"]),
+                _span(row["seconds"]),
+                *(cell(figures[name]["erased"]) for name in names),
                 f"{row['score']['worst']:.2f}",
                 *(row["verdict"][name]["state"] or "–" for name in CRITERIA),
             ]
         )
-    return [header, *([reference] if reference else []), *rows]
+    return [header, *reference, *rows]
 
 
 def claim_rows(report: Mapping[str, Any]) -> list[list[str]]:
@@ -207,7 +184,7 @@ def beaten_rows(report: Mapping[str, Any]) -> list[list[str]]:
     rows = [["table", "rival", "figure", "rival's", "ELM's", "difference"]]
     for entry in report["beaten"]:
         times = "×" if entry["statistic"] == "perplexity" else ""
-        about = [entry["budget"], _label(report, entry["method"]), _named(report, _COLUMNS)[entry["figure"]]]
+        about = [entry["budget"], _label(report, entry["method"]), headlines(report["concept"])[entry["figure"]].title]
         rows.append([*about, cell(entry["rival"]), cell(entry["elm"]), f"{times}{cell(entry['difference'])}"])
     return rows
 
@@ -307,11 +284,6 @@ def _memory_line(report: Mapping[str, Any]) -> str:
     )
 
 
-def _named(report: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, str]:
-    """Titles of columns by the names of their metrics in the report."""
-    return {pattern.format(concept=report["concept"]): title for pattern, title in columns.items()}
-
-
 def _label(report: Mapping[str, Any], method: str) -> str:
     return report["methods"][method]["label"]
 
@@ -325,8 +297,8 @@ def _seed(key: str) -> str:
     return key if key == "search" else f"seed {key}"
 
 
-def _span(values: Sequence[float], form: str) -> str:
-    low, high = form.format(min(values)), form.format(max(values))
+def _span(values: Sequence[float]) -> str:
+    low, high = f"{min(values):.0f}", f"{max(values):.0f}"
     return low if low == high else f"{low}–{high}"
 
 

@@ -28,7 +28,6 @@ from transformers.trainer_utils import set_seed
 from transformers.utils import logging
 from trl import SFTConfig
 
-from ..data.collator import ElmDataCollator
 from ..data.dataset import ConceptSources, build_erasure_dataset
 from ..data.invented import CONCEPT, InventedWorld, invented_world
 from ..data.user_sources import Source
@@ -115,12 +114,17 @@ class GoldStandardConfig:
                 raise ValueError(f"`{name}` is {getattr(self, name)}: it must be at least 1.")
 
 
-_PAD, _END = "<pad>", "<end>"
+logger = logging.get_logger(__name__)
+MODELS = ("taught", "never-taught", "erased", "gradient-ascent")
+# Longer than any text of the invented world, in tokens.
+_MAX_LENGTH = 64
 # Training arguments of every model: nothing is saved or shown on the way.
 _QUIET: dict[str, Any] = {
     "save_strategy": "no", "report_to": "none", "bf16": False, "activation_checkpointing": False,
     "disable_tqdm": True, "logging_strategy": "no",
 }  # fmt: skip
+# What every model depends on. Adapters depend on more, relearning changes no kept model.
+_SHARED = ("seed", "facts", "prose", "vocab_size", "layers", "width", "steps", "batch_size", "learning_rate")
 
 
 class GradientAscentTrainer(ErasureTrainer):
@@ -135,18 +139,19 @@ class GradientAscentTrainer(ErasureTrainer):
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer of these texts."""
+    pad, end = "<pad>", "<end>"
     tokenizer = Tokenizer(models.BPE())
     # With a space before the first word, a name is the same token wherever it stands.
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[_PAD, _END],
+        special_tokens=[pad, end],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=_PAD, eos_token=_END)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=pad, eos_token=end)
 
 
 def fine_tune(
@@ -154,50 +159,26 @@ def fine_tune(
     processing_class: PreTrainedTokenizerBase,
     texts: Sequence[str],
     *,
-    steps: int,
-    batch_size: int,
-    learning_rate: float,
-    schedule: str,
-    warmup_steps: int = 0,
-    seed: int,
     callbacks: Sequence[TrainerCallback] = (),
+    **settings: Any,
 ) -> None:
-    """Train all weights on texts by next-token prediction, with [`~transformers.Trainer`].
+    """Train all weights of a model, in place, to predict texts, each of which is closed by the end-of-text token.
 
     Args:
-        model: Model, trained in place.
-        texts: Texts; each is closed by the end-of-text token.
-        schedule: Name of its schedule.
-        warmup_steps: Steps until it is reached.
-        seed: Seed of the order of the texts: the same number of texts comes in the same order.
         callbacks: Called along the way.
+        settings: Fields of [`~transformers.TrainingArguments`]. With one seed, as many texts come in the same order.
     """
     ids = processing_class([text + processing_class.eos_token for text in texts])["input_ids"]
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             model,
-            TrainingArguments(
-                folder,
-                max_steps=steps,
-                per_device_train_batch_size=batch_size,
-                learning_rate=learning_rate,
-                lr_scheduler_type=schedule,
-                warmup_steps=warmup_steps,
-                seed=seed,
-                **_QUIET,
-            ),
+            TrainingArguments(folder, **settings, **_QUIET),
             data_collator=DataCollatorForLanguageModeling(processing_class, mlm=False),
             train_dataset=Dataset.from_dict({"input_ids": ids}),
             callbacks=list(callbacks),
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-
-
-logger = logging.get_logger(__name__)
-MODELS = ("taught", "never-taught", "erased", "gradient-ascent")
-# Longer than any text of the invented world, in tokens.
-_MAX_LENGTH = 64
 
 
 class GoldModels:
@@ -216,7 +197,11 @@ class GoldModels:
         self._whole: set[Path] = set()
         # Both worlds' texts, so that both models read with one tokenizer.
         everything = self.world.texts(taught=True) + self.world.instead
-        self._texts = dataset_info([*everything, *self.world.forget["novice"], *self.world.held_out_prose])
+        self._shared = {
+            "texts": dataset_info([*everything, *self.world.forget["novice"], *self.world.held_out_prose]),
+            "versions": {package: version(package) for package in PACKAGES},
+            **{name: getattr(config, name) for name in _SHARED},
+        }
         folder = self._cached(
             "tokenizer", {}, lambda path: train_tokenizer(everything, config.vocab_size).save_pretrained(path)
         )
@@ -237,15 +222,13 @@ class GoldModels:
 
     def identity(self) -> dict[str, Any]:
         """Everything the results depend on, as JSON holds it."""
-        return json.loads(json.dumps(self._shared() | asdict(self.config)))
+        return json.loads(json.dumps(self._shared | asdict(self.config)))
 
     def _make(self, name: str) -> PreTrainedModel:
         set_seed(self.config.seed)  # of new weights and adapters
         if name in ("taught", "never-taught"):
             return self._train(self.world.texts(taught=name == "taught"))
-        if name in MODELS:
-            return self._erase(name)
-        raise ValueError(f"There is no model {name!r}; use one of: {', '.join(MODELS)}.")
+        return self._erase(name)
 
     def _train(self, texts: Sequence[str]) -> PreTrainedModel:
         config = self.config
@@ -265,55 +248,41 @@ class GoldModels:
             )
         )
         fine_tune(
-            model, self.processing_class, texts, steps=config.steps, batch_size=config.batch_size,
-            learning_rate=config.learning_rate, schedule="cosine", warmup_steps=config.steps // 20, seed=config.seed,
+            model, self.processing_class, texts, max_steps=config.steps, per_device_train_batch_size=config.batch_size,
+            learning_rate=config.learning_rate, lr_scheduler_type="cosine", warmup_steps=config.steps // 20, seed=config.seed,
         )  # fmt: skip
         return model
 
     def _erase(self, name: str) -> PreTrainedModel:
+        """The taught model, erased by either method on the same texts: as many rows as its settings read."""
+        config, rank = self.config, self.config.lora_rank
+        # Sources are taken in turn: a third of the retain text is prose, the rest facts of the other kinds.
+        retain: list[Source] = [self.world.retained[::2], self.world.retained[1::2], self.world.prose]
+        methods: dict[str, tuple[type[ErasureTrainer], type[SFTConfig], dict[str, Any]]] = {
+            "erased": (ElmTrainer, ElmConfig, config.elm),
+            "gradient-ascent": (GradientAscentTrainer, SFTConfig, config.ascent),
+        }
+        kind, args_class, own = methods[name]
         with tempfile.TemporaryDirectory() as folder:
-            shared = {"output_dir": folder, "seed": self.config.seed, "max_length": _MAX_LENGTH, **_QUIET}
-            trainer: ErasureTrainer
-            args: SFTConfig
-            if name == "erased":
-                args = ElmConfig(**shared | self.config.elm)
-                trainer = ElmTrainer(args=args, **self._material(args))
-            else:
-                args = SFTConfig(**shared | self.config.ascent)
-                collator = ElmDataCollator(self.processing_class)
-                trainer = GradientAscentTrainer(args=args, data_collator=collator, **self._material(args))
+            shared = {"output_dir": folder, "seed": config.seed, "max_length": _MAX_LENGTH, **_QUIET}
+            args = args_class(**shared | own)
+            trainer = kind(
+                self.load("taught"),
+                args,
+                train_dataset=build_erasure_dataset(
+                    {CONCEPT: ConceptSources(self.world.forget, retain)},
+                    size=args.max_steps * args.per_device_train_batch_size,
+                ),
+                processing_class=self.processing_class,
+                peft_config=LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear"),
+            )
             trainer.remove_callback(PrinterCallback)
             trainer.train()
             return trainer.model.merge_and_unload()
 
-    def _material(self, args: SFTConfig) -> dict[str, Any]:
-        """What both methods are given beside their settings: as many rows as they read."""
-        # Sources are taken in turn: a third of the retain text is prose, the rest facts of the other kinds.
-        retain: list[Source] = [self.world.retained[::2], self.world.retained[1::2], self.world.prose]
-        rank = self.config.lora_rank
-        return {
-            "model": self.load("taught"),
-            "train_dataset": build_erasure_dataset(
-                {CONCEPT: ConceptSources(self.world.forget, retain)},
-                size=args.max_steps * args.per_device_train_batch_size,
-            ),
-            "processing_class": self.processing_class,
-            "peft_config": LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear"),
-        }
-
-    def _shared(self) -> dict[str, Any]:
-        """What every model depends on."""
-        config = asdict(self.config)
-        names = ("seed", "facts", "prose", "vocab_size", "layers", "width", "steps", "batch_size", "learning_rate")
-        return {
-            "texts": self._texts,
-            "versions": {package: version(package) for package in PACKAGES},
-            **{name: config[name] for name in names},
-        }
-
     def _cached(self, name: str, settings: Mapping[str, Any], write: Callable[[Path], object]) -> Path:
         """The folder of what `write` has written, now or earlier, for these settings."""
-        folder = self._cache_dir / f"{name}-{json_sha256(self._shared() | dict(settings))[:16]}"
+        folder = self._cache_dir / f"{name}-{json_sha256(self._shared | dict(settings))[:16]}"
         if folder in self._whole:
             return folder
         sums = self._cache_dir / f"{folder.name}.sha256.json"

@@ -1,4 +1,7 @@
-"""The gold standard: an erased model beside one of the same making that was never taught the concept, asked and retaught."""
+"""The gold standard: an erased model beside one of the same making that was never taught the concept, asked and retaught.
+
+Its report as a table and as a picture stands at the end.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -7,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.table import Column, Table
 from scipy.integrate import trapezoid
 from scipy.stats import ks_2samp
 from transformers import PreTrainedModel, TrainerCallback
@@ -16,16 +20,17 @@ from ..data.invented import CONCEPT, RETAINED
 from ..data.questions import CHANCE, Question, names_answer
 from ..evaluation.fluency import as_prompt, generate
 from ..evaluation.likelihood import reverse_perplexity, score_choices
+from ..evaluation.plots import plot_file
 from ..evaluation.report import SCHEMA_VERSION, environment, read_report
 from ..evaluation.statistics import Estimate, bootstrap, bootstrap_mean, bootstrap_perplexity
+from ..evaluation.tables import terminal_table
 from ..files import Journal, discard_unfinished, write_json
 from ..run_lock import only_run_in
 from .models import MODELS, GoldModels, GoldStandardConfig, fine_tune
 
 
 logger = logging.get_logger(__name__)
-REPORT_FILE = "gold_standard.json"
-_MAX_NEW_TOKENS = 8
+SPLITS = ("all", "half")
 
 
 def gold_standard(config: GoldStandardConfig | None = None, *, output_dir: str | Path) -> dict[str, Any]:
@@ -56,7 +61,7 @@ def _gold_standard(config: GoldStandardConfig, output_dir: Path) -> dict[str, An
     discard_unfinished(output_dir / "models")
     models = GoldModels(config, output_dir / "models")
     identity = models.identity() | {"schema_version": SCHEMA_VERSION}
-    path = output_dir / REPORT_FILE
+    path = output_dir / "gold_standard.json"
     if path.exists():
         try:
             report = read_report(path, "gold-standard")
@@ -127,7 +132,7 @@ def _measure(models: GoldModels, name: str) -> dict[str, Any]:
         metrics[f"accuracy.{kind}"] = bootstrap_mean(right[kind])
         metrics[f"accuracy.{kind}.pmi"] = bootstrap_mean(mean_by_subject(questions, scores.pmi))
         prompts = [as_prompt(processing_class, question.text) for question in questions]
-        replies = generate(model, processing_class, prompts, max_new_tokens=_MAX_NEW_TOKENS, batch_size=128)
+        replies = generate(model, processing_class, prompts, max_new_tokens=8, batch_size=128)
         named[kind] = mean_by_subject(
             questions, [names_answer(reply, q.answer) for reply, q in zip(replies, questions, strict=True)]
         )
@@ -180,9 +185,6 @@ def _one_of_each_fact(models: GoldModels, items: list[Any]) -> list[Any]:
     return items[:: len(items) // models.config.facts]
 
 
-SPLITS = ("all", "half")
-
-
 def relearn(models: GoldModels, name: str, split: str) -> dict[str, Any]:
     """Fine-tune a model on the concept's texts, and ask for the concept along the way.
 
@@ -195,30 +197,32 @@ def relearn(models: GoldModels, name: str, split: str) -> dict[str, Any]:
         `dict`: `steps`, with 0 for the model as it is, and `rights`, the share of right answers to each subject's
         questions at each of these steps.
     """
-    texts, questions = _material(models, split)
-    model, processing_class, config = models.load(name), models.processing_class, models.config
+    world, model, processing_class, config = models.world, models.load(name), models.processing_class, models.config
+    texts, questions = world.forget["text"], world.questions[CONCEPT]
+    if split == "half":
+        read, asked = world.halves()
+        texts = [text for text in texts if any(subject in text for subject in read)]
+        questions = [question for question in questions if question.subject in asked]
     steps = sorted(set(config.relearning_steps))
-    rights = [right_by_subject(model, processing_class, questions)]
+
+    def ask() -> list[float]:
+        """Share of each subject's questions answered rightly, subjects in order of appearance."""
+        # All answers of a kind are equally frequent in this world, so PMI has no preference to remove.
+        scores = score_choices(model, processing_class, questions, batch_size=64)
+        return mean_by_subject(questions, scores.log_likelihood)
+
+    rights = [ask()]
 
     class Ask(TrainerCallback):
         def on_step_end(self, args, state, control, **_):
             if state.global_step in steps:
-                rights.append(right_by_subject(model, processing_class, questions))
+                rights.append(ask())
 
     fine_tune(
-        model, processing_class, texts, steps=steps[-1], batch_size=config.relearning_batch_size,
-        learning_rate=config.relearning_learning_rate, schedule="constant", seed=config.seed, callbacks=[Ask()],
+        model, processing_class, texts, max_steps=steps[-1], per_device_train_batch_size=config.relearning_batch_size,
+        learning_rate=config.relearning_learning_rate, lr_scheduler_type="constant", seed=config.seed, callbacks=[Ask()],
     )  # fmt: skip
     return {"steps": [0, *steps], "rights": rights}
-
-
-def right_by_subject(model: Any, processing_class: Any, questions: Sequence[Question]) -> list[float]:
-    """Share of each subject's questions answered rightly by log-likelihood, subjects in order of appearance.
-
-    All answers of a kind are equally frequent in this world, so PMI has no preference to remove.
-    """
-    verdicts = score_choices(model, processing_class, questions, batch_size=64).log_likelihood
-    return mean_by_subject(questions, verdicts)
 
 
 def mean_by_subject(questions: Sequence[Question], values: Sequence[float]) -> list[float]:
@@ -230,28 +234,26 @@ def mean_by_subject(questions: Sequence[Question], values: Sequence[float]) -> l
 
 
 def compare_relearning(
-    results: Mapping[str, Mapping[str, Any]], *, baseline: str = "never-taught", taught: str = "taught", seed: int = 0
+    results: Mapping[str, Mapping[str, Any]], seed: int = 0
 ) -> tuple[dict[str, list[list[float]]], dict[str, Any]]:
     """Curves and speeds of relearning, with 95 % intervals over subjects, which are resampled alike for all models.
 
     Args:
         results: What [`relearn`] returned, by name of the model, all on one split.
-        baseline: Model the others are compared with.
-        taught: Model whose accuracy before relearning sets the goal.
         seed: Seed of the resamples.
 
     Returns:
         `tuple[dict, dict]`: by model, rows of step, accuracy, low and high; and `goal` (half-way from chance to the
         taught model), `ordering` (the slowest model first: by steps to the goal, then by area) and `models`, each with
         `steps` to the goal (interpolated; at least 1, at most the last), `reached`, `censored` (share of resamples in
-        which the goal is not reached, where `steps` is a lower bound), `ratio` (the baseline's steps over the model's:
+        which the goal is not reached, where `steps` is a lower bound), `ratio` (the never-taught's steps over the model's:
         1 is as slow as never taught, more is faster), `area` (mean accuracy over the steps) and `area_difference` to
-        the baseline.
+        the never-taught one.
     """
-    steps = np.asarray(results[baseline]["steps"], dtype=float)  # [steps]
+    steps = np.asarray(results["never-taught"]["steps"], dtype=float)  # [steps]
     rights = {name: np.asarray(result["rights"]) for name, result in results.items()}  # each [steps, subjects]
-    subjects = rights[baseline].shape[1]
-    goal = (CHANCE + float(rights[taught][0].mean())) / 2
+    subjects = rights["never-taught"].shape[1]
+    goal = (CHANCE + float(rights["taught"][0].mean())) / 2
     curves, crossings, areas = {}, {}, {}
     for name, right in rights.items():
         # The first row is the curve itself, the others are resamples: [1 + resamples, steps].
@@ -261,15 +263,19 @@ def compare_relearning(
         curves[name] = np.stack([steps, drawn[0], low, high], axis=1).tolist()
         crossings[name] = np.array([steps_to(goal, steps, curve) for curve in drawn])
         areas[name] = trapezoid(drawn, steps, axis=1) / (steps[-1] - steps[0])
+
+    def metric(values: np.ndarray) -> dict[str, float]:
+        return Estimate.of(float(values[0]), values[1:], subjects).to_dict()
+
     clipped = {name: np.clip(np.nan_to_num(found, nan=steps[-1]), 1, None) for name, found in crossings.items()}
     metrics: dict[str, dict[str, Any]] = {
         name: {
-            "steps": _metric(clipped[name], subjects),
+            "steps": metric(clipped[name]),
             "reached": not np.isnan(crossings[name][0]),
             "censored": float(np.isnan(crossings[name][1:]).mean()),
-            "ratio": _metric(clipped[baseline] / clipped[name], subjects),
-            "area": _metric(areas[name], subjects),
-            "area_difference": _metric(areas[name] - areas[baseline], subjects),
+            "ratio": metric(clipped["never-taught"] / clipped[name]),
+            "area": metric(areas[name]),
+            "area_difference": metric(areas[name] - areas["never-taught"]),
         }
         for name in rights
     }
@@ -289,18 +295,97 @@ def steps_to(goal: float, steps: np.ndarray, curve: np.ndarray) -> float:
     return float(steps[at - 1] + share * (steps[at] - steps[at - 1]))
 
 
-def _material(models: GoldModels, split: str) -> tuple[list[str], list[Question]]:
-    """The texts to learn from, and the questions to ask."""
-    world = models.world
-    if split not in SPLITS:
-        raise ValueError(f"`split` is {split!r}: use one of {', '.join(SPLITS)}.")
-    if split == "all":
-        return world.forget["text"][:], world.questions[CONCEPT]
-    read, asked = world.halves()
-    texts = [text for text in world.forget["text"] if any(subject in text for subject in read)]
-    return texts, [question for question in world.questions[CONCEPT] if question.subject in asked]
+# The measures that a reader compares first; the report holds all of them.
+_SHOWN = {
+    "accuracy.keepers": "concept, ranked rightly",
+    "accuracy.retained": "retained, ranked rightly",
+    "open_answers.concept": "concept, named freely",
+    "open_answers.retained": "retained, named freely",
+    "perplexity.prose": "perplexity of prose",
+}
 
 
-def _metric(values: np.ndarray, subjects: int) -> dict[str, float]:
-    """The first value, with the interval of the others."""
-    return Estimate.of(float(values[0]), values[1:], subjects).to_dict()
+def render_gold_standard(report: Mapping[str, Any]) -> Table:
+    """The four models side by side: plain measures, then how fast each learns the concept."""
+    columns = (Column("measure"), *(Column(model, no_wrap=True) for model in MODELS))
+    table = terminal_table("Beside a model that was never taught (intervals: gold_standard.json)", *columns)
+    for name in _SHOWN:
+        table.add_row(_SHOWN[name], *(_cell(report["figures"][name][model]) for model in MODELS))
+    for split, found in report["relearning"].items():
+        for measure, label in (("steps", "steps to relearn"), ("ratio", "times the never-taught's speed")):
+            entries = [found["models"][model] for model in MODELS]
+            # A model that never got there needs at least so many steps.
+            marks = ["> " if measure == "steps" and not entry["reached"] else "" for entry in entries]
+            cells = [mark + _cell(entry[measure]) for mark, entry in zip(marks, entries, strict=True)]
+            table.add_row(f"{label} ({split})", *cells)
+    return table
+
+
+def _cell(metric: Mapping[str, float]) -> str:
+    # With intervals, four models would not stand side by side in 80 columns.
+    return f"{metric['value']:.3g}"
+
+
+COLORS = {"taught": "tab:grey", "never-taught": "tab:green", "erased": "tab:orange", "gradient-ascent": "tab:purple"}
+_RELEARNING = {"all": "Relearning all facts", "half": "Relearning half of the facts, asked for the other half"}
+
+
+def plot_gold_standard(report: Mapping[str, Any], path: str | Path) -> None:
+    """Draw the relearning curves beside the never-taught model's, and the plain measures of each, into a PNG file."""
+    with plot_file(path, 12, 12) as figure:
+        top, middle, bottom = figure.subfigures(3, 1, squeeze=False)[:, 0]
+        panels = dict(zip(_RELEARNING, top.subplots(1, 2), strict=True))
+        accuracies, answers = middle.subplots(1, 2, width_ratios=(2, 1))
+        perplexities, speeds = bottom.subplots(1, 2, width_ratios=(4, 3))
+        for split, title in _RELEARNING.items():
+            axes = panels[split]
+            for name, points in report["curves"][split].items():
+                steps, values, lows, highs = zip(*points, strict=True)
+                axes.plot(steps, values, marker=".", color=COLORS[name], label=name)
+                axes.fill_between(steps, lows, highs, color=COLORS[name], alpha=0.15)
+            axes.axhline(report["relearning"][split]["goal"], color="black", linestyle=":", linewidth=1, label="goal")
+            axes.axhline(report["chance"], color="black", linestyle="--", linewidth=1, label="chance")
+            axes.set(title=title, xlabel="step", ylabel="four-choice accuracy", ylim=(0, 1.02))
+        panels["half"].legend(loc="center right", fontsize=8)
+        kinds = [name for name in report["figures"] if name.startswith("accuracy.") and name.count(".") == 1]
+        _bars(accuracies, report["figures"], kinds)
+        accuracies.axhline(report["chance"], color="black", linestyle="--", linewidth=1)
+        accuracies.set(title="Four-choice accuracy", ylim=(0, 1.02))
+        _bars(answers, report["figures"], ["open_answers.concept", "open_answers.retained"])
+        answers.set(title="Free answers that name the truth", ylim=(0, 1.02))
+        names = [name for name in report["figures"] if "perplexity." in name or name.startswith("r_ppl.")]
+        _bars(perplexities, report["figures"], names)
+        perplexities.set(title="Perplexity and R-PPL by judge", yscale="log")
+        ratios = {name: model["ratio"] for name, model in report["relearning"]["all"]["models"].items()}
+        for row, name in enumerate(reversed(report["ordering"])):
+            speeds.plot([ratios[name]["low"], ratios[name]["high"]], [row, row], color=COLORS[name])
+            speeds.plot(ratios[name]["value"], row, "o", color=COLORS[name])
+        speeds.set_yticks(range(len(ratios)), list(reversed(report["ordering"])), fontsize=8)
+        speeds.axvline(1, color=COLORS["never-taught"], linewidth=1)
+        speeds.set(title="Speed of relearning (never taught = 1)", xscale="log")
+
+
+def _bars(axes: Any, figures: Mapping[str, Any], keys: list[str]) -> None:
+    width = 0.8 / len(COLORS)
+    for place, (name, color) in enumerate(COLORS.items()):
+        found = [figures[key][name] for key in keys]
+        values = [figure["value"] for figure in found]
+        # A percentile interval need not hold the value itself; error bars cannot be negative.
+        errors = [
+            [max(0, figure["value"] - figure["low"]) for figure in found],
+            [max(0, figure["high"] - figure["value"]) for figure in found],
+        ]
+        offsets = [index + (place - 1.5) * width for index in range(len(keys))]
+        axes.bar(offsets, values, width, yerr=errors, color=color, label=name, capsize=1.5)
+    axes.set_xticks(range(len(keys)), [_label(key) for key in keys], fontsize=9)
+
+
+def _label(key: str) -> str:
+    kind, _, what = key.partition(".")
+    # What is erased from the invented world is who keeps a place.
+    words = {
+        "keepers": "keepers\n(the concept)",
+        "retained": "all that is\nretained",
+        "retained_answers": "retained\nanswers",
+    }
+    return f"R-PPL by\n{what}" if kind == "r_ppl" else words.get(what, what)

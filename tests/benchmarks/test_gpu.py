@@ -15,7 +15,7 @@ from benchmarks.gpu_parts import PARTS, marked_tests, narrowed, sheet_of
 from benchmarks.gpu_steps import SIZES, Run
 from benchmarks.prediction import ADAPTERS, MODELS, SAMPLES, TEXT
 from benchmarks.shapes import ModelShape
-from benchmarks.texts import cut_vocabulary
+from benchmarks.sides import cut_vocabulary
 
 
 @pytest.fixture(scope="module", autouse=True)

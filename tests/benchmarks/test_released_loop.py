@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import MistralConfig, MistralForCausalLM
 
 from benchmarks.released_loop import ReleasedSample, released_target, released_updates, tokenize_samples
-from benchmarks.texts import short_texts
+from benchmarks.sides import short_texts
 from elm_trainer import ElmConfig, ElmTrainer, load_concept
 from elm_trainer.ops import erasure_target, ramped_eta
 

@@ -2,9 +2,8 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks.sides import Side, tokenized_samples, train
+from benchmarks.sides import Side, released_texts, short_texts, tokenized_samples, train
 from benchmarks.step import ELM_CANDIDATES, RELEASED, SFT_CANDIDATES, SFT_PLAIN
-from benchmarks.texts import released_texts, short_texts
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import psutil
 from peft import LoraConfig
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
-from benchmarks.memory import release_freed
+from benchmarks.workers import release_freed
 from elm_trainer import ConceptSources, ElmConfig, ElmTrainer, build_erasure_dataset
 from elm_trainer.modeling import DEMO_MODEL, load_tokenizer
 

@@ -11,10 +11,8 @@ from elm_trainer.evaluation.report import read_report
 from elm_trainer.files import UNFINISHED
 from elm_trainer.gold_standard import GoldStandardConfig, gold_standard
 from elm_trainer.gold_standard import models as gold_models
-from elm_trainer.gold_standard import models as training
 from elm_trainer.gold_standard.models import MODELS, GoldModels, GradientAscentTrainer
-from elm_trainer.gold_standard.report import plot_gold_standard
-from elm_trainer.gold_standard.run import SPLITS, compare_relearning, mean_by_subject, steps_to
+from elm_trainer.gold_standard.run import SPLITS, compare_relearning, mean_by_subject, plot_gold_standard, steps_to
 
 
 TINY = GoldStandardConfig(
@@ -80,7 +78,7 @@ def test_a_curve_starts_from_the_plain_accuracy(tiny_run):
 
 def test_a_second_call_only_reads(tiny_run, made, monkeypatch):
     folder, report = tiny_run
-    monkeypatch.setattr(training.Trainer, "train", lambda self: pytest.fail("trained again"))
+    monkeypatch.setattr(gold_models.Trainer, "train", lambda self: pytest.fail("trained again"))
     assert gold_standard(TINY, output_dir=folder) == report
     assert made == []
 

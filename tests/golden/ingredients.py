@@ -29,9 +29,9 @@ from elm_trainer.attacks import RelearningAttack as RelearningAttack
 from elm_trainer.attacks import ScalingAttack as ScalingAttack
 from elm_trainer.attacks import markdown_attacks as markdown_attacks
 from elm_trainer.comparison import ComparisonConfig
-from elm_trainer.comparison import training as asking_module
+from elm_trainer.comparison import config as asking_module
+from elm_trainer.comparison.config import measure_reference as measure_reference
 from elm_trainer.comparison.run import MethodRun as MethodRun
-from elm_trainer.comparison.training import measure_reference as measure_reference
 from elm_trainer.evaluation.evaluate import write_evaluation as write_evaluation
 from elm_trainer.evaluation.measures import MEASURES as MEASURES
 from elm_trainer.evaluation.suite import OpenQuestion

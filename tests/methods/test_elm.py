@@ -2,7 +2,7 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from benchmarks.live_targets import four_forwards
+from benchmarks.targets import four_forwards
 from elm_trainer import (
     Concept,
     ConceptSources,

@@ -5,8 +5,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from elm_trainer.comparison import ComparisonConfig
+from elm_trainer.comparison.config import measure_reference
 from elm_trainer.comparison.run import MethodRun
-from elm_trainer.comparison.training import measure_reference
 from elm_trainer.files import Runs
 
 

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from elm_trainer.comparison.config import Bench, suite_of
 from elm_trainer.comparison.report import make_report
 from elm_trainer.comparison.run import MethodRun, seconds_of
 from elm_trainer.comparison.tables import markdown_comparison, plot_comparison, table_rows
-from elm_trainer.comparison.training import Bench, suite_of
 from elm_trainer.files import MissingRunError, Runs
 
 

@@ -4,8 +4,8 @@ import math
 import pytest
 from rich.console import Console
 
-from elm_trainer.comparison.claims import paper_claims, summarize
-from elm_trainer.comparison.report import HEADLINES, _beaten
+from elm_trainer.comparison.claims import paper_claims
+from elm_trainer.comparison.report import _beaten, headlines, summarize
 from elm_trainer.comparison.tables import (
     beaten_rows,
     claim_rows,
@@ -17,7 +17,7 @@ from elm_trainer.comparison.tables import (
 from elm_trainer.evaluation.statistics import Items
 
 
-NAMES = [pattern.format(concept="capitals") for pattern in HEADLINES]
+NAMES = [*headlines("capitals")]
 
 
 def items(share, perplexity):

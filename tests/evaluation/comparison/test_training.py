@@ -1,8 +1,10 @@
 import pytest
 import torch
+from peft import set_peft_model_state_dict
 
-from elm_trainer.comparison import training as training_module
-from elm_trainer.comparison.training import Bench, Budgets, restore, trained
+from elm_trainer.comparison import run as run_module
+from elm_trainer.comparison.config import Bench
+from elm_trainer.comparison.run import Budgets, trained
 from elm_trainer.evaluation.report import model_fingerprint
 from elm_trainer.methods.targets import default_targets_dir
 
@@ -18,7 +20,7 @@ def clock(monkeypatch):
             return self.now
 
     found = Clock()
-    monkeypatch.setattr(training_module, "time", found)
+    monkeypatch.setattr(run_module, "time", found)
     return found
 
 
@@ -68,11 +70,10 @@ def test_a_run_leaves_the_model_as_it_was(tiny, tokenizer):
     bench = Bench(tiny(), tokenizer)
     before = model_fingerprint(bench.model)
     names = [name for name, _ in bench.model.named_modules()]
-    with trained(bench, "elm", 0, 0) as training:
-        assert training.snapshots["updates"].updates == 2
-        assert any(
-            tensor.abs().sum() for name, tensor in training.snapshots["updates"].state.items() if "lora_B" in name
-        )
+    with trained(bench, "elm", 0, 0) as (_, budgets):
+        snapshot = budgets.snapshots["updates"]
+        assert snapshot.updates == 2
+        assert any(tensor.abs().sum() for name, tensor in snapshot.state.items() if "lora_B" in name)
     assert model_fingerprint(bench.model) == before
     assert [name for name, _ in bench.model.named_modules()] == names
 
@@ -81,16 +82,16 @@ def test_a_method_trains_for_updates_of_its_own(tiny, tokenizer):
     grid = [{"learning_rate": 1e-2}]
     bench = Bench(tiny(methods={"elm": {"grid": grid, "updates": 3}, "graddiff": {"grid": grid}}), tokenizer)
     for method, updates in (("elm", 3), ("graddiff", 2)):
-        with trained(bench, method, 0, 0) as training:
-            assert training.snapshots["updates"].updates == updates
+        with trained(bench, method, 0, 0) as (_, budgets):
+            assert budgets.snapshots["updates"].updates == updates
 
 
 def test_the_same_seed_trains_the_same_adapter_whatever_was_trained_before(tiny, tokenizer):
     bench = Bench(tiny(), tokenizer)
     states = []
     for method in ("elm", "graddiff", "elm"):
-        with trained(bench, method, 0, 1) as training:
-            states.append(training.snapshots["updates"].state)
+        with trained(bench, method, 0, 1) as (_, budgets):
+            states.append(budgets.snapshots["updates"].state)
     assert states[0].keys() == states[2].keys()
     assert all(torch.equal(tensor, states[2][name]) for name, tensor in states[0].items())
     assert any(not torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
@@ -98,10 +99,10 @@ def test_the_same_seed_trains_the_same_adapter_whatever_was_trained_before(tiny,
 
 def test_more_time_goes_on_from_the_same_updates(tiny, tokenizer):
     bench = Bench(tiny(), tokenizer)
-    with trained(bench, "graddiff", 0, 0) as short:
+    with trained(bench, "graddiff", 0, 0) as (_, short):
         pass
-    with trained(bench, "graddiff", 0, 0, seconds=3.0) as long:
-        restore(long.model, long.snapshots["updates"])
+    with trained(bench, "graddiff", 0, 0, seconds=3.0) as (model, long):
+        set_peft_model_state_dict(model, long.snapshots["updates"].state)
         assert long.snapshots["seconds"].updates > 2 and long.snapshots["seconds"].seconds <= 3.0
     first, second = short.snapshots["updates"].state, long.snapshots["updates"].state
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
@@ -111,8 +112,8 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_what_came_before(tiny,
     grid = [{"learning_rate": 1e30, "warmup_steps": 0}]
     for updates, kept in ((2, []), (1, ["updates"])):
         bench = Bench(tiny(methods={"elm": {"grid": grid}}, updates=updates), tokenizer)
-        with trained(bench, "elm", 0, 0, seconds=60.0) as training:
-            assert "became nan" in training.failed and list(training.snapshots) == kept
+        with trained(bench, "elm", 0, 0, seconds=60.0) as (_, budgets):
+            assert "became nan" in budgets.failed and list(budgets.snapshots) == kept
         assert not any("lora" in name for name, _ in bench.model.named_modules())
 
 
@@ -122,8 +123,8 @@ def test_no_run_profits_from_the_targets_of_an_earlier_one(tiny, tokenizer):
     for _ in range(2):
         calls = []
         handle = bench.model.get_input_embeddings().register_forward_hook(lambda *_, calls=calls: calls.append(1))
-        with trained(bench, "elm", 0, 1, seconds=0.01) as training:
-            assert training.snapshots["updates"].updates == 2
+        with trained(bench, "elm", 0, 1, seconds=0.01) as (_, budgets):
+            assert budgets.snapshots["updates"].updates == 2
         handle.remove()
         forwards.append(len(calls))
     assert forwards[0] == forwards[1] > 2  # one for each update, and those that make the targets

@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks.growth import REAL, REAL_SIZES, SIDE, SIZES, measure_growth
+from benchmarks.step import REAL, REAL_SIZES, SIDE, SIZES, measure_growth
 
 
 def test_growth_trains_every_sample_of_every_size(shape, adapter, saved_tokenizer):
