@@ -40,7 +40,6 @@ LAYERS = {
     "comparison": ("comparison",),
     "hub": ("hub",),
     "chat": ("chat",),
-    "scripts": ("scripts",),
     "cli": ("cli", "__main__"),
 }
 MAY_IMPORT = {
@@ -59,8 +58,6 @@ MAY_IMPORT = {
     # It reads reports and settings from files, and knows no method.
     "hub": ("base", "ops", "data", "evaluation", "synthesis", "attacks"),
     "chat": ("base", "ops", "data", "evaluation", "attacks"),
-    # What the subcommands and the examples share.
-    "scripts": tuple(layer for layer in LAYERS if layer not in ("scripts", "cli")),
     # Nothing in the package imports the subcommands.
     "cli": tuple(layer for layer in LAYERS if layer != "cli"),
 }

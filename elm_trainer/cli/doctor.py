@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from . import hush_libraries
 from .erase_options import CommonSettings
 from .errors import check_folder
 from .options import CommandLine
@@ -384,8 +385,6 @@ def main(argv: list[str] | None = None) -> None:
     )
     arguments, _ = line.early()
     arguments.check_given(line.given)
-    from ..scripts import hush_libraries
-
     hush_libraries()
     from rich.console import Console
     from transformers.utils import logging

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from ..checks import number_range
+from . import hush_libraries
 from .concept import ConceptRun, default_folder, hushed, settle_layers
 from .erase_options import CommonSettings, ErasureArguments
-from .errors import check_folder
+from .errors import check_dtype, check_folder, named
 from .options import CommandLine
 
 
@@ -52,9 +53,6 @@ def main(argv: list[str] | None = None) -> None:
     arguments.load_concepts(common.concepts)
     if arguments.concept is not None and not (arguments.checkpoint(common) or arguments.overwrite):
         check_folder(Path(common.output_dir or default_folder(arguments.concept)))
-
-    from ..scripts import hush_libraries
-
     hush_libraries()
     clock = Clock()
     if arguments.concept is not None:
@@ -111,7 +109,6 @@ def _check(
         The concepts by name, the questions with what is measured (`None` without an evaluation), and the tokenizer.
     """
     from ..modeling import load_tokenizer
-    from .errors import check_dtype, named
 
     check_dtype(arguments.dtype)
     arguments.check_layers(config.novice if arguments.concept is None else None)
@@ -150,7 +147,6 @@ def _make(run: ConceptRun, tokenizer: "PreTrainedTokenizerBase", clock: Clock) -
 
     from ..modeling import keep_differentiable, load_config
     from ..run_lock import only_run_in
-    from .errors import named
 
     given = run.arguments
     run.check(tokenizer)
@@ -180,7 +176,6 @@ def _make(run: ConceptRun, tokenizer: "PreTrainedTokenizerBase", clock: Clock) -
 def _load(arguments: ErasureArguments, config: "ElmConfig") -> "PreTrainedModel":
     from ..modeling import load_model
     from ..run_lock import only_run_in
-    from .errors import named
 
     output = Path(config.output_dir)
     if arguments.concept is None or output.exists():
@@ -262,12 +257,28 @@ def _train(
     from rich.console import Console
 
     from .. import ElmTrainer, ErasureEvaluationCallback
-    from ..scripts import name_training_bar
 
     torch.set_float32_matmul_precision(arguments.matmul_precision)
     trainer = ElmTrainer(model, config, train_dataset=dataset, processing_class=tokenizer, peft_config=lora)
-    name_training_bar(trainer)
+    _name_training_bar(trainer)
     if looked_at is not None:
+def _name_training_bar(trainer: "ElmTrainer") -> None:
+    """Label the progress bar of a training, as all other bars are."""
+    from tqdm.auto import tqdm
+    from transformers import ProgressCallback
+
+    class NamedProgressCallback(ProgressCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            # In place of the unlabeled bar, which would be shown before it could be labeled.
+            if state.is_world_process_zero:
+                self.training_bar = tqdm(total=state.max_steps, desc="Training", dynamic_ncols=True)
+            self.current_step = 0
+
+    # There is none where bars are switched off.
+    if trainer.pop_callback(ProgressCallback) is not None:
+        trainer.add_callback(NamedProgressCallback)
+
+
         stop_at = {"worst.pmi": arguments.dev_stop} if arguments.dev_stop else {}
         looks = ErasureEvaluationCallback(
             trainer, looked_at, every_steps=arguments.dev_every, stop_at=stop_at, keep_best=arguments.keep_best

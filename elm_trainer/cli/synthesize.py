@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..concept import load_concept
+from . import hush_libraries
 from .errors import check_dtype, named
 from .options import CommandLine
 
@@ -57,8 +58,6 @@ def main(argv: list[str] | None = None) -> None:
     # What can be known without torch, which takes seconds to load, is said before.
     [arguments, _] = line.early()
     load_concept(arguments.concept)
-    from ..scripts import hush_libraries
-
     hush_libraries()
     from .. import load_model_and_tokenizer, load_texts, synthesize_completions
     from ..files import write_text
