@@ -184,7 +184,8 @@ def check_device(run: PlannedRun) -> Finding:
     """Where the model is trained, and whether it multiplies as asked."""
     import torch
 
-    from ..fitting import multiplies_in_bfloat16, shown
+    from ..distributed import multiplies_in_bfloat16
+    from ..fitting import shown
 
     device, fast = run.device, multiplies_in_bfloat16(run.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
@@ -367,12 +368,15 @@ def show(run: PlannedRun, found: dict[str, Finding], console: "Console") -> None
         table.add_row(_MARKS[status], name, "\n".join(lines))
     console.print(table)
     if run.made is not None:
+        from ..fitting import fitting_settings
+
         run.made.show(console)
     elif found["model"].status != "problem":
         fitted = Table("setting", "here", "suits", "because", box=None, padding=(0, 1, 0, 0), header_style="bold")
-        for name, value in run.fitted.options().items():
+        choices = fitting_settings(run.model, memory=run.free, device=run.device).choices
+        for name, (value, reason) in choices.items():
             here = getattr(run.arguments, name, getattr(run.config, name, None))
-            fitted.add_row(name, str(here), str(value), escape(run.fitted.reasons[name]))
+            fitted.add_row(name, str(here), str(value), escape(reason))
         console.print(fitted)
     problems = [name for name, finding in found.items() if finding.status == "problem"]
     end = f"[red]The run would fail: {', '.join(problems)}.[/]" if problems else "[green]Nothing is in the way.[/]"
