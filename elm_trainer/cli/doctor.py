@@ -142,18 +142,17 @@ def check_texts(run: PlannedRun) -> Finding:
     from ..data.sources import is_asked_of_the_hub
 
     if run.made is None:
-        named = [*run.arguments.forget, *run.arguments.retain]
+        forget = run.arguments.forget
+        named = [*forget, *run.arguments.retain]
     else:
-        named = [
-            *map(str, run.made.made_from.documents),
-            *map(str, (*run.made.made_from.near, *run.made.made_from.retain)),
-        ]
+        forget, what = ["forget"], run.made.made_from
+        named = [str(source) for source in (*what.documents, *what.near, *what.retain)]
     far = [name for name in dict.fromkeys(named) if is_asked_of_the_hub(name)]
     if far and not run.hub.reachable:
         return Finding("problem", f"{', '.join(far)}: the Hub is not reached ({run.hub.text})", "name a file here")
     counts = {name: len(texts) for name, texts in run.texts.items()}
     rows = run.dataset
-    forget = sum(counts[name] for name in run.forget)
+    left = sum(counts[name] for name in forget) - len(rows)
     told = ", ".join(f"{name} {count:,}" for name, count in counts.items())
     text = f"{len(rows):,} rows of {told}"
     pairs = sum(map(bool, rows["completion"]))
@@ -161,9 +160,8 @@ def check_texts(run: PlannedRun) -> Finding:
         return Finding("note", text, "no synthetic pairs, so there is no consistency term (`synthetic`)")
     if run.made is not None and run.planned.note:
         return Finding("note", text, run.planned.note)
-    if forget > len(rows):
-        left = f"{forget - len(rows):,} forget texts are left out"
-        return Finding("note", text, f"{left}: raise `dataset_size` to use all")
+    if left > 0:
+        return Finding("note", text, f"{left:,} forget texts are left out: raise `dataset_size` to use all")
     return Finding("ok", text)
 
 
@@ -368,10 +366,10 @@ def show(run: PlannedRun, found: dict[str, Finding], console: "Console") -> None
         table.add_row(_MARKS[status], name, "\n".join(lines))
     console.print(table)
     if run.made is not None:
-        from ..fitting import fitting_settings
-
         run.made.show(console)
     elif found["model"].status != "problem":
+        from ..fitting import fitting_settings
+
         fitted = Table("setting", "here", "suits", "because", box=None, padding=(0, 1, 0, 0), header_style="bold")
         choices = fitting_settings(run.model, memory=run.free, device=run.device).choices
         for name, (value, reason) in choices.items():

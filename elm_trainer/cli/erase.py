@@ -62,22 +62,20 @@ def main(argv: list[str] | None = None) -> None:
         arguments, config = run.arguments, run.config
         sources: dict[str | Concept, ConceptSources] = {made.concept: made.sources}
         # What was learned from, for the report.
-        arguments.forget, arguments.retain = (
-            [str(made.sources.forget)],
-            list(map(str, cast(list, made.sources.retain))),
-        )
+        arguments.forget = [str(made.sources.forget)]
+        arguments.retain = [str(source) for source in cast(list, made.sources.retain)]
         if arguments.evaluate and arguments.bank is None:
             questions = run.ask(made, model, tokenizer)
             arguments.bank = [questions] if questions else None
             arguments.dev_every = arguments.dev_every if questions else 0
             clock.lap("questions")
         asked = arguments.asked(concepts)
-        dataset = _build(arguments, config, sources, tokenizer)
+        dataset = arguments.dataset(sources, tokenizer, config.seed)
     else:
         arguments, config = line.complete()
         concepts, asked, tokenizer = _check(arguments, config)
         sources = arguments.sources(concepts)
-        dataset = _build(arguments, config, sources, tokenizer)
+        dataset = arguments.dataset(sources, tokenizer, config.seed)
         clock.lap("data")
         model = _load(arguments, config)
         _clear(arguments, config)
@@ -90,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
         and config.consistency_weight
         and _sample(arguments, config, concepts, sources, model, tokenizer)
     ):
-        dataset = _build(arguments, config, sources, tokenizer)
+        dataset = arguments.dataset(sources, tokenizer, config.seed)
         clock.lap("synthesis")
     looked_at = arguments.dev_suite(concepts) if arguments.dev_every else None
     trainer = _train(arguments, config, looked_at, model, lora, dataset, tokenizer, clock)
@@ -119,23 +117,6 @@ def _check(
     with named("model", arguments.model):
         tokenizer = load_tokenizer(arguments.model, revision=arguments.model_revision, gguf_file=arguments.gguf_file)
     return concepts, asked, tokenizer
-
-
-def _build(
-    arguments: ErasureArguments,
-    config: "ElmConfig",
-    sources: "dict[str | Concept, ConceptSources]",
-    tokenizer: "PreTrainedTokenizerBase",
-) -> "Dataset":
-    from .. import build_erasure_dataset
-
-    return build_erasure_dataset(
-        sources,
-        size=arguments.dataset_size,
-        characters=number_range("characters", arguments.characters),
-        processing_class=tokenizer,
-        seed=config.seed,
-    )
 
 
 def _make(run: ConceptRun, tokenizer: "PreTrainedTokenizerBase", clock: Clock) -> tuple["MadeData", "PreTrainedModel"]:
@@ -262,23 +243,6 @@ def _train(
     trainer = ElmTrainer(model, config, train_dataset=dataset, processing_class=tokenizer, peft_config=lora)
     _name_training_bar(trainer)
     if looked_at is not None:
-def _name_training_bar(trainer: "ElmTrainer") -> None:
-    """Label the progress bar of a training, as all other bars are."""
-    from tqdm.auto import tqdm
-    from transformers import ProgressCallback
-
-    class NamedProgressCallback(ProgressCallback):
-        def on_train_begin(self, args, state, control, **kwargs):
-            # In place of the unlabeled bar, which would be shown before it could be labeled.
-            if state.is_world_process_zero:
-                self.training_bar = tqdm(total=state.max_steps, desc="Training", dynamic_ncols=True)
-            self.current_step = 0
-
-    # There is none where bars are switched off.
-    if trainer.pop_callback(ProgressCallback) is not None:
-        trainer.add_callback(NamedProgressCallback)
-
-
         stop_at = {"worst.pmi": arguments.dev_stop} if arguments.dev_stop else {}
         looks = ErasureEvaluationCallback(
             trainer, looked_at, every_steps=arguments.dev_every, stop_at=stop_at, keep_best=arguments.keep_best
@@ -296,6 +260,23 @@ def _name_training_bar(trainer: "ElmTrainer") -> None:
     # What is measured does not depend on how it was trained: neither on its products nor on its autocast.
     torch.set_float32_matmul_precision("highest")
     return trainer
+
+
+def _name_training_bar(trainer: "ElmTrainer") -> None:
+    """Label the progress bar of a training, as all other bars are."""
+    from tqdm.auto import tqdm
+    from transformers import ProgressCallback
+
+    class NamedProgressCallback(ProgressCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            # In place of the unlabeled bar, which would be shown before it could be labeled.
+            if state.is_world_process_zero:
+                self.training_bar = tqdm(total=state.max_steps, desc="Training", dynamic_ncols=True)
+            self.current_step = 0
+
+    # There is none where bars are switched off.
+    if trainer.pop_callback(ProgressCallback) is not None:
+        trainer.add_callback(NamedProgressCallback)
 
 
 def _evaluate(

@@ -9,8 +9,9 @@ from ..concept import described_concept
 
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from peft import LoraConfig
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from .. import Concept, ConceptSources, ElmConfig, EvaluationSuite
     from ..data.user_sources import Source
@@ -201,6 +202,20 @@ class ErasureArguments:
             )
             for name, forget, retain, given, share in zip(concepts, self.forget, retains, pairs, shares, strict=True)
         }
+
+    def dataset(
+        self, sources: "dict[str | Concept, ConceptSources]", tokenizer: "PreTrainedTokenizerBase", seed: int
+    ) -> "Dataset":
+        """The rows of the training."""
+        from .. import build_erasure_dataset
+
+        return build_erasure_dataset(
+            sources,
+            size=self.dataset_size,
+            characters=number_range("characters", self.characters),
+            processing_class=tokenizer,
+            seed=seed,
+        )
 
     def asked(self, concepts: Iterable[str]) -> "tuple[EvaluationSuite, list[str]] | None":
         """The questions about the concepts, and what is measured; `None` without an evaluation."""
