@@ -7,12 +7,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from ..evaluation.fluency import as_prompt
 from ..evaluation.pair import SIDES
 from ..evaluation.report import read_report
 from ..evaluation.tables import MAIN_COLUMNS, main_rows, verdict_lines
-from .answers import Answer, ErasureChat, percent
-from .concept import DEFINITION, PLAIN, ChatConcept
+from .answers import DEFINITION, PLAIN, Answer, ChatConcept, ErasureChat, percent
 
 
 HOST = "127.0.0.1"
@@ -113,19 +111,13 @@ def make_page(
         text = text.strip()
         if not text:
             raise gr.Error("The question is empty: write one.", print_exception=False)
-        prompts = {PLAIN: as_prompt(chat.processing_class, text)} | concept.prompts(text, chat.processing_class)
-        if attack not in prompts:
-            raise gr.Error(
-                f"{attack} needs a question that names a subject of the concept's bank, such as "
-                f"{concept.questions[0].text!r}.",
-                print_exception=False,
-            )
         terms = concept.terms(text)
         counted = ", ".join(terms[:6]) + (f" and {len(terms) - 6} more" if len(terms) > 6 else "")
         note = f'<div class="elm-note">{escape(attack)}; terms counted: {escape(counted or "none")}</div>'
         try:
+            prompt = concept.prompt(text, attack, chat.processing_class)
             answers = chat.answer(
-                prompts[attack],
+                prompt,
                 terms,
                 adapter=adapter,
                 max_new_tokens=int(most),
@@ -135,7 +127,7 @@ def make_page(
         except ValueError as error:
             raise gr.Error(str(error), print_exception=False) from error
         for state in answers:
-            yield prompts[attack], note, *(answer_html(state[side]) for side in SIDES)
+            yield prompt, note, *(answer_html(state[side]) for side in SIDES)
 
     with gr.Blocks(title=f"elm chat: {concept.name}", analytics_enabled=False) as page:
         gr.Markdown(f"## `elm chat`: {concept.name}\nBoth models read the same prompt. {DEFINITION}")

@@ -102,8 +102,7 @@ def ask_in_terminal(
     chat: "ErasureChat", concept: "ChatConcept", arguments: ChatArguments, lines: Iterable[str], console: "Console"
 ) -> None:
     """Answer each line, side by side; in a pipe one below the other. A wrong line is told and the next one read."""
-    from ..chat.concept import DEFINITION, PLAIN
-    from ..evaluation.fluency import as_prompt
+    from ..chat.answers import DEFINITION, PLAIN
 
     adapter, last = arguments.adapter[0], ""
     if console.is_terminal:
@@ -129,11 +128,8 @@ def ask_in_terminal(
             if not text:
                 continue
             last = text
-            prompts = {PLAIN: as_prompt(chat.processing_class, text)} | concept.prompts(text, chat.processing_class)
-            if attack not in prompts:
-                raise ValueError(f"{attack} needs a question that names a subject of the concept's bank.")
             answers = chat.answer(
-                prompts[attack],
+                concept.prompt(text, attack, chat.processing_class),
                 concept.terms(text),
                 adapter=adapter,
                 max_new_tokens=arguments.max_new_tokens,
