@@ -23,7 +23,6 @@ LAYERS = {
         "distributed",
         "fingerprint",
         "concept",
-        "gguf_files",
         "modeling",
         "fitting",
     ),

@@ -117,8 +117,7 @@ class PlannedRun:
     @cached_property
     def loaded(self) -> "tuple[PreTrainedConfig, PreTrainedTokenizerBase | Exception]":
         """The config of the model, and its tokenizer, or why there is none."""
-        from ..gguf_files import reading_gguf_once
-        from ..modeling import load_config, load_tokenizer
+        from ..modeling import load_config, load_tokenizer, reading_gguf_once
 
         given = self.arguments
         # The libraries try again for half a minute where nobody answers.
