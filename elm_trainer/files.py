@@ -19,6 +19,8 @@ from transformers.utils import logging
 from .distributed import from_first, on_first, processes_and_rank
 
 
+logger = logging.get_logger(__name__)
+
 # What is not whole yet; a process that is killed while it writes leaves one.
 UNFINISHED = ".elm-tmp-"
 _SEAL = "sha256"
@@ -225,9 +227,6 @@ def settings_of(settings: Any, later: Sequence[str]) -> dict[str, Any]:
     """The fields of a dataclass for a key of a cache; those of `later` are left out at their defaults, so that caches of before serve."""
     defaults = {one.name: one.default for one in fields(settings) if one.name in later}
     return {name: value for name, value in asdict(settings).items() if name not in defaults or value != defaults[name]}
-
-
-logger = logging.get_logger(__name__)
 
 
 class Journal:
