@@ -7,7 +7,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -102,6 +102,11 @@ def write_text(path: str | Path, text: str) -> None:
 def write_json(path: str | Path, value: Mapping[str, Any]) -> None:
     """Write a report or the like as JSON, as [`replacing`] does."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write rows as JSON lines, as [`replacing`] does."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def append_line(path: str | Path, line: str) -> None:
@@ -350,8 +355,7 @@ def store_made(
     with replacing(folder) as unfinished:
         unfinished.mkdir()
         for file, rows in files.items():
-            content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            (unfinished / file).write_text(content, encoding="utf-8")
+            write_rows(unfinished / file, rows)
         record["files"] = folder_checksums(unfinished)
         write_json(unfinished / name, record)
 
