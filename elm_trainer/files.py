@@ -365,15 +365,8 @@ def made_before(
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
     """The record of what [`store_made`] has written, and the files that were edited since, which are taken as they are.
 
-    Args:
-        folder (`Path`): The folder.
-        name (`str`): File of the record.
-        origin (`Mapping`): What it must have been made from.
-        what (`str`): What is there, for the messages.
-        quote (`str`, *optional*): What stands around the names of `origin` there.
-
-    Raises:
-        ValueError: if it was made from other things, or a file is missing or the record cannot be read.
+    Raises `ValueError`, which says `what` is there and puts a `quote` around names, if it was made from things other than `origin`, a
+    file is missing or the record cannot be read.
     """
     fix = "name another `output_dir`, or move the folder away to have it made anew"
     try:

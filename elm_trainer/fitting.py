@@ -81,17 +81,11 @@ class Choice(NamedTuple):
 
 
 class FittedSettings(NamedTuple):
-    """What [`fitting_settings`] chooses.
+    """What [`fitting_settings`] chooses."""
 
-    Attributes:
-        choices (`dict[str, Choice]`): The settings, by the names of `OPTIONS`.
-        needed (`int`): Bytes that a step takes by the rule of [`fitting_settings`].
-        fits (`bool`): Whether that is within the usable memory.
-    """
-
-    choices: dict[str, Choice]
-    needed: int
-    fits: bool
+    choices: dict[str, Choice]  # by the names of `OPTIONS`
+    needed: int  # bytes that a step takes by its rule
+    fits: bool  # whether that is within the usable memory
 
 
 def fitting_settings(
@@ -121,16 +115,11 @@ def fitting_settings(
       in bfloat16, a copy of its weights in 2 bytes. With checkpointing it keeps h numbers a token.
 
     Args:
-        model (`PreTrainedConfig` or `PreTrainedModel`):
-            Config, or a model, on the meta device too. Weights are not looked at.
-        memory (`int`, *optional*):
-            Free bytes of the device; measured by default ([`free_memory`]).
-        device (`torch.device` or `str`, *optional*):
-            Where the model is trained; the accelerator if there is one, else the CPU.
-        row_tokens (`int`, *optional*, defaults to `192`):
-            Tokens of all texts of a row.
-        given (`Mapping[str, Any]`, *optional*):
-            Settings of `OPTIONS` that are given; they are kept, and the others chosen to fit them.
+        model: Config, or a model, on the meta device too. Weights are not looked at.
+        memory: Free bytes of the device; measured by default ([`free_memory`]).
+        device: Where the model is trained; the accelerator if there is one, else the CPU.
+        row_tokens: Tokens of all texts of a row.
+        given: Settings of `OPTIONS` that are given; they are kept, and the others chosen to fit them.
 
     Raises:
         ValueError: if `given` names a setting that is not chosen here, or there is no memory.
@@ -240,17 +229,14 @@ def objective_settings(
     - **checkpoints**: one after each quarter of the steps, of which the last is kept, so that a run can go on.
 
     Args:
-        texts (`int`): Number of forget texts.
-        longest (`int`): Tokens of the longest.
-        counterfactual (`bool`): Whether every one has `novices`.
-        alike, by_terms (`bool`, *optional*, defaults to `False`):
-            Whether it reads most facts and their stand-ins alike ([`likeness`]), and whether `novices` replace a subject's terms.
-        given (`Mapping[str, Any]`, *optional*): Settings that are given; none of them is chosen.
-        attention (`Sequence[str]`, *optional*): The model's [`attention_modules`], which are adapted at the readout.
-        depth (`int`, *optional*): Number of its layers, of which those of terms are chosen.
-
-    Returns:
-        `dict[str, Choice]`: by name of the option.
+        texts: Number of forget texts.
+        longest: Tokens of the longest.
+        counterfactual: Whether every one has `novices`.
+        alike: Whether the model reads most facts and their stand-ins alike ([`likeness`]).
+        by_terms: Whether `novices` replace a subject's terms.
+        given: Settings that are given; none of them is chosen.
+        attention: The model's [`attention_modules`], which are adapted at the readout.
+        depth: Number of its layers, of which those of terms are chosen.
     """
     given = dict(given or {})
     objective, why = _objective(given, counterfactual, by_terms)

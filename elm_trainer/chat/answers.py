@@ -39,20 +39,12 @@ _LEAST_FIRST = 1e-3
 
 @dataclass(frozen=True)
 class ChatConcept:
-    """What a chat knows of an erased concept.
-
-    Args:
-        name (`str`): Its name.
-        questions (`Sequence[Question]`, *optional*): Questions about it.
-        keywords (`Sequence[str]`, *optional*): Terms where there are no questions.
-        wordings (`Mapping[str, Mapping[str, str]]`, *optional*): Those of attacks, as of an
-            [`~elm_trainer.attacks.AttackTarget`].
-    """
+    """What a chat knows of an erased concept."""
 
     name: str
     questions: Sequence[Question] = ()
-    keywords: Sequence[str] = ()
-    wordings: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    keywords: Sequence[str] = ()  # the terms where there are no questions
+    wordings: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # as of an `AttackTarget`
 
     def question(self, text: str) -> Question:
         """The bank's question of this text, or one made of it, whose subject is the first that it names."""
@@ -86,11 +78,7 @@ class ChatConcept:
         return prompts
 
     def prompt(self, text: str, attack: str, processing_class: PreTrainedTokenizerBase) -> str:
-        """The prompt with which one attack asks, or that of the question as it was typed where that is `PLAIN`.
-
-        Raises:
-            ValueError: for an attack that needs a question with a subject.
-        """
+        """The prompt of one attack, or of `PLAIN`; raises `ValueError` for an attack that needs a question with a subject."""
         prompts = {PLAIN: as_prompt(processing_class, text)} | self.prompts(text, processing_class)
         if attack not in prompts:
             such = f", such as {self.questions[0].text!r}" if self.questions else ""
@@ -122,15 +110,9 @@ class ChatConcept:
 
 
 def load_chat_concept(name: str, bank: str | None = None) -> ChatConcept:
-    """What a chat knows of a concept.
+    """What a chat knows of a concept that [`load_concept`] takes, with the questions of the file `bank` or built-in ones.
 
-    Args:
-        name (`str`): A concept, as [`load_concept`] takes it. `"capitals"` and `"elements"` have questions built in.
-        bank (`str`, *optional*): File of questions about it, as [`read_questions`] reads it.
-
-    Raises:
-        OSError: if a file cannot be read.
-        ValueError: for a name or a file that cannot be used.
+    Raises `OSError` if a file cannot be read, and `ValueError` for a name or a file that cannot be used.
     """
     if bank is not None:
         return ChatConcept(name.partition(":")[0], read_questions(bank))
@@ -164,35 +146,21 @@ def term_tokens(processing_class: PreTrainedTokenizerBase, terms: Sequence[str])
 
 @dataclass(frozen=True)
 class AnswerToken:
-    """A token of an answer.
-
-    Attributes:
-        id (`int`): Token id.
-        text (`str`): What it adds to the text; empty where only the next token completes a character.
-        probability (`float`): Of the token, under the model that wrote it and at temperature 1.
-        concept (`float`, *optional*): Probability that the model would have gone on with one of the concept's terms in
-            its place; `None` where there are no terms.
-    """
+    """A token of an answer, with probabilities at temperature 1 under the model that wrote it."""
 
     id: int
-    text: str
+    text: str  # what it adds; empty where only the next token completes a character
     probability: float
-    concept: float | None
+    concept: float | None  # that one of the concept's terms would stand in its place; `None` where there are none
 
 
 @dataclass
 class Answer:
-    """An answer as far as it has come.
+    """An answer as far as it has come."""
 
-    Attributes:
-        tokens (`list[AnswerToken]`): Its tokens, without the one that ends it.
-        state (`str`): `"writing"`, `"ended"` by the model, or `"cut off"` at the longest length.
-        end_concept (`float`, *optional*): The concept's probability in place of the token that ended the answer.
-    """
-
-    tokens: list[AnswerToken] = field(default_factory=list)
-    state: str = "writing"
-    end_concept: float | None = None
+    tokens: list[AnswerToken] = field(default_factory=list)  # without the one that ends it
+    state: str = "writing"  # then "ended" by the model, or "cut off" at the longest length
+    end_concept: float | None = None  # the concept's probability in place of the token that ended the answer
 
     @property
     def text(self) -> str:

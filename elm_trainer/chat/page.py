@@ -87,17 +87,10 @@ def make_page(
     max_new_tokens: int = 64,
     seed: int = 0,
 ) -> Any:
-    """The page, as a `gradio.Blocks`.
+    """The page, as a `gradio.Blocks`; raises `ImportError` without the extra `chat`.
 
-    Args:
-        chat ([`ErasureChat`]): The models.
-        concept ([`ChatConcept`]): What was erased.
-        folders (`Mapping[str, str | Path]`): Folder of each of the chat's adapters, beside or in which a report may lie.
-        temperature (`float`), max_new_tokens (`int`), seed (`int`): What the controls begin with; see
-            [`ErasureChat.answer`].
-
-    Raises:
-        ImportError: without the extra `chat`.
+    `folders` are those of the chat's adapters, in or beside which a report may lie. The controls begin with the settings of
+    [`ErasureChat.answer`] that are given.
     """
     # Read when it is imported.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
@@ -179,17 +172,9 @@ def make_page(
 
 
 def serve(page: Any, port: int | None = None) -> str:
-    """Serve the page to this machine alone, in threads of its own: `page.block_thread()` waits, `page.close()` ends it.
+    """Serve the page to this machine alone, in threads of its own, and say at which address.
 
-    Args:
-        page (`gradio.Blocks`): What [`make_page`] made.
-        port (`int`, *optional*): Port; the first free one from 7860 by default.
-
-    Returns:
-        `str`: its address.
-
-    Raises:
-        OSError: if the port is taken.
+    `page.block_thread()` waits, `page.close()` ends it. Raises `OSError` if the port is taken, by default the first free one from 7860.
     """
     import gradio as gr
     from starlette.middleware import Middleware

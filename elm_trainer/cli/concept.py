@@ -105,22 +105,13 @@ def _read_chosen(path: Path) -> dict[str, Any]:
 class ConceptRun:
     """The options of an erasure from a name; what was not given is chosen when that can be done.
 
-    Args:
-        line ([`CommandLine`]): What was given.
-
-    Attributes:
-        arguments ([`ErasureArguments`]): Options of the run.
-        config ([`ElmConfig`]): Settings of its training.
-        chosen (`dict[str, Choice]`): What was chosen so far, and why, by name of the option.
-
-    Raises:
-        ValueError: for a value that the config or the libraries below it refuse.
-        OSError: if what an earlier call has chosen cannot be read.
+    Raises `ValueError` for a value that the config or the libraries below it refuse, and `OSError` if what an earlier call has chosen
+    cannot be read.
     """
 
     arguments: "ErasureArguments"
     config: "ElmConfig"
-    chosen: "dict[str, Choice]"
+    chosen: "dict[str, Choice]"  # so far, by name of the option
 
     def __init__(self, line: CommandLine):
         from ..fitting import Choice
@@ -216,12 +207,7 @@ class ConceptRun:
             self._known = check_known(model, tokenizer, self.concept, seed=self.config.seed)
 
     def fit_model(self, model: "PreTrainedConfig | PreTrainedModel", memory: int | None = None) -> None:
-        """Choose what depends on the model and the machine.
-
-        Args:
-            model (`PreTrainedConfig` or `PreTrainedModel`): The model, or its config.
-            memory (`int`, *optional*): Bytes to plan for, in place of what is free.
-        """
+        """Choose what depends on the model and the machine, with so many bytes of `memory` in place of what is free."""
         import torch
 
         from ..distributed import from_first

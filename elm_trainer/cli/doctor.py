@@ -27,17 +27,11 @@ _MARKS = {"ok": "[green]✓[/]", "note": "[yellow]•[/]", "problem": "[red]✗[
 
 
 class Finding(NamedTuple):
-    """What a check has found.
-
-    Attributes:
-        status (`str`): `"ok"`; `"note"`, worth knowing; or `"problem"`, at which the run would fail.
-        text (`str`): What is so, in a line.
-        fix (`str`): What to do about it.
-    """
+    """What a check has found: that all is well, something worth knowing, or a problem, at which the run would fail."""
 
     status: Literal["ok", "note", "problem"]
-    text: str
-    fix: str = ""
+    text: str  # what is so, in a line
+    fix: str = ""  # what to do about it
 
 
 def check_model(run: PlannedRun) -> Finding:

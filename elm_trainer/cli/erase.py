@@ -90,8 +90,7 @@ def main(argv: list[str] | None = None) -> None:
     ):
         dataset = arguments.dataset(sources, tokenizer, config.seed)
         clock.lap("synthesis")
-    looked_at = arguments.dev_suite(concepts) if arguments.dev_every else None
-    trainer = _train(arguments, config, looked_at, model, lora, dataset, tokenizer, clock)
+    trainer = _train(arguments, config, concepts, model, lora, dataset, tokenizer, clock)
     if asked is not None:
         _evaluate(arguments, config, asked, trainer, dataset, tokenizer, clock)
     # A launched process that ends within its group may be aborted by the threads of its backend.
@@ -101,11 +100,7 @@ def main(argv: list[str] | None = None) -> None:
 def _check(
     arguments: ErasureArguments, config: "ElmConfig"
 ) -> tuple[dict[str, "Concept"], tuple["EvaluationSuite", list[str]] | None, "PreTrainedTokenizerBase"]:
-    """Find what is wrong before the model is loaded.
-
-    Returns:
-        The concepts by name, the questions with what is measured (`None` without an evaluation), and the tokenizer.
-    """
+    """Find what is wrong before the model is loaded; the questions are `None` without an evaluation."""
     from ..modeling import load_tokenizer
 
     check_dtype(arguments.dtype)
@@ -227,7 +222,7 @@ def _sample(
 def _train(
     arguments: ErasureArguments,
     config: "ElmConfig",
-    looked_at: "EvaluationSuite | None",
+    concepts: dict[str, "Concept"],
     model: "PreTrainedModel",
     lora: "LoraConfig",
     dataset: "Dataset",
@@ -239,6 +234,7 @@ def _train(
 
     from .. import ElmTrainer, ErasureEvaluationCallback
 
+    looked_at = arguments.dev_suite(concepts) if arguments.dev_every else None
     torch.set_float32_matmul_precision(arguments.matmul_precision)
     trainer = ElmTrainer(model, config, train_dataset=dataset, processing_class=tokenizer, peft_config=lora)
     _name_training_bar(trainer)

@@ -24,11 +24,7 @@ _OBJECTIVES = ["readout", "terms", "log-space", "contexts"]
 
 @dataclass
 class ErasureArguments:
-    """What is erased from which model; the settings of training are those of `ElmConfig`.
-
-    Raises:
-        ValueError: for a number out of its range.
-    """
+    """What is erased from which model; the settings of training are those of `ElmConfig`."""
 
     model: str = field(default="smollm2-135m-instruct", metadata={"help": "Hub id, folder, GGUF file or demo model."})
     model_revision: str | None = field(default=None, metadata={"help": "Commit, tag or branch on the Hub."})
@@ -230,8 +226,7 @@ class ErasureArguments:
     def dev_suite(self, concepts: Iterable[str], questions: int = 60) -> "EvaluationSuite":
         """The questions that are asked during training: the dev split of built-in ones, and of the folders in `bank`.
 
-        Raises:
-            ValueError: for a concept that has neither. A file of questions belongs to the report alone.
+        Raises `ValueError` for a concept that has neither. A file of questions belongs to the report alone.
         """
         from pathlib import Path
 

@@ -107,11 +107,7 @@ def check_dtype(name: str) -> None:
 
 @contextmanager
 def named(option: str, name: str) -> Iterator[None]:
-    """Name the option whose model, or adapter, the block cannot load.
-
-    Raises:
-        OSError: in place of what the libraries raise about a model that they do not find or cannot read.
-    """
+    """Name the option whose model, or adapter, the block cannot load, in an `OSError` in place of what the libraries raise."""
     from safetensors import SafetensorError
 
     from ..modeling import PACKAGED_MODELS

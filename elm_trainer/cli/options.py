@@ -78,13 +78,9 @@ class CommandLine:
         return self._parse(self._early, complete=self._config is None)
 
     def complete(self, chosen: Mapping[str, Any] | None = None) -> tuple[Any, ...]:
-        """Instances of `own` and of `config`.
+        """Instances of `own` and of `config`, with the `chosen` values of options that were not given in place of the defaults.
 
-        Args:
-            chosen (`Mapping[str, Any]`, *optional*): Values of options that were not given, in place of the defaults.
-
-        Raises:
-            ValueError: for a value that the config or the libraries below it refuse.
+        Raises `ValueError` for a value that the config or the libraries below it refuse.
         """
         return self._parse(self._all(), complete=True, chosen=chosen)
 
@@ -130,15 +126,7 @@ class CommandLine:
 
 
 class OptionParser(OneLineParser, TrlParser):
-    """[`~trl.TrlParser`] whose errors name option, value and fix in one line.
-
-    Args:
-        command (`str`): Name of the subcommand.
-        kinds (`list[type]`): Dataclasses of its options.
-        path (`str` or `Path`, *optional*): The file whose values are defaults.
-        file (`dict`, *optional*): What it holds.
-        shown (`str`): Description and epilog of the help.
-    """
+    """A parser of a subcommand's dataclasses whose errors, also of what the file at `path` holds, name option, value and fix."""
 
     def __init__(
         self,

@@ -42,41 +42,23 @@ class DoctorArguments(ErasureArguments):
 
 
 class Hub(NamedTuple):
-    """Whether the Hub answers, and who is signed in.
-
-    Attributes:
-        reachable (`bool`): Whether it has answered.
-        text (`str`): Where it is, or why it does not answer.
-        token (`bool`): Whether there is a token.
-    """
+    """Whether the Hub answers, and somebody is signed in."""
 
     reachable: bool
-    text: str
+    text: str  # where it is, or why it does not answer
     token: bool
 
 
 class PlannedTexts(NamedTuple):
-    """What texts a run will have, as far as that is known before a model writes.
+    """What texts a run will have, as far as that is known before a model writes."""
 
-    Attributes:
-        texts (`dict[str, Dataset]`): By name, those about the concept as `"forget"`; all others are retain texts.
-        note (`str`): What is not there yet, and how it is planned.
-        kind (`dict[str, bool]`): `counterfactual`, `alike` and `by_terms`, as [`objective_settings`] wants to know them.
-    """
-
-    texts: "dict[str, Dataset]"
-    note: str
-    kind: dict[str, bool]
+    texts: "dict[str, Dataset]"  # by name, those about the concept as "forget"; all others are retain texts
+    note: str  # what is not there yet, and how it is planned
+    kind: dict[str, bool]  # what `objective_settings` wants to know of them
 
 
 class PlannedRun:
-    """An erasure before it runs: each part is made when it is first looked at, and then kept.
-
-    Args:
-        arguments ([`DoctorArguments`]): Options of the run.
-        config ([`ElmConfig`]): Settings of its training.
-        made ([`ConceptRun`], *optional*): Where its texts are made for a `concept`.
-    """
+    """An erasure before it runs, whose texts are `made` where there is a `concept`: each part is made when it is first looked at."""
 
     def __init__(self, arguments: DoctorArguments, config: "ElmConfig", made: "ConceptRun | None" = None):
         self.arguments, self.config, self.made = arguments, config, made
