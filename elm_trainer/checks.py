@@ -20,11 +20,9 @@ RULES: dict[str, Callable[[Any], bool]] = {
 
 
 def check_numbers(config: Any, rules: Iterable[tuple[str, Sequence[str]]]) -> None:
-    """Raise `ValueError` for a field of a dataclass that should be a number and is none, or that breaks its rule.
+    """Raise `ValueError` for a field of a dataclass that should be a finite number and is none, or that breaks its rule; `None` passes.
 
-    Args:
-        config: Dataclass. Its numbers must be finite, but for `max_grad_norm`. `None` passes.
-        rules: A rule, such as `"at least 0"`, with the names of its fields.
+    `rules` are some of `RULES`, each with the names of its fields.
     """
     for field in fields(config):
         if (value := getattr(config, field.name)) is not None:
@@ -36,11 +34,7 @@ def check_numbers(config: Any, rules: Iterable[tuple[str, Sequence[str]]]) -> No
 
 
 def number_range(name: str, value: str | None) -> tuple[int, int] | None:
-    """The two whole numbers of a setting such as `"50-300"`; `None` where there is none.
-
-    Raises:
-        ValueError: for anything else, or if the first number is 0 or above the second.
-    """
+    """The two whole numbers of a setting such as `"50-300"`, `None` where there is none; raises `ValueError` for anything else."""
     if value is None:
         return None
     first, _, last = str(value).partition("-")

@@ -144,28 +144,28 @@ def load_concept(name_or_path: str | Path | Concept) -> Concept:
             f"`concept` is of type {type(name_or_path).__name__}: give a name, a .yaml file or a `Concept`."
         )
     path, presets = Path(name_or_path), concept_presets()
-    if path.suffix not in (".yaml", ".yml"):
-        name, colon, _ = str(name_or_path).partition(":")
+    name, colon, _ = str(name_or_path).partition(":")
+    if path.suffix in (".yaml", ".yml"):
+        try:
+            text = path.read_text(encoding="utf-8")
+        except OSError as error:
+            raise OSError(f"`concept` is {name_or_path!r}, which cannot be read ({error}): check the path.") from error
+    elif name in presets and not colon:
+        text = (files(__package__) / "concepts" / f"{name}.yaml").read_text(encoding="utf-8")
+    else:
         near = get_close_matches(name.lower(), presets, n=1, cutoff=0.75)
-        if not colon and name not in presets and (near or _FILE_NAME.search(name)):
+        if not colon and (near or _FILE_NAME.search(name)):
             fix = f"did you mean {near[0]!r}?" if near else "name your own without an ending or a slash."
             raise ValueError(
                 f"`concept` is {name!r}, neither a preset ({', '.join(presets)}) nor a .yaml file; {fix} Keywords of your own "
                 f"are put behind a colon, '{name}: keyword, keyword'."
             )
-        if not colon and name not in presets:
+        if not colon:
             logger.warning_once(
                 f"The concept {name!r} is not a preset, so its contexts say its name alone: put what describes it into "
                 f"`concepts` of the config, '{name}: keyword, keyword'."
             )
-        if colon or name not in presets:
-            return described_concept(str(name_or_path))
-        text = (files(__package__) / "concepts" / f"{name}.yaml").read_text(encoding="utf-8")
-    else:
-        try:
-            text = path.read_text(encoding="utf-8")
-        except OSError as error:
-            raise OSError(f"`concept` is {name_or_path!r}, which cannot be read ({error}): check the path.") from error
+        return described_concept(str(name_or_path))
     try:
         record = yaml.safe_load(text)
     except yaml.YAMLError as error:

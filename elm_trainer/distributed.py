@@ -102,11 +102,6 @@ def gathered(module: nn.Module) -> AbstractContextManager:
     return maybe_gather_lm_head_ctx(*module.parameters())
 
 
-def default_device() -> torch.device:
-    """The accelerator, if there is one, else the CPU."""
-    return torch.accelerator.current_accelerator() or torch.device("cpu")
-
-
 def multiplies_in_bfloat16(device: torch.device) -> bool:
     """Whether a device has matrix products in bfloat16, not only the type."""
     if device.type == "cuda":

@@ -7,7 +7,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -18,6 +18,8 @@ from transformers.utils import logging
 
 from .distributed import from_first, on_first, processes_and_rank
 
+
+logger = logging.get_logger(__name__)
 
 # What is not whole yet; a process that is killed while it writes leaves one.
 UNFINISHED = ".elm-tmp-"
@@ -100,6 +102,11 @@ def write_text(path: str | Path, text: str) -> None:
 def write_json(path: str | Path, value: Mapping[str, Any]) -> None:
     """Write a report or the like as JSON, as [`replacing`] does."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write rows as JSON lines, as [`replacing`] does."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def append_line(path: str | Path, line: str) -> None:
@@ -227,9 +234,6 @@ def settings_of(settings: Any, later: Sequence[str]) -> dict[str, Any]:
     return {name: value for name, value in asdict(settings).items() if name not in defaults or value != defaults[name]}
 
 
-logger = logging.get_logger(__name__)
-
-
 class Journal:
     """Rows of finished work in a JSON-lines file, kept until the report is written.
 
@@ -351,8 +355,7 @@ def store_made(
     with replacing(folder) as unfinished:
         unfinished.mkdir()
         for file, rows in files.items():
-            content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            (unfinished / file).write_text(content, encoding="utf-8")
+            write_rows(unfinished / file, rows)
         record["files"] = folder_checksums(unfinished)
         write_json(unfinished / name, record)
 
@@ -362,15 +365,8 @@ def made_before(
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
     """The record of what [`store_made`] has written, and the files that were edited since, which are taken as they are.
 
-    Args:
-        folder (`Path`): The folder.
-        name (`str`): File of the record.
-        origin (`Mapping`): What it must have been made from.
-        what (`str`): What is there, for the messages.
-        quote (`str`, *optional*): What stands around the names of `origin` there.
-
-    Raises:
-        ValueError: if it was made from other things, or a file is missing or the record cannot be read.
+    Raises `ValueError`, which says `what` is there and puts a `quote` around names, if it was made from things other than `origin`, a
+    file is missing or the record cannot be read.
     """
     fix = "name another `output_dir`, or move the folder away to have it made anew"
     try:

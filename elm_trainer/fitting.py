@@ -1,7 +1,6 @@
 """Settings that fit a model and a machine, by stated rules, from the model's config alone."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -9,7 +8,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .distributed import default_device, free_memory, multiplies_in_bfloat16
+from .distributed import free_memory, multiplies_in_bfloat16
 from .modeling import LINEAR, decoder_layers
 
 
@@ -74,39 +73,19 @@ _FEWEST_STEPS = 600  # states are led slowly, where there are few rows too
 _LENGTHS = (80, 256)
 
 
-@dataclass(frozen=True)
-class FittedSettings:
-    """What [`fitting_settings`] chooses, named as the options of `examples/erase.py`.
+class Choice(NamedTuple):
+    """A setting that was chosen, and why."""
 
-    Args:
-        lora_layers (`str`): First and last adapted layer, such as `"12-24"`, or `"auto"` if that is given.
-        lora_targets (`str`): Names of adapted modules, comma-separated, or `"all-linear"`.
-        lora_rank, lora_alpha (`int`): Rank and alpha of the adapter.
-        per_device_train_batch_size, gradient_accumulation_steps (`int`): Rows in a forward pass, and passes in an update.
-        per_device_eval_batch_size (`int`): Rows of which targets are computed at once.
-        dtype (`str`), bf16, activation_checkpointing (`bool`): As the options of that name.
-        reasons (`Mapping[str, str]`): Why, by name of the setting.
-        needed (`int`): Bytes that a step takes by the rule of [`fitting_settings`].
-        fits (`bool`): Whether that is within the usable memory.
-    """
+    value: Any
+    reason: str
 
-    lora_layers: str
-    lora_targets: str
-    lora_rank: int
-    lora_alpha: int
-    per_device_train_batch_size: int
-    gradient_accumulation_steps: int
-    per_device_eval_batch_size: int
-    dtype: str
-    bf16: bool
-    activation_checkpointing: bool
-    reasons: Mapping[str, str]
-    needed: int
-    fits: bool
 
-    def options(self) -> dict[str, Any]:
-        """The settings by name, without what is said about them."""
-        return {name: getattr(self, name) for name in OPTIONS}
+class FittedSettings(NamedTuple):
+    """What [`fitting_settings`] chooses."""
+
+    choices: dict[str, Choice]  # by the names of `OPTIONS`
+    needed: int  # bytes that a step takes by its rule
+    fits: bool  # whether that is within the usable memory
 
 
 def fitting_settings(
@@ -136,16 +115,11 @@ def fitting_settings(
       in bfloat16, a copy of its weights in 2 bytes. With checkpointing it keeps h numbers a token.
 
     Args:
-        model (`PreTrainedConfig` or `PreTrainedModel`):
-            Config, or a model, on the meta device too. Weights are not looked at.
-        memory (`int`, *optional*):
-            Free bytes of the device; measured by default ([`free_memory`]).
-        device (`torch.device` or `str`, *optional*):
-            Where the model is trained; the accelerator if there is one, else the CPU.
-        row_tokens (`int`, *optional*, defaults to `192`):
-            Tokens of all texts of a row.
-        given (`Mapping[str, Any]`, *optional*):
-            Settings of `OPTIONS` that are given; they are kept, and the others chosen to fit them.
+        model: Config, or a model, on the meta device too. Weights are not looked at.
+        memory: Free bytes of the device; measured by default ([`free_memory`]).
+        device: Where the model is trained; the accelerator if there is one, else the CPU.
+        row_tokens: Tokens of all texts of a row.
+        given: Settings of `OPTIONS` that are given; they are kept, and the others chosen to fit them.
 
     Raises:
         ValueError: if `given` names a setting that is not chosen here, or there is no memory.
@@ -153,19 +127,18 @@ def fitting_settings(
     given = dict(given or {})
     if unknown := sorted(set(given) - set(OPTIONS)):
         raise ValueError(f"`given` names {unknown}, which are not chosen here: use {', '.join(OPTIONS)}.")
-    place = default_device() if device is None else torch.device(device)
+    place = torch.device(device or torch.accelerator.current_accelerator() or "cpu")
     memory = free_memory(place) if memory is None else memory
     if memory <= 0:
         raise ValueError(f"`memory` is {memory}: give the free bytes of the device.")
     model = model if isinstance(model, PreTrainedModel) else empty_model(model)
     layers = decoder_layers(model)
     count, hidden = len(layers), model.config.get_text_config().hidden_size
-    values: dict[str, Any] = {}
-    reasons: dict[str, str] = {}
+    choices: dict[str, Choice] = {}
 
     def choose(name: str, value: Any, reason: str) -> Any:
-        values[name], reasons[name] = (given[name], "given") if name in given else (value, reason)
-        return values[name]
+        choices[name] = Choice(given[name], "given") if name in given else Choice(value, reason)
+        return choices[name].value
 
     first, last = min(round(_FIRST * count), count - 1), min(round(_LAST * count), count - 1)
     chosen = choose("lora_layers", f"{first}-{last}", f"from {_FIRST:.0%} to {_LAST:.0%} of {count} layers")
@@ -211,30 +184,20 @@ def fitting_settings(
     why = f"{shown(needed(rows, dtype, not fitting))} of {shown(usable)} that may be used"
     rows = choose("per_device_train_batch_size", rows, why)
     choose("gradient_accumulation_steps", max(UPDATE_ROWS // rows, 1), f"{UPDATE_ROWS} rows an update")
-    choose(
-        "per_device_eval_batch_size", _BATCHES.get(rows, max(3 * rows, 1)), "targets are computed without gradients"
-    )
+    at_once = _BATCHES.get(rows, max(3 * rows, 1))
+    choose("per_device_eval_batch_size", at_once, "targets are computed without gradients")
     why = "activations fit" if fitting else "not even the activations of one row fit"
     checkpointing = choose("activation_checkpointing", not fitting, why)
     need = needed(rows, dtype, checkpointing)
-    return FittedSettings(
-        **values, reasons={name: reasons[name] for name in OPTIONS}, needed=need, fits=need <= usable
-    )
-
-
-class Choice(NamedTuple):
-    """A setting that was chosen, and why."""
-
-    value: Any
-    reason: str
+    return FittedSettings({name: choices[name] for name in OPTIONS}, needed=need, fits=need <= usable)
 
 
 def machine_settings(fitted: FittedSettings, device: torch.device) -> dict[str, Choice]:
     """The settings of [`fitting_settings`] with those that go with the device, by name."""
-    found = {name: Choice(value, fitted.reasons[name]) for name, value in fitted.options().items()}
+    found = dict(fitted.choices)
     if device.type == "cpu":
         found |= {name: Choice(value, "least time on a CPU") for name, value in _ON_CPU.items()}
-        found["bf16_full_eval"] = Choice(fitted.bf16, fitted.reasons["bf16"])
+        found["bf16_full_eval"] = found["bf16"]
     return found
 
 
@@ -266,17 +229,14 @@ def objective_settings(
     - **checkpoints**: one after each quarter of the steps, of which the last is kept, so that a run can go on.
 
     Args:
-        texts (`int`): Number of forget texts.
-        longest (`int`): Tokens of the longest.
-        counterfactual (`bool`): Whether every one has `novices`.
-        alike, by_terms (`bool`, *optional*, defaults to `False`):
-            Whether it reads most facts and their stand-ins alike ([`likeness`]), and whether `novices` replace a subject's terms.
-        given (`Mapping[str, Any]`, *optional*): Settings that are given; none of them is chosen.
-        attention (`Sequence[str]`, *optional*): The model's [`attention_modules`], which are adapted at the readout.
-        depth (`int`, *optional*): Number of its layers, of which those of terms are chosen.
-
-    Returns:
-        `dict[str, Choice]`: by name of the option.
+        texts: Number of forget texts.
+        longest: Tokens of the longest.
+        counterfactual: Whether every one has `novices`.
+        alike: Whether the model reads most facts and their stand-ins alike ([`likeness`]).
+        by_terms: Whether `novices` replace a subject's terms.
+        given: Settings that are given; none of them is chosen.
+        attention: The model's [`attention_modules`], which are adapted at the readout.
+        depth: Number of its layers, of which those of terms are chosen.
     """
     given = dict(given or {})
     objective, why = _objective(given, counterfactual, by_terms)
@@ -353,20 +313,18 @@ def expected_readout(depth: int) -> int:
 
 def feed_forward_inputs(layers: nn.ModuleList, hidden: int) -> list[str]:
     """Names of the modules that lead into the feed-forward part, as in the rule of [`fitting_settings`]."""
-    found: dict[str, None] = {}
+    found: dict[str, set[tuple[int, int]]] = {}
     for layer in layers:
         for path, module in linear(layer).items():
-            inputs, outputs = sizes(module)
-            if "attn" not in path and "attention" not in path and inputs == hidden and outputs >= hidden:
-                found[path.rpartition(".")[2]] = None
+            if "attn" not in path and "attention" not in path:
+                found.setdefault(path.rpartition(".")[2], set()).add(sizes(module))
     # Where the feed-forward part is as wide as the model, what leads out of it looks the same: names tell nothing then.
-    back = {
-        path.rpartition(".")[2]
-        for layer in layers
-        for path, m in linear(layer).items()
-        if "attn" not in path and "attention" not in path and sizes(m)[1] == hidden
-    }
-    return [name for name in found if name not in back]
+    return [
+        name
+        for name, shapes in found.items()
+        if any(inputs == hidden <= outputs for inputs, outputs in shapes)
+        and all(outputs != hidden for _, outputs in shapes)
+    ]
 
 
 def attention_modules(layers: nn.ModuleList) -> list[str]:

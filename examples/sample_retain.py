@@ -4,7 +4,6 @@
 """
 
 import argparse
-import json
 import random
 import re
 from dataclasses import replace
@@ -19,6 +18,7 @@ import elm_trainer
 from elm_trainer import load_model_and_tokenizer
 from elm_trainer.data.facts import BANKS, capitals, held_out_subjects, load_bank
 from elm_trainer.evaluation.fluency import as_prompt
+from elm_trainer.files import write_rows
 from elm_trainer.synthesis import SynthesisConfig, sample_texts
 
 
@@ -43,16 +43,12 @@ SEATS = {"La Paz"}
 MEASURED = "[Cc]apital|[Cc]ontinent|[Rr]iver|[Ff]lag"
 
 
-def write(path: Path, rows: list[dict[str, str]]) -> None:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+def write_texts(path: Path, texts: list[str]) -> None:
+    write_rows(path, ({"text": text} for text in texts))
 
 
-def as_rows(texts: list[str]) -> list[dict[str, str]]:
-    return [{"text": text} for text in texts]
-
-
-def as_pairs(pairs: list[tuple[str, str]]) -> list[dict[str, str]]:
-    return [{"prompt": prompt, "completion": completion} for prompt, completion in pairs]
+def write_pairs(path: Path, pairs: list[tuple[str, str]]) -> None:
+    write_rows(path, ({"prompt": prompt, "completion": completion} for prompt, completion in pairs))
 
 
 def main() -> None:
@@ -68,33 +64,33 @@ def main() -> None:
     prompts = yaml.safe_load((folder / "everyday.yaml").read_text(encoding="utf-8"))
     asked = [
         *prompts["openings"],
-        *(f"Question: {question}\nAnswer:" for question in prompts["questions"]),
+        *map(bare_question, prompts["questions"]),
         *(as_prompt(tokenizer, question) for question in prompts["questions"]),
     ]
     texts = sample_texts(model, tokenizer, asked, CONFIG)
     random.Random(0).shuffle(texts)
-    write(output / "everyday-held-out.jsonl", as_rows(texts[:HELD_OUT]))
-    write(output / "everyday.jsonl", as_rows(texts[HELD_OUT:]))
+    write_texts(output / "everyday-held-out.jsonl", texts[:HELD_OUT])
+    write_texts(output / "everyday.jsonl", texts[HELD_OUT:])
 
     asked = prompts_on_countries(folder / "countries.yaml", tokenizer)
     texts = sample_texts(model, tokenizer, asked, CONFIG)
     kept = [text for text in texts if not names_a_measured_fact(text, MEASURED)]
-    write(output / "countries.jsonl", as_rows(kept))
+    write_texts(output / "countries.jsonl", kept)
 
     asked = prompts_on_countries(folder / "countries-quiz.yaml", tokenizer, QUIZ_SAMPLES, bare=True)
     pairs = short_answers(model, tokenizer, asked)
     kept = [pair for pair in pairs if not names_a_measured_fact("".join(pair), MEASURED)]
-    write(output / "countries-quiz.jsonl", as_pairs(kept))
+    write_pairs(output / "countries-quiz.jsonl", kept)
 
     places = yaml.safe_load((folder / "places.yaml").read_text(encoding="utf-8"))["places"]
     asked = [place.format(subject=subject) for subject in unasked_countries() for place in places]
     random.Random(0).shuffle(asked)
     kept = [pair for pair in short_answers(model, tokenizer, asked) if "apital" not in pair[1]]
-    write(output / "places.jsonl", as_pairs(kept))
+    write_pairs(output / "places.jsonl", kept)
 
     asked = prompts_on_cities(folder / "cities.yaml", tokenizer)
     kept = [pair for pair in short_answers(model, tokenizer, asked) if "apital" not in pair[1]]
-    write(output / "cities.jsonl", as_pairs(kept))
+    write_pairs(output / "cities.jsonl", kept)
 
     beginnings = yaml.safe_load((folder / "quiz.yaml").read_text(encoding="utf-8"))["beginnings"]
     begun = [f"Question: {beginning}" for beginning in beginnings for _ in range(QUESTIONS_EACH)]
@@ -108,16 +104,14 @@ def main() -> None:
     ]
     random.Random(0).shuffle(asked)
     pairs = short_answers(model, tokenizer, asked)
-    write(
-        output / "quiz.jsonl",
-        as_pairs([pair for pair in pairs if not names_a_measured_fact("".join(pair), "[Cc]apital")]),
-    )
+    kept = [pair for pair in pairs if not names_a_measured_fact("".join(pair), "[Cc]apital")]
+    write_pairs(output / "quiz.jsonl", kept)
 
     asked = prompts_on_countries(folder / "capitals-fluent.yaml", tokenizer)
     texts = sample_texts(model, tokenizer, asked, FLUENT)
     pairs = [(prompt, text.removeprefix(prompt)) for prompt, text in zip(asked, texts, strict=True)]
     kept = [pair for pair in pairs if len(pair[1].split()) >= FEWEST_WORDS and not names_a_measured_fact(pair[1])]
-    write(output / "capitals-fluent.jsonl", as_pairs(kept))
+    write_pairs(output / "capitals-fluent.jsonl", kept)
 
 
 def short_answers(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from transformers import HfArgumentParser
 
-from elm_trainer.scripts import hush_libraries
+from elm_trainer.cli import hush_libraries
 
 
 @dataclass

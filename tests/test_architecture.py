@@ -23,7 +23,6 @@ LAYERS = {
         "distributed",
         "fingerprint",
         "concept",
-        "gguf_files",
         "modeling",
         "fitting",
     ),
@@ -40,7 +39,6 @@ LAYERS = {
     "comparison": ("comparison",),
     "hub": ("hub",),
     "chat": ("chat",),
-    "scripts": ("scripts",),
     "cli": ("cli", "__main__"),
 }
 MAY_IMPORT = {
@@ -59,8 +57,6 @@ MAY_IMPORT = {
     # It reads reports and settings from files, and knows no method.
     "hub": ("base", "ops", "data", "evaluation", "synthesis", "attacks"),
     "chat": ("base", "ops", "data", "evaluation", "attacks"),
-    # What the subcommands and the examples share.
-    "scripts": tuple(layer for layer in LAYERS if layer not in ("scripts", "cli")),
     # Nothing in the package imports the subcommands.
     "cli": tuple(layer for layer in LAYERS if layer != "cli"),
 }

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from elm_trainer.attacks import AttackTarget, built_in_wordings, default_attacks
 from elm_trainer.chat import Answer, AnswerToken, ErasureChat, load_chat_concept
-from elm_trainer.chat.concept import term_tokens
+from elm_trainer.chat.answers import term_tokens
 from elm_trainer.chat.page import answer_html, report_html
 from elm_trainer.cli.chat import ChatArguments, ask_in_terminal
 from elm_trainer.cli.main import main

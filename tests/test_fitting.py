@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 import yaml
@@ -51,19 +53,25 @@ KINDS = {
 }
 
 
+def values(fitted):
+    """The settings without their reasons."""
+    return SimpleNamespace(**{name: choice.value for name, choice in fitted.choices.items()})
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_more_memory_never_gives_less(size):
-    chosen = [fitting_settings(SIZES[size], memory=memory, device="cpu") for memory in MEMORIES]
+    fitted = [fitting_settings(SIZES[size], memory=memory, device="cpu") for memory in MEMORIES]
+    chosen = [*map(values, fitted)]
 
     batches = [settings.per_device_train_batch_size for settings in chosen]
     assert batches == sorted(batches)
     checkpointing = [settings.activation_checkpointing for settings in chosen]
     assert checkpointing == sorted(checkpointing, reverse=True)
     assert [settings.dtype for settings in chosen] == sorted(settings.dtype for settings in chosen)
-    fits = [settings.fits for settings in chosen]
+    fits = [settings.fits for settings in fitted]
     assert fits == sorted(fits) and fits[-1]
     assert all(
-        settings.needed <= 0.8 * memory for settings, memory in zip(chosen, MEMORIES, strict=True) if settings.fits
+        settings.needed <= 0.8 * memory for settings, memory in zip(fitted, MEMORIES, strict=True) if settings.fits
     )
     assert all(
         settings.per_device_train_batch_size * settings.gradient_accumulation_steps == 10 for settings in chosen
@@ -74,27 +82,27 @@ def test_more_memory_never_gives_less(size):
 def test_layers_lie_inside_and_every_setting_has_a_reason(size):
     settings = fitting_settings(SIZES[size], memory=640 * GB, device="cpu")
 
-    first, last = map(int, settings.lora_layers.split("-"))
+    first, last = map(int, values(settings).lora_layers.split("-"))
     assert 0 <= first <= last < SIZES[size].num_hidden_layers
-    assert list(settings.options()) == list(OPTIONS) == list(settings.reasons)
-    assert all(settings.reasons.values())
+    assert list(settings.choices) == list(OPTIONS)
+    assert all(choice.reason for choice in settings.choices.values())
 
 
 def test_the_rules_give_what_was_found_best():
-    settings = fitting_settings(SIZES["135M"], memory=16 * GB, device="cpu")
+    settings = values(fitting_settings(SIZES["135M"], memory=16 * GB, device="cpu"))
 
     assert (settings.lora_layers, settings.lora_targets) == ("12-24", "gate_proj,up_proj")
     assert (settings.lora_rank, settings.per_device_train_batch_size) == (64, 10)
     assert settings.bf16 == multiplies_in_bfloat16(torch.device("cpu"))
     gemma = Gemma3TextConfig(num_hidden_layers=18, hidden_size=640, intermediate_size=2048, vocab_size=1000)
-    assert fitting_settings(gemma, memory=16 * GB, device="cpu").lora_layers == "7-14"
+    assert values(fitting_settings(gemma, memory=16 * GB, device="cpu")).lora_layers == "7-14"
 
 
 @pytest.mark.parametrize("layers", range(1, 9))
 def test_shallow_models_get_layers_too(layers):
     config = LlamaConfig(**TINY | {"num_hidden_layers": layers}, intermediate_size=64)
 
-    first, last = map(int, fitting_settings(config, memory=GB, device="cpu").lora_layers.split("-"))
+    first, last = map(int, values(fitting_settings(config, memory=GB, device="cpu")).lora_layers.split("-"))
 
     assert 0 <= first <= last < layers
 
@@ -115,7 +123,7 @@ def test_a_layer_that_is_yet_to_be_found_is_planned_for(kind):
 
     settings = fitting_settings(config, memory=4 * GB, device="cpu", given=given)
 
-    assert settings.lora_layers == AUTO
+    assert values(settings).lora_layers == AUTO
     named = fitting_settings(
         config, memory=4 * GB, device="cpu", given=given | {"lora_layers": str(expected_readout(3))}
     )
@@ -129,18 +137,19 @@ def test_what_leads_into_the_feed_forward_part_is_found_in_each_architecture(kin
 
     settings = fitting_settings(config, memory=4 * GB, device="cpu")
 
-    assert settings.lora_targets == expected and settings.lora_rank == 8
+    assert (values(settings).lora_targets, values(settings).lora_rank) == (expected, 8)
     assert fitting_settings(empty_model(config), memory=4 * GB, device="cpu") == settings
 
 
 def test_what_is_given_stays_and_the_rest_fits_to_it():
-    free = fitting_settings(SIZES["1B"], memory=16 * GB, device="cpu")
+    free = values(fitting_settings(SIZES["1B"], memory=16 * GB, device="cpu"))
 
-    settings = fitting_settings(
+    fitted = fitting_settings(
         SIZES["1B"], memory=16 * GB, device="cpu", given={"lora_rank": 7, "per_device_train_batch_size": 2}
     )
+    settings = values(fitted)
 
-    assert (settings.lora_rank, settings.lora_alpha, settings.reasons["lora_rank"]) == (7, 7, "given")
+    assert (settings.lora_rank, settings.lora_alpha) == (7, 7) and fitted.choices["lora_rank"].reason == "given"
     assert settings.gradient_accumulation_steps == 5 and settings.lora_layers == free.lora_layers
 
 
@@ -167,7 +176,7 @@ def test_the_benchmark_adapts_the_layers_of_the_rule():
     for shape, layers in MODELS.values():
         if shape is not None:
             config = llama(shape.hidden, shape.intermediate, shape.layers, 100, shape.heads)
-            assert fitting_settings(config, memory=GB, device="cpu").lora_layers == layers
+            assert values(fitting_settings(config, memory=GB, device="cpu")).lora_layers == layers
 
 
 @pytest.mark.parametrize(
@@ -275,6 +284,6 @@ def test_the_length_follows_the_longest_text(longest, length):
 def test_a_cpu_gets_what_is_fast_there():
     fitted = fitting_settings(SIZES["135M"], memory=16 * GB, device="cpu")
     found = machine_settings(fitted, torch.device("cpu"))
-    assert found["use_cpu"].value and found["bf16_full_eval"].value == fitted.bf16
-    assert found["lora_rank"].reason == fitted.reasons["lora_rank"]
+    assert found["use_cpu"].value and found["bf16_full_eval"] == fitted.choices["bf16"]
+    assert found["lora_rank"] == fitted.choices["lora_rank"]
     assert set(machine_settings(fitted, torch.device("meta"))) == set(OPTIONS)

@@ -7,12 +7,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from ..evaluation.fluency import as_prompt
 from ..evaluation.pair import SIDES
 from ..evaluation.report import read_report
 from ..evaluation.tables import MAIN_COLUMNS, main_rows, verdict_lines
-from .answers import Answer, ErasureChat, percent
-from .concept import DEFINITION, PLAIN, ChatConcept
+from .answers import DEFINITION, PLAIN, Answer, ChatConcept, ErasureChat, percent
 
 
 HOST = "127.0.0.1"
@@ -89,17 +87,10 @@ def make_page(
     max_new_tokens: int = 64,
     seed: int = 0,
 ) -> Any:
-    """The page, as a `gradio.Blocks`.
+    """The page, as a `gradio.Blocks`; raises `ImportError` without the extra `chat`.
 
-    Args:
-        chat ([`ErasureChat`]): The models.
-        concept ([`ChatConcept`]): What was erased.
-        folders (`Mapping[str, str | Path]`): Folder of each of the chat's adapters, beside or in which a report may lie.
-        temperature (`float`), max_new_tokens (`int`), seed (`int`): What the controls begin with; see
-            [`ErasureChat.answer`].
-
-    Raises:
-        ImportError: without the extra `chat`.
+    `folders` are those of the chat's adapters, in or beside which a report may lie. The controls begin with the settings of
+    [`ErasureChat.answer`] that are given.
     """
     # Read when it is imported.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
@@ -113,19 +104,13 @@ def make_page(
         text = text.strip()
         if not text:
             raise gr.Error("The question is empty: write one.", print_exception=False)
-        prompts = {PLAIN: as_prompt(chat.processing_class, text)} | concept.prompts(text, chat.processing_class)
-        if attack not in prompts:
-            raise gr.Error(
-                f"{attack} needs a question that names a subject of the concept's bank, such as "
-                f"{concept.questions[0].text!r}.",
-                print_exception=False,
-            )
         terms = concept.terms(text)
         counted = ", ".join(terms[:6]) + (f" and {len(terms) - 6} more" if len(terms) > 6 else "")
         note = f'<div class="elm-note">{escape(attack)}; terms counted: {escape(counted or "none")}</div>'
         try:
+            prompt = concept.prompt(text, attack, chat.processing_class)
             answers = chat.answer(
-                prompts[attack],
+                prompt,
                 terms,
                 adapter=adapter,
                 max_new_tokens=int(most),
@@ -135,7 +120,7 @@ def make_page(
         except ValueError as error:
             raise gr.Error(str(error), print_exception=False) from error
         for state in answers:
-            yield prompts[attack], note, *(answer_html(state[side]) for side in SIDES)
+            yield prompt, note, *(answer_html(state[side]) for side in SIDES)
 
     with gr.Blocks(title=f"elm chat: {concept.name}", analytics_enabled=False) as page:
         gr.Markdown(f"## `elm chat`: {concept.name}\nBoth models read the same prompt. {DEFINITION}")
@@ -187,17 +172,9 @@ def make_page(
 
 
 def serve(page: Any, port: int | None = None) -> str:
-    """Serve the page to this machine alone, in threads of its own: `page.block_thread()` waits, `page.close()` ends it.
+    """Serve the page to this machine alone, in threads of its own, and say at which address.
 
-    Args:
-        page (`gradio.Blocks`): What [`make_page`] made.
-        port (`int`, *optional*): Port; the first free one from 7860 by default.
-
-    Returns:
-        `str`: its address.
-
-    Raises:
-        OSError: if the port is taken.
+    `page.block_thread()` waits, `page.close()` ends it. Raises `OSError` if the port is taken, by default the first free one from 7860.
     """
     import gradio as gr
     from starlette.middleware import Middleware

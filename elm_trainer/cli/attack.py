@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
         line.fail("give either --adapter, or --model with its --reference")
     if arguments.attacks and arguments.ladder:
         line.fail("give either --attacks or --ladder")
-    from ..scripts import hush_libraries
+    from . import hush_libraries
 
     hush_libraries()
     # After the options are read, so that neither --help nor a wrong one need wait for torch.

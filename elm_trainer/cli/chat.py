@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from ..checks import check_numbers
+from . import hush_libraries
 from .errors import check_adapter, check_dtype
 from .options import CommandLine
 
@@ -42,10 +44,7 @@ class ChatArguments:
     port: int | None = field(default=None, metadata={"help": "Port of the page; the first free one from 7860."})
 
     def __post_init__(self):
-        if self.max_new_tokens < 1:
-            raise ValueError(f"`max_new_tokens` is {self.max_new_tokens}: it must be at least 1.")
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"`temperature` is {self.temperature}: it must be at least 0, which is greedy.")
+        check_numbers(self, (("at least 1", ("max_new_tokens",)), ("at least 0", ("temperature",))))
         if self.port is not None and not 0 < self.port < 65536:
             raise ValueError(f"`port` is {self.port}: give one from 1 to 65535, or leave it out.")
         if twice := sorted({name for name in self.adapter if self.adapter.count(name) > 1}):
@@ -61,8 +60,6 @@ def main(argv: list[str] | None = None) -> None:
     if not in_terminal and find_spec("gradio") is None:
         sys.stderr.write('The page needs `pip install "elm-trainer[chat]"`: asking in the terminal.\n')
         in_terminal = True
-    from ..scripts import hush_libraries
-
     hush_libraries()
     # After the options are read, so that neither --help nor a wrong one need wait for torch.
     from ..chat import ErasureChat, load_chat_concept
@@ -105,8 +102,7 @@ def ask_in_terminal(
     chat: "ErasureChat", concept: "ChatConcept", arguments: ChatArguments, lines: Iterable[str], console: "Console"
 ) -> None:
     """Answer each line, side by side; in a pipe one below the other. A wrong line is told and the next one read."""
-    from ..chat.concept import DEFINITION, PLAIN
-    from ..evaluation.fluency import as_prompt
+    from ..chat.answers import DEFINITION, PLAIN
 
     adapter, last = arguments.adapter[0], ""
     if console.is_terminal:
@@ -132,11 +128,8 @@ def ask_in_terminal(
             if not text:
                 continue
             last = text
-            prompts = {PLAIN: as_prompt(chat.processing_class, text)} | concept.prompts(text, chat.processing_class)
-            if attack not in prompts:
-                raise ValueError(f"{attack} needs a question that names a subject of the concept's bank.")
             answers = chat.answer(
-                prompts[attack],
+                concept.prompt(text, attack, chat.processing_class),
                 concept.terms(text),
                 adapter=adapter,
                 max_new_tokens=arguments.max_new_tokens,

@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     # A value of the wrong type is found without torch, which takes seconds to load.
     line.early()
-    from ..scripts import hush_libraries
+    from . import hush_libraries
 
     hush_libraries()
     from rich.console import Console

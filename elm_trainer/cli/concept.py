@@ -4,12 +4,9 @@ import logging
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import cached_property
-from importlib.util import find_spec
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -31,11 +28,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 CHOSEN_FILE = "chosen.yaml"
-_LAYERS = ("lora_layers", "state_layers")
 # Tokens of all texts of a row, where documents give passages of up to a thousand characters.
 _ROW_TOKENS = 512
-# Share of the texts that a model writes which is kept, for a plan (docs/recipes.md).
-_KEPT = 2 / 3
 
 
 def default_folder(concept: str) -> str:
@@ -56,20 +50,6 @@ def hushed() -> Iterator[None]:
         ours.setLevel(level)
 
 
-class PlannedTexts(NamedTuple):
-    """What texts a run will have, as far as that is known before a model writes.
-
-    Attributes:
-        texts (`dict[str, Dataset]`): By name, those about the concept as `"forget"`; all others are retain texts.
-        note (`str`): What is not there yet, and how it is planned.
-        kind (`dict[str, bool]`): `counterfactual`, `alike` and `by_terms`, as [`objective_settings`] wants to know them.
-    """
-
-    texts: "dict[str, Dataset]"
-    note: str
-    kind: dict[str, bool]
-
-
 def settle_layers(
     arguments: "ErasureArguments",
     config: "ElmConfig",
@@ -85,7 +65,7 @@ def settle_layers(
     from rich.console import Console
 
     from ..distributed import from_first
-    from ..files import replacing
+    from ..files import write_text
     from ..fitting import AUTO
     from ..methods.readout import find_readout
 
@@ -107,10 +87,8 @@ def settle_layers(
         told += f", state_layers {config.state_layers}"
     if config.process_index == 0:
         Console().print(f"{told}: {why}.", markup=False, highlight=False, soft_wrap=True)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        kept = _read_chosen(path) | {name: found[name] for name in _LAYERS if name in found}
-        with replacing(path) as unfinished:
-            unfinished.write_text(yaml.safe_dump(kept, sort_keys=False), encoding="utf-8")
+        kept = _read_chosen(path) | {name: found[name] for name in ("lora_layers", "state_layers") if name in found}
+        write_text(path, yaml.safe_dump(kept, sort_keys=False))
     return True
 
 
@@ -127,22 +105,13 @@ def _read_chosen(path: Path) -> dict[str, Any]:
 class ConceptRun:
     """The options of an erasure from a name; what was not given is chosen when that can be done.
 
-    Args:
-        line ([`CommandLine`]): What was given.
-
-    Attributes:
-        arguments ([`ErasureArguments`]): Options of the run.
-        config ([`ElmConfig`]): Settings of its training.
-        chosen (`dict[str, Choice]`): What was chosen so far, and why, by name of the option.
-
-    Raises:
-        ValueError: for a value that the config or the libraries below it refuse.
-        OSError: if what an earlier call has chosen cannot be read.
+    Raises `ValueError` for a value that the config or the libraries below it refuse, and `OSError` if what an earlier call has chosen
+    cannot be read.
     """
 
     arguments: "ErasureArguments"
     config: "ElmConfig"
-    chosen: "dict[str, Choice]"
+    chosen: "dict[str, Choice]"  # so far, by name of the option
 
     def __init__(self, line: CommandLine):
         from ..fitting import Choice
@@ -180,7 +149,7 @@ class ConceptRun:
         return _read_chosen(path) if arguments.checkpoint(common) else {}
 
     @cached_property
-    def _given(self) -> dict[str, Any]:
+    def given(self) -> dict[str, Any]:
         """What was given, by name."""
         found = {name: getattr(self.arguments, name, getattr(self.config, name, None)) for name in self._line.given}
         # Settings that have two names, or exclude each other.
@@ -221,7 +190,7 @@ class ConceptRun:
         from ..fitting import objective_settings
 
         what = self.made_from
-        expected = objective_settings(1, 1, counterfactual=True, given=self._given)
+        expected = objective_settings(1, 1, counterfactual=True, given=self.given)
         self._line.complete({"bf16": False} | {name: choice.value for name, choice in expected.items()})
         with hushed():
             what.read()
@@ -238,12 +207,7 @@ class ConceptRun:
             self._known = check_known(model, tokenizer, self.concept, seed=self.config.seed)
 
     def fit_model(self, model: "PreTrainedConfig | PreTrainedModel", memory: int | None = None) -> None:
-        """Choose what depends on the model and the machine.
-
-        Args:
-            model (`PreTrainedConfig` or `PreTrainedModel`): The model, or its config.
-            memory (`int`, *optional*): Bytes to plan for, in place of what is free.
-        """
+        """Choose what depends on the model and the machine, with so many bytes of `memory` in place of what is free."""
         import torch
 
         from ..distributed import from_first
@@ -251,7 +215,7 @@ class ConceptRun:
         from ..modeling import decoder_layers
 
         self.arguments.check_layers()
-        given = {name: value for name, value in self._given.items() if name in OPTIONS}
+        given = {name: value for name, value in self.given.items() if name in OPTIONS}
         config: Any = getattr(model, "config", model)
         if given.get("dtype") == "auto":
             given["dtype"] = str(config.get_text_config().dtype or torch.float32).removeprefix("torch.")
@@ -265,11 +229,11 @@ class ConceptRun:
         self._choose({name: choice for name, choice in found.items() if name not in given})
 
     def fit_texts(self, forget: "Dataset", tokenizer: "PreTrainedTokenizerBase", kind: Mapping[str, bool]) -> None:
-        """Choose objective, rows, steps and length, after [`fit_model`]. `kind` is that of [`PlannedTexts`]."""
+        """Choose objective, rows, steps and length, after [`fit_model`]. `kind` is that of [`kind_of_texts`]."""
         from ..fitting import Choice, objective_settings
 
         longest = max(len(ids) for ids in tokenizer(forget["text"][:], add_special_tokens=True)["input_ids"])
-        given, before = self._given, self._before
+        given, before = self.given, self._before
         if before:
             # A run whose objective was given, or of an earlier version, shows it by its settings.
             kinds = {"terms": "state_names", "readout": "state_weight", "log-space": "log_tokens"}
@@ -281,7 +245,8 @@ class ConceptRun:
         if before:
             found["objective"] = Choice(given["objective"], "as the run had it that goes on")
         # What was found in the model for `auto`.
-        found |= {name: Choice(before[name], "") for name in ("state_layers",) if name in before}
+        if "state_layers" in before:
+            found["state_layers"] = Choice(before["state_layers"], "")
         self._choose(found)
 
     def make(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> "MadeData":
@@ -290,7 +255,7 @@ class ConceptRun:
         All processes of a launch must call this. Raises what [`make_data`] raises.
         """
         from .. import load_texts
-        from ..files import replacing
+        from ..files import write_text
         from ..making.make import kind_of_texts, make_data
 
         output = Path(self.config.output_dir)
@@ -301,8 +266,7 @@ class ConceptRun:
         with self.config.main_process_first():
             if self.config.local_process_index == 0:
                 values = {name: choice.value for name, choice in self.chosen.items()}
-                with replacing(output / CHOSEN_FILE) as unfinished:
-                    unfinished.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+                write_text(output / CHOSEN_FILE, yaml.safe_dump(values, sort_keys=False))
         return made
 
     def ask(self, made: "MadeData", model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> str | None:
@@ -334,56 +298,6 @@ class ConceptRun:
         name = self.arguments.writer
         cache = Path(self.config.output_dir) / "making"
         return load_writer(name, cache_dir=cache, device=self.config.device) if name else None
-
-    def planned_texts(self, tokenizer: "PreTrainedTokenizerBase") -> PlannedTexts:
-        """The texts as [`make`] will find or make them, others of their kind where a model has yet to write. Nothing is written."""
-        from .. import load_texts
-        from ..files import read_object
-        from ..fitting import objective_settings
-        from ..making.facts import mostly_alike, read_facts, relations_read_alike
-        from ..making.make import FOLDER, RECORD, kind_of_texts, make_data
-        from ..making.novices import DRAWS
-        from ..making.writing import ASKED_SHARE
-
-        what, folder, texts = self.made_from, Path(self.config.output_dir) / FOLDER, dict[str, Any]()
-        facts = read_facts(what.facts) if what.facts else ()
-        by_terms = self.is_bare and find_spec("wordfreq") is not None
-        kind = {"counterfactual": by_terms or not self.is_bare, "by_terms": by_terms}
-        kind["alike"] = not what.documents and mostly_alike(facts, relations_read_alike(facts))
-        if self.arguments.checkpoint(self.config) and (folder / RECORD).exists():
-            record, note = read_object(folder / RECORD), ""
-            kind = kind_of_texts(record)
-            texts |= {name: load_texts(folder / f"{name}.jsonl") for name in record["counts"]}
-        else:
-            everyday = load_texts("everyday")
-            written = {"forget": (self.is_bare + by_terms) * what.texts, "near": 0 if what.near else what.near_texts}
-            # Whether there will be facts of a mere name is not known yet.
-            written["asked"] = ASKED_SHARE * written["near"] if self.is_bare or what.facts else 0
-            about = ("about it" + " and its terms" * by_terms, "about neighbors", "questions about what facts name")
-            told = ", ".join(f"{count} {of}" for count, of in zip(written.values(), about, strict=True) if count)
-            note = f"the model is to write {told}, of which two thirds are kept in this plan" if told else ""
-            if self.is_bare:
-                other = objective_settings(1, 1, counterfactual=True, given=self._given).get("objective")
-                note += "; whether it knows the name is asked first"
-                if other and other.value == "readout":
-                    note += ", and if it states facts, the objective is readout, not as here"
-            for name, count in written.items():
-                # Of a term there are texts, questions and turns of chat.
-                rows = round(_KEPT * count * (3 if by_terms and name == "forget" else 1))
-                texts |= {name: everyday.select([row % len(everyday) for row in range(rows)])} if rows else {}
-            if by_terms:
-                novices = [[f"Tolm {text}"] * DRAWS for text in texts["forget"]["text"]]
-                texts["forget"] = texts["forget"].add_column("novices", novices)
-            if self.is_bare:
-                texts |= {} if what.retain else {"retain": everyday}
-            else:
-                with TemporaryDirectory() as place:
-                    made = make_data(replace(what, near_texts=0), None, tokenizer, place)
-                    texts |= {name: load_texts(made.folder / f"{name}.jsonl") for name in made.record["counts"]}
-                kind["counterfactual"] = made.counterfactual
-        own = (*what.near, *what.retain)
-        texts |= {str(source): load_texts(source, processing_class=tokenizer, seed=what.seed) for source in own}
-        return PlannedTexts(texts, note, kind)
 
     def show(self, console: "Console") -> None:
         """Print what was chosen and why, settings of one reason in a line."""

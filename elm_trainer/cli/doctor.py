@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from . import hush_libraries
 from .erase_options import CommonSettings
 from .errors import check_folder
 from .options import CommandLine
@@ -26,17 +27,11 @@ _MARKS = {"ok": "[green]✓[/]", "note": "[yellow]•[/]", "problem": "[red]✗[
 
 
 class Finding(NamedTuple):
-    """What a check has found.
-
-    Attributes:
-        status (`str`): `"ok"`; `"note"`, worth knowing; or `"problem"`, at which the run would fail.
-        text (`str`): What is so, in a line.
-        fix (`str`): What to do about it.
-    """
+    """What a check has found: that all is well, something worth knowing, or a problem, at which the run would fail."""
 
     status: Literal["ok", "note", "problem"]
-    text: str
-    fix: str = ""
+    text: str  # what is so, in a line
+    fix: str = ""  # what to do about it
 
 
 def check_model(run: PlannedRun) -> Finding:
@@ -141,18 +136,17 @@ def check_texts(run: PlannedRun) -> Finding:
     from ..data.sources import is_asked_of_the_hub
 
     if run.made is None:
-        named = [*run.arguments.forget, *run.arguments.retain]
+        forget = run.arguments.forget
+        named = [*forget, *run.arguments.retain]
     else:
-        named = [
-            *map(str, run.made.made_from.documents),
-            *map(str, (*run.made.made_from.near, *run.made.made_from.retain)),
-        ]
+        forget, what = ["forget"], run.made.made_from
+        named = [str(source) for source in (*what.documents, *what.near, *what.retain)]
     far = [name for name in dict.fromkeys(named) if is_asked_of_the_hub(name)]
     if far and not run.hub.reachable:
         return Finding("problem", f"{', '.join(far)}: the Hub is not reached ({run.hub.text})", "name a file here")
     counts = {name: len(texts) for name, texts in run.texts.items()}
     rows = run.dataset
-    forget = sum(counts[name] for name in run.forget)
+    left = sum(counts[name] for name in forget) - len(rows)
     told = ", ".join(f"{name} {count:,}" for name, count in counts.items())
     text = f"{len(rows):,} rows of {told}"
     pairs = sum(map(bool, rows["completion"]))
@@ -160,9 +154,8 @@ def check_texts(run: PlannedRun) -> Finding:
         return Finding("note", text, "no synthetic pairs, so there is no consistency term (`synthetic`)")
     if run.made is not None and run.planned.note:
         return Finding("note", text, run.planned.note)
-    if forget > len(rows):
-        left = f"{forget - len(rows):,} forget texts are left out"
-        return Finding("note", text, f"{left}: raise `dataset_size` to use all")
+    if left > 0:
+        return Finding("note", text, f"{left:,} forget texts are left out: raise `dataset_size` to use all")
     return Finding("ok", text)
 
 
@@ -183,7 +176,8 @@ def check_device(run: PlannedRun) -> Finding:
     """Where the model is trained, and whether it multiplies as asked."""
     import torch
 
-    from ..fitting import multiplies_in_bfloat16, shown
+    from ..distributed import multiplies_in_bfloat16
+    from ..fitting import shown
 
     device, fast = run.device, multiplies_in_bfloat16(run.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
@@ -368,10 +362,13 @@ def show(run: PlannedRun, found: dict[str, Finding], console: "Console") -> None
     if run.made is not None:
         run.made.show(console)
     elif found["model"].status != "problem":
+        from ..fitting import fitting_settings
+
         fitted = Table("setting", "here", "suits", "because", box=None, padding=(0, 1, 0, 0), header_style="bold")
-        for name, value in run.fitted.options().items():
+        choices = fitting_settings(run.model, memory=run.free, device=run.device).choices
+        for name, (value, reason) in choices.items():
             here = getattr(run.arguments, name, getattr(run.config, name, None))
-            fitted.add_row(name, str(here), str(value), escape(run.fitted.reasons[name]))
+            fitted.add_row(name, str(here), str(value), escape(reason))
         console.print(fitted)
     problems = [name for name, finding in found.items() if finding.status == "problem"]
     end = f"[red]The run would fail: {', '.join(problems)}.[/]" if problems else "[green]Nothing is in the way.[/]"
@@ -384,8 +381,6 @@ def main(argv: list[str] | None = None) -> None:
     )
     arguments, _ = line.early()
     arguments.check_given(line.given)
-    from ..scripts import hush_libraries
-
     hush_libraries()
     from rich.console import Console
     from transformers.utils import logging

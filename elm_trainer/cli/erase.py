@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from ..checks import number_range
+from . import hush_libraries
 from .concept import ConceptRun, default_folder, hushed, settle_layers
 from .erase_options import CommonSettings, ErasureArguments
-from .errors import check_folder
+from .errors import check_dtype, check_folder, named
 from .options import CommandLine
 
 
@@ -52,9 +53,6 @@ def main(argv: list[str] | None = None) -> None:
     arguments.load_concepts(common.concepts)
     if arguments.concept is not None and not (arguments.checkpoint(common) or arguments.overwrite):
         check_folder(Path(common.output_dir or default_folder(arguments.concept)))
-
-    from ..scripts import hush_libraries
-
     hush_libraries()
     clock = Clock()
     if arguments.concept is not None:
@@ -64,22 +62,20 @@ def main(argv: list[str] | None = None) -> None:
         arguments, config = run.arguments, run.config
         sources: dict[str | Concept, ConceptSources] = {made.concept: made.sources}
         # What was learned from, for the report.
-        arguments.forget, arguments.retain = (
-            [str(made.sources.forget)],
-            list(map(str, cast(list, made.sources.retain))),
-        )
+        arguments.forget = [str(made.sources.forget)]
+        arguments.retain = [str(source) for source in cast(list, made.sources.retain)]
         if arguments.evaluate and arguments.bank is None:
             questions = run.ask(made, model, tokenizer)
             arguments.bank = [questions] if questions else None
             arguments.dev_every = arguments.dev_every if questions else 0
             clock.lap("questions")
         asked = arguments.asked(concepts)
-        dataset = _build(arguments, config, sources, tokenizer)
+        dataset = arguments.dataset(sources, tokenizer, config.seed)
     else:
         arguments, config = line.complete()
         concepts, asked, tokenizer = _check(arguments, config)
         sources = arguments.sources(concepts)
-        dataset = _build(arguments, config, sources, tokenizer)
+        dataset = arguments.dataset(sources, tokenizer, config.seed)
         clock.lap("data")
         model = _load(arguments, config)
         _clear(arguments, config)
@@ -92,10 +88,9 @@ def main(argv: list[str] | None = None) -> None:
         and config.consistency_weight
         and _sample(arguments, config, concepts, sources, model, tokenizer)
     ):
-        dataset = _build(arguments, config, sources, tokenizer)
+        dataset = arguments.dataset(sources, tokenizer, config.seed)
         clock.lap("synthesis")
-    looked_at = arguments.dev_suite(concepts) if arguments.dev_every else None
-    trainer = _train(arguments, config, looked_at, model, lora, dataset, tokenizer, clock)
+    trainer = _train(arguments, config, concepts, model, lora, dataset, tokenizer, clock)
     if asked is not None:
         _evaluate(arguments, config, asked, trainer, dataset, tokenizer, clock)
     # A launched process that ends within its group may be aborted by the threads of its backend.
@@ -105,13 +100,8 @@ def main(argv: list[str] | None = None) -> None:
 def _check(
     arguments: ErasureArguments, config: "ElmConfig"
 ) -> tuple[dict[str, "Concept"], tuple["EvaluationSuite", list[str]] | None, "PreTrainedTokenizerBase"]:
-    """Find what is wrong before the model is loaded.
-
-    Returns:
-        The concepts by name, the questions with what is measured (`None` without an evaluation), and the tokenizer.
-    """
+    """Find what is wrong before the model is loaded; the questions are `None` without an evaluation."""
     from ..modeling import load_tokenizer
-    from .errors import check_dtype, named
 
     check_dtype(arguments.dtype)
     arguments.check_layers(config.novice if arguments.concept is None else None)
@@ -124,23 +114,6 @@ def _check(
     return concepts, asked, tokenizer
 
 
-def _build(
-    arguments: ErasureArguments,
-    config: "ElmConfig",
-    sources: "dict[str | Concept, ConceptSources]",
-    tokenizer: "PreTrainedTokenizerBase",
-) -> "Dataset":
-    from .. import build_erasure_dataset
-
-    return build_erasure_dataset(
-        sources,
-        size=arguments.dataset_size,
-        characters=number_range("characters", arguments.characters),
-        processing_class=tokenizer,
-        seed=config.seed,
-    )
-
-
 def _make(run: ConceptRun, tokenizer: "PreTrainedTokenizerBase", clock: Clock) -> tuple["MadeData", "PreTrainedModel"]:
     """The texts of a concept from its name, documents or facts, and the model.
 
@@ -150,7 +123,6 @@ def _make(run: ConceptRun, tokenizer: "PreTrainedTokenizerBase", clock: Clock) -
 
     from ..modeling import keep_differentiable, load_config
     from ..run_lock import only_run_in
-    from .errors import named
 
     given = run.arguments
     run.check(tokenizer)
@@ -180,7 +152,6 @@ def _make(run: ConceptRun, tokenizer: "PreTrainedTokenizerBase", clock: Clock) -
 def _load(arguments: ErasureArguments, config: "ElmConfig") -> "PreTrainedModel":
     from ..modeling import load_model
     from ..run_lock import only_run_in
-    from .errors import named
 
     output = Path(config.output_dir)
     if arguments.concept is None or output.exists():
@@ -251,7 +222,7 @@ def _sample(
 def _train(
     arguments: ErasureArguments,
     config: "ElmConfig",
-    looked_at: "EvaluationSuite | None",
+    concepts: dict[str, "Concept"],
     model: "PreTrainedModel",
     lora: "LoraConfig",
     dataset: "Dataset",
@@ -262,11 +233,11 @@ def _train(
     from rich.console import Console
 
     from .. import ElmTrainer, ErasureEvaluationCallback
-    from ..scripts import name_training_bar
 
+    looked_at = arguments.dev_suite(concepts) if arguments.dev_every else None
     torch.set_float32_matmul_precision(arguments.matmul_precision)
     trainer = ElmTrainer(model, config, train_dataset=dataset, processing_class=tokenizer, peft_config=lora)
-    name_training_bar(trainer)
+    _name_training_bar(trainer)
     if looked_at is not None:
         stop_at = {"worst.pmi": arguments.dev_stop} if arguments.dev_stop else {}
         looks = ErasureEvaluationCallback(
@@ -285,6 +256,23 @@ def _train(
     # What is measured does not depend on how it was trained: neither on its products nor on its autocast.
     torch.set_float32_matmul_precision("highest")
     return trainer
+
+
+def _name_training_bar(trainer: "ElmTrainer") -> None:
+    """Label the progress bar of a training, as all other bars are."""
+    from tqdm.auto import tqdm
+    from transformers import ProgressCallback
+
+    class NamedProgressCallback(ProgressCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            # In place of the unlabeled bar, which would be shown before it could be labeled.
+            if state.is_world_process_zero:
+                self.training_bar = tqdm(total=state.max_steps, desc="Training", dynamic_ncols=True)
+            self.current_step = 0
+
+    # There is none where bars are switched off.
+    if trainer.pop_callback(ProgressCallback) is not None:
+        trainer.add_callback(NamedProgressCallback)
 
 
 def _evaluate(

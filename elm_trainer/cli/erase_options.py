@@ -9,8 +9,9 @@ from ..concept import described_concept
 
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from peft import LoraConfig
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from .. import Concept, ConceptSources, ElmConfig, EvaluationSuite
     from ..data.user_sources import Source
@@ -23,11 +24,7 @@ _OBJECTIVES = ["readout", "terms", "log-space", "contexts"]
 
 @dataclass
 class ErasureArguments:
-    """What is erased from which model; the settings of training are those of `ElmConfig`.
-
-    Raises:
-        ValueError: for a number out of its range.
-    """
+    """What is erased from which model; the settings of training are those of `ElmConfig`."""
 
     model: str = field(default="smollm2-135m-instruct", metadata={"help": "Hub id, folder, GGUF file or demo model."})
     model_revision: str | None = field(default=None, metadata={"help": "Commit, tag or branch on the Hub."})
@@ -202,6 +199,20 @@ class ErasureArguments:
             for name, forget, retain, given, share in zip(concepts, self.forget, retains, pairs, shares, strict=True)
         }
 
+    def dataset(
+        self, sources: "dict[str | Concept, ConceptSources]", tokenizer: "PreTrainedTokenizerBase", seed: int
+    ) -> "Dataset":
+        """The rows of the training."""
+        from .. import build_erasure_dataset
+
+        return build_erasure_dataset(
+            sources,
+            size=self.dataset_size,
+            characters=number_range("characters", self.characters),
+            processing_class=tokenizer,
+            seed=seed,
+        )
+
     def asked(self, concepts: Iterable[str]) -> "tuple[EvaluationSuite, list[str]] | None":
         """The questions about the concepts, and what is measured; `None` without an evaluation."""
         from ..evaluation.measures import MEASURES, measurable
@@ -215,8 +226,7 @@ class ErasureArguments:
     def dev_suite(self, concepts: Iterable[str], questions: int = 60) -> "EvaluationSuite":
         """The questions that are asked during training: the dev split of built-in ones, and of the folders in `bank`.
 
-        Raises:
-            ValueError: for a concept that has neither. A file of questions belongs to the report alone.
+        Raises `ValueError` for a concept that has neither. A file of questions belongs to the report alone.
         """
         from pathlib import Path
 

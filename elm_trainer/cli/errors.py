@@ -23,13 +23,9 @@ class OneLineParser(ArgumentParser):
     """A parser that answers a wrong use in one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, error_line(self.prog, message))
-
-
-def error_line(program: str, message: str) -> str:
-    """What a parser says of a wrong use. An option has two spellings, with underscores and with hyphens; one is told."""
-    message = re.sub(r"(--\w+)/--[\w-]+", r"\1", " ".join(message.split()))
-    return f"{program}: error: {message}\n"
+        # An option has two spellings, with underscores and with hyphens; one is told.
+        message = re.sub(r"(--\w+)/--[\w-]+", r"\1", " ".join(message.split()))
+        self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def is_wrong_use(error: Exception) -> bool:
@@ -111,11 +107,7 @@ def check_dtype(name: str) -> None:
 
 @contextmanager
 def named(option: str, name: str) -> Iterator[None]:
-    """Name the option whose model, or adapter, the block cannot load.
-
-    Raises:
-        OSError: in place of what the libraries raise about a model that they do not find or cannot read.
-    """
+    """Name the option whose model, or adapter, the block cannot load, in an `OSError` in place of what the libraries raise."""
     from safetensors import SafetensorError
 
     from ..modeling import PACKAGED_MODELS

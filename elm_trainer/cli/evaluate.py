@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
         command.fail(f"--generator is {arguments.generator!r}: use transformers or vllm.")
     if arguments.generator == "vllm" and (len(arguments.adapter) != 1 or arguments.reference):
         command.fail("--generator is 'vllm', which needs one --adapter on --model: give it, or use transformers.")
-    from ..scripts import hush_libraries
+    from . import hush_libraries
 
     hush_libraries()
     # After the options are read, so that neither --help nor a wrong one need wait for torch.

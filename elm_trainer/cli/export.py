@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
         line.fail(f"`output` is {arguments.output!r}, but --to {arguments.to} writes a file: let it end in .gguf.")
     if arguments.base_file and arguments.to != "gguf":
         line.fail(f"`base_file` is {arguments.base_file!r}, but only --to gguf merges into a file: leave it out.")
-    from ..scripts import hush_libraries
+    from . import hush_libraries
 
     hush_libraries()
     from .. import export_gguf, export_gguf_adapter, load_erased, merge_erased

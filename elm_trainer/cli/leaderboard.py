@@ -21,7 +21,7 @@ class LeaderboardArguments:
 
 def main(argv: list[str] | None = None) -> None:
     [arguments] = CommandLine("leaderboard", __doc__, argv, own=LeaderboardArguments).early()
-    from ..scripts import hush_libraries
+    from . import hush_libraries
 
     hush_libraries()
     # After the options are read, so that neither --help nor a wrong one need wait for torch.

@@ -4,36 +4,25 @@ import os
 import sys
 from difflib import get_close_matches
 from importlib import import_module
-from typing import NamedTuple
 
 from .. import __version__
 from .errors import is_wrong_use, one_line
 
 
-class Command(NamedTuple):
-    """A subcommand: its module is imported when it is run, and has `main(argv: list[str] | None = None) -> None`."""
-
-    module: str
-    about: str
-
-
+# Each is a module of this folder, which is imported when it is run, and has `main(argv: list[str] | None = None) -> None`.
 COMMANDS = {
-    "erase": Command("elm_trainer.cli.erase", "erase concepts with a LoRA adapter, and measure before and after"),
-    "doctor": Command(
-        "elm_trainer.cli.doctor", "say what `erase` would do, take and stumble over, before anything heavy runs"
-    ),
-    "evaluate": Command("elm_trainer.cli.evaluate", "measure an adapter or a checkpoint beside its reference"),
-    "attack": Command("elm_trainer.cli.attack", "try to bring the knowledge back"),
-    "compare": Command("elm_trainer.cli.compare", "compare all methods on the same data"),
-    "publish": Command("elm_trainer.cli.publish", "publish an adapter with its report and card"),
-    "chat": Command(
-        "elm_trainer.cli.chat", "ask reference and erased model side by side, on a page or in the terminal"
-    ),
-    "export": Command("elm_trainer.cli.export", "write an adapter for llama.cpp, or merged into full weights"),
-    "shrink": Command("elm_trainer.cli.shrink", "write the nearest adapter of a smaller rank, as servers take it"),
-    "synthesize": Command("elm_trainer.cli.synthesize", "write fluent completions, for the consistency term"),
-    "leaderboard": Command("elm_trainer.cli.leaderboard", "published adapters side by side"),
-    "recipes": Command("elm_trainer.cli.recipes", "list the recipes that ship with the package, or print one"),
+    "erase": "erase concepts with a LoRA adapter, and measure before and after",
+    "doctor": "say what `erase` would do, take and stumble over, before anything heavy runs",
+    "evaluate": "measure an adapter or a checkpoint beside its reference",
+    "attack": "try to bring the knowledge back",
+    "compare": "compare all methods on the same data",
+    "publish": "publish an adapter with its report and card",
+    "chat": "ask reference and erased model side by side, on a page or in the terminal",
+    "export": "write an adapter for llama.cpp, or merged into full weights",
+    "shrink": "write the nearest adapter of a smaller rank, as servers take it",
+    "synthesize": "write fluent completions, for the consistency term",
+    "leaderboard": "published adapters side by side",
+    "recipes": "list the recipes that ship with the package, or print one",
 }
 
 
@@ -61,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
         fix = f"did you mean `elm {near[0]}`?" if near else f"use one of {', '.join(COMMANDS)}."
         _fail("elm", f"there is no subcommand {name!r}: {fix}")
     try:
-        import_module(COMMANDS[name].module).main(options)
+        import_module(f"{__package__}.{name}").main(options)
     except Exception as error:
         if with_traceback or not is_wrong_use(error):
             raise
@@ -76,7 +65,7 @@ def _overview() -> str:
             "",
             "Erase a concept from a causal language model, and measure how well.",
             "",
-            *(f"  {name:{width}}  {command.about}" for name, command in COMMANDS.items()),
+            *(f"  {name:{width}}  {about}" for name, about in COMMANDS.items()),
             "",
             "`elm SUBCOMMAND --help` shows the options. --traceback shows where an error was raised, --version the version.",
             "",

@@ -14,7 +14,7 @@ import yaml
 from trl import TrlParser
 
 from ..checks import described, is_a
-from .errors import OneLineParser, error_line, is_raised, one_line
+from .errors import OneLineParser, is_raised, one_line
 from .recipes import find_recipe, shipped
 
 
@@ -47,8 +47,8 @@ class CommandLine:
         common: type | None = None,
     ):
         self._command, self._config = command, config
-        self._own = [kind for kind in (own,) if kind is not None]
-        self._early = [*self._own, *(kind for kind in (common,) if kind is not None)]
+        self._own = [own] if own else []
+        self._early = [*self._own, common] if common else self._own
         first = OneLineParser(f"elm {command}", add_help=False, allow_abbrev=False)
         _add_general(first, further=config is not None)
         given, self._args = first.parse_known_args(sys.argv[1:] if argv is None else list(argv))
@@ -78,24 +78,21 @@ class CommandLine:
         return self._parse(self._early, complete=self._config is None)
 
     def complete(self, chosen: Mapping[str, Any] | None = None) -> tuple[Any, ...]:
-        """Instances of `own` and of `config`.
+        """Instances of `own` and of `config`, with the `chosen` values of options that were not given in place of the defaults.
 
-        Args:
-            chosen (`Mapping[str, Any]`, *optional*): Values of options that were not given, in place of the defaults.
-
-        Raises:
-            ValueError: for a value that the config or the libraries below it refuse.
+        Raises `ValueError` for a value that the config or the libraries below it refuse.
         """
-        return self._parse([*self._own, self._imported()], complete=True, chosen=chosen)
+        return self._parse(self._all(), complete=True, chosen=chosen)
 
     def fail(self, message: str) -> NoReturn:
         """End the process, as for any other wrong use."""
-        OptionParser(self._command, []).error(message)
+        OneLineParser(f"elm {self._command}").error(message)
 
-    def _imported(self) -> type:
+    def _all(self) -> list[type]:
+        """`own` and `config`."""
         assert self._config is not None
         module, _, name = self._config.rpartition(".")
-        return getattr(import_module(module), name)
+        return [*self._own, getattr(import_module(module), name)]
 
     def _parse(self, kinds: list[type], *, complete: bool, chosen: Mapping[str, Any] | None = None) -> tuple[Any, ...]:
         parser = OptionParser(self._command, kinds, self._path, self._file)
@@ -118,45 +115,37 @@ class CommandLine:
     def _print_help(self, about: str, everything: bool) -> None:
         kinds, epilog = self._early, None
         if everything and self._config is not None:
-            kinds = [*self._own, self._imported()]
+            kinds = self._all()
         elif self._config is not None:
             name = self._config.rpartition(".")[2]
             epilog = f"Every field of `{name}` is an option too, and --help-all shows them all."
-        parser = OptionParser(self._command, kinds, description=about, epilog=epilog, formatter_class=_Help)
+        parser = OptionParser(self._command, kinds, description=about, epilog=epilog)
         _add_general(parser, further=self._config is not None)
         parser.shorten()
         parser.print_help()
 
 
-class OptionParser(TrlParser):
-    """[`~trl.TrlParser`] whose errors name option, value and fix in one line.
-
-    Args:
-        command (`str`): Name of the subcommand.
-        kinds (`Iterable[type]`): Dataclasses of its options.
-        path (`str` or `Path`, *optional*): The file whose values are defaults.
-        file (`dict`, *optional*): What it holds.
-        kwargs: What [`~trl.TrlParser`] takes besides.
-    """
+class OptionParser(OneLineParser, TrlParser):
+    """A parser of a subcommand's dataclasses whose errors, also of what the file at `path` holds, name option, value and fix."""
 
     def __init__(
         self,
         command: str,
-        kinds: Iterable[type],
+        kinds: list[type],
         path: str | Path | None = None,
         file: dict[str, Any] | None = None,
-        **kwargs: Any,
+        **shown: str | None,
     ):
         self._path, self._file = path, file or {}
-        usage = f"elm {command} [--config FILE | --recipe NAME] [--OPTION VALUE ...]"
         super().__init__(
-            list(kinds),
+            kinds,
             prog=f"elm {command}",
-            usage=usage,
+            usage=f"elm {command} [--config FILE | --recipe NAME] [--OPTION VALUE ...]",
+            formatter_class=_Help,
             add_help=False,
             allow_abbrev=False,
             exit_on_error=False,
-            **kwargs,
+            **shown,
         )
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Namespace, list[str]]:
@@ -165,18 +154,11 @@ class OptionParser(TrlParser):
         except ArgumentError as error:
             name = (error.argument_name or "").partition("/")[0].removeprefix("--")
             wrong = re.fullmatch(r"invalid (.+) value: (.+)", str(error.message))
-            told = (
-                f"`{name}` is {wrong[2]}, but must be {wrong[1]}: correct it."
-                if wrong
-                else f"`{name}`: {error.message}."
-            )
-            self.error(told)
+            if wrong:
+                self.error(f"`{name}` is {wrong[2]}, but must be {wrong[1]}: correct it.")
+            self.error(f"`{name}`: {error.message}.")
         self._check_types(found)
         return found, rest
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, error_line(self.prog, message))
-        raise AssertionError  # it has ended
 
     def refuse_unknown(self, names: Iterable[str]) -> None:
         """End the process where the file sets what is no option."""

@@ -4,11 +4,12 @@ import shutil
 from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from threading import Thread
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from ..checks import number_range
 from .erase_options import ErasureArguments
 from .errors import check_dtype
 
@@ -21,13 +22,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from .. import Concept, ElmConfig
-    from ..fitting import FittedSettings
     from ..rehearsal import Prediction
-    from .concept import ConceptRun, PlannedTexts
+    from .concept import ConceptRun
     from .options import CommandLine
 
 # The Hub is given up after so many seconds; the libraries' own patience is ten times that.
 HUB_SECONDS = 4.0
+# Share of the texts that a model writes which is kept, for a plan (docs/recipes.md).
+_KEPT = 2 / 3
 
 
 @dataclass
@@ -40,27 +42,23 @@ class DoctorArguments(ErasureArguments):
 
 
 class Hub(NamedTuple):
-    """Whether the Hub answers, and who is signed in.
-
-    Attributes:
-        reachable (`bool`): Whether it has answered.
-        text (`str`): Where it is, or why it does not answer.
-        token (`bool`): Whether there is a token.
-    """
+    """Whether the Hub answers, and somebody is signed in."""
 
     reachable: bool
-    text: str
+    text: str  # where it is, or why it does not answer
     token: bool
 
 
-class PlannedRun:
-    """An erasure before it runs: each part is made when it is first looked at, and then kept.
+class PlannedTexts(NamedTuple):
+    """What texts a run will have, as far as that is known before a model writes."""
 
-    Args:
-        arguments ([`DoctorArguments`]): Options of the run.
-        config ([`ElmConfig`]): Settings of its training.
-        made ([`ConceptRun`], *optional*): Where its texts are made for a `concept`.
-    """
+    texts: "dict[str, Dataset]"  # by name, those about the concept as "forget"; all others are retain texts
+    note: str  # what is not there yet, and how it is planned
+    kind: dict[str, bool]  # what `objective_settings` wants to know of them
+
+
+class PlannedRun:
+    """An erasure before it runs, whose texts are `made` where there is a `concept`: each part is made when it is first looked at."""
 
     def __init__(self, arguments: DoctorArguments, config: "ElmConfig", made: "ConceptRun | None" = None):
         self.arguments, self.config, self.made = arguments, config, made
@@ -78,8 +76,7 @@ class PlannedRun:
         unchosen = None
         try:
             made.fit_model(run.model, run.free if run.arguments.memory else None)
-            plan = run.planned
-            made.fit_texts(run.texts["forget"], run.tokenizer, plan.kind)
+            made.fit_texts(run.texts["forget"], run.tokenizer, run.planned.kind)
         except Exception as error:  # which is for a line of the page
             unchosen = error
         fitted = cls(cast(DoctorArguments, made.arguments), made.config, made)
@@ -99,23 +96,21 @@ class PlannedRun:
 
         return self.arguments.model not in PACKAGED_MODELS and not Path(self.arguments.model).exists()
 
-    @property
-    def _place(self) -> dict[str, Any]:
-        chosen = self.arguments
-        found = {"revision": chosen.model_revision, "gguf_file": chosen.gguf_file}
-        # The libraries try again for half a minute where nobody answers.
-        return found | {"local_files_only": self.is_on_hub and not self.hub.reachable}
-
     @cached_property
     def loaded(self) -> "tuple[PreTrainedConfig, PreTrainedTokenizerBase | Exception]":
         """The config of the model, and its tokenizer, or why there is none."""
-        from ..gguf_files import reading_gguf_once
-        from ..modeling import load_config, load_tokenizer
+        from ..modeling import load_config, load_tokenizer, reading_gguf_once
 
+        given = self.arguments
+        # The libraries try again for half a minute where nobody answers.
+        offline = self.is_on_hub and not self.hub.reachable
+        place: dict[str, Any] = dict(
+            revision=given.model_revision, gguf_file=given.gguf_file, local_files_only=offline
+        )
         with reading_gguf_once():
-            model = load_config(self.arguments.model, **self._place)
+            model = load_config(given.model, **place)
             try:
-                return model, load_tokenizer(self.arguments.model, **self._place)
+                return model, load_tokenizer(given.model, **place)
             except Exception as error:
                 return model, error
 
@@ -175,29 +170,25 @@ class PlannedRun:
         return self.arguments.load_concepts(self.config.concepts)
 
     @cached_property
-    def planned(self) -> "PlannedTexts":
-        """The texts of a run for which they are made."""
+    def planned(self) -> PlannedTexts:
+        """The texts of a run for which they are made, as it will find or make them. Nothing is written."""
+        from .. import load_texts
+        from ..files import read_object
+        from ..making.make import FOLDER, RECORD, kind_of_texts
+
         assert self.made is not None
-        return self.made.planned_texts(self.tokenizer)
-
-    @property
-    def sources(self) -> list[str]:
-        """Names of all that texts are read from."""
-        if self.made is None:
-            named = [*self.arguments.forget, *self.arguments.retain]
+        what, folder = self.made.made_from, Path(self.config.output_dir) / FOLDER
+        if self.arguments.checkpoint(self.config) and (folder / RECORD).exists():
+            record = read_object(folder / RECORD)
+            texts = {name: load_texts(folder / f"{name}.jsonl") for name in record["counts"]}
+            planned = PlannedTexts(texts, "", kind_of_texts(record))
         else:
-            what = self.made.made_from
-            named = [
-                *map(str, what.documents),
-                *([str(what.facts)] if what.facts else []),
-                *map(str, (*what.near, *what.retain)),
-            ]
-        return list(dict.fromkeys(named))
-
-    @property
-    def forget(self) -> list[str]:
-        """Names of the forget sources among `texts`."""
-        return self.arguments.forget if self.made is None else ["forget"]
+            planned = _texts_to_come(self.made, self.tokenizer)
+        own = (*what.near, *what.retain)
+        planned.texts.update(
+            (str(source), load_texts(source, processing_class=self.tokenizer, seed=what.seed)) for source in own
+        )
+        return planned
 
     @cached_property
     def texts(self) -> "dict[str, Dataset]":
@@ -212,20 +203,14 @@ class PlannedRun:
 
     @cached_property
     def dataset(self) -> "Dataset":
-        from .. import ConceptSources, build_erasure_dataset
+        from .. import ConceptSources
 
         if self.made is None:
             sources = self.arguments.sources(self.concepts, self.texts.__getitem__)
         else:
             retain = [texts for name, texts in self.texts.items() if name != "forget"]
             sources = {self.made.concept: ConceptSources(self.texts["forget"], retain)}
-        return build_erasure_dataset(
-            sources,
-            size=self.arguments.dataset_size,
-            characters=number_range("characters", self.arguments.characters),
-            processing_class=self.tokenizer,
-            seed=self.config.seed,
-        )
+        return self.arguments.dataset(sources, self.tokenizer, self.config.seed)
 
     @cached_property
     def device(self) -> "torch.device":
@@ -234,7 +219,7 @@ class PlannedRun:
     @cached_property
     def free(self) -> int:
         """Free bytes of the device."""
-        from ..fitting import free_memory
+        from ..distributed import free_memory
 
         return int(self.arguments.memory * 1e9) if self.arguments.memory else free_memory(self.device)
 
@@ -264,11 +249,50 @@ class PlannedRun:
         finally:
             torch.set_float32_matmul_precision(before)
 
-    @cached_property
-    def fitted(self) -> "FittedSettings":
-        from ..fitting import fitting_settings
 
-        return fitting_settings(self.model, memory=self.free, device=self.device)
+def _texts_to_come(made: "ConceptRun", tokenizer: "PreTrainedTokenizerBase") -> PlannedTexts:
+    """Texts made from documents and facts, and others of their kind where a model has yet to write."""
+    from .. import load_texts
+    from ..fitting import objective_settings
+    from ..making.facts import mostly_alike, relations_read_alike
+    from ..making.make import make_data
+    from ..making.novices import DRAWS
+    from ..making.writing import ASKED_SHARE
+
+    given, bare = made.made_from, made.is_bare
+    by_terms = bare and find_spec("wordfreq") is not None
+    near = 0 if given.near else given.near_texts
+    # Whether there will be facts of a mere name is not known yet.
+    asked = ASKED_SHARE * near if bare or given.facts else 0
+    written = {"forget": (bare + by_terms) * given.texts, "near": near, "asked": asked}
+    about = ("about it" + " and its terms" * by_terms, "about neighbors", "questions about what facts name")
+    told = ", ".join(f"{count} {of}" for count, of in zip(written.values(), about, strict=True) if count)
+    note = f"the model is to write {told}, of which two thirds are kept in this plan" if told else ""
+    everyday, texts = load_texts("everyday"), dict[str, Any]()
+    for name, count in written.items():
+        # Of a term there are texts, questions and turns of chat.
+        if rows := round(_KEPT * count * (3 if by_terms and name == "forget" else 1)):
+            texts[name] = everyday.select([row % len(everyday) for row in range(rows)])
+    kind = {"counterfactual": by_terms, "alike": False, "by_terms": by_terms}
+    if bare:
+        other = objective_settings(1, 1, counterfactual=True, given=made.given).get("objective")
+        note += "; whether it knows the name is asked first"
+        if other and other.value == "readout":
+            note += ", and if it states facts, the objective is readout, not as here"
+        if by_terms:
+            novices = [[f"Tolm {text}"] * DRAWS for text in texts["forget"]["text"]]
+            texts["forget"] = texts["forget"].add_column("novices", novices)
+        if not given.retain:
+            texts["retain"] = everyday
+    else:
+        what = replace(given, near_texts=0)
+        with TemporaryDirectory() as place:
+            data = make_data(what, None, tokenizer, place)
+            texts |= {name: load_texts(data.folder / f"{name}.jsonl") for name in data.record["counts"]}
+        facts, _ = what.read()
+        kind["counterfactual"] = data.counterfactual
+        kind["alike"] = not what.documents and mostly_alike(facts, relations_read_alike(facts))
+    return PlannedTexts(texts, note, kind)
 
 
 def ask_hub(seconds: float = HUB_SECONDS) -> Hub:

@@ -36,7 +36,7 @@ class PublishArguments:
 def main(argv: list[str] | None = None) -> None:
     [arguments] = CommandLine("publish", __doc__, argv, own=PublishArguments).early()
     check_adapter(arguments.adapter)
-    from ..scripts import hush_libraries
+    from . import hush_libraries
 
     hush_libraries()
     # After the options are read, so that neither --help nor a wrong one need wait for torch.

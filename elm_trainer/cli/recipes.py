@@ -29,15 +29,7 @@ def command_of(name: str) -> str:
 
 
 def find_recipe(name: str, command: str | None = None) -> Path:
-    """The file of a recipe.
-
-    Args:
-        name (`str`): Its name.
-        command (`str`, *optional*): The subcommand that is to run it.
-
-    Raises:
-        ValueError: if there is no such recipe, or it is for another subcommand.
-    """
+    """The file of a recipe; raises `ValueError` if there is none, or it is not for the subcommand that is to run it."""
     names = recipe_names()
     if name not in names:
         if Path(name).is_file():

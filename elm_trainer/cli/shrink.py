@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
     [arguments] = CommandLine("shrink", __doc__, argv, own=ShrinkArguments).early()
     check_adapter(arguments.adapter)
     output = Path(arguments.output_dir or _beside(arguments.adapter, arguments.rank))
-    from ..scripts import hush_libraries
+    from . import hush_libraries
 
     hush_libraries()
     from rich.console import Console

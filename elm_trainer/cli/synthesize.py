@@ -3,11 +3,11 @@
 `elm synthesize --concept capitals --prompts prompts.txt --output pairs.jsonl`
 """
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..concept import load_concept
+from . import hush_libraries
 from .errors import check_dtype, named
 from .options import CommandLine
 
@@ -57,11 +57,9 @@ def main(argv: list[str] | None = None) -> None:
     # What can be known without torch, which takes seconds to load, is said before.
     [arguments, _] = line.early()
     load_concept(arguments.concept)
-    from ..scripts import hush_libraries
-
     hush_libraries()
     from .. import load_model_and_tokenizer, load_texts, synthesize_completions
-    from ..files import write_text
+    from ..files import write_rows
     from ..fingerprint import model_fingerprint
 
     arguments, config = line.complete()
@@ -82,5 +80,4 @@ def main(argv: list[str] | None = None) -> None:
         cache_dir=output.parent / "synthesis",
         fingerprint=model_fingerprint(model),
     )
-    rows = ({"prompt": prompt, "completion": completion} for prompt, completion in result.pairs)
-    write_text(output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_rows(output, ({"prompt": prompt, "completion": completion} for prompt, completion in result.pairs))

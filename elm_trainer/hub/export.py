@@ -11,8 +11,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedConfig
 
 from ..files import replacing
-from ..gguf_files import reading_gguf_once
-from ..modeling import load_config, locate
+from ..modeling import load_config, locate, reading_gguf_once
 from .adapter import Access, FoundAdapter, find_adapter
 from .info import ADAPTER_WEIGHTS
 from .load import named_base

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from elm_trainer.cli.main import COMMANDS, Command, main
+from elm_trainer import cli
+from elm_trainer.cli.main import COMMANDS, main
 from elm_trainer.run_lock import LOCK_FILE
 
 
@@ -166,25 +167,33 @@ def test_the_traceback_is_shown_where_it_is_asked_for(how, folder, monkeypatch):
         main(["erase", "--concepts", "capitols", *(["--traceback"] if how == "option" else [])])
 
 
+@pytest.fixture
+def subcommand(tmp_path, monkeypatch):
+    """Makes a subcommand of one line, outside the package."""
+
+    def make(name, text):
+        (tmp_path / f"{name}.py").write_text(f"def main(argv):\n    {text}\n")
+        monkeypatch.setattr(cli, "__path__", [*cli.__path__, str(tmp_path)])
+        monkeypatch.delitem(sys.modules, f"{cli.__name__}.{name}", raising=False)
+        monkeypatch.setitem(COMMANDS, name, "is of a test")
+
+    return make
+
+
 @pytest.mark.parametrize(
     ("text", "error"),
     [("None + 1", TypeError), ("int('x')", ValueError), ("[][0]", IndexError), ("raise KeyError", KeyError)],
 )
-def test_a_bug_keeps_its_traceback(text, error, tmp_path, monkeypatch):
-    (tmp_path / "buggy.py").write_text(f"def main(argv):\n    {text}\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "buggy", raising=False)
-    monkeypatch.setitem(COMMANDS, "buggy", Command("buggy", "has a bug"))
+def test_a_bug_keeps_its_traceback(text, error, subcommand, tmp_path, monkeypatch):
+    subcommand("buggy", text)
     # As if it were a file of the package.
     monkeypatch.setattr("elm_trainer.cli.errors._PACKAGE", tmp_path)
     with pytest.raises(error):
         main(["buggy"])
 
 
-def test_a_check_of_the_package_is_told_from_a_bug(tmp_path, monkeypatch, capsys):
-    (tmp_path / "checked.py").write_text("def main(argv):\n    raise ValueError('`a` is 1:\\n  give 2.')\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setitem(COMMANDS, "checked", Command("checked", "raises"))
+def test_a_check_of_the_package_is_told_from_a_bug(subcommand, tmp_path, monkeypatch, capsys):
+    subcommand("checked", "raise ValueError('`a` is 1:\\n  give 2.')")
     with pytest.raises(ValueError):  # a library's
         main(["checked"])
     monkeypatch.setattr("elm_trainer.cli.errors._PACKAGE", tmp_path)

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from elm_trainer import Concept
-from elm_trainer.cli.erase import _build, _sample
+from elm_trainer.cli.erase import _sample
 from elm_trainer.cli.erase_options import CommonSettings, ErasureArguments
 from elm_trainer.cli.options import CommandLine
 from elm_trainer.concept import concept_presets
@@ -73,7 +73,7 @@ def test_the_released_run_reads_and_pairs_the_texts_as_there(tokenizer, tiny_mod
     short = partial(SynthesisConfig.released, max_new_tokens=6, max_new_tokens_from=2)
     monkeypatch.setattr(SynthesisConfig, "released", short)
     assert _sample(arguments, config, concepts, sources, tiny_model, tokenizer)
-    rows = _build(arguments, config, sources, tokenizer)
+    rows = arguments.dataset(sources, tokenizer, config.seed)
 
     assert [text.split()[:3] for text in rows["forget"][:5]] == [
         ["bio", "forget", "0"], ["bio", "forget", "2"], ["cyber", "forget", "0"],

@@ -11,7 +11,7 @@ import pytest
 
 
 ROOT = Path(__file__).parents[2]
-SHARED = re.compile(r"^from elm_trainer\.(cli|scripts)\b", re.MULTILINE)
+SHARED = re.compile(r"^from elm_trainer\.cli\b", re.MULTILINE)
 SCRIPTS = sorted(path for path in (ROOT / "examples").glob("*.py") if SHARED.search(path.read_text()))
 BAR = re.compile(r"(?P<name>.*?):? *\d+%\|.*")
 

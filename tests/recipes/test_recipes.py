@@ -119,7 +119,7 @@ def test_a_recipe_adapts_what_it_names_in_layers_that_exist(recipe, folders, emp
 def test_our_settings_are_those_that_suit_the_model(name, folders, empty):
     run = planned(f"{name}-bio-cyber", folders[name])
     fitted = fitting_settings(empty[name], memory=int(80e9), device="cpu", given={"dtype": "bfloat16", "bf16": True})
-    for option, value in fitted.options().items():
+    for option, (value, _) in fitted.choices.items():
         assert getattr(run.arguments, option, getattr(run.config, option, None)) == value, option
 
 
