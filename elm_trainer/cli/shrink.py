@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from ..evaluation.suite import EvaluationSuite
-    from ..hub.shrink import Shrinkage
+    from ..hub.combine import Shrinkage
 
 
 @dataclass

@@ -8,8 +8,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from elm_trainer import read_report
 from elm_trainer.cli.main import main
+from elm_trainer.hub.combine import shrink_adapter
 from elm_trainer.hub.load import load_erased
-from elm_trainer.hub.shrink import shrink_adapter
 
 from .published import adapt, logits, seal, write_published
 
