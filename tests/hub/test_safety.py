@@ -20,13 +20,6 @@ TARGET = "base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"
 
 
 @pytest.fixture
-def base_folder(tiny_model, tokenizer, tmp_path):
-    tiny_model.save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
-    return tmp_path / "base"
-
-
-@pytest.fixture
 def folder(base_folder, tokenizer, tmp_path):
     """A published adapter, sound so far."""
     erased = adapt(AutoModelForCausalLM.from_pretrained(base_folder))

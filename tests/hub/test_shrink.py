@@ -15,13 +15,6 @@ from .published import adapt, logits, seal, write_published
 
 
 @pytest.fixture
-def base_folder(tiny_model, tokenizer, tmp_path):
-    tiny_model.save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
-    return tmp_path / "base"
-
-
-@pytest.fixture
 def saved(base_folder, tmp_path):
     """Save an adapter of the base, and give its folder with the model."""
 
