@@ -25,18 +25,9 @@ from .safety import LOADED_FILES
 # PEFT saves an adapter of this name into the folder itself, which is how adapters are published.
 STACK = "default"
 COMBINATIONS = (
-    "cat",
-    "linear",
-    "svd",
-    "ties",
-    "ties_svd",
-    "dare_linear",
-    "dare_linear_svd",
-    "dare_ties",
-    "dare_ties_svd",
-    "magnitude_prune",
-    "magnitude_prune_svd",
-)
+    "cat", "linear", "svd", "ties", "ties_svd", "dare_linear", "dare_linear_svd", "dare_ties", "dare_ties_svd",
+    "magnitude_prune", "magnitude_prune_svd",
+)  # fmt: skip
 
 
 def stack_erasures(
@@ -211,21 +202,13 @@ class Shrinkage:
 
 @dataclass(frozen=True)
 class Factors:
-    """The update of one module, `scale * b @ a`.
+    """The update of one module, `scale * b @ a`."""
 
-    Args:
-        name (`str`): Its name in the weights' file, without the names of the factors.
-        keys (`tuple[str, str]`): The factors' names in the file.
-        a (`torch.Tensor`): `[rank, in]`.
-        b (`torch.Tensor`): `[out, rank]`.
-        scale (`float`): Alpha over rank, or over the root of the rank with `use_rslora`.
-    """
-
-    name: str
-    keys: tuple[str, str]
-    a: torch.Tensor
-    b: torch.Tensor
-    scale: float
+    name: str  # in the weights' file, without the names of the factors
+    keys: tuple[str, str]  # of the factors in the file
+    a: torch.Tensor  # [rank, in]
+    b: torch.Tensor  # [out, rank]
+    scale: float  # alpha over rank, or over the root of the rank with `use_rslora`
 
 
 def shrink_adapter(
