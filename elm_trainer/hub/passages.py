@@ -76,22 +76,13 @@ class Word(NamedTuple):
 
 @dataclass(frozen=True)
 class Document:
-    """Text found in a file.
+    """Text found in a file, lines apart by `\\n`."""
 
-    Args:
-        file (`str`): Path in the folder.
-        text (`str`): The text, lines apart by `\\n`.
-        where (`str`, *optional*): Part of the file, where it is not the file itself; its lines are not the file's.
-        first_line (`int`, *optional*, defaults to `1`): Number of the text's first line.
-        vocabulary (`bool`, *optional*, defaults to `False`): Whether this is a list of tokens, which holds all kinds of
-            names and beginnings of paths, and no sentences.
-    """
-
-    file: str
+    file: str  # path in the folder
     text: str
-    where: str = ""
+    where: str = ""  # part of the file, where it is not the file itself; its lines are not the file's
     first_line: int = 1
-    vocabulary: bool = False
+    vocabulary: bool = False  # a list of tokens, which holds all kinds of names and beginnings of paths, no sentences
 
     @cached_property
     def readings(self) -> list[str]:
@@ -124,18 +115,8 @@ _WORDS_AFTER = 100
 _WORDS_BEFORE = 20
 
 
-@dataclass(frozen=True)
-class Passage:
-    """Words in a row of a document that stand in a forget text."""
-
-    document: Document
-    line: int
-    words: int
-    text: str
-
-
-def find_passages(documents: Sequence[Document], forget: Iterable[str]) -> list[Passage]:
-    """Runs of at least twelve words of a forget text, and shorter forget texts as a whole.
+def find_passages(documents: Sequence[Document], forget: Iterable[str]) -> list[tuple[Document, int, list[str]]]:
+    """Runs of at least twelve words of a forget text, and shorter forget texts as a whole: document, line and words of each.
 
     Case, accents, line breaks and what stands between words do not matter. The memory needed grows with the documents,
     not with the forget texts.
@@ -168,10 +149,7 @@ def find_passages(documents: Sequence[Document], forget: Iterable[str]) -> list[
                 spans[-1][1] = max(spans[-1][1], end)
             else:
                 spans.append([start, end])
-        found += [
-            Passage(document, document.words[start].line, end - start, " ".join(words[start:end]))
-            for start, end in spans
-        ]
+        found += [(document, document.words[start].line, words[start:end]) for start, end in spans]
     return found
 
 

@@ -176,7 +176,7 @@ def mask_samples(
         for side in ("prompt", "reference", "erased")
         if isinstance(sample.get(side), str)
     }
-    passages = {passage.document.file for passage in find_passages(list(texts.values()), forget)}
+    passages = {document.file for document, _, _ in find_passages(list(texts.values()), forget)}
     for (number, side), document in texts.items():
         if document.file in passages:
             masked, kinds = MASK, ["words in a row of a forget text"]

@@ -42,27 +42,19 @@ def scan_folder(
     names: Iterable[str] | None = None,
     allowed: Collection[str] = PUBLISHED_FILES,
 ) -> list[Finding]:
-    """Find what must not be published.
+    """Find what must not be published, by file and line; no finding repeats what was found.
 
     Found are files that are not on the list, links, and files that are not what their name says; and in texts, JSON
     (escapes resolved), the header of safetensors and the text chunks of PNG pictures: secrets, absolute paths, user and
     host names, passages of forget text, and questions beside their right answer.
 
     Args:
-        folder (`str` or `Path`): What would go up.
-        forget (`Iterable[str]`, *optional*): Forget texts: any twelve words in a row of them, or a shorter one of at
-            least three words as a whole. Rows that a chat template rendered go through [`without_template`] first.
-        questions (`Iterable[Question]`, *optional*):
-            Questions about what was erased, which must not stand beside their right answer.
-        names (`Iterable[str]`, *optional*): Names of persons and machines. Those of [`machine_names`] by default.
-        allowed (`Collection[str]`, *optional*, defaults to `PUBLISHED_FILES`):
-            Paths in the folder, with `/`, that may be published.
-
-    Returns:
-        `list[Finding]`: by file and line; no finding repeats what was found.
-
-    Raises:
-        NotADirectoryError: if there is no such folder.
+        folder: What would go up.
+        forget: Forget texts: any twelve words in a row of them, or a shorter one of at least three words as a whole. Rows
+            that a chat template rendered go through [`without_template`] first.
+        questions: Those about what was erased.
+        names: Names of persons and machines. Those of [`machine_names`] by default.
+        allowed: Paths in the folder, with `/`, that may be published.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -77,7 +69,7 @@ def scan_folder(
             if name not in allowed:
                 findings.append(_of_file(name, "not among the files that are published: delete it"))
             try:
-                documents += read_documents(path, name)
+                documents += _read_documents(path, name)
             except NotWhatItSaysError as error:
                 if name in allowed:
                     findings.append(_of_file(name, f"{error}: write it again"))
@@ -87,29 +79,15 @@ def scan_folder(
     asked = list(questions)
     for document in documents:
         findings += _told(document, people, asked)
-    findings += [
-        _finding(
-            passage.document,
-            passage.line,
-            f"{passage.words} words in a row of a forget text: take them out",
-            passage.text,
-        )
-        for passage in find_passages([document for document in documents if not document.vocabulary], forget)
-    ]
+    prose = [document for document in documents if not document.vocabulary]
+    for document, line, words in find_passages(prose, forget):
+        what = f"{len(words)} words in a row of a forget text: take them out"
+        findings.append(_finding(document, line, what, " ".join(words)))
     return sorted(set(findings), key=lambda finding: (finding.file, finding.line or 0, finding.what))
 
 
 def raise_findings(findings: Sequence[Finding], allow: Mapping[str, str] | None = None) -> None:
-    """Raise [`ScanError`] naming each finding with its fix, if there are any but those that are allowed.
-
-    Args:
-        findings (`Sequence[Finding]`): What [`scan_folder`] found.
-        allow (`Mapping[str, str]`, *optional*): Reason why a finding may be published, by its id. Each is logged.
-
-    Raises:
-        ScanError: for findings that are not allowed.
-        ValueError: for a reason that says nothing.
-    """
+    """Raise [`ScanError`] naming each finding with its fix, but those that `allow` gives a reason for, by id: these are logged."""
     allow = allow or {}
     check_allowed(allow)
     for finding in findings:
@@ -136,13 +114,9 @@ def check_allowed(allow: Mapping[str, str]) -> None:
 def find_private(
     text: str, names: Collection[str] = (), *, escaped: bool = False, vocabulary: bool = False
 ) -> Iterator[Hit]:
-    """Everything in a text that gives away a secret, a person or a machine.
+    """Everything in one reading of a text that gives away a secret, a person or a machine.
 
-    Args:
-        text (`str`): One reading of it.
-        names (`Collection[str]`, *optional*): Names of persons and machines.
-        escaped (`bool`, *optional*, defaults to `False`): Whether its backslashes begin escapes.
-        vocabulary (`bool`, *optional*, defaults to `False`): Whether it is a list of tokens, in which only secrets are found.
+    With `escaped` its backslashes begin escapes. In a `vocabulary`, a list of tokens, only secrets are found.
     """
     yield from find_secrets(text, vocabulary=vocabulary)
     if not vocabulary:
@@ -160,12 +134,8 @@ def _entries(folder: Path) -> list[Path]:
     )
 
 
-def read_documents(path: Path, name: str) -> list[Document]:
-    """What can be read in a file.
-
-    Raises:
-        NotWhatItSaysError: if the content is of another kind than the file's ending says, or cannot be looked into.
-    """
+def _read_documents(path: Path, name: str) -> list[Document]:
+    """What can be read in a file; raises [`NotWhatItSaysError`] where it cannot be looked into, too."""
     if path.suffix == ".safetensors":
         try:
             with safe_open(path, framework="pt") as file:

@@ -147,12 +147,8 @@ def find_secrets(text: str, *, vocabulary: bool = False) -> Iterator[Hit]:
 
     Found are tokens in the format of a vendor, tokens by their shape (a short prefix before random characters, or many
     random characters on their own), values beside the name of a secret, private keys, passwords in addresses, and all of
-    these in base64, base32 or hexadecimal digits.
-
-    Args:
-        text (`str`): The text; escapes, if any, resolved.
-        vocabulary (`bool`, *optional*, defaults to `False`): Whether this is a list of tokens of a tokenizer, in which a
-            name beside a value, or random characters, mean nothing.
+    these in base64, base32 or hexadecimal digits. In a `vocabulary`, a tokenizer's list of tokens, a name beside a value, or
+    random characters, mean nothing.
     """
     yield from find_tokens(text, vocabulary)
     if not vocabulary:
