@@ -103,8 +103,8 @@ def loading_objection(config: dict[str, Any]) -> str | None:
 
     It is here for the trainers, which lie below `hub` and import nothing of it.
     """
-    from .hub.adapter_config import check_adapter_config
     from .hub.errors import UnsafeAdapterError
+    from .hub.safety import check_adapter_config
 
     try:
         check_adapter_config(config, Path("peft_config"))

@@ -13,8 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..modeling import PACKAGED_MODELS, load_model, load_tokenizer
-from .adapter import Access, FoundAdapter, find_adapter
-from .base_config import check_base_config, check_tokenizer
+from .adapter import Access, FoundAdapter, check_base_config, check_tokenizer, find_adapter
 from .errors import (
     BaseMismatchError,
     HubError,
@@ -98,7 +97,7 @@ def load_erased(
     )
     if verify and adapter.info is not None:
         try:
-            with strangers_files(f"The questions stored in {INFO_FILE} of {adapter.name} could not be asked"):
+            with _strangers_files(f"The questions stored in {INFO_FILE} of {adapter.name} could not be asked"):
                 check_probes(model, tokenizer, adapter.info.verification)
         except BaseException:
             # A model that was handed in goes back as it came.
@@ -132,10 +131,10 @@ def load_found(
         quantization_config=quantization_config,
     )
     for adapter in found.values():
-        check_fit(adapter, base, tokenizer, allow_mismatch=allow_mismatch)
+        _check_fit(adapter, base, tokenizer, allow_mismatch=allow_mismatch)
     model: Any = base
     for name, adapter in found.items():
-        with strangers_files(f"{adapter.name} could not be put on its base"):
+        with _strangers_files(f"{adapter.name} could not be put on its base"):
             if model is base:
                 model = PeftModel.from_pretrained(base, adapter.folder, adapter_name=name, torch_device="cpu")
             else:
@@ -190,7 +189,7 @@ def load_base(
         local_files_only=access.local_files_only,
     )
     at = f" at {revision}" if revision else ""
-    with bounded_waits(), strangers_files(f"The base model {name}{at} of {adapter.name} could not be loaded", name):
+    with bounded_waits(), _strangers_files(f"The base model {name}{at} of {adapter.name} could not be loaded", name):
         if isinstance(base_model, PreTrainedModel):
             base = base_model
         else:
@@ -206,13 +205,13 @@ def load_base(
             )
     own = (adapter.folder / "tokenizer_config.json").exists()
     whose = adapter.name if own else f"the base model {name}{at} of {adapter.name}"
-    with bounded_waits(), strangers_files(f"The tokenizer of {whose} could not be loaded", name):
+    with bounded_waits(), _strangers_files(f"The tokenizer of {whose} could not be loaded", name):
         tokenizer = load_tokenizer(str(adapter.folder)) if own else load_tokenizer(name, **options)
         check_tokenizer(tokenizer, whose)
     return base, tokenizer
 
 
-def check_fit(
+def _check_fit(
     adapter: FoundAdapter, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, allow_mismatch: bool = False
 ) -> None:
     """Check that an adapter belongs on a base: fingerprint, tensors and tokens; raises what [`load_erased`] raises."""
@@ -224,7 +223,7 @@ def check_fit(
                 raise
             logger.warning(str(error))
     weights = adapter.folder / ADAPTER_WEIGHTS
-    with strangers_files(f"{adapter.name} could not be compared with its base"):
+    with _strangers_files(f"{adapter.name} could not be compared with its base"):
         rows = base.get_input_embeddings().weight.shape[0]
         added = len(tokenizer) > rows and add_tokens(weights, adapter.config, base, len(tokenizer))
         check_tensors(weights, adapter.config, base, embeddings=added)
@@ -264,7 +263,7 @@ def named_base(adapter: FoundAdapter) -> str:
 
 
 @contextmanager
-def strangers_files(what: str, name: str = "") -> Iterator[None]:
+def _strangers_files(what: str, name: str = "") -> Iterator[None]:
     """Whatever libraries make of files that somebody else wrote becomes a `HubError` that says what was tried."""
     try:
         with named_errors(name, what):

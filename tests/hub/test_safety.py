@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from elm_trainer.hub.adapter_config import check_adapter_config
 from elm_trainer.hub.errors import UnsafeAdapterError
 from elm_trainer.hub.load import load_erased
-from elm_trainer.hub.safety import check_folder, check_names, check_tensors, read_header
+from elm_trainer.hub.safety import check_adapter_config, check_folder, check_names, check_tensors
+from elm_trainer.hub.untrusted import read_header
 
 from .published import adapt, edit_json, logits, seal, write_published
 
