@@ -78,8 +78,7 @@ def export_gguf_adapter(
         token=token,
         local_files_only=local_files_only,
     )
-    _check_family(config, name)
-    modules = dict(_gguf_modules(found, config))
+    modules = dict(_gguf_modules(found, config, name))
     # One alpha is all that the file holds; what a module's own rank and scale differ from it goes into its B.
     first = next(iter(modules.values()))
     alpha = first.scale * first.a.shape[0]
@@ -142,8 +141,7 @@ def export_gguf(
     with reading_gguf_once():
         config = load_config(str(base))
         reader = gguf.GGUFReader(base)
-    _check_family(config, base.name)
-    modules = dict(_gguf_modules(found, config))
+    modules = dict(_gguf_modules(found, config, base.name))
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     for name, module in modules.items():
         wanted = (module.b.shape[0], module.a.shape[1])
@@ -230,26 +228,23 @@ def _gguf_of(found: FoundAdapter) -> Path:
     return Path(place) / file
 
 
-def _check_family(config: PreTrainedConfig, name: str) -> None:
+def _gguf_modules(found: FoundAdapter, config: PreTrainedConfig, base: str) -> Iterator[tuple[str, Factors]]:
+    """The update of each module by the name of the tensor that it changes, in a base of this name."""
     if config.model_type not in ARCHITECTURES:
         raise ValueError(
-            f"`base_model` {name} is of the family {config.model_type!r}, but GGUF files are written for "
+            f"`base_model` {base} is of the family {config.model_type!r}, but GGUF files are written for "
             f"{', '.join(ARCHITECTURES)} alone: `merge_erased`, and llama.cpp's convert_hf_to_gguf.py on its folder."
         )
-
-
-def _gguf_modules(found: FoundAdapter, config: PreTrainedConfig) -> Iterator[tuple[str, Factors]]:
-    """The update of each module by the name of the tensor that it changes."""
     weights = load_file(found.folder / ADAPTER_WEIGHTS)
-    linear = {module.keys[0]: module for module in adapter_factors(found, weights)}
+    linear = list(adapter_factors(found, weights))
     names = gguf.get_tensor_name_map(ARCHITECTURES[config.model_type], config.num_hidden_layers)
-    known = {key for module in linear.values() for key in module.keys}
+    known = {key for module in linear for key in module.keys}
     if further := [key for key in weights if key not in known or key.endswith(FACTORS[1])]:
         raise ValueError(
             f"{found.name} holds {further[0]}, but only linear modules with LoRA can be written: merge it into full weights, "
             "with `merge_erased`, and convert those by llama.cpp's convert_hf_to_gguf.py."
         )
-    for module in linear.values():
+    for module in linear:
         name = names.get_name(module.name)
         if name is None:
             raise ValueError(
