@@ -21,9 +21,8 @@ from ..data.user_sources import is_hub_id
 from ..evaluation.measures import INSIDE, MEASURES
 from ..evaluation.report import check_report
 from .info import BaseModel
-from .passages import MASK, Document, find_passages, mask_answers
-from .scan import find_private
-from .secrets import readings
+from .scan import MASK, find_passages, find_private, mask_answers
+from .secrets import Document, readings
 
 
 logger = logging.get_logger(__name__)
