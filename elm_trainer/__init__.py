@@ -48,12 +48,12 @@ _EXPORTS = {
     "load_erased": ".hub.load",
     "load_model_and_tokenizer": ".modeling",
     "load_texts": ".data.sources",
-    "merge_erased": ".hub.combine",
+    "merge_erased": ".hub.export",
     "publish_adapter": ".hub.publish",
     "publish_dataset": ".hub.publish_dataset",
     "read_questions": ".data.questions",
     "read_report": ".evaluation.report",
-    "shrink_adapter": ".hub.shrink",
+    "shrink_adapter": ".hub.combine",
     "stack_erasures": ".hub.combine",
     "synthesize_completions": ".synthesis",
 }
@@ -72,13 +72,12 @@ if TYPE_CHECKING:
     from .evaluation.pair import ModelPair
     from .evaluation.report import compare_reports, read_report
     from .evaluation.suite import EvaluationSuite, built_in_suite
-    from .hub.combine import merge_erased, stack_erasures
-    from .hub.export import export_gguf, export_gguf_adapter
+    from .hub.combine import shrink_adapter, stack_erasures
+    from .hub.export import export_gguf, export_gguf_adapter, merge_erased
     from .hub.info import BaseModel
     from .hub.load import load_erased
     from .hub.publish import CardDetails, PublishOptions, publish_adapter
     from .hub.publish_dataset import publish_dataset
-    from .hub.shrink import shrink_adapter
     from .methods.anchors import counterfactuals
     from .methods.base import ErasureTrainer
     from .methods.elm import ElmConfig, ElmTrainer
@@ -102,8 +101,8 @@ def loading_objection(config: dict[str, Any]) -> str | None:
 
     It is here for the trainers, which lie below `hub` and import nothing of it.
     """
-    from .hub.adapter_config import check_adapter_config
     from .hub.errors import UnsafeAdapterError
+    from .hub.safety import check_adapter_config
 
     try:
         check_adapter_config(config, Path("peft_config"))

@@ -2,8 +2,6 @@
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 from peft import PeftModel
@@ -24,12 +22,8 @@ def base_fingerprint(model: PreTrainedModel | PeftModel, rows: int | None = None
 
     It is the same with and without an adapter, and with weights loaded as bfloat16 or float32, since the samples are
     rounded to bfloat16 before they are hashed. Weights loaded as float16 give the same only where float16 holds them
-    exactly, as it does values of bfloat16 from 6e-5 to 65504: others are rounded twice.
-
-    Args:
-        model: The base, or an adapter on it.
-        rows: Rows of embeddings and head that count, where the model has further ones for tokens that were added. All by
-            default.
+    exactly, as it does values of bfloat16 from 6e-5 to 65504: others are rounded twice. Of embeddings and head only the first
+    `rows` count, where the model has further ones for tokens that were added.
 
     Returns:
         `dict[str, str]`: `"weights"` over all tensors, and `"unquantized"` over embeddings, output head, norms and
@@ -76,9 +70,6 @@ def bit_sums(model: PreTrainedModel | PeftModel) -> str:
     It tells apart what the samples of [`base_fingerprint`] miss, such as a few changed embeddings. Integer sums are the
     same on every device and in any order, and cost one pass over the memory. Unlike the samples they depend on the type
     in which the weights were loaded.
-
-    Args:
-        model: The base, or an adapter on it.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     sums = {name: _bit_sum(tensor) for name, _, tensor in _base_tensors(base)}
@@ -98,20 +89,10 @@ def _base_tensors(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn
         yield from _base_tensors(module.original_module, prefix)
         return
     for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-        with _whole(parameter):
+        with gather_params_ctx([parameter], modifier_rank=None):
             yield prefix + name, module, parameter
     for name, child in module.named_children():
         yield from _base_tensors(child, f"{prefix}{name}.")
-
-
-def _whole(parameter: nn.Parameter) -> AbstractContextManager[Any]:
-    """A context in which a parameter that DeepSpeed ZeRO-3 has split over processes is whole."""
-    # DeepSpeed marks such a parameter by this attribute.
-    if not hasattr(parameter, "ds_id"):
-        return nullcontext()
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters([parameter])
 
 
 def _samples(tensor: torch.Tensor) -> torch.Tensor:

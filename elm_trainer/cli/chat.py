@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
     # After the options are read, so that neither --help nor a wrong one need wait for torch.
     from ..chat import ErasureChat, load_chat_concept
     from ..hub.adapter import Access, find_adapter
-    from ..hub.combine import load_found
+    from ..hub.load import load_found
 
     # Whatever can be wrong is found before a model is loaded.
     check_dtype(arguments.dtype)

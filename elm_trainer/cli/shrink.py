@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from ..evaluation.suite import EvaluationSuite
-    from ..hub.shrink import Shrinkage
 
 
 @dataclass
@@ -56,10 +55,15 @@ def main(argv: list[str] | None = None) -> None:
         suite = suite_from_files(arguments.concepts, arguments.bank, arguments.questions)
         measures = measurable(arguments.measures, suite)
     shrunk = shrink_adapter(arguments.adapter, arguments.rank, output)
+    worst = sorted(shrunk.modules.items(), key=lambda entry: entry[1])[:3]
+    least = ", ".join(f"{name} ({share:.1%})" for name, share in worst)
     console = Console(highlight=False, markup=False)
-    console.print(_summary(shrunk))
+    console.print(
+        f"Rank {shrunk.rank_before} -> {shrunk.rank}: {shrunk.kept:.1%} of the squared norm of the updates is left; "
+        f"least in {least}."
+    )
     if suite is not None:
-        _evaluate(arguments, suite, measures, output)
+        console.print(_table(_evaluate(arguments, suite, measures, output)))
     console.print(f"See {output}.")
 
 
@@ -71,20 +75,12 @@ def _beside(adapter: str, rank: int) -> Path:
     return Path("outputs") / f"{path.name}-rank-{rank}"
 
 
-def _summary(shrunk: "Shrinkage") -> str:
-    worst = sorted(shrunk.modules.items(), key=lambda entry: entry[1])[:3]
-    return (
-        f"Rank {shrunk.rank_before} -> {shrunk.rank}: {shrunk.kept:.1%} of the squared norm of the updates is left; least in "
-        + ", ".join(f"{name} ({share:.1%})" for name, share in worst)
-        + "."
-    )
-
-
-def _evaluate(arguments: ShrinkArguments, suite: "EvaluationSuite", measures: Any, output: Path) -> None:
+def _evaluate(
+    arguments: ShrinkArguments, suite: "EvaluationSuite", measures: Any, output: Path
+) -> dict[str, dict[str, Any]]:
     """Measure both adapters beside the base, whose answers are asked for once, and write their reports."""
     import torch
     from peft import PeftModel
-    from rich.console import Console
 
     from .. import evaluate_erasure, load_model_and_tokenizer
     from ..evaluation.evaluate import write_evaluation
@@ -110,7 +106,7 @@ def _evaluate(arguments: ShrinkArguments, suite: "EvaluationSuite", measures: An
         )
         write_evaluation(folder, reports[name])
         base = model.unload()
-    Console(highlight=False, markup=False).print(_table(reports))
+    return reports
 
 
 def _table(reports: Mapping[str, Mapping[str, Any]]) -> "Table":

@@ -1,7 +1,10 @@
-"""Fetch an adapter (a folder as it is, or the few files of a repository that are needed) and check it before any model is loaded."""
+"""Fetch what a stranger made, an adapter or the config of a base, and check it before transformers acts on it; try a tokenizer."""
 
+import json
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,14 +13,31 @@ from typing import Any
 from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.hf_api import ModelInfo, RepoSibling
-from transformers.utils import logging
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import CONFIG_NAME, cached_file, find_adapter_config_file, logging
 
 from ..files import file_sha256
-from .adapter_config import is_revision
+from ..modeling import PACKAGED_MODELS
 from .errors import HubError, UnsafeAdapterError, UploadError, bounded_waits, first_line, named_errors, retried
 from .info import ADAPTER_CONFIG, ADAPTER_WEIGHTS, INFO_FILE, ErasureInfo, Probe
 from .safety import LOADED_FILES, PLAIN_DATA, check_folder, check_names
-from .untrusted import LONGEST_PROBE, MOST_DATA_BYTES, MOST_JSON_BYTES, MOST_PROBES
+from .untrusted import (
+    LONGEST_PROBE,
+    MOST_BASE_STEPS,
+    MOST_DATA_BYTES,
+    MOST_JSON_BYTES,
+    MOST_PARTS,
+    MOST_PROBES,
+    TEMPLATE_BYTES,
+    TEMPLATE_CHARACTERS,
+    TEMPLATE_SECONDS,
+    is_plain_name,
+    is_revision,
+    matching_steps,
+    read_json,
+    short,
+    walk,
+)
 
 
 logger = logging.get_logger(__name__)
@@ -27,13 +47,7 @@ _BASE_FILES = ("config.json", "generation_config.json", "chat_template.json", "p
 
 @dataclass(frozen=True)
 class Access:
-    """How to reach the Hub.
-
-    Args:
-        token (`str`, *optional*): Token, where the one of `hf auth login` is not meant.
-        cache_dir (`str` or `Path`, *optional*): Cache of huggingface_hub, where another one is meant.
-        local_files_only (`bool`, *optional*, defaults to `False`): Whether to load from the cache alone.
-    """
+    """How to reach the Hub; see [`load_erased`]."""
 
     token: str | None = None
     cache_dir: str | Path | None = None
@@ -75,17 +89,13 @@ def _fetch(repo_id: str, revision: str | None, access: Access) -> Path:
         ) from error
 
 
-def describe(repo_id: str, revision: str | None, access: Access) -> ModelInfo:
+def _describe(repo_id: str, revision: str | None, access: Access) -> ModelInfo:
     """Commit of a repository, and names and sizes of its files."""
     return retried(lambda: HfApi(token=access.token).model_info(repo_id, revision=revision, files_metadata=True))
 
 
-def check_sizes(files: Iterable[RepoSibling], where: str) -> None:
-    """Refuse what is too large for what it is, by the sizes that the Hub lists. Weights may have any size.
-
-    Raises:
-        UnsafeAdapterError: naming the file and its size.
-    """
+def _check_sizes(files: Iterable[RepoSibling], where: str) -> None:
+    """Refuse what is too large for what it is, by the sizes that the Hub lists. Weights may have any size."""
     for file in files:
         name = file.rfilename
         if name == ADAPTER_WEIGHTS or name not in (*LOADED_FILES, *_BASE_FILES):
@@ -96,10 +106,10 @@ def check_sizes(files: Iterable[RepoSibling], where: str) -> None:
 
 
 def _download(repo_id: str, revision: str | None, access: Access) -> Path:
-    info = describe(repo_id, revision, access)
+    info = _describe(repo_id, revision, access)
     names = [file.rfilename for file in info.siblings or ()]
     check_names(names, repo_id)
-    check_sizes(info.siblings or (), repo_id)
+    _check_sizes(info.siblings or (), repo_id)
     if ADAPTER_CONFIG not in names:
         raise HubError(f"{repo_id} holds no {ADAPTER_CONFIG}: it is not the repository of an adapter.")
     folder = retried(
@@ -118,19 +128,12 @@ def _download(repo_id: str, revision: str | None, access: Access) -> Path:
 
 @dataclass(frozen=True)
 class FoundAdapter:
-    """An adapter that passed the checks that need no model.
+    """An adapter that passed the checks that need no model."""
 
-    Args:
-        name (`str`): Repository or folder, as it was asked for.
-        folder (`Path`): Where its files are.
-        config (`Mapping`): Contents of `adapter_config.json`.
-        info ([`ErasureInfo`], *optional*): Contents of `erasure.json`; `None` where there is none.
-    """
-
-    name: str
+    name: str  # repository or folder, as it was asked for
     folder: Path
-    config: Mapping[str, Any]
-    info: ErasureInfo | None
+    config: Mapping[str, Any]  # contents of `adapter_config.json`
+    info: ErasureInfo | None  # contents of `erasure.json`, if there is one
 
     @property
     def base_id(self) -> str | None:
@@ -139,17 +142,7 @@ class FoundAdapter:
 
 
 def find_adapter(repo_or_path: str | Path, revision: str | None, access: Access) -> FoundAdapter:
-    """Fetch an adapter, and make all checks of it that need no model.
-
-    Args:
-        repo_or_path: Folder, or Hub id.
-        revision: Commit, tag or branch of the repository.
-        access: How to reach the Hub.
-
-    Raises:
-        UnsafeAdapterError: if it could run code, or is not what `erasure.json` says.
-        HubError: if there is no such folder or repository, it can't be reached, or is not in the cache.
-    """
+    """Fetch an adapter (a folder as it is, or the few files of a repository that are needed), and check all that needs no model."""
     here = os.path.isdir(repo_or_path)
     folder = Path(repo_or_path) if here else _fetch(str(repo_or_path), revision, access)
     published = (folder / INFO_FILE).exists()
@@ -225,3 +218,147 @@ def _check_probes(path: Path, probes: Sequence[Probe]) -> None:
         else:
             continue
         raise UnsafeAdapterError(f"{path}: entry {place} of `verification` {fault}.")
+
+
+# Parts that are built one by one.
+_BUILT = re.compile(r"(layers?|depth|blocks|experts)$")
+# transformers compares names of modules with them, as regular expressions.
+_PATTERNS = ("modules_to_not_convert", "llm_int8_skip_modules", "ignore", "ignored_layers", "targets")
+
+
+def check_base_config(name: str, revision: str | None, access: Access) -> None:
+    """Check what a base on the Hub or in a folder says of itself, before transformers reads it.
+
+    Refused are an adapter, kernels from the Hub, what would take for ever to build, and files that are far too large.
+    """
+    if name in PACKAGED_MODELS or name.endswith(".gguf"):
+        return
+    offline = access.local_files_only or constants.HF_HUB_OFFLINE
+    if not (offline or Path(name).is_dir()):
+        try:
+            with named_errors(name, f"Loading the base model {name}"):
+                _check_sizes(_describe(name, revision, access).siblings or (), f"The base model {name}")
+        except UploadError:
+            pass  # It may lie in the cache whole; if not, transformers says so.
+    options: dict[str, Any] = dict(
+        revision=revision, token=access.token, cache_dir=access.cache_dir, local_files_only=offline
+    )
+    # transformers would load an adapter that is named as a base on a further base, and check none of it.
+    if find_adapter_config_file(name, **options) is not None:
+        raise UnsafeAdapterError(f"The base model {name} is itself an adapter: name the model that it belongs to.")
+    path = cached_file(name, CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **options)
+    if path is not None:
+        _check_config(read_json(Path(path)), f"The base model {name}")
+
+
+def _check_config(config: Any, base: str) -> None:
+    for key, value, _ in walk(config):
+        if "implementation" in key and any("/" in text for text in _texts(value)):
+            raise UnsafeAdapterError(
+                f"{base}: `{key}` is {short(value)}, a kernel on the Hub, whose code would run here: pass another base as "
+                "`base_model`."
+            )
+        if _BUILT.search(key) and type(value) is int and value > MOST_PARTS:
+            raise UnsafeAdapterError(
+                f"{base}: `{key}` is {short(value)}, more than {MOST_PARTS}: it would never be built. Pass another base as "
+                "`base_model`."
+            )
+        for text in _texts(value) if key in _PATTERNS else ():
+            pattern = text.removeprefix("re:")
+            try:
+                if not is_plain_name(pattern) and matching_steps(pattern, before=1) > MOST_BASE_STEPS:
+                    raise ValueError("too many parts of it take any text")
+            except ValueError as error:
+                raise UnsafeAdapterError(
+                    f"{base}: `{key}` holds {short(text)}, a pattern that might take for ever to match, as {error}: pass "
+                    "another base as `base_model`."
+                ) from error
+
+
+def _texts(content: Any) -> list[str]:
+    return [value for _, value, _ in walk(content) if isinstance(value, str)]
+
+
+_TEXT = "The capital of Peru is Lima, 42 km² away.\n\n  Isn't it? 東京 🙂" + " a" * 40
+# Jinja has no `while`, but loops in loops, and `9**9**9` is worked out when a template is compiled. Both happen in C or
+# without end, where nothing in the same process can stop them. What transformers adds to Jinja is added here too.
+_RENDER = """
+import json, sys
+from jinja2 import nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+template, seconds, size = json.load(sys.stdin)
+try:
+    import resource
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+    resource.setrlimit(resource.RLIMIT_AS, (size, size))
+except ImportError:  # Windows
+    pass
+
+class Generation(Extension):
+    tags = {"generation"}
+    def parse(self, parser):
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
+        return nodes.CallBlock(self.call_method("_body"), [], [], body).set_lineno(line)
+    def _body(self, caller):
+        return caller()
+
+def refuse(message):
+    raise ValueError(message)
+
+environment = ImmutableSandboxedEnvironment(
+    trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+)
+environment.filters["tojson"] = lambda value, **_: json.dumps(value, ensure_ascii=False)
+environment.globals.update(raise_exception=refuse, strftime_now=lambda form: "1 January 2026")
+user = {"role": "user", "content": "What is the capital of Peru?"}
+chats = [[user], [user, {"role": "assistant", "content": "Lima."}, user], [{"role": "system", "content": "Be brief."}, user]]
+longest = 0
+for messages in chats:
+    for begin in (True, False):
+        try:
+            told = environment.from_string(template).render(
+                messages=messages, tools=None, documents=None, add_generation_prompt=begin, bos_token="<s>", eos_token="</s>"
+            )
+        except MemoryError:
+            raise
+        except Exception:  # transformers will say what is wrong with it
+            continue
+        longest = max(longest, len(told))
+print(longest)
+"""
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, whose: str) -> None:
+    """Try a tokenizer on a short text, and its chat templates on short chats, within limits of time, memory and length.
+
+    Of broken rules whatever tokenizers makes is raised.
+    """
+    tokenizer.decode(tokenizer(_TEXT)["input_ids"])
+    templates = tokenizer.chat_template or ()
+    for template in templates.values() if isinstance(templates, dict) else [templates]:
+        if isinstance(template, str) and (fault := _fault(template)):
+            raise UnsafeAdapterError(f"The chat template of {whose} {fault}: do not use it.")
+
+
+def _fault(template: str) -> str | None:
+    """What is wrong with a template, if anything."""
+    try:
+        done = subprocess.run(
+            [sys.executable, "-I", "-c", _RENDER],
+            input=json.dumps([template, TEMPLATE_SECONDS, TEMPLATE_BYTES]),
+            capture_output=True,
+            text=True,
+            timeout=10 * TEMPLATE_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return "does not come to an end"
+    if done.returncode < 0:
+        return f"takes more than {TEMPLATE_SECONDS} s for a chat of a few words"
+    if done.returncode > 0:
+        return f"takes more than {TEMPLATE_BYTES >> 30} GiB for a chat of a few words"
+    if int(done.stdout) > TEMPLATE_CHARACTERS:
+        return f"writes {int(done.stdout)} characters for a chat of a few words"
+    return None

@@ -23,8 +23,8 @@ from ..evaluation.tables import (
 )
 from ..evaluation.verdict import CONTENT_RULES, CRITERIA, UNCERTAIN, counts, read_verdict
 from .info import ATTACKS_PLOT, INSIDE_PLOT, REPORT_PLOT
-from .passages import MASK
 from .published_report import LOCAL_FILE, PRIVATE_DATASET
+from .scan import MASK
 from .untrusted import code, fenced, inline, table
 
 

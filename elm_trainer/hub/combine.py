@@ -1,81 +1,33 @@
-"""`stack_erasures` and `merge_erased`: several erasures in one adapter, or one merged into the weights."""
+"""Adapters made of adapters: `stack_erasures`, several in one; `shrink_adapter`, the nearest of a smaller rank, as servers take it."""
 
-import copy
+import math
 import re
-from collections.abc import Mapping
-from dataclasses import replace
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.utils.other import get_pattern_key
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
 
-from ..fingerprint import is_quantized
+from ..files import RUN_FILE, write_json
 from .adapter import Access, FoundAdapter, find_adapter
-from .errors import BaseMismatchError
-from .load import check_fit, load_base, strangers_files
+from .info import ADAPTER_CONFIG, ADAPTER_WEIGHTS, INFO_FILE, REPORT
+from .load import load_found
+from .safety import LOADED_FILES
 
 
-def merge_erased(
-    model: PeftModel, processing_class: PreTrainedTokenizerBase, output_dir: str | Path, max_shard_size: str = "5GB"
-) -> Path:
-    """Write the full weights of an erased model, with its active adapter merged, and its tokenizer.
-
-    The model itself stays as it is, so both are in memory for a moment. Weights are added in the type of the
-    base: in bfloat16 the result is rounded, in float32 it gives the logits of the adapter to about 1e-5.
-
-    Args:
-        model (`PeftModel`): Erased model, as [`load_erased`] returns it.
-        processing_class ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
-        output_dir (`str` or `Path`): New or empty folder.
-        max_shard_size (`str`, *optional*, defaults to `"5GB"`): Size at which the safetensors are split.
-
-    Returns:
-        `Path`: the folder, for `AutoModelForCausalLM.from_pretrained`.
-
-    Raises:
-        TypeError: if the model has no adapter.
-        FileExistsError: if the folder holds something.
-        ValueError: if the base is quantized, the adapter can't be merged, or merging would leave NaN in the weights.
-    """
-    if not isinstance(model, PeftModel):
-        raise TypeError(
-            f"`model` is of type {type(model).__name__}, which has no adapter to merge: give the `PeftModel` of `load_erased`."
-        )
-    output = Path(output_dir)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise FileExistsError(f"`output_dir` {output} is not an empty folder: name another one.")
-    if is_quantized(model):
-        raise ValueError(
-            "The base is quantized, and merging would round the erasure away: load the adapter without "
-            '`quantization_config`, e.g. `load_erased(..., dtype="bfloat16")`, and merge that.'
-        )
-    merged = copy.deepcopy(model).merge_and_unload(safe_merge=True)
-    # Who gets the files need not know where the base came from, least of all a folder of this machine.
-    merged.config._name_or_path = ""
-    merged.save_pretrained(output, max_shard_size=max_shard_size)
-    processing_class.save_pretrained(output)
-    return output
-
-
-logger = logging.get_logger(__name__)
 # PEFT saves an adapter of this name into the folder itself, which is how adapters are published.
 STACK = "default"
 COMBINATIONS = (
-    "cat",
-    "linear",
-    "svd",
-    "ties",
-    "ties_svd",
-    "dare_linear",
-    "dare_linear_svd",
-    "dare_ties",
-    "dare_ties_svd",
-    "magnitude_prune",
-    "magnitude_prune_svd",
-)
+    "cat", "linear", "svd", "ties", "ties_svd", "dare_linear", "dare_linear_svd", "dare_ties", "dare_ties_svd",
+    "magnitude_prune", "magnitude_prune_svd",
+)  # fmt: skip
 
 
 def stack_erasures(
@@ -145,42 +97,6 @@ def stack_erasures(
     return model.eval(), tokenizer
 
 
-def load_found(
-    found: Mapping[str, FoundAdapter],
-    base_model: str | PreTrainedModel | None,
-    access: Access,
-    *,
-    allow_mismatch: bool = False,
-    dtype: str = "auto",
-    device_map: str | dict[str, Any] | None = None,
-    quantization_config: Any = None,
-) -> tuple[PeftModel, PreTrainedTokenizerBase]:
-    """Put adapters that [`find_adapter`] found on one base, each under its name; takes and raises what [`load_erased`] does.
-
-    Returns:
-        `tuple`: the model in evaluation mode with the first adapter active, and the first adapter's tokenizer.
-    """
-    _check_bases(found, allow_mismatch)
-    base, tokenizer = load_base(
-        next(iter(found.values())),
-        base_model,
-        access,
-        dtype=dtype,
-        device_map=device_map,
-        quantization_config=quantization_config,
-    )
-    for adapter in found.values():
-        check_fit(adapter, base, tokenizer, allow_mismatch=allow_mismatch)
-    model: Any = base
-    for name, adapter in found.items():
-        with strangers_files(f"{adapter.name} could not be put on its base"):
-            if model is base:
-                model = PeftModel.from_pretrained(base, adapter.folder, adapter_name=name, torch_device="cpu")
-            else:
-                model.load_adapter(adapter.folder, name, torch_device="cpu")
-    return model.eval(), tokenizer
-
-
 def _combine(
     model: PeftModel, strengths: Mapping[str, float], combination: str, density: float | None, svd_rank: int | None
 ) -> None:
@@ -193,7 +109,11 @@ def _combine(
             # leave nothing to be taken over.
             model.peft_config[name] = replace(
                 config,
-                target_modules=_modules_of(model, name),
+                target_modules={
+                    module
+                    for module, layer in model.get_base_model().named_modules()
+                    if isinstance(layer, LoraLayer) and (name in layer.lora_A or name in layer.lora_embedding_A)
+                },
                 exclude_modules=None,
                 layers_to_transform=None,
                 layers_pattern=None,
@@ -209,14 +129,6 @@ def _combine(
         )
     finally:
         model.peft_config.update(own)
-
-
-def _modules_of(model: PeftModel, adapter: str) -> set[str]:
-    return {
-        name
-        for name, module in model.get_base_model().named_modules()
-        if isinstance(module, LoraLayer) and (adapter in module.lora_A or adapter in module.lora_embedding_A)
-    }
 
 
 def _check_arguments(
@@ -266,19 +178,161 @@ def _check_combination(found: Mapping[str, FoundAdapter], combination: str) -> N
             )
 
 
-def _check_bases(found: Mapping[str, FoundAdapter], allow_mismatch: bool) -> None:
-    """Compare what the adapters say of their bases, before one is loaded."""
-    known = {name: adapter.info.base_model for name, adapter in found.items() if adapter.info is not None}
-    for name, other in known.items():
-        first_name, first = next(iter(known.items()))
-        shared = first.fingerprint.keys() & other.fingerprint.keys()
-        if all(first.fingerprint[key] == other.fingerprint[key] for key in shared):
-            continue
-        message = (
-            f"{first_name} was trained on {first.id} ({first.revision[:12]}), {name} on {other.id} "
-            f"({other.revision[:12]}), and their weights differ: take erasures of one base, or pass "
-            "`allow_mismatch=True`."
-        )
-        if not allow_mismatch:
-            raise BaseMismatchError(message)
-        logger.warning(message)
+# What PEFT calls the factors of a linear module, and those of an embedding.
+FACTORS = ((".lora_A.weight", ".lora_B.weight"), (".lora_embedding_A", ".lora_embedding_B"))
+SHRINK_FILE = "shrink.json"
+
+
+@dataclass(frozen=True)
+class Shrinkage:
+    """What shrinking an adapter has left of it.
+
+    Args:
+        rank_before (`int`): Largest rank of a module of the adapter.
+        rank (`int`): Rank of every module of the new one.
+        kept (`float`): Share of the squared Frobenius norm of all updates together that is left, from 0 to 1.
+        modules (`dict[str, float]`): The same of each module's update; 1 for an update of zeros.
+    """
+
+    rank_before: int
+    rank: int
+    kept: float
+    modules: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The update of one module, `scale * b @ a`."""
+
+    name: str  # in the weights' file, without the names of the factors
+    keys: tuple[str, str]  # of the factors in the file
+    a: torch.Tensor  # [rank, in]
+    b: torch.Tensor  # [out, rank]
+    scale: float  # alpha over rank, or over the root of the rank with `use_rslora`
+
+
+def shrink_adapter(
+    adapter: str | Path,
+    rank: int,
+    output_dir: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> Shrinkage:
+    """Write the adapter of a smaller rank that is nearest to an adapter, module by module.
+
+    The update of each module is cut to its largest singular values, which leaves the least squared difference that any
+    matrix of this rank can have (Eckart and Young, 1936). No base is loaded. In the new adapter every module has the same
+    rank and `lora_alpha` equals it, so that nothing is scaled and servers without `rank_pattern` read it rightly. Weights
+    of `modules_to_save` and of single tokens are copied, as are the tokenizer and `erasure_run.json`. Reports are not: they
+    say nothing about the new adapter. Measure it.
+
+    Args:
+        adapter (`str` or `Path`): Folder of an adapter, or its id on the Hub.
+        rank (`int`): Largest rank of the new one. Where no module has a larger one, nothing but rounding is lost.
+        output_dir (`str` or `Path`): New or empty folder. `shrink.json` in it holds what is returned.
+        revision (`str`, *optional*): Commit, tag or branch of the adapter's repository.
+        token (`str`, *optional*): Token for the Hub, where the one of `hf auth login` is not meant.
+        cache_dir (`str` or `Path`, *optional*), local_files_only (`bool`, *optional*, defaults to `False`):
+            See [`load_erased`].
+
+    Returns:
+        [`Shrinkage`]: what is left, in all and of each module.
+
+    Raises:
+        FileExistsError: if the folder holds something.
+        TypeError: if `rank` is no integer.
+        ValueError: if `rank` is below 1, or the adapter is more than a product of two factors for each module (DoRA,
+            biases of LoRA, whole parameters), or has none, or values that are not finite.
+        UnsafeAdapterError, HubError: see [`load_erased`].
+    """
+    if isinstance(rank, bool) or not isinstance(rank, int):
+        raise TypeError(f"`rank` is {rank!r}: give an integer, such as 16.")
+    if rank < 1:
+        raise ValueError(f"`rank` is {rank}: it must be at least 1.")
+    output = empty_folder(output_dir)
+    found = find_adapter(adapter, revision, Access(token, cache_dir, local_files_only))
+    weights = load_file(found.folder / ADAPTER_WEIGHTS)
+    modules = list(adapter_factors(found, weights))
+    before = max(module.a.shape[0] for module in modules)
+    rank = min(rank, before)
+    kept: dict[str, float] = {}
+    left = whole = 0.0
+    for module in modules:
+        a, b, values = nearest_of_rank(module, rank)
+        for key, factor in zip(module.keys, (a, b), strict=True):
+            weights[key] = factor.to(weights[key].dtype).contiguous()
+        squares = values.square()
+        own_left, own_whole = float(squares[:rank].sum()), float(squares.sum())
+        kept[module.name] = own_left / own_whole if own_whole else 1.0
+        left, whole = left + own_left, whole + own_whole
+    shrinkage = Shrinkage(before, rank, left / whole if whole else 1.0, kept)
+    output.mkdir(parents=True, exist_ok=True)
+    save_file(weights, output / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    of_rank = {"r": rank, "lora_alpha": rank, "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False}
+    write_json(output / ADAPTER_CONFIG, {**found.config, **of_rank, "init_lora_weights": True, "inference_mode": True})
+    write_json(output / SHRINK_FILE, asdict(shrinkage))
+    for name in {*LOADED_FILES, RUN_FILE} - {ADAPTER_CONFIG, ADAPTER_WEIGHTS, INFO_FILE, REPORT}:
+        if (found.folder / name).is_file():
+            shutil.copyfile(found.folder / name, output / name)
+    return shrinkage
+
+
+def empty_folder(output_dir: str | Path) -> Path:
+    """The folder that is to be written; raises `FileExistsError` if it holds something."""
+    output = Path(output_dir)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise FileExistsError(f"`output_dir` {output} is not an empty folder: name another one.")
+    return output
+
+
+def adapter_factors(found: FoundAdapter, weights: Mapping[str, torch.Tensor]) -> Iterator[Factors]:
+    """The update of each module of an adapter, by the rank and alpha that PEFT gives to it; raises `ValueError` as above."""
+    config = found.config
+    for field in ("use_dora", "lora_bias", "target_parameters"):
+        if config.get(field):
+            raise ValueError(
+                f"{found.name} has `{field}` {config[field]!r}, so that its updates are more than a product of two factors: "
+                "merge it into full weights instead, with `merge_erased` or `elm export`."
+            )
+    if not any(key.endswith(FACTORS[0][0]) or key.endswith(FACTORS[1][0]) for key in weights):
+        raise ValueError(f"{found.name} holds no factors of LoRA in {ADAPTER_WEIGHTS}: give the folder of an adapter.")
+    patterns = config.get("alpha_pattern") or {}
+    for key, a in weights.items():
+        for ending, other in FACTORS:
+            if key.endswith(ending):
+                name = key.removesuffix(ending)
+                b = weights.get(name + other)
+                if b is None or a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
+                    raise ValueError(f"{found.name}: the factors of {name} are no two matrices of one rank.")
+                if not (a.isfinite().all() and b.isfinite().all()):
+                    raise ValueError(f"{found.name} holds values in {name} that are not finite: train it anew.")
+                plain = name.removeprefix("base_model.model.")
+                alpha = patterns.get(get_pattern_key(patterns, plain), config.get("lora_alpha", LoraConfig.lora_alpha))
+                own = a.shape[0]
+                scale = alpha / (math.sqrt(own) if config.get("use_rslora") else own)
+                yield Factors(plain, (key, name + other), a, b, scale)
+
+
+def nearest_of_rank(module: Factors, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The nearest product of two factors of a rank, and the singular values of the update.
+
+    With `b = Q R` and `a.T = P S` the update is `Q (scale * R @ S.T) P.T`, and the matrix in the middle, no larger than
+    the adapter's rank, has its singular values: the large one is never made.
+
+    Returns:
+        `tuple`, in float64: `a` of `[rank, in]` and `b` of `[out, rank]`, each with the root of the singular values, so that
+        neither is large, and zeros where the update has a smaller rank; and all singular values, the largest first.
+    """
+    q, r = torch.linalg.qr(module.b.double())
+    p, s = torch.linalg.qr(module.a.double().T)
+    u, values, v = torch.linalg.svd(module.scale * r @ s.T, full_matrices=False)
+    count = min(rank, len(values))
+    roots = values[:count].sqrt()
+    a = torch.zeros(rank, module.a.shape[1], dtype=torch.float64)
+    b = torch.zeros(module.b.shape[0], rank, dtype=torch.float64)
+    a[:count] = (p @ v[:count].T * roots).T
+    b[:, :count] = q @ u[:, :count] * roots
+    return a, b, values

@@ -1,21 +1,23 @@
-"""`export_gguf_adapter` and `export_gguf`: an adapter, or a GGUF model with an adapter merged into it, for llama.cpp."""
+"""An adapter for other programs: `export_gguf_adapter` and `export_gguf` for llama.cpp, `merge_erased` as full weights."""
 
+import copy
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import gguf
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter, Keys
+from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from ..files import replacing
+from ..fingerprint import is_quantized
 from ..modeling import load_config, locate, reading_gguf_once
 from .adapter import Access, FoundAdapter, find_adapter
+from .combine import FACTORS, Factors, adapter_factors, empty_folder
 from .info import ADAPTER_WEIGHTS
 from .load import named_base
-from .shrink import FACTORS, Factors, adapter_factors
 
 
 # Families whose tensors are known to lie in GGUF as they are read here. Others may be stored otherwise than they are
@@ -27,32 +29,6 @@ TYPES = {
     "bf16": GGMLQuantizationType.BF16,
     "q8_0": GGMLQuantizationType.Q8_0,
 }
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What of a model's config decides how its tensors lie in GGUF.
-
-    Args:
-        family (`str`): `model_type` of transformers.
-        layers (`int`), heads (`int`), kv_heads (`int`): How many it has.
-    """
-
-    family: str
-    layers: int
-    heads: int
-    kv_heads: int
-
-    @classmethod
-    def of(cls, config: PreTrainedConfig, name: str) -> "Shape":
-        """Raises `ValueError` for a family that is not in `ARCHITECTURES`."""
-        family = config.model_type
-        if family not in ARCHITECTURES:
-            raise ValueError(
-                f"`base_model` {name} is of the family {family!r}, but GGUF files are written for "
-                f"{', '.join(ARCHITECTURES)} alone: `merge_erased`, and llama.cpp's convert_hf_to_gguf.py on its folder."
-            )
-        return cls(family, config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads)
 
 
 def export_gguf_adapter(
@@ -92,19 +68,27 @@ def export_gguf_adapter(
     """
     output, kind = _check(output_file, dtype)
     found = find_adapter(adapter, revision, Access(token, cache_dir, local_files_only))
-    shape = _shape(found, base_model, token, local_files_only)
-    modules = dict(_gguf_modules(found, shape))
+    name = base_model or named_base(found)
+    own = found.info.base_model if base_model is None and found.info else None
+    config = load_config(
+        name,
+        revision=own.revision if own else None,
+        gguf_file=own.gguf_file if own else None,
+        token=token,
+        local_files_only=local_files_only,
+    )
+    modules = dict(_gguf_modules(found, config, name))
     # One alpha is all that the file holds; what a module's own rank and scale differ from it goes into its B.
     first = next(iter(modules.values()))
     alpha = first.scale * first.a.shape[0]
     with replacing(output) as unfinished:
-        writer = GGUFWriter(unfinished, gguf.MODEL_ARCH_NAMES[ARCHITECTURES[shape.family]])
+        writer = GGUFWriter(unfinished, gguf.MODEL_ARCH_NAMES[ARCHITECTURES[config.model_type]])
         writer.add_type(gguf.GGUFType.ADAPTER)
         writer.add_string(Keys.Adapter.TYPE, "lora")
         writer.add_float32(Keys.Adapter.LORA_ALPHA, alpha)
         for name, module in modules.items():
             b = module.b.double().numpy() * (module.scale * module.a.shape[0] / alpha)
-            for factor, values in (("lora_a", module.a.float().numpy()), ("lora_b", _reordered(name, b, shape))):
+            for factor, values in (("lora_a", module.a.float().numpy()), ("lora_b", _reordered(name, b, config))):
                 _add(writer, f"{name}.{factor}", values, kind)
         _write(writer)
     return output
@@ -154,9 +138,9 @@ def export_gguf(
     if not base.is_file():
         raise FileNotFoundError(f"`base_file` is {str(base)!r}, which does not exist: give the base as a .gguf file.")
     with reading_gguf_once():
-        shape = Shape.of(load_config(str(base)), base.name)
+        config = load_config(str(base))
         reader = gguf.GGUFReader(base)
-    modules = dict(_gguf_modules(found, shape))
+    modules = dict(_gguf_modules(found, config, base.name))
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     for name, module in modules.items():
         wanted = (module.b.shape[0], module.a.shape[1])
@@ -175,9 +159,49 @@ def export_gguf(
                 continue
             module = modules[name]
             update = module.scale * module.b.double().numpy() @ module.a.double().numpy()
-            values = gguf.dequantize(tensor.data, tensor.tensor_type) + _reordered(name, update, shape)
+            values = gguf.dequantize(tensor.data, tensor.tensor_type) + _reordered(name, update, config)
             _add(writer, name, values, kind)
         _write(writer)
+    return output
+
+
+def merge_erased(
+    model: PeftModel, processing_class: PreTrainedTokenizerBase, output_dir: str | Path, max_shard_size: str = "5GB"
+) -> Path:
+    """Write the full weights of an erased model, with its active adapter merged, and its tokenizer.
+
+    The model itself stays as it is, so both are in memory for a moment. Weights are added in the type of the
+    base: in bfloat16 the result is rounded, in float32 it gives the logits of the adapter to about 1e-5.
+
+    Args:
+        model (`PeftModel`): Erased model, as [`load_erased`] returns it.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
+        output_dir (`str` or `Path`): New or empty folder.
+        max_shard_size (`str`, *optional*, defaults to `"5GB"`): Size at which the safetensors are split.
+
+    Returns:
+        `Path`: the folder, for `AutoModelForCausalLM.from_pretrained`.
+
+    Raises:
+        TypeError: if the model has no adapter.
+        FileExistsError: if the folder holds something.
+        ValueError: if the base is quantized, the adapter can't be merged, or merging would leave NaN in the weights.
+    """
+    if not isinstance(model, PeftModel):
+        raise TypeError(
+            f"`model` is of type {type(model).__name__}, which has no adapter to merge: give the `PeftModel` of `load_erased`."
+        )
+    output = empty_folder(output_dir)
+    if is_quantized(model):
+        raise ValueError(
+            "The base is quantized, and merging would round the erasure away: load the adapter without "
+            '`quantization_config`, e.g. `load_erased(..., dtype="bfloat16")`, and merge that.'
+        )
+    merged = copy.deepcopy(model).merge_and_unload(safe_merge=True)
+    # Who gets the files need not know where the base came from, least of all a folder of this machine.
+    merged.config._name_or_path = ""
+    merged.save_pretrained(output, max_shard_size=max_shard_size)
+    processing_class.save_pretrained(output)
     return output
 
 
@@ -203,46 +227,40 @@ def _gguf_of(found: FoundAdapter) -> Path:
     return Path(place) / file
 
 
-def _shape(found: FoundAdapter, base_model: str | None, token: str | None, local_files_only: bool) -> Shape:
-    name = base_model or named_base(found)
-    own = base_model is None and found.info is not None
-    config = load_config(
-        name,
-        revision=found.info.base_model.revision if own and found.info else None,
-        gguf_file=found.info.base_model.gguf_file if own and found.info else None,
-        token=token,
-        local_files_only=local_files_only,
-    )
-    return Shape.of(config, name)
-
-
-def _gguf_modules(found: FoundAdapter, shape: Shape) -> Iterator[tuple[str, Factors]]:
-    """The update of each module by the name of the tensor that it changes."""
+def _gguf_modules(found: FoundAdapter, config: PreTrainedConfig, base: str) -> Iterator[tuple[str, Factors]]:
+    """The update of each module by the name of the tensor that it changes, in a base of this name."""
+    if config.model_type not in ARCHITECTURES:
+        raise ValueError(
+            f"`base_model` {base} is of the family {config.model_type!r}, but GGUF files are written for "
+            f"{', '.join(ARCHITECTURES)} alone: `merge_erased`, and llama.cpp's convert_hf_to_gguf.py on its folder."
+        )
     weights = load_file(found.folder / ADAPTER_WEIGHTS)
-    linear = {module.keys[0]: module for module in adapter_factors(found, weights)}
-    names = gguf.get_tensor_name_map(ARCHITECTURES[shape.family], shape.layers)
-    known = {key for module in linear.values() for key in module.keys}
+    linear = list(adapter_factors(found, weights))
+    names = gguf.get_tensor_name_map(ARCHITECTURES[config.model_type], config.num_hidden_layers)
+    known = {key for module in linear for key in module.keys}
     if further := [key for key in weights if key not in known or key.endswith(FACTORS[1])]:
         raise ValueError(
             f"{found.name} holds {further[0]}, but only linear modules with LoRA can be written: merge it into full weights, "
             "with `merge_erased`, and convert those by llama.cpp's convert_hf_to_gguf.py."
         )
-    for module in linear.values():
+    for module in linear:
         name = names.get_name(module.name)
         if name is None:
             raise ValueError(
-                f"{found.name} adapts {module.name}, which no {shape.family} model of {shape.layers} layers has."
+                f"{found.name} adapts {module.name}, which no {config.model_type} model of {config.num_hidden_layers} layers "
+                "has."
             )
         yield f"{name}.weight", module
 
 
-def _reordered(name: str, rows: np.ndarray, shape: Shape) -> np.ndarray:
+def _reordered(name: str, rows: np.ndarray, config: PreTrainedConfig) -> np.ndarray:
     """Rows of a matrix in the order of GGUF.
 
     transformers rotates the first half of a head against its second half, llama.cpp each even row against the odd one
     behind it, so that in queries and keys of Llama the rows of each head are interleaved.
     """
-    heads = {"attn_q": shape.heads, "attn_k": shape.kv_heads}.get(name.split(".")[-2])
+    counts = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    heads = counts.get(name.split(".")[-2])
     if heads is None:
         return rows
     return rows.reshape(heads, 2, -1, rows.shape[1]).swapaxes(1, 2).reshape(rows.shape)

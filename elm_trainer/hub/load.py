@@ -1,7 +1,7 @@
 """`load_erased`: an adapter from the Hub or a folder on its base, once both are what they say."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..modeling import PACKAGED_MODELS, load_model, load_tokenizer
-from .adapter import Access, FoundAdapter, find_adapter
-from .base_config import check_base_config, check_tokenizer
+from .adapter import Access, FoundAdapter, check_base_config, check_tokenizer, find_adapter
 from .errors import (
     BaseMismatchError,
     HubError,
@@ -87,21 +86,78 @@ def load_erased(
         raise ValueError(
             f"`verify` is True, but {adapter.name} stores no questions to ask again in {INFO_FILE}: leave `verify` out."
         )
-    base, tokenizer = load_base(
-        adapter, base_model, access, dtype=dtype, device_map=device_map, quantization_config=quantization_config
+    model, tokenizer = load_found(
+        {"default": adapter},
+        base_model,
+        access,
+        allow_mismatch=allow_mismatch,
+        dtype=dtype,
+        device_map=device_map,
+        quantization_config=quantization_config,
     )
-    check_fit(adapter, base, tokenizer, allow_mismatch=allow_mismatch)
-    with strangers_files(f"{adapter.name} could not be put on its base"):
-        model = PeftModel.from_pretrained(base, adapter.folder, torch_device="cpu").eval()
     if verify and adapter.info is not None:
         try:
-            with strangers_files(f"The questions stored in {INFO_FILE} of {adapter.name} could not be asked"):
+            with _strangers_files(f"The questions stored in {INFO_FILE} of {adapter.name} could not be asked"):
                 check_probes(model, tokenizer, adapter.info.verification)
         except BaseException:
             # A model that was handed in goes back as it came.
             model.unload()
             raise
     return model, tokenizer
+
+
+def load_found(
+    found: Mapping[str, FoundAdapter],
+    base_model: str | PreTrainedModel | None,
+    access: Access,
+    *,
+    allow_mismatch: bool = False,
+    dtype: str = "auto",
+    device_map: str | dict[str, Any] | None = None,
+    quantization_config: Any = None,
+) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    """Put adapters that [`find_adapter`] found on one base, each under its name; takes and raises what [`load_erased`] does.
+
+    Returns:
+        `tuple`: the model in evaluation mode with the first adapter active, and the first adapter's tokenizer.
+    """
+    _check_bases(found, allow_mismatch)
+    base, tokenizer = load_base(
+        next(iter(found.values())),
+        base_model,
+        access,
+        dtype=dtype,
+        device_map=device_map,
+        quantization_config=quantization_config,
+    )
+    for adapter in found.values():
+        _check_fit(adapter, base, tokenizer, allow_mismatch=allow_mismatch)
+    model: Any = base
+    for name, adapter in found.items():
+        with _strangers_files(f"{adapter.name} could not be put on its base"):
+            if model is base:
+                model = PeftModel.from_pretrained(base, adapter.folder, adapter_name=name, torch_device="cpu")
+            else:
+                model.load_adapter(adapter.folder, name, torch_device="cpu")
+    return model.eval(), tokenizer
+
+
+def _check_bases(found: Mapping[str, FoundAdapter], allow_mismatch: bool) -> None:
+    """Compare what the adapters say of their bases, before one is loaded."""
+    known = {name: adapter.info.base_model for name, adapter in found.items() if adapter.info is not None}
+    for name, other in known.items():
+        first_name, first = next(iter(known.items()))
+        shared = first.fingerprint.keys() & other.fingerprint.keys()
+        if all(first.fingerprint[key] == other.fingerprint[key] for key in shared):
+            continue
+        message = (
+            f"{first_name} was trained on {first.id} ({first.revision[:12]}), {name} on {other.id} "
+            f"({other.revision[:12]}), and their weights differ: take erasures of one base, or pass "
+            "`allow_mismatch=True`."
+        )
+        if not allow_mismatch:
+            raise BaseMismatchError(message)
+        logger.warning(message)
 
 
 def load_base(
@@ -133,7 +189,7 @@ def load_base(
         local_files_only=access.local_files_only,
     )
     at = f" at {revision}" if revision else ""
-    with bounded_waits(), strangers_files(f"The base model {name}{at} of {adapter.name} could not be loaded", name):
+    with bounded_waits(), _strangers_files(f"The base model {name}{at} of {adapter.name} could not be loaded", name):
         if isinstance(base_model, PreTrainedModel):
             base = base_model
         else:
@@ -149,13 +205,13 @@ def load_base(
             )
     own = (adapter.folder / "tokenizer_config.json").exists()
     whose = adapter.name if own else f"the base model {name}{at} of {adapter.name}"
-    with bounded_waits(), strangers_files(f"The tokenizer of {whose} could not be loaded", name):
+    with bounded_waits(), _strangers_files(f"The tokenizer of {whose} could not be loaded", name):
         tokenizer = load_tokenizer(str(adapter.folder)) if own else load_tokenizer(name, **options)
         check_tokenizer(tokenizer, whose)
     return base, tokenizer
 
 
-def check_fit(
+def _check_fit(
     adapter: FoundAdapter, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, allow_mismatch: bool = False
 ) -> None:
     """Check that an adapter belongs on a base: fingerprint, tensors and tokens; raises what [`load_erased`] raises."""
@@ -167,7 +223,7 @@ def check_fit(
                 raise
             logger.warning(str(error))
     weights = adapter.folder / ADAPTER_WEIGHTS
-    with strangers_files(f"{adapter.name} could not be compared with its base"):
+    with _strangers_files(f"{adapter.name} could not be compared with its base"):
         rows = base.get_input_embeddings().weight.shape[0]
         added = len(tokenizer) > rows and add_tokens(weights, adapter.config, base, len(tokenizer))
         check_tensors(weights, adapter.config, base, embeddings=added)
@@ -207,7 +263,7 @@ def named_base(adapter: FoundAdapter) -> str:
 
 
 @contextmanager
-def strangers_files(what: str, name: str = "") -> Iterator[None]:
+def _strangers_files(what: str, name: str = "") -> Iterator[None]:
     """Whatever libraries make of files that somebody else wrote becomes a `HubError` that says what was tried."""
     try:
         with named_errors(name, what):

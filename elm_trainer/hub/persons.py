@@ -63,11 +63,8 @@ _LATEX = re.compile(
 def find_paths(text: str, *, escaped: bool = False) -> Iterator[Hit]:
     """Each path in a text that says where on whose machine, or in whose storage, something lies.
 
-    Paths that each system has, such as `/etc/passwd`, `/tmp/notes.txt` or `C:\\Program Files`, do not count.
-
-    Args:
-        text (`str`): The text.
-        escaped (`bool`, *optional*, defaults to `False`): Whether backslashes in it begin escapes, and no part of a path.
+    Paths that each system has, such as `/etc/passwd`, `/tmp/notes.txt` or `C:\\Program Files`, do not count. With `escaped`
+    backslashes begin escapes, and no part of a path.
     """
     patterns = _patterns(str(Path.home()), str(Path.cwd()))
     for pattern in patterns if escaped else (*patterns, *_BACKSLASHES):
@@ -240,16 +237,10 @@ def find_names(text: str, names: Collection[str]) -> Iterator[Hit]:
 
 
 def machine_names(public: Iterable[str] = ()) -> frozenset[str]:
-    """Names of this machine and of who works on it.
+    """Names of this machine and of who works on it, in small letters, but those that are `public`, as the repository's owner.
 
     Left out are names that many share, such as `root`, `runner` or `localhost`, those of one or two characters, and
     mere numbers: they give nobody away, and stand in many a text.
-
-    Args:
-        public (`Iterable[str]`, *optional*): Names that may be published, such as the owner of the repository.
-
-    Returns:
-        `frozenset[str]`: in small letters.
     """
     variables = ("USER", "LOGNAME", "USERNAME", "HOSTNAME", "COMPUTERNAME")
     found = {os.environ.get(variable, "") for variable in variables} | {socket.gethostname(), Path.home().name}
@@ -281,14 +272,8 @@ def _own_words() -> frozenset[str]:
     """Words of the texts, banks, templates and settings that come with the package."""
     package = Path(__file__).parent.parent
     found: set[str] = set()
-    for pattern in (
-        "data/texts/*",
-        "data/banks/*",
-        "hub/templates/*",
-        "concepts/*",
-        "methods/*.py",
-        "evaluation/*.py",
-    ):
+    folders = "data/texts/* data/banks/* hub/templates/* concepts/* methods/*.py evaluation/*.py"
+    for pattern in folders.split():
         for path in package.glob(pattern):
             if path.is_file():
                 found.update(re.findall(r"[a-z]+", path.read_text(encoding="utf-8").lower()))

@@ -29,11 +29,10 @@ from .card_text import PICTURES
 from .commit import Publication, check_options, commit_folder, open_repository, read_text
 from .errors import BaseMismatchError, HubError, bounded_waits, named_errors, retried
 from .info import CARD, PUBLISHED_FILES, BaseModel, check_base, make_probes
-from .passages import without_template
 from .persons import machine_names, names_in
 from .published_report import hub_sources, mask_samples
 from .safety import check_names
-from .scan import check_allowed, raise_findings, scan_folder
+from .scan import check_allowed, raise_findings, scan_folder, without_template
 from .stage import check_reload, stage_adapter
 
 

@@ -21,9 +21,8 @@ from ..data.user_sources import is_hub_id
 from ..evaluation.measures import INSIDE, MEASURES
 from ..evaluation.report import check_report
 from .info import BaseModel
-from .passages import MASK, Document, find_passages, mask_answers
-from .scan import find_private
-from .secrets import readings
+from .scan import MASK, find_passages, find_private, mask_answers
+from .secrets import Document, readings
 
 
 logger = logging.get_logger(__name__)
@@ -176,7 +175,7 @@ def mask_samples(
         for side in ("prompt", "reference", "erased")
         if isinstance(sample.get(side), str)
     }
-    passages = {passage.document.file for passage in find_passages(list(texts.values()), forget)}
+    passages = {document.file for document, _, _ in find_passages(list(texts.values()), forget)}
     for (number, side), document in texts.items():
         if document.file in passages:
             masked, kinds = MASK, ["words in a row of a forget text"]

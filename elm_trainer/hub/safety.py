@@ -1,10 +1,11 @@
-"""What a repository, a folder and a safetensors file may hold: checked by names, JSON and headers before anything is loaded."""
+"""What an adapter of a stranger may hold: names of files, JSON, settings and headers are checked before anything is loaded."""
 
 import copy
+import dataclasses
 import os
 import re
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -13,48 +14,167 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
-from .adapter_config import check_adapter_config
 from .errors import UnsafeAdapterError, first_line
 from .info import ADAPTER_CONFIG, ADAPTER_WEIGHTS, INFO_FILE, REPORT, TOKENIZER_FILES
-from .untrusted import LONGEST_FILE_NAME, LONGEST_TENSOR_NAME, MOST_HEADER_BYTES, parse_json, read_json, short, walk
+from .untrusted import (
+    LARGEST_NUMBER,
+    LARGEST_RANK,
+    LONGEST_FILE_NAME,
+    MOST_ENTRIES,
+    MOST_PATTERNS,
+    MOST_STEPS,
+    is_plain_name,
+    is_revision,
+    matching_steps,
+    read_header,
+    read_json,
+    short,
+    walk,
+)
 
 
-_DTYPES = ("F32", "F16", "BF16")
+def _is_rank(value: Any) -> bool:
+    return type(value) is int and 0 < value <= LARGEST_RANK
 
 
-def read_header(path: Path) -> dict[str, tuple[int, ...]]:
-    """Read and check the header of a safetensors file.
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and -LARGEST_NUMBER < value < LARGEST_NUMBER
 
-    safetensors itself refuses tensors that overlap, leave gaps, do not fill the file or have other bytes than their shape.
 
-    Returns:
-        `dict`: the shape of each tensor.
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str)
 
-    Raises:
-        UnsafeAdapterError: if it is longer than the file or 10 MB, holds a key twice, cannot be read, or a tensor has
-            an unexpected type.
+
+def _is_flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 31
+
+
+def _is_counts(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_count, value))
+
+
+# What a LoRA adapter is made of. Of a list or a table (by pattern or by module) each entry is looked at.
+_FIELDS: Mapping[str, tuple[Callable[[Any], bool], set[str]]] = {
+    "alpha_pattern": (_is_number, {"table"}),
+    "base_model_name_or_path": (_is_name, {"one"}),
+    "ensure_weight_tying": (_is_flag, {"one"}),
+    "exclude_modules": (_is_name, {"one", "list"}),
+    "fan_in_fan_out": (_is_flag, {"one"}),
+    "layers_pattern": (_is_name, {"one", "list"}),
+    "layers_to_transform": (_is_count, {"one", "list"}),
+    "lora_alpha": (_is_number, {"one"}),
+    "lora_bias": (_is_flag, {"one"}),
+    "lora_dropout": (_is_number, {"one"}),
+    "modules_to_save": (_is_name, {"list"}),
+    "r": (_is_rank, {"one"}),
+    "rank_pattern": (_is_rank, {"table"}),
+    "revision": (is_revision, {"one"}),
+    "target_modules": (_is_name, {"one", "list"}),
+    "target_parameters": (_is_name, {"list"}),
+    "trainable_token_indices": (_is_counts, {"one", "table"}),
+    "use_dora": (_is_flag, {"one"}),
+    "use_rslora": (_is_flag, {"one"}),
+}
+# Others of plain LoRA, which are checked by themselves or are of no consequence. PEFT gives everything else to
+# importers, initializers that rewrite the base, or variants that route between further adapters.
+_PLAIN = {*_FIELDS, "inference_mode", "init_lora_weights", "peft_type", "peft_version", "task_type"}
+_WHY = {
+    "auto_mapping": 'imports a library by its name (save the adapter with `task_type="CAUSAL_LM"` to be without)',
+    "arrow_config": "routes between further adapters",
+    "bias": "overwrites biases of the base, which `unload` does not bring back",
+    "corda_config": "reads a pickled cache",
+    "eva_config": "decomposes activations of data",
+    "kasa_config": "truncates weights of the base",
+    "layer_replication": "rebuilds the base with more layers",
+    "loftq_config": "quantizes weights of the base",
+    "lora_ga_config": "reads a pickled cache",
+    "megatron_config": "imports a library by its name",
+    "megatron_core": "imports a library by its name",
+}
+
+
+def check_adapter_config(config: Any, path: Path) -> None:
+    """Refuse an `adapter_config.json` that is more than plain LoRA, naming the field, its value and what it would do.
+
+    Fields that nobody here knows pass, since PEFT leaves them out with a warning.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > size - 8:
-            raise UnsafeAdapterError(f"{path}: the header says it has {length} bytes, but the file has {size}.")
-        if length > MOST_HEADER_BYTES:
-            raise UnsafeAdapterError(f"{path}: the header has {length} bytes, more than {MOST_HEADER_BYTES}.")
-        raw = file.read(length)
-    try:
-        for name, entry in parse_json(raw).items():
-            if len(name) > LONGEST_TENSOR_NAME:
-                raise UnsafeAdapterError(f"{path}: a tensor has a name of {len(name)} characters: do not load it.")
-            dtype = entry.get("dtype") if name != "__metadata__" else None
-            if isinstance(dtype, str) and dtype not in _DTYPES:
+    if not isinstance(config, dict):
+        raise UnsafeAdapterError(f"{path} holds a {type(config).__name__}, not the settings of an adapter.")
+    if config.get("peft_type") != "LORA":
+        raise UnsafeAdapterError(
+            f"{path}: `peft_type` is {short(config.get('peft_type'))}. Only LORA can be checked before it is loaded: load "
+            "it with `PeftModel.from_pretrained` if you trust it."
+        )
+    if config.get("task_type") not in (None, "CAUSAL_LM"):
+        raise UnsafeAdapterError(f"{path}: `task_type` is {short(config['task_type'])}, but CAUSAL_LM is expected.")
+    start = config.get("init_lora_weights", True)
+    if not (isinstance(start, bool) or start in ("gaussian", "orthogonal")):
+        raise UnsafeAdapterError(
+            f"{path}: `init_lora_weights` is {short(start)}, which reads or rewrites the base when the adapter is loaded: "
+            "save it as plain LoRA, with `path_initial_model_for_weight_conversion` of `save_pretrained`."
+        )
+    # Fields of the installed PEFT, and those of other versions that are known to be more than plain LoRA.
+    defaults = dict.fromkeys(_WHY) | {field.name: field.default for field in dataclasses.fields(LoraConfig)}
+    for name, default in defaults.items():
+        value = config.get(name)
+        if name not in _PLAIN and value and value != default:
+            why = _WHY.get(name, "is not part of plain LoRA")
+            raise UnsafeAdapterError(f"{path}: `{name}` is {short(value)}. It {why}: it is not loaded.")
+    for name, (is_one, forms) in _FIELDS.items():
+        if config.get(name) is not None and not _fits(config[name], is_one, forms):
+            raise UnsafeAdapterError(f"{path}: `{name}` is {short(config[name])}, which PEFT does not take.")
+    for name in ("target_modules", "exclude_modules", "layers_to_transform", "modules_to_save", "target_parameters"):
+        if isinstance(config.get(name), list) and len(config[name]) > MOST_ENTRIES:
+            raise UnsafeAdapterError(
+                f"{path}: `{name}` has {len(config[name])} entries, more than {MOST_ENTRIES}: do not load it."
+            )
+    _check_patterns(config, path)
+
+
+def _check_patterns(config: Mapping[str, Any], path: Path) -> None:
+    """Check what PEFT compiles as regular expressions."""
+    for name in ("modules_to_save", "layers_pattern"):
+        values = [config[name]] if isinstance(config.get(name), str) else config.get(name) or ()
+        for value in filter(None, values):
+            if not is_plain_name(value):
                 raise UnsafeAdapterError(
-                    f"{path}: tensor {name!r} is of the type {short(dtype)}, but adapters are {', '.join(_DTYPES)}."
+                    f"{path}: `{name}` is {short(value)}, but only plain names of modules are taken from others."
                 )
-        with safe_open(path, framework="pt") as tensors:
-            return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}
-    except (ValueError, AttributeError, SafetensorError) as error:
-        raise UnsafeAdapterError(f"{path}: the header cannot be read ({error}): the file is broken.") from error
+    # Field, pattern, and how many `.*` PEFT puts in front of it.
+    by_module = [
+        (name, pattern, 1) for name in ("rank_pattern", "alpha_pattern") for pattern in config.get(name) or ()
+    ]
+    if len(by_module) > MOST_PATTERNS:
+        raise UnsafeAdapterError(
+            f"{path}: `rank_pattern` and `alpha_pattern` have {len(by_module)} entries, more than {MOST_PATTERNS}: do not "
+            "load it."
+        )
+    targets = [(name, config.get(name), 0) for name in ("target_modules", "exclude_modules")]
+    steps = 0
+    for name, pattern, before in targets + by_module:
+        if not isinstance(pattern, str):  # a list of names
+            continue
+        try:
+            steps += matching_steps(pattern, before)
+            if steps > MOST_STEPS:
+                raise ValueError("it has too many parts that take any text")
+        except ValueError as error:
+            raise UnsafeAdapterError(
+                f"{path}: `{name}` is {short(pattern)}, a pattern that might take for ever to match, as {error}. Name "
+                "the modules in a list, or use a simpler one, such as '.*\\.(q_proj|v_proj)'."
+            ) from error
+
+
+def _fits(value: Any, is_one: Callable[[Any], bool], forms: set[str]) -> bool:
+    if "table" in forms and isinstance(value, dict):
+        return all(map(is_one, value.values()))
+    if "list" in forms and isinstance(value, list):
+        return all(map(is_one, value))
+    return "one" in forms and is_one(value)
 
 
 def add_tokens(path: Path, config: Mapping[str, Any], base: PreTrainedModel, tokens: int) -> bool:
@@ -63,16 +183,12 @@ def add_tokens(path: Path, config: Mapping[str, Any], base: PreTrainedModel, tok
     PEFT saves the embeddings along where they were resized. Of the tokens that the base has they must say nothing new.
 
     Args:
-        path: `adapter_model.safetensors`, whose header was checked.
+        path: `adapter_model.safetensors`.
         config: Checked contents of `adapter_config.json`.
-        base: Base model, whose embeddings are resized.
-        tokens: Tokens of the adapter's tokenizer.
+        tokens: How many the adapter's tokenizer has.
 
     Returns:
         `bool`: whether the file holds such embeddings.
-
-    Raises:
-        UnsafeAdapterError: if they change what the base has.
     """
     given, head = base.get_input_embeddings(), base.get_output_embeddings()
     rows, width = given.weight.shape
@@ -111,15 +227,8 @@ def holds_embeddings(path: Path, base: PreTrainedModel) -> bool:
 def check_tensors(path: Path, config: Mapping[str, Any], base: PreTrainedModel, *, embeddings: bool = False) -> None:
     """Check that the tensors of a file are those that an adapter of this configuration has on this base, all finite.
 
-    What an adapter has is asked of PEFT itself, on a copy of the base that has shapes but no weights.
-
-    Args:
-        path: `adapter_model.safetensors`, whose header was checked.
-        config: Checked contents of `adapter_config.json`.
-        embeddings: Whether its embeddings are saved along (see [`add_tokens`]).
-
-    Raises:
-        UnsafeAdapterError: naming the tensor, with the shape found and the one expected.
+    What an adapter has is asked of PEFT itself, on a copy of the base that has shapes but no weights. With `embeddings` they
+    are saved along (see [`add_tokens`]).
     """
     found = read_header(path)
     expected = _expected_shapes(path, config, base, embeddings)
@@ -168,20 +277,11 @@ def _expected_shapes(
     return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
-# Those that an adapter of somebody else may ship, in any format of tokenizers.
-_TOKENIZER_FILES = (
-    *TOKENIZER_FILES,
-    "added_tokens.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "spiece.model",
-    "tokenizer.model",
-    "vocab.json",
-    "vocab.txt",
-)
-# All that is ever fetched from a repository.
-LOADED_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, INFO_FILE, REPORT, *_TOKENIZER_FILES)
-
+# All that is ever fetched from a repository: an adapter of somebody else may ship any format of tokenizers.
+LOADED_FILES = (
+    ADAPTER_CONFIG, ADAPTER_WEIGHTS, INFO_FILE, REPORT, *TOKENIZER_FILES, "added_tokens.json", "merges.txt",
+    "special_tokens_map.json", "spiece.model", "tokenizer.model", "vocab.json", "vocab.txt",
+)  # fmt: skip
 _PICKLES = frozenset(
     (".bin", ".ckpt", ".dill", ".joblib", ".npy", ".npz", ".pickle", ".pkl", ".pt", ".pth", ".h5", ".msgpack", ".tar")
 )
@@ -199,16 +299,8 @@ PLAIN_DATA = ("tokenizer.json", "vocab.json", "merges.txt", "spiece.model", "tok
 def check_names(names: Iterable[str], where: str, *, left_by_training: bool = False) -> None:
     """Refuse names that lead out of the folder, and files that could run code when read.
 
-    A pickle is refused even beside safetensors: other tools may read it, and nothing that this package publishes is one.
-
-    Args:
-        names: Paths in the repository or folder.
-        where: Repository or folder, for the error.
-        left_by_training: Whether to overlook `training_args.bin` and what else training leaves beside an adapter,
-            which nothing here reads.
-
-    Raises:
-        UnsafeAdapterError: naming the file and what is wrong with it.
+    A pickle is refused even beside safetensors: other tools may read it, and nothing that this package publishes is one. With
+    `left_by_training` those pass that training leaves beside an adapter, such as `training_args.bin`: nothing here reads them.
     """
     for name in names:
         path = PurePosixPath(name)
@@ -227,17 +319,9 @@ def check_names(names: Iterable[str], where: str, *, left_by_training: bool = Fa
 
 
 def check_folder(folder: Path, *, left_by_training: bool = False) -> dict[str, Any]:
-    """Check a folder with an adapter, reading its JSON and the header of its weights, but loading nothing.
+    """Contents of `adapter_config.json` in a folder whose names, JSON and header of weights are checked; nothing is loaded.
 
-    Args:
-        folder: Folder, which may be a snapshot in the cache of huggingface_hub.
-        left_by_training: See [`check_names`].
-
-    Returns:
-        `dict`: the contents of `adapter_config.json`.
-
-    Raises:
-        UnsafeAdapterError: naming the file and what is wrong with it.
+    It may be a snapshot in the cache of huggingface_hub. For `left_by_training` see [`check_names`].
     """
     names = list(_walk(folder))
     check_names(names, str(folder), left_by_training=left_by_training)

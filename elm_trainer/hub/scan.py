@@ -1,28 +1,31 @@
-"""Look for what must not be published in a folder that is about to go up."""
+"""Look in a folder that is about to go up for what must not be published, as passages of forget text; mask answers."""
 
 import hashlib
 import json
 import os
 import re
+import unicodedata
 from bisect import bisect_right
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from io import BytesIO
+from itertools import chain
 from pathlib import Path
 
 from PIL import Image
 from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..data.questions import Question
 from .errors import Finding, ScanError
 from .info import PUBLISHED_FILES
-from .passages import Document, find_answered, find_passages
 from .persons import find_names, find_paths, find_persons, machine_names
-from .secrets import find_secrets
+from .secrets import Document, find_secrets, without_accents, words_of
 from .tokens import Hit
 
 
 logger = logging.get_logger(__name__)
+MASK = "▇▇▇"
 # Larger files of text are never published.
 _LONGEST_TEXT = 64 * 2**20
 _PNG_SIGNATURE, _PNG_END = b"\x89PNG\r\n\x1a\n", b"\0\0\0\0IEND\xaeB`\x82"
@@ -42,27 +45,19 @@ def scan_folder(
     names: Iterable[str] | None = None,
     allowed: Collection[str] = PUBLISHED_FILES,
 ) -> list[Finding]:
-    """Find what must not be published.
+    """Find what must not be published, by file and line; no finding repeats what was found.
 
     Found are files that are not on the list, links, and files that are not what their name says; and in texts, JSON
     (escapes resolved), the header of safetensors and the text chunks of PNG pictures: secrets, absolute paths, user and
     host names, passages of forget text, and questions beside their right answer.
 
     Args:
-        folder (`str` or `Path`): What would go up.
-        forget (`Iterable[str]`, *optional*): Forget texts: any twelve words in a row of them, or a shorter one of at
-            least three words as a whole. Rows that a chat template rendered go through [`without_template`] first.
-        questions (`Iterable[Question]`, *optional*):
-            Questions about what was erased, which must not stand beside their right answer.
-        names (`Iterable[str]`, *optional*): Names of persons and machines. Those of [`machine_names`] by default.
-        allowed (`Collection[str]`, *optional*, defaults to `PUBLISHED_FILES`):
-            Paths in the folder, with `/`, that may be published.
-
-    Returns:
-        `list[Finding]`: by file and line; no finding repeats what was found.
-
-    Raises:
-        NotADirectoryError: if there is no such folder.
+        folder: What would go up.
+        forget: Forget texts: any twelve words in a row of them, or a shorter one of at least three words as a whole. Rows
+            that a chat template rendered go through [`without_template`] first.
+        questions: Those about what was erased.
+        names: Names of persons and machines. Those of [`machine_names`] by default.
+        allowed: Paths in the folder, with `/`, that may be published.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -77,7 +72,7 @@ def scan_folder(
             if name not in allowed:
                 findings.append(_of_file(name, "not among the files that are published: delete it"))
             try:
-                documents += read_documents(path, name)
+                documents += _read_documents(path, name)
             except NotWhatItSaysError as error:
                 if name in allowed:
                     findings.append(_of_file(name, f"{error}: write it again"))
@@ -87,29 +82,15 @@ def scan_folder(
     asked = list(questions)
     for document in documents:
         findings += _told(document, people, asked)
-    findings += [
-        _finding(
-            passage.document,
-            passage.line,
-            f"{passage.words} words in a row of a forget text: take them out",
-            passage.text,
-        )
-        for passage in find_passages([document for document in documents if not document.vocabulary], forget)
-    ]
+    prose = [document for document in documents if not document.vocabulary]
+    for document, line, words in find_passages(prose, forget):
+        what = f"{len(words)} words in a row of a forget text: take them out"
+        findings.append(_finding(document, line, what, " ".join(words)))
     return sorted(set(findings), key=lambda finding: (finding.file, finding.line or 0, finding.what))
 
 
 def raise_findings(findings: Sequence[Finding], allow: Mapping[str, str] | None = None) -> None:
-    """Raise [`ScanError`] naming each finding with its fix, if there are any but those that are allowed.
-
-    Args:
-        findings (`Sequence[Finding]`): What [`scan_folder`] found.
-        allow (`Mapping[str, str]`, *optional*): Reason why a finding may be published, by its id. Each is logged.
-
-    Raises:
-        ScanError: for findings that are not allowed.
-        ValueError: for a reason that says nothing.
-    """
+    """Raise [`ScanError`] naming each finding with its fix, but those that `allow` gives a reason for, by id: these are logged."""
     allow = allow or {}
     check_allowed(allow)
     for finding in findings:
@@ -136,13 +117,9 @@ def check_allowed(allow: Mapping[str, str]) -> None:
 def find_private(
     text: str, names: Collection[str] = (), *, escaped: bool = False, vocabulary: bool = False
 ) -> Iterator[Hit]:
-    """Everything in a text that gives away a secret, a person or a machine.
+    """Everything in one reading of a text that gives away a secret, a person or a machine.
 
-    Args:
-        text (`str`): One reading of it.
-        names (`Collection[str]`, *optional*): Names of persons and machines.
-        escaped (`bool`, *optional*, defaults to `False`): Whether its backslashes begin escapes.
-        vocabulary (`bool`, *optional*, defaults to `False`): Whether it is a list of tokens, in which only secrets are found.
+    With `escaped` its backslashes begin escapes. In a `vocabulary`, a list of tokens, only secrets are found.
     """
     yield from find_secrets(text, vocabulary=vocabulary)
     if not vocabulary:
@@ -160,12 +137,8 @@ def _entries(folder: Path) -> list[Path]:
     )
 
 
-def read_documents(path: Path, name: str) -> list[Document]:
-    """What can be read in a file.
-
-    Raises:
-        NotWhatItSaysError: if the content is of another kind than the file's ending says, or cannot be looked into.
-    """
+def _read_documents(path: Path, name: str) -> list[Document]:
+    """What can be read in a file; raises [`NotWhatItSaysError`] where it cannot be looked into, too."""
     if path.suffix == ".safetensors":
         try:
             with safe_open(path, framework="pt") as file:
@@ -268,3 +241,149 @@ def _finding(document: Document, line: int, what: str, found: str) -> Finding:
 
 def _id(*parts: str) -> str:
     return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogatepass")).hexdigest()[:12]
+
+
+# So many words in a row do not match by chance.
+RUN = 12
+# Shorter texts say too little to tell a passage from a phrase.
+SHORTEST = 3
+# How far from a question, in lines (escaped ones too) and in words, an answer is taken for its answer.
+_ROWS_AFTER = 3
+_WORDS_AFTER = 100
+_WORDS_BEFORE = 20
+
+
+def find_passages(documents: Sequence[Document], forget: Iterable[str]) -> list[tuple[Document, int, list[str]]]:
+    """Runs of at least twelve words of a forget text, and shorter forget texts as a whole: document, line and words of each.
+
+    Case, accents, line breaks and what stands between words do not matter. The memory needed grows with the documents,
+    not with the forget texts.
+    """
+    texts = iter(forget)
+    if (first := next(texts, None)) is None:
+        return []
+    smalls = [[word.small for word in document.words] for document in documents]
+    # Hashes of Python, whose 64 bits make a chance hit as good as impossible.
+    published = {run for words in smalls for run in _runs(words, RUN)}
+    # By length, the runs to look for: short texts as a whole, and of long ones what was published.
+    wanted: dict[int, set[int]] = {}
+    for text in chain([first], texts):
+        passage = words_of(text)
+        length = min(len(passage), RUN)
+        if length >= SHORTEST:
+            hashes = set(_runs(passage, length))
+            wanted.setdefault(length, set()).update(hashes & published if length == RUN else hashes)
+    found = []
+    for document, words in zip(documents, smalls, strict=True):
+        runs = sorted(
+            (start, start + length)
+            for length, hashes in wanted.items()
+            for start, run in enumerate(_runs(words, length))
+            if run in hashes
+        )
+        spans: list[list[int]] = []  # runs that overlap are one passage
+        for start, end in runs:
+            if spans and start < spans[-1][1]:
+                spans[-1][1] = max(spans[-1][1], end)
+            else:
+                spans.append([start, end])
+        found += [(document, document.words[start].line, words[start:end]) for start, end in spans]
+    return found
+
+
+def find_answered(document: Document, questions: Sequence[Question]) -> Iterator[tuple[int, str]]:
+    """Line and words of questions that stand beside their right answer or an alias of it.
+
+    Beside means before the next question, and on the question's line or one of the three that follow.
+    """
+    asked: dict[tuple[str, ...], list[Question]] = {}
+    for question in questions:
+        asked.setdefault(words_of(question.text), []).append(question)
+    words = document.words
+    hits = list(_phrases([word.small for word in words], asked))
+    following = [start for start, _ in hits[1:]] + [len(words)]
+    floor = 0  # where the question before it ends
+    for (start, phrase), ceiling in zip(hits, following, strict=False):
+        end = start + len(phrase)
+        first, last = words[start].row, words[end - 1].row + _ROWS_AFTER
+        before = [word.plain for word in words[max(floor, start - _WORDS_BEFORE) : start] if word.row == first]
+        after = [word.plain for word in words[end : min(ceiling, end + _WORDS_AFTER)] if word.row <= last]
+        floor = end
+        patterns = [
+            answer_pattern(name) for question in asked[phrase] for name in (question.answer, *question.aliases)
+        ]
+        if any(pattern.search(" ".join(part)) for pattern in patterns for part in (before, after)):
+            yield words[start].line, " ".join(phrase)
+
+
+def without_template(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    """Forget texts without what the tokenizer's chat template put around a question and its reply.
+
+    The template's own words, such as a system prompt, stand in every prompt that is published, and do not count.
+    """
+    if tokenizer.chat_template is None:
+        yield from texts
+        return
+    question, reply = "\ue000", "\ue001"
+    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
+    rendered = str(tokenizer.apply_chat_template(turns, tokenize=False))
+    before, _, rest = rendered.partition(question)
+    between, _, after = rest.partition(reply)
+    for text in texts:
+        if text.startswith(before) and between in text:
+            text = text.removeprefix(before).replace(between, "\n").removesuffix(after)
+        yield text
+
+
+def _runs(words: Sequence[str], length: int) -> Iterator[int]:
+    """Hash of each run of so many words, in order."""
+    return (hash(tuple(words[start : start + length])) for start in range(len(words) - length + 1))
+
+
+def _phrases(words: Sequence[str], phrases: Iterable[tuple[str, ...]]) -> Iterator[tuple[int, tuple[str, ...]]]:
+    """Place and words of the longest phrase that starts at each word."""
+    known = {phrase for phrase in phrases if phrase}
+    lengths: dict[str, set[int]] = {}
+    for phrase in known:
+        lengths.setdefault(phrase[0], set()).add(len(phrase))
+    for place, word in enumerate(words):
+        for length in sorted(lengths.get(word, ()), reverse=True):
+            if (phrase := tuple(words[place : place + length])) in known:
+                yield place, phrase
+                break
+
+
+def answer_pattern(answer: str) -> re.Pattern[str]:
+    """What finds an answer in a text without accents.
+
+    Follows [`~elm_trainer.data.questions.names_answer`]: words of its own, in any case unless the answer has at most three
+    letters. What stands between the words may differ: `Port au Prince` is `Port-au-Prince`.
+    """
+    plain = without_accents(answer)
+    words = re.findall(r"[^\W_]+", plain)
+    body = r"[\W_]*".join(map(re.escape, words)) if words else re.escape(plain.strip())
+    return re.compile(rf"(?<![^\W_]){body}(?![^\W_])", re.IGNORECASE if len(answer) > 3 else 0)
+
+
+def mask_answers(text: str, answers: Iterable[str]) -> str:
+    """The text with [`MASK`] wherever one of the answers stands."""
+    # Each character of the plain text knows the place of the one it came from.
+    plain, places = [], []
+    for place, character in enumerate(text):
+        for piece in without_accents(character):
+            plain.append(piece)
+            places.append(place)
+    hidden: set[int] = set()
+    for answer in filter(str.strip, answers):
+        for match in answer_pattern(answer).finditer("".join(plain)):
+            hidden.update(range(places[match.start()], places[match.end() - 1] + 1))
+    masked = ""
+    for place, character in enumerate(text):
+        # Accents that follow the last letter belong to it.
+        if place - 1 in hidden and unicodedata.combining(character):
+            hidden.add(place)
+        if place not in hidden:
+            masked += character
+        elif place - 1 not in hidden:
+            masked += MASK
+    return masked

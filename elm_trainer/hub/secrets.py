@@ -1,4 +1,4 @@
-"""Secrets in a text: tokens, values beside a secret's name, keys, also encoded or disguised."""
+"""A text as it reads once escapes and disguises are resolved, and the secrets in it: values beside their names, keys, tokens."""
 
 import base64
 import binascii
@@ -8,7 +8,9 @@ import string
 import unicodedata
 from collections.abc import Iterator
 from contextlib import suppress
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import NamedTuple
 
 from .tokens import HEXADECIMAL, PIECE, UUID, Hit, find_split_tokens, find_tokens, in_words, is_random
 
@@ -74,6 +76,58 @@ def _resolve(match: re.Match[str]) -> str:
         code = int(escape[2:].strip("{}"), 16)
         return _LINE_BREAK.sub(ESCAPED_BREAK, chr(code)) if code < 0x110000 else " "
     return _SHORT_ESCAPES.get(escape[1], escape[1])
+
+
+def without_accents(text: str) -> str:
+    """The text in compatibility form, less accents."""
+    if text.isascii():
+        return text
+    return "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
+
+
+# Scripts that put no space between words count by the letter: Thai to Burmese, Khmer, kana, Chinese characters.
+_SPACELESS = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
+_WORD = re.compile(rf"[{_SPACELESS}]|[^\W_{_SPACELESS}]+")
+
+
+class Word(NamedTuple):
+    """A word as it stands (less accents), in small letters, its line, and its row, which escaped line breaks count in."""
+
+    plain: str
+    small: str
+    line: int
+    row: int
+
+
+@dataclass(frozen=True)
+class Document:
+    """Text found in a file, lines apart by `\\n`."""
+
+    file: str  # path in the folder
+    text: str
+    where: str = ""  # part of the file, where it is not the file itself; its lines are not the file's
+    first_line: int = 1
+    vocabulary: bool = False  # a list of tokens, which holds all kinds of names and beginnings of paths, no sentences
+
+    @cached_property
+    def readings(self) -> list[str]:
+        """See [`readings`]; the last one is the plainest."""
+        return readings(self.text)
+
+    @cached_property
+    def words(self) -> list[Word]:
+        """The words of the last reading."""
+        words, row = [], 0
+        for number, line in enumerate(self.readings[-1].split("\n"), 1):
+            for part in line.split(ESCAPED_BREAK):
+                row += 1
+                words += [Word(word, word.casefold(), number, row) for word in _WORD.findall(without_accents(part))]
+        return words
+
+
+def words_of(text: str) -> tuple[str, ...]:
+    """The words of a text as [`Document.words`] has them in small letters."""
+    return tuple(word.casefold() for word in _WORD.findall(without_accents(text)))
 
 
 _KEYS = re.compile(
@@ -147,12 +201,8 @@ def find_secrets(text: str, *, vocabulary: bool = False) -> Iterator[Hit]:
 
     Found are tokens in the format of a vendor, tokens by their shape (a short prefix before random characters, or many
     random characters on their own), values beside the name of a secret, private keys, passwords in addresses, and all of
-    these in base64, base32 or hexadecimal digits.
-
-    Args:
-        text (`str`): The text; escapes, if any, resolved.
-        vocabulary (`bool`, *optional*, defaults to `False`): Whether this is a list of tokens of a tokenizer, in which a
-            name beside a value, or random characters, mean nothing.
+    these in base64, base32 or hexadecimal digits. In a `vocabulary`, a tokenizer's list of tokens, a name beside a value, or
+    random characters, mean nothing.
     """
     yield from find_tokens(text, vocabulary)
     if not vocabulary:

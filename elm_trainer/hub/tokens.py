@@ -180,13 +180,11 @@ def _has_prefix(word: str) -> bool:
     if UUID.fullmatch(body):
         return _NAMES_A_KEY.match(prefix) is not None
     parts = _SEPARATORS.split(body)
-    if all(HEXADECIMAL.fullmatch(part) for part in parts if part):
-        longest = max(parts, key=len)
-        return len(longest) >= 32 and not longest.isdigit() and "." not in word
     longest = max(parts, key=len)
-    if (
-        len(longest) < (8 if len(body) >= 24 else 10) or HEXADECIMAL.fullmatch(longest) and len(longest) < 32
-    ):  # the number of some object
+    if all(HEXADECIMAL.fullmatch(part) for part in parts if part):
+        return len(longest) >= 32 and not longest.isdigit() and "." not in word
+    # The number of some object.
+    if len(longest) < (8 if len(body) >= 24 else 10) or HEXADECIMAL.fullmatch(longest) and len(longest) < 32:
         return False
     return is_random(longest) and is_random(body) and in_words(longest) < 0.7
 

@@ -14,3 +14,11 @@ def folder(tmp_path):
     (folder / "report.json").write_text('{"figure": 1}')
     (folder / "adapter_model.safetensors").write_bytes(b"weights" * 1000)
     return folder
+
+
+@pytest.fixture
+def base_folder(tiny_model, tokenizer, tmp_path):
+    """A folder with a tiny base and its tokenizer."""
+    tiny_model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    return tmp_path / "base"

@@ -21,11 +21,11 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from elm_trainer.hub.adapter import Access, find_adapter
-from elm_trainer.hub.adapter_config import check_adapter_config, matching_steps
 from elm_trainer.hub.errors import BaseMismatchError, HubError, UnsafeAdapterError, VerificationError
 from elm_trainer.hub.info import ErasureInfo
 from elm_trainer.hub.load import load_base, load_erased
-from elm_trainer.hub.safety import read_header
+from elm_trainer.hub.safety import check_adapter_config
+from elm_trainer.hub.untrusted import matching_steps, read_header
 from tests.fuzz import fuzz
 
 from .data.make_adapter import FOLDER, tiny_base

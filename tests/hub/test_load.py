@@ -29,13 +29,6 @@ from .published import adapt, edit_json, logits, seal, write_published
 
 
 @pytest.fixture
-def base_folder(tiny_model, tokenizer, tmp_path):
-    tiny_model.save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
-    return tmp_path / "base"
-
-
-@pytest.fixture
 def erased(base_folder):
     return adapt(AutoModelForCausalLM.from_pretrained(base_folder))
 

@@ -8,22 +8,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from elm_trainer.hub.adapter_config import check_adapter_config
 from elm_trainer.hub.errors import UnsafeAdapterError
 from elm_trainer.hub.load import load_erased
-from elm_trainer.hub.safety import check_folder, check_names, check_tensors, read_header
+from elm_trainer.hub.safety import check_adapter_config, check_folder, check_names, check_tensors
+from elm_trainer.hub.untrusted import read_header
 
 from .published import adapt, edit_json, logits, seal, write_published
 
 
 TARGET = "base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"
-
-
-@pytest.fixture
-def base_folder(tiny_model, tokenizer, tmp_path):
-    tiny_model.save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
-    return tmp_path / "base"
 
 
 @pytest.fixture

@@ -17,10 +17,9 @@ from elm_trainer.data.questions import Question
 from elm_trainer.evaluation.report import read_report
 from elm_trainer.hub.card import make_card
 from elm_trainer.hub.errors import ScanError
-from elm_trainer.hub.passages import without_template
 from elm_trainer.hub.persons import machine_names
 from elm_trainer.hub.published_report import mask_samples
-from elm_trainer.hub.scan import raise_findings, scan_folder
+from elm_trainer.hub.scan import raise_findings, scan_folder, without_template
 from elm_trainer.hub.stage import stage_adapter
 
 from .planted import full_width

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from elm_trainer.files import write_json
 from elm_trainer.hub import tokens
 from elm_trainer.hub.card import make_card
-from elm_trainer.hub.passages import Document
 from elm_trainer.hub.persons import find_names, is_word
 from elm_trainer.hub.scan import find_private, scan_folder
+from elm_trainer.hub.secrets import Document
 
 from .cards import example_report
 from .planted import Draw, development_harmless, development_secrets, held_back_harmless, held_back_secrets, hub_token

@@ -8,17 +8,10 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from elm_trainer import read_report
 from elm_trainer.cli.main import main
+from elm_trainer.hub.combine import shrink_adapter
 from elm_trainer.hub.load import load_erased
-from elm_trainer.hub.shrink import shrink_adapter
 
 from .published import adapt, logits, seal, write_published
-
-
-@pytest.fixture
-def base_folder(tiny_model, tokenizer, tmp_path):
-    tiny_model.save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
-    return tmp_path / "base"
 
 
 @pytest.fixture

@@ -14,13 +14,6 @@ from .published import adapt, edit_json, logits, seal, write_published
 
 
 @pytest.fixture
-def base_folder(tiny_model, tokenizer, tmp_path):
-    tiny_model.save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
-    return tmp_path / "base"
-
-
-@pytest.fixture
 def publish(base_folder, tokenizer, tmp_path):
     """Publish an erasure of the base into a folder."""
 
