@@ -144,6 +144,7 @@ FAULTS = {
     "description cut": (lambda: then("GET", INFO, Cut("before"), 2), None),
     "description cut off": (lambda: then("GET", INFO, Truncate(10, consistent=True)), None),
     "description 401": (lambda: status("GET", INFO, 401, 99), NotSignedInError),
+    "everything 401": (lambda: status("*", "/api/", 401, 99), NotSignedInError),
     "no wait named as a date": (
         lambda: status("POST", COMMIT, 429, Retry_After="Wed, 21 Oct 2099 07:28:00 GMT"), None,
     ),
@@ -189,6 +190,7 @@ def test_a_fault_is_overcome_or_named_and_the_repository_is_old_or_new(
         assert len(hub.commits(REPO)) == 3  # never twice
     else:
         assert type(error) is expected
+        assert expected is HubError or re.search("run `hf auth login`|publish", str(error))
         assert held(hub) == old
         assert not re.search(r"signature|X-Amz", str(error))
     assert local(folder) == new
