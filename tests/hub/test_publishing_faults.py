@@ -10,7 +10,7 @@ from elm_trainer.hub import errors as failures
 from elm_trainer.hub.commit import commit_folder, open_repository, read_text
 from elm_trainer.hub.errors import ConflictError, HubError, NotSignedInError, PermissionDeniedError, UploadError
 from elm_trainer.hub.info import PUBLISHED_FILES
-from tests.hub_server import Answer, Behaviour, Call, Corrupt, Cut, Damage, Disconnected, Fault, Slow, Truncate
+from tests.hub_server import Answer, Behavior, Call, Corrupt, Cut, Damage, Disconnected, Fault, Slow, Truncate
 
 
 REPO = "alice/erased"
@@ -20,7 +20,7 @@ PUT, PRE, REFS, TREE, README = "/uploads/", "/preupload/", "/refs", "/tree/", "/
 INFO = "/api/models/alice/erased"
 
 
-class CutAfter(Behaviour):
+class CutAfter(Behavior):
     """Cuts the connection once the work is done and something else has happened."""
 
     def __init__(self, hook):
@@ -73,8 +73,8 @@ def status(method, path, code, times=1, skip=0, **headers):
     ]
 
 
-def then(method, path, behaviour, times=1, skip=0):
-    return [Fault(method, path, behaviour, times, skip)]
+def then(method, path, behavior, times=1, skip=0):
+    return [Fault(method, path, behavior, times, skip)]
 
 
 # Faults by request, and the error they may end in; `None` where they must be overcome.

@@ -10,14 +10,14 @@ from huggingface_hub import HfApi, constants, file_download, hf_api
 from huggingface_hub.utils import _http
 from transformers.utils import hub as transformers_hub
 
-from .faults import Answer, Behaviour, Call, Corrupt, Cut, Damage, Disconnected, Fault, Slow, Truncate
+from .faults import Answer, Behavior, Call, Corrupt, Cut, Damage, Disconnected, Fault, Slow, Truncate
 from .server import HubServer
 
 
 __all__ = (
     "ALICE",
     "Answer",
-    "Behaviour",
+    "Behavior",
     "Call",
     "Corrupt",
     "Cut",

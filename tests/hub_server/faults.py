@@ -131,7 +131,7 @@ class Refusal(Exception):
         return answer_json({"error": self.message}, self.status, self.headers)
 
 
-class Behaviour:
+class Behavior:
     """What a fault does with a request, at three moments; by default nothing."""
 
     def before(self, request: Request, wait: Callable[[float], object]) -> None:
@@ -147,7 +147,7 @@ class Behaviour:
 
 
 @dataclass(frozen=True)
-class Answer(Behaviour):
+class Answer(Behavior):
     """Answers `status` and does nothing."""
 
     status: int
@@ -159,7 +159,7 @@ class Answer(Behaviour):
 
 
 @dataclass(frozen=True)
-class Cut(Behaviour):
+class Cut(Behavior):
     """Cuts the connection.
 
     Args:
@@ -184,7 +184,7 @@ class Cut(Behaviour):
 
 
 @dataclass(frozen=True)
-class Slow(Behaviour):
+class Slow(Behavior):
     """Waits before it does anything; with `drip`, sends so many bytes at once and waits in between."""
 
     seconds: float
@@ -201,7 +201,7 @@ class Slow(Behaviour):
 
 
 @dataclass(frozen=True)
-class Truncate(Behaviour):
+class Truncate(Behavior):
     """Sends only the first bytes of what is downloaded.
 
     Args:
@@ -223,7 +223,7 @@ class Truncate(Behaviour):
 
 
 @dataclass(frozen=True)
-class Corrupt(Behaviour):
+class Corrupt(Behavior):
     """Flips a bit of what is downloaded, in the byte at `place`; the length stays."""
 
     place: int = 0
@@ -240,7 +240,7 @@ def with_flipped_bit(content: bytes, place: int) -> bytes:
 
 
 @dataclass(frozen=True)
-class Damage(Behaviour):
+class Damage(Behavior):
     """Stores an upload wrong, so that its hash is not the one that was announced."""
 
     def before(self, request: Request, wait: Callable[[float], object]) -> None:
@@ -248,7 +248,7 @@ class Damage(Behaviour):
 
 
 @dataclass(frozen=True)
-class Call(Behaviour):
+class Call(Behavior):
     """Calls a function before the request is handled: to commit in parallel, say."""
 
     hook: Callable[[], object]
@@ -259,19 +259,19 @@ class Call(Behaviour):
 
 @dataclass
 class Fault:
-    """A behaviour, and the requests that it waits for.
+    """A behavior, and the requests that it waits for.
 
     Args:
         method (`str`): Such as `"POST"`; `"*"` for any.
         path (`str`): Regular expression that is searched in the path (quoted as it was sent, without the query).
-        behaviour ([`Behaviour`]): [`Answer`], [`Cut`], [`Slow`], [`Truncate`], [`Corrupt`], [`Damage`] or [`Call`].
+        behavior ([`Behavior`]): [`Answer`], [`Cut`], [`Slow`], [`Truncate`], [`Corrupt`], [`Damage`] or [`Call`].
         times (`int`, *optional*, defaults to `1`): How many requests it meets.
         skip (`int`, *optional*, defaults to `0`): How many matching requests pass before.
     """
 
     method: str
     path: str
-    behaviour: Behaviour
+    behavior: Behavior
     times: int = 1
     skip: int = 0
 

@@ -150,8 +150,8 @@ class HubServer:
         try:
             if fault is None:
                 return self._answer(request)
-            fault.behaviour.before(request, self.stopping.wait)
-            return fault.behaviour.after(fault.behaviour.instead(request) or self._answer(request))
+            fault.behavior.before(request, self.stopping.wait)
+            return fault.behavior.after(fault.behavior.instead(request) or self._answer(request))
         except (Disconnected, ConnectionError):
             raise Disconnected from None
         except Exception:
