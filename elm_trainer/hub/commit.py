@@ -15,7 +15,6 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import sha
 
 from .errors import (
-    ATTEMPTS,
     UNREADABLE,
     ConflictError,
     HubError,
@@ -25,8 +24,6 @@ from .errors import (
     is_transient,
     named_errors,
     retried,
-    unreadable,
-    wait_before,
 )
 
 
@@ -219,8 +216,8 @@ def _commit(change: _Change) -> Publication:
             "publish again."
         )
     operations = [*additions, *map(CommitOperationDelete, change.stale)]
-    for attempt in range(ATTEMPTS):
-        failure: Exception
+
+    def attempt() -> Publication:
         try:
             info = api.create_commit(
                 target.repo_id, operations, commit_message=change.message, parent_commit=target.head, **where
@@ -229,13 +226,14 @@ def _commit(change: _Change) -> Publication:
                 made = change.publication(info.oid, pull=info.pr_revision if change.create_pr else None)
                 return replace(made, url=info.pr_url or made.url)
             # Where the branch holds the same by now, the client sends nothing and returns the newest commit.
-            failure = ConflictError(f"Somebody committed the same to {target.repo_id} meanwhile: publish again.")
+            failure: Exception = ConflictError(
+                f"Somebody committed the same to {target.repo_id} meanwhile: publish again."
+            )
         except (HfHubHTTPError, httpx2.TransportError, *UNREADABLE) as error:
             failure = error
-        status = failure.response.status_code if isinstance(failure, HfHubHTTPError) else None
-        conflict = isinstance(failure, ConflictError) or status in (409, 412)
-        if status is not None and not conflict and not is_transient(failure):
-            raise failure  # the Hub said that it made no commit
+            status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+            if status not in (409, 412) and not is_transient(error):
+                raise  # the Hub said that it made no commit
         # The answer may be lost, and the commit made all the same: by this attempt, or by one before it.
         try:
             landed = _landed(change, pulls)
@@ -244,13 +242,11 @@ def _commit(change: _Change) -> Publication:
                 f"The commit was sent to {target.repo_id}, but not whether it was made ({first_line(failure)}), and the "
                 f"Hub cannot be asked ({first_line(error)}): publish again, which looks for it first."
             ) from error
-        if landed is not None:
-            return landed
-        if conflict:
+        if landed is None:
             raise failure
-        if attempt < ATTEMPTS - 1:
-            wait_before(attempt, failure)
-    raise unreadable(failure) if isinstance(failure, UNREADABLE) else failure
+        return landed
+
+    return retried(attempt)
 
 
 def _send_large_files(change: _Change, additions: list[CommitOperationAdd], where: dict[str, Any]) -> None:
