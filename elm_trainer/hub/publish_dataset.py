@@ -151,7 +151,7 @@ def publish_dataset(
         )
         write_text(folder / PAIRS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
-        def write_card(current: str | None) -> None:
+        def write_card(repo_id: str, current: str | None) -> None:
             make_dataset_card(results, config, model, repo_id, current=current).save(folder / CARD)
             raise_findings(scan_folder(folder, forget=forget, names=names, allowed={PAIRS, CARD}), options.allow)
 

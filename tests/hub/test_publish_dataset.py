@@ -167,6 +167,7 @@ def test_pairs_come_back_as_the_pairs_of_a_concept(hub, hub_api, tmp_path):
     assert printed.strip() == str(PAIRS * 3)
     assert set(hub.files("alice/pairs", repo_type="dataset")) == {".gitattributes", "README.md", "pairs.jsonl"}
     assert publication.url.endswith("/datasets/alice/pairs")
+    assert 'synthetic="alice/pairs"' in hub.files("alice/pairs", repo_type="dataset")["README.md"].decode()
 
 
 def test_the_same_pairs_again_commit_nothing_and_what_a_person_wrote_stays(hub, hub_api):
