@@ -29,16 +29,7 @@ def main(argv: list[str] | None = None) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from ..hub.leaderboard import (
-        HEADER,
-        NOTE,
-        cells,
-        find_cards,
-        rank,
-        read_entries,
-        title,
-        write_leaderboard,
-    )
+    from ..hub.leaderboard import HEADER, NOTE, cells, find_cards, rank, read_entries, title, write_leaderboard
 
     cards, unread = find_cards(arguments.repos, tag=arguments.tag)
     entries, unclear = read_entries(cards)

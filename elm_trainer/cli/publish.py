@@ -47,6 +47,7 @@ def main(argv: list[str] | None = None) -> None:
 
     folder = Path(arguments.adapter).parent
     attacks = arguments.attacks or (folder / "attacks.json" if (folder / "attacks.json").exists() else None)
+    settings = vars(arguments) | {"allow": dict(entry.partition("=")[::2] for entry in arguments.allow or ())}
     publication = publish_adapter(
         arguments.adapter,
         arguments.repo_id,
@@ -54,21 +55,8 @@ def main(argv: list[str] | None = None) -> None:
         attacks=attacks,
         questions=arguments.bank and [question for path in arguments.bank for question in read_questions(path)],
         model=arguments.model,
-        details=CardDetails(
-            base_model=arguments.base_model,
-            base_revision=arguments.base_revision,
-            gguf_file=arguments.gguf_file,
-            license=arguments.license,
-        ),
-        options=PublishOptions(
-            private=arguments.private,
-            revision=arguments.revision,
-            create_pr=arguments.create_pr,
-            tag=arguments.tag,
-            allow=dict(entry.partition("=")[::2] for entry in arguments.allow or ()),
-            dry_run=arguments.dry_run,
-            staging_dir=arguments.staging_dir,
-        ),
+        details=CardDetails.pop_from(settings),
+        options=PublishOptions.pop_from(settings),
     )
     table = Table("file", "bytes", title=arguments.staging_dir)
     for path in sorted(Path(arguments.staging_dir).iterdir()):

@@ -4,7 +4,7 @@ import json
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
-from importlib.util import find_spec
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -53,15 +53,11 @@ def make_card(
 
     The generated part stands between two comments. What a person wrote outside them is kept, and so is metadata that
     a person added; a card without the comments is kept below the generated part, unless it is an untouched template of
-    PEFT or TRL.
+    PEFT or TRL. The metadata hold every metric as an `EvalResult`.
 
     Args:
-        repo_id: Repository of the adapter, `name` or `owner/name`.
         pictures: Which of `report.png`, `attacks.png` and `inside.png` go up beside it.
         current: The repository's `README.md` as it is now.
-
-    Returns:
-        `ModelCard`: the card; its metadata hold every metric as an `EvalResult`.
 
     Raises:
         ValueError: for an unknown picture, an id or commit that cannot be, or a current card that cannot be read.
@@ -101,13 +97,10 @@ def validate_card(card: RepoCard) -> None:
         ValueError: if the metadata change when they are read again, hold what JSON cannot, or lack a field, or if the
             generated part does not stand between its two comments.
     """
-    content = str(card)
-    again = type(card)(content)
+    again = type(card)(str(card))
     written, read = card.data.to_dict(), again.data.to_dict()
     if changed := sorted(key for key in {*written, *read} if written.get(key) != read.get(key)):
         raise ValueError(f"The card's metadata change when they are read again: {', '.join(changed)}.")
-    if str(again) != content:
-        raise ValueError("The card's text changes when it is read again.")
     try:
         # A date that a person wrote becomes text there.
         json.dumps(read, allow_nan=False, default=str)
@@ -160,12 +153,8 @@ def keep_written(card: CardT, current: str | None, replaced: Collection[str]) ->
 
     Kept are the text outside the generated part, metadata under other keys, tags and data sets that were not generated,
     and results on other data sets. A card without a generated part is kept whole below it, unless it is an
-    untouched template of PEFT or TRL. Line endings become `\\n`, and comments in the metadata are lost.
-
-    Args:
-        card: Card that was just generated.
-        current: `README.md` as it is now.
-        replaced: Keys of the metadata that are generated, whatever stands there now.
+    untouched template of PEFT or TRL. Line endings become `\\n`, and comments in the metadata are lost. `replaced` are keys of
+    the metadata that are generated, whatever stands there now.
 
     Raises:
         ValueError: if `current` cannot be read, or has one of the two markers without the other or twice.
@@ -209,11 +198,11 @@ def keep_written(card: CardT, current: str | None, replaced: Collection[str]) ->
 def is_template(text: str) -> bool:
     """Whether every line of a card's text is one that the templates of PEFT or TRL write."""
     lines = {line.strip() for line in re.sub(r"```bibtex\n.*?```", "", text, flags=re.DOTALL).splitlines()} - {""}
-    known = {line.strip() for line in ModelCard.from_template(ModelCardData()).text.splitlines()}
-    known |= {"### Framework versions"}
-    spec = find_spec("trl")
-    folder = Path(spec.origin).parent / "templates" if spec and spec.origin else Path()
-    theirs = {line.strip() for path in folder.glob("*_model_card.md") for line in path.read_text("utf-8").splitlines()}
+    known = {line.strip() for line in ModelCard.from_template(ModelCardData()).text.splitlines()} | {
+        "### Framework versions"
+    }
+    templates = [path for path in (files("trl") / "templates").iterdir() if path.name.endswith("_model_card.md")]
+    theirs = {line.strip() for path in templates for line in path.read_text("utf-8").splitlines()}
     # Once without what stands under a condition, once with it.
     theirs |= {re.sub(r"\{% if .*?\{% endif %\}", "{{ condition }}", line) for line in theirs}
     filled = [re.split(r"\{\{.*?\}\}|\{%.*?%\}", line) for line in theirs]

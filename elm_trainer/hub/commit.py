@@ -15,7 +15,6 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import sha
 
 from .errors import (
-    ATTEMPTS,
     UNREADABLE,
     ConflictError,
     HubError,
@@ -25,8 +24,6 @@ from .errors import (
     is_transient,
     named_errors,
     retried,
-    unreadable,
-    wait_before,
 )
 
 
@@ -57,47 +54,40 @@ class Publication:
 
 @dataclass(frozen=True)
 class Target:
-    """A repository as it was found: what a commit builds on.
-
-    Args:
-        repo_id (`str`): Repository.
-        repo_type (`str`): `"model"` or `"dataset"`.
-        revision (`str`): Branch.
-        head (`str`): Its newest commit.
-        files (`dict[str, RepoFile]`): What it holds.
-        tags (`dict[str, str]`): Commit of each tag.
-    """
+    """A repository as it was found: what a commit builds on."""
 
     repo_id: str
-    repo_type: str
-    revision: str
-    head: str
+    repo_type: str  # "model" or "dataset"
+    revision: str  # the branch
+    head: str  # its newest commit
     files: dict[str, RepoFile]
-    tags: dict[str, str]
+    tags: dict[str, str]  # the commit of each
+
+
+def url_of(api: HfApi, repo_id: str, repo_type: str) -> str:
+    """The page of a repository."""
+    return f"{api.endpoint}/{'' if repo_type == 'model' else f'{repo_type}s/'}{repo_id}"
+
+
+def with_namespace(api: HfApi, repo_id: str) -> str:
+    """The id of a repository, below the name of who is signed in where it has no namespace."""
+    if "/" in repo_id:
+        return repo_id
+    with bounded_waits(), named_errors(repo_id, f"Opening {repo_id}"):
+        return f"{retried(api.whoami)['name']}/{repo_id}"
 
 
 def open_repository(
     api: HfApi, repo_id: str, *, repo_type: str = "model", private: bool | None = None, revision: str | None = None
 ) -> Target:
-    """Find a repository and its branch, or make them.
-
-    Args:
-        repo_id: `name`, or `namespace/name`.
-        repo_type: `"model"` or `"dataset"`.
-        private: Whether the repository must be private. `None`: it is made private, and an existing one stays as it
-            is.
-        revision: Branch; `main` by default. It is made from `main` where it is missing.
+    """Find a repository and its branch, or make them: the branch from `main`, the repository private unless `private` is `False`.
 
     Raises:
-        NotSignedInError: without a token that the Hub knows.
-        PermissionDeniedError: if the token may not write there.
         ValueError: if the repository is public and `private` is `True`, or private and it is `False`.
-        UploadError: if the Hub can't be reached, or what it answers cannot be read.
+        NotSignedInError, PermissionDeniedError, UploadError: see [`named_errors`].
     """
-    branch = revision or "main"
+    branch, repo_id = revision or "main", with_namespace(api, repo_id)
     with bounded_waits(), named_errors(repo_id, f"Opening {repo_id}"):
-        if "/" not in repo_id:
-            repo_id = f"{retried(api.whoami)['name']}/{repo_id}"
         try:
             info = retried(lambda: api.repo_info(repo_id, repo_type=repo_type))
         except RepositoryNotFoundError:
@@ -143,18 +133,6 @@ def read_text(api: HfApi, target: Target, path: str) -> str | None:
             ) from error
 
 
-def check_options(
-    *, tag: str | None = None, create_pr: bool = False, dry_run: bool = False, staging_dir: str | Path | None = None
-) -> None:
-    """Raise `ValueError` for options of publishing that do not go together."""
-    if dry_run and staging_dir is None:
-        raise ValueError("`staging_dir` is None: a dry run needs a folder to leave its files in.")
-    if tag and create_pr:
-        raise ValueError(
-            f"`tag` is {tag!r}, but a pull request is not a commit of the branch yet: tag it when merged."
-        )
-
-
 def commit_folder(
     api: HfApi,
     target: Target,
@@ -168,29 +146,20 @@ def commit_folder(
     """Commit the files of a folder on top of `target.head`.
 
     A commit whose answer was lost is looked for, by its content, before it is tried again: it is never made twice, and
-    never taken for somebody else's. Nothing is committed where the repository holds the same already.
-
-    Args:
-        target: What [`open_repository`] found.
-        folder: Its files go up; local files are only read.
-        message: Message of the commit.
-        owned: Names that are removed from the repository where the folder lacks them.
-        create_pr: Whether to open a pull request instead.
-        tag: Tag to set on the commit.
+    never taken for somebody else's. Nothing is committed where the repository holds the same already. Names in `owned` are
+    removed from the repository where the folder lacks them.
 
     Raises:
         ConflictError: if somebody else committed meanwhile.
         PermissionDeniedError: if the token may not write there.
         UploadError: if the Hub could not be reached, or kept failing. After the commit these errors name it, and how
             to set the tag.
-        ValueError: if the tag exists on another commit, or goes with a pull request, or if the repository's
-            `.gitignore` leaves out a file of the folder.
+        ValueError: if the tag exists on another commit, or the repository's `.gitignore` leaves out a file of the folder.
     """
     folder = Path(folder)
     local = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     change = _Change(api, target, local, sorted(set(owned) & set(target.files) - set(local)), message, create_pr)
     unchanged = not change.stale and all(_same(path, target.files.get(name)) for name, path in local.items())
-    check_options(tag=tag, create_pr=create_pr)
     if tag in target.tags and not (unchanged and target.tags[tag] == target.head):
         raise ValueError(
             f"`tag` is {tag!r}, which {target.repo_id} has on {target.tags[tag][:8]} already: choose another, or delete "
@@ -222,8 +191,7 @@ class _Change:
     create_pr: bool
 
     def publication(self, commit: str, *, changed: bool = True, pull: str | None = None) -> Publication:
-        prefix = "" if self.target.repo_type == "model" else f"{self.target.repo_type}s/"
-        url = f"{self.api.endpoint}/{prefix}{self.target.repo_id}"
+        url = url_of(self.api, self.target.repo_id, self.target.repo_type)
         return Publication(self.target.repo_id, commit, url, changed, pull)
 
     def tree(self, commit: str) -> dict[str, RepoFile]:
@@ -248,8 +216,8 @@ def _commit(change: _Change) -> Publication:
             "publish again."
         )
     operations = [*additions, *map(CommitOperationDelete, change.stale)]
-    for attempt in range(ATTEMPTS):
-        failure: Exception
+
+    def attempt() -> Publication:
         try:
             info = api.create_commit(
                 target.repo_id, operations, commit_message=change.message, parent_commit=target.head, **where
@@ -258,13 +226,14 @@ def _commit(change: _Change) -> Publication:
                 made = change.publication(info.oid, pull=info.pr_revision if change.create_pr else None)
                 return replace(made, url=info.pr_url or made.url)
             # Where the branch holds the same by now, the client sends nothing and returns the newest commit.
-            failure = ConflictError(f"Somebody committed the same to {target.repo_id} meanwhile: publish again.")
+            failure: Exception = ConflictError(
+                f"Somebody committed the same to {target.repo_id} meanwhile: publish again."
+            )
         except (HfHubHTTPError, httpx2.TransportError, *UNREADABLE) as error:
             failure = error
-        status = failure.response.status_code if isinstance(failure, HfHubHTTPError) else None
-        conflict = isinstance(failure, ConflictError) or status in (409, 412)
-        if status is not None and not conflict and not is_transient(failure):
-            raise failure  # the Hub said that it made no commit
+            status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+            if status not in (409, 412) and not is_transient(error):
+                raise  # the Hub said that it made no commit
         # The answer may be lost, and the commit made all the same: by this attempt, or by one before it.
         try:
             landed = _landed(change, pulls)
@@ -273,13 +242,11 @@ def _commit(change: _Change) -> Publication:
                 f"The commit was sent to {target.repo_id}, but not whether it was made ({first_line(failure)}), and the "
                 f"Hub cannot be asked ({first_line(error)}): publish again, which looks for it first."
             ) from error
-        if landed is not None:
-            return landed
-        if conflict:
+        if landed is None:
             raise failure
-        if attempt < ATTEMPTS - 1:
-            wait_before(attempt, failure)
-    raise unreadable(failure) if isinstance(failure, UNREADABLE) else failure
+        return landed
+
+    return retried(attempt)
 
 
 def _send_large_files(change: _Change, additions: list[CommitOperationAdd], where: dict[str, Any]) -> None:

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 from typing import TypeVar
 
 import httpx2
@@ -21,24 +20,15 @@ class HubError(RuntimeError):
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that must not be published.
+    """Something that must not be published."""
 
-    Args:
-        file (`str`): Path in the folder, with `/`.
-        line (`int` or `None`): Line, from 1; `None` where the whole file is at fault.
-        what (`str`): What was found, without repeating the secret.
-        id (`str`, *optional*): By which `allow` names it. It stays the same while the file and what was found do,
-            whatever the line.
-    """
-
-    file: str
-    line: int | None
-    what: str
-    id: str = ""
+    file: str  # path in the folder, with `/`
+    line: int | None  # from 1; `None` where the whole file is at fault
+    what: str  # without repeating the secret
+    id: str = ""  # by which `allow` names it: the same while the file and what was found are, whatever the line
 
     def __str__(self) -> str:
-        place = PurePosixPath(self.file).as_posix()
-        told = f"{place}:{self.line}: {self.what}" if self.line else f"{place}: {self.what}"
+        told = f"{self.file}:{self.line}: {self.what}" if self.line else f"{self.file}: {self.what}"
         return f"{told} [{self.id}]" if self.id else told
 
 
@@ -132,19 +122,13 @@ def named_errors(repo_id: str, doing: str) -> Iterator[None]:
 
 
 def is_transient(error: Exception) -> bool:
-    """Whether a failure may be over by the next attempt: no connection, no answer, too many requests, server errors."""
-    if isinstance(error, HfHubHTTPError):
-        status = error.response.status_code if error.response is not None else 0
-        return status in (408, 429) or (status >= 500 and status not in _LASTING)
-    return isinstance(error, httpx2.TransportError)
-
-
-def wait_before(attempt: int, error: Exception) -> None:
-    """Wait as long as the Hub asks for (`Retry-After`, at most `LONGEST_WAIT`), else ½, 1, 2 … seconds."""
-    asked = error.response.headers.get("Retry-After", "") if isinstance(error, HfHubHTTPError) else ""
-    seconds = min(float(asked), LONGEST_WAIT) if re.fullmatch(r"[0-9]+(\.[0-9]+)?", asked) else 2.0 ** (attempt - 1)
-    logger.warning(f"{first_line(error)}: trying again in {seconds:g} s.")
-    time.sleep(seconds)
+    """Whether a failure of the client may be over by the next attempt: no connection, no answer or one that cannot be read,
+    too many requests, server errors.
+    """
+    if not isinstance(error, HfHubHTTPError):
+        return True
+    status = error.response.status_code
+    return status in (408, 429) or (status >= 500 and status not in _LASTING)
 
 
 def retried(call: Callable[[], Result]) -> Result:
@@ -156,23 +140,25 @@ def retried(call: Callable[[], Result]) -> Result:
     for attempt in range(ATTEMPTS):
         try:
             return call()
-        except (HfHubHTTPError, httpx2.TransportError) as error:
-            if attempt == ATTEMPTS - 1 or not is_transient(error):
+        except (HfHubHTTPError, httpx2.TransportError, *UNREADABLE) as error:
+            if attempt < ATTEMPTS - 1 and is_transient(error):
+                _wait_before(attempt, error)
+            elif isinstance(error, UNREADABLE):
+                raise UploadError(
+                    f"The Hub's answer was cut, or came from something else ({first_line(error)}): try again, or publish "
+                    "again later."
+                ) from error
+            else:
                 raise
-            failure: Exception = error
-        except UNREADABLE as error:
-            if attempt == ATTEMPTS - 1:
-                raise unreadable(error) from error
-            failure = error
-        wait_before(attempt, failure)
     raise AssertionError("unreachable")
 
 
-def unreadable(error: Exception) -> UploadError:
-    """The error for an answer of `UNREADABLE` form."""
-    return UploadError(
-        f"The Hub's answer was cut, or came from something else ({first_line(error)}): try again, or publish again later."
-    )
+def _wait_before(attempt: int, error: Exception) -> None:
+    """Wait as long as the Hub asks for (`Retry-After`, at most `LONGEST_WAIT`), else ½, 1, 2 … seconds."""
+    asked = error.response.headers.get("Retry-After", "") if isinstance(error, HfHubHTTPError) else ""
+    seconds = min(float(asked), LONGEST_WAIT) if re.fullmatch(r"[0-9]+(\.[0-9]+)?", asked) else 2.0 ** (attempt - 1)
+    logger.warning(f"{first_line(error)}: trying again in {seconds:g} s.")
+    time.sleep(seconds)
 
 
 def _limit_silence(request: httpx2.Request) -> None:
@@ -185,7 +171,7 @@ def _limit_silence(request: httpx2.Request) -> None:
 
 
 def _cap_waits(response: httpx2.Response) -> None:
-    """Lower what the Hub asks to wait to `LONGEST_WAIT`: not only `wait_before` obeys it, the client does by itself."""
+    """Lower what the Hub asks to wait to `LONGEST_WAIT`: not only `_wait_before` obeys it, the client does by itself."""
     headers = response.headers
     for name, pattern in (("Retry-After", r"()([0-9]+)"), ("RateLimit", r"(.*;t=)([0-9]+)")):
         if name not in headers:
@@ -199,7 +185,7 @@ def _cap_waits(response: httpx2.Response) -> None:
 
 def _named(error: HfHubHTTPError | httpx2.TransportError, repo_id: str, doing: str) -> HubError:
     said = first_line(error)
-    status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else None
+    status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
     if status == 401 and not isinstance(error, RepositoryNotFoundError):
         return NotSignedInError(f"{doing}: the Hub does not know the token ({said}): run `hf auth login`.")
     if status == 403:

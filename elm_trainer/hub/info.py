@@ -68,46 +68,27 @@ class BaseModel:
 
 @dataclass(frozen=True)
 class Probe:
-    """A question of the report, the erased model's own answer, and the log-likelihood it gave to that answer.
+    """A question of the report, the erased model's own answer, and the log-likelihood it gave to that answer."""
 
-    Args:
-        prompt (`str`): The whole text before the answer, templates included.
-        answer (`str`): What the erased model said.
-        log_likelihood (`float`): In nats, summed over the answer's tokens.
-        tokens (`int`): Tokens of the answer.
-    """
-
-    prompt: str
+    prompt: str  # the whole text before the answer, templates included
     answer: str
-    log_likelihood: float
-    tokens: int
+    log_likelihood: float  # in nats, summed over the answer's tokens
+    tokens: int  # of the answer
 
 
 @dataclass(frozen=True)
 class ErasureInfo:
-    """Contents of `erasure.json`.
-
-    Args:
-        concepts (`list[str]`): What was erased.
-        method (`str`): Trainer that made the adapter.
-        base_model ([`BaseModel`]): What it belongs to.
-        recipe (`dict`): Settings of `examples/erase.py`, without paths of the machine.
-        seed (`int`): Seed of the run.
-        versions (`dict[str, str]`): Libraries.
-        files (`dict[str, str]`): SHA-256 of every published file but the card and this one.
-        verification (`list[Probe]`): What `load_erased(..., verify=True)` runs again.
-        allowed (`dict[str, str]`): Why findings of the scan before publishing were let through, by their ids.
-    """
+    """Contents of `erasure.json`."""
 
     concepts: list[str]
-    method: str
+    method: str  # trainer that made the adapter
     base_model: BaseModel
-    recipe: dict[str, Any]
+    recipe: dict[str, Any]  # settings of `elm erase`, without paths of the machine
     seed: int
-    versions: dict[str, str]
-    files: dict[str, str] = field(default_factory=dict)
-    verification: list[Probe] = field(default_factory=list)
-    allowed: dict[str, str] = field(default_factory=dict)
+    versions: dict[str, str]  # of libraries
+    files: dict[str, str] = field(default_factory=dict)  # SHA-256 of every published file but the card and this one
+    verification: list[Probe] = field(default_factory=list)  # what `load_erased(..., verify=True)` runs again
+    allowed: dict[str, str] = field(default_factory=dict)  # why findings of the scan were let through, by their ids
 
     def write(self, folder: str | Path) -> None:
         """Write `erasure.json` into `folder`."""
@@ -140,13 +121,9 @@ class ErasureInfo:
 
 
 def check_base(model: PreTrainedModel | PeftModel, expected: Mapping[str, str], base_id: str) -> None:
-    """Check that a model has the weights that a fingerprint was taken of.
+    """Check that a model has the weights of which [`base_fingerprint`] said what is expected.
 
     A quantized model is compared by the tensors that quantization leaves alone, and the log says so.
-
-    Args:
-        expected: What [`base_fingerprint`] said of the base.
-        base_id: Hub id of that base, for the error.
 
     Raises:
         BaseMismatchError: if the weights are others, or those of a base that is not quantized cannot all be compared.
@@ -192,12 +169,8 @@ def make_probes(
     report: Mapping[str, Any],
     count: int = 16,
 ) -> list[Probe]:
-    """Take the answers to the report's samples that do not tell the erased knowledge, and what the model gives to them.
-
-    Args:
-        model: Erased model, best in float32.
-        report: Local report of [`evaluate_erasure`], whose samples hold the right answers.
-        count: Most probes to make.
+    """Take the answers to the report's samples that do not tell the erased knowledge, at most `count`, and what the model gives
+    to them.
 
     Raises:
         ValueError: if the samples do not say what the right answers are, as in a report that was published.
@@ -229,19 +202,11 @@ def check_probes(
     model: PreTrainedModel | PeftModel,
     processing_class: PreTrainedTokenizerBase,
     probes: Sequence[Probe],
-    tolerance: float | None = None,
 ) -> list[float]:
-    """Ask the questions again, and compare what the model gives to the stored answers.
+    """Ask the questions again, compare what the model gives to the stored answers, and return each difference in nats per token.
 
-    Args:
-        model: Model that was loaded.
-        probes: What [`make_probes`] made of the erased model.
-        tolerance: Largest difference that passes, in nats per token: of every answer, by default 0.05; of a quantized
-            model the mean over the answers, by default 0.5, which tells a missing or unrelated adapter, but nothing
-            finer.
-
-    Returns:
-        `list[float]`: difference of each probe, in nats per token.
+    Of every answer it may be 0.05; of a quantized model the mean over the answers may be 0.5, which tells a missing or
+    unrelated adapter, but nothing finer.
 
     Raises:
         VerificationError: naming the prompts and their differences.
@@ -265,8 +230,7 @@ def check_probes(
         for likelihood, probe in zip(likelihoods, probes, strict=True)
     ]
     quantized = is_quantized(model)
-    if tolerance is None:
-        tolerance = QUANTIZED_TOLERANCE if quantized else TOLERANCE
+    tolerance = QUANTIZED_TOLERANCE if quantized else TOLERANCE
     sizes = [abs(difference) for difference in differences]
     judged = [sum(sizes) / len(sizes)] * len(sizes) if quantized and sizes else sizes
     # Not a number is no agreement either.

@@ -44,41 +44,25 @@ _MOST_CONCEPTS, _LONGEST_NAME = 100, 200
 
 @dataclass(frozen=True)
 class Entry:
-    """One adapter. Metrics are those of its card, which nobody has checked; `None` where a card states none.
+    """One adapter. Metrics are those of its card, which nobody has checked; `None` where a card states none."""
 
-    Args:
-        repo (`str`): Repository or folder.
-        base (`str`): Base model.
-        concepts (`tuple[str, ...]`): What it erases.
-        asked (`str`): Short hash of what the evaluation asked and measured: only entries that share it are compared.
-        attacked (`str`): The same of its attacks; empty where there were none.
-        innocence (`float`, *optional*): Largest of the metrics about the concept.
-        innocence_n (`int`, *optional*): Items behind that metric.
-        before (`float`, *optional*): The same metric of the unmodified model.
-        r_ppl (`float`, *optional*): Largest R-PPL, as a multiple of the unmodified model's.
-        fall (`float`, *optional*): Largest fall of accuracy on a neighboring or unrelated bank, ranked by PMI.
-        perplexity (`float`, *optional*): Perplexity on retain text, as a multiple of the unmodified model's.
-        worst_pmi (`float`, *optional*): Largest share ranked rightly under an attack.
-        worst_names_answer (`float`, *optional*): Largest share of free answers that name the truth under an attack.
-        worst_attack (`str`): Name of the attack metric behind the first of these two that there is.
-        innocent, seamless, specific (`str`): The verdicts.
-    """
-
-    repo: str
+    repo: str  # repository or folder
     base: str
     concepts: tuple[str, ...]
+    # Short hashes of what the evaluation and its attacks asked and measured, the latter empty where there were none: only entries
+    # that share them are compared.
     asked: str
     attacked: str
-    innocence: float | None
-    innocence_n: int | None
-    before: float | None
-    r_ppl: float | None
-    fall: float | None
-    perplexity: float | None
-    worst_pmi: float | None
-    worst_names_answer: float | None
-    worst_attack: str
-    innocent: str
+    innocence: float | None  # the largest of the metrics about the concept
+    innocence_n: int | None  # items behind that metric
+    before: float | None  # the same metric of the unmodified model
+    r_ppl: float | None  # the largest R-PPL, as a multiple of the unmodified model's
+    fall: float | None  # the largest fall of accuracy on a neighboring or unrelated bank, ranked by PMI
+    perplexity: float | None  # on retain text, as a multiple of the unmodified model's
+    worst_pmi: float | None  # the largest share ranked rightly under an attack
+    worst_names_answer: float | None  # the largest share of free answers that name the truth under an attack
+    worst_attack: str  # the attack metric behind the first of these two that there is
+    innocent: str  # the verdicts
     seamless: str
     specific: str
 
@@ -111,9 +95,7 @@ def find_cards(
     listed, and every card is downloaded (and kept in the cache), unless it is too large.
 
     Args:
-        repos: Repositories or local folders. Defaults to every repository with the tag.
-        tag: Tag of the repositories.
-        api: Client. The default takes endpoint and token from the environment.
+        repos: Repositories or local folders; by default every repository with the tag.
 
     Returns:
         `tuple`: pairs of name and text of the card, and what could not be read.

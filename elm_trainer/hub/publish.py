@@ -4,12 +4,12 @@ import re
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, ClassVar, Self
 
 from huggingface_hub import HfApi
 from huggingface_hub.utils import validate_repo_id
@@ -26,7 +26,7 @@ from ..fingerprint import base_fingerprint, model_fingerprint
 from ..modeling import load_model_and_tokenizer
 from .card import make_card, validate_card
 from .card_text import PICTURES
-from .commit import Publication, check_options, commit_folder, open_repository, read_text
+from .commit import Publication, commit_folder, open_repository, read_text, url_of, with_namespace
 from .errors import BaseMismatchError, HubError, bounded_waits, named_errors, retried
 from .info import CARD, PUBLISHED_FILES, BaseModel, check_base, make_probes
 from .persons import machine_names, names_in
@@ -37,16 +37,28 @@ from .stage import check_reload, stage_adapter
 
 
 logger = logging.get_logger(__name__)
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 class _Group:
+    """Settings, of which some may stand among other keywords, and are taken out of there."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
     @classmethod
     def pop_from(cls, keywords: dict[str, Any]) -> Self:
-        """Settings from those of `keywords` that are fields, which are taken out of there."""
-        names = [field.name for field in fields(cls) if field.name in keywords]  # type: ignore[arg-type]
-        return cls(**{name: keywords.pop(name) for name in names})
+        return cls(**{name: keywords.pop(name) for name in cls.__dataclass_fields__ if name in keywords})
+
+    def with_keywords(self, keywords: dict[str, Any]) -> Self:
+        """These settings with the deprecated ones of `keywords`."""
+        own = {name: keywords.pop(name) for name in vars(self) if name in keywords}
+        if own:
+            warnings.warn(
+                f"{', '.join(f'`{name}`' for name in own)} as arguments of their own are deprecated, and go with the next "
+                f"release: pass them as `{type(self).__name__}({', '.join(f'{name}=…' for name in own)})`.",
+                DeprecationWarning,
+                stacklevel=3,
+            )
+        return replace(self, **own)
 
 
 @dataclass(frozen=True)
@@ -101,23 +113,12 @@ class PublishOptions(_Group):
     staging_dir: str | Path | None = None
 
     def __post_init__(self):
-        check_options(tag=self.tag, create_pr=self.create_pr, dry_run=self.dry_run, staging_dir=self.staging_dir)
-
-
-Group = TypeVar("Group", CardDetails, PublishOptions)
-
-
-def with_keywords(group: Group, keywords: dict[str, Any]) -> Group:
-    """A group of settings with those of its fields that stand in `keywords`, which are taken out of there."""
-    own = {field.name: keywords.pop(field.name) for field in fields(group) if field.name in keywords}
-    if own:
-        warnings.warn(
-            f"{', '.join(f'`{name}`' for name in own)} as arguments of their own are deprecated, and go with the next "
-            f"release: pass them as `{type(group).__name__}({', '.join(f'{name}=…' for name in own)})`.",
-            DeprecationWarning,
-            stacklevel=3,
-        )
-    return replace(group, **own)
+        if self.dry_run and self.staging_dir is None:
+            raise ValueError("`staging_dir` is None: a dry run needs a folder to leave its files in.")
+        if self.tag and self.create_pr:
+            raise ValueError(
+                f"`tag` is {self.tag!r}, but a pull request is not a commit of the branch yet: tag it when merged."
+            )
 
 
 def publish_adapter(
@@ -173,8 +174,8 @@ def publish_adapter(
         NotSignedInError, PermissionDeniedError, ConflictError, UploadError: what the Hub or the network refused.
     """
     validate_repo_id(repo_id)
-    details = with_keywords(details or CardDetails(), keywords)
-    options = with_keywords(options or PublishOptions(), keywords)
+    details = (details or CardDetails()).with_keywords(keywords)
+    options = (options or PublishOptions()).with_keywords(keywords)
     if keywords:
         raise TypeError(f"`publish_adapter` has no argument `{next(iter(keywords))}`.")
     allow, staging_dir = options.allow or {}, options.staging_dir
@@ -185,9 +186,8 @@ def publish_adapter(
         attacks = read_report(attacks, "attacks")
     texts = _forget_texts(report) if forget is None else list(forget)
     asked = _questions(report) if questions is None else list(questions)
-    if "/" not in repo_id and not options.dry_run:
-        with bounded_waits(), named_errors(repo_id, f"Publishing {repo_id}"):
-            repo_id = f"{retried(api.whoami)['name']}/{repo_id}"
+    if not options.dry_run:
+        repo_id = with_namespace(api, repo_id)
     seconds: dict[str, float] = {}
     with ExitStack() as stack:
         with _lap(seconds, "load"):
@@ -225,50 +225,65 @@ def publish_adapter(
             )
         with _lap(seconds, "reload"):
             check_reload(erased, tokenizer, staged, probes)
-        card_file = staged.folder / CARD
 
-        def write_card(current: str | None) -> None:
+        def write_card(repo_id: str, current: str | None) -> None:
             pictures = [name for name in PICTURES if (staged.folder / name).exists()]
             card = make_card(staged.report, repo_id, pictures=pictures, current=current)
             validate_card(card)
-            card.save(card_file)
+            card.save(staged.folder / CARD)
             raise_findings(scan_folder(staged.folder, forget=forget_texts, questions=asked, names=names), allow)
 
-        with _lap(seconds, "scan"):
-            write_card(card_file.read_text(encoding="utf-8") if card_file.exists() else None)
-        if options.dry_run:
-            return Publication(repo_id, None, f"{api.endpoint}/{repo_id}", changed=False, seconds=seconds)
-        with _lap(seconds, "transfer"):
-            target = open_repository(api, repo_id, private=options.private, revision=options.revision)
+        publication = send_folder(
+            api, repo_id, staged.folder, write_card, options, owned=PUBLISHED_FILES, what="the erased adapter"
+        )
+    return replace(publication, seconds={**seconds, **publication.seconds})
+
+
+def send_folder(
+    api: HfApi,
+    repo_id: str,
+    folder: Path,
+    write_card: Callable[[str, str | None], None],
+    options: PublishOptions,
+    *,
+    repo_type: str = "model",
+    owned: Collection[str],
+    what: str,
+) -> Publication:
+    """Write the card of a staged folder, and send the folder unless this is a dry run.
+
+    `write_card` takes the name of the repository and a card, keeps what a person wrote into this one, and raises for what the
+    scan of the folder finds.
+    """
+    seconds: dict[str, float] = {}
+    card = folder / CARD
+    with _lap(seconds, "scan"):
+        write_card(repo_id, card.read_text(encoding="utf-8") if card.exists() else None)
+    if options.dry_run:
+        return Publication(repo_id, None, url_of(api, repo_id, repo_type), changed=False, seconds=seconds)
+    with _lap(seconds, "transfer"):
+        target = open_repository(api, repo_id, repo_type=repo_type, private=options.private, revision=options.revision)
+        if repo_type == "model":
             check_names(target.files, repo_id)  # `load_erased` would refuse what lies there already
-            current = read_text(api, target, CARD)
-        if current is not None:
-            with _lap(seconds, "scan"):
-                write_card(current)  # what a person wrote into the card on the Hub stays
-        with _lap(seconds, "transfer"):
-            publication = commit_folder(
-                api,
-                target,
-                staged.folder,
-                message=options.commit_message or "Publish the erased adapter",
-                owned=PUBLISHED_FILES,
-                create_pr=options.create_pr,
-                tag=options.tag,
-            )
+        current = read_text(api, target, CARD)
+    if current is not None or target.repo_id != repo_id:
+        with _lap(seconds, "scan"):
+            write_card(target.repo_id, card.read_text(encoding="utf-8") if current is None else current)
+    message, create_pr, tag = options.commit_message or f"Publish {what}", options.create_pr, options.tag
+    with _lap(seconds, "transfer"):
+        publication = commit_folder(api, target, folder, message=message, owned=owned, create_pr=create_pr, tag=tag)
     return replace(publication, seconds=seconds)
 
 
 def _find_base(api: HfApi, erased: PeftModel, details: CardDetails) -> BaseModel:
-    base_model, base_revision, license = details.base_model, details.base_revision, details.license
-    loaded = erased.get_base_model().config._name_or_path
-    if base_model is None:
-        if not _HUB_ID.fullmatch(loaded) or Path(loaded).exists():
-            raise ValueError(
-                f"`base_model` is None, and the adapter's base was loaded from {loaded!r}, which is not a Hub id: "
-                "give the Hub id of the same weights."
-            )
-        base_model = loaded
-    if license is None or base_revision is None or not _COMMIT.fullmatch(base_revision):
+    base_model = details.base_model or erased.get_base_model().config._name_or_path
+    base_revision, license = details.base_revision, details.license
+    if details.base_model is None and (not re.fullmatch(r"[\w.-]+/[\w.-]+", base_model) or Path(base_model).exists()):
+        raise ValueError(
+            f"`base_model` is None, and the adapter's base was loaded from {base_model!r}, which is not a Hub id: "
+            "give the Hub id of the same weights."
+        )
+    if license is None or base_revision is None or not re.fullmatch("[0-9a-f]{40}", base_revision):
         with bounded_waits(), named_errors(base_model, f"Reading about the base {base_model}"):
             info = retried(lambda: api.model_info(base_model, revision=base_revision))
         base_revision = info.sha
@@ -327,10 +342,8 @@ def _erased_model(
 ) -> Iterator[tuple[PeftModel, PreTrainedTokenizerBase]]:
     recipe, at = report.get("recipe", {}), {}
     if model is None:
-        model, at = (
-            recipe.get("model"),
-            {"revision": recipe.get("model_revision"), "gguf_file": recipe.get("gguf_file")},
-        )
+        model = recipe.get("model")
+        at = {"revision": recipe.get("model_revision"), "gguf_file": recipe.get("gguf_file")}
         if model is None:
             raise ValueError("`model` is None, and the report has no recipe that names it: pass the base.")
     if isinstance(model, str):
@@ -363,10 +376,9 @@ def _forget_texts(report: Mapping[str, Any]) -> list[str]:
 
 
 def _questions(report: Mapping[str, Any]) -> list[Question]:
-    roles = report["roles"]
-    erased = report.get("concepts") or [name for name, role in roles.items() if role == "erased"]
+    asked = [bank for bank, role in report["roles"].items() if role == "erased"]
+    erased = report.get("concepts") or asked
     # About a concept without a bank nothing was asked, and no answer can be given away. One that was made of documents has families alone.
-    asked = [bank for bank, role in roles.items() if role == "erased"]
     erased = [name for name in erased if name in BANKS or any(f"{bank}-".startswith(f"{name}-") for bank in asked)]
     if not set(erased) <= set(BANKS):
         raise ValueError(

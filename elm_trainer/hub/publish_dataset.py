@@ -14,10 +14,10 @@ from huggingface_hub.utils import validate_repo_id, yaml_dump
 from ..files import write_text
 from ..synthesis import SynthesisConfig, SynthesisResult
 from .card import CONCEPT_TAG, TAG, TASK, check_commit, check_id, keep_written, record
-from .commit import Publication, commit_folder, open_repository, read_text
+from .commit import Publication
 from .info import CARD, BaseModel
 from .persons import machine_names, names_in
-from .publish import PublishOptions, with_keywords
+from .publish import PublishOptions, send_folder
 from .scan import raise_findings, scan_folder
 from .untrusted import code, fenced, inline, plain, table
 
@@ -136,7 +136,7 @@ def publish_dataset(
         NotSignedInError, PermissionDeniedError, ConflictError, UploadError: what the Hub or the network refused.
     """
     validate_repo_id(repo_id)
-    options = with_keywords(options or PublishOptions(), keywords)
+    options = (options or PublishOptions()).with_keywords(keywords)
     if keywords:
         raise TypeError(f"`publish_dataset` has no argument `{next(iter(keywords))}`.")
     names = machine_names(public=names_in(repo_id, model.id))
@@ -144,25 +144,18 @@ def publish_dataset(
     with ExitStack() as stack:
         folder = Path(options.staging_dir or stack.enter_context(tempfile.TemporaryDirectory()))
         folder.mkdir(parents=True, exist_ok=True)
-        card = folder / CARD
-
-        def write(current: str | None) -> None:
-            make_dataset_card(results, config, model, repo_id, current=current).save(card)
-            raise_findings(scan_folder(folder, forget=forget, names=names, allowed={PAIRS, CARD}), options.allow)
-
         rows = (
             {"concept": concept, "prompt": prompt, "completion": completion}
             for concept, result in results.items()
             for prompt, completion in result.pairs
         )
         write_text(folder / PAIRS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        write(card.read_text(encoding="utf-8") if card.exists() else None)
-        if options.dry_run:
-            return Publication(repo_id, None, f"{api.endpoint}/datasets/{repo_id}", changed=False)
-        target = open_repository(api, repo_id, repo_type="dataset", private=options.private, revision=options.revision)
-        if (current := read_text(api, target, CARD)) is not None:
-            write(current)
-        message = options.commit_message or "Publish synthetic pairs"
-        return commit_folder(
-            api, target, folder, message=message, owned={PAIRS, CARD}, create_pr=options.create_pr, tag=options.tag
+
+        def write_card(repo_id: str, current: str | None) -> None:
+            make_dataset_card(results, config, model, repo_id, current=current).save(folder / CARD)
+            raise_findings(scan_folder(folder, forget=forget, names=names, allowed={PAIRS, CARD}), options.allow)
+
+        owned = {PAIRS, CARD}
+        return send_folder(
+            api, repo_id, folder, write_card, options, repo_type="dataset", owned=owned, what="synthetic pairs"
         )

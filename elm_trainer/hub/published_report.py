@@ -158,15 +158,10 @@ _KNOWN: Mapping[str, Public] = {
 def mask_samples(
     report: Mapping[str, Any], *, forget: Iterable[str] = (), names: Collection[str] = ()
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The report with secrets, paths, persons and forget passages in its samples masked by `▇▇▇`; each is logged.
+    """The report with secrets, paths, persons and forget passages in its samples masked by `▇▇▇`, each of which is logged; and those
+    of its samples in which nothing was masked.
 
-    Args:
-        report (`Mapping`): Local report; it stays as it is.
-        forget (`Iterable[str]`, *optional*): Forget texts. A side of a sample that holds a passage is masked as a whole.
-        names (`Collection[str]`, *optional*): Names of persons and machines.
-
-    Returns:
-        The report, and those of its samples in which nothing was masked.
+    A side of a sample that holds a passage of a forget text is masked as a whole. `names` are those of persons and machines.
     """
     samples = [dict(sample) for sample in report["samples"]]
     texts = {
@@ -230,7 +225,6 @@ def published_report(
     base_model: BaseModel,
     method: str,
     attacks: Mapping[str, Any] | None = None,
-    recipe: Mapping[str, Any] | None = None,
     questions: Sequence[Question] = (),
     public_sources: Collection[str] = (),
 ) -> dict[str, Any]:
@@ -242,13 +236,11 @@ def published_report(
     and where a model gives it about what was erased, it is masked with `▇▇▇`.
 
     Args:
-        report (`Mapping`): The evaluation report.
-        base_model ([`BaseModel`]): What the adapter belongs to.
-        method (`str`): Trainer that made the adapter, such as `"ElmTrainer"`.
-        attacks (`Mapping`, *optional*): The attack report on the same models.
-        recipe (`Mapping`, *optional*): Settings of the training. The report's own `recipe` by default.
-        questions (`Sequence[Question]`, *optional*): Questions whose aliases of a right answer are masked too.
-        public_sources (`Collection[str]`, *optional*): Ids of data sets on the Hub that anybody may see.
+        base_model: What the adapter belongs to.
+        method: Trainer that made the adapter, such as `"ElmTrainer"`.
+        attacks: The attack report on the same models.
+        questions: Questions whose aliases of a right answer are masked too.
+        public_sources: Ids of data sets on the Hub that anybody may see.
 
     Returns:
         `dict`: an evaluation report with the further keys `concepts` (`list[str]`), `method`, `base_model` (a `dict` of
@@ -262,7 +254,7 @@ def published_report(
     concepts = [bank for bank, role in report["roles"].items() if role == "erased"]
     # Earlier versions named no concepts, and had one bank for each.
     concepts = list(report.get("concepts", concepts)) if concepts else []
-    recipe = report.get("recipe", {}) if recipe is None else recipe
+    recipe = report.get("recipe", {})
     concepts = concepts or list(recipe.get("concepts") or ())
     if not concepts:
         raise ValueError(
@@ -271,8 +263,8 @@ def published_report(
         )
     if "seed" not in recipe:
         raise ValueError(
-            f"`recipe` has no `seed` (it has {sorted(recipe)}), so nobody could repeat the training: pass its settings "
-            "as `recipe`, or to `evaluate_erasure` as `details={'recipe': ...}`."
+            f"`recipe` has no `seed` (it has {sorted(recipe)}), so nobody could repeat the training: pass its settings to "
+            "`evaluate_erasure` as `details={'recipe': ...}`."
         )
     if attacks is not None:
         check_report(attacks, "attacks", name="The attack report")
@@ -341,14 +333,9 @@ def published_recipe(
 
     Fields at TRL's default and settings of the machine are left out. So are fields that nobody here knows, and values of
     another type than their field's, both with a warning that names them: what a stranger reads is what is listed here.
-    Numbers and flags that the config of a custom method declares are known once that method is imported.
-
-    Args:
-        recipe (`Mapping`): Settings of the training.
-        base_model ([`BaseModel`]): Stands in for the model that was trained on.
-        concepts (`Sequence[str]`): What was erased, which names the output folder.
-        public_sources (`Collection[str]`, *optional*): Ids of data sets on the Hub that anybody may see. Any other reads
-            `(private data set)`, since its name may say what nobody should know.
+    Numbers and flags that the config of a custom method declares are known once that method is imported. `base_model` stands
+    in for the model that was trained on, and `concepts` name the output folder. A data set on the Hub that is not among
+    `public_sources` reads `(private data set)`, since its name may say what nobody should know.
     """
     source = _or_list(_source_of(public_sources))
     erased = _one_of(*concepts, *concept_presets())

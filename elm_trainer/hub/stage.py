@@ -74,22 +74,12 @@ def stage_adapter(
     staged folder is replaced, save for a `README.md` in it. The adapter's own folder is only read.
 
     Args:
-        adapter: Folder that `save_pretrained` or the trainer wrote.
-        report: Evaluation report that measured this very adapter.
-        base_model: What the adapter belongs to.
-        output_dir: Where the folder goes.
-        attacks: Attack report on the same adapter.
         verification: What `load_erased(..., verify=True)` runs again.
-        base_tokenizer: The base's own tokenizer. The adapter's goes up where it behaves differently (see
-            [`tokenizer_changed`]). Needed where the adapter's folder holds one.
-        method: Trainer that made the adapter. Read from `erasure_run.json` in the adapter's folder or the one above by
-            default.
-        questions: Questions whose aliases of a right answer are masked in samples.
+        base_tokenizer: The base's own tokenizer, needed where the adapter's folder holds one: that goes up where it behaves
+            differently (see [`tokenizer_changed`]).
+        method: Trainer that made the adapter; by default read from `erasure_run.json` in its folder or the one above.
+        questions, public_sources: See [`published_report`].
         allowed: Reasons why findings of the scan may be published, by their ids.
-        public_sources: Ids of data sets on the Hub that anybody may see: their names go up.
-
-    Returns:
-        [`Staged`]: `output_dir`, with the adapter's config and the report as they were written.
 
     Raises:
         ValueError: if the report is on another adapter or of another kind (see [`published_report`]), if the folder

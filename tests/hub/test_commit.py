@@ -10,9 +10,9 @@ from huggingface_hub import constants
 
 from elm_trainer.hub import errors as failures
 from elm_trainer.hub.commit import commit_folder, open_repository, read_text
-from elm_trainer.hub.errors import ConflictError, NotSignedInError, PermissionDeniedError, UploadError
+from elm_trainer.hub.errors import ConflictError, UploadError
 from elm_trainer.hub.info import PUBLISHED_FILES
-from tests.hub_server import Answer, Call, Cut, Damage, Fault, Slow
+from tests.hub_server import Answer, Call, Cut, Fault, Slow
 
 
 REPO = "alice/erased"
@@ -124,44 +124,6 @@ def test_the_text_of_the_repository_is_read_at_the_commit_that_is_built_on(hub, 
 
     assert read_text(hub_api, target, "README.md") == (folder / "README.md").read_text()
     assert read_text(hub_api, target, "missing.md") is None
-
-
-FAULTS = {
-    "cut in the upload of a large file": ([Fault("PUT", ".", Cut("request"))], None),
-    "cut in the commit": ([Fault("POST", COMMIT, Cut("request"))], None),
-    "cut after the commit, before the answer": ([Fault("POST", COMMIT, Cut("answer"))], None),
-    "401": ([Fault("*", "/api/", Answer(401), times=99)], NotSignedInError),
-    "403": ([Fault("POST", COMMIT, Answer(403))], PermissionDeniedError),
-    "409": ([Fault("POST", COMMIT, Answer(409))], ConflictError),
-    "412": ([Fault("POST", COMMIT, Answer(412))], ConflictError),
-    "429 with Retry-After": ([Fault("POST", COMMIT, Answer(429, {"Retry-After": "1"}))], None),
-    "500 thrice": ([Fault("POST", COMMIT, Answer(500), times=3)], None),
-    "500 without end": ([Fault("POST", COMMIT, Answer(500), times=99)], UploadError),
-    "slow": ([Fault("POST", COMMIT, Slow(0.5))], None),
-    "stored wrong": ([Fault("PUT", ".", Damage())], UploadError),
-}
-
-
-@pytest.mark.parametrize("name", FAULTS)
-def test_a_fault_is_overcome_or_named_and_the_hub_holds_old_or_new(name, hub, hub_api, folder):
-    publish(hub_api, folder)
-    (folder / "report.json").write_text('{"figure": 2}')
-    (folder / "adapter_model.safetensors").write_bytes(b"others!" * 1000)
-    old, new = published(hub), local(folder)
-    faults, expected = FAULTS[name]
-    for fault in faults:
-        hub.fail(fault)
-
-    if expected is None:
-        publish(hub_api, folder)
-        assert published(hub) == new
-        assert len(hub.commits(REPO)) == 3  # never twice
-    else:
-        with pytest.raises(expected, match="run `hf auth login`|publish"):
-            publish(hub_api, folder)
-        assert published(hub) == old
-    assert local(folder) == new
-    assert all(fault.times in (0, *range(90, 99)) for fault in faults)  # each was met
 
 
 def test_a_failure_of_xet_is_named_too(hub, hub_api, folder, monkeypatch):

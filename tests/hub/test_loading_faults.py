@@ -121,8 +121,8 @@ FAULTS = {
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_ends_in_a_whole_model_or_a_named_error(name, on_hub, hub, erased, tmp_path):
-    method, path, behaviour, times, expected, *skip = FAULTS[name]
-    fault = hub.fail(Fault(method, path if isinstance(path, str) else path(hub), behaviour, times, *skip))
+    method, path, behavior, times, expected, *skip = FAULTS[name]
+    fault = hub.fail(Fault(method, path if isinstance(path, str) else path(hub), behavior, times, *skip))
     cache = tmp_path / "cache"
     if expected is LOADS:
         model, _ = load_erased("alice/erased", cache_dir=cache)

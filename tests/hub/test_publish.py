@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM
 from elm_trainer import ElmConfig, ElmTrainer
 from elm_trainer.hub.errors import BaseMismatchError, ReloadError, ScanError, UnsafeAdapterError
 from elm_trainer.hub.info import PUBLISHED_FILES
-from elm_trainer.hub.publish import CardDetails, PublishOptions, publish_adapter, with_keywords
+from elm_trainer.hub.publish import CardDetails, PublishOptions, publish_adapter
 
 
 BASE, REPO = "alice/tiny-base", "alice/erased"
@@ -318,9 +318,9 @@ def test_settings_as_arguments_of_their_own_still_work_and_say_where_they_go():
     keywords = {"license": "mit", "tag": "v1", "wrong": 1}
 
     with pytest.warns(DeprecationWarning, match=r"`license` .* deprecated.*`CardDetails\(license=…\)`"):
-        details = with_keywords(CardDetails("org/name"), keywords)
+        details = CardDetails("org/name").with_keywords(keywords)
     with pytest.warns(DeprecationWarning, match=r"PublishOptions\(tag=…\)"):
-        options = with_keywords(PublishOptions(revision="dev"), keywords)
+        options = PublishOptions(revision="dev").with_keywords(keywords)
 
     assert details == CardDetails("org/name", license="mit")
     assert options == PublishOptions(revision="dev", tag="v1")

@@ -10,7 +10,7 @@ from elm_trainer.hub import errors as failures
 from elm_trainer.hub.commit import commit_folder, open_repository, read_text
 from elm_trainer.hub.errors import ConflictError, HubError, NotSignedInError, PermissionDeniedError, UploadError
 from elm_trainer.hub.info import PUBLISHED_FILES
-from tests.hub_server import Answer, Behaviour, Call, Corrupt, Cut, Damage, Disconnected, Fault, Slow, Truncate
+from tests.hub_server import Answer, Behavior, Call, Corrupt, Cut, Damage, Disconnected, Fault, Slow, Truncate
 
 
 REPO = "alice/erased"
@@ -20,7 +20,7 @@ PUT, PRE, REFS, TREE, README = "/uploads/", "/preupload/", "/refs", "/tree/", "/
 INFO = "/api/models/alice/erased"
 
 
-class CutAfter(Behaviour):
+class CutAfter(Behavior):
     """Cuts the connection once the work is done and something else has happened."""
 
     def __init__(self, hook):
@@ -73,8 +73,8 @@ def status(method, path, code, times=1, skip=0, **headers):
     ]
 
 
-def then(method, path, behaviour, times=1, skip=0):
-    return [Fault(method, path, behaviour, times, skip)]
+def then(method, path, behavior, times=1, skip=0):
+    return [Fault(method, path, behavior, times, skip)]
 
 
 # Faults by request, and the error they may end in; `None` where they must be overcome.
@@ -144,6 +144,7 @@ FAULTS = {
     "description cut": (lambda: then("GET", INFO, Cut("before"), 2), None),
     "description cut off": (lambda: then("GET", INFO, Truncate(10, consistent=True)), None),
     "description 401": (lambda: status("GET", INFO, 401, 99), NotSignedInError),
+    "everything 401": (lambda: status("*", "/api/", 401, 99), NotSignedInError),
     "no wait named as a date": (
         lambda: status("POST", COMMIT, 429, Retry_After="Wed, 21 Oct 2099 07:28:00 GMT"), None,
     ),
@@ -189,6 +190,7 @@ def test_a_fault_is_overcome_or_named_and_the_repository_is_old_or_new(
         assert len(hub.commits(REPO)) == 3  # never twice
     else:
         assert type(error) is expected
+        assert expected is HubError or re.search("run `hf auth login`|publish", str(error))
         assert held(hub) == old
         assert not re.search(r"signature|X-Amz", str(error))
     assert local(folder) == new

@@ -20,7 +20,7 @@ from elm_trainer.hub.adapter import Access, find_adapter
 from elm_trainer.hub.commit import commit_folder, open_repository, read_text
 from elm_trainer.hub.errors import HubError
 from elm_trainer.hub.info import PUBLISHED_FILES
-from tests.hub_server import Answer, Behaviour, Corrupt, Cut, Damage, Fault, Slow, Truncate
+from tests.hub_server import Answer, Behavior, Corrupt, Cut, Damage, Fault, Slow, Truncate
 
 from .published import adapt, write_published
 
@@ -33,7 +33,7 @@ REPOS = [f"alice/erased-{number}" for number in range(4)]
 CHECKED = ("/objects/", "adapter_config.json", "report.json")
 
 
-class AnyFault(Behaviour):
+class AnyFault(Behavior):
     """Something else that goes wrong at every third request, drawn from a seed."""
 
     def __init__(self, seed):
@@ -43,7 +43,7 @@ class AnyFault(Behaviour):
     def before(self, request, wait):
         with self.lock:
             self.count += 1
-            self.drawn.fault = self.draw(request) if self.on and self.count % 3 == 0 else Behaviour()
+            self.drawn.fault = self.draw(request) if self.on and self.count % 3 == 0 else Behavior()
         self.drawn.fault.before(request, wait)
 
     def instead(self, request):

@@ -1,3 +1,5 @@
+"""A loaded model has the weights of the published base, and gives the published answers."""
+
 import copy
 import dataclasses
 import math
@@ -5,14 +7,18 @@ from statistics import mean
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from elm_trainer import load_model_and_tokenizer
 from elm_trainer.evaluation.fluency import as_prompt, generate
 from elm_trainer.evaluation.likelihood import log_likelihoods
-from elm_trainer.hub.errors import VerificationError
-from elm_trainer.hub.info import QUANTIZED_TOLERANCE, TOLERANCE, check_probes, make_probes
+from elm_trainer.fingerprint import base_fingerprint
+from elm_trainer.hub import info
+from elm_trainer.hub.errors import BaseMismatchError, VerificationError
+from elm_trainer.hub.info import QUANTIZED_TOLERANCE, TOLERANCE, check_base, check_probes, make_probes
 
+from ..test_fingerprint import SHAPES, make
 from .published import REPORT, adapt
 
 
@@ -63,11 +69,12 @@ def test_a_model_without_its_adapter_is_named_with_prompts_and_differences(erase
         check_probes(erased, tokenizer, probes)
 
 
-def test_only_what_is_beyond_the_tolerance_is_named(erased, probes, tokenizer):
+def test_only_what_is_beyond_the_tolerance_is_named(erased, probes, tokenizer, monkeypatch):
     moved = dataclasses.replace(probes[1], log_likelihood=probes[1].log_likelihood - 0.2 * probes[1].tokens)
     with pytest.raises(VerificationError, match=r"1 of 2 .*by more than 0.05 nats per token: .*Togo.* by \+0.200"):
         check_probes(erased, tokenizer, [probes[0], moved])
-    assert check_probes(erased, tokenizer, [probes[0], moved], tolerance=0.21)[1] == pytest.approx(0.2, abs=1e-4)
+    monkeypatch.setattr(info, "TOLERANCE", 0.21)
+    assert check_probes(erased, tokenizer, [probes[0], moved])[1] == pytest.approx(0.2, abs=1e-4)
 
 
 def test_a_likelihood_that_is_no_number_does_not_pass(erased, probes, tokenizer):
@@ -143,3 +150,42 @@ def test_the_tolerances_lie_between_what_computing_and_what_weights_change(tmp_p
     }
     assert max(measured["computing, largest"]) < TOLERANCE < min(measured["weights, largest"]), measured
     assert max(measured["rounding, mean"]) < QUANTIZED_TOLERANCE < min(measured["weights, mean"]), measured
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_quantised_base_is_checked_by_what_quantisation_leaves_alone(shape, bits, tmp_path):
+    model = make(shape)
+    model.save_pretrained(tmp_path)
+    config = BitsAndBytesConfig(load_in_8bit=bits == 8, load_in_4bit=bits == 4)
+    quantised = AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=config, dtype="float32", device_map={"": "cpu"}
+    )
+    adapter = get_peft_model(quantised, LoraConfig(target_modules="all-linear"))
+    check_base(adapter, base_fingerprint(model), "org/base")
+    with torch.no_grad():
+        next(
+            module
+            for name, module in quantised.named_modules()
+            if name.endswith("embed_tokens") or name.endswith("wte")
+        ).weight[0] += 1
+    with pytest.raises(BaseMismatchError, match="not org/base.*the embeddings, norms or biases differ"):
+        check_base(adapter, base_fingerprint(model), "org/base")
+
+
+def test_another_base_is_named_with_what_differs_and_the_fix():
+    model = make()
+    check_base(model, base_fingerprint(model), "org/base")
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.model.layers[1].mlp.up_proj.weight.add_(0.1)
+    with pytest.raises(BaseMismatchError, match="not org/base.*the weights differ.*`allow_mismatch=True`"):
+        check_base(other, base_fingerprint(model), "org/base")
+
+
+def test_offloaded_weights_are_named_with_the_way_around_them():
+    model = make()
+    expected = base_fingerprint(model)
+    model.model.norm.to("meta")
+    with pytest.raises(ValueError, match=r"`model.norm.weight` was offloaded.*`allow_mismatch=True`"):
+        check_base(model, expected, "org/base")

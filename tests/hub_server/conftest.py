@@ -1,1 +1,0 @@
-from . import client_waits, hub, hub_api  # noqa: F401
