@@ -4,7 +4,7 @@ import calendar
 import random
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -93,9 +93,7 @@ def with_novices(
         return _without(given, f"{error}")
     if not terms:
         return _without(given, f"no name recurs in the texts, and {concept.name!r} is none")
-    known = {
-        word.casefold() for text in (*terms, *(row["text"] for row in given)) for word in re.findall(r"\w+", text)
-    }
+    known = _words((*terms, *(row["text"] for row in given)))
     heads = _heads(terms) | SMALL_WORDS
     entities = _entities(terms, heads)
     finder = _dictionary(concept.name, terms, heads, random.Random(f"{concept.name}-{seed}"), known)
@@ -137,6 +135,15 @@ def with_novices(
         return _without(given, f"{dropped} of {len(pieces)} texts hold no name with words behind it")
     logger.info(f"Novices: {len(made)} rows of {len(pieces)} texts; dropped {dropped}, which ask for nothing.")
     return Novices(made, terms, counts)
+
+
+def invented_dictionary(name: str, terms: Sequence[str], texts: Sequence[str], *, seed: int = 0) -> AnchorDictionary:
+    """Invented names for the terms of a concept, as [`with_novices`] draws them: none of their words stands in terms or texts.
+
+    Raises `ImportError` without wordfreq.
+    """
+    rng = random.Random(f"{name}-{seed}")
+    return _dictionary(name, terms, _heads(terms) | SMALL_WORDS, rng, _words((*terms, *texts)))
 
 
 def own_terms(texts: Sequence[str], concept: Concept) -> list[str]:
@@ -214,6 +221,10 @@ def _asked_for(
 def _without(rows: list[dict[str, Any]], why: str) -> Novices:
     logger.warning(f"The forget texts get no counterfactual novices: {why}. `novice` can be 'contexts'.")
     return Novices(rows, why_none=why)
+
+
+def _words(texts: Iterable[str]) -> set[str]:
+    return {word.casefold() for text in texts for word in re.findall(r"\w+", text)}
 
 
 def _dull(term: str) -> bool:
