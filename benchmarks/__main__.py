@@ -18,6 +18,8 @@ from typing import Any
 from transformers import HfArgumentParser
 from transformers.utils import logging
 
+from elm_trainer.checks import check_numbers
+
 from .doctor import measure_doctor
 from .gpu import LIMITS, measure_gpu
 from .measured import measure_prediction
@@ -55,9 +57,7 @@ class BenchmarkArguments:
         for name, known in (("only", [*SECTIONS, GPU]), ("parts", [*LIMITS])):
             if unknown := sorted(set(getattr(self, name)) - set(known)):
                 raise ValueError(f"`{name}` names {unknown}, which do not exist; use: {', '.join(known)}.")
-        for name in ("repeats", "threads", "budget"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"`{name}` is {getattr(self, name)}: it must be above 0.")
+        check_numbers(self, [("above 0", ("repeats", "threads", "budget"))])
 
 
 # Beside the sections, as it has a report of its own.

@@ -14,6 +14,7 @@ from trl import SFTConfig
 
 from ..attacks import load_attacks
 from ..attacks.base import check_asked
+from ..checks import check_numbers
 from ..data.dataset import ConceptSources, build_erasure_dataset
 from ..data.facts import FACTS
 from ..data.questions import SPLITS, Question, read_questions, split_of
@@ -149,9 +150,8 @@ class ComparisonConfig:
     methods: dict[str, Any] = field(default_factory=dict, metadata={"help": "Settings of each method."})
 
     def __post_init__(self):
-        for name in ("dataset_size", "lora_rank", "updates", "questions", "dev_questions", "prompts"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` is {getattr(self, name)}: it must be at least 1.")
+        sizes = ("dataset_size", "lora_rank", "updates", "questions", "dev_questions", "prompts")
+        check_numbers(self, [("at least 1", sizes)])
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"`seeds` is {self.seeds}: give at least one, and each once.")
         if self.search_seed in self.seeds:
@@ -172,9 +172,9 @@ class ComparisonConfig:
             raise ValueError(
                 f"`clock` is {self.clock!r}, which is not compared: use one of {', '.join(self.methods)}."
             )
-        sizes = {name: len(self.settings(name).grid) for name in self.methods}
-        if len(set(sizes.values())) > 1 or not all(sizes.values()):
-            raise ValueError(f"`methods` have grids of {sizes} settings: give each the same number, at least one.")
+        grids = {name: len(self.settings(name).grid) for name in self.methods}
+        if len(set(grids.values())) > 1 or not all(grids.values()):
+            raise ValueError(f"`methods` have grids of {grids} settings: give each the same number, at least one.")
         if self.ladder:
             load_attacks(self.ladder)
         for name in self.methods:

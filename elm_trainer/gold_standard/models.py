@@ -28,6 +28,7 @@ from transformers.trainer_utils import set_seed
 from transformers.utils import logging
 from trl import SFTConfig
 
+from ..checks import check_numbers
 from ..data.dataset import ConceptSources, build_erasure_dataset
 from ..data.invented import CONCEPT, InventedWorld, invented_world
 from ..data.user_sources import Source
@@ -109,9 +110,8 @@ class GoldStandardConfig:
     def __post_init__(self):
         if not self.relearning_steps or min(self.relearning_steps) < 1:
             raise ValueError(f"`relearning_steps` is {self.relearning_steps}: give steps of at least 1.")
-        for name in ("steps", "batch_size", "relearning_batch_size", "layers", "width", "lora_rank"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` is {getattr(self, name)}: it must be at least 1.")
+        sizes = ("steps", "batch_size", "relearning_batch_size", "layers", "width", "lora_rank")
+        check_numbers(self, [("at least 1", sizes)])
 
 
 logger = logging.get_logger(__name__)
