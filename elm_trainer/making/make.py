@@ -36,7 +36,7 @@ _TURN = "#TURN#"
 # Characters of a prompt that are shown before what the model wrote.
 _LEAD = 40
 # Counts up when the same input gives other texts than before.
-_VERSION = 10
+_VERSION = 11
 # Of the texts that a model is to write about a concept, one in so many is written beside facts that it has stated.
 _BESIDE_FACTS = 3
 

@@ -129,7 +129,8 @@ class Tells(Writer):
         return [f" It has {1000 + n} cells, and {2000 + n} of them are busy {place}." for n, place in enumerate(where)]
 
 
-def test_a_subject_is_told_by_the_terms_that_are_listed_and_that_recur(tokenizer):
+def test_a_subject_is_told_by_the_terms_that_are_listed_and_that_recur(tokenizer, monkeypatch):
+    surprised({}, monkeypatch)  # as a model that takes any word for a noun as much as for another
     tells = Tells(tokenizer)
     found = write_by_terms(tells, Concept("the human body"), texts=48)
     # No frequent word is a term, nor what texts about other things hold too.
@@ -144,7 +145,8 @@ def test_a_subject_is_told_by_the_terms_that_are_listed_and_that_recur(tokenizer
     assert any(text.startswith("It has 1000") for text in found.texts) and not any("Answer" in t for t in found.texts)
 
 
-def test_with_few_terms_a_subject_has_none(tokenizer):
+def test_with_few_terms_a_subject_has_none(tokenizer, monkeypatch):
+    surprised({}, monkeypatch)
     found = write_by_terms(Tells(tokenizer, listed=ORGANS[:3]), Concept("the human body"), texts=48)
     assert found.terms == [] and found.texts
 
@@ -161,7 +163,7 @@ def test_an_example_that_is_the_subject_is_no_example(name, prompts, tokenizer):
 def test_the_real_model_tells_things_from_what_they_do():
     model, tokenizer = load_model_and_tokenizer("smollm2-135m-instruct")
     things = "kidney oxygen digestion tissue planet orbit treaty army molecule acid".split()
-    others = "plays helps consists maintaining specialized delicate orbiting famous".split()
+    others = "plays helps consists maintaining specialized delicate becomes capable vital".split()
     found = nouns(Writer("reference", model, tokenizer), [*things, *others])
     assert found == things
 
