@@ -24,8 +24,6 @@ logger = logging.get_logger(__name__)
 
 _WORD = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*")
 _SENTENCE_ENDS = ".!?:;|"
-# Zipf frequency of the few hundred most frequent words, which are capitalized in headings and are no names.
-_COMMON = 5.0
 # Examples that show a model what a replacement is. They come from other books than a user is likely to erase.
 _RETELLING = """A list of names from a book, and the plain invented names that stand for them in a retelling:
 Camelot: Greenfield
@@ -229,7 +227,7 @@ def find_terms(
     language: str = "en",
     max_zipf: float = 3.5,
     min_count: int = 2,
-    common_zipf: float = _COMMON,
+    common_zipf: float = 5.0,
 ) -> list[str]:
     """Terms that make texts idiosyncratic: names (runs of words that are capitalized within sentences) and rare words.
 
@@ -240,7 +238,8 @@ def find_terms(
         language: Language of the texts, as wordfreq names it.
         max_zipf: Zipf frequency below which a word is rare; 3 is once in a million words, 6 once in a thousand.
         min_count: Fewest occurrences of a term.
-        common_zipf: Zipf frequency from which a single capitalized word is no name.
+        common_zipf: Zipf frequency from which a single capitalized word is no name: 5 is that of the few hundred most
+            frequent words, which headings capitalize.
 
     Returns:
         `list[str]`: the terms, the most frequent in the texts first.
