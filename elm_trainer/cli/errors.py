@@ -19,13 +19,18 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _TOLD = (ValueError, TypeError, OSError, ImportError, RuntimeError, FloatingPointError)
 
 
+def end_with(parser: ArgumentParser, message: str) -> NoReturn:
+    """Answer a wrong use in one line, without the usage."""
+    # An option has two spellings, with underscores and with hyphens; one is told.
+    message = re.sub(r"(--\w+)/--[\w-]+", r"\1", " ".join(message.split()))
+    parser.exit(2, f"{parser.prog}: error: {message}\n")
+
+
 class OneLineParser(ArgumentParser):
-    """A parser that answers a wrong use in one line, without the usage."""
+    """A parser whose answer to a wrong use is that of [`end_with`]."""
 
     def error(self, message: str) -> NoReturn:
-        # An option has two spellings, with underscores and with hyphens; one is told.
-        message = re.sub(r"(--\w+)/--[\w-]+", r"\1", " ".join(message.split()))
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        end_with(self, message)
 
 
 def is_wrong_use(error: Exception) -> bool:

@@ -14,7 +14,7 @@ import yaml
 from trl import TrlParser
 
 from ..checks import described, is_a
-from .errors import OneLineParser, is_raised, one_line
+from .errors import OneLineParser, end_with, is_raised, one_line
 from .recipes import find_recipe, shipped
 
 
@@ -125,7 +125,7 @@ class CommandLine:
         parser.print_help()
 
 
-class OptionParser(OneLineParser, TrlParser):
+class OptionParser(TrlParser):
     """A parser of a subcommand's dataclasses whose errors, also of what the file at `path` holds, name option, value and fix."""
 
     def __init__(
@@ -159,6 +159,9 @@ class OptionParser(OneLineParser, TrlParser):
             self.error(f"`{name}`: {error.message}.")
         self._check_types(found)
         return found, rest
+
+    def error(self, message: str) -> NoReturn:
+        end_with(self, message)
 
     def refuse_unknown(self, names: Iterable[str]) -> None:
         """End the process where the file sets what is no option."""
