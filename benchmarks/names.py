@@ -71,8 +71,11 @@ def main() -> None:
             rights = (scores.pmi, scores.log_likelihood)
             cells.append(" / ".join(f"{sum(right) / len(right):.2f}" for right in rights))
         console.print(f"| {name} | {len(questions)} | {' | '.join(cells)} |")
-    terms = json.loads((output / "data" / "data.json").read_text())["novices"]["terms"]
-    for how, temperature in (("greedy", 0.0), ("sampled", 0.7)):
+    path = output / "data" / "data.json"
+    record = json.loads(path.read_text()) if path.exists() else {}
+    # Facts are asked by their subjects, which are no terms.
+    terms = record["novices"]["terms"] if record.get("by_terms") else []
+    for how, temperature in (("greedy", 0.0), ("sampled", 0.7)) if terms else ():
         with erased.disable_adapter():
             before, times = novice_fluency(erased, tokenizer, arguments.name, terms, output, temperature)
         console.print(
@@ -98,8 +101,8 @@ def novice_fluency(
         tokens = suite.max_new_tokens
         return generate(model, tokenizer, prompts, max_new_tokens=tokens, temperature=temperature, seed=0)
 
-    def r_ppl(answers: Sequence[str]) -> float:
-        nlls, counts = reverse_perplexity(model, tokenizer, asked, answers)
+    def r_ppl(given: Sequence[str]) -> float:
+        nlls, counts = reverse_perplexity(model, tokenizer, asked, given)
         return math.exp(sum(nlls) / sum(counts))
 
     before, times = r_ppl(answers(asked)), []

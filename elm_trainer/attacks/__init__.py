@@ -1,7 +1,5 @@
 """Attacks on an erasure: each tries to bring the knowledge back, and reports how much of it came."""
 
-# ruff: noqa: F401 (what this imports is what the package exports)
-
 from .base import Attack, AttackResult, AttackTarget
 from .prompting import (
     BestOfNAttack,
@@ -15,3 +13,29 @@ from .prompting import (
 from .report import markdown_attacks, render_attacks
 from .run import ATTACKS, attack_erasure, built_in_target, built_in_wordings, default_attacks, load_attacks
 from .weights import LayerRemovalAttack, QuantizationAttack, RelearningAttack, ScalingAttack
+
+
+__all__ = [
+    "ATTACKS",
+    "Attack",
+    "AttackResult",
+    "AttackTarget",
+    "BestOfNAttack",
+    "FewShotAttack",
+    "FillerAttack",
+    "GcgAttack",
+    "LayerRemovalAttack",
+    "ParaphraseAttack",
+    "PrefillingAttack",
+    "QuantizationAttack",
+    "RelearningAttack",
+    "ScalingAttack",
+    "TranslationAttack",
+    "attack_erasure",
+    "built_in_target",
+    "built_in_wordings",
+    "default_attacks",
+    "load_attacks",
+    "markdown_attacks",
+    "render_attacks",
+]

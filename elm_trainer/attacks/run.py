@@ -99,12 +99,20 @@ def _build(where: str, entry: Any) -> Attack:
         if key not in known:
             raise ValueError(f"{where}: {kind} has no setting {key!r}; it has: {', '.join(known)}.")
         if not is_a(value, known[key]):
-            hint = ": YAML reads 2e-5 as text, write 2.0e-5" if isinstance(value, str) and known[key] is float else ""
+            hint = ": YAML reads it as text, write 2.0e-5" if isinstance(value, str) and _is_number(value) else ""
             raise ValueError(f"{where}: `{key}` is {value!r}, but must be {described(known[key])}{hint}.")
     try:
         return ATTACKS[kind](**settings)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def built_in_target(
@@ -115,6 +123,8 @@ def built_in_target(
     *,
     bank: Sequence[Question] | None = None,
     forget: Sequence[str] = (),
+    batch_size: int = 16,
+    seed: int = 0,
 ) -> AttackTarget:
     """What attacks need to know about a concept with built-in facts, `"capitals"` or `"elements"`, or your own.
 
@@ -125,6 +135,7 @@ def built_in_target(
         bank: Your own questions, in place of built-in ones; each must name its subject. Attacks that ask in prepared
             wordings are left out then.
         forget: With `bank`, texts about the concept, to relearn it from.
+        seed: Seed of their draw.
 
     Raises:
         ValueError: if the concept has no built-in facts and there is no `bank`, or no question is asked for.
@@ -145,8 +156,8 @@ def built_in_target(
         names = {"forget": concept, "near": f"{concept}-near"} | names
         revision = f"elm-trainer {version('elm-trainer')} test"
     texts |= {kind: load_texts(name, processing_class=processing_class)["text"][:] for kind, name in names.items()}
-    asked = draw_questions(bank, questions, random.Random(0))
-    return AttackTarget(pair, processing_class, asked, wordings, texts, revision=revision)
+    asked = draw_questions(bank, questions, random.Random(seed))
+    return AttackTarget(pair, processing_class, asked, wordings, texts, batch_size, revision)
 
 
 def built_in_wordings(concept: str) -> dict[str, dict[str, str]]:

@@ -206,7 +206,7 @@ def against_chance(before: Items, after: Items) -> dict[str, Any]:
     Returns:
         `dict`: empty for a metric that is not about choices; else `chance`, and `left`, the share of the reference's
         margin over chance that is left, with its paired 95 % interval over subjects. `left` is `None` where the
-        reference itself does not know the answers, as [`knows`] tells: then the metric says nothing.
+        reference itself does not know the answers, as [`is_known`] tells: then the metric says nothing.
     """
     if not before.chances:
         return {}

@@ -214,6 +214,8 @@ class GoldModels:
 
     def prepare(self, name: str) -> str:
         """The folder of a model of `MODELS`, trained now unless it was before."""
+        if name not in MODELS:
+            raise ValueError(f"There is no model {name!r}; use one of: {', '.join(MODELS)}.")
         methods = {"erased": self.config.elm, "gradient-ascent": self.config.ascent}
         settings: dict[str, Any] = {}
         if name in methods:

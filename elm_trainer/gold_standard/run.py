@@ -197,6 +197,8 @@ def relearn(models: GoldModels, name: str, split: str) -> dict[str, Any]:
         `dict`: `steps`, with 0 for the model as it is, and `rights`, the share of right answers to each subject's
         questions at each of these steps.
     """
+    if split not in SPLITS:
+        raise ValueError(f"`split` is {split!r}: use one of {', '.join(SPLITS)}.")
     world, model, processing_class, config = models.world, models.load(name), models.processing_class, models.config
     texts, questions = world.forget["text"], world.questions[CONCEPT]
     if split == "half":

@@ -201,7 +201,7 @@ class ElmTrainer(ErasureTrainer):
         if erase:
             parts["erase"], readings["erase"] = erase, STATES if silent else self.erase_reading(erase)
             if counterfactual:
-                places += counterfactual["index"]
+                places += [] if silent else counterfactual["index"]
                 if "extra" in counterfactual:
                     parts["extra"], readings["extra"] = counterfactual["extra"], STATES
             for side in SIDES:
@@ -252,7 +252,7 @@ class ElmTrainer(ErasureTrainer):
         experts = 1 if args.expert_steps else args.contexts_per_sample
 
         def read(base: torch.Tensor, where: slice, *others: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            if args.novice == "counterfactual":
+            if "counterfactual" in batch:
                 expert, novice = base, log_mean_probs(others)
             else:
                 # Without a novice of its own, the reference is the novice.

@@ -299,7 +299,8 @@ class RmuTrainer(ErasureTrainer):
 
         The forward still enters through the wrapped model and returns as usual. Leaving it by an exception from a hook
         at layer ℓ would be shorter, but then DistributedDataParallel never prepares its reducer, and gradients are not
-        averaged, and FSDP leaves its modules gathered.
+        averaged, and FSDP leaves its modules gathered. The stack is not cut from below too, since models look up masks by a
+        layer's place in it.
         """
         owner, name = self._stack
         stack = getattr(owner, name)

@@ -1,3 +1,6 @@
+import math
+from types import SimpleNamespace
+
 import pytest
 from peft import LoraConfig, get_peft_model
 
@@ -41,3 +44,28 @@ def test_every_bank_is_asked_of_the_reference_and_of_the_erased_model(
     # What an earlier call has erased is taken as it is.
     monkeypatch.setattr(names.subprocess, "run", None)
     names.main()
+
+
+def test_an_ideal_novice_is_asked_about_invented_words_and_answers_about_the_terms(monkeypatch, tmp_path, tokenizer):
+    asked, given = [], []
+
+    def generate(model, processing_class, prompts, **others):
+        asked.append(prompts)
+        return prompts
+
+    def reverse_perplexity(model, processing_class, prompts, answers):
+        given.append(answers)
+        return [float(len(given))] * len(answers), [1] * len(answers)
+
+    prompts = ["What does the kidney do?", "Where is the Spleen?"]
+    monkeypatch.setattr(
+        names, "built_in_suite", lambda *_, **__: SimpleNamespace(concept_prompts=prompts, max_new_tokens=4)
+    )
+    monkeypatch.setattr(names, "generate", generate)
+    monkeypatch.setattr(names, "reverse_perplexity", reverse_perplexity)
+    before, times = names.novice_fluency(None, tokenizer, "the human body", ["kidney", "spleen"], tmp_path, 0.0)
+    assert len(asked) == 1 + names.DRAWS and len({*map(tuple, asked)}) == len(asked)
+    assert not any(term in prompt.lower() for some in asked[1:] for prompt in some for term in ("kidney", "spleen"))
+    assert all(answers == asked[0] for answers in given)
+    # Each of the answers of a draw is a nat more surprising than those of the draw before.
+    assert [round(math.log(value), 6) for value in (before, *times)] == [1.0, 1.0, 2.0, 3.0]
