@@ -5,36 +5,37 @@ questions of every file of benchmarks/banks, of which those about the subject we
 how it is erased, and two built-in banks. docs/results.md says on which of them settings were chosen.
 
 Last comes what R-PPL an ideal novice has: the reference, whose prompts name invented words in place of the subject's terms, which are
-then put back into its answers. `elm erase` asks the same prompts.
+then put back into its answers. `elm erase` asks the same prompts, unless it is told another number of `--questions`.
 """
 
 import argparse
 import json
-import math
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 from peft import PeftModel
 from rich.console import Console
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from elm_trainer import load_bank, load_model_and_tokenizer
 from elm_trainer.data.questions import read_questions
-from elm_trainer.evaluation.fluency import as_prompt, generate
-from elm_trainer.evaluation.likelihood import reverse_perplexity, score_choices
+from elm_trainer.evaluation.likelihood import score_choices
 from elm_trainer.evaluation.suite import built_in_suite
+from elm_trainer.files import read_object
+from elm_trainer.making.make import RECORD
 from elm_trainer.making.novices import invented_dictionary
 from elm_trainer.methods.anchors import AnchorDictionary
 from elm_trainer.modeling import DEMO_MODEL
 
+from .novice import Swap, print_fluency
+
 
 BANKS = Path(__file__).parent / "banks"
 BUILT_IN = ("general", "geography")
-DRAWS = 3
 
 
 def main() -> None:
@@ -71,47 +72,28 @@ def main() -> None:
             rights = (scores.pmi, scores.log_likelihood)
             cells.append(" / ".join(f"{sum(right) / len(right):.2f}" for right in rights))
         console.print(f"| {name} | {len(questions)} | {' | '.join(cells)} |")
-    path = output / "data" / "data.json"
-    record = json.loads(path.read_text()) if path.exists() else {}
+    data = output / "data"
     # Facts are asked by their subjects, which are no terms.
-    terms = record["novices"]["terms"] if record.get("by_terms") else []
-    for how, temperature in (("greedy", 0.0), ("sampled", 0.7)) if terms else ():
+    if (
+        (data / RECORD).exists()
+        and (data / "questions").exists()
+        and (record := read_object(data / RECORD))["by_terms"]
+    ):
+        texts = [row["text"] for row in map(json.loads, (data / "written.jsonl").read_text("utf-8").splitlines())]
+        suite = built_in_suite([arguments.name], banks={arguments.name: data / "questions"})
+        swap = partial(terms_swapped, arguments.name, record["novices"]["terms"], texts)
         with erased.disable_adapter():
-            before, times = novice_fluency(erased, tokenizer, arguments.name, terms, output, temperature)
-        console.print(
-            f"R-PPL, {how}: {before:.2f}; ideal novice {', '.join(f'{value:.2f}' for value in times)} times that"
-        )
+            print_fluency(erased, tokenizer, suite.concept_prompts, suite.max_new_tokens, swap, console)
 
 
-def novice_fluency(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    name: str,
-    terms: Sequence[str],
-    output: Path,
-    temperature: float,
-) -> tuple[float, list[float]]:
-    """R-PPL of the reference's answers to the prompts of the report, and for each draw of invented words how many times as high it is
-    for the ideal novice's.
-    """
-    suite = built_in_suite([name], banks={name: output / "data" / "questions"})
-    asked = [as_prompt(tokenizer, prompt) for prompt in suite.concept_prompts]
-
-    def answers(prompts: Sequence[str]) -> list[str]:
-        tokens = suite.max_new_tokens
-        return generate(model, tokenizer, prompts, max_new_tokens=tokens, temperature=temperature, seed=0)
-
-    def r_ppl(given: Sequence[str]) -> float:
-        nlls, counts = reverse_perplexity(model, tokenizer, asked, given)
-        return math.exp(sum(nlls) / sum(counts))
-
-    before, times = r_ppl(answers(asked)), []
-    for draw in range(DRAWS):
-        invented = invented_dictionary(name, terms, suite.concept_prompts, seed=draw)
-        back = AnchorDictionary(name, {new: term for term, new in invented.terms.items() if new != term})
-        swapped = [as_prompt(tokenizer, invented.translate(prompt).text) for prompt in suite.concept_prompts]
-        times.append(r_ppl([back.translate(answer).text for answer in answers(swapped)]) / before)
-    return before, times
+def terms_swapped(name: str, terms: Sequence[str], texts: Sequence[str], prompts: Sequence[str], draw: int) -> Swap:
+    """Prompts that name invented words, none of which stands in the texts, in place of the subject's terms."""
+    invented = invented_dictionary(name, terms, [*texts, *prompts], seed=draw)
+    back = AnchorDictionary(name, {new: term for term, new in invented.terms.items()})
+    return Swap(
+        [invented.translate(prompt).text for prompt in prompts],
+        lambda answers: [back.translate(answer).text for answer in answers],
+    )
 
 
 if __name__ == "__main__":

@@ -10,9 +10,10 @@ import argparse
 import math
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from statistics import mean
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.table import Table
@@ -82,31 +83,56 @@ def ranking(
     return found
 
 
-def fluency(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], temperature: float, tokens: int
-) -> tuple[float, list[float]]:
-    """R-PPL of the reference's answers, and for each draw how many times as high it is for the ideal novice's."""
+class Swap(NamedTuple):
+    """Prompts about other things, and what makes answers to them answers about the thing itself."""
+
+    prompts: list[str]
+    back: Callable[[list[str]], list[str]]
+
+
+def countries_swapped(prompts: Sequence[str], draw: int) -> Swap:
+    """Prompts about other countries."""
+    draws = StandIns(draw)
+    names = [draws.named(prompt) for prompt in prompts]
+    others = [draws.other(name) for name in names]
+
+    def back(answers: list[str]) -> list[str]:
+        return [renamed(text, other, name) for text, name, other in zip(answers, names, others, strict=True)]
+
+    return Swap([renamed(*parts) for parts in zip(prompts, names, others, strict=True)], back)
+
+
+def print_fluency(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    tokens: int,
+    swap: Callable[[Sequence[str], int], Swap],
+    console: Console,
+) -> None:
+    """Print R-PPL of the reference's answers, and for each draw how many times as high it is for the ideal novice's.
+
+    Args:
+        tokens: Length of an answer.
+        swap: Makes the novice's prompts, by the number of the draw.
+    """
     asked = [as_prompt(tokenizer, prompt) for prompt in prompts]
 
-    def r_ppl(answers: Sequence[str]) -> float:
-        nlls, counts = reverse_perplexity(model, tokenizer, asked, answers)
+    def r_ppl(given: Sequence[str]) -> float:
+        nlls, counts = reverse_perplexity(model, tokenizer, asked, given)
         return math.exp(sum(nlls) / sum(counts))
 
-    def answers(prompts: Sequence[str]) -> list[str]:
-        return generate(model, tokenizer, prompts, max_new_tokens=tokens, temperature=temperature, seed=0)
+    for how, temperature in (("greedy", 0.0), ("sampled", 0.7)):
 
-    before, times = r_ppl(answers(asked)), []
-    for draw in range(DRAWS):
-        draws = StandIns(draw)
-        names = [draws.named(prompt) for prompt in prompts]
-        others = [draws.other(name) for name in names]
-        swapped = [
-            as_prompt(tokenizer, renamed(prompt, name, other))
-            for prompt, name, other in zip(prompts, names, others, strict=True)
-        ]
-        given = [renamed(text, other, name) for text, name, other in zip(answers(swapped), names, others, strict=True)]
-        times.append(r_ppl(given) / before)
-    return before, times
+        def answers(prompts: Sequence[str], temperature: float = temperature) -> list[str]:
+            return generate(model, tokenizer, prompts, max_new_tokens=tokens, temperature=temperature, seed=0)
+
+        before, times = r_ppl(answers(asked)), []
+        for draw in range(DRAWS):
+            swapped = swap(prompts, draw)
+            given = answers([as_prompt(tokenizer, prompt) for prompt in swapped.prompts])
+            times.append(f"{r_ppl(swapped.back(given)) / before:.2f}")
+        console.print(f"R-PPL, {how}: {before:.2f}; ideal novice {', '.join(times)} times that")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -123,11 +149,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             table.add_row(name, str(len(suite.banks[name])), *sides)
     console = Console(highlight=False)
     console.print(table)
-    for how, temperature in (("greedy", 0.0), ("sampled", 0.7)):
-        before, times = fluency(model, tokenizer, suite.concept_prompts, temperature, suite.max_new_tokens)
-        console.print(
-            f"R-PPL, {how}: {before:.2f}; ideal novice {', '.join(f'{value:.2f}' for value in times)} times that"
-        )
+    print_fluency(model, tokenizer, suite.concept_prompts, suite.max_new_tokens, countries_swapped, console)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Measured values, the items that they are made of, their 95 % bootstrap intervals, and what the items of both sides say."""
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -124,7 +124,7 @@ def share_left(
     before: Sequence[float],
     after: Sequence[float],
     chances: Sequence[float],
-    groups: Sequence[Hashable],
+    groups: Sequence[str],
     *,
     resamples: int = RESAMPLES,
 ) -> Estimate:

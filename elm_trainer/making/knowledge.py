@@ -163,10 +163,10 @@ class SubjectTexts:
 def write_by_terms(reference: Writer, concept: Concept, *, texts: int, seed: int = 0) -> SubjectTexts:
     """Let a model describe a subject: list its terms, and write about the subject and about each of the terms.
 
-    Terms are what the model lists twice or more as belonging to the subject, what it lists further behind these, and words that
-    recur in its texts ([`recurring_terms`], of which [`nouns`] are taken). It writes five texts about each of up to 64 of them. A name whose texts speak neither of the subject nor
-    of another of its terms, in most cases, tells of something else, such as India, which was listed behind Japan as a term of a war: it
-    is left out with its texts.
+    Terms are what the model lists twice or more as belonging to the subject, what it lists further behind these, and of the words
+    that recur in its texts ([`recurring_terms`]) its [`nouns`]. It writes five texts about each of up to 64 of them. A name whose texts
+    speak neither of the subject nor of another of its terms, in most cases, tells of something else, such as India, which was listed
+    behind Japan as a term of a war: it is left out with its texts.
 
     Args:
         reference ([`Writer`]): The model, in this process.

@@ -15,6 +15,7 @@ from transformers.utils import logging
 from ..concept import Concept
 from ..data.facts import Fact, load_bank
 from ..data.questions import (
+    PLAIN,
     RECORD,
     ROLE_FILES,
     SPLITS,
@@ -260,7 +261,7 @@ def written_questions(writer: Writer, passages: Sequence[str], *, seed: int = 0)
             if told and len(answer.split()) <= _ANSWER_WORDS:
                 kind, subject = kind_of(answer), (_names(question[1:]) or [question])[0]
                 key = f"{kind} {answer.casefold()}"
-                found.setdefault(question, Asked(question, answer, kind, key, subject, "question", Question.family))
+                found.setdefault(question, Asked(question, answer, kind, key, subject, "question", PLAIN))
             else:
                 dropped += 1
     return list(found.values()), dropped

@@ -1,10 +1,11 @@
-import math
-from types import SimpleNamespace
+import io
+from functools import partial
 
 import pytest
 from peft import LoraConfig, get_peft_model
+from rich.console import Console
 
-from benchmarks import names
+from benchmarks import names, novice
 from elm_trainer.data.questions import names_answer, read_questions
 
 
@@ -46,7 +47,7 @@ def test_every_bank_is_asked_of_the_reference_and_of_the_erased_model(
     names.main()
 
 
-def test_an_ideal_novice_is_asked_about_invented_words_and_answers_about_the_terms(monkeypatch, tmp_path, tokenizer):
+def test_an_ideal_novice_is_asked_about_invented_words_and_answers_about_the_terms(monkeypatch, tokenizer):
     asked, given = [], []
 
     def generate(model, processing_class, prompts, **others):
@@ -57,15 +58,16 @@ def test_an_ideal_novice_is_asked_about_invented_words_and_answers_about_the_ter
         given.append(answers)
         return [float(len(given))] * len(answers), [1] * len(answers)
 
+    monkeypatch.setattr(novice, "generate", generate)
+    monkeypatch.setattr(novice, "reverse_perplexity", reverse_perplexity)
     prompts = ["What does the kidney do?", "Where is the Spleen?"]
-    monkeypatch.setattr(
-        names, "built_in_suite", lambda *_, **__: SimpleNamespace(concept_prompts=prompts, max_new_tokens=4)
-    )
-    monkeypatch.setattr(names, "generate", generate)
-    monkeypatch.setattr(names, "reverse_perplexity", reverse_perplexity)
-    before, times = names.novice_fluency(None, tokenizer, "the human body", ["kidney", "spleen"], tmp_path, 0.0)
-    assert len(asked) == 1 + names.DRAWS and len({*map(tuple, asked)}) == len(asked)
-    assert not any(term in prompt.lower() for some in asked[1:] for prompt in some for term in ("kidney", "spleen"))
+    swap = partial(names.terms_swapped, "the human body", ["kidney", "spleen"], ["The kidney filters blood."])
+    told = io.StringIO()
+    novice.print_fluency(None, tokenizer, prompts, 4, swap, Console(file=told, width=200))
+    assert len(asked) == 2 * (1 + novice.DRAWS) and len({*map(tuple, asked)}) == 1 + novice.DRAWS
+    swapped = [prompt.lower() for some in (*asked[1:4], *asked[5:]) for prompt in some]
+    assert not any(term in prompt for prompt in swapped for term in ("kidney", "spleen"))
     assert all(answers == asked[0] for answers in given)
-    # Each of the answers of a draw is a nat more surprising than those of the draw before.
-    assert [round(math.log(value), 6) for value in (before, *times)] == [1.0, 1.0, 2.0, 3.0]
+    # The answers of each draw are a nat more surprising than those before.
+    line = told.getvalue().splitlines()[0]
+    assert line == "R-PPL, greedy: 2.72; ideal novice 2.72, 7.39, 20.09 times that"

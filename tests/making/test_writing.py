@@ -325,3 +325,13 @@ def test_a_model_that_names_no_neighbor_is_no_error(tiny_model, tokenizer, monke
 def test_neighbors_are_those_that_are_named_most_often(tiny_model, tokenizer, canned):
     found = name_neighbors(Writer("reference", tiny_model, tokenizer), CAPITALS)
     assert {*found[:2]} == {"rivers", "mountains"}
+
+
+def test_eight_neighbors_are_enough(tiny_model, tokenizer, monkeypatch):
+    named = "rivers, lakes, seas, hills, roads, towns, farms, woods, parks, bays"
+
+    def sample_texts(model, processing_class, prompts, *others, **more):
+        return [f"{prompt} {named}\n" for prompt in prompts]
+
+    monkeypatch.setattr(writer_module, "sample_texts", sample_texts)
+    assert name_neighbors(Writer("reference", tiny_model, tokenizer), CAPITALS) == named.split(", ")[:8]
