@@ -2,6 +2,8 @@
 
 import hashlib
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -89,10 +91,23 @@ def _base_tensors(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn
         yield from _base_tensors(module.original_module, prefix)
         return
     for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-        with gather_params_ctx([parameter], modifier_rank=None):
+        with _whole(parameter):
             yield prefix + name, module, parameter
     for name, child in module.named_children():
         yield from _base_tensors(child, f"{prefix}{name}.")
+
+
+def _whole(parameter: nn.Parameter) -> AbstractContextManager[Any]:
+    """A context in which a parameter that DeepSpeed ZeRO-3 has split over processes is whole.
+
+    PEFT's `gather_params_ctx` asks whether ZeRO-3 is on; weights stay split after that, and would be hashed as empty.
+    """
+    # DeepSpeed marks such a parameter by this attribute.
+    if not hasattr(parameter, "ds_id"):
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters([parameter])
 
 
 def _samples(tensor: torch.Tensor) -> torch.Tensor:

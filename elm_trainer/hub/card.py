@@ -4,7 +4,7 @@ import json
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
-from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -97,10 +97,13 @@ def validate_card(card: RepoCard) -> None:
         ValueError: if the metadata change when they are read again, hold what JSON cannot, or lack a field, or if the
             generated part does not stand between its two comments.
     """
-    again = type(card)(str(card))
+    content = str(card)
+    again = type(card)(content)
     written, read = card.data.to_dict(), again.data.to_dict()
     if changed := sorted(key for key in {*written, *read} if written.get(key) != read.get(key)):
         raise ValueError(f"The card's metadata change when they are read again: {', '.join(changed)}.")
+    if str(again) != content:
+        raise ValueError("The card's text changes when it is read again.")
     try:
         # A date that a person wrote becomes text there.
         json.dumps(read, allow_nan=False, default=str)
@@ -198,11 +201,11 @@ def keep_written(card: CardT, current: str | None, replaced: Collection[str]) ->
 def is_template(text: str) -> bool:
     """Whether every line of a card's text is one that the templates of PEFT or TRL write."""
     lines = {line.strip() for line in re.sub(r"```bibtex\n.*?```", "", text, flags=re.DOTALL).splitlines()} - {""}
-    known = {line.strip() for line in ModelCard.from_template(ModelCardData()).text.splitlines()} | {
-        "### Framework versions"
-    }
-    templates = [path for path in (files("trl") / "templates").iterdir() if path.name.endswith("_model_card.md")]
-    theirs = {line.strip() for path in templates for line in path.read_text("utf-8").splitlines()}
+    known = {line.strip() for line in ModelCard.from_template(ModelCardData()).text.splitlines()}
+    known |= {"### Framework versions"}
+    spec = find_spec("trl")
+    folder = Path(spec.origin).parent / "templates" if spec and spec.origin else Path()
+    theirs = {line.strip() for path in folder.glob("*_model_card.md") for line in path.read_text("utf-8").splitlines()}
     # Once without what stands under a condition, once with it.
     theirs |= {re.sub(r"\{% if .*?\{% endif %\}", "{{ condition }}", line) for line in theirs}
     filled = [re.split(r"\{\{.*?\}\}|\{%.*?%\}", line) for line in theirs]

@@ -226,7 +226,7 @@ def publish_adapter(
         with _lap(seconds, "reload"):
             check_reload(erased, tokenizer, staged, probes)
 
-        def write_card(repo_id: str, current: str | None) -> None:
+        def write_card(current: str | None) -> None:
             pictures = [name for name in PICTURES if (staged.folder / name).exists()]
             card = make_card(staged.report, repo_id, pictures=pictures, current=current)
             validate_card(card)
@@ -243,7 +243,7 @@ def send_folder(
     api: HfApi,
     repo_id: str,
     folder: Path,
-    write_card: Callable[[str, str | None], None],
+    write_card: Callable[[str | None], None],
     options: PublishOptions,
     *,
     repo_type: str = "model",
@@ -252,13 +252,13 @@ def send_folder(
 ) -> Publication:
     """Write the card of a staged folder, and send the folder unless this is a dry run.
 
-    `write_card` takes the name of the repository and a card, keeps what a person wrote into this one, and raises for what the
-    scan of the folder finds.
+    `write_card` takes a card, keeps what a person wrote into it, and raises for what the scan of the folder finds. The
+    repository is named with its namespace, unless this is a dry run.
     """
     seconds: dict[str, float] = {}
     card = folder / CARD
     with _lap(seconds, "scan"):
-        write_card(repo_id, card.read_text(encoding="utf-8") if card.exists() else None)
+        write_card(card.read_text(encoding="utf-8") if card.exists() else None)
     if options.dry_run:
         return Publication(repo_id, None, url_of(api, repo_id, repo_type), changed=False, seconds=seconds)
     with _lap(seconds, "transfer"):
@@ -266,9 +266,9 @@ def send_folder(
         if repo_type == "model":
             check_names(target.files, repo_id)  # `load_erased` would refuse what lies there already
         current = read_text(api, target, CARD)
-    if current is not None or target.repo_id != repo_id:
+    if current is not None:
         with _lap(seconds, "scan"):
-            write_card(target.repo_id, card.read_text(encoding="utf-8") if current is None else current)
+            write_card(current)
     message, create_pr, tag = options.commit_message or f"Publish {what}", options.create_pr, options.tag
     with _lap(seconds, "transfer"):
         publication = commit_folder(api, target, folder, message=message, owned=owned, create_pr=create_pr, tag=tag)
@@ -278,7 +278,7 @@ def send_folder(
 def _find_base(api: HfApi, erased: PeftModel, details: CardDetails) -> BaseModel:
     base_model = details.base_model or erased.get_base_model().config._name_or_path
     base_revision, license = details.base_revision, details.license
-    if details.base_model is None and (not re.fullmatch(r"[\w.-]+/[\w.-]+", base_model) or Path(base_model).exists()):
+    if not details.base_model and (not re.fullmatch(r"[\w.-]+/[\w.-]+", base_model) or Path(base_model).exists()):
         raise ValueError(
             f"`base_model` is None, and the adapter's base was loaded from {base_model!r}, which is not a Hub id: "
             "give the Hub id of the same weights."

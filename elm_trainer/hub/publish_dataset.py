@@ -1,6 +1,5 @@
 """`publish_dataset`: synthetic pairs with their card, in one commit."""
 
-import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -11,10 +10,10 @@ from typing import Any
 from huggingface_hub import DatasetCard, DatasetCardData, HfApi
 from huggingface_hub.utils import validate_repo_id, yaml_dump
 
-from ..files import write_text
+from ..files import write_rows
 from ..synthesis import SynthesisConfig, SynthesisResult
 from .card import CONCEPT_TAG, TAG, TASK, check_commit, check_id, keep_written, record
-from .commit import Publication
+from .commit import Publication, with_namespace
 from .info import CARD, BaseModel
 from .persons import machine_names, names_in
 from .publish import PublishOptions, send_folder
@@ -139,19 +138,21 @@ def publish_dataset(
     options = (options or PublishOptions()).with_keywords(keywords)
     if keywords:
         raise TypeError(f"`publish_dataset` has no argument `{next(iter(keywords))}`.")
-    names = machine_names(public=names_in(repo_id, model.id))
     api = api or HfApi()
+    if not options.dry_run:
+        repo_id = with_namespace(api, repo_id)
+    names = machine_names(public=names_in(repo_id, model.id))
     with ExitStack() as stack:
         folder = Path(options.staging_dir or stack.enter_context(tempfile.TemporaryDirectory()))
         folder.mkdir(parents=True, exist_ok=True)
-        rows = (
+        rows = [
             {"concept": concept, "prompt": prompt, "completion": completion}
             for concept, result in results.items()
             for prompt, completion in result.pairs
-        )
-        write_text(folder / PAIRS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        ]
+        write_rows(folder / PAIRS, rows)
 
-        def write_card(repo_id: str, current: str | None) -> None:
+        def write_card(current: str | None) -> None:
             make_dataset_card(results, config, model, repo_id, current=current).save(folder / CARD)
             raise_findings(scan_folder(folder, forget=forget, names=names, allowed={PAIRS, CARD}), options.allow)
 

@@ -191,6 +191,18 @@ def test_help_and_the_package_need_neither_torch_nor_seconds():
     assert seconds["import"] <= 0.3 and max(seconds.values()) <= 3, seconds
 
 
+def test_a_wrong_name_is_told_before_torch_is_there():
+    code = (
+        "import contextlib, sys\n"
+        "from elm_trainer.cli.main import main\n"
+        "with contextlib.suppress(SystemExit):\n"
+        "    main(['erase', '--concepts', 'capitols', '--forget', 'capitals'])\n"
+        "print('torch' in sys.modules)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "capitols" in ended.stderr and ended.stdout.split() == ["False"]
+
+
 def test_the_commands_of_the_pages_exist():
     blocks = [
         block for page in PAGES for block in re.findall(r"```(?:bash|shell)\n(.*?)```", page.read_text("utf-8"), re.S)

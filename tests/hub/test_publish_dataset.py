@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import yaml
-from huggingface_hub import DatasetCard
+from huggingface_hub import DatasetCard, HfApi
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -168,6 +168,13 @@ def test_pairs_come_back_as_the_pairs_of_a_concept(hub, hub_api, tmp_path):
     assert set(hub.files("alice/pairs", repo_type="dataset")) == {".gitattributes", "README.md", "pairs.jsonl"}
     assert publication.url.endswith("/datasets/alice/pairs")
     assert 'synthetic="alice/pairs"' in hub.files("alice/pairs", repo_type="dataset")["README.md"].decode()
+
+
+def test_the_owner_may_have_the_name_of_this_account(hub, monkeypatch):
+    hub.add_user("qzelmarit", "hf_qzelmarit")
+    monkeypatch.setenv("USER", "qzelmarit")
+    api = HfApi(endpoint=hub.endpoint, token="hf_qzelmarit")
+    assert publish_dataset(RESULTS, "pairs", api=api, **OPTIONS).repo_id == "qzelmarit/pairs"
 
 
 def test_the_same_pairs_again_commit_nothing_and_what_a_person_wrote_stays(hub, hub_api):

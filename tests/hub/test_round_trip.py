@@ -59,7 +59,7 @@ def test_logits_and_report_come_back_bit_for_bit(tmp_path):
     )  # fmt: skip
 
     loaded = tmp_path / "loaded.pt"
-    server = [sys.executable, "-m", "tests.hub_server"]
+    server = [sys.executable, "-m", "tests.hub_server", "--root", str(tmp_path / "hub")]
     with subprocess.Popen(server, cwd=ROOT, stderr=subprocess.PIPE, text=True) as hub:
         try:
             told = list(iter(hub.stderr.readline, LAST_LINE))

@@ -10,7 +10,8 @@ from huggingface_hub import HfApi, constants, file_download, hf_api
 from huggingface_hub.utils import _http
 from transformers.utils import hub as transformers_hub
 
-from .faults import Answer, Behavior, Call, Corrupt, Cut, Damage, Disconnected, Fault, Slow, Truncate
+from .faults import Answer, Behavior, Call, Corrupt, Cut, Damage, Fault, Slow, Truncate
+from .messages import Disconnected
 from .server import HubServer
 
 
@@ -41,9 +42,10 @@ def hub(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatc
 
     The test fails if an address was called that the Hub does not know, or if the Hub itself went wrong.
     """
-    with HubServer(tmp_path_factory.mktemp("hub")) as server:
+    root = tmp_path_factory.mktemp("hub")
+    with HubServer(root / "contents") as server:
         server.add_user("alice", ALICE)
-        use_hub(server, tmp_path_factory.mktemp("home"), monkeypatch)
+        use_hub(server, root / "home", monkeypatch)
         yield server
     assert not server.broken, "the Hub in tests/hub_server went wrong:\n" + "\n".join(server.broken)
     assert not server.unknown, f"the client calls what the Hub in tests/hub_server does not know: {server.unknown}"

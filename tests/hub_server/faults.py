@@ -1,134 +1,11 @@
-"""What goes over the wire (a request, an answer, a refusal), and what can go wrong there, put in on purpose."""
+"""What can go wrong on the way, put in on purpose: a fault waits for requests that match it."""
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from email.message import Message
-from io import BufferedIOBase
-from typing import Any, Literal
-from urllib.parse import parse_qs, urlsplit
+from typing import Literal
 
-
-CHUNK = 1 << 20
-
-
-class Disconnected(Exception):
-    """The connection is gone; nothing more is read from it or written to it."""
-
-
-@dataclass
-class Request:
-    """What the client asks.
-
-    Args:
-        method (`str`): `GET`, `HEAD`, `POST`, `PUT` or `DELETE`.
-        target (`str`): Path and query, still quoted.
-        headers (`Message`): Names are not case-sensitive.
-        length (`int`): Bytes of the body.
-        stream (`BufferedIOBase`): Where the body is read from.
-        args (`dict[str, str]`): What the route found in the path, unquoted.
-        damaged (`bool`): Whether an upload is to be stored wrong.
-    """
-
-    method: str
-    target: str
-    headers: Message
-    length: int
-    stream: BufferedIOBase
-    args: dict[str, str] = field(default_factory=dict)
-    damaged: bool = False
-    received: int = 0
-    _body: bytes | None = None
-
-    @property
-    def path(self) -> str:
-        return urlsplit(self.target).path
-
-    @property
-    def query(self) -> dict[str, list[str]]:
-        return parse_qs(urlsplit(self.target).query)
-
-    def flag(self, name: str) -> bool:
-        return self.query.get(name, [""])[-1].lower() in ("1", "true")
-
-    @property
-    def token(self) -> str | None:
-        scheme, _, token = self.headers.get("Authorization", "").partition(" ")
-        return token if scheme.lower() == "bearer" else None
-
-    def read(self, size: int) -> bytes:
-        """The next bytes of the body, at most `size`; empty at its end."""
-        wanted = min(size, self.length - self.received)
-        data = self.stream.read(wanted) if wanted else b""
-        if len(data) < wanted:
-            raise Disconnected
-        self.received += len(data)
-        return data
-
-    def body(self) -> bytes:
-        """The whole body; it is kept, so that it may be asked for again."""
-        if self._body is None:
-            self._body = self.read(self.length)
-        return self._body
-
-    def json(self) -> Any:
-        return json.loads(self.body() or b"{}")
-
-
-@dataclass
-class Response:
-    """What is answered.
-
-    Args:
-        status (`int`, *optional*, defaults to `200`): Status code.
-        headers (`dict[str, str]`, *optional*): Besides the length.
-        body (`bytes`, *optional*): Content.
-        length (`int`, *optional*): Bytes that the header announces and that are sent: the whole content by default.
-        stop_after (`int`, *optional*): Bytes of the content after which the connection is cut.
-        drip (`tuple[int, float]`, *optional*): Bytes sent at once, and seconds in between.
-    """
-
-    status: int = 200
-    headers: dict[str, str] = field(default_factory=dict)
-    body: bytes = b""
-    length: int | None = None
-    stop_after: int | None = None
-    drip: tuple[int, float] | None = None
-
-    @property
-    def content_length(self) -> int:
-        return len(self.body) if self.length is None else self.length
-
-    def send(self, write: Callable[[bytes], Any], pause: Callable[[float], Any]) -> None:
-        """Write the content with `write`."""
-        end = self.content_length if self.stop_after is None else min(self.content_length, self.stop_after)
-        step, seconds = self.drip or (CHUNK, 0.0)
-        for place in range(0, end, step):
-            write(self.body[place : min(place + step, end)])
-            if seconds:
-                pause(seconds)
-        if end < self.content_length:
-            raise Disconnected
-
-
-def answer_json(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    """An answer in JSON."""
-    body = json.dumps(content, default=str).encode()
-    return Response(status, {"Content-Type": "application/json; charset=utf-8", **(headers or {})}, body)
-
-
-class Refusal(Exception):
-    """An answer with an error: what the Hub says, and headers such as the code by which the client tells its errors apart."""
-
-    def __init__(self, status: int, message: str, code: str | None = None, **headers: str):
-        super().__init__(message)
-        self.status, self.message = status, message
-        self.headers = {"X-Error-Message": " ".join(message.split())} | ({"X-Error-Code": code} if code else {})
-        self.headers |= {name.replace("_", "-"): value for name, value in headers.items()}
-
-    def response(self) -> Response:
-        return answer_json({"error": self.message}, self.status, self.headers)
+from .messages import Disconnected, Request, Response, answer_json
 
 
 class Behavior:
@@ -148,14 +25,20 @@ class Behavior:
 
 @dataclass(frozen=True)
 class Answer(Behavior):
-    """Answers `status` and does nothing."""
+    """Answers `status` and does nothing.
+
+    Args:
+        status (`int`): Such as 401, 403, 409, 412, 429, 500, 503.
+        headers (`Mapping[str, str]`, *optional*): Such as `{"Retry-After": "1"}`.
+        message (`str`, *optional*, defaults to `"put in by the test"`): The error's text.
+    """
 
     status: int
     headers: Mapping[str, str] = field(default_factory=dict)
+    message: str = "put in by the test"
 
     def instead(self, request: Request) -> Response:
-        message = "put in by the test"
-        return answer_json({"error": message}, self.status, {"X-Error-Message": message, **self.headers})
+        return answer_json({"error": self.message}, self.status, {"X-Error-Message": self.message, **self.headers})
 
 
 @dataclass(frozen=True)
@@ -185,7 +68,12 @@ class Cut(Behavior):
 
 @dataclass(frozen=True)
 class Slow(Behavior):
-    """Waits before it does anything; with `drip`, sends so many bytes at once and waits in between."""
+    """Waits before it does anything, or drips the content.
+
+    Args:
+        seconds (`float`): How long, once or between two drips.
+        drip (`int`, *optional*): Bytes of a drip; by default the content is sent at once.
+    """
 
     seconds: float
     drip: int | None = None
@@ -224,19 +112,17 @@ class Truncate(Behavior):
 
 @dataclass(frozen=True)
 class Corrupt(Behavior):
-    """Flips a bit of what is downloaded, in the byte at `place`; the length stays."""
+    """Flips a bit of what is downloaded; the length stays.
+
+    Args:
+        place (`int`, *optional*, defaults to `0`): Byte of the file.
+    """
 
     place: int = 0
 
     def after(self, response: Response) -> Response:
-        response.body = with_flipped_bit(response.body, self.place)
+        response.flipped = self.place
         return response
-
-
-def with_flipped_bit(content: bytes, place: int) -> bytes:
-    if place >= len(content):
-        return content
-    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
 
 
 @dataclass(frozen=True)

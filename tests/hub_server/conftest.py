@@ -1,0 +1,1 @@
+from . import client_waits, hub, hub_api  # noqa: F401
