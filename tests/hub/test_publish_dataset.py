@@ -196,7 +196,8 @@ def test_a_passage_of_forget_text_is_stopped_before_anything_is_sent(hub, hub_ap
     with pytest.raises(ScanError, match="pairs.jsonl:1"):
         publish_dataset(RESULTS, "pairs", api=hub_api, forget=forget, **OPTIONS)
 
-    assert not hub.requests
+    # Whose repository it would be is asked first, since its name is no secret then.
+    assert [(seen.method, seen.path) for seen in hub.requests] == [("GET", "/api/whoami-v2")]
 
 
 def test_a_dry_run_leaves_the_folder_and_asks_the_hub_nothing(hub, hub_api, tmp_path):
