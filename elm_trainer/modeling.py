@@ -156,11 +156,12 @@ def load_config(
     revision: str | None = None,
     gguf_file: str | None = None,
     token: str | None = None,
+    cache_dir: str | Path | None = None,
     local_files_only: bool = False,
 ) -> PreTrainedConfig:
     """The config of the model of [`load_model`]; takes what [`load_tokenizer`] takes."""
     place, gguf_file = locate(name_or_path, gguf_file)
-    options: dict[str, Any] = dict(revision=revision, token=token, local_files_only=local_files_only)
+    options = dict(revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
     if gguf_file is None:
         return AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code, **options)
     with reading_gguf_once():

@@ -75,6 +75,7 @@ def export_gguf_adapter(
         revision=own.revision if own else None,
         gguf_file=own.gguf_file if own else None,
         token=token,
+        cache_dir=cache_dir,
         local_files_only=local_files_only,
     )
     modules = dict(_gguf_modules(found, config, name))

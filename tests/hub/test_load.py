@@ -20,6 +20,7 @@ from elm_trainer.hub.errors import (
     UnsafeAdapterError,
     VerificationError,
 )
+from elm_trainer.hub.export import export_gguf_adapter
 from elm_trainer.hub.load import load_erased
 from elm_trainer.modeling import DEMO_MODEL, demo_model_file, load_model
 
@@ -310,6 +311,12 @@ def test_only_what_is_needed_is_downloaded(on_hub, tmp_path):
     [snapshot] = (tmp_path / "cache" / "models--alice--erased" / "snapshots").iterdir()
     names = sorted(path.name for path in snapshot.iterdir())
     assert names == ["adapter_config.json", "adapter_model.safetensors", "erasure.json", "report.json"]
+
+
+def test_an_adapter_in_a_cache_is_exported_without_the_hub(on_hub, tmp_path):
+    load_erased(on_hub, cache_dir=tmp_path / "cache")
+    file = export_gguf_adapter(on_hub, tmp_path / "a.gguf", cache_dir=tmp_path / "cache", local_files_only=True)
+    assert file.stat().st_size > 0
 
 
 def test_it_loads_from_the_cache_in_another_process_without_the_hub(on_hub, erased, hub, tmp_path):
