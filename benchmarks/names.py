@@ -9,7 +9,6 @@ then put back into its answers. `elm erase` asks the same prompts, unless it is 
 """
 
 import argparse
-import json
 import subprocess
 import sys
 import time
@@ -21,12 +20,12 @@ from pathlib import Path
 from peft import PeftModel
 from rich.console import Console
 
-from elm_trainer import load_bank, load_model_and_tokenizer
+from elm_trainer import load_bank, load_model_and_tokenizer, load_texts
 from elm_trainer.data.questions import read_questions
 from elm_trainer.evaluation.likelihood import score_choices
 from elm_trainer.evaluation.suite import built_in_suite
 from elm_trainer.files import read_object
-from elm_trainer.making.make import RECORD
+from elm_trainer.making.make import FOLDER, RECORD, kind_of_texts
 from elm_trainer.making.novices import invented_dictionary
 from elm_trainer.methods.anchors import AnchorDictionary
 from elm_trainer.modeling import DEMO_MODEL
@@ -72,15 +71,12 @@ def main() -> None:
             rights = (scores.pmi, scores.log_likelihood)
             cells.append(" / ".join(f"{sum(right) / len(right):.2f}" for right in rights))
         console.print(f"| {name} | {len(questions)} | {' | '.join(cells)} |")
-    data = output / "data"
+    data = output / FOLDER
+    record = read_object(data / RECORD) if (data / RECORD).exists() else {}
     # Facts are asked by their subjects, which are no terms.
-    if (
-        (data / RECORD).exists()
-        and (data / "questions").exists()
-        and (record := read_object(data / RECORD))["by_terms"]
-    ):
-        texts = [row["text"] for row in map(json.loads, (data / "written.jsonl").read_text("utf-8").splitlines())]
-        suite = built_in_suite([arguments.name], banks={arguments.name: data / "questions"})
+    if kind_of_texts(record)["by_terms"] and (data / "questions").exists():
+        texts = load_texts(data / "written.jsonl")["text"][:]
+        suite = built_in_suite([arguments.name], banks={arguments.name: output})
         swap = partial(terms_swapped, arguments.name, record["novices"]["terms"], texts)
         with erased.disable_adapter():
             print_fluency(erased, tokenizer, suite.concept_prompts, suite.max_new_tokens, swap, console)

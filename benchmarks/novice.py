@@ -12,6 +12,7 @@ import random
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from statistics import mean
 from typing import NamedTuple
 
@@ -122,15 +123,12 @@ def print_fluency(
         nlls, counts = reverse_perplexity(model, tokenizer, asked, given)
         return math.exp(sum(nlls) / sum(counts))
 
+    answers = partial(generate, model, tokenizer, max_new_tokens=tokens, seed=0)
     for how, temperature in (("greedy", 0.0), ("sampled", 0.7)):
-
-        def answers(prompts: Sequence[str], temperature: float = temperature) -> list[str]:
-            return generate(model, tokenizer, prompts, max_new_tokens=tokens, temperature=temperature, seed=0)
-
-        before, times = r_ppl(answers(asked)), []
+        before, times = r_ppl(answers(asked, temperature=temperature)), []
         for draw in range(DRAWS):
             swapped = swap(prompts, draw)
-            given = answers([as_prompt(tokenizer, prompt) for prompt in swapped.prompts])
+            given = answers([as_prompt(tokenizer, prompt) for prompt in swapped.prompts], temperature=temperature)
             times.append(f"{r_ppl(swapped.back(given)) / before:.2f}")
         console.print(f"R-PPL, {how}: {before:.2f}; ideal novice {', '.join(times)} times that")
 

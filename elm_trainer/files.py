@@ -16,8 +16,6 @@ from typing import Any
 from safetensors import SafetensorError
 from transformers.utils import logging
 
-from .distributed import from_first, on_first, processes_and_rank
-
 
 logger = logging.get_logger(__name__)
 
@@ -251,6 +249,9 @@ class Journal:
     """
 
     def __init__(self, path: str | Path | None, identity: Mapping[str, Any], *, over_ranks: bool = False):
+        # It brings torch, which whoever reads or writes a file need not wait for.
+        from .distributed import on_first, processes_and_rank
+
         self._over_ranks = over_ranks
         self._path = None if path is None or (over_ranks and processes_and_rank()[1] > 0) else Path(path)
         self._identity = json.loads(json.dumps(dict(identity)))
@@ -264,6 +265,8 @@ class Journal:
         Raises:
             OSError: if the row can't be written.
         """
+        from .distributed import from_first
+
         settings = json.loads(json.dumps(dict(settings)))
         for row in self._rows:
             if (row["name"], row["settings"]) == (name, settings):

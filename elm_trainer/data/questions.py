@@ -13,8 +13,12 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
 import yaml
+from transformers.utils import logging
+
+from ..files import first_damage, read_object
 
 
+logger = logging.get_logger(__name__)
 SPLITS = ("dev", "test")
 CHANCE = 0.25
 # The family that every bank has: a question, then its answer.
@@ -203,11 +207,6 @@ def read_made(path: str | Path, split: str | None = None) -> tuple[dict[str, lis
     Raises:
         ValueError: if the folder has no record, or lacks one of its files; and what [`read_questions`] raises.
     """
-    # These bring torch, which a wrong use of `elm erase` need not wait for.
-    from transformers.utils import logging
-
-    from ..files import first_damage, read_object
-
     folder = made_folder(path)
     record = read_object(folder / RECORD)
     found: dict[str, list[Question]] = {}
@@ -220,7 +219,7 @@ def read_made(path: str | Path, split: str | None = None) -> tuple[dict[str, lis
                 )
             continue
         if name in sums and first_damage(folder, {name: sums[name]}):
-            logging.get_logger(__name__).warning(f"{folder}: {name} changed since it was made, and is taken as it is.")
+            logger.warning(f"{folder}: {name} changed since it was made, and is taken as it is.")
         try:
             found[role] = read_questions(folder / name, split)
         except ValueError as error:
