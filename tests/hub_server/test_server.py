@@ -14,6 +14,7 @@ from .server import ROUTES, Seen
 
 
 README = Path(__file__).with_name("README.md").read_text(encoding="utf-8")
+CONSTRAINTS = (Path(__file__).parents[2] / "constraints.txt").read_text(encoding="utf-8")
 
 
 def route_of(seen: Seen) -> str:
@@ -32,10 +33,11 @@ def test_the_readme_lists_exactly_the_addresses_that_there_are():
     assert listed == [(route.origin, route.method, route.path, route.purpose) for route in ROUTES]
 
 
-def test_the_readme_names_the_version_of_the_client_that_is_installed():
+def test_the_readme_names_the_version_of_the_client_that_is_pinned():
     (named,) = re.findall(r"huggingface_hub (\d+\.\d+\.\d+)", README)
+    (pinned,) = re.findall(r"^huggingface_hub==(.+)$", CONSTRAINTS, flags=re.MULTILINE)
 
-    assert named == huggingface_hub.__version__
+    assert named == pinned
 
 
 def test_the_example_of_the_readme_passes(hub, hub_api, client_waits):
