@@ -62,8 +62,7 @@ def main(argv: list[str] | None = None) -> None:
     from ..data.facts import FACTS
     from ..evaluation.pair import ModelPair
     from ..files import write_text
-    from ..gold_standard import gold_standard, render_gold_standard
-    from ..gold_standard.run import plot_gold_standard
+    from ..gold_standard import gold_standard, plot_gold_standard, render_gold_standard
 
     attacks = load_attacks(shipped(arguments.ladder)) if arguments.ladder else default_attacks(arguments.attacks)
     output = Path(arguments.output_dir)
