@@ -199,7 +199,7 @@ class MethodRun:
         final, name = self._final(index, seed), f"attacks-{self.method}"
         depends = {
             "final": final[1],
-            "ladder": [{"attack": attack.name, **attack.settings()} for attack in ladder],
+            "ladder": [{"attack": attack.name, **asdict(attack)} for attack in ladder],
             "questions": config.attack_questions,
             **({"bank": [asdict(question) for question in bank]} if bank else {}),
         }
