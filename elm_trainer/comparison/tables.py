@@ -191,38 +191,33 @@ def beaten_rows(report: Mapping[str, Any]) -> list[list[str]]:
 
 def cost_rows(report: Mapping[str, Any]) -> list[list[str]]:
     """What the methods cost, as text, header first."""
-    rows = [["method", "set-up, s", "s a sample", "peak memory, GB", "whole comparison, s"]]
-    for method, entry in report["methods"].items():
-        memory = entry["peak_memory_bytes"]
-        rows.append(
-            [
-                _label(report, method),
-                _number(entry["setup_seconds"], ".1f"),
-                _number(entry["seconds_per_sample"], ".3f"),
-                _number(None if memory is None else memory / 1e9, ".2f"),
-                f"{entry['total_seconds']:.0f}",
-            ]
-        )
-    return rows
+    header = ["method", "set-up, s", "s a sample", "peak memory, GB", "whole comparison, s"]
+    numbers = (
+        ("setup_seconds", 1, ".1f"), ("seconds_per_sample", 1, ".3f"), ("peak_memory_bytes", 1e9, ".2f"),
+        ("total_seconds", 1, ".0f"),
+    )  # fmt: skip
+    return [header] + [
+        [
+            entry["label"],
+            *("–" if entry[key] is None else format(entry[key] / unit, form) for key, unit, form in numbers),
+        ]
+        for entry in report["methods"].values()
+    ]
 
 
 def search_rows(report: Mapping[str, Any]) -> list[list[str]]:
     """Every setting that was tried, its score on the dev split, and which was chosen, as text, header first."""
     rows = [["method", "adapter", "setting", "× worst bound (dev)", *CRITERIA, "chosen"]]
-    for method, entry in report["methods"].items():
+    for entry in report["methods"].values():
         for index, tried in enumerate(entry["search"]):
-            score = tried["score"]
-            worst = "–" if score is None else f"{score['worst']:.2f}"
-            rows.append(
-                [
-                    _label(report, method),
-                    _adapter(entry["adapter"]),
-                    ", ".join(f"{key} {value}" for key, value in tried["settings"].items()),
-                    f"failed: {tried['failed']}" if "failed" in tried else worst,
-                    *("–" if score is None else f"{score[name]:.2f}" for name in CRITERIA),
-                    "yes" if index == entry["chosen"] else "no",
-                ]
+            setting = ", ".join(f"{key} {value}" for key, value in tried["settings"].items())
+            worst, *scores = (
+                "–" if tried["score"] is None else f"{tried['score'][name]:.2f}" for name in ("worst", *CRITERIA)
             )
+            if "failed" in tried:
+                worst = f"failed: {tried['failed']}"
+            chosen = "yes" if index == entry["chosen"] else "no"
+            rows.append([entry["label"], _adapter(entry["adapter"]), setting, worst, *scores, chosen])
     return rows
 
 
@@ -300,10 +295,6 @@ def _seed(key: str) -> str:
 def _span(values: Sequence[float]) -> str:
     low, high = f"{min(values):.0f}", f"{max(values):.0f}"
     return low if low == high else f"{low}–{high}"
-
-
-def _number(value: float | None, form: str) -> str:
-    return "–" if value is None else format(value, form)
 
 
 def _list(parts: Sequence[str]) -> str:
