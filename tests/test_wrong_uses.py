@@ -49,7 +49,7 @@ from elm_trainer import (
     synthesize_completions,
 )
 from elm_trainer.attacks import AttackTarget, built_in_target, default_attacks, load_attacks
-from elm_trainer.comparison import ComparisonConfig
+from elm_trainer.comparison.config import ComparisonConfig
 from elm_trainer.data.questions import Question
 from elm_trainer.data.sources import load_pairs
 from elm_trainer.hub.errors import HubError

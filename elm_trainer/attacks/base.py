@@ -3,9 +3,9 @@
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 import torch
@@ -20,6 +20,10 @@ from ..evaluation.pair import SIDES, ModelPair, Side
 
 
 ANSWER_TOKENS = 16
+# `prefills`, `paraphrases` and `translations` of a question by name, each with the placeholder `{subject}`.
+Wordings: TypeAlias = Mapping[str, Mapping[str, str]]
+# Who answers: a side of the pair, or another model.
+Answering: TypeAlias = Side | PreTrainedModel | PeftModel
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,6 @@ class AttackTarget:
         wordings (`dict[str, dict[str, str]]`): `prefills`, `paraphrases` and `translations` of a question by name,
             each with the placeholder `{subject}`.
         texts (`dict[str, list[str]]`): What the model may be fine-tuned on: `forget`, `near` and `unrelated` text.
-        batch_size (`int`, *optional*, defaults to `16`): Questions per batch.
         revision (`str`, *optional*): Where questions and texts come from, such as a dataset's commit, for the report.
 
     Raises:
@@ -69,9 +72,8 @@ class AttackTarget:
     pair: ModelPair
     processing_class: PreTrainedTokenizerBase
     questions: list[Question]
-    wordings: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    wordings: Wordings = field(default_factory=dict)
     texts: Mapping[str, list[str]] = field(default_factory=dict)
-    batch_size: int = 16
     revision: str | None = None
 
     def __post_init__(self):
@@ -88,30 +90,25 @@ class AttackTarget:
         self,
         questions: Sequence[Question] | None = None,
         *,
-        side: Side = "erased",
-        model: PreTrainedModel | PeftModel | None = None,
+        side: Answering = "erased",
         prompt: str = PROMPT,
     ) -> list[bool]:
         """Which questions are answered rightly by PMI.
 
         Args:
             questions: All questions by default.
-            model: Who answers in place of a side.
             prompt: What stands before an option, with the placeholder `{question}`.
         """
         asked = self.questions if questions is None else questions
-        with self.pair.use(side) if model is None else nullcontext(model) as answering:
-            return score_choices(
-                answering, self.processing_class, asked, batch_size=self.batch_size, prompt=prompt
-            ).pmi
+        with self._use(side) as model:
+            return score_choices(model, self.processing_class, asked, prompt=prompt).pmi
 
     def answer(
         self,
         prompts: Sequence[str],
         questions: Sequence[Question] | None = None,
         *,
-        side: Side = "erased",
-        model: PreTrainedModel | PeftModel | None = None,
+        side: Answering = "erased",
         max_new_tokens: int = ANSWER_TOKENS,
         temperature: float = 0.0,
     ) -> list[bool]:
@@ -122,19 +119,21 @@ class AttackTarget:
         Args:
             prompts: One prompt per question; several rounds may follow each other.
             questions: What they ask for; all questions by default.
-            model: Who answers in place of a side.
             max_new_tokens: Length of an answer.
             temperature: Of sampling; `0` is greedy.
         """
         asked = self.questions if questions is None else questions
-        with self.pair.use(side) if model is None else nullcontext(model) as answering:
+        with self._use(side) as model:
             answers = generate(
-                answering, self.processing_class, prompts, max_new_tokens=max_new_tokens, temperature=temperature
+                model, self.processing_class, prompts, max_new_tokens=max_new_tokens, temperature=temperature
             )
         return [
             names_answer(text.strip().partition("\n")[0], question.answer, question.aliases)
             for text, question in zip(answers, list(asked) * (len(prompts) // len(asked)), strict=True)
         ]
+
+    def _use(self, side: Answering) -> AbstractContextManager[PreTrainedModel | PeftModel]:
+        return nullcontext(side) if isinstance(side, torch.nn.Module) else self.pair.use(side)
 
     def ask_both(
         self,
@@ -145,11 +144,15 @@ class AttackTarget:
         indices: list[int] | None = None,
         prompt: str = PROMPT,
         max_new_tokens: int = ANSWER_TOKENS,
+        ranked: bool = True,
     ) -> list[AttackResult]:
-        """Results of the attack `name` on both models: `questions` ranked and, unless `max_new_tokens` is 0, `prompts`
-        answered freely. `indices` are those of the questions among the target's, where not all are asked."""
-        reference, erased = (self.rank(questions, side=side, prompt=prompt) for side in SIDES)
-        results = [AttackResult(name, "pmi", erased, reference, indices)]
+        """Results of the attack `name` on both models: `questions` ranked, unless they are not to be, and `prompts`
+        answered freely, unless `max_new_tokens` is 0. `indices` are those of the questions among the target's, where not
+        all are asked."""
+        results = []
+        if ranked:
+            reference, erased = (self.rank(questions, side=side, prompt=prompt) for side in SIDES)
+            results.append(AttackResult(name, "pmi", erased, reference, indices))
         if max_new_tokens:
             reference, erased = (
                 self.answer(prompts, questions, side=side, max_new_tokens=max_new_tokens) for side in SIDES
@@ -179,23 +182,15 @@ class Attack(ABC):
         return None
 
     def rewrite(
-        self,
-        processing_class: PreTrainedTokenizerBase,
-        question: Question,
-        wordings: Mapping[str, Mapping[str, str]],
-        questions: Sequence[Question] = (),
+        self, processing_class: PreTrainedTokenizerBase, question: Question, given: Wordings, bank: Sequence[Question]
     ) -> dict[str, str]:
         """The prompts with which this attack asks one question, in their final form and by `<attack>.<variant>`: in wordings
-        as those of an [`AttackTarget`], or behind examples that are drawn from questions about the same concept.
+        as those of an [`AttackTarget`], or behind examples that are drawn from a bank about the same concept.
 
         There are none of an attack that changes weights, searches or samples, and of a wording that needs the subject
         of a question without one.
         """
         return {}
-
-    def settings(self) -> dict[str, Any]:
-        """The settings, as they stand in the report."""
-        return asdict(self)
 
 
 def check_asked(questions: Sequence[Question]) -> None:

@@ -1,86 +1,77 @@
 """Attacks by the prompt: other words, languages, filler, examples, a begun answer, many samples, a searched suffix (GCG)."""
 
-from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib.resources import files
 from typing import ClassVar
 
 import torch
-import yaml
 from accelerate.utils import send_to_device
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checks import check_numbers
 from ..data.collator import ElmDataCollator
+from ..data.facts import own_yaml
 from ..data.questions import Question
 from ..data.tokens import continuation_ids, continuation_text, text_ids
 from ..evaluation.fluency import as_prompt
 from ..evaluation.likelihood import PROMPT, token_losses
 from ..evaluation.pair import SIDES
-from .base import ANSWER_TOKENS, Attack, AttackResult, AttackTarget, draw_subjects, seeded, subjects_of
+from .base import ANSWER_TOKENS, Attack, AttackResult, AttackTarget, Wordings, draw_subjects, seeded, subjects_of
 
 
+@dataclass
 class WordingAttack(Attack):
-    """An attack in prepared wordings: the target's of one `kind`."""
+    r"""
+    Ask every question in other words, the target's of one `kind`: ranked among its options, and freely as a chat turn.
+
+    Parameters:
+        max_new_tokens (`int`, *optional*, defaults to `16`): Length of the free answers; `0` asks for none.
+    """
 
     kind: ClassVar[str]
+    ranked: ClassVar[bool] = True
+    max_new_tokens: int = ANSWER_TOKENS
 
-    def wordings(self, given: Mapping[str, Mapping[str, str]]) -> Mapping[str, str]:
+    def wordings(self, given: Wordings) -> Mapping[str, str]:
         """Those of a target's wordings that belong here, by name, each with placeholders for the subject or the question."""
         return given.get(self.kind, {})
 
     def inapplicable(self, target: AttackTarget) -> str | None:
         return None if self.wordings(target.wordings) else f"the target's `wordings` hold no {self.kind}"
 
-    def rewrite(
-        self,
-        processing_class: PreTrainedTokenizerBase,
-        question: Question,
-        wordings: Mapping[str, Mapping[str, str]],
-        questions: Sequence[Question] = (),
-    ) -> dict[str, str]:
-        return {
-            f"{self.name}.{variant}": self.prompt(processing_class, question, wording)
-            for variant, wording in self.wordings(wordings).items()
-            if question.subject or "{subject}" not in wording
-        }
-
-    @abstractmethod
-    def prompt(self, processing_class: PreTrainedTokenizerBase, question: Question, wording: str) -> str:
-        """The prompt that asks a question in a wording."""
-
-
-@dataclass
-class RewordingAttack(WordingAttack):
-    r"""
-    Ask every question in other words: ranked among its options, and freely as a chat turn.
-
-    Parameters:
-        max_new_tokens (`int`, *optional*, defaults to `16`): Length of the free answers; `0` asks for none.
-    """
-
-    max_new_tokens: int = ANSWER_TOKENS
-
     def reworded(self, question: Question, wording: str) -> Question:
         """The question in a wording."""
         return replace(question, text=wording.format(subject=question.subject, question=question.text))
 
     def prompt(self, processing_class: PreTrainedTokenizerBase, question: Question, wording: str) -> str:
+        """The prompt that asks a question in a wording."""
         return as_prompt(processing_class, self.reworded(question, wording).text)
+
+    def rewrite(
+        self, processing_class: PreTrainedTokenizerBase, question: Question, given: Wordings, bank: Sequence[Question]
+    ) -> dict[str, str]:
+        return {
+            f"{self.name}.{variant}": self.prompt(processing_class, question, wording)
+            for variant, wording in self.wordings(given).items()
+            if question.subject or "{subject}" not in wording
+        }
 
     def run(self, target: AttackTarget) -> list[AttackResult]:
         results = []
         for variant, wording in self.wordings(target.wordings).items():
-            asked = [self.reworded(question, wording) for question in target.questions]
-            prompts = [self.prompt(target.processing_class, question, wording) for question in target.questions]
-            results += target.ask_both(f"{self.name}.{variant}", asked, prompts, max_new_tokens=self.max_new_tokens)
+            results += target.ask_both(
+                f"{self.name}.{variant}",
+                [self.reworded(question, wording) for question in target.questions],
+                [self.prompt(target.processing_class, question, wording) for question in target.questions],
+                max_new_tokens=self.max_new_tokens,
+                ranked=self.ranked,
+            )
         return results
 
 
 @dataclass
-class ParaphraseAttack(RewordingAttack):
+class ParaphraseAttack(WordingAttack):
     """Ask every question in each paraphrase of the concept's data file."""
 
     name = "paraphrase"
@@ -88,7 +79,7 @@ class ParaphraseAttack(RewordingAttack):
 
 
 @dataclass
-class TranslationAttack(RewordingAttack):
+class TranslationAttack(WordingAttack):
     """Ask every question in each language of the concept's data file; names and options stay as they are."""
 
     name = "translation"
@@ -96,14 +87,13 @@ class TranslationAttack(RewordingAttack):
 
 
 @dataclass
-class FillerAttack(RewordingAttack):
+class FillerAttack(WordingAttack):
     """Put unrelated sentences before every question: English, Hindi, Latin, small talk and a poem."""
 
     name = "filler"
 
-    def wordings(self, given: Mapping[str, Mapping[str, str]]) -> Mapping[str, str]:
-        text = (files("elm_trainer.data") / "attacks" / "fillers.yaml").read_text(encoding="utf-8")
-        return yaml.safe_load(text)
+    def wordings(self, given: Wordings) -> Mapping[str, str]:
+        return own_yaml("attacks/fillers.yaml")
 
 
 @dataclass
@@ -145,13 +135,9 @@ class FewShotAttack(Attack):
         return examples.replace("{", "{{").replace("}", "}}") + PROMPT
 
     def rewrite(
-        self,
-        processing_class: PreTrainedTokenizerBase,
-        question: Question,
-        wordings: Mapping[str, Mapping[str, str]],
-        questions: Sequence[Question] = (),
+        self, processing_class: PreTrainedTokenizerBase, question: Question, given: Wordings, bank: Sequence[Question]
     ) -> dict[str, str]:
-        others = [other for other in questions if other.subject and other.subject != question.subject]
+        others = [other for other in bank if other.subject and other.subject != question.subject]
         if not 0 < self.shots <= len(subjects_of(others)):
             return {}
         solved, _ = draw_subjects(others, self.shots, self.seed)
@@ -169,6 +155,7 @@ class PrefillingAttack(WordingAttack):
 
     name = "prefilling"
     kind = "prefills"
+    ranked = False
     max_new_tokens: int = 10
 
     def __post_init__(self):
@@ -176,14 +163,6 @@ class PrefillingAttack(WordingAttack):
 
     def prompt(self, processing_class: PreTrainedTokenizerBase, question: Question, wording: str) -> str:
         return as_prompt(processing_class, question.text) + wording.format(subject=question.subject)
-
-    def run(self, target: AttackTarget) -> list[AttackResult]:
-        results = []
-        for variant, wording in self.wordings(target.wordings).items():
-            prompts = [self.prompt(target.processing_class, question, wording) for question in target.questions]
-            said = {side: target.answer(prompts, side=side, max_new_tokens=self.max_new_tokens) for side in SIDES}
-            results.append(AttackResult(f"{self.name}.{variant}", "names_answer", said["erased"], said["reference"]))
-        return results
 
 
 @dataclass
@@ -252,44 +231,38 @@ class GcgAttack(Attack):
             raise ValueError(f"`shown` is {self.shown}: use fewer than the {count} subjects asked about.")
         shown, asked = draw_subjects(target.questions, self.shown, self.seed)
         with target.pair.use("erased") as model:
-            suffix, losses = self.search(model, target.processing_class, shown)
-        text = _suffix_text(target.processing_class, suffix)
+            behind = SuffixLoss(model, target.processing_class, shown)
+            suffix, losses = self.search(behind)
+        text = behind.text(suffix)
         prompt = f"Question: {{question}}{text.replace('{', '{{').replace('}', '}}')}\nAnswer:"
         erased = target.rank([target.questions[i] for i in asked], prompt=prompt)
         details = {"suffix": text, "first_loss": losses[0], "best_loss": min(losses)}
         return [AttackResult(f"{self.name}.{self.steps}", "pmi", erased, questions=asked, details=details)]
 
-    def search(
-        self,
-        model: PreTrainedModel | PeftModel,
-        processing_class: PreTrainedTokenizerBase,
-        questions: Sequence[Question],
-    ) -> tuple[list[int], list[float]]:
+    def search(self, behind: "SuffixLoss") -> tuple[list[int], list[float]]:
         """Algorithm 2 of the paper for questions of one step: the best suffix seen, and the loss at every step.
 
         Every step continues from its best candidate, even where that is worse than the suffix before. Candidates whose
         text is tokenized otherwise are left out, as in the released code.
         """
         generator = torch.Generator().manual_seed(self.seed)
-        suffix = continuation_ids(processing_class, " !")[-1:] * self.suffix_tokens
-        with torch.inference_mode():
-            losses = candidate_losses(model, processing_class, questions, [suffix], self.batch_size)
+        suffix = continuation_ids(behind.processing_class, " !")[-1:] * self.suffix_tokens
+        losses = behind.losses([suffix], self.batch_size)
         best, least = suffix, losses[0]
         for _ in range(self.steps):
-            scores = token_gradient(model, processing_class, questions, suffix)  # [suffix_tokens, vocab]
-            scores[:, processing_class.all_special_ids] = float("inf")
+            scores = behind.token_gradient(suffix)  # [suffix_tokens, vocab]
+            scores[:, behind.processing_class.all_special_ids] = float("inf")
             proposed = (-scores).topk(min(self.top_k, scores.size(1)), dim=-1).indices.tolist()
             tried = []
             for _ in range(self.candidates):
                 place = int(torch.randint(len(suffix), (1,), generator=generator))
                 choice = int(torch.randint(len(proposed[0]), (1,), generator=generator))
                 candidate = [*suffix[:place], proposed[place][choice], *suffix[place + 1 :]]
-                if continuation_ids(processing_class, _suffix_text(processing_class, candidate)) == candidate:
+                if continuation_ids(behind.processing_class, behind.text(candidate)) == candidate:
                     tried.append(candidate)
             if not tried:
                 continue
-            with torch.inference_mode():
-                found = candidate_losses(model, processing_class, questions, tried, self.batch_size)
+            found = behind.losses(tried, self.batch_size)
             losses.append(min(found))
             suffix = tried[found.index(losses[-1])]
             if losses[-1] < least:
@@ -297,75 +270,70 @@ class GcgAttack(Attack):
         return best, losses
 
 
-def _suffix_text(processing_class: PreTrainedTokenizerBase, suffix: list[int]) -> str:
-    return continuation_text(processing_class, text_ids(processing_class, "Question:"), suffix)
+class SuffixLoss:
+    """How unlikely a model finds the true answers to questions behind a suffix: the mean loss of an answer's token."""
 
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        processing_class: PreTrainedTokenizerBase,
+        questions: Sequence[Question],
+    ):
+        self.model, self.processing_class = model, processing_class
+        self._collator = ElmDataCollator(processing_class)
+        self._tail = continuation_ids(processing_class, "\nAnswer:")
+        self._asked = [
+            (text_ids(processing_class, f"Question: {q.text}"), continuation_ids(processing_class, f" {q.answer}"))
+            for q in questions
+        ]
 
-def token_gradient(
-    model: PreTrainedModel | PeftModel,
-    processing_class: PreTrainedTokenizerBase,
-    questions: Sequence[Question],
-    suffix: list[int],
-) -> torch.Tensor:
-    """Gradient of the loss with respect to the one-hot suffix, `[suffix_tokens, vocab]`."""
-    embedding = model.get_input_embeddings()
-    seen: list[torch.Tensor] = []
+    def text(self, suffix: list[int]) -> str:
+        """What a suffix says where it stands."""
+        return continuation_text(self.processing_class, text_ids(self.processing_class, "Question:"), suffix)
 
-    def watch(_module, _inputs, output):
-        seen.append(output.detach().requires_grad_(True))
-        return seen[0]
+    def token_gradient(self, suffix: list[int]) -> torch.Tensor:
+        """Gradient of the loss with respect to the one-hot suffix, `[suffix_tokens, vocab]`."""
+        embedding = self.model.get_input_embeddings()
+        seen: list[torch.Tensor] = []
 
-    batch, starts = _batch(processing_class, questions, [suffix], model.device)
-    handle = embedding.register_forward_hook(watch)
-    try:
-        loss = token_losses(model, batch).mean()
-    finally:
-        handle.remove()
-    [gradient] = torch.autograd.grad(loss, seen)
-    columns = torch.tensor(starts)[:, None] + torch.arange(len(suffix))
-    columns = columns + batch["attention_mask"].cpu().argmax(-1)[:, None]  # padding on the left shifts the text
-    rows = torch.arange(len(starts), device=gradient.device)[:, None]
-    picked = gradient[rows, columns.to(gradient.device)].sum(0)  # [suffix_tokens, hidden]
-    # Summed over the questions before the vocabulary comes in, so that nothing is larger than the result.
-    return picked.float() @ embedding.weight.detach().float().T
+        def watch(_module, _inputs, output):
+            seen.append(output.detach().requires_grad_(True))
+            return seen[0]
 
+        batch, starts = self.batch([suffix])
+        handle = embedding.register_forward_hook(watch)
+        try:
+            loss = token_losses(self.model, batch).mean()
+        finally:
+            handle.remove()
+        [gradient] = torch.autograd.grad(loss, seen)
+        columns = torch.tensor(starts)[:, None] + torch.arange(len(suffix))
+        columns = columns + batch["attention_mask"].cpu().argmax(-1)[:, None]  # padding on the left shifts the text
+        rows = torch.arange(len(starts), device=gradient.device)[:, None]
+        picked = gradient[rows, columns.to(gradient.device)].sum(0)  # [suffix_tokens, hidden]
+        # Summed over the questions before the vocabulary comes in, so that nothing is larger than the result.
+        return picked.float() @ embedding.weight.detach().float().T
 
-def candidate_losses(
-    model: PreTrainedModel | PeftModel,
-    processing_class: PreTrainedTokenizerBase,
-    questions: Sequence[Question],
-    suffixes: Sequence[list[int]],
-    batch_size: int,
-) -> list[float]:
-    """Mean loss per answer token of each suffix over all questions, many suffixes to a forward pass."""
-    losses: list[float] = []
-    at_once = max(1, batch_size // len(questions))
-    for start in range(0, len(suffixes), at_once):
-        chosen = suffixes[start : start + at_once]
-        batch, _ = _batch(processing_class, questions, chosen, model.device)
-        tokens = token_losses(model, batch)  # [positions]
-        owner = batch["rows"] // len(questions)
-        sums = tokens.new_zeros(len(chosen)).index_add(0, owner, tokens)
-        losses += (sums / torch.bincount(owner, minlength=len(chosen))).tolist()
-    return losses
+    @torch.inference_mode()
+    def losses(self, suffixes: Sequence[list[int]], batch_size: int) -> list[float]:
+        """The loss of each suffix over all questions, many suffixes to a forward pass."""
+        losses: list[float] = []
+        at_once = max(1, batch_size // len(self._asked))
+        for start in range(0, len(suffixes), at_once):
+            chosen = suffixes[start : start + at_once]
+            batch, _ = self.batch(chosen)
+            tokens = token_losses(self.model, batch)  # [positions]
+            owner = batch["rows"] // len(self._asked)
+            sums = tokens.new_zeros(len(chosen)).index_add(0, owner, tokens)
+            losses += (sums / torch.bincount(owner, minlength=len(chosen))).tolist()
+        return losses
 
-
-def _batch(
-    processing_class: PreTrainedTokenizerBase,
-    questions: Sequence[Question],
-    suffixes: Sequence[list[int]],
-    device: torch.device,
-) -> tuple[dict[str, torch.Tensor], list[int]]:
-    """A batch of question, suffix and supervised answer, suffix by suffix; and where each suffix starts in its text."""
-    rows, starts = [], []
-    tail = continuation_ids(processing_class, "\nAnswer:")
-    texts = [
-        (text_ids(processing_class, f"Question: {q.text}"), continuation_ids(processing_class, f" {q.answer}"))
-        for q in questions
-    ]
-    for suffix in suffixes:
-        for head, answer in texts:
-            prompt = [*head, *suffix, *tail]
-            rows.append((prompt + answer, len(prompt)))
-            starts.append(len(head))
-    return send_to_device(ElmDataCollator(processing_class).pad(rows), device), starts
+    def batch(self, suffixes: Sequence[list[int]]) -> tuple[dict[str, torch.Tensor], list[int]]:
+        """A batch of question, suffix and supervised answer, suffix by suffix; and where each suffix starts in its text."""
+        rows, starts = [], []
+        for suffix in suffixes:
+            for head, answer in self._asked:
+                prompt = [*head, *suffix, *self._tail]
+                rows.append((prompt + answer, len(prompt)))
+                starts.append(len(head))
+        return send_to_device(self._collator.pad(rows), self.model.device), starts

@@ -25,7 +25,7 @@ def render_attacks(report: Mapping[str, Any]) -> Table:
     )
     table = terminal_table("What attacks bring back (95 % intervals)", *columns)
     metric = ""
-    for name, figure in sorted(strongest(report).items(), key=lambda item: _rank(item[1])):
+    for name, figure in _ranked(strongest(report)):
         if figure["metric"] != metric:
             metric = figure["metric"]
             table.add_row(Text(_METRICS.get(metric, metric), style="bold"))
@@ -61,7 +61,6 @@ def markdown_attacks(report: Mapping[str, Any]) -> str:
 
 def attack_rows(metrics: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
     """Figures of an attack report as text, in the order of `HEADER`, by metric and then by strength."""
-    ranked = sorted(metrics.items(), key=lambda item: _rank(item[1]))
     return [
         [
             name.removesuffix(f".{figure['metric']}"),
@@ -71,13 +70,12 @@ def attack_rows(metrics: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
             f"{figure['p']:.3g}",
             "yes" if figure["brings_back"] else "no",
         ]
-        for name, figure in ranked
+        for name, figure in _ranked(metrics)
     ]
 
 
-def _rank(figure: Mapping[str, Any]) -> tuple[str, float]:
-    """Place of a row: by metric, and then by strength."""
-    return figure["metric"], -figure["erased"]["value"]
+def _ranked(metrics: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, Mapping[str, Any]]]:
+    return sorted(metrics.items(), key=lambda item: (item[1]["metric"], -item[1]["erased"]["value"]))
 
 
 def _cell(metric: Mapping[str, float] | None) -> str:

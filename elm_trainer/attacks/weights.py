@@ -91,9 +91,8 @@ class LayerRemovalAttack(Attack):
         return results
 
     def inapplicable(self, target: AttackTarget) -> str | None:
-        if reason := why_not_scalable(target.pair):
-            return reason
-        return None if changed_layers(target.pair) else "the erasure changed no decoder layer"
+        reason = why_not_scalable(target.pair)
+        return reason or (None if changed_layers(target.pair) else "the erasure changed no decoder layer")
 
 
 def why_not_scalable(pair: ModelPair) -> str | None:
@@ -103,11 +102,12 @@ def why_not_scalable(pair: ModelPair) -> str | None:
         if not layers or any(any(layer.use_dora.values()) for layer in layers):
             return "only the scale of a plain LoRA adapter can be changed, and the adapter is of another kind"
         return None
-    erased, reference = pair.erased, _reference_weights(pair)
-    shapes = {name: parameter.shape for name, parameter in erased.named_parameters()}
-    if shapes != {name: parameter.shape for name, parameter in reference.items()}:
+    with pair.use("reference") as reference:
+        models = (pair.erased, reference)
+    erased, before = ({name: weight.shape for name, weight in model.named_parameters()} for model in models)
+    if erased != before:
         return "the weights of the erased model and of its reference differ in names or shapes"
-    if not all(parameter.is_floating_point() for parameter in erased.parameters()):
+    if not all(parameter.is_floating_point() for parameter in pair.erased.parameters()):
         return "the erased model's weights are quantized"
     return None
 
@@ -128,14 +128,11 @@ def scaled(pair: ModelPair, factor: float, layers: Sequence[int] | None = None) 
             for part in parts:
                 undo.enter_context(rescale_adapter_scale(part, factor))
         else:
-            chosen = {id(parameter) for part in parts for parameter in part.parameters()}
-            reference = _reference_weights(pair)
-            for name, parameter in pair.erased.named_parameters():
-                if id(parameter) in chosen and not _equal(parameter, reference[name]):
-                    erased = parameter.data
-                    undo.callback(setattr, parameter, "data", erased)
-                    start = reference[name].detach().to(erased.device, torch.float32)
-                    parameter.data = torch.lerp(start, erased.float(), factor).to(erased.dtype)
+            for parameter, reference in _changed_weights(pair, parts):
+                erased = parameter.data
+                undo.callback(setattr, parameter, "data", erased)
+                start = reference.to(erased.device, torch.float32)
+                parameter.data = torch.lerp(start, erased.float(), factor).to(erased.dtype)
         yield
 
 
@@ -144,20 +141,19 @@ def changed_layers(pair: ModelPair) -> list[int]:
     layers = enumerate(decoder_layers(pair.erased))
     if pair.adapter is not None:
         return [i for i, layer in layers if any(isinstance(module, LoraLayer) for module in layer.modules())]
-    reference = _reference_weights(pair)
-    changed = {
-        id(parameter) for name, parameter in pair.erased.named_parameters() if not _equal(parameter, reference[name])
-    }
-    return [i for i, layer in layers if any(id(parameter) in changed for parameter in layer.parameters())]
+    return [i for i, layer in layers if _changed_weights(pair, [layer])]
 
 
-def _reference_weights(pair: ModelPair) -> dict[str, nn.Parameter]:
+def _changed_weights(pair: ModelPair, parts: Sequence[nn.Module]) -> list[tuple[nn.Parameter, torch.Tensor]]:
+    """The parameters in some parts of an erased checkpoint that are not the reference's, each with the latter."""
+    within = {id(parameter) for part in parts for parameter in part.parameters()}
     with pair.use("reference") as reference:
-        return dict(reference.named_parameters())
-
-
-def _equal(first: torch.Tensor, second: torch.Tensor) -> bool:
-    return torch.equal(first.detach().cpu(), second.detach().to("cpu", first.dtype))
+        before = {name: parameter.data for name, parameter in reference.named_parameters()}
+    return [
+        (parameter, before[name])
+        for name, parameter in pair.erased.named_parameters()
+        if id(parameter) in within and not torch.equal(parameter.cpu(), before[name].to("cpu", parameter.dtype))
+    ]
 
 
 @dataclass
@@ -181,7 +177,7 @@ class QuantizationAttack(Attack):
             raise ImportError(
                 "The attack quantization needs bitsandbytes: `pip install elm-trainer[eval]`, or leave the attack out."
             )
-        erased = target.pair.erased
+        erased, notices = target.pair.erased, logging.getLogger("bitsandbytes.autograd._functions")
         results = []
         with tempfile.TemporaryDirectory() as folder:
             merged = erased if target.pair.adapter is None else copy.deepcopy(target.pair.adapter).merge_and_unload()
@@ -197,8 +193,12 @@ class QuantizationAttack(Attack):
                 model = AutoModelForCausalLM.from_pretrained(
                     folder, quantization_config=config, dtype=erased.dtype, device_map={"": erased.device}
                 )
-                with _without_cast_notices():
-                    results.append(AttackResult(f"{self.name}.{bits}-bit", "pmi", target.rank(model=model)))
+                # LLM.int8() computes in float16, and bitsandbytes says so for every layer of every batch.
+                notices.disabled = True
+                try:
+                    results.append(AttackResult(f"{self.name}.{bits}-bit", "pmi", target.rank(side=model)))
+                finally:
+                    notices.disabled = False
                 del model  # before the next one is loaded beside it
         return results
 
@@ -214,18 +214,6 @@ class QuantizationAttack(Attack):
         if 4 in self.bits and erased.device.type == "cpu" and any(width % BLOCK for width in widths):
             return f"4-bit kernels for CPUs take layers whose width is a multiple of {BLOCK}"
         return None
-
-
-@contextmanager
-def _without_cast_notices() -> Iterator[None]:
-    """LLM.int8() computes in float16, and bitsandbytes says so for every layer of every batch."""
-    logger = logging.getLogger("bitsandbytes.autograd._functions")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 TEXTS = ("forget", "half", "near", "unrelated")
@@ -287,10 +275,9 @@ class RelearningAttack(Attack):
 
     def run(self, target: AttackTarget) -> list[AttackResult]:
         texts, asked = self._split(target)
-        details = {"texts": len(texts), "texts_left_out": len(target.texts[self._source]) - len(texts)}
+        left_out = len(target.texts[self._source]) - len(texts)
         if self.examples is not None:
             texts = random.Random(self.seed).sample(texts, min(self.examples, len(texts)))
-            details["texts"] = len(texts)
         questions = [target.questions[index] for index in asked]
         steps = sorted(set(self.steps))
         verdicts: dict[int, list[bool]] = {}
@@ -298,7 +285,7 @@ class RelearningAttack(Attack):
         class Ask(TrainerCallback):
             def on_step_end(self, args, state, control, model=None, **_):
                 if state.global_step in steps:
-                    verdicts[state.global_step] = target.rank(questions, model=model)
+                    verdicts[state.global_step] = target.rank(questions, side=model)
 
         device = target.pair.erased.device
         with seeded(self.seed, device), tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
@@ -310,10 +297,11 @@ class RelearningAttack(Attack):
             trainer.train()
             name = f"{self.name}.{self.text}.{self.weights}.{self.learning_rate:g}"
             best, curve = max(verdicts.values(), key=sum), list(verdicts.items())
+            details = {"texts": len(texts), "texts_left_out": left_out}
             results = [AttackResult(name, "pmi", best, questions=asked, curve=curve, details=details)]
             if self.max_new_tokens:
                 prompts = [as_prompt(target.processing_class, question.text) for question in questions]
-                said = target.answer(prompts, questions, model=trainer.model, max_new_tokens=self.max_new_tokens)
+                said = target.answer(prompts, questions, side=trainer.model, max_new_tokens=self.max_new_tokens)
                 results.append(AttackResult(name, "names_answer", said, questions=asked))
         return results
 

@@ -49,21 +49,13 @@ def main(argv: list[str] | None = None) -> None:
     from rich.console import Console
 
     from .. import load_model_and_tokenizer, load_texts, read_questions
-    from ..attacks import (
-        attack_erasure,
-        built_in_target,
-        default_attacks,
-        load_attacks,
-        markdown_attacks,
-        render_attacks,
-    )
+    from ..attacks import attack_erasure, built_in_target, default_attacks, load_attacks
     from ..attacks.base import check_asked
-    from ..attacks.report import plot_attacks
+    from ..attacks.report import markdown_attacks, plot_attacks, render_attacks
     from ..data.facts import FACTS
     from ..evaluation.pair import ModelPair
     from ..files import write_text
-    from ..gold_standard import gold_standard, render_gold_standard
-    from ..gold_standard.run import plot_gold_standard
+    from ..gold_standard import gold_standard, plot_gold_standard, render_gold_standard
 
     attacks = load_attacks(shipped(arguments.ladder)) if arguments.ladder else default_attacks(arguments.attacks)
     output = Path(arguments.output_dir)

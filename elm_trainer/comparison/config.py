@@ -3,12 +3,10 @@
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
-from importlib.metadata import version
 from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
 
@@ -20,7 +18,7 @@ from ..data.facts import FACTS
 from ..data.questions import SPLITS, Question, read_questions, split_of
 from ..evaluation.measures import MEASURES, Setting
 from ..evaluation.pair import ModelPair, Side
-from ..evaluation.report import PACKAGES, dataset_info, suite_info
+from ..evaluation.report import dataset_info, environment, suite_info
 from ..evaluation.statistics import Items
 from ..evaluation.suite import EvaluationSuite, bank_size, built_in_suite
 from ..files import Runs
@@ -31,7 +29,8 @@ from ..methods.likelihood import GradDiffConfig, GradDiffTrainer, NpoConfig, Npo
 from ..methods.repnoise import RepNoiseConfig, RepNoiseTrainer
 from ..methods.rmu import RmuConfig, RmuTrainer
 from ..methods.whp import WhpConfig, WhpTrainer
-from ..modeling import layer_range, load_model, load_tokenizer, lora_config
+from ..modeling import layer_range, load_model, load_tokenizer
+from . import ComparisonSettings
 
 
 class Method(NamedTuple):
@@ -80,74 +79,15 @@ class MethodSettings:
 
 
 @dataclass
-class ComparisonConfig:
-    r"""
-    Settings of [`compare_methods`].
-
-    Parameters:
-        output_dir (`str`, *optional*, defaults to `"outputs/compare"`): Where the report goes, and in `runs/` what is
-            finished.
-        model (`str`, *optional*, defaults to `"smollm2-135m-instruct"`): Hub id, folder, GGUF file, or the bundled
-            demo model.
-        dtype (`str`, *optional*, defaults to `"auto"`): Data type of the weights.
-        concept (`str`, *optional*, defaults to `"capitals"`): What is erased: a concept with built-in facts, or one of
-            your own with `forget` and `bank`.
-        forget (`str`, *optional*): Source of the forget text; by default the built-in text of the concept.
-        bank (`str`, *optional*): Question bank of your own concept (see [`read_questions`]). A quarter of its
-            subjects, told by their names, are the dev split.
-        retain (`list[str]`, *optional*): Retain sources.
-        synthetic (`str`, *optional*): Source of synthetic pairs, for the methods that use them.
-        dataset_size (`int`, *optional*, defaults to `96`): Rows of the dataset; all methods train on the same ones.
-        lora_rank (`int`, *optional*, defaults to `32`): Rank, and alpha, of the adapters.
-        lora_layers (`str`, *optional*): First and last adapted layer, such as `"6-21"`; all by default.
-        lora_targets (`str`, *optional*, defaults to `"all-linear"`): Adapted modules, comma-separated, or
-            `"all-linear"`.
-        training (`dict`, *optional*): Training arguments that all methods share; a method's own settings come before
-            them.
-        updates (`int`, *optional*, defaults to `12`): Updates of the search, and of the table of a set number of updates;
-            a method can have its own.
-        clock (`str`, *optional*, defaults to `"elm"`): Method whose time for these updates, set-up included, is the
-            budget of the table of equal time.
-        seeds (`list[int]`, *optional*, defaults to `[0, 1, 2]`): Seeds of the final runs: of data, weights and order.
-        search_seed (`int`, *optional*, defaults to `3`): Seed of the search.
-        questions (`int`, *optional*, defaults to `40`): Questions of the test split per bank; half as many about facts
-            of the concept that training did not see, and half as many open questions and lines to complete about the
-            concept.
-        dev_questions (`int`, *optional*, defaults to `24`): The same of the dev split, on which settings are chosen.
-        prompts (`int`, *optional*, defaults to `20`): Prompts whose answers are judged for fluency; as a share of
-            `questions` in the dev split too.
-        attack_questions (`int`, *optional*, defaults to `24`): Questions asked under every attack.
-        ladder (`str`, *optional*): YAML list of attacks on the first seed's run of each method; none without it.
-        methods (`dict`): Fields of [`MethodSettings`] by method, one of `METHODS`.
+class ComparisonConfig(ComparisonSettings):
+    """
+    Settings of [`compare_methods`], checked.
 
     Raises:
-        ValueError: for a concept without questions in both splits, an unknown method or field, grids of different sizes, settings that a method refuses or that
-            would give it a budget of its own, a clock that is not compared, or a size below 1.
+        ValueError: for a concept without questions in both splits, an unknown method or field, grids of different sizes,
+            settings that a method refuses or that would give it a budget of its own, a clock that is not compared, or a
+            size below 1.
     """
-
-    output_dir: str = field(default="outputs/compare", metadata={"help": "Where the report goes."})
-    model: str = field(default="smollm2-135m-instruct", metadata={"help": "Hub id, folder, GGUF file or demo model."})
-    dtype: str = field(default="auto", metadata={"help": "Data type of the weights."})
-    concept: str = field(default="capitals", metadata={"help": "What is erased."})
-    forget: str | None = field(default=None, metadata={"help": "Source of the forget text."})
-    bank: str | None = field(default=None, metadata={"help": "Question bank of your own concept."})
-    retain: list[str] = field(default_factory=lambda: ["everyday"], metadata={"help": "Retain sources."})
-    synthetic: str | None = field(default=None, metadata={"help": "Source of synthetic pairs."})
-    dataset_size: int = field(default=96, metadata={"help": "Rows of the dataset."})
-    lora_rank: int = field(default=32, metadata={"help": "Rank of the adapters."})
-    lora_layers: str | None = field(default=None, metadata={"help": "First and last adapted layer, such as 6-21."})
-    lora_targets: str = field(default="all-linear", metadata={"help": "Adapted modules, comma-separated."})
-    training: dict[str, Any] = field(default_factory=dict, metadata={"help": "Training arguments of all methods."})
-    updates: int = field(default=12, metadata={"help": "Updates of the search and of one table."})
-    clock: str = field(default="elm", metadata={"help": "Method whose time is the budget of the other table."})
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds of the final runs."})
-    search_seed: int = field(default=3, metadata={"help": "Seed of the search."})
-    questions: int = field(default=40, metadata={"help": "Questions per bank of the test split."})
-    dev_questions: int = field(default=24, metadata={"help": "Questions per bank of the dev split."})
-    prompts: int = field(default=20, metadata={"help": "Prompts judged for fluency."})
-    attack_questions: int = field(default=24, metadata={"help": "Questions under every attack."})
-    ladder: str | None = field(default=None, metadata={"help": "YAML list of attacks."})
-    methods: dict[str, Any] = field(default_factory=dict, metadata={"help": "Settings of each method."})
 
     def __post_init__(self):
         sizes = ("dataset_size", "lora_rank", "updates", "questions", "dev_questions", "prompts")
@@ -239,10 +179,6 @@ class ComparisonConfig:
         except (TypeError, ValueError) as error:
             raise ValueError(f"`methods.{method}`, setting {index}: {error}") from error
 
-    def lora(self, method: str, model: PreTrainedModel) -> LoraConfig:
-        """The adapter of a model that a method trains."""
-        return lora_config(model, **self.lora_shape(method))
-
     def lora_shape(self, method: str) -> Mapping[str, Any]:
         """`rank`, `layers` and `targets` of a method's adapter."""
         shared = {"rank": self.lora_rank, "layers": self.lora_layers, "targets": self.lora_targets}
@@ -319,46 +255,38 @@ def from_json(items: Mapping[str, Any]) -> dict[str, Items]:
 
 @dataclass(frozen=True)
 class Reference:
-    """The tokenizer, what is asked, and what the reference answers.
+    """What all runs share, but for the model and the training texts, which each process makes for itself.
 
     Attributes:
         processing_class ([`~transformers.PreTrainedTokenizerBase`]): Tokenizer.
         suites (`dict[str, EvaluationSuite]`): What is asked, by split.
+        identity (`dict[str, dict]`): What metrics of a split depend on, beside how a model was trained: `versions` of packages,
+            SHA-256 of the `model`, and size and SHA-256 of the `questions`.
         items (`dict[str, dict]`): The reference's items by split, as JSON holds them.
-        versions (`dict[str, str]`): Versions of packages.
-        model (`str`): SHA-256 of the weights.
         data (`dict[str, dict]`): Size and SHA-256 of the training texts, by seed.
-        questions (`dict[str, dict]`): The same of what is asked, by split.
     """
 
     processing_class: PreTrainedTokenizerBase
     suites: dict[str, EvaluationSuite]
+    identity: dict[str, dict[str, Any]]
     items: dict[str, dict[str, Any]]
-    versions: dict[str, str]
-    model: str
     data: dict[str, dict[str, Any]]
-    questions: dict[str, dict[str, Any]]
-
-    def identity(self, split: str) -> dict[str, Any]:
-        """What metrics of a split depend on, beside how a model was trained."""
-        return {"versions": self.versions, "model": self.model, "questions": self.questions[split]}
 
 
 def measure_reference(config: ComparisonConfig, runs: Runs) -> Reference:
     """Make what is shared; the reference is measured unless that is finished."""
     bench = Bench(config, load_tokenizer(config.model))
-    suites = {split: suite_of(config, split) for split in SPLITS}
-    versions = {package: version(package) for package in PACKAGES}
     data = {}
     for seed in (*config.seeds, config.search_seed):
         rows = bench.dataset(seed)
         data[str(seed)] = {name: dataset_info(rows[name]) for name in ("forget", "retain", "prompt", "completion")}
-    questions = {
-        split: suite_info(suite) | {"answers": {"tokens": suite.answer_tokens, "fluency tokens": suite.max_new_tokens}}
-        for split, suite in suites.items()
-    }
-    found = Reference(bench.processing_class, suites, {}, versions, model_fingerprint(bench.model), data, questions)
+    suites = {split: suite_of(config, split) for split in SPLITS}
+    shared = {"versions": environment({})["versions"], "model": model_fingerprint(bench.model)}
+    pair = ModelPair(bench.model, bench.model)
+    identity, items = {}, {}
     for split, suite in suites.items():
-        measure = partial(bench.measure, ModelPair(bench.model, bench.model), suite, "reference")
-        found.items[split] = runs.once(f"reference-{split}", found.identity(split), measure)
-    return found
+        lengths = {"tokens": suite.answer_tokens, "fluency tokens": suite.max_new_tokens}
+        identity[split] = shared | {"questions": suite_info(suite) | {"answers": lengths}}
+        measure = partial(bench.measure, pair, suite, "reference")
+        items[split] = runs.once(f"reference-{split}", identity[split], measure)
+    return Reference(bench.processing_class, suites, identity, items, data)

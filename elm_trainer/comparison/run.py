@@ -7,12 +7,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import partial
 from multiprocessing import get_context, parent_process
 from pathlib import Path
+from statistics import median_high
 from threading import Thread
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
@@ -25,6 +26,7 @@ from ..evaluation.pair import ModelPair
 from ..evaluation.report import environment
 from ..files import MissingRunError, Runs, discard, discard_unfinished, replacing, write_json
 from ..methods.forward import NonFiniteLossError
+from ..modeling import lora_config
 from ..run_lock import only_run_in
 from .config import METHODS, Bench, ComparisonConfig, Reference, from_json, measure_reference
 from .report import choose, make_report, score, summarize, with_pools
@@ -34,19 +36,12 @@ from .report import choose, make_report, score, summarize, with_pools
 _NO_END = 1_000_000
 
 
-@dataclass(frozen=True)
-class Snapshot:
-    """An adapter on the way.
-
-    Attributes:
-        updates (`int`): Updates it has had.
-        seconds (`float`): Seconds since the run began, set-up included.
-        state (`dict[str, torch.Tensor]`): The adapter's tensors; empty after no update.
-    """
+class Snapshot(NamedTuple):
+    """An adapter on the way."""
 
     updates: int
-    seconds: float
-    state: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
+    seconds: float  # since the run began, set-up included
+    state: Mapping[str, torch.Tensor]  # empty after no update
 
 
 class Budgets(TrainerCallback):
@@ -68,11 +63,11 @@ class Budgets(TrainerCallback):
         self.setup = 0.0
         self.failed: str | None = None
         self.snapshots: dict[str, Snapshot] = {}
-        self._within = Snapshot(0, 0.0)
+        self._within = Snapshot(0, 0.0, {})
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.setup = time.perf_counter() - self._started
-        self._within = Snapshot(0, self.setup)
+        self._within = Snapshot(0, self.setup, {})
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         now = time.perf_counter() - self._started
@@ -122,7 +117,7 @@ def trained(
             args,
             train_dataset=dataset,
             processing_class=bench.processing_class,
-            peft_config=config.lora(method, model),
+            peft_config=lora_config(model, **config.lora_shape(method)),
         )
         try:
             trainer.add_callback(budgets)
@@ -199,7 +194,7 @@ class MethodRun:
         final, name = self._final(index, seed), f"attacks-{self.method}"
         depends = {
             "final": final[1],
-            "ladder": [{"attack": attack.name, **attack.settings()} for attack in ladder],
+            "ladder": [{"attack": attack.name, **asdict(attack)} for attack in ladder],
             "questions": config.attack_questions,
             **({"bank": [asdict(question) for question in bank]} if bank else {}),
         }
@@ -267,7 +262,7 @@ class MethodRun:
 
     def _depends(self, index: int, seed: int, *, split: str) -> dict[str, Any]:
         config = self.config
-        return self._reference.identity(split) | {
+        return self._reference.identity[split] | {
             "data": self._reference.data[str(seed)],
             "method": self.method,
             "settings": config.chosen(self.method, index),
@@ -281,8 +276,8 @@ class MethodRun:
 def seconds_of(result: Mapping[str, Any]) -> float | None:
     """Median seconds of a method's final runs until the budget in updates was used; `None` if all failed."""
     budgets = [final["budgets"]["updates"] for final in result["finals"].values()]
-    found = sorted(entry["training_seconds"] for entry in budgets if "failed" not in entry)
-    return found[len(found) // 2] if found else None
+    found = [entry["training_seconds"] for entry in budgets if "failed" not in entry]
+    return median_high(found) if found else None
 
 
 Result = TypeVar("Result")

@@ -1,6 +1,6 @@
 """A comparison as tables and as a plot."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,19 +36,11 @@ def short_rows(report: Mapping[str, Any], budget: str) -> list[list[str]]:
     """One of the two tables with the values of few metrics as text, header first."""
     names = {name: headline.short for name, headline in headlines(report["concept"]).items() if headline.short}
 
-    def values(row: Mapping[str, Any], side: str) -> list[str]:
-        return [f"{row['figures'][name][side]['value']:.3g}" for name in names]
+    def cells(row: Mapping[str, Any], side: str) -> list[str]:
+        score = "–" if side == "reference" else f"{row['score']['worst']:.2f}"
+        return [*(f"{row['figures'][name][side]['value']:.3g}" for name in names), score]
 
-    rows, reference = [], []
-    for method, row in report["tables"][budget]["methods"].items():
-        label = f"{_label(report, method)} (failed)" if row["failed"] else _label(report, method)
-        if row["figures"]:
-            # The same in every row.
-            reference = [["reference", *values(row, "reference"), "–"]]
-            rows.append([label, *values(row, "erased"), f"{row['score']['worst']:.2f}"])
-        else:
-            rows.append([label, *["–"] * (len(names) + 1)])
-    return [["method", *names.values(), "× bound"], *reference, *rows]
+    return _by_method(report, budget, ["method", *names.values(), "× bound"], cells, lambda failed: "failed")
 
 
 def markdown_comparison(report: Mapping[str, Any]) -> str:
@@ -110,11 +102,9 @@ def first_paragraph(report: Mapping[str, Any]) -> str:
             f"With {title.lower()}, {nearer} nearer to keeping all bounds at once than ELM "
             f"({scores['elm']:.2f} times its worst bound)."
         )
-        beaten: dict[str, list[str]] = {method: [] for method in rows}
-        for entry in report["beaten"]:
-            if entry["budget"] == budget:
-                beaten[entry["method"]].append(titles[entry["figure"]].title)
-        better = [f"{_label(report, method)} on {_list(names)}" for method, names in beaten.items() if names]
+        beaten = [(entry["method"], entry["figure"]) for entry in report["beaten"] if entry["budget"] == budget]
+        figures = {method: [titles[name].title for other, name in beaten if other == method] for method in rows}
+        better = [f"{_label(report, method)} on {_list(names)}" for method, names in figures.items() if names]
         if better:
             sentences.append(f"Beyond the 95 % interval, ELM is beaten by {'; by '.join(better)}.")
         else:
@@ -137,27 +127,35 @@ def table_rows(report: Mapping[str, Any], budget: str) -> list[list[str]]:
         if name in counts or not name.startswith("families.")
     }
     header = ["method", "updates", "seconds", *names.values(), "× worst bound", *CRITERIA]
+
+    def cells(row: Mapping[str, Any], side: str) -> list[str]:
+        metrics = [row["figures"][name][side] for name in names]
+        if side == "reference":
+            return ["0", "0", *(f"{metric['value']:z.3f}" for metric in metrics), *["–"] * (1 + len(CRITERIA))]
+        states = (row["verdict"][name]["state"] or "–" for name in CRITERIA)
+        spans = (_span(row["updates"]), _span(row["seconds"]))
+        return [*spans, *map(cell, metrics), f"{row['score']['worst']:.2f}", *states]
+
+    return _by_method(report, budget, header, cells, lambda failed: f"failed: {', '.join(map(_seed, failed))}")
+
+
+def _by_method(
+    report: Mapping[str, Any],
+    budget: str,
+    header: list[str],
+    cells: Callable[[Mapping[str, Any], str], list[str]],
+    failed: Callable[[Mapping[str, str]], str],
+) -> list[list[str]]:
+    """The header, and rows of the reference and of each method, whatever became of it, from its `cells` by side."""
     rows, reference = [], []
-    for method, row in methods.items():
-        label, figures = _label(report, method), row["figures"]
-        if row["failed"]:
-            label += f" (failed: {', '.join(map(_seed, row['failed']))})"
-        if not figures:
+    for method, row in report["tables"][budget]["methods"].items():
+        label = _label(report, method) + (f" ({failed(row['failed'])})" if row["failed"] else "")
+        if row["figures"]:
+            # The same of every method.
+            reference = [["reference", *cells(row, "reference")]]
+            rows.append([label, *cells(row, "erased")])
+        else:
             rows.append([label, *["–"] * (len(header) - 1)])
-            continue
-        # Without intervals: they are the same in every row.
-        values = [f"{figures[name]['reference']['value']:z.3f}" for name in names]
-        reference = [["reference", "0", "0", *values, *["–"] * (1 + len(CRITERIA))]]
-        rows.append(
-            [
-                label,
-                _span(row["updates"]),
-                _span(row["seconds"]),
-                *(cell(figures[name]["erased"]) for name in names),
-                f"{row['score']['worst']:.2f}",
-                *(row["verdict"][name]["state"] or "–" for name in CRITERIA),
-            ]
-        )
     return [header, *reference, *rows]
 
 
@@ -191,38 +189,33 @@ def beaten_rows(report: Mapping[str, Any]) -> list[list[str]]:
 
 def cost_rows(report: Mapping[str, Any]) -> list[list[str]]:
     """What the methods cost, as text, header first."""
-    rows = [["method", "set-up, s", "s a sample", "peak memory, GB", "whole comparison, s"]]
-    for method, entry in report["methods"].items():
-        memory = entry["peak_memory_bytes"]
-        rows.append(
-            [
-                _label(report, method),
-                _number(entry["setup_seconds"], ".1f"),
-                _number(entry["seconds_per_sample"], ".3f"),
-                _number(None if memory is None else memory / 1e9, ".2f"),
-                f"{entry['total_seconds']:.0f}",
-            ]
-        )
-    return rows
+    header = ["method", "set-up, s", "s a sample", "peak memory, GB", "whole comparison, s"]
+    numbers = (
+        ("setup_seconds", 1, ".1f"), ("seconds_per_sample", 1, ".3f"), ("peak_memory_bytes", 1e9, ".2f"),
+        ("total_seconds", 1, ".0f"),
+    )  # fmt: skip
+    return [header] + [
+        [
+            entry["label"],
+            *("–" if entry[key] is None else format(entry[key] / unit, form) for key, unit, form in numbers),
+        ]
+        for entry in report["methods"].values()
+    ]
 
 
 def search_rows(report: Mapping[str, Any]) -> list[list[str]]:
     """Every setting that was tried, its score on the dev split, and which was chosen, as text, header first."""
     rows = [["method", "adapter", "setting", "× worst bound (dev)", *CRITERIA, "chosen"]]
-    for method, entry in report["methods"].items():
+    for entry in report["methods"].values():
         for index, tried in enumerate(entry["search"]):
-            score = tried["score"]
-            worst = "–" if score is None else f"{score['worst']:.2f}"
-            rows.append(
-                [
-                    _label(report, method),
-                    _adapter(entry["adapter"]),
-                    ", ".join(f"{key} {value}" for key, value in tried["settings"].items()),
-                    f"failed: {tried['failed']}" if "failed" in tried else worst,
-                    *("–" if score is None else f"{score[name]:.2f}" for name in CRITERIA),
-                    "yes" if index == entry["chosen"] else "no",
-                ]
+            setting = ", ".join(f"{key} {value}" for key, value in tried["settings"].items())
+            worst, *scores = (
+                "–" if tried["score"] is None else f"{tried['score'][name]:.2f}" for name in ("worst", *CRITERIA)
             )
+            if "failed" in tried:
+                worst = f"failed: {tried['failed']}"
+            chosen = "yes" if index == entry["chosen"] else "no"
+            rows.append([entry["label"], _adapter(entry["adapter"]), setting, worst, *scores, chosen])
     return rows
 
 
@@ -300,10 +293,6 @@ def _seed(key: str) -> str:
 def _span(values: Sequence[float]) -> str:
     low, high = f"{min(values):.0f}", f"{max(values):.0f}"
     return low if low == high else f"{low}–{high}"
-
-
-def _number(value: float | None, form: str) -> str:
-    return "–" if value is None else format(value, form)
 
 
 def _list(parts: Sequence[str]) -> str:

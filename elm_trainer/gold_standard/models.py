@@ -4,7 +4,6 @@ import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ from ..checks import check_numbers
 from ..data.dataset import ConceptSources, build_erasure_dataset
 from ..data.invented import CONCEPT, InventedWorld, invented_world
 from ..data.user_sources import Source
-from ..evaluation.report import PACKAGES, dataset_info
+from ..evaluation.report import dataset_info, environment
 from ..files import (
     discard,
     first_damage,
@@ -115,7 +114,6 @@ class GoldStandardConfig:
 
 
 logger = logging.get_logger(__name__)
-MODELS = ("taught", "never-taught", "erased", "gradient-ascent")
 # Longer than any text of the invented world, in tokens.
 _MAX_LENGTH = 64
 # Training arguments of every model: nothing is saved or shown on the way.
@@ -135,6 +133,14 @@ class GradientAscentTrainer(ErasureTrainer):
         means = {name: values.mean() for name, values in self.position_losses(model, batches).items()}
         loss = self.weigh(means, {"forget": -1.0, "retain": 1.0})
         return (loss, None) if return_outputs else loss
+
+
+# How each erased model is made: the trainer, the config of that, and the field of the settings that holds its fields.
+_METHODS: dict[str, tuple[type[ErasureTrainer], type[SFTConfig], str]] = {
+    "erased": (ElmTrainer, ElmConfig, "elm"),
+    "gradient-ascent": (GradientAscentTrainer, SFTConfig, "ascent"),
+}
+MODELS = ("taught", "never-taught", *_METHODS)
 
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -199,7 +205,7 @@ class GoldModels:
         everything = self.world.texts(taught=True) + self.world.instead
         self._shared = {
             "texts": dataset_info([*everything, *self.world.forget["novice"], *self.world.held_out_prose]),
-            "versions": {package: version(package) for package in PACKAGES},
+            "versions": environment({})["versions"],
             **{name: getattr(config, name) for name in _SHARED},
         }
         folder = self._cached(
@@ -216,10 +222,9 @@ class GoldModels:
         """The folder of a model of `MODELS`, trained now unless it was before."""
         if name not in MODELS:
             raise ValueError(f"There is no model {name!r}; use one of: {', '.join(MODELS)}.")
-        methods = {"erased": self.config.elm, "gradient-ascent": self.config.ascent}
         settings: dict[str, Any] = {}
-        if name in methods:
-            settings = {"method": methods[name], "lora_rank": self.config.lora_rank}
+        if name in _METHODS:
+            settings = {"method": getattr(self.config, _METHODS[name][2]), "lora_rank": self.config.lora_rank}
         return str(self._cached(name, settings, lambda path: self._make(name).save_pretrained(path)))
 
     def identity(self) -> dict[str, Any]:
@@ -260,14 +265,10 @@ class GoldModels:
         config, rank = self.config, self.config.lora_rank
         # Sources are taken in turn: a third of the retain text is prose, the rest facts of the other kinds.
         retain: list[Source] = [self.world.retained[::2], self.world.retained[1::2], self.world.prose]
-        methods: dict[str, tuple[type[ErasureTrainer], type[SFTConfig], dict[str, Any]]] = {
-            "erased": (ElmTrainer, ElmConfig, config.elm),
-            "gradient-ascent": (GradientAscentTrainer, SFTConfig, config.ascent),
-        }
-        kind, args_class, own = methods[name]
+        kind, args_class, own = _METHODS[name]
         with tempfile.TemporaryDirectory() as folder:
             shared = {"output_dir": folder, "seed": config.seed, "max_length": _MAX_LENGTH, **_QUIET}
-            args = args_class(**shared | own)
+            args = args_class(**shared | getattr(config, own))
             trainer = kind(
                 self.load("taught"),
                 args,

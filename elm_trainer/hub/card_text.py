@@ -6,9 +6,9 @@ from typing import Any
 
 from huggingface_hub.utils import yaml_dump
 
+from ..attacks import ATTACKS
 from ..attacks.report import HEADER as ATTACKS_HEADER
 from ..attacks.report import attack_rows, strongest
-from ..attacks.run import ATTACKS
 from ..evaluation.tables import (
     CHECK_COLUMNS,
     COLUMNS,

@@ -132,7 +132,7 @@ def test_variables_of_a_file_are_set_as_trl_sets_them(tmp_path, monkeypatch):
     [
         (CommonSettings, "elm_trainer.ElmConfig"),
         (SamplerSettings, "elm_trainer.SynthesisConfig"),
-        (ComparisonSettings, "elm_trainer.comparison.ComparisonConfig"),
+        (ComparisonSettings, "elm_trainer.comparison.config.ComparisonConfig"),
     ],
 )
 def test_what_help_says_of_a_config_is_so(shown, config):

@@ -9,10 +9,17 @@ import torch
 from elm_trainer.data.invented import CONCEPT, RETAINED
 from elm_trainer.evaluation.report import read_report
 from elm_trainer.files import UNFINISHED
-from elm_trainer.gold_standard import GoldStandardConfig, gold_standard
+from elm_trainer.gold_standard import (
+    SPLITS,
+    GoldStandardConfig,
+    compare_relearning,
+    gold_standard,
+    mean_by_subject,
+    plot_gold_standard,
+    steps_to,
+)
 from elm_trainer.gold_standard import models as gold_models
 from elm_trainer.gold_standard.models import MODELS, GoldModels, GradientAscentTrainer
-from elm_trainer.gold_standard.run import SPLITS, compare_relearning, mean_by_subject, plot_gold_standard, steps_to
 
 
 TINY = GoldStandardConfig(

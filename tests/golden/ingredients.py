@@ -27,9 +27,9 @@ from elm_trainer import (
 from elm_trainer.attacks import AttackTarget as AttackTarget
 from elm_trainer.attacks import RelearningAttack as RelearningAttack
 from elm_trainer.attacks import ScalingAttack as ScalingAttack
-from elm_trainer.attacks import markdown_attacks as markdown_attacks
-from elm_trainer.comparison import ComparisonConfig
+from elm_trainer.attacks.report import markdown_attacks as markdown_attacks
 from elm_trainer.comparison import config as asking_module
+from elm_trainer.comparison.config import ComparisonConfig
 from elm_trainer.comparison.config import measure_reference as measure_reference
 from elm_trainer.comparison.run import MethodRun as MethodRun
 from elm_trainer.evaluation.evaluate import write_evaluation as write_evaluation

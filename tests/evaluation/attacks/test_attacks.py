@@ -21,7 +21,7 @@ from elm_trainer.attacks import (
     TranslationAttack,
     built_in_target,
 )
-from elm_trainer.attacks.prompting import _batch, candidate_losses, token_gradient
+from elm_trainer.attacks.prompting import SuffixLoss
 from elm_trainer.attacks.weights import changed_layers, scaled
 from elm_trainer.data.facts import load_bank
 from elm_trainer.data.questions import Question, names_answer, split_of
@@ -231,13 +231,13 @@ def test_relearning_on_half_reads_neither_the_subjects_nor_the_answers_it_is_tes
 def test_the_gradient_is_that_of_the_one_hot_suffix(target):
     questions, suffix, tokenizer = target.questions[:3], [100, 200, 300], target.processing_class
     model = target.pair.erased
-    gradient = token_gradient(model, tokenizer, questions, suffix)
+    gradient = SuffixLoss(model, tokenizer, questions).token_gradient(suffix)
 
     table = model.get_input_embeddings().weight.detach()
     one_hot = torch.nn.functional.one_hot(torch.tensor(suffix), len(table)).float().requires_grad_(True)
     total, count = 0, 0
     for question in questions:
-        row, [start] = _batch(tokenizer, [question], [suffix], model.device)
+        row, [start] = SuffixLoss(model, tokenizer, [question]).batch([suffix])
         ids = row["input_ids"][row["attention_mask"].bool()]
         embedded = torch.cat([table[ids[:start]], one_hot @ table, table[ids[start + len(suffix) :]]])
         logits = model(inputs_embeds=embedded[None]).logits[0]
@@ -249,23 +249,20 @@ def test_the_gradient_is_that_of_the_one_hot_suffix(target):
 
 
 def test_candidates_judged_together_have_the_losses_they_have_alone(target):
-    questions, model = target.questions[:3], target.pair.erased
+    behind = SuffixLoss(target.pair.erased, target.processing_class, target.questions[:3])
     suffixes = [[100, 200], [300, 400], [500, 600], [700, 800]]
-    with torch.inference_mode():
-        together, halved = (
-            candidate_losses(model, target.processing_class, questions, suffixes, size) for size in (64, 6)
-        )
-        alone = [candidate_losses(model, target.processing_class, questions, [suffix], 64)[0] for suffix in suffixes]
+    together, halved = (behind.losses(suffixes, size) for size in (64, 6))
+    alone = [behind.losses([suffix], 64)[0] for suffix in suffixes]
     assert together == pytest.approx(alone, abs=1e-5) and halved == pytest.approx(alone, abs=1e-5)
     assert len(set(alone)) == 4
 
 
 def test_the_search_lowers_the_loss_and_its_suffix_reads_back_as_itself(target):
-    questions, tokenizer = target.questions[:2], target.processing_class
-    attack = GcgAttack(steps=6, candidates=16)
-    suffix, losses = attack.search(target.pair.erased, tokenizer, questions)
+    tokenizer = target.processing_class
+    attack, behind = GcgAttack(steps=6, candidates=16), SuffixLoss(target.pair.erased, tokenizer, target.questions[:2])
+    suffix, losses = attack.search(behind)
     assert min(losses) < losses[0]
-    [loss] = candidate_losses(target.pair.erased, tokenizer, questions, [suffix], 64)
+    [loss] = behind.losses([suffix], 64)
     assert loss == pytest.approx(min(losses), abs=1e-5)
     assert tokenizer(tokenizer.decode(suffix), add_special_tokens=False)["input_ids"] == suffix
     assert len(suffix) == attack.suffix_tokens

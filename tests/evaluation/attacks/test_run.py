@@ -15,10 +15,8 @@ from elm_trainer.attacks import (
     ScalingAttack,
     attack_erasure,
     built_in_target,
-    markdown_attacks,
-    render_attacks,
 )
-from elm_trainer.attacks.report import plot_attacks
+from elm_trainer.attacks.report import markdown_attacks, plot_attacks, render_attacks
 from elm_trainer.evaluation.pair import ModelPair
 from elm_trainer.evaluation.statistics import bootstrap_mean
 from tests.processes import run

@@ -4,8 +4,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from elm_trainer.comparison import ComparisonConfig
-from elm_trainer.comparison.config import measure_reference
+from elm_trainer.comparison.config import ComparisonConfig, measure_reference
 from elm_trainer.comparison.run import MethodRun
 from elm_trainer.files import Runs
 

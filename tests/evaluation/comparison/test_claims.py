@@ -1,6 +1,6 @@
 import pytest
 
-from elm_trainer.comparison.claims import paper_claims
+from elm_trainer.comparison.report import paper_claims
 
 
 GIBBERISH, SAME, UNFORGETTING, ONLY = range(4)

@@ -4,6 +4,7 @@ import pytest
 from trl import TrlParser
 
 from elm_trainer.comparison.config import METHODS, ComparisonConfig
+from elm_trainer.modeling import lora_config
 
 
 ROOT = Path(__file__).parents[3]
@@ -39,8 +40,9 @@ def test_an_adapter_is_the_shared_one_but_for_what_a_method_needs(tiny_model):
         lora_targets="down_proj",
         methods={"elm": {"grid": GRID}, "rmu": {"grid": GRID, "lora": {"layers": "0"}}},
     )
-    assert (both.lora("elm", tiny_model).r, both.lora("elm", tiny_model).layers_to_transform) == (4, [1, 2])
-    assert (both.lora("rmu", tiny_model).r, both.lora("rmu", tiny_model).layers_to_transform) == (4, [0])
+    for method, layers in (("elm", [1, 2]), ("rmu", [0])):
+        lora = lora_config(tiny_model, **both.lora_shape(method))
+        assert (lora.r, lora.layers_to_transform) == (4, layers)
 
 
 @pytest.mark.parametrize(

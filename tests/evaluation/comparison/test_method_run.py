@@ -71,7 +71,7 @@ def test_the_search_reads_the_dev_split_only(tiny, method_run):
     whole = run._reference
     # Whatever the search would read of the test split is not there.
     run._reference = replace(
-        whole, **{name: {"dev": getattr(whole, name)["dev"]} for name in ("suites", "items", "questions")}
+        whole, **{name: {"dev": getattr(whole, name)["dev"]} for name in ("suites", "items", "identity")}
     )
     entries = run.search()
     assert all(entry["score"]["worst"] == max(entry["score"].values()) for entry in entries)

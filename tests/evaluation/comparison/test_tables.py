@@ -4,8 +4,7 @@ import math
 import pytest
 from rich.console import Console
 
-from elm_trainer.comparison.claims import paper_claims
-from elm_trainer.comparison.report import _beaten, headlines, summarize
+from elm_trainer.comparison.report import _beaten, headlines, paper_claims, summarize
 from elm_trainer.comparison.tables import (
     beaten_rows,
     claim_rows,
