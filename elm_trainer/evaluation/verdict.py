@@ -145,9 +145,11 @@ def counted(found: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def multiple(check: Mapping[str, Any]) -> float:
     """A check's value as a multiple of its bound; what got better than the reference is below 0."""
+    value, bound = check["value"], check["bound"]
     if "r_ppl" in check["figure"] or check["figure"].endswith("perplexity"):
-        return math.log(check["value"]) / math.log(check["bound"])
-    return check["value"] / check["bound"]
+        value, bound = math.log(value), math.log(bound)
+    # Beyond a bound that leaves no room, a multiple is as good as infinite.
+    return value / (bound or 1e-9)
 
 
 def negative(change: Mapping[str, float]) -> dict[str, float]:
