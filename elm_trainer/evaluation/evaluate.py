@@ -19,13 +19,13 @@ from ..distributed import processes_and_rank
 from ..files import Journal, write_json
 from ..run_lock import only_run_in
 from .fluency import Generator
+from .inside import look_inside, plot_inside
 from .measures import INSIDE, MEASURES, Setting, measurable
 from .pair import SIDES, ModelPair, Side, in_shards
-from .plots import plot_inside, plot_report
 from .report import SCHEMA_VERSION, environment, harness_results, pair_fingerprint, suite_info
 from .statistics import Items, bootstrap_mean, compared
 from .suite import EvaluationSuite, Role, built_in_suite
-from .tables import render_summary, verdict_lines, write_markdown, write_samples
+from .tables import plot_report, render_summary, verdict_lines, write_markdown, write_samples
 from .verdict import Criteria, judge, raise_flags, split_name
 
 
@@ -165,8 +165,6 @@ def _evaluate(
                     items.setdefault(key, {})[side] = Items(**value)
     inside = None
     if INSIDE in measures:
-        from .inside import look_inside
-
         erased = [q for name in suite.named("erased") for q in suite.banks[name]]
         questions = [q for q in erased if q.family == PLAIN]
         row = journal.once(

@@ -1,17 +1,22 @@
-"""A report in sentences and tables: for the terminal, as Markdown, and as samples; and what other reports' tables share."""
+"""A report in sentences, tables and a picture: for the terminal, as Markdown, as samples and as PNG; and what other reports' tables share."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.padding import Padding
 from rich.table import Column, Table
 from rich.text import Text
 
-from ..files import write_text
-from .verdict import CRITERIA, FAILS, HOLDS, RANKING_RULES, UNCERTAIN, counted, read_verdict, split_name
+from ..files import replacing, write_text
+from .verdict import CRITERIA, FAILS, HOLDS, RANKING_RULES, UNCERTAIN, counted, counts, read_verdict, split_name
+
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 ROLES = {
@@ -57,6 +62,12 @@ MAIN_COLUMNS = ("about", "measured by", "n", "before", "after", "change", "p")
 CHECK_COLUMNS = ("criterion", "about", "measured by", "held to the bound", "value", "bound", "verdict")
 LEFT_COLUMNS = ("asked", "role", "rule", "n", "chance", "reference", "erased", "margin left")
 NOT_MEASURED = "not measured"
+# A term of the loss on training rows; `train_loss` is the mean of the whole loss over the run.
+_TERM = re.compile(r"(?!eval_|train_)\w+_loss")
+_COLORS = {"reference": "C0", "erased": "C3"}
+_ROW_INCHES = 0.25
+# Where accuracy is to be kept, more is better; of all else, less.
+_TO_BE_KEPT = ("near", "far")
 # How the words of a verdict are meant.
 LEGEND = (
     "A check holds where its whole interval keeps the bound, fails where all of it lies beyond, and is uncertain otherwise. "
@@ -296,3 +307,90 @@ def _held(criterion: str, check: Mapping[str, Any]) -> str:
     if rule.partition(".")[0] == "r_ppl" or check["figure"] == "retention.perplexity":
         return "multiple of the unmodified model's"
     return {"innocence": "share", "seamlessness": "rise", "specificity": "fall"}[criterion]
+
+
+@contextmanager
+def plot_file(path: str | Path, width: float, height: float) -> Iterator["Figure"]:
+    """A figure of so many inches to draw on, which is written into a PNG file once the block has ended."""
+    from matplotlib.figure import Figure  # takes half a second to import
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    yield figure
+    with replacing(path) as unfinished:
+        figure.savefig(unfinished, dpi=100)
+
+
+def plot_report(report: Mapping[str, Any], path: str | Path) -> None:
+    """Draw what each criterion is judged by, before and after, and the loss terms where known, into a PNG file.
+
+    One panel for each criterion, one line for each metric: a dot for the reference, one for the erased model, their 95 %
+    intervals, and chance as a tick. Perplexities stand as multiples of the reference's. Lines that the verdict does not
+    count are gray. An arrow beside each label points to the better side.
+    """
+    lines = _lines(report)
+    # Innocence has the left column; beside it the others, each as high as its lines need.
+    rows = [max(len(lines["seamlessness"]), 3), max(len(lines["specificity"]), 3), 6]
+    height = 2.4 + _ROW_INCHES * max(len(lines["innocence"]), sum(rows) + 6)
+    with plot_file(path, 12, height) as figure:
+        mosaic = [["innocence", name] for name in ("seamlessness", "specificity", "losses")]
+        panels: dict[str, Any] = figure.subplot_mosaic(mosaic, height_ratios=[count + 2 for count in rows])
+        verdict = read_verdict(report)
+        for name in CRITERIA:
+            _dots(panels[name], report, lines[name])
+            panels[name].set_title(f"{name.capitalize()}: {verdict[name]['state'] or NOT_MEASURED}")
+        panels["innocence"].set_xlabel("share of questions; an arrow points to the better side")
+        if panels["innocence"].lines:
+            panels["innocence"].legend(fontsize=8, loc="lower right")
+        losses = panels["losses"]
+        log = report.get("training_log", [])
+        for term in dict.fromkeys(key for entry in log for key in entry if _TERM.fullmatch(key)):
+            points = [(entry["step"], entry[term]) for entry in log if term in entry]
+            losses.plot(*zip(*points, strict=True), label=term.removesuffix("_loss"))
+        losses.set(title="Loss terms", xlabel="step", yscale="log")
+        if losses.lines:
+            losses.legend(fontsize=8)
+
+
+def _lines(report: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """By criterion, the metrics that belong in its panel, and the label of each."""
+    found: dict[str, dict[str, str]] = {name: {} for name in CRITERIA}
+    for name, metric in report["figures"].items():
+        kind, bank, rule = split_name(name)
+        role = report["roles"].get(bank)
+        _, measured = metric_label(name, report["roles"])
+        if kind == "multiple_choice" and rule == "pmi":
+            criterion = "specificity" if role in _TO_BE_KEPT else "innocence"
+            label = f"{bank} ({role}), ranked by PMI"
+        elif kind in ("open_answers", "cloze") and role in ("erased", "unseen") and rule in ("", "commonest"):
+            criterion, label = "innocence", f"{bank}, {measured}"
+        elif kind == "fluency" and metric["statistic"] in ("mean", "perplexity"):
+            criterion, label = "seamlessness", measured
+        elif name == "retention.perplexity":
+            criterion, label = "specificity", "unrelated text, perplexity"
+        else:
+            continue
+        multiple = ", × reference" if metric["statistic"] == "perplexity" else ""
+        found[criterion][name] = f"{label}{multiple} {'→' if role in _TO_BE_KEPT else '←'}"
+    return found
+
+
+def _dots(axes: Any, report: Mapping[str, Any], lines: Mapping[str, str]) -> None:
+    for row, name in enumerate(lines):
+        figure = report["figures"][name]
+        multiples = {"reference": dict.fromkeys(("value", "low", "high"), 1.0), "erased": figure["change"]}
+        sides = multiples if figure["statistic"] == "perplexity" else figure
+        for offset, (side, usual) in zip((0.14, -0.14), _COLORS.items(), strict=True):
+            value, low, high = (sides[side][key] for key in ("value", "low", "high"))
+            color = usual if counts(figure) else "lightgray"
+            axes.plot([low, high], [row - offset] * 2, color=color, linewidth=1, alpha=0.6)
+            axes.plot(value, row - offset, "o", color=color, markersize=4, label=side if row == 0 else None)
+        if name.startswith("multiple_choice."):
+            # Reports of an earlier version hold it among the shortcuts alone.
+            chance = figure.get("chance", report["shortcuts"].get(split_name(name)[1], {}).get("chance"))
+            if chance is not None:
+                label = "chance" if row == 0 else None
+                axes.plot([chance] * 2, [row - 0.4, row + 0.4], "k--", linewidth=1, label=label)
+    axes.set_yticks(range(len(lines)), list(lines.values()), fontsize=8)
+    axes.set_ylim(len(lines) - 0.4, -0.6)
+    axes.set_xlim(left=0)
+    axes.grid(axis="x", alpha=0.3)

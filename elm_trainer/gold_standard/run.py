@@ -20,10 +20,9 @@ from ..data.invented import CONCEPT, RETAINED
 from ..data.questions import CHANCE, Question, names_answer
 from ..evaluation.fluency import as_prompt, generate
 from ..evaluation.likelihood import reverse_perplexity, score_choices
-from ..evaluation.plots import plot_file
 from ..evaluation.report import SCHEMA_VERSION, environment, read_report
 from ..evaluation.statistics import Estimate, bootstrap, bootstrap_mean, bootstrap_perplexity
-from ..evaluation.tables import terminal_table
+from ..evaluation.tables import plot_file, terminal_table
 from ..files import Journal, discard_unfinished, write_json
 from ..run_lock import only_run_in
 from .models import MODELS, GoldModels, GoldStandardConfig, fine_tune

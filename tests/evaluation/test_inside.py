@@ -5,9 +5,8 @@ import pytest
 import torch
 
 from elm_trainer.data.facts import load_bank
-from elm_trainer.evaluation.inside import look_inside
+from elm_trainer.evaluation.inside import look_inside, plot_inside
 from elm_trainer.evaluation.pair import ModelPair
-from elm_trainer.evaluation.plots import plot_inside
 
 from .test_activations import TEXTS
 
