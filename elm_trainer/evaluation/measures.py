@@ -28,12 +28,12 @@ from .benchmarks import (
 )
 from .fluency import (
     Generations,
-    Generator,
-    LanguageDetector,
+    VllmGenerator,
     as_prompt,
     distinct_n,
     end_tokens,
     generate_answers,
+    language_kept,
     repetition,
 )
 from .likelihood import judge_answers, position_logits, reverse_perplexity, score_choices, score_letters
@@ -105,7 +105,7 @@ class Setting:
         temperature (`float`), seed (`int`): Of sampled answers.
         batch_size (`int`): Questions per batch.
         over_ranks (`bool`): See [`run_batches`].
-        generator ([`Generator`], *optional*): Who writes free answers; transformers by default.
+        generator ([`VllmGenerator`], *optional*): Who writes free answers; transformers by default.
     """
 
     pair: ModelPair
@@ -116,7 +116,7 @@ class Setting:
     batch_size: int
     seed: int
     over_ranks: bool = False
-    generator: Generator | None = None
+    generator: VllmGenerator | None = None
 
     def answers(self, side: Side, prompts: Sequence[str], *, max_new_tokens: int, **options: Any) -> Generations:
         """What the model of a side writes behind prompts in their final form; `options` are those of [`generate_answers`]."""
@@ -151,11 +151,6 @@ class Setting:
         """The suite's tasks of lm-evaluation-harness, whose data may come from the Hub."""
         suite = self.suite
         return HarnessTasks(suite.harness, num_fewshot=suite.num_fewshot, limit=suite.limit)
-
-    @cached_property
-    def languages(self) -> LanguageDetector:
-        """Takes about a second to load."""
-        return LanguageDetector()
 
 
 def multiple_choice(setting: Setting, side: Side) -> dict[str, Items]:
@@ -254,7 +249,7 @@ def fluency(setting: Setting, side: Side, how: Literal["greedy", "sampled"]) -> 
     for name, (judge, tokenizer) in setting.judges.items():
         nlls, tokens = judge_answers(judge, tokenizer, asked, texts, over_ranks=setting.over_ranks)
         found[f"fluency.{how}.r_ppl.{name}"] = Items("perplexity", nlls, [float(count) for count in tokens])
-    kept = setting.languages.kept(asked, texts)
+    kept = language_kept(asked, texts)
     return found | {
         f"fluency.{how}.repetition": Items("mean", [repetition(text) for text in texts]),
         f"fluency.{how}.distinct_2": Items("set", [distinct_n(texts)], [float(len(texts))]),

@@ -7,7 +7,7 @@ from peft import LoraConfig, get_peft_model
 from tokenizers.processors import TemplateProcessing
 
 from elm_trainer.data.tokens import text_ids
-from elm_trainer.evaluation.fluency import as_prompt, distinct_n, generate, generate_answers, repetition
+from elm_trainer.evaluation.fluency import as_prompt, distinct_n, generate_answers, repetition
 from elm_trainer.evaluation.likelihood import judge_answers, reverse_perplexity
 
 
@@ -57,7 +57,7 @@ def sharp_model(tiny_model):
 
 @pytest.mark.parametrize("batch_size", [1, 3, 4])
 def test_batched_answers_are_those_of_a_loop_over_tokens(sharp_model, tokenizer, batch_size):
-    answers = generate(sharp_model, tokenizer, PROMPTS, max_new_tokens=6, batch_size=batch_size)
+    answers = generate_answers(sharp_model, tokenizer, PROMPTS, max_new_tokens=6, batch_size=batch_size).texts
 
     assert answers == [slow_greedy(sharp_model, tokenizer, prompt, 6) for prompt in PROMPTS]
 
@@ -69,7 +69,7 @@ def test_generating_changes_neither_training_mode_nor_padding_side_and_warns_of_
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        generate(tiny_model, tokenizer, PROMPTS, max_new_tokens=2)
+        generate_answers(tiny_model, tokenizer, PROMPTS, max_new_tokens=2)
 
     assert tiny_model.training
     assert tokenizer.padding_side == side
@@ -97,11 +97,11 @@ SETTINGS = {
 def test_a_models_own_generation_settings_change_no_answer(peft, temperature, sharp_model, tokenizer):
     model = get_peft_model(sharp_model, LoraConfig(task_type="CAUSAL_LM")).eval() if peft else sharp_model
     asked = {"max_new_tokens": 6, "temperature": temperature, "seed": 0}
-    plain = generate(model, tokenizer, PROMPTS, **asked)
+    plain = generate_answers(model, tokenizer, PROMPTS, **asked).texts
 
     for name, value in SETTINGS.items():
         setattr(model.generation_config, name, value)
-        assert generate(model, tokenizer, PROMPTS, **asked) == plain, name
+        assert generate_answers(model, tokenizer, PROMPTS, **asked).texts == plain, name
         assert getattr(model.generation_config, name) == value
         setattr(model.generation_config, name, None)
 
@@ -114,13 +114,13 @@ def test_the_model_is_put_back_into_training_mode_when_generation_fails(tiny_mod
     tiny_model.train()
 
     with pytest.raises(RuntimeError, match="out of memory"):
-        generate(tiny_model, tokenizer, PROMPTS, max_new_tokens=2)
+        generate_answers(tiny_model, tokenizer, PROMPTS, max_new_tokens=2)
 
     assert tiny_model.training
 
 
 def test_no_prompts_have_no_answers(tiny_model, tokenizer):
-    assert generate(tiny_model, tokenizer, []) == []
+    assert generate_answers(tiny_model, tokenizer, []).texts == []
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 4])
@@ -182,23 +182,23 @@ def test_a_seed_gives_the_same_answers_and_leaves_the_global_state_alone(tiny_mo
     torch.manual_seed(5)
     state = torch.get_rng_state()
 
-    first = generate(tiny_model, tokenizer, PROMPTS, seed=1, **options)
+    first = generate_answers(tiny_model, tokenizer, PROMPTS, seed=1, **options).texts
     untouched = torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(6)
 
     assert untouched
-    assert generate(tiny_model, tokenizer, PROMPTS, seed=1, **options) == first
-    assert generate(tiny_model, tokenizer, PROMPTS, seed=2, **options) != first
+    assert generate_answers(tiny_model, tokenizer, PROMPTS, seed=1, **options).texts == first
+    assert generate_answers(tiny_model, tokenizer, PROMPTS, seed=2, **options).texts != first
 
 
 def test_each_batch_is_drawn_with_a_seed_of_its_own(tiny_model, tokenizer):
     options = {"max_new_tokens": 6, "temperature": 1.0, "batch_size": 2}
 
-    both = generate(tiny_model, tokenizer, PROMPTS, seed=1, **options)
+    both = generate_answers(tiny_model, tokenizer, PROMPTS, seed=1, **options).texts
 
     # No batch needs to know what those before it have drawn.
-    assert both[:2] == generate(tiny_model, tokenizer, PROMPTS[:2], seed=1, **options)
-    assert both[2:] == generate(tiny_model, tokenizer, PROMPTS[2:], seed=2, **options)
+    assert both[:2] == generate_answers(tiny_model, tokenizer, PROMPTS[:2], seed=1, **options).texts
+    assert both[2:] == generate_answers(tiny_model, tokenizer, PROMPTS[2:], seed=2, **options).texts
 
 
 def test_a_judge_reads_the_question_in_its_own_words(sharp_model, tokenizer, monkeypatch):

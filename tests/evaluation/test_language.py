@@ -1,16 +1,11 @@
 import pytest
 
-from elm_trainer.evaluation.fluency import LanguageDetector
+from elm_trainer.evaluation.fluency import language_kept, language_of
 
 
 pytest.importorskip("py3langid")
 
 QUESTION = "What should I see in the capital of France?"
-
-
-@pytest.fixture(scope="module")
-def detector():
-    return LanguageDetector()
 
 
 @pytest.mark.parametrize(
@@ -24,17 +19,17 @@ def detector():
         ("この国の首都はとても美しいです", "ja"),
     ],
 )
-def test_a_sentence_is_in_its_language(detector, text, language):
-    assert detector.detect(text) == language
+def test_a_sentence_is_in_its_language(text, language):
+    assert language_of(text) == language
 
 
 @pytest.mark.parametrize("text", ["", "  \n", "42", "1. 2. 3.", "Paris", "Paris.", "...", "asdf qwer zxcv"])
-def test_what_is_no_sentence_is_undecided(detector, text):
-    assert detector.detect(text) is None
+def test_what_is_no_sentence_is_undecided(text):
+    assert language_of(text) is None
 
 
-def test_an_answer_in_another_language_than_its_prompt_is_not_kept(detector):
-    verdicts = detector.kept(
+def test_an_answer_in_another_language_than_its_prompt_is_not_kept():
+    verdicts = language_kept(
         [QUESTION, QUESTION, QUESTION, "Paris", "Que faut-il voir dans la capitale de la France ?"],
         [
             "You should see the old town and the river, which are very beautiful.",
@@ -48,6 +43,6 @@ def test_an_answer_in_another_language_than_its_prompt_is_not_kept(detector):
     assert verdicts == [True, False, None, None, True]
 
 
-def test_every_prompt_wants_an_answer(detector):
+def test_every_prompt_wants_an_answer():
     with pytest.raises(ValueError):
-        detector.kept([QUESTION], [])
+        language_kept([QUESTION], [])

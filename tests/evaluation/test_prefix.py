@@ -3,7 +3,7 @@ import torch
 from peft import PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BloomConfig, MambaConfig, MistralConfig
 
-from elm_trainer.evaluation.fluency import generate, generation_inputs
+from elm_trainer.evaluation.fluency import generate_answers, generation_inputs
 from tests.methods.methods import SHAPES, tiny
 
 
@@ -52,7 +52,7 @@ def test_a_shared_beginning_is_run_once_and_changes_no_answer(tokenizer, shape):
     expected = one_by_one(model, tokenizer, PROMPTS, 6)
     calls = tokens_of_calls(model)
 
-    assert generate(model, tokenizer, PROMPTS, max_new_tokens=6) == expected
+    assert generate_answers(model, tokenizer, PROMPTS, max_new_tokens=6).texts == expected
 
     shared = len(tokenizer(BEGINNING)["input_ids"])
     longest = max(len(tokenizer(prompt)["input_ids"]) for prompt in PROMPTS)
@@ -63,7 +63,9 @@ def test_a_prompt_that_is_the_beginning_of_the_others_keeps_a_token_of_its_own(t
     model = sharpened(tiny_model)
     prompts = [BEGINNING, *PROMPTS]
 
-    assert generate(model, tokenizer, prompts, max_new_tokens=4) == one_by_one(model, tokenizer, prompts, 4)
+    assert generate_answers(model, tokenizer, prompts, max_new_tokens=4).texts == one_by_one(
+        model, tokenizer, prompts, 4
+    )
 
 
 def test_prompts_without_a_common_beginning_are_padded_on_the_left(tiny_model):
@@ -83,21 +85,23 @@ def test_models_that_it_would_not_suit_read_every_prompt_whole(tokenizer, family
     model = sharpened(AutoModelForCausalLM.from_config(config))
 
     assert "past_key_values" not in generation_inputs(model, [tokenizer(text)["input_ids"] for text in PROMPTS], 0, 4)
-    assert generate(model, tokenizer, PROMPTS[:1], max_new_tokens=4) == one_by_one(model, tokenizer, PROMPTS[:1], 4)
+    assert generate_answers(model, tokenizer, PROMPTS[:1], max_new_tokens=4).texts == one_by_one(
+        model, tokenizer, PROMPTS[:1], 4
+    )
 
 
 def test_a_learned_prompt_stands_before_all_that_is_read(tiny_model, tokenizer):
     model = get_peft_model(tiny_model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)).eval()
 
     assert "past_key_values" not in generation_inputs(model, [tokenizer(text)["input_ids"] for text in PROMPTS], 0, 4)
-    assert len(generate(model, tokenizer, PROMPTS, max_new_tokens=2)) == 3
+    assert len(generate_answers(model, tokenizer, PROMPTS, max_new_tokens=2).texts) == 3
 
 
 def test_no_row_gets_a_copy_of_a_frozen_head(tokenizer):
     """A product of a slice of the states, row by row, with weights that need no gradient copies these for every row."""
     model = sharpened(tiny("llama", len(tokenizer))).requires_grad_(False)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profiler:
-        generate(model, tokenizer, PROMPTS, max_new_tokens=2)
+        generate_answers(model, tokenizer, PROMPTS, max_new_tokens=2)
     largest = [max((len(s) == 3 and s[-1] for s in event.input_shapes), default=0) for event in profiler.events()]
     products = [e.input_shapes for e, size in zip(profiler.events(), largest, strict=True) if size == len(tokenizer)]
     assert not [shapes for shapes in products if len(shapes) > 1 and shapes[1][:1] == [len(PROMPTS)]]
