@@ -24,7 +24,7 @@ from elm_trainer.data.questions import Question
 from elm_trainer.evaluation.fluency import generate_answers
 from elm_trainer.evaluation.hidden_states import hidden_states
 from elm_trainer.evaluation.inside import logit_lens
-from elm_trainer.evaluation.likelihood import judge_answers, log_likelihoods, score_choices
+from elm_trainer.evaluation.likelihood import log_likelihoods, read_by_judge, reverse_perplexity, score_choices
 from elm_trainer.evaluation.measures import retention
 from elm_trainer.evaluation.pair import ModelPair
 from elm_trainer.methods.anchors import AnchorDictionary
@@ -121,7 +121,7 @@ def test_evaluation_attacks_and_synthesis_read_one_beginning_and_no_added_end(li
     retention(ModelPair(model, model), like, texts)
     hidden_states(model, like, texts)
     generate_answers(model, like, texts, max_new_tokens=1)
-    judge_answers(model, like, prompts, ["In a town.", "Rome"])
+    reverse_perplexity(model, like, *read_by_judge(like, prompts, ["In a town.", "Rome"]))
     target = AttackTarget(
         ModelPair(model, model), like, questions, {"prefills": {"it": "{subject}'s is"}}, {"forget": texts}
     )
@@ -199,7 +199,7 @@ def test_training_and_evaluation_take_a_tokenizer_without_pad_and_end_and_a_proc
     for fresh in (odd, change(llama3("$A"))):
         assert len(score_choices(erased, fresh, questions).scores) == len(questions)
         said = generate_answers(erased, fresh, ["Oslo", "Where is Rome?"], max_new_tokens=2).texts
-        nlls, lengths = judge_answers(erased, fresh, ["Oslo?", "Rome?"], [said[0], ""])
+        nlls, lengths = reverse_perplexity(erased, fresh, *read_by_judge(fresh, ["Oslo?", "Rome?"], [said[0], ""]))
         assert lengths[1] == (1 if change is processor else 0) and nlls[1] >= 0
         assert len(retention(ModelPair(erased), fresh, TEXTS).kl) == len(TEXTS)
         target = AttackTarget(ModelPair(erased), fresh, questions, {"prefills": {"it": "{subject}'s is"}})

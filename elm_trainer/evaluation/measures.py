@@ -36,7 +36,7 @@ from .fluency import (
     language_kept,
     repetition,
 )
-from .likelihood import judge_answers, position_logits, reverse_perplexity, score_choices, score_letters
+from .likelihood import position_logits, read_by_judge, reverse_perplexity, score_choices, score_letters
 from .pair import SIDES, ModelPair, Side, run_batches
 from .statistics import Items
 from .suite import EvaluationSuite
@@ -247,7 +247,9 @@ def fluency(setting: Setting, side: Side, how: Literal["greedy", "sampled"]) -> 
         )
     found = {f"fluency.{how}.r_ppl": Items("perplexity", nlls, [float(count) for count in tokens], texts)}
     for name, (judge, tokenizer) in setting.judges.items():
-        nlls, tokens = judge_answers(judge, tokenizer, asked, texts, over_ranks=setting.over_ranks)
+        nlls, tokens = reverse_perplexity(
+            judge, tokenizer, *read_by_judge(tokenizer, asked, texts), over_ranks=setting.over_ranks
+        )
         found[f"fluency.{how}.r_ppl.{name}"] = Items("perplexity", nlls, [float(count) for count in tokens])
     kept = language_kept(asked, texts)
     return found | {

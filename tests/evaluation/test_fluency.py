@@ -8,7 +8,7 @@ from tokenizers.processors import TemplateProcessing
 
 from elm_trainer.data.tokens import text_ids
 from elm_trainer.evaluation.fluency import as_prompt, distinct_n, generate_answers, repetition
-from elm_trainer.evaluation.likelihood import judge_answers, reverse_perplexity
+from elm_trainer.evaluation.likelihood import read_by_judge, reverse_perplexity
 
 
 PROMPTS = ["The capital of France is", "Rome", "In Asia, the seat of government of a large country is", "Oslo"]
@@ -203,13 +203,13 @@ def test_each_batch_is_drawn_with_a_seed_of_its_own(tiny_model, tokenizer):
 
 def test_a_judge_reads_the_question_in_its_own_words(sharp_model, tokenizer, monkeypatch):
     questions, answers = ["Where is Oslo?", "Where is Rome?"], [" In Norway.", "\n"]
-    chat = judge_answers(sharp_model, tokenizer, questions, answers)
+    chat = reverse_perplexity(sharp_model, tokenizer, *read_by_judge(tokenizer, questions, answers))
     expected_chat = reverse_perplexity(
         sharp_model, tokenizer, [as_prompt(tokenizer, question) for question in questions], ["In Norway.", ""]
     )
     monkeypatch.setattr(tokenizer, "chat_template", None)
 
-    plain = judge_answers(sharp_model, tokenizer, questions, answers)
+    plain = reverse_perplexity(sharp_model, tokenizer, *read_by_judge(tokenizer, questions, answers))
 
     assert chat == expected_chat
     assert plain == reverse_perplexity(
