@@ -18,11 +18,9 @@ from scipy.stats import ks_2samp
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.benchmarks import Probe, ProbeSet, dataset_revision
-from ..data.facts import BANKS, load_bank
-from ..data.questions import split_of
+from ..data.facts import BANKS
 from ..data.tokens import text_tokenizer, tokenize, tokenize_pairs
 from ..distributed import from_first, processes_and_rank
-from ..files import write_text
 from ..modeling import evaluating
 from .fluency import as_prompt
 from .likelihood import log_likelihoods
@@ -378,21 +376,3 @@ def sample_scores(tasks: HarnessTasks, found: Mapping[str, Any]) -> dict[str, li
             if all(isinstance(value, (bool, int, float)) for value in values):
                 scores[f"{name}.{metric}"] = [float(value) for value in values]
     return scores
-
-
-def export_banks(folder: str | Path) -> None:
-    """Write the question banks as the JSON lines that the task files read; the tasks ask the test split only."""
-    for bank in BANKS:
-        rows = [
-            {
-                "question": question.text,
-                "options": question.options,
-                "label": question.options.index(question.answer),
-                "subject": question.subject,
-                "topic": question.topic,
-                "split": split_of(question),
-            }
-            for question in load_bank(bank)
-        ]
-        lines = [json.dumps(row, ensure_ascii=False) for row in rows]
-        write_text(Path(folder) / f"{bank}.jsonl", "\n".join(lines) + "\n")
