@@ -1,4 +1,4 @@
-"""A report in sentences, tables and a picture: for the terminal, as Markdown, as samples and as PNG; and what other reports' tables share."""
+"""A report in sentences, tables, samples and a picture; and what other reports' tables and pictures share."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -12,7 +12,18 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from ..files import replacing, write_text
-from .verdict import CRITERIA, FAILS, HOLDS, RANKING_RULES, UNCERTAIN, counted, counts, read_verdict, split_name
+from .verdict import (
+    CRITERIA,
+    FAILS,
+    HOLDS,
+    RANKING_RULES,
+    UNCERTAIN,
+    counted,
+    counts,
+    read_verdict,
+    role_of,
+    split_name,
+)
 
 
 if TYPE_CHECKING:
@@ -65,7 +76,6 @@ NOT_MEASURED = "not measured"
 # A term of the loss on training rows; `train_loss` is the mean of the whole loss over the run.
 _TERM = re.compile(r"(?!eval_|train_)\w+_loss")
 _COLORS = {"reference": "C0", "erased": "C3"}
-_ROW_INCHES = 0.25
 # Where accuracy is to be kept, more is better; of all else, less.
 _TO_BE_KEPT = ("near", "far")
 # How the words of a verdict are meant.
@@ -129,7 +139,7 @@ def main_metrics(names: Mapping[str, object], roles: Mapping[str, str]) -> list[
     banks = ["", *roles]
     for name in names:
         kind, bank, rule = split_name(name)
-        role = bank if kind == "families" else roles.get(bank)
+        role = role_of(name, roles)
         if kind == "multiple_choice":
             main = rule == "pmi" or (role == "erased" and rule in ("log_likelihood", "normalized"))
         elif kind in ("benchmarks", "harness"):
@@ -233,20 +243,14 @@ def write_markdown(path: str | Path, report: Mapping[str, Any]) -> None:
         *markdown_table(COLUMNS, metric_rows(report)),
         "\n## What was asked\n",
     ]
-    asked = [
-        (name, _revision(info), str(info["size"]), f"`{info['sha256'][:12]}`")
-        for name, info in report["datasets"].items()
-    ]
+    asked = []
+    for name, info in report["datasets"].items():
+        # Of a task of the harness also its version and examples.
+        task = f"task version {info['version']}, {info['num_fewshot']} examples" if "version" in info else None
+        revision = "; ".join(filter(None, (info.get("revision"), task))) or "–"
+        asked.append((name, revision, str(info["size"]), f"`{info['sha256'][:12]}`"))
     lines += markdown_table(("what", "revision", "size", "SHA-256"), asked)
     write_text(path, "\n".join(lines) + "\n")
-
-
-def _revision(info: Mapping[str, Any]) -> str:
-    """Revision of a data set, and of a task of the harness its version and examples."""
-    parts = [info["revision"]] if info.get("revision") else []
-    if "version" in info:
-        parts.append(f"task version {info['version']}, {info['num_fewshot']} examples")
-    return "; ".join(parts) or "–"
 
 
 def left_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
@@ -254,7 +258,7 @@ def left_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
     rows = []
     for name, metric in report["figures"].items():
         kind, bank, rule = split_name(name)
-        role = bank if kind == "families" else report["roles"].get(bank)
+        role = role_of(name, report["roles"])
         if "left" in metric and role in ("erased", "unseen") and rule in RANKING_RULES:
             left = "reference too near chance" if metric["left"] is None else cell(metric["left"])
             sides = (cell(metric[side]) for side in ("reference", "erased"))
@@ -278,11 +282,8 @@ def write_samples(path: str | Path, report: Mapping[str, Any]) -> None:
 
 def split_samples(report: Mapping[str, Any]) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
     """The samples about what was erased, all of them in reports of an earlier version, and those about what is kept."""
-    erased: list[dict[str, str]] = []
-    kept: list[dict[str, str]] = []
-    for sample in report["samples"]:
-        (erased if sample.get("role", "erased") == "erased" else kept).append(sample)
-    return erased, kept
+    samples = [(sample.get("role", "erased") == "erased", sample) for sample in report["samples"]]
+    return [sample for erased, sample in samples if erased], [sample for erased, sample in samples if not erased]
 
 
 def metric_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
@@ -328,9 +329,9 @@ def plot_report(report: Mapping[str, Any], path: str | Path) -> None:
     count are gray. An arrow beside each label points to the better side.
     """
     lines = _lines(report)
-    # Innocence has the left column; beside it the others, each as high as its lines need.
+    # Innocence has the left column; beside it the others, each as high as its lines need, a quarter of an inch each.
     rows = [max(len(lines["seamlessness"]), 3), max(len(lines["specificity"]), 3), 6]
-    height = 2.4 + _ROW_INCHES * max(len(lines["innocence"]), sum(rows) + 6)
+    height = 2.4 + 0.25 * max(len(lines["innocence"]), sum(rows) + 6)
     with plot_file(path, 12, height) as figure:
         mosaic = [["innocence", name] for name in ("seamlessness", "specificity", "losses")]
         panels: dict[str, Any] = figure.subplot_mosaic(mosaic, height_ratios=[count + 2 for count in rows])
