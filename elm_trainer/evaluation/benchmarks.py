@@ -52,21 +52,21 @@ def free_prompts(processing_class: PreTrainedTokenizerBase, asked: ProbeSet) -> 
     suffixes.
     """
     shots = "".join(f"Question: {question}\nAnswer: {answer}\n\n" for question, answer in asked.examples)
-    return [_free_prompt(processing_class, asked, probe, shots) for probe in asked.probes]
 
+    def prompt(probe: Probe) -> str:
+        if asked.benchmark == "tofu":
+            return as_prompt(processing_class, probe.prompt)
+        if asked.benchmark == "muse":
+            return probe.prompt if probe.kind == "verbatim" else f"{shots}Question: {probe.prompt}\nAnswer: "
+        asks = "complete the blank in" if probe.kind == "blank" else "briefly answer"
+        question = probe.prompt if probe.type == "incontext learning" else f"Question: {probe.prompt}"
+        suffixed = probe.type == "affirmative suffix"
+        turn = f"Please {asks} the following question.\n{question}" + ("" if suffixed else "\n")
+        if text_tokenizer(processing_class).chat_template is not None:
+            turn = as_prompt(processing_class, turn)
+        return turn if suffixed else f"{turn}Answer:"
 
-def _free_prompt(processing_class: PreTrainedTokenizerBase, asked: ProbeSet, probe: Probe, shots: str) -> str:
-    if asked.benchmark == "tofu":
-        return as_prompt(processing_class, probe.prompt)
-    if asked.benchmark == "muse":
-        return probe.prompt if probe.kind == "verbatim" else f"{shots}Question: {probe.prompt}\nAnswer: "
-    asks = "complete the blank in" if probe.kind == "blank" else "briefly answer"
-    question = probe.prompt if probe.type == "incontext learning" else f"Question: {probe.prompt}"
-    suffixed = probe.type == "affirmative suffix"
-    turn = f"Please {asks} the following question.\n{question}" + ("" if suffixed else "\n")
-    if text_tokenizer(processing_class).chat_template is not None:
-        turn = as_prompt(processing_class, turn)
-    return turn if suffixed else f"{turn}Answer:"
+    return [prompt(probe) for probe in asked.probes]
 
 
 def answer_tokens(asked: ProbeSet) -> int:

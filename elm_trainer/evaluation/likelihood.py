@@ -18,13 +18,13 @@ from ..data.packing import PrefixTree, additive_mask, obeys_masks, sharing_rows
 from ..data.questions import Question
 from ..data.tokens import continuation_ids, text_tokenizer, tokenize, tokenize_pairs
 from ..modeling import evaluating
-from ..ops import KeepPositions
+from ..ops import KeepPositions, text_sums
 from .fluency import as_prompt
 from .pair import run_batches
 
 
 Sharing: TypeAlias = Callable[[Hashable, Callable[[], torch.Tensor]], torch.Tensor]
-# What a model is given, and for each sequence the flat positions of that from which its continuation is predicted.
+# What a model is given, and of each sequence the flat positions there that predict its continuation.
 _Batch: TypeAlias = tuple[dict[str, torch.Tensor], Sequence[Sequence[int]]]
 PROMPT = "Question: {question}\nAnswer:"
 BARE_PROMPT = "Answer:"
@@ -338,8 +338,7 @@ def reverse_perplexity(
 
     def run(batch: list[tuple[list[int], int]]) -> list[float]:
         padded = send_to_device(collator.pad(batch), judge.device)
-        losses = token_losses(judge, padded)
-        return losses.new_zeros(len(batch)).index_add(0, padded["rows"], losses).tolist()
+        return text_sums(token_losses(judge, padded), padded["rows"], len(batch)).tolist()
 
     batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
     with evaluating(judge):

@@ -17,6 +17,7 @@ from transformers.utils import logging
 from ..data.collator import ElmDataCollator
 from ..data.questions import PLAIN, given_answer, names_answer
 from ..data.tokens import text_tokenizer, tokenize
+from ..ops import text_sums
 from .benchmarks import (
     HarnessTasks,
     answer_tokens,
@@ -88,7 +89,7 @@ def retention(
             (reference.exp() * (reference - adapted)).sum(-1),
         )
         place = padded["rows"].to(reference.device)
-        sums = [value.new_zeros(len(rows)).index_add(0, place, value).tolist() for value in values]
+        sums = [text_sums(value, place, len(rows)).tolist() for value in values]
         return [*sums, torch.bincount(padded["rows"], minlength=len(rows)).tolist()]
 
     batches = [texts[start : start + batch_size] for start in range(0, len(texts), batch_size)]
@@ -118,27 +119,24 @@ class Setting:
     over_ranks: bool = False
     generator: VllmGenerator | None = None
 
-    def answers(self, side: Side, prompts: Sequence[str], *, max_new_tokens: int, **options: Any) -> Generations:
-        """What the model of a side writes behind prompts in their final form; `options` are those of [`generate_answers`]."""
+    def answers(
+        self,
+        side: Side,
+        prompts: Sequence[str],
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        seed: int | None = None,
+    ) -> Generations:
+        """What the model of a side writes behind prompts in their final form: see [`generate_answers`]."""
+        asked: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
         with self.pair.use(side) as model:
             if self.generator is not None:
-                return self.generator(
-                    side,
-                    self.processing_class,
-                    prompts,
-                    max_new_tokens=max_new_tokens,
-                    temperature=options.get("temperature", 0.0),
-                    seed=options.get("seed"),
-                    ends=end_tokens(model, text_tokenizer(self.processing_class)),
-                )
-            options.setdefault("batch_size", _PROMPTS_PER_QUESTION * self.batch_size)
+                ends = end_tokens(model, text_tokenizer(self.processing_class))
+                return self.generator(side, self.processing_class, prompts, ends=ends, **asked)
+            # What is sampled depends on the batch.
+            size = 32 if temperature else _PROMPTS_PER_QUESTION * self.batch_size
             return generate_answers(
-                model,
-                self.processing_class,
-                prompts,
-                max_new_tokens=max_new_tokens,
-                over_ranks=self.over_ranks,
-                **options,
+                model, self.processing_class, prompts, batch_size=size, over_ranks=self.over_ranks, **asked
             )
 
     @cached_property
@@ -206,7 +204,7 @@ def free_answers(setting: Setting, side: Side, what: Literal["open_answers", "cl
     every = [question for asked in questions.values() for question in asked]
     prompts = [q.prompt if what == "cloze" else as_prompt(setting.processing_class, q.prompt) for q in every]
     # In one call, so that batches are full.
-    texts_left = iter(setting.answers(side, prompts, max_new_tokens=setting.suite.answer_tokens).texts)
+    texts_left = iter(setting.answers(side, prompts, setting.suite.answer_tokens).texts)
     found = {}
     for name, asked in questions.items():
         texts = [next(texts_left) for _ in asked]
@@ -230,16 +228,7 @@ def fluency(setting: Setting, side: Side, how: Literal["greedy", "sampled"]) -> 
     temperature = setting.temperature if how == "sampled" else 0.0
     asked = setting.suite.concept_prompts
     prompts = [as_prompt(setting.processing_class, prompt) for prompt in asked]
-    # What is sampled depends on the batch.
-    batch_size = 32 if temperature else _PROMPTS_PER_QUESTION * setting.batch_size
-    answers = setting.answers(
-        side,
-        prompts,
-        max_new_tokens=setting.suite.max_new_tokens,
-        temperature=temperature,
-        seed=setting.seed,
-        batch_size=batch_size,
-    )
+    answers = setting.answers(side, prompts, setting.suite.max_new_tokens, temperature, setting.seed)
     texts = answers.texts
     with setting.pair.use("reference") as judge:
         nlls, tokens = reverse_perplexity(
@@ -277,7 +266,7 @@ def benchmarks(setting: Setting, side: Side) -> dict[str, Items]:
         )
     for asked in suite.benchmarks:
         prompts = free_prompts(setting.processing_class, asked)
-        answers = setting.answers(side, prompts, max_new_tokens=answer_tokens(asked))
+        answers = setting.answers(side, prompts, answer_tokens(asked))
         found |= score_answers(setting.processing_class, asked, answers.texts)
     return {f"benchmarks.{name}": items for name, items in (found | model_utility(found)).items()}
 
