@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from elm_trainer import load_model_and_tokenizer
 from elm_trainer.data.facts import JUDGMENTS, facts_of
 from elm_trainer.data.questions import Question
-from elm_trainer.evaluation.fluency import as_prompt, generate
+from elm_trainer.evaluation.fluency import as_prompt, generate_answers
 from elm_trainer.evaluation.likelihood import reverse_perplexity, score_choices
 from elm_trainer.evaluation.suite import built_in_suite
 from elm_trainer.modeling import DEMO_MODEL
@@ -123,13 +123,13 @@ def print_fluency(
         nlls, counts = reverse_perplexity(model, tokenizer, asked, given)
         return math.exp(sum(nlls) / sum(counts))
 
-    answers = partial(generate, model, tokenizer, max_new_tokens=tokens, seed=0)
+    answers = partial(generate_answers, model, tokenizer, max_new_tokens=tokens, seed=0)
     for how, temperature in (("greedy", 0.0), ("sampled", 0.7)):
-        before, times = r_ppl(answers(asked, temperature=temperature)), []
+        before, times = r_ppl(answers(asked, temperature=temperature).texts), []
         for draw in range(DRAWS):
             swapped = swap(prompts, draw)
             given = answers([as_prompt(tokenizer, prompt) for prompt in swapped.prompts], temperature=temperature)
-            times.append(f"{r_ppl(swapped.back(given)) / before:.2f}")
+            times.append(f"{r_ppl(swapped.back(given.texts)) / before:.2f}")
         console.print(f"R-PPL, {how}: {before:.2f}; ideal novice {', '.join(times)} times that")
 
 

@@ -118,7 +118,7 @@ def draw(report: Mapping[str, Any], path: str | Path) -> None:
     """Draw every figure's median with its spread, beside what it should be."""
     from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
-    from elm_trainer.evaluation.plots import plot_file
+    from elm_trainer.evaluation.tables import plot_file
 
     figures = figures_of(report)
     with plot_file(path, 10, 1.2 + 0.6 * len(figures)) as canvas:

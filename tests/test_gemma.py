@@ -16,7 +16,7 @@ from elm_trainer import (
     load_texts,
 )
 from elm_trainer.data.tokens import text_ids
-from elm_trainer.evaluation.fluency import as_prompt, generate
+from elm_trainer.evaluation.fluency import as_prompt, generate_answers
 from elm_trainer.evaluation.likelihood import log_likelihoods, score_choices
 from elm_trainer.modeling import load_model_and_tokenizer
 from tests.methods.methods import trained
@@ -100,8 +100,8 @@ def test_options_are_scored_alike_in_a_tree_and_one_by_one(gemma):
 def test_prompts_answered_together_get_the_answers_they_get_alone(gemma):
     model, tokenizer = gemma
     prompts = [as_prompt(tokenizer, f"What is the capital of {name}?") for name in ("Peru", "Japan", "South Korea")]
-    together = generate(model, tokenizer, prompts, max_new_tokens=6)
-    assert together == [generate(model, tokenizer, [prompt], max_new_tokens=6)[0] for prompt in prompts]
+    together = generate_answers(model, tokenizer, prompts, max_new_tokens=6).texts
+    assert together == [generate_answers(model, tokenizer, [prompt], max_new_tokens=6).texts[0] for prompt in prompts]
     assert together[1].startswith(" Tokyo")
 
 

@@ -21,10 +21,10 @@ from elm_trainer import (
 )
 from elm_trainer.attacks import AttackTarget, GcgAttack, PrefillingAttack, RelearningAttack
 from elm_trainer.data.questions import Question
-from elm_trainer.evaluation.fluency import generate
+from elm_trainer.evaluation.fluency import generate_answers
 from elm_trainer.evaluation.hidden_states import hidden_states
 from elm_trainer.evaluation.inside import logit_lens
-from elm_trainer.evaluation.likelihood import judge_answers, log_likelihoods, score_choices
+from elm_trainer.evaluation.likelihood import log_likelihoods, read_by_judge, reverse_perplexity, score_choices
 from elm_trainer.evaluation.measures import retention
 from elm_trainer.evaluation.pair import ModelPair
 from elm_trainer.methods.anchors import AnchorDictionary
@@ -120,8 +120,8 @@ def test_evaluation_attacks_and_synthesis_read_one_beginning_and_no_added_end(li
     log_likelihoods(model, like, [(texts[1], " a town")])
     retention(ModelPair(model, model), like, texts)
     hidden_states(model, like, texts)
-    generate(model, like, texts, max_new_tokens=1)
-    judge_answers(model, like, prompts, ["In a town.", "Rome"])
+    generate_answers(model, like, texts, max_new_tokens=1)
+    reverse_perplexity(model, like, *read_by_judge(like, prompts, ["In a town.", "Rome"]))
     target = AttackTarget(
         ModelPair(model, model), like, questions, {"prefills": {"it": "{subject}'s is"}}, {"forget": texts}
     )
@@ -158,7 +158,7 @@ def test_generated_words_keep_the_space_before_them(old):
     model.lm_head.bias = torch.nn.Parameter(torch.zeros(len(tokenizer)))
     model.lm_head.bias.data[tokenizer.convert_tokens_to_ids("▁Oslo")] = 1e4
 
-    said = generate(model, tokenizer, ["In a town of", "Rome"], max_new_tokens=2)
+    said = generate_answers(model, tokenizer, ["In a town of", "Rome"], max_new_tokens=2).texts
     pairs = synthesize_completions(
         model, tokenizer, ["Rome is"], Concept("capitals", ("capitals",)),
         SynthesisConfig(max_new_tokens=2, min_words=1, max_repetition=1.0),
@@ -198,8 +198,8 @@ def test_training_and_evaluation_take_a_tokenizer_without_pad_and_end_and_a_proc
 
     for fresh in (odd, change(llama3("$A"))):
         assert len(score_choices(erased, fresh, questions).scores) == len(questions)
-        said = generate(erased, fresh, ["Oslo", "Where is Rome?"], max_new_tokens=2)
-        nlls, lengths = judge_answers(erased, fresh, ["Oslo?", "Rome?"], [said[0], ""])
+        said = generate_answers(erased, fresh, ["Oslo", "Where is Rome?"], max_new_tokens=2).texts
+        nlls, lengths = reverse_perplexity(erased, fresh, *read_by_judge(fresh, ["Oslo?", "Rome?"], [said[0], ""]))
         assert lengths[1] == (1 if change is processor else 0) and nlls[1] >= 0
         assert len(retention(ModelPair(erased), fresh, TEXTS).kl) == len(TEXTS)
         target = AttackTarget(ModelPair(erased), fresh, questions, {"prefills": {"it": "{subject}'s is"}})

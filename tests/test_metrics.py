@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from elm_trainer.data.facts import load_bank
-from elm_trainer.evaluation.likelihood import judge_answers, score_choices
+from elm_trainer.evaluation.likelihood import read_by_judge, reverse_perplexity, score_choices
 
 
 evaluate = pytest.importorskip("evaluate")
@@ -64,7 +64,7 @@ def test_reverse_perplexity_is_that_of_the_judge(load, tiny_model, tokenizer, tm
         predictions=answers, references=questions, model_id=str(tmp_path / "judge"), device="cpu"
     )
 
-    nlls, tokens = judge_answers(tiny_model, tokenizer, questions, answers)
+    nlls, tokens = reverse_perplexity(tiny_model, tokenizer, *read_by_judge(tokenizer, questions, answers))
     assert found["tokens"] == tokens
     assert found["nlls"] == pytest.approx(nlls, rel=1e-5)
     assert found["r_ppl"] == pytest.approx(np.exp(sum(nlls) / sum(tokens)), rel=1e-5)

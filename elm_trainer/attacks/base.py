@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from ..data.questions import Question, check_questions, names_answer
 from ..data.tokens import text_tokenizer
-from ..evaluation.fluency import generate
+from ..evaluation.fluency import generate_answers
 from ..evaluation.likelihood import PROMPT, score_choices
 from ..evaluation.pair import SIDES, ModelPair, Side
 
@@ -124,9 +124,9 @@ class AttackTarget:
         """
         asked = self.questions if questions is None else questions
         with self._use(side) as model:
-            answers = generate(
+            answers = generate_answers(
                 model, self.processing_class, prompts, max_new_tokens=max_new_tokens, temperature=temperature
-            )
+            ).texts
         return [
             names_answer(text.strip().partition("\n")[0], question.answer, question.aliases)
             for text, question in zip(answers, list(asked) * (len(prompts) // len(asked)), strict=True)

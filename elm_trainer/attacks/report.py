@@ -8,8 +8,7 @@ from rich.padding import Padding
 from rich.table import Column, Table
 from rich.text import Text
 
-from ..evaluation.plots import plot_file
-from ..evaluation.tables import attack_label, markdown_table, terminal_table
+from ..evaluation.tables import attack_label, markdown_table, plot_file, terminal_table
 
 
 HEADER = ("attack", "metric", "n", "reference", "unattacked", "attacked", "p", "brings back")

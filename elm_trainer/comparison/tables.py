@@ -9,8 +9,7 @@ from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 from rich.table import Table
 
 from ..attacks.report import HEADER, attack_rows
-from ..evaluation.plots import plot_file
-from ..evaluation.tables import cell, markdown_table, terminal_table
+from ..evaluation.tables import cell, markdown_table, plot_file, terminal_table
 from ..evaluation.verdict import CRITERIA, HOLDS
 from .report import headlines
 

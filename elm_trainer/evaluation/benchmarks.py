@@ -18,11 +18,9 @@ from scipy.stats import ks_2samp
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.benchmarks import Probe, ProbeSet, dataset_revision
-from ..data.facts import BANKS, load_bank
-from ..data.questions import split_of
+from ..data.facts import BANKS
 from ..data.tokens import text_tokenizer, tokenize, tokenize_pairs
 from ..distributed import from_first, processes_and_rank
-from ..files import write_text
 from ..modeling import evaluating
 from .fluency import as_prompt
 from .likelihood import log_likelihoods
@@ -54,21 +52,21 @@ def free_prompts(processing_class: PreTrainedTokenizerBase, asked: ProbeSet) -> 
     suffixes.
     """
     shots = "".join(f"Question: {question}\nAnswer: {answer}\n\n" for question, answer in asked.examples)
-    return [_free_prompt(processing_class, asked, probe, shots) for probe in asked.probes]
 
+    def prompt(probe: Probe) -> str:
+        if asked.benchmark == "tofu":
+            return as_prompt(processing_class, probe.prompt)
+        if asked.benchmark == "muse":
+            return probe.prompt if probe.kind == "verbatim" else f"{shots}Question: {probe.prompt}\nAnswer: "
+        asks = "complete the blank in" if probe.kind == "blank" else "briefly answer"
+        question = probe.prompt if probe.type == "incontext learning" else f"Question: {probe.prompt}"
+        suffixed = probe.type == "affirmative suffix"
+        turn = f"Please {asks} the following question.\n{question}" + ("" if suffixed else "\n")
+        if text_tokenizer(processing_class).chat_template is not None:
+            turn = as_prompt(processing_class, turn)
+        return turn if suffixed else f"{turn}Answer:"
 
-def _free_prompt(processing_class: PreTrainedTokenizerBase, asked: ProbeSet, probe: Probe, shots: str) -> str:
-    if asked.benchmark == "tofu":
-        return as_prompt(processing_class, probe.prompt)
-    if asked.benchmark == "muse":
-        return probe.prompt if probe.kind == "verbatim" else f"{shots}Question: {probe.prompt}\nAnswer: "
-    asks = "complete the blank in" if probe.kind == "blank" else "briefly answer"
-    question = probe.prompt if probe.type == "incontext learning" else f"Question: {probe.prompt}"
-    suffixed = probe.type == "affirmative suffix"
-    turn = f"Please {asks} the following question.\n{question}" + ("" if suffixed else "\n")
-    if text_tokenizer(processing_class).chat_template is not None:
-        turn = as_prompt(processing_class, turn)
-    return turn if suffixed else f"{turn}Answer:"
+    return [prompt(probe) for probe in asked.probes]
 
 
 def answer_tokens(asked: ProbeSet) -> int:
@@ -378,21 +376,3 @@ def sample_scores(tasks: HarnessTasks, found: Mapping[str, Any]) -> dict[str, li
             if all(isinstance(value, (bool, int, float)) for value in values):
                 scores[f"{name}.{metric}"] = [float(value) for value in values]
     return scores
-
-
-def export_banks(folder: str | Path) -> None:
-    """Write the question banks as the JSON lines that the task files read; the tasks ask the test split only."""
-    for bank in BANKS:
-        rows = [
-            {
-                "question": question.text,
-                "options": question.options,
-                "label": question.options.index(question.answer),
-                "subject": question.subject,
-                "topic": question.topic,
-                "split": split_of(question),
-            }
-            for question in load_bank(bank)
-        ]
-        lines = [json.dumps(row, ensure_ascii=False) for row in rows]
-        write_text(Path(folder) / f"{bank}.jsonl", "\n".join(lines) + "\n")

@@ -18,14 +18,14 @@ from ..data.questions import PLAIN, Question, overlap_verdicts
 from ..distributed import processes_and_rank
 from ..files import Journal, write_json
 from ..run_lock import only_run_in
-from .fluency import Generator
+from .fluency import VllmGenerator
+from .inside import look_inside, plot_inside
 from .measures import INSIDE, MEASURES, Setting, measurable
 from .pair import SIDES, ModelPair, Side, in_shards
-from .plots import plot_inside, plot_report
 from .report import SCHEMA_VERSION, environment, harness_results, pair_fingerprint, suite_info
 from .statistics import Items, bootstrap_mean, compared
 from .suite import EvaluationSuite, Role, built_in_suite
-from .tables import render_summary, verdict_lines, write_markdown, write_samples
+from .tables import plot_report, render_summary, verdict_lines, write_markdown, write_samples
 from .verdict import Criteria, judge, raise_flags, split_name
 
 
@@ -44,7 +44,7 @@ def evaluate_erasure(
     output_dir: str | Path | None = None,
     reference_dir: str | Path | None = None,
     details: Mapping[str, Any] | None = None,
-    generator: Generator | None = None,
+    generator: VllmGenerator | None = None,
 ) -> dict[str, Any]:
     """Measure innocence, seamlessness and specificity of an erasure.
 
@@ -76,8 +76,8 @@ def evaluate_erasure(
             measure the erased model alone.
         details (`Mapping`, *optional*): What else the report should hold, such as the recipe, its training datasets
             and the training log.
-        generator ([`Generator`], *optional*): Who writes free answers, such as a [`VllmGenerator`] of the same models;
-            transformers by default. The report names it.
+        generator ([`VllmGenerator`], *optional*): Who writes free answers, with the same models, or anything that is called
+            as it is and has a `name`; transformers by default. The report names it.
 
     Returns:
         `dict`: the report. `figures` maps a name to `reference`, `erased`, `change` (a difference, for perplexities a
@@ -165,8 +165,6 @@ def _evaluate(
                     items.setdefault(key, {})[side] = Items(**value)
     inside = None
     if INSIDE in measures:
-        from .inside import look_inside
-
         erased = [q for name in suite.named("erased") for q in suite.banks[name]]
         questions = [q for q in erased if q.family == PLAIN]
         row = journal.once(

@@ -4,9 +4,10 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -140,28 +141,6 @@ def generating(model: PreTrainedModel | PeftModel) -> Iterator[None]:
             del model.generate  # the instance's; the method of the class is left
 
 
-def generate(
-    model: PreTrainedModel,
-    processing_class: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
-    *,
-    max_new_tokens: int = 32,
-    temperature: float = 0.0,
-    seed: int | None = None,
-    batch_size: int = 32,
-) -> list[str]:
-    """The texts of [`generate_answers`], where the work is not shared over processes."""
-    return generate_answers(
-        model,
-        processing_class,
-        prompts,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        seed=seed,
-        batch_size=batch_size,
-    ).texts
-
-
 @torch.no_grad()
 def generate_answers(
     model: PreTrainedModel,
@@ -230,30 +209,12 @@ def generate_answers(
     return Generations([text for text, _ in answers], [truncated for _, truncated in answers])
 
 
-class Generator(Protocol):
-    """Writes free answers in place of [`generate_answers`]; a report calls it by its `name`."""
-
-    name: str
-
-    def __call__(
-        self,
-        side: Side,
-        processing_class: PreTrainedTokenizerBase,
-        prompts: Sequence[str],
-        *,
-        max_new_tokens: int,
-        temperature: float,
-        seed: int | None,
-        ends: Sequence[int],
-    ) -> Generations:
-        """The answers of a side's model to prompts in their final form; an answer ends with one of the tokens `ends`."""
-
-
 class VllmGenerator:
     """Free answers by vLLM: the reference is its model, and the erased one the same with the adapter as a `LoRARequest`.
 
     It holds weights of its own beside those that are measured. Answers are those of the same weights, but not of the same
-    arithmetic: where two tokens are nearly as likely, they may differ from those of transformers.
+    arithmetic: where two tokens are nearly as likely, they may differ from those of transformers. A report calls who wrote them by
+    its `name`.
 
     Args:
         model (`str`): Base of the adapter, as vLLM takes it: a folder, or an id on the Hub.
@@ -331,7 +292,10 @@ class VllmGenerator:
         seed: int | None,
         ends: Sequence[int],
     ) -> Generations:
-        """See [`Generator`]. Each prompt is sampled with a seed of its own, `seed` and its number."""
+        """The answers of a side's model to prompts in their final form; an answer ends with one of the tokens `ends`.
+
+        Each prompt is sampled with a seed of its own, `seed` and its number.
+        """
         tokenizer = text_tokenizer(processing_class)
         ids = [prompt.ids for prompt in tokenize(tokenizer, prompts)]
         parameters = [
@@ -373,27 +337,28 @@ def distinct_n(texts: Sequence[str], n: int = 2) -> float:
     return len(set(grams)) / len(grams) if grams else 0.0
 
 
-class LanguageDetector:
-    """Tells languages by byte n-grams (langid.py's model, which comes with the package `py3langid`)."""
+@cache
+def _identifier() -> LanguageIdentifier:
+    """The model of langid.py, which comes with the package `py3langid`; about a second to load."""
+    return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
 
-    def __init__(self):
-        self._identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
 
-    def detect(self, text: str) -> str | None:
-        """ISO 639 code of a text's language, or `None` for a text too short or too ambiguous to tell.
+def language_of(text: str) -> str | None:
+    """ISO 639 code of a text's language by its byte n-grams, or `None` for a text too short or too ambiguous to tell.
 
-        Babble may come out as some language, as undecided, or as `"zxx"`, which means no language.
-        """
-        # In other scripts a few letters say as much as a word here, and the script itself tells.
-        if text.isascii() and sum(character.isalpha() for character in text) < _LEAST_LETTERS:
-            return None
-        (language, first), (_, second), *_ = self._identifier.rank(text)
-        return language if first >= _LEAST_ODDS * second else None
+    Babble may come out as some language, as undecided, or as `"zxx"`, which means no language.
+    """
+    # In other scripts a few letters say as much as a word here, and the script itself tells.
+    if text.isascii() and sum(character.isalpha() for character in text) < _LEAST_LETTERS:
+        return None
+    (language, first), (_, second), *_ = _identifier().rank(text)
+    return language if first >= _LEAST_ODDS * second else None
 
-    def kept(self, prompts: Sequence[str], answers: Sequence[str]) -> list[bool | None]:
-        """Whether each answer is in the language of its prompt, which has no chat template; `None` where either's language
-        is undecided, as of empty answers, names and single words: count these apart, neither as kept nor as lost.
-        """
-        asked = {prompt: self.detect(prompt) for prompt in set(prompts)}
-        languages = [(asked[prompt], self.detect(answer)) for prompt, answer in zip(prompts, answers, strict=True)]
-        return [None if None in both else both[0] == both[1] for both in languages]
+
+def language_kept(prompts: Sequence[str], answers: Sequence[str]) -> list[bool | None]:
+    """Whether each answer is in the language of its prompt, which has no chat template; `None` where either's language
+    is undecided, as of empty answers, names and single words: count these apart, neither as kept nor as lost.
+    """
+    asked = {prompt: language_of(prompt) for prompt in set(prompts)}
+    languages = [(asked[prompt], language_of(answer)) for prompt, answer in zip(prompts, answers, strict=True)]
+    return [None if None in both else both[0] == both[1] for both in languages]

@@ -18,12 +18,14 @@ from ..data.packing import PrefixTree, additive_mask, obeys_masks, sharing_rows
 from ..data.questions import Question
 from ..data.tokens import continuation_ids, text_tokenizer, tokenize, tokenize_pairs
 from ..modeling import evaluating
-from ..ops import KeepPositions
+from ..ops import KeepPositions, text_sums
 from .fluency import as_prompt
 from .pair import run_batches
 
 
 Sharing: TypeAlias = Callable[[Hashable, Callable[[], torch.Tensor]], torch.Tensor]
+# What a model is given, and of each sequence the flat positions there that predict its continuation.
+_Batch: TypeAlias = tuple[dict[str, torch.Tensor], Sequence[Sequence[int]]]
 PROMPT = "Question: {question}\nAnswer:"
 BARE_PROMPT = "Answer:"
 # What stands for `BARE_PROMPT` where options answer a turn of chat: a turn in which nothing was asked. SmolLM2-135M
@@ -71,7 +73,7 @@ def log_likelihoods(
 
     def run(batch: list[int]) -> list[float]:
         members = [sequences[index] for index in batch]
-        return (_packed_sums if packed else _padded_sums)(model, members, sharing)
+        return _sums(model, members, *(_packed(model, members) if packed else _padded(members)), sharing)
 
     with evaluating(model):
         found = run_batches(run, batches, model, over_ranks=over_ranks, description=description)
@@ -79,43 +81,35 @@ def log_likelihoods(
     return [totals[index] for index in range(len(sequences))]
 
 
-def _packed_sums(
-    model: PreTrainedModel | PeftModel, sequences: Sequence[tuple[list[int], int]], sharing: Sharing | None
-) -> list[float]:
-    """Sums over sequences sorted by their tokens, which are laid out as a tree in one row."""
-    # Nothing is predicted from the last token.
+def _packed(model: PreTrainedModel | PeftModel, sequences: Sequence[tuple[list[int], int]]) -> _Batch:
+    """Sequences sorted by their tokens as a tree in one row; nothing is predicted from the last token."""
     tree = PrefixTree.of([ids[:-1] for ids, _ in sequences])
-    places = [path[first - 1 :] for (_, first), path in zip(sequences, tree.paths, strict=True)]
-    batch = {
+    inputs = {
         "input_ids": torch.tensor([tree.tokens]),
         "position_ids": torch.tensor([tree.depths]),
         "attention_mask": additive_mask(tree.seen(), model.get_input_embeddings().weight.dtype)[None, None],
     }
-    return _sums(model, batch, sequences, places, sharing)
+    return inputs, [path[first - 1 :] for (_, first), path in zip(sequences, tree.paths, strict=True)]
 
 
-def _padded_sums(
-    model: PreTrainedModel | PeftModel, sequences: Sequence[tuple[list[int], int]], sharing: Sharing | None
-) -> list[float]:
-    """Sums over sequences in rows of their own, padded on the right, where no causal model sees it."""
+def _padded(sequences: Sequence[tuple[list[int], int]]) -> _Batch:
+    """Sequences in rows of their own, padded on the right, where no causal model sees it."""
     input_ids = pad_sequence([torch.tensor(ids[:-1]) for ids, _ in sequences], batch_first=True)
     mask = pad_sequence([torch.ones(len(ids) - 1, dtype=torch.long) for ids, _ in sequences], batch_first=True)
-    width = input_ids.size(1)
-    places = [
-        list(range(row * width + first - 1, row * width + len(ids) - 1)) for row, (ids, first) in enumerate(sequences)
-    ]
-    return _sums(model, {"input_ids": input_ids, "attention_mask": mask}, sequences, places, sharing)
+    starts = [row * input_ids.size(1) for row in range(len(sequences))]
+    places = [range(at + first - 1, at + len(ids) - 1) for at, (ids, first) in zip(starts, sequences, strict=True)]
+    return {"input_ids": input_ids, "attention_mask": mask}, places
 
 
 @torch.no_grad()
 def _sums(
     model: PreTrainedModel | PeftModel,
-    inputs: dict[str, torch.Tensor],
     sequences: Sequence[tuple[list[int], int]],
+    inputs: dict[str, torch.Tensor],
     places: Sequence[Sequence[int]],
     sharing: Sharing | None,
 ) -> list[float]:
-    """One forward pass; `places` are the flat positions that predict the tokens of each continuation."""
+    """Of each sequence the sum over its continuation, by one forward pass."""
     device = model.device
     kept, rows = np.unique(np.concatenate(places), return_inverse=True)
     targets = [token for ids, first in sequences for token in ids[first:]]
@@ -295,16 +289,10 @@ def score_letters(
     return _verdicts(questions, [[next(found) for _ in question.options] for question in questions])
 
 
-def judge_answers(
-    judge: PreTrainedModel,
-    processing_class: PreTrainedTokenizerBase,
-    questions: Sequence[str],
-    answers: Sequence[str],
-    *,
-    batch_size: int = 16,
-    over_ranks: bool = False,
-) -> tuple[list[float], list[int]]:
-    """[`reverse_perplexity`] of answers under any judge, which is asked each question in its own chat template.
+def read_by_judge(
+    processing_class: PreTrainedTokenizerBase, questions: Sequence[str], answers: Sequence[str]
+) -> tuple[list[str], list[str]]:
+    """Prompts and answers for [`reverse_perplexity`] under any judge, which is asked each question in its own chat template.
 
     The prompts that a model was given may hold special tokens that mean nothing to another judge, so it reads the bare
     question. The white space between prompt and answer is made what the judge expects there. Perplexities are per token
@@ -313,12 +301,10 @@ def judge_answers(
     Args:
         processing_class: The judge's own tokenizer.
         questions: Questions, without any template.
-        over_ranks: See [`run_batches`].
     """
     prompts = [as_prompt(processing_class, question) for question in questions]
     space = " " if text_tokenizer(processing_class).chat_template is None else ""
-    texts = [space + answer.lstrip() if answer.strip() else "" for answer in answers]
-    return reverse_perplexity(judge, processing_class, prompts, texts, batch_size=batch_size, over_ranks=over_ranks)
+    return prompts, [space + answer.lstrip() if answer.strip() else "" for answer in answers]
 
 
 @torch.no_grad()
@@ -337,7 +323,7 @@ def reverse_perplexity(
 
     Args:
         processing_class: The judge's own tokenizer.
-        prompts: Prompts in the form in which the judge is to read them; see [`judge_answers`].
+        prompts: Prompts in the form in which the judge is to read them; see [`read_by_judge`].
         over_ranks: See [`run_batches`].
     """
     collator = ElmDataCollator(processing_class)
@@ -352,8 +338,7 @@ def reverse_perplexity(
 
     def run(batch: list[tuple[list[int], int]]) -> list[float]:
         padded = send_to_device(collator.pad(batch), judge.device)
-        losses = token_losses(judge, padded)
-        return losses.new_zeros(len(batch)).index_add(0, padded["rows"], losses).tolist()
+        return text_sums(token_losses(judge, padded), padded["rows"], len(batch)).tolist()
 
     batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
     with evaluating(judge):

@@ -17,6 +17,7 @@ from transformers.utils import logging
 from ..data.collator import ElmDataCollator
 from ..data.questions import PLAIN, given_answer, names_answer
 from ..data.tokens import text_tokenizer, tokenize
+from ..ops import text_sums
 from .benchmarks import (
     HarnessTasks,
     answer_tokens,
@@ -28,15 +29,15 @@ from .benchmarks import (
 )
 from .fluency import (
     Generations,
-    Generator,
-    LanguageDetector,
+    VllmGenerator,
     as_prompt,
     distinct_n,
     end_tokens,
     generate_answers,
+    language_kept,
     repetition,
 )
-from .likelihood import judge_answers, position_logits, reverse_perplexity, score_choices, score_letters
+from .likelihood import position_logits, read_by_judge, reverse_perplexity, score_choices, score_letters
 from .pair import SIDES, ModelPair, Side, run_batches
 from .statistics import Items
 from .suite import EvaluationSuite
@@ -88,7 +89,7 @@ def retention(
             (reference.exp() * (reference - adapted)).sum(-1),
         )
         place = padded["rows"].to(reference.device)
-        sums = [value.new_zeros(len(rows)).index_add(0, place, value).tolist() for value in values]
+        sums = [text_sums(value, place, len(rows)).tolist() for value in values]
         return [*sums, torch.bincount(padded["rows"], minlength=len(rows)).tolist()]
 
     batches = [texts[start : start + batch_size] for start in range(0, len(texts), batch_size)]
@@ -105,7 +106,7 @@ class Setting:
         temperature (`float`), seed (`int`): Of sampled answers.
         batch_size (`int`): Questions per batch.
         over_ranks (`bool`): See [`run_batches`].
-        generator ([`Generator`], *optional*): Who writes free answers; transformers by default.
+        generator ([`VllmGenerator`], *optional*): Who writes free answers; transformers by default.
     """
 
     pair: ModelPair
@@ -116,29 +117,26 @@ class Setting:
     batch_size: int
     seed: int
     over_ranks: bool = False
-    generator: Generator | None = None
+    generator: VllmGenerator | None = None
 
-    def answers(self, side: Side, prompts: Sequence[str], *, max_new_tokens: int, **options: Any) -> Generations:
-        """What the model of a side writes behind prompts in their final form; `options` are those of [`generate_answers`]."""
+    def answers(
+        self,
+        side: Side,
+        prompts: Sequence[str],
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        seed: int | None = None,
+    ) -> Generations:
+        """What the model of a side writes behind prompts in their final form: see [`generate_answers`]."""
+        asked: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
         with self.pair.use(side) as model:
             if self.generator is not None:
-                return self.generator(
-                    side,
-                    self.processing_class,
-                    prompts,
-                    max_new_tokens=max_new_tokens,
-                    temperature=options.get("temperature", 0.0),
-                    seed=options.get("seed"),
-                    ends=end_tokens(model, text_tokenizer(self.processing_class)),
-                )
-            options.setdefault("batch_size", _PROMPTS_PER_QUESTION * self.batch_size)
+                ends = end_tokens(model, text_tokenizer(self.processing_class))
+                return self.generator(side, self.processing_class, prompts, ends=ends, **asked)
+            # What is sampled depends on the batch.
+            size = 32 if temperature else _PROMPTS_PER_QUESTION * self.batch_size
             return generate_answers(
-                model,
-                self.processing_class,
-                prompts,
-                max_new_tokens=max_new_tokens,
-                over_ranks=self.over_ranks,
-                **options,
+                model, self.processing_class, prompts, batch_size=size, over_ranks=self.over_ranks, **asked
             )
 
     @cached_property
@@ -151,11 +149,6 @@ class Setting:
         """The suite's tasks of lm-evaluation-harness, whose data may come from the Hub."""
         suite = self.suite
         return HarnessTasks(suite.harness, num_fewshot=suite.num_fewshot, limit=suite.limit)
-
-    @cached_property
-    def languages(self) -> LanguageDetector:
-        """Takes about a second to load."""
-        return LanguageDetector()
 
 
 def multiple_choice(setting: Setting, side: Side) -> dict[str, Items]:
@@ -211,7 +204,7 @@ def free_answers(setting: Setting, side: Side, what: Literal["open_answers", "cl
     every = [question for asked in questions.values() for question in asked]
     prompts = [q.prompt if what == "cloze" else as_prompt(setting.processing_class, q.prompt) for q in every]
     # In one call, so that batches are full.
-    texts_left = iter(setting.answers(side, prompts, max_new_tokens=setting.suite.answer_tokens).texts)
+    texts_left = iter(setting.answers(side, prompts, setting.suite.answer_tokens).texts)
     found = {}
     for name, asked in questions.items():
         texts = [next(texts_left) for _ in asked]
@@ -235,16 +228,7 @@ def fluency(setting: Setting, side: Side, how: Literal["greedy", "sampled"]) -> 
     temperature = setting.temperature if how == "sampled" else 0.0
     asked = setting.suite.concept_prompts
     prompts = [as_prompt(setting.processing_class, prompt) for prompt in asked]
-    # What is sampled depends on the batch.
-    batch_size = 32 if temperature else _PROMPTS_PER_QUESTION * setting.batch_size
-    answers = setting.answers(
-        side,
-        prompts,
-        max_new_tokens=setting.suite.max_new_tokens,
-        temperature=temperature,
-        seed=setting.seed,
-        batch_size=batch_size,
-    )
+    answers = setting.answers(side, prompts, setting.suite.max_new_tokens, temperature, setting.seed)
     texts = answers.texts
     with setting.pair.use("reference") as judge:
         nlls, tokens = reverse_perplexity(
@@ -252,9 +236,11 @@ def fluency(setting: Setting, side: Side, how: Literal["greedy", "sampled"]) -> 
         )
     found = {f"fluency.{how}.r_ppl": Items("perplexity", nlls, [float(count) for count in tokens], texts)}
     for name, (judge, tokenizer) in setting.judges.items():
-        nlls, tokens = judge_answers(judge, tokenizer, asked, texts, over_ranks=setting.over_ranks)
+        nlls, tokens = reverse_perplexity(
+            judge, tokenizer, *read_by_judge(tokenizer, asked, texts), over_ranks=setting.over_ranks
+        )
         found[f"fluency.{how}.r_ppl.{name}"] = Items("perplexity", nlls, [float(count) for count in tokens])
-    kept = setting.languages.kept(asked, texts)
+    kept = language_kept(asked, texts)
     return found | {
         f"fluency.{how}.repetition": Items("mean", [repetition(text) for text in texts]),
         f"fluency.{how}.distinct_2": Items("set", [distinct_n(texts)], [float(len(texts))]),
@@ -280,7 +266,7 @@ def benchmarks(setting: Setting, side: Side) -> dict[str, Items]:
         )
     for asked in suite.benchmarks:
         prompts = free_prompts(setting.processing_class, asked)
-        answers = setting.answers(side, prompts, max_new_tokens=answer_tokens(asked))
+        answers = setting.answers(side, prompts, answer_tokens(asked))
         found |= score_answers(setting.processing_class, asked, answers.texts)
     return {f"benchmarks.{name}": items for name, items in (found | model_utility(found)).items()}
 

@@ -1,17 +1,33 @@
-"""A report in sentences and tables: for the terminal, as Markdown, and as samples; and what other reports' tables share."""
+"""A report in sentences, tables, samples and a picture; and what other reports' tables and pictures share."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.padding import Padding
 from rich.table import Column, Table
 from rich.text import Text
 
-from ..files import write_text
-from .verdict import CRITERIA, FAILS, HOLDS, RANKING_RULES, UNCERTAIN, counted, read_verdict, split_name
+from ..files import replacing, write_text
+from .verdict import (
+    CRITERIA,
+    FAILS,
+    HOLDS,
+    RANKING_RULES,
+    UNCERTAIN,
+    counted,
+    counts,
+    read_verdict,
+    role_of,
+    split_name,
+)
+
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 ROLES = {
@@ -57,6 +73,11 @@ MAIN_COLUMNS = ("about", "measured by", "n", "before", "after", "change", "p")
 CHECK_COLUMNS = ("criterion", "about", "measured by", "held to the bound", "value", "bound", "verdict")
 LEFT_COLUMNS = ("asked", "role", "rule", "n", "chance", "reference", "erased", "margin left")
 NOT_MEASURED = "not measured"
+# A term of the loss on training rows; `train_loss` is the mean of the whole loss over the run.
+_TERM = re.compile(r"(?!eval_|train_)\w+_loss")
+_COLORS = {"reference": "C0", "erased": "C3"}
+# Where accuracy is to be kept, more is better; of all else, less.
+_TO_BE_KEPT = ("near", "far")
 # How the words of a verdict are meant.
 LEGEND = (
     "A check holds where its whole interval keeps the bound, fails where all of it lies beyond, and is uncertain otherwise. "
@@ -118,7 +139,7 @@ def main_metrics(names: Mapping[str, object], roles: Mapping[str, str]) -> list[
     banks = ["", *roles]
     for name in names:
         kind, bank, rule = split_name(name)
-        role = bank if kind == "families" else roles.get(bank)
+        role = role_of(name, roles)
         if kind == "multiple_choice":
             main = rule == "pmi" or (role == "erased" and rule in ("log_likelihood", "normalized"))
         elif kind in ("benchmarks", "harness"):
@@ -222,20 +243,14 @@ def write_markdown(path: str | Path, report: Mapping[str, Any]) -> None:
         *markdown_table(COLUMNS, metric_rows(report)),
         "\n## What was asked\n",
     ]
-    asked = [
-        (name, _revision(info), str(info["size"]), f"`{info['sha256'][:12]}`")
-        for name, info in report["datasets"].items()
-    ]
+    asked = []
+    for name, info in report["datasets"].items():
+        # Of a task of the harness also its version and examples.
+        task = f"task version {info['version']}, {info['num_fewshot']} examples" if "version" in info else None
+        revision = "; ".join(filter(None, (info.get("revision"), task))) or "–"
+        asked.append((name, revision, str(info["size"]), f"`{info['sha256'][:12]}`"))
     lines += markdown_table(("what", "revision", "size", "SHA-256"), asked)
     write_text(path, "\n".join(lines) + "\n")
-
-
-def _revision(info: Mapping[str, Any]) -> str:
-    """Revision of a data set, and of a task of the harness its version and examples."""
-    parts = [info["revision"]] if info.get("revision") else []
-    if "version" in info:
-        parts.append(f"task version {info['version']}, {info['num_fewshot']} examples")
-    return "; ".join(parts) or "–"
 
 
 def left_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
@@ -243,7 +258,7 @@ def left_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
     rows = []
     for name, metric in report["figures"].items():
         kind, bank, rule = split_name(name)
-        role = bank if kind == "families" else report["roles"].get(bank)
+        role = role_of(name, report["roles"])
         if "left" in metric and role in ("erased", "unseen") and rule in RANKING_RULES:
             left = "reference too near chance" if metric["left"] is None else cell(metric["left"])
             sides = (cell(metric[side]) for side in ("reference", "erased"))
@@ -267,11 +282,8 @@ def write_samples(path: str | Path, report: Mapping[str, Any]) -> None:
 
 def split_samples(report: Mapping[str, Any]) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
     """The samples about what was erased, all of them in reports of an earlier version, and those about what is kept."""
-    erased: list[dict[str, str]] = []
-    kept: list[dict[str, str]] = []
-    for sample in report["samples"]:
-        (erased if sample.get("role", "erased") == "erased" else kept).append(sample)
-    return erased, kept
+    samples = [(sample.get("role", "erased") == "erased", sample) for sample in report["samples"]]
+    return [sample for erased, sample in samples if erased], [sample for erased, sample in samples if not erased]
 
 
 def metric_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
@@ -296,3 +308,90 @@ def _held(criterion: str, check: Mapping[str, Any]) -> str:
     if rule.partition(".")[0] == "r_ppl" or check["figure"] == "retention.perplexity":
         return "multiple of the unmodified model's"
     return {"innocence": "share", "seamlessness": "rise", "specificity": "fall"}[criterion]
+
+
+@contextmanager
+def plot_file(path: str | Path, width: float, height: float) -> Iterator["Figure"]:
+    """A figure of so many inches to draw on, which is written into a PNG file once the block has ended."""
+    from matplotlib.figure import Figure  # takes half a second to import
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    yield figure
+    with replacing(path) as unfinished:
+        figure.savefig(unfinished, dpi=100)
+
+
+def plot_report(report: Mapping[str, Any], path: str | Path) -> None:
+    """Draw what each criterion is judged by, before and after, and the loss terms where known, into a PNG file.
+
+    One panel for each criterion, one line for each metric: a dot for the reference, one for the erased model, their 95 %
+    intervals, and chance as a tick. Perplexities stand as multiples of the reference's. Lines that the verdict does not
+    count are gray. An arrow beside each label points to the better side.
+    """
+    lines = _lines(report)
+    # Innocence has the left column; beside it the others, each as high as its lines need, a quarter of an inch each.
+    rows = [max(len(lines["seamlessness"]), 3), max(len(lines["specificity"]), 3), 6]
+    height = 2.4 + 0.25 * max(len(lines["innocence"]), sum(rows) + 6)
+    with plot_file(path, 12, height) as figure:
+        mosaic = [["innocence", name] for name in ("seamlessness", "specificity", "losses")]
+        panels: dict[str, Any] = figure.subplot_mosaic(mosaic, height_ratios=[count + 2 for count in rows])
+        verdict = read_verdict(report)
+        for name in CRITERIA:
+            _dots(panels[name], report, lines[name])
+            panels[name].set_title(f"{name.capitalize()}: {verdict[name]['state'] or NOT_MEASURED}")
+        panels["innocence"].set_xlabel("share of questions; an arrow points to the better side")
+        if panels["innocence"].lines:
+            panels["innocence"].legend(fontsize=8, loc="lower right")
+        losses = panels["losses"]
+        log = report.get("training_log", [])
+        for term in dict.fromkeys(key for entry in log for key in entry if _TERM.fullmatch(key)):
+            points = [(entry["step"], entry[term]) for entry in log if term in entry]
+            losses.plot(*zip(*points, strict=True), label=term.removesuffix("_loss"))
+        losses.set(title="Loss terms", xlabel="step", yscale="log")
+        if losses.lines:
+            losses.legend(fontsize=8)
+
+
+def _lines(report: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """By criterion, the metrics that belong in its panel, and the label of each."""
+    found: dict[str, dict[str, str]] = {name: {} for name in CRITERIA}
+    for name, metric in report["figures"].items():
+        kind, bank, rule = split_name(name)
+        role = report["roles"].get(bank)
+        _, measured = metric_label(name, report["roles"])
+        if kind == "multiple_choice" and rule == "pmi":
+            criterion = "specificity" if role in _TO_BE_KEPT else "innocence"
+            label = f"{bank} ({role}), ranked by PMI"
+        elif kind in ("open_answers", "cloze") and role in ("erased", "unseen") and rule in ("", "commonest"):
+            criterion, label = "innocence", f"{bank}, {measured}"
+        elif kind == "fluency" and metric["statistic"] in ("mean", "perplexity"):
+            criterion, label = "seamlessness", measured
+        elif name == "retention.perplexity":
+            criterion, label = "specificity", "unrelated text, perplexity"
+        else:
+            continue
+        multiple = ", × reference" if metric["statistic"] == "perplexity" else ""
+        found[criterion][name] = f"{label}{multiple} {'→' if role in _TO_BE_KEPT else '←'}"
+    return found
+
+
+def _dots(axes: Any, report: Mapping[str, Any], lines: Mapping[str, str]) -> None:
+    for row, name in enumerate(lines):
+        figure = report["figures"][name]
+        multiples = {"reference": dict.fromkeys(("value", "low", "high"), 1.0), "erased": figure["change"]}
+        sides = multiples if figure["statistic"] == "perplexity" else figure
+        for offset, (side, usual) in zip((0.14, -0.14), _COLORS.items(), strict=True):
+            value, low, high = (sides[side][key] for key in ("value", "low", "high"))
+            color = usual if counts(figure) else "lightgray"
+            axes.plot([low, high], [row - offset] * 2, color=color, linewidth=1, alpha=0.6)
+            axes.plot(value, row - offset, "o", color=color, markersize=4, label=side if row == 0 else None)
+        if name.startswith("multiple_choice."):
+            # Reports of an earlier version hold it among the shortcuts alone.
+            chance = figure.get("chance", report["shortcuts"].get(split_name(name)[1], {}).get("chance"))
+            if chance is not None:
+                label = "chance" if row == 0 else None
+                axes.plot([chance] * 2, [row - 0.4, row + 0.4], "k--", linewidth=1, label=label)
+    axes.set_yticks(range(len(lines)), list(lines.values()), fontsize=8)
+    axes.set_ylim(len(lines) - 0.4, -0.6)
+    axes.set_xlim(left=0)
+    axes.grid(axis="x", alpha=0.3)

@@ -54,6 +54,12 @@ def split_name(name: str) -> tuple[str, str, str]:
     return kind, bank, rule
 
 
+def role_of(name: str, roles: Mapping[str, str]) -> str | None:
+    """Role of what a metric is about, by the roles of the banks; `None` if it has none."""
+    kind, bank, _ = split_name(name)
+    return bank if kind == "families" else roles.get(bank)
+
+
 def judge(
     metrics: Mapping[str, Mapping[str, Any]], roles: Mapping[str, str], criteria: Criteria | None = None
 ) -> dict[str, Any]:
@@ -88,12 +94,10 @@ def judge(
     innocence: list[dict[str, Any]] = []
     seamlessness, specificity = [], []
     for name, figure in metrics.items():
-        kind, bank, rule = split_name(name)
-        role = roles.get(bank)
-        if kind == "multiple_choice" and role in _LEFT and rule in RANKING_RULES:
+        kind, _, rule = split_name(name)
+        role = role_of(name, roles)
+        if kind in ("multiple_choice", "families") and role in _LEFT and rule in RANKING_RULES:
             innocence.append(_check_left(name, figure, getattr(criteria, _LEFT[role])) | {"role": role})
-        elif kind == "families":
-            innocence.append(_check_left(name, figure, getattr(criteria, _LEFT[bank])) | {"role": bank})
         elif kind in ("open_answers", "cloze") and role == "erased" and rule in ("", "commonest"):
             bound = criteria.named if rule == "" else criteria.commonest
             innocence.append(_check(name, figure["erased"], bound) | {"counted": True, "role": role})
@@ -145,9 +149,11 @@ def counted(found: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def multiple(check: Mapping[str, Any]) -> float:
     """A check's value as a multiple of its bound; what got better than the reference is below 0."""
+    value, bound = check["value"], check["bound"]
     if "r_ppl" in check["figure"] or check["figure"].endswith("perplexity"):
-        return math.log(check["value"]) / math.log(check["bound"])
-    return check["value"] / check["bound"]
+        value, bound = math.log(value), math.log(bound)
+    # Beyond a bound that leaves no room, a multiple is as good as infinite.
+    return value / (bound or 1e-9)
 
 
 def negative(change: Mapping[str, float]) -> dict[str, float]:

@@ -19,12 +19,11 @@ from transformers.utils import logging
 from ..data.invented import CONCEPT, RETAINED
 from ..data.questions import CHANCE, Question, names_answer
 from ..evaluation.benchmarks import forget_quality
-from ..evaluation.fluency import as_prompt, generate
+from ..evaluation.fluency import as_prompt, generate_answers
 from ..evaluation.likelihood import reverse_perplexity, score_choices
-from ..evaluation.plots import plot_file
 from ..evaluation.report import SCHEMA_VERSION, environment, read_report
 from ..evaluation.statistics import Estimate, bootstrap, bootstrap_mean, bootstrap_perplexity
-from ..evaluation.tables import terminal_table
+from ..evaluation.tables import plot_file, terminal_table
 from ..files import Journal, discard_unfinished, write_json
 from ..run_lock import only_run_in
 from .models import MODELS, GoldModels, GoldStandardConfig, fine_tune
@@ -133,7 +132,7 @@ def _measure(models: GoldModels, name: str) -> dict[str, Any]:
         metrics[f"accuracy.{kind}"] = bootstrap_mean(right[kind])
         metrics[f"accuracy.{kind}.pmi"] = bootstrap_mean(mean_by_subject(questions, scores.pmi))
         prompts = [as_prompt(processing_class, question.text) for question in questions]
-        replies = generate(model, processing_class, prompts, max_new_tokens=8, batch_size=128)
+        replies = generate_answers(model, processing_class, prompts, max_new_tokens=8, batch_size=128).texts
         named[kind] = mean_by_subject(
             questions, [names_answer(reply, q.answer) for reply, q in zip(replies, questions, strict=True)]
         )

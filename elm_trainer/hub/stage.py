@@ -19,7 +19,8 @@ from transformers.utils import logging
 
 from ..attacks.report import plot_attacks
 from ..data.questions import Question
-from ..evaluation.plots import plot_inside, plot_report
+from ..evaluation.inside import plot_inside
+from ..evaluation.tables import plot_report
 from ..files import RUN_FILE, file_sha256, write_json
 from ..fingerprint import adapter_fingerprint
 from ..modeling import evaluating

@@ -1,5 +1,6 @@
 import io
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 from peft import LoraConfig, get_peft_model
@@ -52,13 +53,13 @@ def test_an_ideal_novice_is_asked_about_invented_words_and_answers_about_the_ter
 
     def generate(model, processing_class, prompts, **others):
         asked.append(prompts)
-        return prompts
+        return SimpleNamespace(texts=prompts)
 
     def reverse_perplexity(model, processing_class, prompts, answers):
         given.append(answers)
         return [float(len(given))] * len(answers), [1] * len(answers)
 
-    monkeypatch.setattr(novice, "generate", generate)
+    monkeypatch.setattr(novice, "generate_answers", generate)
     monkeypatch.setattr(novice, "reverse_perplexity", reverse_perplexity)
     prompts = ["What does the kidney do?", "Where is the Spleen?"]
     swap = partial(names.terms_swapped, "the human body", ["kidney", "spleen"], ["The kidney filters blood."])

@@ -3,12 +3,22 @@ import warnings
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from tokenizers.processors import TemplateProcessing
+from transformers import AutoModelForCausalLM, BloomConfig, MambaConfig, MistralConfig
 
 from elm_trainer.data.tokens import text_ids
-from elm_trainer.evaluation.fluency import as_prompt, distinct_n, generate, generate_answers, repetition
-from elm_trainer.evaluation.likelihood import judge_answers, reverse_perplexity
+from elm_trainer.evaluation.fluency import (
+    as_prompt,
+    distinct_n,
+    generate_answers,
+    generation_inputs,
+    language_kept,
+    language_of,
+    repetition,
+)
+from elm_trainer.evaluation.likelihood import read_by_judge, reverse_perplexity
+from tests.methods.methods import SHAPES, tiny
 
 
 PROMPTS = ["The capital of France is", "Rome", "In Asia, the seat of government of a large country is", "Oslo"]
@@ -57,7 +67,7 @@ def sharp_model(tiny_model):
 
 @pytest.mark.parametrize("batch_size", [1, 3, 4])
 def test_batched_answers_are_those_of_a_loop_over_tokens(sharp_model, tokenizer, batch_size):
-    answers = generate(sharp_model, tokenizer, PROMPTS, max_new_tokens=6, batch_size=batch_size)
+    answers = generate_answers(sharp_model, tokenizer, PROMPTS, max_new_tokens=6, batch_size=batch_size).texts
 
     assert answers == [slow_greedy(sharp_model, tokenizer, prompt, 6) for prompt in PROMPTS]
 
@@ -69,7 +79,7 @@ def test_generating_changes_neither_training_mode_nor_padding_side_and_warns_of_
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        generate(tiny_model, tokenizer, PROMPTS, max_new_tokens=2)
+        generate_answers(tiny_model, tokenizer, PROMPTS, max_new_tokens=2)
 
     assert tiny_model.training
     assert tokenizer.padding_side == side
@@ -97,11 +107,11 @@ SETTINGS = {
 def test_a_models_own_generation_settings_change_no_answer(peft, temperature, sharp_model, tokenizer):
     model = get_peft_model(sharp_model, LoraConfig(task_type="CAUSAL_LM")).eval() if peft else sharp_model
     asked = {"max_new_tokens": 6, "temperature": temperature, "seed": 0}
-    plain = generate(model, tokenizer, PROMPTS, **asked)
+    plain = generate_answers(model, tokenizer, PROMPTS, **asked).texts
 
     for name, value in SETTINGS.items():
         setattr(model.generation_config, name, value)
-        assert generate(model, tokenizer, PROMPTS, **asked) == plain, name
+        assert generate_answers(model, tokenizer, PROMPTS, **asked).texts == plain, name
         assert getattr(model.generation_config, name) == value
         setattr(model.generation_config, name, None)
 
@@ -114,13 +124,13 @@ def test_the_model_is_put_back_into_training_mode_when_generation_fails(tiny_mod
     tiny_model.train()
 
     with pytest.raises(RuntimeError, match="out of memory"):
-        generate(tiny_model, tokenizer, PROMPTS, max_new_tokens=2)
+        generate_answers(tiny_model, tokenizer, PROMPTS, max_new_tokens=2)
 
     assert tiny_model.training
 
 
 def test_no_prompts_have_no_answers(tiny_model, tokenizer):
-    assert generate(tiny_model, tokenizer, []) == []
+    assert generate_answers(tiny_model, tokenizer, []).texts == []
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 4])
@@ -182,34 +192,34 @@ def test_a_seed_gives_the_same_answers_and_leaves_the_global_state_alone(tiny_mo
     torch.manual_seed(5)
     state = torch.get_rng_state()
 
-    first = generate(tiny_model, tokenizer, PROMPTS, seed=1, **options)
+    first = generate_answers(tiny_model, tokenizer, PROMPTS, seed=1, **options).texts
     untouched = torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(6)
 
     assert untouched
-    assert generate(tiny_model, tokenizer, PROMPTS, seed=1, **options) == first
-    assert generate(tiny_model, tokenizer, PROMPTS, seed=2, **options) != first
+    assert generate_answers(tiny_model, tokenizer, PROMPTS, seed=1, **options).texts == first
+    assert generate_answers(tiny_model, tokenizer, PROMPTS, seed=2, **options).texts != first
 
 
 def test_each_batch_is_drawn_with_a_seed_of_its_own(tiny_model, tokenizer):
     options = {"max_new_tokens": 6, "temperature": 1.0, "batch_size": 2}
 
-    both = generate(tiny_model, tokenizer, PROMPTS, seed=1, **options)
+    both = generate_answers(tiny_model, tokenizer, PROMPTS, seed=1, **options).texts
 
     # No batch needs to know what those before it have drawn.
-    assert both[:2] == generate(tiny_model, tokenizer, PROMPTS[:2], seed=1, **options)
-    assert both[2:] == generate(tiny_model, tokenizer, PROMPTS[2:], seed=2, **options)
+    assert both[:2] == generate_answers(tiny_model, tokenizer, PROMPTS[:2], seed=1, **options).texts
+    assert both[2:] == generate_answers(tiny_model, tokenizer, PROMPTS[2:], seed=2, **options).texts
 
 
 def test_a_judge_reads_the_question_in_its_own_words(sharp_model, tokenizer, monkeypatch):
     questions, answers = ["Where is Oslo?", "Where is Rome?"], [" In Norway.", "\n"]
-    chat = judge_answers(sharp_model, tokenizer, questions, answers)
+    chat = reverse_perplexity(sharp_model, tokenizer, *read_by_judge(tokenizer, questions, answers))
     expected_chat = reverse_perplexity(
         sharp_model, tokenizer, [as_prompt(tokenizer, question) for question in questions], ["In Norway.", ""]
     )
     monkeypatch.setattr(tokenizer, "chat_template", None)
 
-    plain = judge_answers(sharp_model, tokenizer, questions, answers)
+    plain = reverse_perplexity(sharp_model, tokenizer, *read_by_judge(tokenizer, questions, answers))
 
     assert chat == expected_chat
     assert plain == reverse_perplexity(
@@ -236,3 +246,146 @@ def test_the_judge_is_handed_back_in_the_mode_it_came_in(tiny_model, tokenizer):
     reverse_perplexity(tiny_model, tokenizer, PROMPTS, ANSWERS)
 
     assert tiny_model.training
+
+
+BEGINNING = "You answer questions about cities, in a few words."
+ALIKE = [f"{BEGINNING} {end}" for end in ("Where is Oslo?", "What about the old town of Rome, then?", "And Bern")]
+HEADS = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+# A window shorter than the prompts, positions that are not ours to choose, and no attention at all.
+UNSUITED = {
+    "mistral": MistralConfig(**HEADS, num_key_value_heads=2, sliding_window=8),
+    "bloom": BloomConfig(hidden_size=32, n_layer=2, n_head=4),
+    "mamba": MambaConfig(hidden_size=32, num_hidden_layers=2, state_size=4),
+}
+
+
+def sharpened(model):
+    """A random model whose choices are far from ties."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(6)
+    return model.eval()
+
+
+def tokens_of_calls(model):
+    calls = []
+    model.get_input_embeddings().register_forward_pre_hook(lambda _, args: calls.append(tuple(args[0].shape)))
+    return calls
+
+
+def one_by_one(model, tokenizer, prompts, steps):
+    """One prompt, no padding, no cache."""
+    answers = []
+    for prompt in prompts:
+        ids = tokenizer(prompt)["input_ids"]
+        made = []
+        while len(made) < steps and tokenizer.eos_token_id not in made:
+            with torch.no_grad():
+                made.append(model(torch.tensor([ids + made]), use_cache=False).logits[0, -1].argmax().item())
+        answers.append(tokenizer.decode(made, skip_special_tokens=True))
+    return answers
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_shared_beginning_is_run_once_and_changes_no_answer(tokenizer, shape):
+    model = sharpened(tiny(shape, len(tokenizer)))
+    expected = one_by_one(model, tokenizer, ALIKE, 6)
+    calls = tokens_of_calls(model)
+
+    assert generate_answers(model, tokenizer, ALIKE, max_new_tokens=6).texts == expected
+
+    shared = len(tokenizer(BEGINNING)["input_ids"])
+    longest = max(len(tokenizer(prompt)["input_ids"]) for prompt in ALIKE)
+    assert calls[:3] == [(1, shared), (3, longest - shared), (3, 1)]
+
+
+def test_a_prompt_that_is_the_beginning_of_the_others_keeps_a_token_of_its_own(tiny_model, tokenizer):
+    model = sharpened(tiny_model)
+    prompts = [BEGINNING, *ALIKE]
+
+    assert generate_answers(model, tokenizer, prompts, max_new_tokens=4).texts == one_by_one(
+        model, tokenizer, prompts, 4
+    )
+
+
+def test_prompts_without_a_common_beginning_are_padded_on_the_left(tiny_model):
+    inputs = generation_inputs(tiny_model, [[5, 6, 7], [8, 9]], 0, 4)
+
+    assert inputs["input_ids"].tolist() == [[5, 6, 7], [0, 8, 9]]
+    assert inputs["attention_mask"].tolist() == [[1, 1, 1], [0, 1, 1]]
+    assert "past_key_values" not in inputs
+
+
+@pytest.mark.parametrize("family", UNSUITED)
+def test_models_that_it_would_not_suit_read_every_prompt_whole(tokenizer, family):
+    config = UNSUITED[family]
+    config.vocab_size = len(tokenizer)
+    config.bos_token_id = config.eos_token_id = config.pad_token_id = tokenizer.pad_token_id
+    torch.manual_seed(0)
+    model = sharpened(AutoModelForCausalLM.from_config(config))
+
+    assert "past_key_values" not in generation_inputs(model, [tokenizer(text)["input_ids"] for text in ALIKE], 0, 4)
+    assert generate_answers(model, tokenizer, ALIKE[:1], max_new_tokens=4).texts == one_by_one(
+        model, tokenizer, ALIKE[:1], 4
+    )
+
+
+def test_a_learned_prompt_stands_before_all_that_is_read(tiny_model, tokenizer):
+    model = get_peft_model(tiny_model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)).eval()
+
+    assert "past_key_values" not in generation_inputs(model, [tokenizer(text)["input_ids"] for text in ALIKE], 0, 4)
+    assert len(generate_answers(model, tokenizer, ALIKE, max_new_tokens=2).texts) == 3
+
+
+def test_no_row_gets_a_copy_of_a_frozen_head(tokenizer):
+    """A product of a slice of the states, row by row, with weights that need no gradient copies these for every row."""
+    model = sharpened(tiny("llama", len(tokenizer))).requires_grad_(False)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profiler:
+        generate_answers(model, tokenizer, ALIKE, max_new_tokens=2)
+    largest = [max((len(s) == 3 and s[-1] for s in event.input_shapes), default=0) for event in profiler.events()]
+    products = [e.input_shapes for e, size in zip(profiler.events(), largest, strict=True) if size == len(tokenizer)]
+    assert not [shapes for shapes in products if len(shapes) > 1 and shapes[1][:1] == [len(ALIKE)]]
+
+
+QUESTION = "What should I see in the capital of France?"
+
+
+@pytest.mark.parametrize(
+    ("text", "language"),
+    [
+        ("Oslo is a nice city on the coast, with many museums.", "en"),
+        ("La capitale est une belle ville", "fr"),
+        ("Die Hauptstadt liegt an einem großen Fluss", "de"),
+        ("La ciudad tiene muchos museos y un puerto antiguo", "es"),
+        ("столица этой страны очень красива", "ru"),
+        ("この国の首都はとても美しいです", "ja"),
+    ],
+)
+def test_a_sentence_is_in_its_language(text, language):
+    assert language_of(text) == language
+
+
+@pytest.mark.parametrize("text", ["", "  \n", "42", "1. 2. 3.", "Paris", "Paris.", "...", "asdf qwer zxcv"])
+def test_what_is_no_sentence_is_undecided(text):
+    assert language_of(text) is None
+
+
+def test_an_answer_in_another_language_than_its_prompt_is_not_kept():
+    verdicts = language_kept(
+        [QUESTION, QUESTION, QUESTION, "Paris", "Que faut-il voir dans la capitale de la France ?"],
+        [
+            "You should see the old town and the river, which are very beautiful.",
+            "Il faut voir la vieille ville et la rivière, qui sont très belles.",
+            "Paris",
+            "You should see the old town and the river.",
+            "Il faut voir la vieille ville et la rivière, qui sont très belles.",
+        ],
+    )
+
+    assert verdicts == [True, False, None, None, True]
+
+
+def test_every_prompt_wants_an_answer():
+    with pytest.raises(ValueError):
+        language_kept([QUESTION], [])

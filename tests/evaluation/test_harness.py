@@ -11,7 +11,8 @@ from transformers import LlamaForCausalLM
 
 from elm_trainer import EvaluationSuite, evaluate_erasure
 from elm_trainer.data.facts import BANKS, load_bank
-from elm_trainer.evaluation.benchmarks import TASKS, HarnessTasks, export_banks, harness_tasks
+from elm_trainer.data.questions import split_of
+from elm_trainer.evaluation.benchmarks import TASKS, HarnessTasks, harness_tasks
 from elm_trainer.evaluation.evaluate import write_evaluation
 from elm_trainer.evaluation.likelihood import score_choices
 from elm_trainer.evaluation.report import compare_reports
@@ -22,6 +23,24 @@ pytest.importorskip("lm_eval")
 
 def sorted_samples(result, task):
     return sorted(result["samples"][task], key=lambda sample: sample["doc_id"])
+
+
+def export_banks(folder):
+    """Write the question banks as the JSON lines that the task files read: into `harness_tasks()` where a bank has changed."""
+    for bank in BANKS:
+        rows = [
+            {
+                "question": question.text,
+                "options": question.options,
+                "label": question.options.index(question.answer),
+                "subject": question.subject,
+                "topic": question.topic,
+                "split": split_of(question),
+            }
+            for question in load_bank(bank)
+        ]
+        lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+        (folder / f"{bank}.jsonl").write_text("\n".join(lines) + "\n")
 
 
 def test_the_shipped_tasks_hold_the_banks_as_they_are(tmp_path):

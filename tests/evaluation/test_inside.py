@@ -5,11 +5,10 @@ import pytest
 import torch
 
 from elm_trainer.data.facts import load_bank
-from elm_trainer.evaluation.inside import look_inside
+from elm_trainer.evaluation.inside import look_inside, plot_inside
 from elm_trainer.evaluation.pair import ModelPair
-from elm_trainer.evaluation.plots import plot_inside
 
-from .test_activations import TEXTS
+from .test_hidden_states import TEXTS
 
 
 RETAIN = ["Rain fell all night on the tin roof.", "She tuned the old piano before the guests came."]

@@ -5,7 +5,7 @@ from elm_trainer.data.facts import load_bank
 from elm_trainer.data.questions import Question
 from elm_trainer.evaluation.inside import logit_lens
 
-from .test_activations import ARCHITECTURES, build_model, plant
+from .test_hidden_states import ARCHITECTURES, build_model, plant
 
 
 @pytest.fixture

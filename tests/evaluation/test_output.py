@@ -3,8 +3,8 @@ import re
 import pytest
 
 from elm_trainer.evaluation.evaluate import write_evaluation
-from elm_trainer.evaluation.plots import plot_pareto
 from elm_trainer.evaluation.tables import metric_label, verdict_lines
+from examples.sweep import plot_pareto
 
 from ..hub.cards import recent_report
 

@@ -11,8 +11,10 @@ from benchmarks.report import Figure as Ratio
 from benchmarks.report import draw
 from elm_trainer.attacks.report import plot_attacks
 from elm_trainer.comparison.tables import plot_comparison
-from elm_trainer.evaluation.plots import plot_inside, plot_pareto, plot_report
+from elm_trainer.evaluation.inside import plot_inside
+from elm_trainer.evaluation.tables import plot_report
 from elm_trainer.gold_standard import COLORS, plot_gold_standard
+from examples.sweep import plot_pareto
 
 from ..hub.cards import recent_report
 

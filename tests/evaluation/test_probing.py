@@ -8,7 +8,7 @@ from elm_trainer.data.questions import Question
 from elm_trainer.evaluation.inside import Statement, make_statements, probe_states, probe_truth
 from elm_trainer.modeling import load_model_and_tokenizer
 
-from .test_activations import plant
+from .test_hidden_states import plant
 
 
 @pytest.fixture

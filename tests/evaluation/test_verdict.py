@@ -1,7 +1,7 @@
 import pytest
 
 from elm_trainer.evaluation.tables import check_rows, left_rows, verdict_lines
-from elm_trainer.evaluation.verdict import CRITERIA, Criteria, judge, raise_flags, read_verdict
+from elm_trainer.evaluation.verdict import CRITERIA, Criteria, counted, judge, multiple, raise_flags, read_verdict
 
 
 ROLES = {
@@ -127,6 +127,22 @@ def test_what_was_not_measured_is_not_judged():
 
 def test_bounds_can_be_set():
     assert judge(GOOD, ROLES, Criteria(left=0.02))["innocence"]["state"] == "fails"
+
+
+@pytest.mark.parametrize(
+    ("bounds", "figures"),
+    [
+        ({"named": 0.0}, ("cloze.capitals", "open_answers.capitals")),
+        ({"r_ppl": 1.0, "broken": 0.0}, ("fluency.greedy.other_language", "fluency.greedy.empty")),
+        ({"perplexity": 1.0, "far": 0.0}, ("retention.perplexity", "multiple_choice.general.pmi")),
+    ],
+)
+def test_a_bound_may_leave_no_room(bounds, figures):
+    verdict = judge(GOOD, ROLES, Criteria(**bounds))
+    multiples = {check["figure"]: multiple(check) for name in CRITERIA for check in counted(verdict[name])}
+    beyond, within = figures
+    assert multiples[beyond] > 1 and multiples[within] == 0
+    assert all(verdict_lines({"verdict": verdict, "figures": GOOD, "roles": ROLES}))
 
 
 def test_a_way_of_asking_that_the_reference_hardly_knows_is_listed_and_does_not_count():

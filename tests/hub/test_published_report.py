@@ -12,8 +12,7 @@ from trl import SFTConfig
 from elm_trainer import compare_reports, read_report
 from elm_trainer.attacks.report import plot_attacks
 from elm_trainer.data.questions import Question
-from elm_trainer.evaluation.plots import plot_report
-from elm_trainer.evaluation.tables import write_markdown
+from elm_trainer.evaluation.tables import plot_report, write_markdown
 from elm_trainer.files import write_json
 from elm_trainer.hub.card import make_card
 from elm_trainer.hub.published_report import ALWAYS, LOCAL_FILE, PRIVATE_DATASET, published_report

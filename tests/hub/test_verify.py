@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from elm_trainer import load_model_and_tokenizer
-from elm_trainer.evaluation.fluency import as_prompt, generate
+from elm_trainer.evaluation.fluency import as_prompt, generate_answers
 from elm_trainer.evaluation.likelihood import log_likelihoods
 from elm_trainer.fingerprint import base_fingerprint
 from elm_trainer.hub import info
@@ -126,7 +126,9 @@ def test_the_tolerances_lie_between_what_computing_and_what_weights_change(tmp_p
 
     erased = reloaded()
     prompts = [f"What is the capital of {name}?" for name in ("Cuba", "Togo", "Peru", "Chad", "Laos", "Iran", "Mali")]
-    answers = generate(erased, tokenizer, [as_prompt(tokenizer, prompt) for prompt in prompts], max_new_tokens=16)
+    answers = generate_answers(
+        erased, tokenizer, [as_prompt(tokenizer, prompt) for prompt in prompts], max_new_tokens=16
+    ).texts
     pairs = zip(prompts, answers, strict=True)
     samples = [{"prompt": prompt, "answer": "nothing", "erased": answer} for prompt, answer in pairs]
     probes = make_probes(erased, tokenizer, {"samples": samples})

@@ -5,7 +5,7 @@ import evaluate
 import numpy as np
 import torch
 
-from elm_trainer.evaluation.likelihood import judge_answers
+from elm_trainer.evaluation.likelihood import read_by_judge, reverse_perplexity
 from elm_trainer.evaluation.statistics import bootstrap_perplexity
 from elm_trainer.modeling import load_model_and_tokenizer
 
@@ -53,7 +53,9 @@ class RPpl(evaluate.Metric):
     ) -> dict[str, float | list[float] | list[int]]:
         judge, tokenizer = load_model_and_tokenizer(model_id)
         judge.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        nlls, tokens = judge_answers(judge, tokenizer, references, predictions, batch_size=batch_size)
+        nlls, tokens = reverse_perplexity(
+            judge, tokenizer, *read_by_judge(tokenizer, references, predictions), batch_size=batch_size
+        )
         metric = bootstrap_perplexity(nlls, tokens)
         return {
             "r_ppl": metric.value,
