@@ -9,7 +9,8 @@ from .. import __version__
 from .errors import is_wrong_use, one_line
 
 
-# Each is a module of this folder, which is imported when it is run, and has `main(argv: list[str] | None = None) -> None`.
+# Each is a module of this folder, which is imported when it is run, and has `main(argv: list[str] | None = None) -> None`; those
+# of `TOGETHER` are functions, of their name, of one module.
 COMMANDS = {
     "erase": "erase concepts with a LoRA adapter, and measure before and after",
     "doctor": "say what `erase` would do, take and stumble over, before anything heavy runs",
@@ -24,6 +25,7 @@ COMMANDS = {
     "leaderboard": "published adapters side by side",
     "recipes": "list the recipes that ship with the package, or print one",
 }
+TOGETHER = dict.fromkeys(("publish", "export", "shrink", "leaderboard"), "adapters")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -50,7 +52,8 @@ def main(argv: list[str] | None = None) -> None:
         fix = f"did you mean `elm {near[0]}`?" if near else f"use one of {', '.join(COMMANDS)}."
         _fail("elm", f"there is no subcommand {name!r}: {fix}")
     try:
-        import_module(f"{__package__}.{name}").main(options)
+        module = import_module(f"{__package__}.{TOGETHER.get(name, name)}")
+        getattr(module, name if name in TOGETHER else "main")(options)
     except Exception as error:
         if with_traceback or not is_wrong_use(error):
             raise
