@@ -166,7 +166,7 @@ def read_entry(repo: str, text: str) -> Entry:
     def changes(wanted: Callable[[str, str | None], bool], bounds: tuple[float, float]) -> list[float]:
         return [_number(_args(r)["change"], r, bounds) for r in measured if wanted(str(r.metric_name), _role(r))]
 
-    falls = sorted(changes(lambda name, role: role in ("near", "far") and name.endswith(".pmi"), _CHANGE))
+    falls = changes(lambda name, role: role in ("near", "far") and name.endswith(".pmi"), _CHANGE)
     concept = max((r for r in measured if _asks_for_the_concept(r)), key=_share, default=None)
     worst = {
         metric: max(tried, key=_share)
@@ -183,7 +183,7 @@ def read_entry(repo: str, text: str) -> Entry:
         innocence_n=None if concept is None else int(_number(_args(concept)["n"], concept, _COUNT)),
         before=None if concept is None else _number(_args(concept)["reference"], concept, _SHARE),
         r_ppl=max(changes(lambda name, _: ".r_ppl" in name, _MULTIPLE), default=None),
-        fall=-falls[0] if falls else None,
+        fall=-min(falls) if falls else None,
         perplexity=max(changes(lambda name, _: name == "retention.perplexity", _MULTIPLE), default=None),
         worst_pmi=_share(worst["pmi"]) if "pmi" in worst else None,
         worst_names_answer=_share(worst["names_answer"]) if "names_answer" in worst else None,
@@ -348,13 +348,11 @@ def _markdown(groups: Sequence[Group], skipped: Sequence[Skipped]) -> str:
 
 
 def _json(groups: Sequence[Group], skipped: Sequence[Skipped]) -> str:
-    board: dict[str, Any] = {"note": NOTE, "groups": [], "skipped": [asdict(entry) for entry in skipped]}
-    for group in groups:
-        rows = [
-            {name: finite(value) if isinstance(value, float) else value for name, value in asdict(entry).items()}
-            for entry in group.entries
-        ]
-        board["groups"].append({"measured": group.measured, "entries": rows})
+    def row(entry: Entry) -> dict[str, Any]:
+        return {name: finite(value) if isinstance(value, float) else value for name, value in asdict(entry).items()}
+
+    shown = [{"measured": group.measured, "entries": [*map(row, group.entries)]} for group in groups]
+    board = {"note": NOTE, "groups": shown, "skipped": [asdict(entry) for entry in skipped]}
     return json.dumps(board, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
