@@ -54,7 +54,7 @@ def export(argv: list[str] | None = None) -> None:
     `--to gguf-adapter` writes the adapter alone, to be put on any GGUF of its base, however quantized; `--to gguf` the base's GGUF
     file with the adapter merged; `--to safetensors` a folder of full weights, as every other server reads it.
     """
-    line = CommandLine("export", str(export.__doc__), argv, own=ExportArguments)
+    line = CommandLine("export", export.__doc__, argv, own=ExportArguments)
     [arguments] = line.early()
     check_adapter(arguments.adapter)
     if arguments.to != "safetensors" and not arguments.output.endswith(".gguf"):
@@ -99,7 +99,7 @@ def shrink(argv: list[str] | None = None) -> None:
     Servers load adapters up to a rank; vLLM's default is 16. With --evaluate both adapters are measured beside the base, as by
     `elm evaluate`, and the cost is shown.
     """
-    [arguments] = CommandLine("shrink", str(shrink.__doc__), argv, own=ShrinkArguments).early()
+    [arguments] = CommandLine("shrink", shrink.__doc__, argv, own=ShrinkArguments).early()
     check_adapter(arguments.adapter)
     adapter = Path(arguments.adapter)
     # The folder of an adapter of the Hub is in the cache, where nothing is put.
@@ -209,7 +209,7 @@ def publish(argv: list[str] | None = None) -> None:
     stages the folder that would go up and lists it; without `--dry_run` it goes up, in one commit, to a private repository.
     Reads `report.json` and, if there is one, `attacks.json` beside the adapter.
     """
-    [arguments] = CommandLine("publish", str(publish.__doc__), argv, own=PublishArguments).early()
+    [arguments] = CommandLine("publish", publish.__doc__, argv, own=PublishArguments).early()
     check_adapter(arguments.adapter)
     hush_libraries()
     from rich.console import Console
@@ -258,7 +258,7 @@ def leaderboard(argv: list[str] | None = None) -> None:
 
     Without `--repos` every repository with the tag is read. Endpoint and token come from `HF_ENDPOINT` and `HF_TOKEN`.
     """
-    [arguments] = CommandLine("leaderboard", str(leaderboard.__doc__), argv, own=LeaderboardArguments).early()
+    [arguments] = CommandLine("leaderboard", leaderboard.__doc__, argv, own=LeaderboardArguments).early()
     hush_libraries()
     from rich.console import Console
     from rich.table import Table
