@@ -33,19 +33,8 @@ REPORT_PLOT = "report.png"
 ATTACKS_PLOT = "attacks.png"
 INSIDE_PLOT = "inside.png"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-PUBLISHED_FILES = frozenset(
-    (
-        CARD,
-        ADAPTER_CONFIG,
-        ADAPTER_WEIGHTS,
-        INFO_FILE,
-        REPORT,
-        REPORT_PLOT,
-        ATTACKS_PLOT,
-        INSIDE_PLOT,
-        *TOKENIZER_FILES,
-    )
-)
+PLOTS = (REPORT_PLOT, ATTACKS_PLOT, INSIDE_PLOT)
+PUBLISHED_FILES = frozenset((CARD, ADAPTER_CONFIG, ADAPTER_WEIGHTS, INFO_FILE, REPORT, *PLOTS, *TOKENIZER_FILES))
 
 
 @dataclass(frozen=True)

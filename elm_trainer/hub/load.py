@@ -90,15 +90,8 @@ def load_erased(
         raise ValueError(
             f"`verify` is True, but {adapter.name} stores no questions to ask again in {INFO_FILE}: leave `verify` out."
         )
-    model, tokenizer = load_found(
-        {"default": adapter},
-        base_model,
-        access,
-        allow_mismatch=allow_mismatch,
-        dtype=dtype,
-        device_map=device_map,
-        quantization_config=quantization_config,
-    )
+    loading = dict(dtype=dtype, device_map=device_map, quantization_config=quantization_config)
+    model, tokenizer = load_found({"default": adapter}, base_model, access, allow_mismatch=allow_mismatch, **loading)
     if verify and adapter.info is not None:
         try:
             with strangers_files(f"The questions stored in {INFO_FILE} of {adapter.name} could not be asked"):
@@ -119,6 +112,8 @@ def load_found(
     **loading: Any,
 ) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     """Put adapters that [`find_adapter`] found on one base, each under its name; takes and raises what [`load_erased`] does.
+
+    `loading` are `dtype`, `device_map` and `quantization_config`.
 
     Returns:
         `tuple`: the model in evaluation mode with the first adapter active, and the first adapter's tokenizer.
@@ -141,10 +136,7 @@ def load_found(
 def load_base(
     adapter: FoundAdapter, base_model: str | PreTrainedModel | None, access: Access, **loading: Any
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Base of an adapter, and the tokenizer: the adapter's own if it ships one.
-
-    `loading` are `dtype`, `device_map` and `quantization_config` of [`load_erased`].
-    """
+    """Base of an adapter, and the tokenizer: the adapter's own if it ships one; takes what [`load_found`] takes."""
     if isinstance(base_model, PeftModel):
         raise ValueError("`base_model` carries an adapter already: `unload()` it, or pass its `get_base_model()`.")
     if isinstance(base_model, PreTrainedModel):
@@ -249,15 +241,8 @@ def stack_erasures(
     access = Access(token, cache_dir, local_files_only)
     found = {name: find_adapter(place, None, access) for name, place in adapters.items()}
     _check_combination(found, combination)
-    model, tokenizer = load_found(
-        found,
-        base_model,
-        access,
-        allow_mismatch=allow_mismatch,
-        dtype=dtype,
-        device_map=device_map,
-        quantization_config=quantization_config,
-    )
+    loading = dict(dtype=dtype, device_map=device_map, quantization_config=quantization_config)
+    model, tokenizer = load_found(found, base_model, access, allow_mismatch=allow_mismatch, **loading)
     tuner: Any = model.base_model
     own: dict[str, LoraConfig] = {name: model.peft_config[name] for name in strengths}
     try:
@@ -273,12 +258,7 @@ def stack_erasures(
             selection = dict(exclude_modules=None, layers_to_transform=None, layers_pattern=None)
             model.peft_config[name] = replace(config, target_modules=adapted, use_rslora=False, **selection)
         tuner.add_weighted_adapter(
-            [*strengths],
-            [*strengths.values()],
-            STACK,
-            combination_type=combination,
-            svd_rank=svd_rank,
-            density=density,
+            [*strengths], [*strengths.values()], STACK, combination, svd_rank=svd_rank, density=density
         )
     finally:
         model.peft_config.update(own)
