@@ -42,7 +42,7 @@ _METRICS = {
 }
 
 
-def body(report: Mapping[str, Any], repo_id: str, pictures: Sequence[str]) -> dict[str, str]:
+def body(report: Mapping[str, Any], repo_id: str, pictures: Sequence[str]) -> dict[str, str | None]:
     """Everything that the template is filled in with but the metadata."""
     attacks, base = report["attacks"], report["base_model"]
     erased, kept = split_samples(report)
@@ -59,7 +59,7 @@ def body(report: Mapping[str, Any], repo_id: str, pictures: Sequence[str]) -> di
         "checks": table(CHECK_COLUMNS, ([*map(inline, row)] for row in check_rows(report))),
         "asked": _asked(report),
         "flags": _list(f"**{inline(flag['flag'])}**: {inline(flag['why'])}" for flag in report["flags"]),
-        "attacks": "" if attacks is None else _attack_table(strongest(attacks)),
+        "attacks": None if attacks is None else _attack_table(strongest(attacks)),
         "all_attacks": "" if attacks is None else _attack_table(attacks["figures"]),
         "samples": _samples(erased),
         "kept_samples": _samples(kept),

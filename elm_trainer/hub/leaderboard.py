@@ -138,12 +138,10 @@ def read_entries(cards: Iterable[tuple[str, str]]) -> tuple[list[Entry], list[Sk
     for repo, text in cards:
         try:
             entries.append(read_entry(repo, text))
-        except ValueError as error:
-            skipped.append(Skipped(repo, str(error)))
         # A stranger's card can make the parsers raise anything; it must not take the others along.
         except Exception as error:
-            told = f"{type(error).__name__}: {error}"
-            skipped.append(Skipped(repo, f"its results are not in the form of a card of elm-trainer ({told})"))
+            told = f"its results are not in the form of a card of elm-trainer ({type(error).__name__}: {error})"
+            skipped.append(Skipped(repo, str(error) if isinstance(error, ValueError) else told))
     return entries, skipped
 
 
@@ -168,11 +166,12 @@ def read_entry(repo: str, text: str) -> Entry:
 
     falls = changes(lambda name, role: role in ("near", "far") and name.endswith(".pmi"), _CHANGE)
     concept = max((r for r in measured if _asks_for_the_concept(r)), key=_share, default=None)
-    worst = {
-        metric: max(tried, key=_share)
+    ranked, named = (
+        [r for r in attacks if _args(r)["metric"] == metric and _args(r)["family"] != "none"]
         for metric in ("pmi", "names_answer")
-        if (tried := [r for r in attacks if _args(r)["metric"] == metric and _args(r)["family"] != "none"])
-    }
+    )
+    worst = max(ranked or named, key=_share, default=None)
+    innocent, seamless, specific = (verdicts.get(criterion, NOT_STATED) for criterion in CRITERIA)
     return Entry(
         repo=repo,
         base=_base(data.get("base_model")),
@@ -185,12 +184,12 @@ def read_entry(repo: str, text: str) -> Entry:
         r_ppl=max(changes(lambda name, _: ".r_ppl" in name, _MULTIPLE), default=None),
         fall=-min(falls) if falls else None,
         perplexity=max(changes(lambda name, _: name == "retention.perplexity", _MULTIPLE), default=None),
-        worst_pmi=_share(worst["pmi"]) if "pmi" in worst else None,
-        worst_names_answer=_share(worst["names_answer"]) if "names_answer" in worst else None,
-        worst_attack=next((plain(str(result.metric_name))[:_LONGEST_NAME] for result in worst.values()), ""),
-        innocent=verdicts.get("innocence", NOT_STATED),
-        seamless=verdicts.get("seamlessness", NOT_STATED),
-        specific=verdicts.get("specificity", NOT_STATED),
+        worst_pmi=max(map(_share, ranked), default=None),
+        worst_names_answer=max(map(_share, named), default=None),
+        worst_attack="" if worst is None else plain(str(worst.metric_name))[:_LONGEST_NAME],
+        innocent=innocent,
+        seamless=seamless,
+        specific=specific,
     )
 
 
