@@ -169,8 +169,10 @@ def find_adapter(repo_or_path: str | Path, revision: str | None, access: Access)
 
 
 def _check_info(folder: Path, info: ErasureInfo) -> None:
-    """Check the names in `erasure.json`, and its table of files by the files themselves."""
+    """Check the fields of `erasure.json`, of which the table of files by the files themselves."""
     path, gguf_file = folder / INFO_FILE, info.base_model.gguf_file
+    if fault := info.fault():
+        raise UnsafeAdapterError(f"{path}{fault}.")
     check_names([*info.files, *([gguf_file] if gguf_file else [])], str(path))
     for name, expected in info.files.items():
         # Pictures are published too, but not fetched for loading.

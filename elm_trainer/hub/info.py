@@ -102,17 +102,14 @@ class ErasureInfo:
                 raise ValueError(f"`schema_version` is {found!r}, but this version reads {INFO_SCHEMA}")
             content["base_model"] = BaseModel(**content["base_model"])
             content["verification"] = [Probe(**probe) for probe in content["verification"]]
-            info = cls(**content)
+            return cls(**content)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UnsafeAdapterError(
                 f"{path} is not an {INFO_FILE} of elm-trainer ({error}): publish the adapter again, or load it with "
                 "`PeftModel.from_pretrained`."
             ) from error
-        if fault := info._fault():
-            raise UnsafeAdapterError(f"{path}{fault}.")
-        return info
 
-    def _fault(self) -> str | None:
+    def fault(self) -> str | None:
         """What is wrong with the fields, if anything: anybody may have written them."""
         base, again = self.base_model, "publish the adapter again"
         if not _are_hashes(base.fingerprint) or not _are_hashes(self.files):
