@@ -48,13 +48,13 @@ _EXPORTS = {
     "load_erased": ".hub.load",
     "load_model_and_tokenizer": ".modeling",
     "load_texts": ".data.sources",
-    "merge_erased": ".hub.export",
+    "merge_erased": ".hub.load",
     "publish_adapter": ".hub.publish",
     "publish_dataset": ".hub.publish_dataset",
     "read_questions": ".data.questions",
     "read_report": ".evaluation.report",
-    "shrink_adapter": ".hub.combine",
-    "stack_erasures": ".hub.combine",
+    "shrink_adapter": ".hub.export",
+    "stack_erasures": ".hub.load",
     "synthesize_completions": ".synthesis",
 }
 __all__ = ["__version__", *sorted(_EXPORTS)]
@@ -72,10 +72,9 @@ if TYPE_CHECKING:
     from .evaluation.pair import ModelPair
     from .evaluation.report import compare_reports, read_report
     from .evaluation.suite import EvaluationSuite, built_in_suite
-    from .hub.combine import shrink_adapter, stack_erasures
-    from .hub.export import export_gguf, export_gguf_adapter, merge_erased
+    from .hub.export import export_gguf, export_gguf_adapter, shrink_adapter
     from .hub.info import BaseModel
-    from .hub.load import load_erased
+    from .hub.load import load_erased, merge_erased, stack_erasures
     from .hub.publish import CardDetails, PublishOptions, publish_adapter
     from .hub.publish_dataset import publish_dataset
     from .methods.anchors import counterfactuals

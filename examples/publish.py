@@ -3,8 +3,8 @@
 `python examples/publish.py --adapter outputs/demo/adapter --repo_id erased-capitals --base_model org/name --dry_run`
 """
 
-from elm_trainer.cli.publish import main
+from elm_trainer.cli.adapters import publish
 
 
 if __name__ == "__main__":
-    main()
+    publish()

@@ -5,34 +5,33 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-from huggingface_hub.hf_api import ModelInfo, RepoSibling
+from huggingface_hub.hf_api import ModelInfo
+from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import CONFIG_NAME, cached_file, find_adapter_config_file, logging
 
 from ..files import file_sha256
 from ..modeling import PACKAGED_MODELS
 from .errors import HubError, UnsafeAdapterError, UploadError, bounded_waits, first_line, named_errors, retried
-from .info import ADAPTER_CONFIG, ADAPTER_WEIGHTS, INFO_FILE, ErasureInfo, Probe
+from .info import ADAPTER_CONFIG, ADAPTER_WEIGHTS, INFO_FILE, ErasureInfo
 from .safety import LOADED_FILES, PLAIN_DATA, check_folder, check_names
 from .untrusted import (
-    LONGEST_PROBE,
     MOST_BASE_STEPS,
     MOST_DATA_BYTES,
     MOST_JSON_BYTES,
     MOST_PARTS,
-    MOST_PROBES,
     TEMPLATE_BYTES,
     TEMPLATE_CHARACTERS,
     TEMPLATE_SECONDS,
     is_plain_name,
-    is_revision,
     matching_steps,
     read_json,
     short,
@@ -57,18 +56,24 @@ class Access:
 def _fetch(repo_id: str, revision: str | None, access: Access) -> Path:
     """Snapshot of a repository. What it lists is checked before any of it is downloaded."""
     offline = access.local_files_only or constants.HF_HUB_OFFLINE
+    options = vars(access) | {"revision": revision, "local_files_only": offline}
     try:
         with bounded_waits(), named_errors(repo_id, f"Loading {repo_id}"):
-            if not offline:
-                return _download(repo_id, revision, access)
-            folder = snapshot_download(
-                repo_id,
-                revision=revision,
-                cache_dir=access.cache_dir,
-                local_files_only=True,
-                allow_patterns=list(LOADED_FILES),
-            )
-            return Path(folder)
+            if offline:
+                return Path(snapshot_download(repo_id, allow_patterns=[*LOADED_FILES], **options))
+            info = _describe(repo_id, revision, access)
+            names = [file.rfilename for file in info.siblings or ()]
+            check_names(names, repo_id)
+            _check_sizes(info, repo_id)
+            if ADAPTER_CONFIG not in names:
+                raise HubError(f"{repo_id} holds no {ADAPTER_CONFIG}: it is not the repository of an adapter.")
+            wanted = [name for name in LOADED_FILES if name in names]
+            folder = Path(retried(lambda: snapshot_download(repo_id, allow_patterns=wanted, **options)))
+            if folder.name != info.sha:
+                raise HubError(
+                    f"{repo_id} was changed while it was loaded: load it again, or name a commit as `revision`."
+                )
+            return folder
     except UploadError as error:
         raise HubError(
             f"{repo_id} could not be fetched, since the Hub can't be reached ({first_line(error.__cause__ or error)}): try "
@@ -94,36 +99,15 @@ def _describe(repo_id: str, revision: str | None, access: Access) -> ModelInfo:
     return retried(lambda: HfApi(token=access.token).model_info(repo_id, revision=revision, files_metadata=True))
 
 
-def _check_sizes(files: Iterable[RepoSibling], where: str) -> None:
+def _check_sizes(info: ModelInfo, where: str) -> None:
     """Refuse what is too large for what it is, by the sizes that the Hub lists. Weights may have any size."""
-    for file in files:
+    for file in info.siblings or ():
         name = file.rfilename
         if name == ADAPTER_WEIGHTS or name not in (*LOADED_FILES, *_BASE_FILES):
             continue
         most = MOST_DATA_BYTES if name in PLAIN_DATA else MOST_JSON_BYTES
         if file.size is not None and file.size > most:
             raise UnsafeAdapterError(f"{where} holds {name} of {file.size} bytes, more than {most}: do not load it.")
-
-
-def _download(repo_id: str, revision: str | None, access: Access) -> Path:
-    info = _describe(repo_id, revision, access)
-    names = [file.rfilename for file in info.siblings or ()]
-    check_names(names, repo_id)
-    _check_sizes(info.siblings or (), repo_id)
-    if ADAPTER_CONFIG not in names:
-        raise HubError(f"{repo_id} holds no {ADAPTER_CONFIG}: it is not the repository of an adapter.")
-    folder = retried(
-        lambda: snapshot_download(
-            repo_id,
-            revision=revision,
-            token=access.token,
-            cache_dir=access.cache_dir,
-            allow_patterns=[name for name in LOADED_FILES if name in names],
-        )
-    )
-    if Path(folder).name != info.sha:
-        raise HubError(f"{repo_id} was changed while it was loaded: load it again, or name a commit as `revision`.")
-    return Path(folder)
 
 
 @dataclass(frozen=True)
@@ -139,6 +123,32 @@ class FoundAdapter:
     def base_id(self) -> str | None:
         """What the adapter calls its base."""
         return self.config.get("base_model_name_or_path") if self.info is None else self.info.base_model.id
+
+    def named_base(self) -> str:
+        """What the adapter calls its base, if that is something to load here; raises `HubError` if it is not."""
+        name = self.base_id
+        if not name:
+            raise HubError(f"{self.name} names no base in {ADAPTER_CONFIG}: pass `base_model`.")
+        # An adapter that was trained here may name a folder of this machine. One from elsewhere has no business with them.
+        here = os.path.isdir(self.name)
+        try:
+            validate_repo_id(name)
+        except HFValidationError as error:
+            if here and os.path.isdir(name):
+                return name
+            raise HubError(
+                f"{self.name} was trained on {name[:200]}, which is no id on the Hub and no folder here: pass `base_model`."
+            ) from error
+        if os.path.exists(name):
+            if self.info is not None or not here:
+                raise HubError(
+                    f"{self.name} was trained on {name} of the Hub, but there is a folder or file {name} here, which would be "
+                    f"taken for it: load it from another place, or pass `base_model`, e.g. './{name}' for the folder."
+                )
+            logger.warning(
+                f"{self.name} was trained on {name}: taking the folder of that name, not the Hub's repository."
+            )
+        return name
 
 
 def find_adapter(repo_or_path: str | Path, revision: str | None, access: Access) -> FoundAdapter:
@@ -160,24 +170,10 @@ def find_adapter(repo_or_path: str | Path, revision: str | None, access: Access)
 
 def _check_info(folder: Path, info: ErasureInfo) -> None:
     """Check the fields of `erasure.json`, of which the table of files by the files themselves."""
-    path = folder / INFO_FILE
-    base = info.base_model
-    if isinstance(info.files, dict):
-        check_names(info.files, str(path))
-    if not _are_hashes(base.fingerprint) or not _are_hashes(info.files):
-        raise UnsafeAdapterError(
-            f"{path}: `fingerprint` and `files` must be tables of SHA-256: publish the adapter again."
-        )
-    if ADAPTER_WEIGHTS not in info.files or "unquantized" not in base.fingerprint:
-        raise UnsafeAdapterError(
-            f"{path} holds no hash of {ADAPTER_WEIGHTS} or of the base's weights: publish the adapter again."
-        )
-    if not isinstance(base.id, str) or not is_revision(base.revision) or not isinstance(base.gguf_file, str | None):
-        raise UnsafeAdapterError(
-            f"{path}: `base_model` needs the id and a commit of the base: publish the adapter again."
-        )
-    check_names([base.gguf_file] if base.gguf_file else [], str(path))
-    _check_probes(path, info.verification)
+    path, gguf_file = folder / INFO_FILE, info.base_model.gguf_file
+    if fault := info.fault():
+        raise UnsafeAdapterError(f"{path}{fault}.")
+    check_names([*info.files, *([gguf_file] if gguf_file else [])], str(path))
     for name, expected in info.files.items():
         # Pictures are published too, but not fetched for loading.
         if not (folder / name).is_file():
@@ -196,28 +192,30 @@ def _check_info(folder: Path, info: ErasureInfo) -> None:
             raise UnsafeAdapterError(f"{folder / name} is not among the files that {INFO_FILE} vouches for.")
 
 
-def _are_hashes(table: Any) -> bool:
-    return isinstance(table, dict) and all(
-        isinstance(text, str) and re.fullmatch("[0-9a-f]{64}", text) for text in table.values()
-    )
-
-
-def _check_probes(path: Path, probes: Sequence[Probe]) -> None:
-    if len(probes) > MOST_PROBES:
-        raise UnsafeAdapterError(
-            f"{path}: `verification` has {len(probes)} entries, more than {MOST_PROBES}: do not ask them."
-        )
-    for place, probe in enumerate(probes):
-        texts = (probe.prompt, probe.answer)
-        if not all(isinstance(text, str) and text for text in texts):
-            fault = "needs a prompt and an answer, both texts"
-        elif (length := sum(map(len, texts))) > LONGEST_PROBE:
-            fault = f"has {length} characters, more than {LONGEST_PROBE}: do not ask it"
-        elif type(probe.tokens) is not int or probe.tokens < 1 or type(probe.log_likelihood) not in (int, float):
-            fault = "needs `tokens`, a number from 1, and `log_likelihood`"
-        else:
-            continue
-        raise UnsafeAdapterError(f"{path}: entry {place} of `verification` {fault}.")
+@contextmanager
+def strangers_files(what: str, name: str = "") -> Iterator[None]:
+    """Whatever libraries make of files that somebody else wrote becomes a `HubError` that says what was tried."""
+    try:
+        with named_errors(name, what):
+            yield
+    except (UploadError, OSError) as error:
+        cause = error.__cause__ if isinstance(error, UploadError) else error
+        raise HubError(
+            f"{what} ({first_line(cause or error)}). Check the network; for a gated or private model run `hf auth login`; "
+            "offline, load it once before; or name a copy with `base_model`."
+        ) from error
+    except HubError:
+        raise
+    except BaseException as error:
+        # tokenizers panics on some files; what Rust makes of that is no `Exception`.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        if isinstance(error, ImportError) and name in PACKAGED_MODELS:
+            raise
+        raise HubError(
+            f"{what} ({first_line(error)}). Its files may be broken, or not for the installed transformers and PEFT: name "
+            "another copy, or ask its author."
+        ) from error
 
 
 # Parts that are built one by one.
@@ -237,12 +235,10 @@ def check_base_config(name: str, revision: str | None, access: Access) -> None:
     if not (offline or Path(name).is_dir()):
         try:
             with named_errors(name, f"Loading the base model {name}"):
-                _check_sizes(_describe(name, revision, access).siblings or (), f"The base model {name}")
+                _check_sizes(_describe(name, revision, access), f"The base model {name}")
         except UploadError:
             pass  # It may lie in the cache whole; if not, transformers says so.
-    options: dict[str, Any] = dict(
-        revision=revision, token=access.token, cache_dir=access.cache_dir, local_files_only=offline
-    )
+    options: dict[str, Any] = vars(access) | {"revision": revision, "local_files_only": offline}
     # transformers would load an adapter that is named as a base on a further base, and check none of it.
     if find_adapter_config_file(name, **options) is not None:
         raise UnsafeAdapterError(f"The base model {name} is itself an adapter: name the model that it belongs to.")

@@ -17,7 +17,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..data.user_sources import hub_id, is_hub_id
 from ..evaluation.tables import NOT_MEASURED
-from ..evaluation.verdict import CRITERIA, FAILS, UNCERTAIN, read_verdict
+from ..evaluation.verdict import CRITERIA, FAILS, UNCERTAIN, read_verdict, split_name
 from .card_text import PICTURES, body
 from .untrusted import plain, read_metadata
 
@@ -236,52 +236,38 @@ def _results(report: Mapping[str, Any]) -> list[EvalResult]:
     report gives to what was asked, and `dataset_args` hold its size, SHA-256 and, for a bank, its role. `metric_value`
     is the erased model's value, and `metric_args` hold the rest.
     """
-    by_config: dict[str, list[EvalResult]] = {}
+    results = []
     for name, metric in report["figures"].items():
         config, bank, kind = _asked(name)
-        info = report["datasets"].get(config, {})
         role = bank if name.startswith("families.") else report["roles"].get(bank)
-        asked = {"size": info.get("size"), "sha256": info.get("sha256"), "role": role}
         more: dict[str, Any] = {}
         if "chance" in metric:  # of choices: what a guess gets, and the share of the margin over it that is left
             more = {"chance": finite(metric["chance"]), "counted": metric["left"] is not None}
             if metric["left"] is not None:
                 more |= {"left": finite(metric["left"]["value"]), "left_interval": _interval(metric["left"])}
-        result = _result(config, info.get("revision"), asked, kind, name, metric, ("reference", "change"), more)
-        by_config.setdefault(config, []).append(result)
+        info = report["datasets"].get(config, {}) | {"role": role}
+        results.append(_measured(config, info, kind, name, metric, ("reference", "change"), more))
     if report["attacks"] is not None:
         info = report["attacks"]["datasets"]["questions"]
-        asked, sides = {"size": info["size"], "sha256": info["sha256"]}, ("reference", "unattacked")
         for name, metric in report["attacks"]["figures"].items():
             more = {key: metric[key] for key in ("family", "metric", "brings_back")}
-            result = _result(ATTACKS_CONFIG, info["revision"], asked, "accuracy", name, metric, sides, more)
-            by_config.setdefault(ATTACKS_CONFIG, []).append(result)
+            results.append(
+                _measured(ATTACKS_CONFIG, info, "accuracy", name, metric, ("reference", "unattacked"), more)
+            )
+    configs = list(dict.fromkeys(result.dataset_config for result in results))
+    results.sort(key=lambda result: configs.index(result.dataset_config))
     verdict = read_verdict(report)
     bounds = {name: finite(bound) for name, bound in verdict["criteria"].items()}
-    by_config[VERDICT_CONFIG] = [
-        EvalResult(
-            task_type=TASK,
-            dataset_type=RESULTS,
-            dataset_name=VERDICT_CONFIG,
-            dataset_config=VERDICT_CONFIG,
-            dataset_args=bounds,
-            metric_type=name,
-            metric_name=name,
-            metric_value=verdict[name]["state"] or NOT_MEASURED,
-            metric_args={
-                state: [check["figure"] for check in verdict[name]["checks"] if check["state"] == state]
-                for state in (FAILS, UNCERTAIN)
-            },
-        )
-        for name in CRITERIA
-    ]
-    return [result for results in by_config.values() for result in results]
+    for name in CRITERIA:
+        state, checks = verdict[name]["state"] or NOT_MEASURED, verdict[name]["checks"]
+        args = {kind: [check["figure"] for check in checks if check["state"] == kind] for kind in (FAILS, UNCERTAIN)}
+        results.append(_result(VERDICT_CONFIG, None, bounds, name, name, state, args))
+    return results
 
 
-def _result(
+def _measured(
     config: str,
-    revision: str | None,
-    asked: Mapping[str, Any],
+    info: Mapping[str, Any],
     kind: str,
     name: str,
     metric: Mapping[str, Any],
@@ -294,36 +280,45 @@ def _result(
             args |= {side: finite(other["value"]), f"{side}_interval": _interval(other)}
     if metric["p"] is not None:
         args["p"] = finite(metric["p"])
+    asked = {key: info[key] for key in ("size", "sha256", "role") if info.get(key) is not None}
+    return _result(
+        config, info.get("revision"), asked or None, kind, name, finite(metric["erased"]["value"]), args | dict(more)
+    )
+
+
+def _result(
+    config: str, revision: str | None, asked: Any, kind: str, name: str, value: Any, args: dict[str, Any]
+) -> EvalResult:
     return EvalResult(
         task_type=TASK,
         dataset_type=RESULTS,
         dataset_name=config,
         dataset_config=config,
         dataset_revision=revision,
-        dataset_args={key: value for key, value in asked.items() if value is not None} or None,
+        dataset_args=asked,
         metric_type=kind,
         metric_name=name,
-        metric_value=finite(metric["erased"]["value"]),
-        metric_args=args | dict(more),
+        metric_value=value,
+        metric_args=args,
     )
 
 
 def _asked(name: str) -> tuple[str, str, str]:
     """What a metric was measured on, as the report's data sets name it, the bank it belongs to, and its usual name."""
-    kind, _, rest = name.partition(".")
-    bank, _, own = rest.partition(".")
+    kind, bank, rule = split_name(name)
+    first = rule.partition(".")[0]
     if kind == "multiple_choice":
         return f"bank {bank}", bank, "accuracy"
     if kind == "families":
         return f"all {bank} banks that the unmodified model knows", bank, "accuracy"
     if kind in ("open_answers", "cloze"):
-        asked = "open questions" if kind == "open_answers" else "cloze"
-        return f"{asked} {bank}", bank, own.partition(".")[0] or "accuracy"
+        return f"{'open questions' if kind == 'open_answers' else kind} {bank}", bank, first or "accuracy"
     if kind in ("benchmarks", "harness"):
-        return f"{'benchmark' if kind == 'benchmarks' else kind} {bank}", bank, own
-    config = "texts retain" if kind == "retention" else "texts concept prompts"
-    metric = own.partition(".")[0] if kind == "fluency" else rest
-    return config, bank, {"r_ppl": "perplexity", "kl": "kl_divergence"}.get(metric, metric)
+        return f"{'benchmark' if kind == 'benchmarks' else kind} {bank}", bank, rule
+    usual = {"r_ppl": "perplexity", "kl": "kl_divergence"}
+    if kind == "fluency":
+        return "texts concept prompts", bank, usual.get(first, first)
+    return "texts retain" if kind == "retention" else "texts concept prompts", bank, usual.get(bank, bank)
 
 
 def finite(value: float) -> float | int | str:

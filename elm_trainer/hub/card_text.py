@@ -42,31 +42,36 @@ _METRICS = {
 }
 
 
-def body(report: Mapping[str, Any], repo_id: str, pictures: Sequence[str]) -> dict[str, str]:
+def body(report: Mapping[str, Any], repo_id: str, pictures: Sequence[str]) -> dict[str, str | None]:
     """Everything that the template is filled in with but the metadata."""
-    attacks = report["attacks"]
+    attacks, base = report["attacks"], report["base_model"]
     erased, kept = split_samples(report)
+    settings = yaml_dump(dict(report["recipe"]), sort_keys=False)
+    where = {"revision": base["revision"]} | ({"gguf_file": base["gguf_file"]} if base.get("gguf_file") else {})
     return {
-        "title": f"{inline(report['base_model']['id'].split('/')[-1])}, {_concepts(report)} erased",
+        "title": f"{inline(base['id'].split('/')[-1])}, {_concepts(report)} erased",
         "summary": _summary(report),
         "verdict": _list(f"**{state}** {inline(why)}".rstrip() for state, why in verdict_lines(report)),
-        "main_table": table(MAIN_COLUMNS, map(_cells, main_rows(report))),
+        "main_table": table(MAIN_COLUMNS, ([*map(inline, row)] for row in main_rows(report))),
         "main_note": _main_note(report),
         "all_metrics": table(COLUMNS, ([code(name), *rest] for name, *rest in metric_rows(report))),
         "legend": LEGEND,
-        "checks": table(CHECK_COLUMNS, map(_cells, check_rows(report))),
+        "checks": table(CHECK_COLUMNS, ([*map(inline, row)] for row in check_rows(report))),
         "asked": _asked(report),
         "flags": _list(f"**{inline(flag['flag'])}**: {inline(flag['why'])}" for flag in report["flags"]),
-        "attacks": _attacks(attacks),
+        "attacks": None if attacks is None else _attack_table(strongest(attacks)),
         "all_attacks": "" if attacks is None else _attack_table(attacks["figures"]),
         "samples": _samples(erased),
         "kept_samples": _samples(kept),
         "mask": MASK,
-        "load_erased": _load_erased(repo_id, report),
-        "load_peft": _load_peft(report["base_model"], repo_id),
-        "similar": f"[Adapters made with elm-trainer]({HUB}/models?other=elm-trainer)",
+        # Quoted as code, which holds no line break that could end the block.
+        "repo": _quoted(repo_id),
+        "prompt": _quoted(next((sample["prompt"] for sample in report["samples"]), "Once upon a time")),
+        "base": _quoted(base["id"]),
+        "where": ", ".join(f"{key}={_quoted(value)}" for key, value in where.items()),
         "limits": _list(limits(report)),
-        "reproduce": _reproduce(report),
+        "reproduce": _reproduce(report, settings),
+        "settings": fenced(settings, "yaml"),
         **{
             f"{name.removesuffix('.png')}_picture": f"![{PICTURES[name]}]({name})" if name in pictures else ""
             for name in PICTURES
@@ -111,14 +116,10 @@ def _worst_case(attacks: Mapping[str, Any] | None) -> list[str]:
             continue
         doubt = "" if found["brings_back"] else ", which may be noise"
         sentences.append(
-            f"**{code(variant(worst['name'], metric))}, the worst attack that was tried, raises {what} from "
+            f"**{code(worst['name'].removesuffix(f'.{metric}'))}, the worst attack that was tried, raises {what} from "
             f"{cell(worst['plain'])} to {cell(worst['erased'])}**{doubt}."
         )
     return sentences
-
-
-def _cells(row: Sequence[str]) -> list[str]:
-    return [inline(text) for text in row]
 
 
 def _main_note(report: Mapping[str, Any]) -> str:
@@ -143,16 +144,6 @@ def _asked(report: Mapping[str, Any]) -> str:
     return table(("what", "revision", "size", "SHA-256"), rows)
 
 
-def _attacks(attacks: Mapping[str, Any] | None) -> str:
-    if attacks is None:
-        return "None was run."
-    return (
-        "The strongest variant of each attack, by the share of questions answered rightly: ranked first (`pmi`) or named "
-        "freely (`names_answer`). *Unattacked* is the erased model on the same questions, *reference* the unmodified model "
-        "under the same attack, and p is corrected for all variants.\n\n" + _attack_table(strongest(attacks))
-    )
-
-
 def _attack_table(metrics: Mapping[str, Any]) -> str:
     rows = ([code(name), code(metric), *rest] for name, metric, *rest in attack_rows(metrics))
     return table(ATTACKS_HEADER, rows)
@@ -168,33 +159,7 @@ def _samples(samples: Sequence[Mapping[str, str]]) -> str:
     return f"{shown}\n\n{more} more stand in `report.json`." if more > 0 else shown
 
 
-def _load_erased(repo_id: str, report: Mapping[str, Any]) -> str:
-    asked = next((sample["prompt"] for sample in report["samples"]), "Once upon a time")
-    return fenced(
-        "from elm_trainer import load_erased\n\n"
-        f"model, tokenizer = load_erased({_quoted(repo_id)})\n"
-        f'inputs = tokenizer({_quoted(asked)}, return_tensors="pt").to(model.device)\n'
-        "print(*tokenizer.batch_decode(model.generate(**inputs), skip_special_tokens=True))",
-        "python",
-    )
-
-
-def _load_peft(base: Mapping[str, Any], repo_id: str) -> str:
-    where = {"revision": base["revision"]} | ({"gguf_file": base["gguf_file"]} if base.get("gguf_file") else {})
-    arguments = ", ".join(f"{key}={_quoted(value)}" for key, value in where.items())
-    return fenced(
-        "from peft import PeftModel\n"
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f"base = {_quoted(base['id'])}\n"
-        f"where = dict({arguments})\n"
-        "tokenizer = AutoTokenizer.from_pretrained(base, **where)\n"
-        "model = AutoModelForCausalLM.from_pretrained(base, **where)\n"
-        f"model = PeftModel.from_pretrained(model, {_quoted(repo_id)})",
-        "python",
-    )
-
-
-def _reproduce(report: Mapping[str, Any]) -> str:
+def _reproduce(report: Mapping[str, Any], settings: str) -> str:
     base, recipe = report["base_model"], report["recipe"]
     versions = ", ".join(f"{inline(name)} {inline(version)}" for name, version in report["versions"].items())
     lines = [
@@ -205,14 +170,13 @@ def _reproduce(report: Mapping[str, Any]) -> str:
     # The settings of a custom script are shown, but `examples/erase.py` does not know them.
     if "forget" in recipe:
         lines.append("The recipe, saved as `recipe.yaml`, is run by `python examples/erase.py --config recipe.yaml`.")
-    block = yaml_dump(dict(recipe), sort_keys=False)
-    if LOCAL_FILE in block:
+    if LOCAL_FILE in settings:
         lines.append(
             f"Where it says {code(LOCAL_FILE)}, the author's own texts were used, whose SHA-256 stands above."
         )
-    if PRIVATE_DATASET in block:
+    if PRIVATE_DATASET in settings:
         lines.append(f"{code(PRIVATE_DATASET)} is one of the Hub that not everybody may see.")
-    return f"{_list(lines)}\n\n<details>\n<summary>Settings</summary>\n\n{fenced(block, 'yaml')}\n\n</details>"
+    return _list(lines)
 
 
 def _concepts(report: Mapping[str, Any]) -> str:
@@ -241,7 +205,8 @@ def _of_attacks(attacks: Mapping[str, Any] | None) -> Iterator[str]:
         )
         return
     metrics = attacks["figures"].items()
-    if brought := list(dict.fromkeys(variant(name, m["metric"]) for name, m in metrics if m["brings_back"])):
+    variants = (name.removesuffix(f".{metric['metric']}") for name, metric in metrics if metric["brings_back"])
+    if brought := list(dict.fromkeys(variants)):
         yield f"It does not last: {_codes(brought)} brought knowledge back beyond noise."
         if half := [name for name in brought if name.startswith("relearning.half.")]:
             yield f"It was hidden rather than removed: {_codes(half)} brought back facts that its text did not show."
@@ -308,11 +273,6 @@ def _of_what_was_asked(report: Mapping[str, Any]) -> Iterator[str]:
         yield "Not measured: whether a probe finds the knowledge in the hidden states."
     if any(".r_ppl" in name for name in metrics) and not report["settings"]["judges"]:
         yield "Fluency was judged by the unmodified model alone."
-
-
-def variant(name: str, metric: str) -> str:
-    """Name of an attack's metric without the metric: the attack and its variant."""
-    return name.removesuffix(f".{metric}")
 
 
 def _codes(names: list[str]) -> str:

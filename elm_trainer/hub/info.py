@@ -1,6 +1,7 @@
 """`erasure.json`: what an adapter erases from which weights, and the checks of those weights and of published answers."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,7 +18,7 @@ from ..evaluation.likelihood import log_likelihoods
 from ..files import write_json
 from ..fingerprint import base_fingerprint, is_quantized
 from .errors import BaseMismatchError, UnsafeAdapterError, VerificationError
-from .untrusted import LONGEST_PROBE, MOST_PROBE_TOKENS
+from .untrusted import LONGEST_PROBE, MOST_PROBE_TOKENS, MOST_PROBES, is_revision
 
 
 logger = logging.get_logger(__name__)
@@ -32,19 +33,8 @@ REPORT_PLOT = "report.png"
 ATTACKS_PLOT = "attacks.png"
 INSIDE_PLOT = "inside.png"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-PUBLISHED_FILES = frozenset(
-    (
-        CARD,
-        ADAPTER_CONFIG,
-        ADAPTER_WEIGHTS,
-        INFO_FILE,
-        REPORT,
-        REPORT_PLOT,
-        ATTACKS_PLOT,
-        INSIDE_PLOT,
-        *TOKENIZER_FILES,
-    )
-)
+PLOTS = (REPORT_PLOT, ATTACKS_PLOT, INSIDE_PLOT)
+PUBLISHED_FILES = frozenset((CARD, ADAPTER_CONFIG, ADAPTER_WEIGHTS, INFO_FILE, REPORT, *PLOTS, *TOKENIZER_FILES))
 
 
 @dataclass(frozen=True)
@@ -119,6 +109,33 @@ class ErasureInfo:
                 "`PeftModel.from_pretrained`."
             ) from error
 
+    def fault(self) -> str | None:
+        """What is wrong with the fields, if anything: anybody may have written them."""
+        base, again = self.base_model, "publish the adapter again"
+        if not _are_hashes(base.fingerprint) or not _are_hashes(self.files):
+            return f": `fingerprint` and `files` must be tables of SHA-256: {again}"
+        if ADAPTER_WEIGHTS not in self.files or "unquantized" not in base.fingerprint:
+            return f" holds no hash of {ADAPTER_WEIGHTS} or of the base's weights: {again}"
+        if not (isinstance(base.id, str) and is_revision(base.revision) and isinstance(base.gguf_file, str | None)):
+            return f": `base_model` needs the id and a commit of the base: {again}"
+        if (count := len(self.verification)) > MOST_PROBES:
+            return f": `verification` has {count} entries, more than {MOST_PROBES}: do not ask them"
+        for place, probe in enumerate(self.verification):
+            texts = (probe.prompt, probe.answer)
+            if not all(isinstance(text, str) and text for text in texts):
+                return f": entry {place} of `verification` needs a prompt and an answer, both texts"
+            if (length := sum(map(len, texts))) > LONGEST_PROBE:
+                return f": entry {place} of `verification` has {length} characters, more than {LONGEST_PROBE}: do not ask it"
+            if type(probe.tokens) is not int or probe.tokens < 1 or type(probe.log_likelihood) not in (int, float):
+                return f": entry {place} of `verification` needs `tokens`, a number from 1, and `log_likelihood`"
+        return None
+
+
+def _are_hashes(table: Any) -> bool:
+    return isinstance(table, dict) and all(
+        isinstance(text, str) and re.fullmatch("[0-9a-f]{64}", text) for text in table.values()
+    )
+
 
 def check_base(model: PreTrainedModel | PeftModel, expected: Mapping[str, str], base_id: str) -> None:
     """Check that a model has the weights of which [`base_fingerprint`] said what is expected.
@@ -154,6 +171,27 @@ def check_base(model: PreTrainedModel | PeftModel, expected: Mapping[str, str], 
             f"`{compared}` is {found[compared][:12]}…, but {str(wanted)[:12]}… is expected). Load that model and revision, "
             "or pass `allow_mismatch=True` to continue with an adapter that nobody measured on this base."
         )
+
+
+def check_same_base(bases: Mapping[str, BaseModel], allow_mismatch: bool) -> None:
+    """Compare what adapters, given by their names, say of their bases, before one is loaded.
+
+    Raises:
+        BaseMismatchError: if two differ, of which `allow_mismatch` makes a warning.
+    """
+    for name, other in bases.items():
+        first_name, first = next(iter(bases.items()))
+        shared = first.fingerprint.keys() & other.fingerprint.keys()
+        if all(first.fingerprint[key] == other.fingerprint[key] for key in shared):
+            continue
+        message = (
+            f"{first_name} was trained on {first.id} ({first.revision[:12]}), {name} on {other.id} "
+            f"({other.revision[:12]}), and their weights differ: take erasures of one base, or pass "
+            "`allow_mismatch=True`."
+        )
+        if not allow_mismatch:
+            raise BaseMismatchError(message)
+        logger.warning(message)
 
 
 # Nats per token. `pytest -m slow tests/hub/test_verify.py` measures what lies on either side: batches and types below,

@@ -138,12 +138,10 @@ def read_entries(cards: Iterable[tuple[str, str]]) -> tuple[list[Entry], list[Sk
     for repo, text in cards:
         try:
             entries.append(read_entry(repo, text))
-        except ValueError as error:
-            skipped.append(Skipped(repo, str(error)))
         # A stranger's card can make the parsers raise anything; it must not take the others along.
         except Exception as error:
-            told = f"{type(error).__name__}: {error}"
-            skipped.append(Skipped(repo, f"its results are not in the form of a card of elm-trainer ({told})"))
+            told = f"its results are not in the form of a card of elm-trainer ({type(error).__name__}: {error})"
+            skipped.append(Skipped(repo, str(error) if isinstance(error, ValueError) else told))
     return entries, skipped
 
 
@@ -166,13 +164,14 @@ def read_entry(repo: str, text: str) -> Entry:
     def changes(wanted: Callable[[str, str | None], bool], bounds: tuple[float, float]) -> list[float]:
         return [_number(_args(r)["change"], r, bounds) for r in measured if wanted(str(r.metric_name), _role(r))]
 
-    falls = sorted(changes(lambda name, role: role in ("near", "far") and name.endswith(".pmi"), _CHANGE))
+    falls = changes(lambda name, role: role in ("near", "far") and name.endswith(".pmi"), _CHANGE)
     concept = max((r for r in measured if _asks_for_the_concept(r)), key=_share, default=None)
-    worst = {
-        metric: max(tried, key=_share)
+    ranked, named = (
+        [r for r in attacks if _args(r)["metric"] == metric and _args(r)["family"] != "none"]
         for metric in ("pmi", "names_answer")
-        if (tried := [r for r in attacks if _args(r)["metric"] == metric and _args(r)["family"] != "none"])
-    }
+    )
+    worst = max(ranked or named, key=_share, default=None)
+    innocent, seamless, specific = (verdicts.get(criterion, NOT_STATED) for criterion in CRITERIA)
     return Entry(
         repo=repo,
         base=_base(data.get("base_model")),
@@ -183,14 +182,14 @@ def read_entry(repo: str, text: str) -> Entry:
         innocence_n=None if concept is None else int(_number(_args(concept)["n"], concept, _COUNT)),
         before=None if concept is None else _number(_args(concept)["reference"], concept, _SHARE),
         r_ppl=max(changes(lambda name, _: ".r_ppl" in name, _MULTIPLE), default=None),
-        fall=-falls[0] if falls else None,
+        fall=-min(falls) if falls else None,
         perplexity=max(changes(lambda name, _: name == "retention.perplexity", _MULTIPLE), default=None),
-        worst_pmi=_share(worst["pmi"]) if "pmi" in worst else None,
-        worst_names_answer=_share(worst["names_answer"]) if "names_answer" in worst else None,
-        worst_attack=next((plain(str(result.metric_name))[:_LONGEST_NAME] for result in worst.values()), ""),
-        innocent=verdicts.get("innocence", NOT_STATED),
-        seamless=verdicts.get("seamlessness", NOT_STATED),
-        specific=verdicts.get("specificity", NOT_STATED),
+        worst_pmi=max(map(_share, ranked), default=None),
+        worst_names_answer=max(map(_share, named), default=None),
+        worst_attack="" if worst is None else plain(str(worst.metric_name))[:_LONGEST_NAME],
+        innocent=innocent,
+        seamless=seamless,
+        specific=specific,
     )
 
 
@@ -348,13 +347,11 @@ def _markdown(groups: Sequence[Group], skipped: Sequence[Skipped]) -> str:
 
 
 def _json(groups: Sequence[Group], skipped: Sequence[Skipped]) -> str:
-    board: dict[str, Any] = {"note": NOTE, "groups": [], "skipped": [asdict(entry) for entry in skipped]}
-    for group in groups:
-        rows = [
-            {name: finite(value) if isinstance(value, float) else value for name, value in asdict(entry).items()}
-            for entry in group.entries
-        ]
-        board["groups"].append({"measured": group.measured, "entries": rows})
+    def row(entry: Entry) -> dict[str, Any]:
+        return {name: finite(value) if isinstance(value, float) else value for name, value in asdict(entry).items()}
+
+    shown = [{"measured": group.measured, "entries": [*map(row, group.entries)]} for group in groups]
+    board = {"note": NOTE, "groups": shown, "skipped": [asdict(entry) for entry in skipped]}
     return json.dumps(board, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 

@@ -123,7 +123,7 @@ def test_evaluate_asks_the_questions_of_the_split_it_is_told(tiny_folder, tmp_pa
 
 
 def test_the_leaderboard_offers_every_column_that_can_be_ranked_by():
-    from elm_trainer.cli import leaderboard
+    from elm_trainer.cli import adapters
     from elm_trainer.hub.leaderboard import SORTS
 
-    assert leaderboard.SORTS == SORTS
+    assert adapters.SORTS == SORTS

@@ -10,8 +10,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, LlamaFor
 
 from elm_trainer import load_erased
 from elm_trainer.cli.main import main
-from elm_trainer.hub.combine import shrink_adapter
-from elm_trainer.hub.export import export_gguf, export_gguf_adapter
+from elm_trainer.hub.export import export_gguf, export_gguf_adapter, shrink_adapter
 from elm_trainer.modeling import demo_model_file, load_model, reading_gguf_once
 
 from .published import adapt, edit_json, logits

@@ -6,7 +6,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from elm_trainer.hub.export import merge_erased
+from elm_trainer.hub.load import merge_erased
 
 from .published import adapt, logits
 

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from elm_trainer import read_report
 from elm_trainer.cli.main import main
-from elm_trainer.hub.combine import shrink_adapter
+from elm_trainer.hub.export import shrink_adapter
 from elm_trainer.hub.load import load_erased
 
 from .published import adapt, logits, seal, write_published

@@ -6,9 +6,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from elm_trainer import EvaluationSuite, evaluate_erasure, load_bank
 from elm_trainer.evaluation.suite import OpenQuestion
-from elm_trainer.hub.combine import COMBINATIONS, stack_erasures
 from elm_trainer.hub.errors import BaseMismatchError, UnsafeAdapterError
-from elm_trainer.hub.load import load_erased
+from elm_trainer.hub.load import COMBINATIONS, load_erased, stack_erasures
 
 from .published import adapt, edit_json, logits, seal, write_published
 
