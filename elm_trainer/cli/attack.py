@@ -10,8 +10,7 @@ nothing looks like; its models are trained once.
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .errors import check_adapter, check_dtype, named
-from .options import CommandLine
+from .options import CommandLine, check_adapter, check_dtype, load_named, put_adapter
 from .recipes import shipped
 
 
@@ -45,10 +44,9 @@ def main(argv: list[str] | None = None) -> None:
 
     hush_libraries()
     # After the options are read, so that neither --help nor a wrong one need wait for torch.
-    from peft import PeftModel
     from rich.console import Console
 
-    from .. import load_model_and_tokenizer, load_texts, read_questions
+    from .. import load_texts, read_questions
     from ..attacks import (
         attack_erasure,
         built_in_target,
@@ -79,16 +77,12 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.adapter is not None:
         check_adapter(arguments.adapter)
 
-    with named("model", arguments.model):
-        model, tokenizer = load_model_and_tokenizer(arguments.model, dtype=arguments.dtype)
-    model = model.to(arguments.device)
+    model, tokenizer = load_named("model", arguments.model, arguments.dtype, arguments.device)
     if arguments.adapter is not None:
-        with named("adapter", arguments.adapter):
-            pair = ModelPair(PeftModel.from_pretrained(model, arguments.adapter))
+        pair = ModelPair(put_adapter(model, arguments.adapter))
     else:
-        with named("reference", arguments.reference):
-            reference, _ = load_model_and_tokenizer(arguments.reference, dtype=arguments.dtype)
-        pair = ModelPair(model, reference.to(arguments.device))
+        reference, _ = load_named("reference", arguments.reference, arguments.dtype, arguments.device)
+        pair = ModelPair(model, reference)
     target = built_in_target(pair, tokenizer, arguments.concept, arguments.questions, bank=bank, forget=forget)
     report = attack_erasure(target, attacks, output_dir=output)
 

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..checks import check_numbers
 from . import hush_libraries
-from .errors import check_adapter, check_dtype
-from .options import CommandLine
+from .options import CommandLine, check_adapter, check_dtype
 
 
 if TYPE_CHECKING:

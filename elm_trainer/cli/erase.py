@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Any, cast
 from ..checks import number_range
 from . import hush_libraries
 from .concept import ConceptRun, default_folder, hushed, settle_layers
-from .erase_options import CommonSettings, ErasureArguments
-from .errors import check_dtype, check_folder, named
-from .options import CommandLine
+from .erase_options import ErasureArguments, check_folder, erasure_line
+from .options import check_dtype, named
 
 
 if TYPE_CHECKING:
@@ -44,9 +43,7 @@ class Clock:
 
 
 def main(argv: list[str] | None = None) -> None:
-    line = CommandLine(
-        "erase", __doc__, argv, own=ErasureArguments, config="elm_trainer.ElmConfig", common=CommonSettings
-    )
+    line = erasure_line("erase", argv, __doc__)
     # What can be known without torch, which takes seconds to load, is said before.
     arguments, common = line.early()
     arguments.check_given(line.given)

@@ -8,8 +8,7 @@ An interrupted evaluation continues where it stopped. Under `accelerate launch` 
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 
-from .errors import check_adapter, check_dtype, named
-from .options import CommandLine
+from .options import CommandLine, check_adapter, check_dtype, load_named, put_adapter
 
 
 @dataclass
@@ -74,9 +73,8 @@ def main(argv: list[str] | None = None) -> None:
     # After the options are read, so that neither --help nor a wrong one need wait for torch.
     import torch
     from accelerate import PartialState
-    from peft import PeftModel
 
-    from .. import evaluate_erasure, load_model_and_tokenizer, stack_erasures
+    from .. import evaluate_erasure, stack_erasures
     from ..evaluation.benchmarks import task_manager
     from ..evaluation.evaluate import write_evaluation
     from ..evaluation.fluency import VllmGenerator
@@ -99,22 +97,14 @@ def main(argv: list[str] | None = None) -> None:
     measures = measurable(arguments.measures, suite)
     # Without the hint Accelerate takes several processes on CPUs for one.
     state = PartialState(cpu=not torch.accelerator.is_available())
-
-    def load(option: str, name: str):
-        with named(option, name):
-            model, tokenizer = load_model_and_tokenizer(name, dtype=arguments.dtype)
-        return model.to(state.device), tokenizer
-
-    model, tokenizer = load("model", arguments.model)
+    where = {"dtype": arguments.dtype, "device": state.device}
+    model, tokenizer = load_named("model", arguments.model, **where)
     if len(arguments.adapter) > 1:
         adapters = {f"erasure-{number}": adapter for number, adapter in enumerate(arguments.adapter, 1)}
         model, tokenizer = stack_erasures(adapters, base_model=model)
     elif arguments.adapter:
-        with named("adapter", arguments.adapter[0]):
-            model = PeftModel.from_pretrained(model, arguments.adapter[0])
-    reference = None
-    if arguments.reference:
-        reference, _ = load("reference", arguments.reference)
+        model = put_adapter(model, arguments.adapter[0])
+    reference = load_named("reference", arguments.reference, **where)[0] if arguments.reference else None
     generator = None
     if arguments.generator == "vllm":
         generator = VllmGenerator(arguments.model, arguments.adapter[0], dtype=arguments.dtype)
@@ -124,7 +114,7 @@ def main(argv: list[str] | None = None) -> None:
         suite,
         tokenizer,
         measures=measures,
-        judges={name: load("judges", name) for name in arguments.judges},
+        judges={name: load_named("judges", name, **where) for name in arguments.judges},
         output_dir=arguments.output_dir,
         details={"recipe": asdict(arguments)},
         generator=generator,

@@ -6,8 +6,7 @@ file with the adapter merged; `--to safetensors` a folder of full weights, as ev
 
 from dataclasses import dataclass, field
 
-from .errors import check_adapter
-from .options import CommandLine
+from .options import CommandLine, check_adapter
 
 
 FLOATS = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}

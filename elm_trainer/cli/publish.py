@@ -8,8 +8,7 @@ Reads `report.json` and, if there is one, `attacks.json` beside the adapter.
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .errors import check_adapter
-from .options import CommandLine
+from .options import CommandLine, check_adapter
 
 
 @dataclass

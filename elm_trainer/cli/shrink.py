@@ -9,9 +9,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import check_adapter, check_dtype, named
 from .evaluate import AskedArguments
-from .options import CommandLine
+from .options import CommandLine, check_adapter, check_dtype, named
 
 
 if TYPE_CHECKING:

@@ -8,8 +8,7 @@ from pathlib import Path
 
 from ..concept import load_concept
 from . import hush_libraries
-from .errors import check_dtype, named
-from .options import CommandLine
+from .options import CommandLine, check_dtype, named
 
 
 @dataclass

@@ -5,8 +5,7 @@ import pytest
 
 from elm_trainer import Concept
 from elm_trainer.cli.erase import _sample
-from elm_trainer.cli.erase_options import CommonSettings, ErasureArguments
-from elm_trainer.cli.options import CommandLine
+from elm_trainer.cli.erase_options import erasure_line
 from elm_trainer.concept import concept_presets
 from elm_trainer.modeling import layer_range
 from elm_trainer.synthesis import SynthesisConfig, pivot_sentences
@@ -24,9 +23,7 @@ def test_a_recipe_names_known_concepts_and_settings(path):
 
 
 def released(*words):
-    line = CommandLine("erase", "", words, own=ErasureArguments, config="elm_trainer.ElmConfig", common=CommonSettings)
-    arguments, config = line.complete()
-    return arguments, config
+    return erasure_line("erase", words).complete()
 
 
 @pytest.mark.parametrize(("recipe", "rank"), [("bio-cyber-released", 256), ("bio-cyber-rank4-released", 4)])
