@@ -14,7 +14,7 @@ from trl import SFTConfig
 
 from ..attacks import load_attacks
 from ..attacks.base import check_asked
-from ..checks import check_numbers
+from ..checks import ComparisonFields, check_numbers
 from ..data.dataset import ConceptSources, build_erasure_dataset
 from ..data.facts import FACTS
 from ..data.questions import SPLITS, Question, read_questions, split_of
@@ -80,7 +80,7 @@ class MethodSettings:
 
 
 @dataclass
-class ComparisonConfig:
+class ComparisonConfig(ComparisonFields):
     r"""
     Settings of [`compare_methods`].
 
@@ -124,30 +124,6 @@ class ComparisonConfig:
         ValueError: for a concept without questions in both splits, an unknown method or field, grids of different sizes, settings that a method refuses or that
             would give it a budget of its own, a clock that is not compared, or a size below 1.
     """
-
-    output_dir: str = field(default="outputs/compare", metadata={"help": "Where the report goes."})
-    model: str = field(default="smollm2-135m-instruct", metadata={"help": "Hub id, folder, GGUF file or demo model."})
-    dtype: str = field(default="auto", metadata={"help": "Data type of the weights."})
-    concept: str = field(default="capitals", metadata={"help": "What is erased."})
-    forget: str | None = field(default=None, metadata={"help": "Source of the forget text."})
-    bank: str | None = field(default=None, metadata={"help": "Question bank of your own concept."})
-    retain: list[str] = field(default_factory=lambda: ["everyday"], metadata={"help": "Retain sources."})
-    synthetic: str | None = field(default=None, metadata={"help": "Source of synthetic pairs."})
-    dataset_size: int = field(default=96, metadata={"help": "Rows of the dataset."})
-    lora_rank: int = field(default=32, metadata={"help": "Rank of the adapters."})
-    lora_layers: str | None = field(default=None, metadata={"help": "First and last adapted layer, such as 6-21."})
-    lora_targets: str = field(default="all-linear", metadata={"help": "Adapted modules, comma-separated."})
-    training: dict[str, Any] = field(default_factory=dict, metadata={"help": "Training arguments of all methods."})
-    updates: int = field(default=12, metadata={"help": "Updates of the search and of one table."})
-    clock: str = field(default="elm", metadata={"help": "Method whose time is the budget of the other table."})
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds of the final runs."})
-    search_seed: int = field(default=3, metadata={"help": "Seed of the search."})
-    questions: int = field(default=40, metadata={"help": "Questions per bank of the test split."})
-    dev_questions: int = field(default=24, metadata={"help": "Questions per bank of the dev split."})
-    prompts: int = field(default=20, metadata={"help": "Prompts judged for fluency."})
-    attack_questions: int = field(default=24, metadata={"help": "Questions under every attack."})
-    ladder: str | None = field(default=None, metadata={"help": "YAML list of attacks."})
-    methods: dict[str, Any] = field(default_factory=dict, metadata={"help": "Settings of each method."})
 
     def __post_init__(self):
         sizes = ("dataset_size", "lora_rank", "updates", "questions", "dev_questions", "prompts")

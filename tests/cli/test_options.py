@@ -12,12 +12,11 @@ from typing import get_type_hints
 import pytest
 import yaml
 
-from elm_trainer.cli.compare import ComparisonSettings
+from elm_trainer.checks import ComparisonFields
 from elm_trainer.cli.erase_options import CommonSettings, ErasureArguments, erasure_line
 from elm_trainer.cli.main import COMMANDS, main
 from elm_trainer.cli.options import CommandLine
 from elm_trainer.cli.recipes import command_of, find_recipe, recipe_names, recipe_text, shipped
-from elm_trainer.cli.synthesize import SamplerSettings
 
 
 ROOT = Path(__file__).parents[2]
@@ -115,7 +114,7 @@ def test_a_file_that_a_recipe_names_is_found_outside_the_repository(tmp_path, mo
     assert shipped(ladder) == ladder
     monkeypatch.chdir(tmp_path)
     assert Path(shipped(ladder)).read_text() == (ROOT / ladder).read_text()
-    line = CommandLine("compare", "", ["--recipe", "compare-smollm2-135m"], common=ComparisonSettings)
+    line = CommandLine("compare", "", ["--recipe", "compare-smollm2-135m"], common=ComparisonFields)
     assert Path(line.early()[0].ladder).is_file()
 
 
@@ -130,8 +129,7 @@ def test_variables_of_a_file_are_set_as_trl_sets_them(tmp_path, monkeypatch):
     ("shown", "config"),
     [
         (CommonSettings, "elm_trainer.ElmConfig"),
-        (SamplerSettings, "elm_trainer.SynthesisConfig"),
-        (ComparisonSettings, "elm_trainer.comparison.ComparisonConfig"),
+        (ComparisonFields, "elm_trainer.comparison.ComparisonConfig"),
     ],
 )
 def test_what_help_says_of_a_config_is_so(shown, config):
