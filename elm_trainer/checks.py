@@ -3,10 +3,12 @@
 The settings of commands whose work needs torch are here too, so that `--help` and a wrong value need not wait for it.
 """
 
+import logging
 import math
 import types
 import typing
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from enum import Enum
 from numbers import Integral, Real
@@ -45,6 +47,18 @@ def number_range(name: str, value: str | None) -> tuple[int, int] | None:
     if not first.isdecimal() or not last.isdecimal() or not 0 < int(first) <= int(last):
         raise ValueError(f"`{name}` is {value!r}: give the smallest and the largest number, such as '50-300'.")
     return int(first), int(last)
+
+
+@contextmanager
+def hushed(logger: str = "elm_trainer") -> Iterator[None]:
+    """While this holds, the logger of this name does not warn: what is only checked will be said when it is done."""
+    found = logging.getLogger(logger)
+    level = found.level
+    found.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        found.setLevel(level)
 
 
 def _check_number(name: str, value: Any, kind: Any) -> None:

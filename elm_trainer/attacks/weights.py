@@ -1,7 +1,6 @@
 """Attacks on the weights: scale the adapter, remove it from layers, quantize, fine-tune."""
 
 import copy
-import logging
 import random
 import tempfile
 import warnings
@@ -21,7 +20,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from ..checks import check_numbers
+from ..checks import check_numbers, hushed
 from ..data.questions import Question, names_answer
 from ..data.tokens import tokenize
 from ..evaluation.fluency import as_prompt
@@ -197,7 +196,8 @@ class QuantizationAttack(Attack):
                 model = AutoModelForCausalLM.from_pretrained(
                     folder, quantization_config=config, dtype=erased.dtype, device_map={"": erased.device}
                 )
-                with _without_cast_notices():
+                # LLM.int8() computes in float16, and bitsandbytes says so for every layer of every batch.
+                with hushed("bitsandbytes.autograd._functions"):
                     results.append(AttackResult(f"{self.name}.{bits}-bit", "pmi", target.rank(model=model)))
                 del model  # before the next one is loaded beside it
         return results
@@ -214,18 +214,6 @@ class QuantizationAttack(Attack):
         if 4 in self.bits and erased.device.type == "cpu" and any(width % BLOCK for width in widths):
             return f"4-bit kernels for CPUs take layers whose width is a multiple of {BLOCK}"
         return None
-
-
-@contextmanager
-def _without_cast_notices() -> Iterator[None]:
-    """LLM.int8() computes in float16, and bitsandbytes says so for every layer of every batch."""
-    logger = logging.getLogger("bitsandbytes.autograd._functions")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 TEXTS = ("forget", "half", "near", "unrelated")

@@ -12,9 +12,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from ..checks import number_range
+from ..checks import hushed, number_range
 from . import hush_libraries
-from .concept import ConceptRun, default_folder, hushed, settle_layers
+from .concept import ConceptRun, default_folder, settle_layers
 from .erase_options import ErasureArguments, check_folder, erasure_line
 from .options import check_dtype, named
 
