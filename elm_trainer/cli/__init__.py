@@ -1,4 +1,4 @@
-"""The subcommands of `elm`, one module each."""
+"""The subcommands of `elm`."""
 
 import logging
 import os

@@ -14,20 +14,20 @@ from typing import NoReturn
 import elm_trainer
 
 
-# Each is a module of this folder, which is imported when it is run, and has `main(argv: list[str] | None = None) -> None`.
+# By name: the module of this folder that is imported when it is run, the function there that takes its options, and what it does.
 COMMANDS = {
-    "erase": "erase concepts with a LoRA adapter, and measure before and after",
-    "doctor": "say what `erase` would do, take and stumble over, before anything heavy runs",
-    "evaluate": "measure an adapter or a checkpoint beside its reference",
-    "attack": "try to bring the knowledge back",
-    "compare": "compare all methods on the same data",
-    "publish": "publish an adapter with its report and card",
-    "chat": "ask reference and erased model side by side, on a page or in the terminal",
-    "export": "write an adapter for llama.cpp, or merged into full weights",
-    "shrink": "write the nearest adapter of a smaller rank, as servers take it",
-    "synthesize": "write fluent completions, for the consistency term",
-    "leaderboard": "published adapters side by side",
-    "recipes": "list the recipes that ship with the package, or print one",
+    "erase": ("erase.main", "erase concepts with a LoRA adapter, and measure before and after"),
+    "doctor": ("doctor.main", "say what `erase` would do, take and stumble over, before anything heavy runs"),
+    "evaluate": ("measure.evaluate", "measure an adapter or a checkpoint beside its reference"),
+    "attack": ("measure.attack", "try to bring the knowledge back"),
+    "compare": ("measure.compare", "compare all methods on the same data"),
+    "publish": ("publish.main", "publish an adapter with its report and card"),
+    "chat": ("chat.main", "ask reference and erased model side by side, on a page or in the terminal"),
+    "export": ("export.main", "write an adapter for llama.cpp, or merged into full weights"),
+    "shrink": ("shrink.main", "write the nearest adapter of a smaller rank, as servers take it"),
+    "synthesize": ("synthesize.main", "write fluent completions, for the consistency term"),
+    "leaderboard": ("leaderboard.main", "published adapters side by side"),
+    "recipes": ("recipes.main", "list the recipes that ship with the package, or print one"),
 }
 _PACKAGE = Path(elm_trainer.__file__).parent
 # Errors of the Hub, and of a folder that another run holds, are of type RuntimeError.
@@ -58,7 +58,8 @@ def main(argv: list[str] | None = None) -> None:
         fix = f"did you mean `elm {near[0]}`?" if near else f"use one of {', '.join(COMMANDS)}."
         OneLineParser("elm").error(f"there is no subcommand {name!r}: {fix}")
     try:
-        import_module(f"{__package__}.{name}").main(options)
+        module, _, function = COMMANDS[name][0].partition(".")
+        getattr(import_module(f"{__package__}.{module}"), function)(options)
     except Exception as error:
         if with_traceback or not is_wrong_use(error):
             raise
@@ -73,7 +74,7 @@ def _overview() -> str:
             "",
             "Erase a concept from a causal language model, and measure how well.",
             "",
-            *(f"  {name:{width}}  {about}" for name, about in COMMANDS.items()),
+            *(f"  {name:{width}}  {about}" for name, (_, about) in COMMANDS.items()),
             "",
             "`elm SUBCOMMAND --help` shows the options. --traceback shows where an error was raised, --version the version.",
             "",

@@ -46,7 +46,7 @@ class CommandLine:
     def __init__(
         self,
         command: str,
-        about: str,
+        about: str | None,
         argv: Sequence[str] | None = None,
         *,
         own: type | None = None,
@@ -119,7 +119,7 @@ class CommandLine:
             parser.refuse(rest)
         return tuple(made)
 
-    def _print_help(self, about: str, everything: bool) -> None:
+    def _print_help(self, about: str | None, everything: bool) -> None:
         kinds, epilog = self._early, None
         if everything and self._config is not None:
             kinds = self._all()

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .evaluate import AskedArguments
+from .measure import AskedArguments
 from .options import CommandLine, check_adapter, check_dtype, named
 
 

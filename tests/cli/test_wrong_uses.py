@@ -175,7 +175,7 @@ def subcommand(tmp_path, monkeypatch):
         (tmp_path / f"{name}.py").write_text(f"def main(argv):\n    {text}\n")
         monkeypatch.setattr(cli, "__path__", [*cli.__path__, str(tmp_path)])
         monkeypatch.delitem(sys.modules, f"{cli.__name__}.{name}", raising=False)
-        monkeypatch.setitem(COMMANDS, name, "is of a test")
+        monkeypatch.setitem(COMMANDS, name, (f"{name}.main", "is of a test"))
 
     return make
 
