@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from elm_trainer import Concept
-from elm_trainer.cli.erase import _sample
+from elm_trainer.cli.erase import Erasure
 from elm_trainer.cli.erase_options import erasure_line
 from elm_trainer.concept import concept_presets
 from elm_trainer.modeling import layer_range
@@ -69,7 +69,9 @@ def test_the_released_run_reads_and_pairs_the_texts_as_there(tokenizer, tiny_mod
     sources = arguments.sources(concepts)
     short = partial(SynthesisConfig.released, max_new_tokens=6, max_new_tokens_from=2)
     monkeypatch.setattr(SynthesisConfig, "released", short)
-    assert _sample(arguments, config, concepts, sources, tiny_model, tokenizer)
+    run = Erasure(arguments, config, started=0.0)
+    run.concepts, run.model, run.tokenizer = concepts, tiny_model, tokenizer
+    assert run.sample(sources)
     rows = arguments.dataset(sources, tokenizer, config.seed)
 
     assert [text.split()[:3] for text in rows["forget"][:5]] == [
