@@ -51,7 +51,7 @@ def number_range(name: str, value: str | None) -> tuple[int, int] | None:
 
 @contextmanager
 def hushed(logger: str = "elm_trainer") -> Iterator[None]:
-    """While this holds, the logger of this name does not warn: what is only checked will be said when it is done."""
+    """While this holds, the logger of this name does not warn; by default ours, where what is only checked will be said when it is done."""
     found = logging.getLogger(logger)
     level = found.level
     found.setLevel(logging.ERROR)
