@@ -81,14 +81,10 @@ def predict(options: list[str]) -> dict[str, Any]:
     """What the doctor says, and the seconds that this takes a process from its start."""
     began = time.perf_counter()
     from elm_trainer.cli.doctor import examine
-    from elm_trainer.cli.erase_options import CommonSettings
-    from elm_trainer.cli.options import CommandLine
+    from elm_trainer.cli.erase_options import erasure_line
     from elm_trainer.cli.planned_run import DoctorArguments, PlannedRun
 
-    line = CommandLine(
-        "doctor", "", options, own=DoctorArguments, config="elm_trainer.ElmConfig", common=CommonSettings
-    )
-    run = PlannedRun(*line.complete())
+    run = PlannedRun(*erasure_line("doctor", options, own=DoctorArguments).complete())
     found = examine(run)
     if problems := {name: finding.text for name, finding in found.items() if finding.status == "problem"}:
         raise RuntimeError(f"The doctor sees problems: {problems}")

@@ -10,8 +10,7 @@ from pathlib import Path
 
 from transformers import AutoConfig
 
-from elm_trainer.cli.erase_options import ErasureArguments
-from elm_trainer.cli.options import CommandLine
+from elm_trainer.cli.erase_options import erasure_line
 from elm_trainer.cli.recipes import recipe_names
 from elm_trainer.fitting import empty_model
 from elm_trainer.modeling import layer_range
@@ -269,10 +268,7 @@ def recipe_table() -> str:
 
 
 def _recipe_row(recipe: str, shape: ModelShape, weights: int) -> str:
-    line = CommandLine(
-        "erase", "", ["--recipe", recipe, "--use_cpu=true"], own=ErasureArguments, config="elm_trainer.ElmConfig"
-    )
-    given, args = line.complete()
+    given, args = erasure_line("erase", ["--recipe", recipe, "--use_cpu=true"]).complete()
     layers = tuple(layer_range(given.lora_layers) or range(shape.layers))
     adapter = Adapter(
         given.lora_rank, layers, given.lora_alpha, given.lora_dropout, tuple(given.lora_targets.split(","))

@@ -31,7 +31,7 @@ _EXPORTS = {
     "RmuTrainer": ".methods.rmu",
     "SimNpoConfig": ".methods.likelihood",
     "SimNpoTrainer": ".methods.likelihood",
-    "SynthesisConfig": ".synthesis",
+    "SynthesisConfig": ".checks",
     "WhpConfig": ".methods.whp",
     "WhpTrainer": ".methods.whp",
     "attack_erasure": ".attacks",
@@ -61,6 +61,7 @@ __all__ = ["__version__", *sorted(_EXPORTS)]
 
 if TYPE_CHECKING:
     from .attacks import attack_erasure
+    from .checks import SynthesisConfig
     from .concept import Concept, load_concept
     from .data.collator import ElmDataCollator
     from .data.dataset import ConceptSources, build_erasure_dataset
@@ -86,7 +87,7 @@ if TYPE_CHECKING:
     from .methods.rmu import RmuConfig, RmuTrainer
     from .methods.whp import WhpConfig, WhpTrainer
     from .modeling import load_model_and_tokenizer
-    from .synthesis import SynthesisConfig, synthesize_completions
+    from .synthesis import synthesize_completions
 
 
 def __getattr__(name: str) -> Any:

@@ -159,10 +159,12 @@ def rehearse(
     whole = adapted(config, lora, dtype)
     adapter = adapter_bytes(whole, bool(args.contrast_rows))
     weights = frozen_bytes(whole)
-    # By tokens, and for the largest batch that is likely.
+    # What all layers keep for the backward pass, by tokens, and for the largest batch that is likely.
     larger = draws.largest / max(seen.largest, 1)
-    kept, in_cut = _kept(cut, probe.watch, larger)
-    outside = probe.watch.kept[None] + probe.watch.copied[None]
+    watch = probe.watch
+    kept = sum(count * (watch.kept[place] * larger + watch.copied[place]) for place, count in cut.stands_for.items())
+    in_cut = sum(watch.kept[place] + watch.copied[place] for place in cut.stands_for)
+    outside = watch.kept[None] + watch.copied[None]
     # Logits of a chunk in the model's type and in float32, their gradient, and the soft-max on the way to it.
     logits = min(chunk_of(probe.args.device), draws.largest * text.vocab_size) * (dtype.itemsize + 3 * 4)
     growth = weights - own + adapter - own_adapter
@@ -186,19 +188,6 @@ def rehearse(
         targets_seconds=probe.targets_seconds(cut) / len(rows) * len(dataset) / processes if stored else 0.0,
         contrast_seconds=contrast,
     )
-
-
-def _kept(cut: Cut, watch: Watch, larger: float) -> tuple[float, float]:
-    """Bytes that all layers keep for the backward pass of a batch so many times as large, and those of the cut's own."""
-    kept, in_cut = 0.0, 0.0
-    for kind, more in cut.more.items():
-        for place in cut.places(kind):
-            kept += watch.kept[place] * larger + watch.copied[place]
-            in_cut += watch.kept[place] + watch.copied[place]
-        if more:
-            last = cut.places(kind)[-1]
-            kept += more * (watch.kept[last] * larger + watch.copied[last])
-    return kept, in_cut
 
 
 def _step_seconds(

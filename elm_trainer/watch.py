@@ -59,6 +59,15 @@ class Cut:
         return {kind: len(layers) - len(self.places(kind)) for kind, layers in self.kinds.items()}
 
     @property
+    def stands_for(self) -> dict[int, int]:
+        """How many layers of the model each place of the cut stands for: the last one of a kind for all that were left out."""
+        counts = dict.fromkeys(range(len(self.chosen)), 1)
+        for kind, more in self.more.items():
+            if more:
+                counts[self.places(kind)[-1]] += more
+        return counts
+
+    @property
     def adapted_places(self) -> list[int]:
         """Places of the adapted layers in the cut."""
         return [*self.places("first"), *self.places("adapted")]
@@ -87,12 +96,12 @@ class Lap:
 
     def scaled(self, cut: Cut) -> float:
         """Seconds of the same step of the whole model, without the optimizer."""
-        total = self.seconds - self.optimizer
-        for kind, more in cut.more.items():
-            if more:
-                last = cut.places(kind)[-1]
-                total += more * (self.forward[last] + self.backward[last] + self.reference[last])
-        return total
+        beyond = (
+            (count - 1) * (self.forward[place] + self.backward[place] + self.reference[place])
+            for place, count in cut.stands_for.items()
+            if count > 1
+        )
+        return self.seconds - self.optimizer + sum(beyond)
 
 
 class Watch(TrainerCallback):

@@ -38,7 +38,7 @@ LAYERS = {
     "gold_standard": ("gold_standard",),
     "comparison": ("comparison",),
     "hub": ("hub",),
-    "chat": ("chat",),
+    "chat": ("chat", "chat_page"),
     "cli": ("cli", "__main__"),
 }
 MAY_IMPORT = {

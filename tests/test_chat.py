@@ -13,9 +13,8 @@ from peft import LoraConfig, get_peft_model
 from rich.console import Console
 
 from elm_trainer.attacks import AttackTarget, built_in_wordings, default_attacks
-from elm_trainer.chat import Answer, AnswerToken, ErasureChat, load_chat_concept
-from elm_trainer.chat.answers import term_tokens
-from elm_trainer.chat.page import answer_html, report_html
+from elm_trainer.chat import Answer, AnswerToken, ErasureChat, load_chat_concept, term_tokens
+from elm_trainer.chat_page import answer_html, report_html
 from elm_trainer.cli.chat import ChatArguments, ask_in_terminal
 from elm_trainer.cli.main import main
 from elm_trainer.data.tokens import continuation_ids, text_ids
@@ -147,9 +146,9 @@ def test_no_spelling_of_a_term_begins_with_another(tokenizer):
 
 def test_a_character_of_several_tokens_is_shown_once_it_is_whole(chat, model, tokenizer, monkeypatch):
     letters = iter(continuation_ids(tokenizer, " 한ⵣ"))
-    monkeypatch.setattr("elm_trainer.chat.answers._Writer._choose", lambda *_: next(letters))
+    monkeypatch.setattr("elm_trainer.chat._Writer._choose", lambda *_: next(letters))
     count = len(continuation_ids(tokenizer, " 한ⵣ"))
-    monkeypatch.setattr("elm_trainer.chat.answers.SIDES", ("erased",))
+    monkeypatch.setattr("elm_trainer.chat.SIDES", ("erased",))
     answer = last(chat.answer(PROMPT, max_new_tokens=count))["erased"]
     assert answer.text == " 한ⵣ" and "\ufffd" not in "".join(token.text for token in answer.tokens)
     assert [token.text for token in answer.tokens].count("") > 0

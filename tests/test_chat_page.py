@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from elm_trainer.chat import ErasureChat, load_chat_concept
-from elm_trainer.chat.page import HOST, answer_html, make_page, serve
+from elm_trainer.chat_page import HOST, answer_html, make_page, serve
 from elm_trainer.evaluation.fluency import as_prompt
 
 

@@ -1,7 +1,6 @@
 """Attacks on the weights: scale the adapter, remove it from layers, quantize, fine-tune."""
 
 import copy
-import logging
 import random
 import tempfile
 import warnings
@@ -21,7 +20,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from ..checks import check_numbers
+from ..checks import check_numbers, hushed
 from ..data.questions import Question, names_answer
 from ..data.tokens import tokenize
 from ..evaluation.fluency import as_prompt
@@ -177,7 +176,7 @@ class QuantizationAttack(Attack):
             raise ImportError(
                 "The attack quantization needs bitsandbytes: `pip install elm-trainer[eval]`, or leave the attack out."
             )
-        erased, notices = target.pair.erased, logging.getLogger("bitsandbytes.autograd._functions")
+        erased = target.pair.erased
         results = []
         with tempfile.TemporaryDirectory() as folder:
             merged = erased if target.pair.adapter is None else copy.deepcopy(target.pair.adapter).merge_and_unload()
@@ -194,11 +193,8 @@ class QuantizationAttack(Attack):
                     folder, quantization_config=config, dtype=erased.dtype, device_map={"": erased.device}
                 )
                 # LLM.int8() computes in float16, and bitsandbytes says so for every layer of every batch.
-                notices.disabled = True
-                try:
+                with hushed("bitsandbytes.autograd._functions"):
                     results.append(AttackResult(f"{self.name}.{bits}-bit", "pmi", target.rank(side=model)))
-                finally:
-                    notices.disabled = False
                 del model  # before the next one is loaded beside it
         return results
 

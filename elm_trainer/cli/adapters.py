@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import hush_libraries
-from .errors import check_adapter, check_dtype, named
-from .evaluate import AskedArguments
-from .options import CommandLine
+from .measure import AskedArguments
+from .options import CommandLine, check_adapter, check_dtype, named
 
 
 if TYPE_CHECKING:

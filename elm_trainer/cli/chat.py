@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..checks import check_numbers
 from . import hush_libraries
-from .errors import check_adapter, check_dtype
-from .options import CommandLine
+from .options import CommandLine, check_adapter, check_dtype
 
 
 if TYPE_CHECKING:
@@ -81,7 +80,7 @@ def main(argv: list[str] | None = None) -> None:
 
         ask_in_terminal(chat, concept, arguments, sys.stdin, Console(highlight=False, markup=False))
         return
-    from ..chat.page import make_page, serve
+    from ..chat_page import make_page, serve
 
     folders = {name: found[inner].folder for name, inner in names.items()}
     page = make_page(
@@ -102,7 +101,7 @@ def ask_in_terminal(
     chat: "ErasureChat", concept: "ChatConcept", arguments: ChatArguments, lines: Iterable[str], console: "Console"
 ) -> None:
     """Answer each line, side by side; in a pipe one below the other. A wrong line is told and the next one read."""
-    from ..chat.answers import DEFINITION, PLAIN
+    from ..chat import DEFINITION, PLAIN
 
     adapter, last = arguments.adapter[0], ""
     if console.is_terminal:
@@ -164,7 +163,7 @@ def _command(
 def _show(asked: str, answers: Any, console: "Console") -> None:
     from rich.live import Live
 
-    from ..chat.answers import percent
+    from ..chat import percent
 
     if console.is_terminal:
         with Live(console=console, auto_refresh=False, vertical_overflow="visible") as live:
@@ -189,7 +188,7 @@ def _columns(state: "dict[Any, Answer]", width: int) -> Any:
     from rich.table import Table
     from rich.text import Text
 
-    from ..chat.answers import percent
+    from ..chat import percent
 
     table = Table(box=None, padding=(0, 2, 0, 0), width=width)
     cells = []

@@ -2,14 +2,14 @@
 
 import logging
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from ..checks import hushed
 from ..concept import described_concept
 from .options import CommandLine
 
@@ -36,18 +36,6 @@ def default_folder(concept: str) -> str:
     """Where a run goes whose `output_dir` is left out: `outputs/` and the concept's name in lower case."""
     words = re.findall(r"\w+", described_concept(concept).name.lower())
     return f"outputs/{'-'.join(words) or 'concept'}"
-
-
-@contextmanager
-def hushed() -> Iterator[None]:
-    """While this holds, nothing warns: what is only checked will be said when it is done."""
-    ours = logging.getLogger("elm_trainer")
-    level = ours.level
-    ours.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        ours.setLevel(level)
 
 
 def settle_layers(

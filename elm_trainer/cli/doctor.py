@@ -13,9 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from . import hush_libraries
-from .erase_options import CommonSettings
-from .errors import check_folder
-from .options import CommandLine
+from .erase_options import check_folder, erasure_line
 from .planned_run import DoctorArguments, PlannedRun, existing
 
 
@@ -376,9 +374,7 @@ def show(run: PlannedRun, found: dict[str, Finding], console: "Console") -> None
 
 
 def main(argv: list[str] | None = None) -> None:
-    line = CommandLine(
-        "doctor", __doc__, argv, own=DoctorArguments, config="elm_trainer.ElmConfig", common=CommonSettings
-    )
+    line = erasure_line("doctor", argv, __doc__, DoctorArguments)
     arguments, _ = line.early()
     arguments.check_given(line.given)
     hush_libraries()

@@ -1,11 +1,13 @@
 """The options of `elm erase`: what is erased from which model, and the most used settings of training."""
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..checks import check_numbers, number_range
 from ..concept import described_concept
+from .options import CommandLine
 
 
 if TYPE_CHECKING:
@@ -228,8 +230,6 @@ class ErasureArguments:
 
         Raises `ValueError` for a concept that has neither. A file of questions belongs to the report alone.
         """
-        from pathlib import Path
-
         from ..data.facts import FACTS
         from ..evaluation.suite import suite_from_files
 
@@ -278,3 +278,22 @@ class CommonSettings:
     save_strategy: str = field(default="steps", metadata={"help": "When checkpoints are saved: no, steps or epoch."})
     resume_from_checkpoint: str | None = field(default=None, metadata={"help": "Checkpoint to go on from."})
     push_to_hub: bool = field(default=False, metadata={"help": "Publish adapter and report at the end."})
+
+
+def erasure_line(
+    command: str, argv: Sequence[str] | None, about: str = "", own: type[ErasureArguments] = ErasureArguments
+) -> CommandLine:
+    """The command line of `elm erase`, or of another subcommand with the same options."""
+    return CommandLine(command, about, argv, own=own, config="elm_trainer.ElmConfig", common=CommonSettings)
+
+
+def check_folder(folder: Path) -> None:
+    """Raise `ValueError` where a folder holds an earlier run."""
+    found = [name for name in ("adapter", "data", "making") if (folder / name).exists()]
+    found += sorted(path.name for path in folder.glob("checkpoint-*"))
+    if found:
+        what = "a finished run" if "adapter" in found else "a run that was stopped"
+        raise ValueError(
+            f"`output_dir` is {str(folder)!r}, which holds {what} ({', '.join(found)}): `--resume` goes on with it, "
+            "`--overwrite` removes it, or name another folder."
+        )

@@ -1,21 +1,26 @@
 """The console script `elm`: find the subcommand, run it, and say in one line what was used wrongly."""
 
+import dis
 import os
+import re
 import sys
+from argparse import ArgumentParser
 from difflib import get_close_matches
 from importlib import import_module
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
 
-from .. import __version__
-from .errors import is_wrong_use, one_line
+import elm_trainer
 
 
 # By name: the module of this folder that is imported when it is run, the function there that takes its options, and what it does.
 COMMANDS = {
     "erase": ("erase.main", "erase concepts with a LoRA adapter, and measure before and after"),
     "doctor": ("doctor.main", "say what `erase` would do, take and stumble over, before anything heavy runs"),
-    "evaluate": ("evaluate.main", "measure an adapter or a checkpoint beside its reference"),
-    "attack": ("attack.main", "try to bring the knowledge back"),
-    "compare": ("compare.main", "compare all methods on the same data"),
+    "evaluate": ("measure.evaluate", "measure an adapter or a checkpoint beside its reference"),
+    "attack": ("measure.attack", "try to bring the knowledge back"),
+    "compare": ("measure.compare", "compare all methods on the same data"),
     "publish": ("adapters.publish", "publish an adapter with its report and card"),
     "chat": ("chat.main", "ask reference and erased model side by side, on a page or in the terminal"),
     "export": ("adapters.export", "write an adapter for llama.cpp, or merged into full weights"),
@@ -24,6 +29,9 @@ COMMANDS = {
     "leaderboard": ("adapters.leaderboard", "published adapters side by side"),
     "recipes": ("recipes.main", "list the recipes that ship with the package, or print one"),
 }
+_PACKAGE = Path(elm_trainer.__file__).parent
+# Errors of the Hub, and of a folder that another run holds, are of type RuntimeError.
+_TOLD = (ValueError, TypeError, OSError, ImportError, RuntimeError, FloatingPointError)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -42,20 +50,20 @@ def main(argv: list[str] | None = None) -> None:
         sys.stdout.write(_overview())
         return
     if words[0] == "--version":
-        sys.stdout.write(f"elm-trainer {__version__}\n")
+        sys.stdout.write(f"elm-trainer {elm_trainer.__version__}\n")
         return
     name, *options = words
     if name not in COMMANDS:
         near = get_close_matches(name, COMMANDS, n=1)
         fix = f"did you mean `elm {near[0]}`?" if near else f"use one of {', '.join(COMMANDS)}."
-        _fail("elm", f"there is no subcommand {name!r}: {fix}")
+        OneLineParser("elm").error(f"there is no subcommand {name!r}: {fix}")
     try:
         module, _, function = COMMANDS[name][0].partition(".")
         getattr(import_module(f"{__package__}.{module}"), function)(options)
     except Exception as error:
         if with_traceback or not is_wrong_use(error):
             raise
-        _fail(f"elm {name}", one_line(error))
+        OneLineParser(f"elm {name}").error(one_line(error))
 
 
 def _overview() -> str:
@@ -74,6 +82,47 @@ def _overview() -> str:
     )
 
 
-def _fail(program: str, message: str) -> None:
-    sys.stderr.write(f"{program}: error: {message}\n")
-    sys.exit(2)
+class OneLineParser(ArgumentParser):
+    """A parser that answers a wrong use in one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        # An option has two spellings, with underscores and with hyphens; one is told.
+        message = re.sub(r"(--\w+)/--[\w-]+", r"\1", " ".join(message.split()))
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def is_wrong_use(error: Exception) -> bool:
+    """Whether an error is the answer to a wrong use: one of our checks raised it, or the operating system refused a file.
+
+    Our checks raise by a `raise` statement in the package. What merely goes wrong in an operation, as a `TypeError` of
+    `None + 1`, is a bug, and so is what a library raises about arguments that the package gave it.
+    """
+    if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
+        return True
+    frame, raised = _origin(error)
+    ours = frame is not None and Path(frame.f_code.co_filename).is_relative_to(_PACKAGE)
+    return raised and ours and isinstance(error, _TOLD)
+
+
+def is_raised(error: Exception) -> bool:
+    """Whether a `raise` statement made the error, in whichever library, rather than an operation that went wrong."""
+    return _origin(error)[1]
+
+
+def one_line(error: Exception) -> str:
+    """The message of an error without line breaks, and without the number that the operating system puts first."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{str(error.filename)!r} could not be used: {error.strerror}."
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return " ".join(text.split()) or type(error).__name__
+
+
+def _origin(error: Exception) -> tuple[FrameType | None, bool]:
+    """The frame in which an error came about, and whether the instruction there was a `raise`."""
+    entry = error.__traceback__
+    if entry is None:
+        return None, False
+    while entry.tb_next is not None:
+        entry = entry.tb_next
+    code = entry.tb_frame.f_code.co_code
+    return entry.tb_frame, code[entry.tb_lasti] == dis.opmap["RAISE_VARARGS"]

@@ -1,23 +1,30 @@
-"""Options of a subcommand: its dataclasses, the file of `--config` or `--recipe`, and a help of two screens."""
+"""Options of a subcommand: its dataclasses, the file of `--config` or `--recipe`, a help of two screens, and what an option names."""
 
 import os
 import re
 import sys
 from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter, ArgumentError, ArgumentParser, Namespace
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NoReturn, get_type_hints
+from typing import TYPE_CHECKING, Any, NoReturn, get_type_hints
 
 import yaml
 from trl import TrlParser
 
 from ..checks import described, is_a
-from .errors import OneLineParser, end_with, is_raised, one_line
+from .main import OneLineParser, is_raised, one_line
 from .recipes import find_recipe, shipped
 
 
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 METAVARS = {"int": "N", "float": "X", "string_to_bool": "BOOL"}
 
 
@@ -160,8 +167,7 @@ class OptionParser(TrlParser):
         self._check_types(found)
         return found, rest
 
-    def error(self, message: str) -> NoReturn:
-        end_with(self, message)
+    error = OneLineParser.error
 
     def refuse_unknown(self, names: Iterable[str]) -> None:
         """End the process where the file sets what is no option."""
@@ -264,3 +270,77 @@ def _fix(value: Any, kind: Any) -> str:
     if isinstance(value, bool):
         return "YAML reads yes, no, on and off as true and false, so put the word into quotes"
     return "correct it"
+
+
+def check_adapter(name: str) -> None:
+    """Raise `ValueError` for an `adapter` that can be neither a folder with an adapter nor an id on the Hub."""
+    path = Path(name)
+    if path.is_dir():
+        if not (path / "adapter_config.json").is_file():
+            inside = path / "adapter"
+            fix = (
+                f"give {str(inside)!r}"
+                if inside.is_dir()
+                else "give the folder that `elm erase` wrote, OUTPUT_DIR/adapter"
+            )
+            raise ValueError(f"`adapter` is {name!r}, a folder without adapter_config.json: {fix}.")
+    elif path.exists():
+        raise ValueError(f"`adapter` is {name!r}, a file: give the folder of the adapter.")
+    elif not _HUB_ID.fullmatch(name) or path.parent.is_dir():
+        raise ValueError(
+            f"`adapter` is {name!r}, which does not exist: give the folder of an adapter, or an id on the Hub."
+        )
+
+
+def check_dtype(name: str) -> None:
+    """Raise `ValueError` for a `dtype` that is neither `auto` nor a data type of torch; torch is imported."""
+    import torch
+
+    if name != "auto" and not isinstance(getattr(torch, name, None), torch.dtype):
+        raise ValueError(f"`dtype` is {name!r}: use auto, float32, bfloat16 or float16.")
+
+
+@contextmanager
+def named(option: str, name: str) -> Iterator[None]:
+    """Name the option whose model, or adapter, the block cannot load, in an `OSError` in place of what the libraries raise."""
+    from safetensors import SafetensorError
+
+    from ..modeling import PACKAGED_MODELS
+
+    try:
+        yield
+    except (OSError, ValueError, SafetensorError) as error:
+        if not is_raised(error) and isinstance(error, ValueError):
+            raise
+        near = get_close_matches(name, PACKAGED_MODELS, n=1)
+        fix = (
+            f"did you mean {near[0]!r}?"
+            if near and near[0] != name
+            else "check the name, the files and the connection."
+        )
+        raise OSError(f"`{option}` is {name!r}, which cannot be loaded ({_first_sentence(error)}): {fix}") from error
+
+
+def load_named(
+    option: str, name: str, dtype: str, device: "torch.device | str | None" = None
+) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """The model that an option names, on a device if one is given, and its tokenizer."""
+    from ..modeling import load_model_and_tokenizer
+
+    with named(option, name):
+        model, tokenizer = load_model_and_tokenizer(name, dtype=dtype)
+    return (model if device is None else model.to(device)), tokenizer
+
+
+def put_adapter(model: "PreTrainedModel", name: str) -> "PeftModel":
+    """The model with the adapter that `adapter` names."""
+    from peft import PeftModel
+
+    with named("adapter", name):
+        return PeftModel.from_pretrained(model, name)
+
+
+def _first_sentence(error: Exception) -> str:
+    """Libraries follow it up with advice on their own arguments."""
+    lines = str(error).strip().splitlines()
+    return one_line(type(error)(lines[0])).rstrip(".:") if lines else type(error).__name__

@@ -11,7 +11,7 @@ from threading import Thread
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from .erase_options import ErasureArguments
-from .errors import check_dtype
+from .options import check_dtype
 
 
 if TYPE_CHECKING:

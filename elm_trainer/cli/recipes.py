@@ -7,8 +7,7 @@ from pathlib import Path
 
 import elm_trainer
 
-from .errors import OneLineParser
-from .main import COMMANDS
+from .main import COMMANDS, OneLineParser
 
 
 def recipes_folder() -> Path:

@@ -13,9 +13,8 @@ from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalL
 from elm_trainer import load_texts
 from elm_trainer.cli import concept as concept_module
 from elm_trainer.cli.concept import ConceptRun, default_folder
-from elm_trainer.cli.erase_options import CommonSettings, ErasureArguments
+from elm_trainer.cli.erase_options import erasure_line
 from elm_trainer.cli.main import main
-from elm_trainer.cli.options import CommandLine
 from elm_trainer.fitting import OBJECTIVES
 from elm_trainer.making import knowledge, make, questions
 from elm_trainer.making.fact_writing import StatedFacts
@@ -207,10 +206,7 @@ def test_what_was_chosen_is_kept_by_a_run_that_goes_on(folder, monkeypatch):
     words = [*SMALL, "--concept=Varda", "--documents=notes"]
 
     def fitted(*more):
-        line = CommandLine(
-            "erase", "", [*words, *more], own=ErasureArguments, config="elm_trainer.ElmConfig", common=CommonSettings
-        )
-        run = ConceptRun(line)
+        run = ConceptRun(erasure_line("erase", [*words, *more]))
         run.fit_model(AutoConfig.from_pretrained("model"))
         return run
 
@@ -231,10 +227,7 @@ def test_a_run_by_terms_goes_on_as_one(folder):
     kind = {"counterfactual": True, "alike": False, "by_terms": True}
 
     def chosen(*more):
-        line = CommandLine(
-            "erase", "", [*words, *more], own=ErasureArguments, config="elm_trainer.ElmConfig", common=CommonSettings
-        )
-        run = ConceptRun(line)
+        run = ConceptRun(erasure_line("erase", [*words, *more]))
         run.fit_model(AutoConfig.from_pretrained("model"))
         run.fit_texts(forget, AutoTokenizer.from_pretrained("model"), kind)
         return run

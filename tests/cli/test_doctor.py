@@ -13,8 +13,7 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPT2Config, GPT
 from elm_trainer import ElmConfig
 from elm_trainer.cli import planned_run
 from elm_trainer.cli.doctor import CHECKS, Check, Finding, check_output, examine, main
-from elm_trainer.cli.erase_options import CommonSettings
-from elm_trainer.cli.options import CommandLine
+from elm_trainer.cli.erase_options import erasure_line
 from elm_trainer.cli.planned_run import DoctorArguments, Hub, PlannedRun, ask_hub
 from elm_trainer.rehearsal import model_bytes, rehearse
 from elm_trainer.run_lock import LOCK_FILE
@@ -68,15 +67,7 @@ def options(tmp_path, monkeypatch):
 @pytest.fixture
 def planned(options):
     def make(**changed):
-        line = CommandLine(
-            "doctor",
-            "",
-            options(**changed),
-            own=DoctorArguments,
-            config="elm_trainer.ElmConfig",
-            common=CommonSettings,
-        )
-        return PlannedRun(*line.complete())
+        return PlannedRun(*erasure_line("doctor", options(**changed), own=DoctorArguments).complete())
 
     return make
 

@@ -12,12 +12,11 @@ from typing import get_type_hints
 import pytest
 import yaml
 
-from elm_trainer.cli.compare import ComparisonSettings
-from elm_trainer.cli.erase_options import CommonSettings, ErasureArguments
+from elm_trainer.cli.erase_options import CommonSettings, ErasureArguments, erasure_line
 from elm_trainer.cli.main import COMMANDS, main
 from elm_trainer.cli.options import CommandLine
 from elm_trainer.cli.recipes import command_of, find_recipe, recipe_names, recipe_text, shipped
-from elm_trainer.cli.synthesize import SamplerSettings
+from elm_trainer.comparison import ComparisonSettings
 
 
 ROOT = Path(__file__).parents[2]
@@ -35,8 +34,7 @@ class NoDuplicates(yaml.SafeLoader):
 
 
 def options(*words):
-    line = CommandLine("erase", "", words, own=ErasureArguments, config="elm_trainer.ElmConfig", common=CommonSettings)
-    return line.early()
+    return erasure_line("erase", words).early()
 
 
 def test_the_command_line_comes_before_the_file_and_the_file_before_the_defaults(tmp_path):
@@ -49,7 +47,7 @@ def test_the_command_line_comes_before_the_file_and_the_file_before_the_defaults
 def test_what_was_given_is_told_from_defaults_and_from_what_was_chosen(tmp_path):
     (tmp_path / "own.yaml").write_text("lora_rank: 4\nforget: [elements]\n")
     words = ["--config", str(tmp_path / "own.yaml"), "--max-steps=5", "--no_evaluate", "--bf16=false", "--seed", "3"]
-    line = CommandLine("erase", "", words, own=ErasureArguments, config="elm_trainer.ElmConfig", common=CommonSettings)
+    line = erasure_line("erase", words)
     assert {"lora_rank", "forget", "max_steps", "evaluate", "seed"} <= line.given
     assert not line.given & {"retain", "config", "eta", "3"}
     own, config = line.complete({"lora_rank": 9, "lora_alpha": 7, "seed": 1, "eta": 2.0})
@@ -131,7 +129,6 @@ def test_variables_of_a_file_are_set_as_trl_sets_them(tmp_path, monkeypatch):
     ("shown", "config"),
     [
         (CommonSettings, "elm_trainer.ElmConfig"),
-        (SamplerSettings, "elm_trainer.SynthesisConfig"),
         (ComparisonSettings, "elm_trainer.comparison.config.ComparisonConfig"),
     ],
 )

@@ -187,7 +187,7 @@ def subcommand(tmp_path, monkeypatch):
 def test_a_bug_keeps_its_traceback(text, error, subcommand, tmp_path, monkeypatch):
     subcommand("buggy", text)
     # As if it were a file of the package.
-    monkeypatch.setattr("elm_trainer.cli.errors._PACKAGE", tmp_path)
+    monkeypatch.setattr("elm_trainer.cli.main._PACKAGE", tmp_path)
     with pytest.raises(error):
         main(["buggy"])
 
@@ -196,7 +196,7 @@ def test_a_check_of_the_package_is_told_from_a_bug(subcommand, tmp_path, monkeyp
     subcommand("checked", "raise ValueError('`a` is 1:\\n  give 2.')")
     with pytest.raises(ValueError):  # a library's
         main(["checked"])
-    monkeypatch.setattr("elm_trainer.cli.errors._PACKAGE", tmp_path)
+    monkeypatch.setattr("elm_trainer.cli.main._PACKAGE", tmp_path)
     with pytest.raises(SystemExit):
         main(["checked"])
     assert capsys.readouterr().err == "elm checked: error: `a` is 1: give 2.\n"

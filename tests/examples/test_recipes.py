@@ -4,9 +4,8 @@ from pathlib import Path
 import pytest
 
 from elm_trainer import Concept
-from elm_trainer.cli.erase import _sample
-from elm_trainer.cli.erase_options import CommonSettings, ErasureArguments
-from elm_trainer.cli.options import CommandLine
+from elm_trainer.cli.erase import Erasure
+from elm_trainer.cli.erase_options import erasure_line
 from elm_trainer.concept import concept_presets
 from elm_trainer.modeling import layer_range
 from elm_trainer.synthesis import SynthesisConfig, pivot_sentences
@@ -24,9 +23,7 @@ def test_a_recipe_names_known_concepts_and_settings(path):
 
 
 def released(*words):
-    line = CommandLine("erase", "", words, own=ErasureArguments, config="elm_trainer.ElmConfig", common=CommonSettings)
-    arguments, config = line.complete()
-    return arguments, config
+    return erasure_line("erase", words).complete()
 
 
 @pytest.mark.parametrize(("recipe", "rank"), [("bio-cyber-released", 256), ("bio-cyber-rank4-released", 4)])
@@ -72,7 +69,9 @@ def test_the_released_run_reads_and_pairs_the_texts_as_there(tokenizer, tiny_mod
     sources = arguments.sources(concepts)
     short = partial(SynthesisConfig.released, max_new_tokens=6, max_new_tokens_from=2)
     monkeypatch.setattr(SynthesisConfig, "released", short)
-    assert _sample(arguments, config, concepts, sources, tiny_model, tokenizer)
+    run = Erasure(arguments, config, started=0.0)
+    run.concepts, run.model, run.tokenizer = concepts, tiny_model, tokenizer
+    assert run.sample(sources)
     rows = arguments.dataset(sources, tokenizer, config.seed)
 
     assert [text.split()[:3] for text in rows["forget"][:5]] == [

@@ -14,8 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from elm_trainer.cli import erase, planned_run
 from elm_trainer.cli.doctor import CHECKS, examine
-from elm_trainer.cli.erase_options import CommonSettings
-from elm_trainer.cli.options import CommandLine
+from elm_trainer.cli.erase_options import erasure_line
 from elm_trainer.cli.planned_run import DoctorArguments, Hub, PlannedRun
 from elm_trainer.cli.recipes import find_recipe, recipe_names
 from elm_trainer.data import user_sources
@@ -53,8 +52,7 @@ def empty(folders):
 
 def planned(recipe, folder, *options):
     words = ["--recipe", recipe, f"--model={folder}", "--use_cpu=true", "--output_dir=unused", *options]
-    made = CommandLine("doctor", "", words, own=DoctorArguments, config="elm_trainer.ElmConfig", common=CommonSettings)
-    return PlannedRun(*made.complete())
+    return PlannedRun(*erasure_line("doctor", words, own=DoctorArguments).complete())
 
 
 def inputs_and_outputs(name):

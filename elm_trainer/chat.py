@@ -13,14 +13,14 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from ..attacks import ATTACKS, built_in_wordings, default_attacks
-from ..concept import load_concept
-from ..data.facts import FACTS, load_bank
-from ..data.questions import Question, names_answer, read_questions
-from ..data.tokens import continuation_ids, continuation_text, text_ids, text_tokenizer
-from ..evaluation.fluency import as_prompt, end_tokens
-from ..evaluation.pair import SIDES, ModelPair, Side
-from ..ops import KeepPositions
+from .attacks import ATTACKS, built_in_wordings, default_attacks
+from .concept import load_concept
+from .data.facts import FACTS, load_bank
+from .data.questions import Question, names_answer, read_questions
+from .data.tokens import continuation_ids, continuation_text, text_ids, text_tokenizer
+from .evaluation.fluency import as_prompt, end_tokens
+from .evaluation.pair import SIDES, ModelPair, Side
+from .ops import KeepPositions
 
 
 # The name under which a question is asked as it was typed.
@@ -71,11 +71,7 @@ class ChatConcept:
 
         Attacks on weights, and those that search or sample, have none.
         """
-        question = self.question(text)
-        prompts: dict[str, str] = {}
-        for attack in default_attacks():
-            prompts |= attack.rewrite(processing_class, question, self.wordings, self.questions)
-        return prompts
+        return self._rewritten(self.question(text), processing_class)
 
     def prompt(self, text: str, attack: str, processing_class: PreTrainedTokenizerBase) -> str:
         """The prompt of one attack, or of `PLAIN`; raises `ValueError` for an attack that needs a question with a subject."""
@@ -88,11 +84,15 @@ class ChatConcept:
     def attack_names(self, processing_class: PreTrainedTokenizerBase) -> list[str]:
         """Every name that [`prompts`] can have, also of attacks that need a question with a subject."""
         asked = replace(self.questions[0], subject="?") if self.questions else Question("?", ("?",), "?", subject="?")
-        named = self.prompts("?", processing_class)
-        for attack in default_attacks():
-            named |= attack.rewrite(processing_class, asked, self.wordings, self.questions)
+        named = self.prompts("?", processing_class) | self._rewritten(asked, processing_class)
         order = [*ATTACKS]
         return sorted(named, key=lambda name: order.index(name.partition(".")[0]))
+
+    def _rewritten(self, question: Question, processing_class: PreTrainedTokenizerBase) -> dict[str, str]:
+        prompts: dict[str, str] = {}
+        for attack in default_attacks():
+            prompts |= attack.rewrite(processing_class, question, self.wordings, self.questions)
+        return prompts
 
     def _subjects(self, text: str) -> list[str]:
         """The subjects that a text names, in its order; not those within a longer one, as Guinea is in Papua New Guinea."""
@@ -254,6 +254,7 @@ class ErasureChat:
             _Writer(self, side, self.adapters[adapter], ids, sequences, max_new_tokens, temperature, seed)
             for side in SIDES
         ]
+        # A generator of its own, so that what is wrong is raised at once.
         return self._answers(writers)
 
     def _answers(self, writers: "Sequence[_Writer]") -> Iterator[dict[Side, Answer]]:
@@ -265,34 +266,32 @@ class ErasureChat:
                     yield {other.side: other.answer for other in writers}
 
 
+@dataclass
 class _Writer:
     """One side's answer, with its cache."""
 
-    def __init__(
-        self,
-        chat: ErasureChat,
-        side: Side,
-        adapter: str,
-        ids: list[int],
-        terms: Sequence[tuple[int, ...]],
-        max_new_tokens: int,
-        temperature: float,
-        seed: int,
-    ):
-        self.side, self.answer = side, Answer()
-        self._chat, self._adapter, self._prompt, self._terms = chat, adapter, ids, terms
-        self._most, self._temperature = max_new_tokens, temperature
-        self._random = torch.Generator().manual_seed(seed)
-        self._ends = set(end_tokens(chat.model, chat.processing_class))
+    chat: ErasureChat
+    side: Side
+    adapter: str
+    prompt: list[int]
+    terms: Sequence[tuple[int, ...]]
+    most: int
+    temperature: float
+    seed: int
+    answer: Answer = field(default_factory=Answer)
+
+    def __post_init__(self) -> None:
+        self._random = torch.Generator().manual_seed(self.seed)
+        self._ends = set(end_tokens(self.chat.model, self.chat.processing_class))
         self._cache: Any = None
-        self._next, self._said = list(ids), ""
+        self._next, self._said = list(self.prompt), ""
 
     @torch.no_grad()
     def step(self) -> None:
         """Write a token, or end."""
-        chat = self._chat
-        if chat.model.active_adapters != [self._adapter]:
-            chat.model.set_adapter(self._adapter)
+        chat = self.chat
+        if chat.model.active_adapters != [self.adapter]:
+            chat.model.set_adapter(self.adapter)
             chat.model.requires_grad_(False)  # `set_adapter` made it trainable
         with chat.pair.use(self.side) as model:
             logits = self._forward(model)
@@ -303,14 +302,14 @@ class _Writer:
             self.answer.state, self.answer.end_concept = "ended", concept
             return
         written = [*(said.id for said in self.answer.tokens), token]
-        text = continuation_text(chat.processing_class, self._prompt, written)
+        text = continuation_text(chat.processing_class, self.prompt, written)
         # A character of several tokens is shown once it is whole.
-        whole = text.rstrip("\ufffd") if len(written) < self._most else text
+        whole = text.rstrip("\ufffd") if len(written) < self.most else text
         new = whole[len(self._said) :] if whole.startswith(self._said) else ""
         self._said += new
         self.answer.tokens.append(AnswerToken(token, new, float(probabilities[token]), concept))
         self._next = [token]
-        if len(written) >= self._most:
+        if len(written) >= self.most:
             self.answer.state = "cut off"
 
     def _forward(self, model: Any) -> torch.Tensor:
@@ -328,9 +327,9 @@ class _Writer:
 
     def _concept(self, model: Any, probabilities: torch.Tensor) -> float | None:
         """Sum over the terms of the product of their tokens' probabilities."""
-        if not self._terms:
+        if not self.terms:
             return None
-        likely = [term for term in self._terms if probabilities[term[0]] >= _LEAST_FIRST]
+        likely = [term for term in self.terms if probabilities[term[0]] >= _LEAST_FIRST]
         total = sum((float(probabilities[term[0]]) for term in likely if len(term) == 1), 0.0)
         longer = [term for term in likely if len(term) > 1]
         if longer:
@@ -347,8 +346,8 @@ class _Writer:
         return min(total, 1.0)  # rounding
 
     def _choose(self, logits: torch.Tensor) -> int:
-        if self._temperature == 0:
+        if self.temperature == 0:
             return int(logits.argmax())
         top = logits.topk(min(_TOP_K, len(logits)))
-        weights = (top.values / self._temperature).softmax(-1)
+        weights = (top.values / self.temperature).softmax(-1)
         return int(top.indices[torch.multinomial(weights, 1, generator=self._random)])

@@ -7,10 +7,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from ..evaluation.pair import SIDES
-from ..evaluation.report import read_report
-from ..evaluation.tables import MAIN_COLUMNS, main_rows, verdict_lines
-from .answers import DEFINITION, PLAIN, Answer, ChatConcept, ErasureChat, percent
+from .chat import DEFINITION, PLAIN, Answer, ChatConcept, ErasureChat, percent
+from .evaluation.pair import SIDES
+from .evaluation.report import read_report
+from .evaluation.tables import MAIN_COLUMNS, main_rows, verdict_lines
 
 
 HOST = "127.0.0.1"
