@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -81,7 +82,7 @@ def export_gguf_adapter(
     found = find_adapter(adapter, revision, access)
     name = base_model or found.named_base()
     own = found.info.base_model if base_model is None and found.info else None
-    pinned = {"revision": own.revision, "gguf_file": own.gguf_file} if own else {}
+    pinned: dict[str, Any] = {"revision": own.revision, "gguf_file": own.gguf_file} if own else {}
     config = load_config(name, **pinned, **vars(access))
     modules = dict(_gguf_modules(found, config, name))
     # One alpha is all that the file holds; what a module's own rank and scale differ from it goes into its B.
