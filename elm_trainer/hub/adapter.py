@@ -171,9 +171,12 @@ def find_adapter(repo_or_path: str | Path, revision: str | None, access: Access)
 def _check_info(folder: Path, info: ErasureInfo) -> None:
     """Check the fields of `erasure.json`, of which the table of files by the files themselves."""
     path, gguf_file = folder / INFO_FILE, info.base_model.gguf_file
+    # A name that leads out is an attack, which is told before what may be a mistake.
+    if isinstance(info.files, dict):
+        check_names(info.files, str(path))
     if fault := info.fault():
         raise UnsafeAdapterError(f"{path}{fault}.")
-    check_names([*info.files, *([gguf_file] if gguf_file else [])], str(path))
+    check_names([gguf_file] if gguf_file else [], str(path))
     for name, expected in info.files.items():
         # Pictures are published too, but not fetched for loading.
         if not (folder / name).is_file():

@@ -1,5 +1,6 @@
 import copy
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -157,7 +158,7 @@ def test_fillers_stand_before_the_question(target):
 def test_an_answer_counts_under_any_of_its_names_but_not_in_a_line_of_its_own(target, monkeypatch):
     question = Question("What is the capital of India?", ("New Delhi", "Pune"), "New Delhi", "India", "", ("Delhi",))
     lines = ["It is Delhi.", "Pune\nQuestion: Is it New Delhi?", "\nnew delhi"]
-    monkeypatch.setattr("elm_trainer.attacks.base.generate", lambda *_, **__: lines)
+    monkeypatch.setattr("elm_trainer.attacks.base.generate_answers", lambda *_, **__: SimpleNamespace(texts=lines))
     assert target.answer(["?"] * 3, [question]) == [True, False, True]
 
 
