@@ -23,10 +23,10 @@ from elm_trainer import (
 from elm_trainer.evaluation.likelihood import score_choices
 from elm_trainer.evaluation.pair import SIDES as MODEL_SIDES
 from elm_trainer.evaluation.pair import ModelPair
+from elm_trainer.head import STATES
 from elm_trainer.methods.elm import context_places
 from elm_trainer.methods.forward import supervised_places, weighted_batches
 from elm_trainer.modeling import DEMO_MODEL, lora_config
-from elm_trainer.ops import STATES
 
 from .quality import RECIPES
 from .report import Figure, medians, ratios, seconds_in_turns

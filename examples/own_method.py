@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 
 import torch
 
+from elm_trainer.head import STATES
 from elm_trainer.methods.base import ErasureTrainer
 from elm_trainer.methods.config import ErasureConfig, check_fields
 from elm_trainer.methods.forward import batch_mean, kl_reading, weighted_batches
-from elm_trainer.ops import STATES
 
 
 @dataclass

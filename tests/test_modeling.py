@@ -18,10 +18,9 @@ from transformers import (
 
 from elm_trainer.data.collator import ElmDataCollator
 from elm_trainer.data.packing import PackingRule, pack_batches
+from elm_trainer.head import Plan, ReadHead, final_logits
 from elm_trainer.hub.safety import check_adapter_config
 from elm_trainer.modeling import adapter_targets, decoder_layers, load_model, load_model_and_tokenizer, lora_config
-from elm_trainer.ops import ReadHead, final_logits
-from elm_trainer.ops.head import Plan
 from tests.methods.methods import tiny
 
 

@@ -20,7 +20,7 @@ from ..data.questions import Question, names_answer, read_questions
 from ..data.tokens import continuation_ids, continuation_text, text_ids, text_tokenizer
 from ..evaluation.fluency import as_prompt, end_tokens
 from ..evaluation.pair import SIDES, ModelPair, Side
-from ..ops import KeepPositions
+from ..head import KeepPositions
 
 
 # The name under which a question is asked as it was typed.

@@ -17,8 +17,8 @@ from ..data.collator import ElmDataCollator
 from ..data.packing import PrefixTree, additive_mask, obeys_masks, sharing_rows
 from ..data.questions import Question
 from ..data.tokens import continuation_ids, text_tokenizer, tokenize, tokenize_pairs
+from ..head import KeepPositions
 from ..modeling import evaluating
-from ..ops import KeepPositions
 from .fluency import as_prompt
 from .pair import run_batches
 

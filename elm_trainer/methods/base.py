@@ -20,8 +20,8 @@ from ..data.collator import ElmDataCollator
 from ..data.packing import Packing, PackingPlan
 from ..distributed import align_checkpointing, check_saving, on_first, trained_weights
 from ..files import RUN_FILE, write_json
+from ..head import STATES, FinalLogits, Reading
 from ..modeling import adapter_disabled, evaluating, keep_differentiable, no_graph_below, reentrant
-from ..ops import STATES, FinalLogits, Reading
 from ..run_lock import only_run_in
 from .checkpointing import begin_run, last_good, replacing_files, saving_checkpoint
 from .config import check_options, fixed_settings, recipe

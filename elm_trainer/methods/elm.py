@@ -9,11 +9,10 @@ from torch import nn
 from transformers.utils import logging
 
 from ..data.collator import ElmDataCollator
+from ..head import STATES, Reading
 from ..modeling import decoder_layers, reentrant
-from ..ops import (
-    STATES,
+from ..objectives import (
     LogTarget,
-    Reading,
     SparseDistribution,
     argmax_cross_entropy,
     disagreement,

@@ -14,8 +14,8 @@ from torch import nn
 from transformers.utils import logging
 
 from ..data.collator import ElmDataCollator
+from ..head import STATES
 from ..modeling import decoder_layers, is_partitioned
-from ..ops import STATES
 from .forward import supervised_places
 from .targets import place_model
 

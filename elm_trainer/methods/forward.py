@@ -17,9 +17,9 @@ from transformers.utils import logging
 
 from ..data.collator import ElmDataCollator
 from ..data.packing import Packing, PackingPlan, PackingRule, find_packing, texts_interact
+from ..head import FinalLogits, Plan, ReadHead, Reading, final_logits
 from ..modeling import is_partitioned
-from ..ops import FinalLogits, ReadHead, Reading, final_logits, kl_divergence, text_mean
-from ..ops.head import Plan
+from ..objectives import kl_divergence, text_mean
 
 
 logger = logging.get_logger(__name__)

@@ -13,9 +13,8 @@ from transformers.utils import logging
 
 from ..data.collator import ElmDataCollator
 from ..data.packing import Packing
+from ..head import STATES, standing_in, without_gradients
 from ..modeling import decoder_layers, evaluating
-from ..ops import STATES
-from ..ops.head import standing_in, without_gradients
 from .elm_states import layer_outputs
 from .forward import visits
 

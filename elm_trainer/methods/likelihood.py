@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..data.target_store import Field, TargetLayout
-from ..ops import text_means, text_sums
+from ..objectives import text_means, text_sums
 from .base import ErasureTrainer
 from .config import ErasureConfig, check_fields
 from .forward import batch_mean, nll_reading

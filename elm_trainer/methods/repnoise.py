@@ -12,8 +12,9 @@ from peft import PeftModel
 from torch import nn
 
 from ..distributed import gathered
+from ..head import FinalLogits, read_positions
 from ..modeling import decoder_layers, reentrant
-from ..ops import FinalLogits, read_positions, text_sums
+from ..objectives import text_sums
 from .base import ErasureTrainer
 from .config import ErasureConfig, check_fields
 from .forward import nll_reading, upcast

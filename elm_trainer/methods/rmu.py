@@ -17,8 +17,9 @@ from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.pytorch_utils import Conv1D
 
+from ..head import KeepPositions
 from ..modeling import LINEAR, decoder_layers, evaluating, layer_stack, reentrant
-from ..ops import KeepPositions, text_mean
+from ..objectives import text_mean
 from .base import ErasureTrainer
 from .config import ErasureConfig, check_fields
 from .forward import run_packed, upcast, weighted_batches

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from ..data.collator import IGNORE_INDEX, ElmDataCollator
 from ..files import json_sha256
-from ..ops import STATES
+from ..head import STATES
 from .alignment import Alignment, align_texts
 from .anchors import AnchorDictionary, load_anchors
 from .base import ErasureTrainer

@@ -10,6 +10,7 @@ from peft import LoraConfig
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
+from elm_trainer.head import CHUNK
 from elm_trainer.methods.repnoise import (
     RepNoiseConfig,
     RepNoiseTrainer,
@@ -20,7 +21,6 @@ from elm_trainer.methods.repnoise import (
     official_weights,
     text_weights,
 )
-from elm_trainer.ops.head import CHUNK
 
 from .methods import SHAPES, tiny
 

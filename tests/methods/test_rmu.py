@@ -24,7 +24,7 @@ from elm_trainer.methods.rmu import (
     rmu_lora,
 )
 from elm_trainer.modeling import DEMO_MODEL, load_tokenizer
-from elm_trainer.ops import text_mean
+from elm_trainer.objectives import text_mean
 
 from .methods import SHAPES, tiny, trained
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ..modeling import evaluating
+from .modeling import evaluating
 
 
 # `reading(logits, where, *further)`: of logits `[chunk, vocab]` of the positions `where`, and of the logits of further

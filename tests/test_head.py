@@ -8,9 +8,17 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GPT2Config, GraniteConfig, LlamaConfig
 
-from elm_trainer.ops import STATES, FinalLogits, KeepPositions, ReadHead, final_logits, read_positions
-from elm_trainer.ops import head as head_module
-from elm_trainer.ops.head import Plan, without_gradients
+from elm_trainer import head as head_module
+from elm_trainer.head import (
+    STATES,
+    FinalLogits,
+    KeepPositions,
+    Plan,
+    ReadHead,
+    final_logits,
+    read_positions,
+    without_gradients,
+)
 
 
 SIZES = dict(
