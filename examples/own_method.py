@@ -7,7 +7,7 @@ import torch
 
 from elm_trainer.head import STATES
 from elm_trainer.methods.base import ErasureTrainer
-from elm_trainer.methods.config import ErasureConfig, check_fields
+from elm_trainer.methods.config import ErasureConfig
 from elm_trainer.methods.forward import batch_mean, kl_reading, weighted_batches
 
 
@@ -25,10 +25,6 @@ class MaxEntropyConfig(ErasureConfig):
 
     erase_weight: float = field(default=0.1, metadata={"help": "Weight of the erase term."})
     retain_weight: float = field(default=1.0, metadata={"help": "Weight of the retain term."})
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_fields(self, {})
 
 
 def kl_to_uniform(logits: torch.Tensor, where: slice) -> torch.Tensor:

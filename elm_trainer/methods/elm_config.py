@@ -8,7 +8,7 @@ from datasets import Dataset
 
 from ..concept import Concept, load_concept
 from ..data.target_store import Field, TargetLayout
-from .config import ErasureConfig, check_fields
+from .config import ErasureConfig
 
 
 # What the paper reports and what its released code does (docs/papers.md). A field that is left out takes its preset's value.
@@ -158,24 +158,21 @@ class ElmConfig(ErasureConfig):
     keep_states: bool | None = field(default=None, metadata={"help": "Run frozen layers once for each text."})
     targets_dir: str | None = field(default=None, metadata={"help": "Folder in which targets are kept."})
 
+    _rules = {
+        "at least 0": ("eta", "eta_end", "expert_steps", "novice_steps", "log_tokens", "contrast_rows"),
+        "above 0": ("tau", "log_strength", "state_eta", "teacher_learning_rate", "contrast_damping"),
+        "at least 1": ("top_k", "contexts_per_sample", "teacher_rank", "teacher_batch_size"),
+        "from 0 to 1": ("plausibility", "fact_share", "retain_focus"),
+    }
+
     def __post_init__(self):
-        super().__post_init__()
-        if self.preset not in PRESETS:
-            raise ValueError(f"`preset` is {self.preset!r}: use one of {', '.join(PRESETS)}.")
         if self.eta is not None and self.eta_end is None:
             self.eta_end = self.eta
-        for name, value in PRESETS[self.preset].items():
+        preset = PRESETS.get(self.preset, PRESETS["paper"])  # another is refused with all other choices
+        for name, value in preset.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
-        check_fields(
-            self,
-            {
-                "at least 0": ("eta", "eta_end", "expert_steps", "novice_steps", "log_tokens", "contrast_rows"),
-                "above 0": ("tau", "log_strength", "state_eta", "teacher_learning_rate", "contrast_damping"),
-                "at least 1": ("top_k", "contexts_per_sample", "teacher_rank", "teacher_batch_size"),
-                "from 0 to 1": ("plausibility", "fact_share", "retain_focus"),
-            },
-        )
+        super().__post_init__()
         if self.target_dtype not in (None, "float32"):
             raise ValueError(
                 f'`target_dtype` is {self.target_dtype!r}: use "float32", or leave it out for the model\'s own type.'

@@ -11,7 +11,7 @@ from torch import nn
 from ..data.target_store import Field, TargetLayout
 from ..objectives import text_means, text_sums
 from .base import ErasureTrainer
-from .config import ErasureConfig, check_fields
+from .config import ErasureConfig
 from .forward import batch_mean, nll_reading
 from .targets import TargetPlan, precompute_targets
 
@@ -42,10 +42,6 @@ class GradDiffConfig(ErasureConfig):
     erase_weight: float = field(default=1.0, metadata={"help": "Weight of the erase term."})
     retain_weight: float = field(default=1.0, metadata={"help": "Weight of the retain term."})
     retain_loss: str = field(default="nll", metadata={"help": "Retain term.", "choices": ["nll", "kl"]})
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_fields(self, {})
 
 
 class GradDiffTrainer(ErasureTrainer):
@@ -104,9 +100,7 @@ class NpoConfig(ErasureConfig):
     )
     targets_dir: str | None = field(default=None, metadata={"help": "Folder in which its numbers are kept."})
 
-    def __post_init__(self):
-        super().__post_init__()
-        check_fields(self, {"above 0": ("beta",)})
+    _rules = {"above 0": ("beta",)}
 
 
 def sequence_nll(losses: torch.Tensor, batch: Mapping[str, Any]) -> torch.Tensor:
@@ -209,9 +203,7 @@ class SimNpoConfig(ErasureConfig):
     retain_weight: float = field(default=1.0, metadata={"help": "Weight of the retain term."})
     retain_loss: str = field(default="nll", metadata={"help": "Retain term.", "choices": ["nll", "kl"]})
 
-    def __post_init__(self):
-        super().__post_init__()
-        check_fields(self, {"above 0": ("beta",), "at least 0": ("delta",)})
+    _rules = {"above 0": ("beta",), "at least 0": ("delta",)}
 
 
 def simnpo_loss(nll: torch.Tensor, beta: float, delta: float) -> torch.Tensor:

@@ -16,7 +16,7 @@ from ..head import FinalLogits, read_positions
 from ..modeling import decoder_layers, reentrant
 from ..objectives import text_sums
 from .base import ErasureTrainer
-from .config import ErasureConfig, check_fields
+from .config import ErasureConfig
 from .forward import nll_reading, upcast
 
 
@@ -52,9 +52,7 @@ class RepNoiseConfig(ErasureConfig):
     beta: float = field(default=1e-3, metadata={"help": "Weight of the noise term."})
     faithful: bool = field(default=False, metadata={"help": "Repeat the quirks of the official code."})
 
-    def __post_init__(self):
-        super().__post_init__()
-        check_fields(self, {"at least 0": ("alpha", "beta")})
+    _rules = {"at least 0": ("alpha", "beta")}
 
 
 def gaussian_mmd(source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

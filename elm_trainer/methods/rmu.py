@@ -21,7 +21,7 @@ from ..head import KeepPositions
 from ..modeling import LINEAR, decoder_layers, evaluating, layer_stack, reentrant
 from ..objectives import text_mean
 from .base import ErasureTrainer
-from .config import ErasureConfig, check_fields
+from .config import ErasureConfig
 from .forward import run_packed, upcast, weighted_batches
 from .validation import named_datasets
 
@@ -78,9 +78,10 @@ class RmuConfig(ErasureConfig):
     erase_weight: float = field(default=1.0, metadata={"help": "Weight of the erase term."})
     retain_weight: float = field(default=1200.0, metadata={"help": "Weight of the retain term."})
 
+    _rules = {"at least 0": ("layer",), "above 0": ("steering_coefficient", "steering_scale")}
+
     def __post_init__(self):
         super().__post_init__()
-        check_fields(self, {"at least 0": ("layer",), "above 0": ("steering_coefficient", "steering_scale")})
         if self.layers is None:
             self.layers = list(range(max(self.layer - 2, 0), self.layer + 1))
         if not self.layers or not all(0 <= layer <= self.layer for layer in self.layers):

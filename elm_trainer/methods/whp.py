@@ -12,10 +12,9 @@ from tqdm.auto import tqdm
 from ..data.collator import IGNORE_INDEX, ElmDataCollator
 from ..files import json_sha256
 from ..head import STATES
-from .alignment import Alignment, align_texts
-from .anchors import AnchorDictionary, load_anchors
+from .anchors import Alignment, AnchorDictionary, align_texts, load_anchors
 from .base import ErasureTrainer
-from .config import ErasureConfig, check_fields
+from .config import ErasureConfig
 from .forward import batch_mean
 from .targets import Teacher, place_model
 
@@ -71,16 +70,11 @@ class WhpConfig(ErasureConfig):
     teacher_rank: int = field(default=16, metadata={"help": "Rank of the adapter above."})
     teacher_batch_size: int = field(default=8, metadata={"help": "Texts per step of the adapter above."})
 
-    def __post_init__(self):
-        super().__post_init__()
-        check_fields(
-            self,
-            {
-                "at least 0": ("alpha", "reinforced_steps"),
-                "above 0": ("teacher_learning_rate",),
-                "at least 1": ("teacher_rank", "teacher_batch_size"),
-            },
-        )
+    _rules = {
+        "at least 0": ("alpha", "reinforced_steps"),
+        "above 0": ("teacher_learning_rate",),
+        "at least 1": ("teacher_rank", "teacher_batch_size"),
+    }
 
 
 def generic_logits(
