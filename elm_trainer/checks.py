@@ -20,13 +20,15 @@ RULES: dict[str, Callable[[Any], bool]] = {
 
 
 def check_numbers(config: Any, rules: Iterable[tuple[str, Sequence[str]]]) -> None:
-    """Raise `ValueError` for a field of a dataclass that should be a finite number and is none, or that breaks its rule; `None` passes.
+    """Raise `ValueError` for a field of a dataclass that should be a finite number and is none, or that breaks its rule.
 
-    `rules` are some of `RULES`, each with the names of its fields.
+    `None` passes where the field's type has it. `rules` are some of `RULES`, each with the names of its fields.
     """
+    # Not `field.type`, from which `HfArgumentParser` takes what is optional, for all configs that are made after it.
+    kinds = typing.get_type_hints(type(config))
     for field in fields(config):
-        if (value := getattr(config, field.name)) is not None:
-            _check_number(field.name, value, field.type)
+        if (value := getattr(config, field.name)) is not None or kinds[field.name] in (int, float):
+            _check_number(field.name, value, kinds[field.name])
     for rule, names in rules:
         for name in names:
             if (value := getattr(config, name)) is not None and not RULES[rule](value):
