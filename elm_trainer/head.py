@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.hooks import RemovableHandle
 
 from .modeling import evaluating
 
@@ -128,13 +129,9 @@ def final_logits(model: nn.Module, head: nn.Module, vocabulary: int) -> FinalLog
     device = next(model.parameters()).device
     given = torch.linspace(-90, 90, vocabulary, device=device)[None, None]
     given[..., :3] = torch.tensor([1.0, 1e-2, 1e30], device=device)
-    handle = head.register_forward_hook(lambda *_: given.clone())
-    try:
-        with evaluating(model), without_gradients():
-            token = torch.zeros(1, 1, dtype=torch.long, device=device)
-            found = model(input_ids=token, use_cache=False).logits.float()
-    finally:
-        handle.remove()
+    with head.register_forward_hook(lambda *_: given.clone()), evaluating(model), without_gradients():
+        token = torch.zeros(1, 1, dtype=torch.long, device=device)
+        found = model(input_ids=token, use_cache=False).logits.float()
     one, small, huge = found[0, 0, :3].tolist()
     # A cap shows where the numbers are huge, a scale where they are small.
     cap = huge if huge < 1e6 else None
@@ -251,12 +248,9 @@ class ReadHead:
     @contextmanager
     def reading(self) -> Iterator[None]:
         """While this holds, the model's logits are those of the plans without a reading, `[1, positions, vocab]`."""
-        handle = self.head.register_forward_pre_hook(self._enter)
-        try:
-            with nullcontext() if self.compiled else cast_once(self.head):
-                yield
-        finally:
-            handle.remove()
+        casting = nullcontext() if self.compiled else cast_once(self.head)
+        with self.head.register_forward_pre_hook(self._enter), casting:
+            yield
 
     def results(self, logits: torch.Tensor) -> list[Any]:
         """What was wanted, plan by plan, given the model's logits `[1, positions, vocab]`."""
@@ -283,22 +277,14 @@ class ReadHead:
         return (torch.cat(whole).unsqueeze(0), *args[1:])
 
 
-class KeepPositions:
-    """Run the LM head on chosen positions only, inside the model's own forward.
+def keep_positions(head: nn.Module, positions: torch.Tensor) -> RemovableHandle:
+    """Run the LM head on chosen positions only, inside the model's own forward, while `with` holds what this gives.
 
     The head's input `[batch, seq, hidden]` is reduced to `[1, kept, hidden]`, those at the flat indices `positions`, `row * seq +
     column`: the model still scales or soft-caps its logits, and no `[batch, seq, vocab]` tensor is made.
     """
 
-    def __init__(self, head: nn.Module, positions: torch.Tensor):
-        self._head = head
-        self._positions = positions
+    def reduce(_, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return (args[0].flatten(0, 1).index_select(0, positions).unsqueeze(0), *args[1:])
 
-    def __enter__(self) -> None:
-        self._handle = self._head.register_forward_pre_hook(self._reduce)
-
-    def __exit__(self, *_) -> None:
-        self._handle.remove()
-
-    def _reduce(self, _, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        return (args[0].flatten(0, 1).index_select(0, self._positions).unsqueeze(0), *args[1:])
+    return head.register_forward_pre_hook(reduce)

@@ -12,10 +12,10 @@ from elm_trainer import head as head_module
 from elm_trainer.head import (
     STATES,
     FinalLogits,
-    KeepPositions,
     Plan,
     ReadHead,
     final_logits,
+    keep_positions,
     read_positions,
     without_gradients,
 )
@@ -246,7 +246,7 @@ def test_plans_of_one_forward_get_what_they_ask_for():
 def test_kept_positions_have_the_logits_of_a_full_forward(tiny_model):
     ids = torch.randint(5, 1000, (2, 6))
     full = tiny_model(input_ids=ids).logits
-    with KeepPositions(tiny_model.get_output_embeddings(), torch.tensor([1, 5, 8])):
+    with keep_positions(tiny_model.get_output_embeddings(), torch.tensor([1, 5, 8])):
         kept = tiny_model(input_ids=ids).logits
     torch.testing.assert_close(kept[0], torch.stack([full[0, 1], full[0, 5], full[1, 2]]))
     torch.testing.assert_close(tiny_model(input_ids=ids).logits, full)
