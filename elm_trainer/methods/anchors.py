@@ -307,19 +307,15 @@ def load_anchors(name_or_path: str) -> AnchorDictionary:
 def find_terms(
     texts: Sequence[str],
     *,
-    unlike: Sequence[str] = (),
-    language: str = "en",
     max_zipf: float = 3.5,
     min_count: int = 2,
     common_zipf: float = 5.0,
 ) -> list[str]:
-    """Terms that make texts idiosyncratic: names (runs of words that are capitalized within sentences) and rare words.
+    """Terms that make English texts idiosyncratic: names (runs of words that are capitalized within sentences) and rare words.
 
-    Frequencies are those of the package wordfreq, which holds them for 40 languages and downloads nothing.
+    Frequencies are those of the package wordfreq, which downloads nothing.
 
     Args:
-        unlike: Texts, such as the retain texts, whose words are not idiosyncratic.
-        language: Language of the texts, as wordfreq names it.
         max_zipf: Zipf frequency below which a word is rare; 3 is once in a million words, 6 once in a thousand.
         min_count: Fewest occurrences of a term.
         common_zipf: Zipf frequency from which a single capitalized word is no name: 5 is that of the few hundred most
@@ -346,16 +342,11 @@ def find_terms(
     for row in words:
         for (is_name, _), group in groupby(_runs(row, names), key=lambda entry: entry[:2]):
             run = [word for _, _, word in group]
-            if is_name and (len(run) > 1 or zipf_frequency(run[0], language) < common_zipf):
+            if is_name and (len(run) > 1 or zipf_frequency(run[0], "en") < common_zipf):
                 counts[" ".join(run)] += 1
             elif not is_name:
-                counts.update(word for word in run if word.islower() and zipf_frequency(word, language) < max_zipf)
-    known = {word.lower() for text in unlike for word, *_ in _words(text)}
-    return [
-        term
-        for term, count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-        if count >= min_count and not known.issuperset(term.lower().split())
-    ]
+                counts.update(word for word in run if word.islower() and zipf_frequency(word, "en") < max_zipf)
+    return [term for term, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])) if count >= min_count]
 
 
 def _occurrences(form: str, text: str) -> Iterator[int]:
