@@ -29,19 +29,19 @@ from ..objectives import (
     top_k_distribution,
 )
 from .base import ErasureTrainer
-from .elm_config import ElmConfig, batch_weights, is_counterfactual, named_concepts, stored_targets, term_weights
-from .elm_states import (
+from .elm_config import (
+    ElmConfig,
+    batch_weights,
     check_novices,
     chosen_state_layers,
-    contrast_adapter,
-    layer_outputs,
-    measure_scale,
-    novice_targets,
-    state_losses,
-    states_of,
+    is_counterfactual,
+    named_concepts,
+    stored_targets,
+    term_weights,
 )
+from .elm_layers import FrozenLayers, LayerStates, measure_scale, novice_targets, state_loss
 from .forward import SUB_BATCHES, batch_mean, context_places, in_float32, nll_reading, weighted_batches
-from .frozen import FrozenLayers
+from .placement import contrast_adapter
 from .targets import TargetPlan, Teacher, precompute_targets
 
 
@@ -113,12 +113,12 @@ class ElmTrainer(ErasureTrainer):
         readings = {term: self._position_loss(term, batch, targets.get(term)) for term, batch in batches.items()}
         further = {term: [target["states"]] for term, target in targets.items() if "states" in target}
         spared = self._frozen.spared(model, batches, readings)
-        with spared, layer_outputs(self, model, self._state_layers) as outputs:
+        with spared, LayerStates(self, model, batches, self._state_layers) as states:
             losses = self.forward_positions(model, batches, readings, further)  # [positions] each
         if self._state_layers:
-            losses["state"] = state_losses(self, model, batches, "erase", outputs, targets["erase"]["novice_states"])
+            losses["state"] = self._state_loss(states.of("erase"), targets["erase"]["novice_states"])
         if "retain" in batches and args.retain_loss == "states":
-            losses["retain"] = state_losses(self, model, batches, "retain", outputs, targets["retain"]["layer_states"])
+            losses["retain"] = self._state_loss(states.of("retain"), targets["retain"]["layer_states"])
         if not args.erase_weight:
             losses.pop("erase", None)
         for term in {"erase", "state"} & losses.keys():
@@ -134,6 +134,9 @@ class ElmTrainer(ErasureTrainer):
             terms["consistency"] = torch.zeros((), device=args.device)
         loss = self.weigh(terms, term_weights(args))
         return (loss, None) if return_outputs else loss
+
+    def _state_loss(self, hidden: torch.Tensor, aim: torch.Tensor) -> torch.Tensor:
+        return state_loss(hidden, aim.view(hidden.shape), self._state_scale)
 
     def packed_together(self):
         step = tuple(SUB_BATCHES[term] for term, weight in batch_weights(self.args).items() if weight)
@@ -216,23 +219,23 @@ class ElmTrainer(ErasureTrainer):
             )
         watched = self._state_layers if counterfactual or args.retain_loss == "states" else []
         further, beside = {"erase": taught}, {"erase": places}
-        states = ("erase",) if erase and args.log_tokens and args.erase_weight else ()
+        with_states = ("erase",) if erase and args.log_tokens and args.erase_weight else ()
         with self.reference(model), self._target_precision(model):
             for side, teacher in self._teachers.items() if erase and not counterfactual else ():
                 with teacher.in_place():
                     taught.append(self.forward_positions(model, {side: batches["erase"]}, {side: STATES})[side])
             spared = self._frozen.spared(model, parts, readings, leaving=batches)
-            with spared, layer_outputs(self, model, watched) as outputs:
-                found = self.forward_positions(model, parts, readings, further, beside, states)
+            with spared, LayerStates(self, model, parts, watched) as states:
+                found = self.forward_positions(model, parts, readings, further, beside, with_states)
         made: dict[str, dict[str, torch.Tensor]] = {}
         if erase:
             even = {"weights": torch.ones_like(erase["rows"], dtype=torch.float32)}
             made["erase"] = even if silent else self.erase_target(found["erase"], erase)
-            if counterfactual and outputs:
-                made["erase"] |= novice_targets(self, model, parts, counterfactual["index"], outputs)
+            if counterfactual and states.outputs:
+                made["erase"] |= novice_targets(states, counterfactual["index"], args.state_eta)
         if retain:
             if args.retain_loss == "states":
-                made["retain"] = {"layer_states": states_of(self, model, parts, "retain", outputs).flatten(1)}
+                made["retain"] = {"layer_states": states.of("retain").flatten(1)}
             elif args.retain_loss == "log":
                 made["retain"] = {"states": found["retain"]}
             else:
@@ -305,7 +308,6 @@ class ElmTrainer(ErasureTrainer):
             layout=layout,
             settings=settings,
             columns=columns,
-            targets_dir=args.targets_dir,
             compute=compute,
             contexts=bool(args.erase_weight) and args.novice == "contexts",
             prepare=self._tuned_teachers,

@@ -280,6 +280,38 @@ def is_counterfactual(args: ElmConfig) -> bool:
     return args.novice == "counterfactual" and max(args.erase_weight, args.state_weight) > 0
 
 
+def default_state_layers(depth: int) -> list[int]:
+    """Four layers of the upper third, the last among them: for 30 layers 20, 24, 27 and 29."""
+    return sorted({min(depth - 1, round(depth * share)) for share in (2 / 3, 0.8, 0.9)} | {depth - 1})
+
+
+def chosen_state_layers(given: Sequence[int] | None, depth: int) -> list[int]:
+    """The layers of the state term: those that are given, or else [`default_state_layers`].
+
+    Raises `ValueError` unless they are some of a model's, each once and rising.
+    """
+    layers = list(given or default_state_layers(depth))
+    if layers != sorted(set(layers)) or not 0 <= layers[0] <= layers[-1] < depth:
+        raise ValueError(
+            f"`state_layers` is {layers}, but the model has the layers 0 to {depth - 1}: name some of them, each once "
+            "and in rising order."
+        )
+    return layers
+
+
+def check_novices(datasets: Mapping[str, Dataset]) -> None:
+    """Raise `ValueError` unless every row has counterfactual novices, and all rows of a dataset as many."""
+    for name, dataset in datasets.items():
+        if "aligned" in dataset.column_names:
+            continue
+        counts = {len(novices) for novices in dataset["novices"]} if "novices" in dataset.column_names else {0}
+        if counts != {max(counts)} or counts == {0}:
+            raise ValueError(
+                f'`{name}` has rows with {sorted(counts)} `novices`, but `novice="counterfactual"` needs as many for every '
+                "forget text: make them with `counterfactuals`, or use the contexts."
+            )
+
+
 def named_concepts(args: ElmConfig, datasets: Mapping[str, Dataset]) -> dict[str, Concept]:
     """The concept of each name that stands in a dataset."""
     described: dict[str, str] = {}

@@ -50,6 +50,31 @@ def visits(trainer: Any) -> float:
     return args.num_train_epochs * len(trainer.train_dataset)
 
 
+def place_model(trainer: Any) -> None:
+    """Bring the model to its device, which the Trainer itself may do only later, when it begins to train."""
+    if next(trainer.model.parameters()).device != trainer.args.device:
+        trainer.model.to(trainer.args.device)
+
+
+def some_rows(trainer: Any, collator: Callable[..., Any], rows: int, size: int) -> Iterator[dict[str, Any]]:
+    """Batches of so many training rows, taken evenly from the dataset: the same in all processes of a launch."""
+    place_model(trainer)
+    dataset = trainer.train_dataset
+    rows = min(rows, len(dataset))
+    chosen = [row * len(dataset) // rows for row in range(rows)]
+    for start in range(0, rows, size):
+        yield trainer.on_device(collator([dataset[row] for row in chosen[start : start + size]]))
+
+
+def check_whole(trainer: Any, option: str) -> None:
+    """Raise `ValueError` if ZeRO-3 has split the weights, which an option needs whole."""
+    if is_partitioned(trainer.model):
+        raise ValueError(
+            f"`{option}` is {getattr(trainer.args, option)}, but ZeRO-3 has already split the model's weights: set it to 0, "
+            "or train with ZeRO-2, DDP or FSDP."
+        )
+
+
 def upcast(values: torch.Tensor) -> torch.Tensor:
     """The values in float32, or in float64 if they are."""
     return values.to(torch.promote_types(values.dtype, torch.float32))

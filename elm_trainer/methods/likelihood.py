@@ -142,7 +142,6 @@ class NpoTrainer(ErasureTrainer):
             ),
             settings={"method": "NPO"},
             columns=["forget_ids"],
-            targets_dir=self.args.targets_dir,
             compute=self._reference_rows,
             description="Computing reference log-probabilities",
         )

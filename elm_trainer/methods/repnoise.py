@@ -3,7 +3,7 @@
 import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -306,17 +306,14 @@ class RepNoiseTrainer(ErasureTrainer):
             # Some experts' MLPs also return their router's logits.
             outputs.append(output[0] if isinstance(output, tuple) else output)
 
-        handles = []
-        if self.args.alpha:
-            handles += [layer.register_forward_pre_hook(entered, with_kwargs=True) for layer in self._layers]
-            if self.args.faithful:
-                handles.append(self._norm.register_forward_hook(lambda _, args, output: states.append(output)))
-        handles += [mlp.register_forward_hook(left) for mlp in self._mlps]
-        try:
+        with ExitStack() as hooks:
+            for layer in self._layers if self.args.alpha else ():
+                hooks.enter_context(layer.register_forward_pre_hook(entered, with_kwargs=True))
+            if self.args.alpha and self.args.faithful:
+                hooks.enter_context(self._norm.register_forward_hook(lambda _, args, output: states.append(output)))
+            for mlp in self._mlps:
+                hooks.enter_context(mlp.register_forward_hook(left))
             yield states, outputs
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _generator(self, device: torch.device) -> torch.Generator:
         """The random state of a step's noise, apart from the global one."""

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.pytorch_utils import Conv1D
 
-from ..head import KeepPositions
+from ..head import keep_positions
 from ..modeling import LINEAR, decoder_layers, evaluating, layer_stack, reentrant
 from ..objectives import text_mean
 from .base import ErasureTrainer
@@ -290,7 +290,7 @@ class RmuTrainer(ErasureTrainer):
         places = [batch["tokens"] + offset for batch, offset in zip(parts, offsets, strict=False)]
         # The head is run on no position at all: nobody reads logits.
         head, nowhere = self.accelerator.unwrap_model(model).get_output_embeddings(), packing.slots.new_empty(0)
-        with self._up_to_layer() as output, KeepPositions(head, nowhere):
+        with self._up_to_layer() as output, keep_positions(head, nowhere):
             run_packed(model, parts, packing)
         states = output[0].flatten(0, 1)[packing.slots[torch.cat(places)]]
         return dict(zip(batches, states.split([len(place) for place in places]), strict=True))
@@ -326,17 +326,13 @@ class RmuTrainer(ErasureTrainer):
             # Before the wrapped model's own forward ends: DeepSpeed then looks through all modules that it prepared.
             setattr(owner, name, stack)
 
-        handles = [
+        with (
             owner.register_forward_pre_hook(cut),
             owner.register_forward_hook(mend, always_call=True),
             stack[self._first_layer].register_forward_pre_hook(start),
             stack[self.args.layer].register_forward_hook(keep),
-        ]
-        try:
+        ):
             yield output
-        finally:
-            for handle in handles:
-                handle.remove()
 
     @contextmanager
     def reference(self, model: nn.Module):

@@ -15,8 +15,8 @@ from ..head import STATES
 from .anchors import Alignment, AnchorDictionary, align_texts, load_anchors
 from .base import ErasureTrainer
 from .config import ErasureConfig
-from .forward import batch_mean
-from .targets import Teacher, place_model
+from .forward import batch_mean, place_model
+from .targets import Teacher
 
 
 LABELS = "generic_labels"
