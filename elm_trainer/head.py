@@ -213,17 +213,19 @@ class _DifferentiateNow(torch.autograd.Function):
 
 @dataclass
 class Plan:
-    """What is wanted of `count` positions: what a reading gives, or whole logits without one.
+    """What is wanted of positions.
 
     Args:
-        further (`Sequence[torch.Tensor]`, *optional*): Further states, `[positions, hidden]` each.
-        beside (`Sequence[torch.Tensor]`, *optional*): Flat indices `row * seq + column` of other positions of the same
-            forward, `[positions]` each, whose states are read as further ones.
+        reading (`Reading`, *optional*): Gives what is wanted of their logits, which are whole without one: more than a step can
+            afford for large vocabularies.
+        further (`Sequence[torch.Tensor]`, *optional*): States of other forwards at the same positions, `[positions, hidden]`
+            each, whose logits the reading takes after `where`.
+        beside (`Sequence[torch.Tensor]`, *optional*): Other positions of the same forward, `[positions]` each, whose logits the
+            reading takes after those: indices into the flattened tokens of all sub-batches, one after the other.
         states (`bool`): Whether what enters the head, `[positions, hidden]`, is wanted after the tuple that the
             reading gives, which is without gradients then.
     """
 
-    count: int
     reading: Reading | None = None
     further: Sequence[torch.Tensor] = ()
     beside: Sequence[torch.Tensor] = ()
@@ -240,7 +242,8 @@ class ReadHead:
     head: nn.Module
     final: FinalLogits
     positions: torch.Tensor  # flat indices `row * seq + column`, `[positions]`, plan after plan
-    plans: Sequence[Plan]
+    counts: Sequence[int]  # how many of them are a plan's
+    plans: Sequence[Plan]  # with such indices in `beside`
     vocabulary: int
     compiled: bool = False  # whether `torch.compile` has the head, which then casts as it will
     _read: list[Any] = field(default_factory=list, init=False)
@@ -257,7 +260,8 @@ class ReadHead:
         if logits.requires_grad and not logits.size(1):
             # FSDP gathers what lies outside the layers again when the backward passes the model's own output.
             self._read = [part + 0 * logits.sum() if part.requires_grad else part for part in self._read]
-        whole = iter(logits[0].split([plan.count for plan in self.plans if plan.reading is None]))
+        counts = [count for count, plan in zip(self.counts, self.plans, strict=True) if plan.reading is None]
+        whole = iter(logits[0].split(counts))
         read = iter(self._read)
         return [next(whole if plan.reading is None else read) for plan in self.plans]
 
@@ -265,7 +269,7 @@ class ReadHead:
         everything = args[0].flatten(0, 1)
         states = everything.index_select(0, self.positions)
         whole = [states[:0]]
-        for plan, own in zip(self.plans, states.split([plan.count for plan in self.plans]), strict=True):
+        for plan, own in zip(self.plans, states.split(list(self.counts)), strict=True):
             if plan.reading is None:
                 whole.append(own)
             elif plan.reading is STATES:

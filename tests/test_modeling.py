@@ -166,7 +166,7 @@ def test_the_tied_head_of_a_scaled_embedding_is_read_a_chunk_at_a_time(gemma, ba
     assert (final.scale, final.cap) == (1.0, None)
     texts = batch["texts"][:1]
     nll = lambda logits, where: logits.logsumexp(-1)  # noqa: E731
-    reader = ReadHead(head, final, torch.arange(11), [Plan(11, nll)], 2**22)
+    reader = ReadHead(head, final, torch.arange(11), [11], [Plan(nll)], 2**22)
     with reader.reading():
         logits = gemma(input_ids=torch.tensor(texts), use_cache=False).logits
     [found] = reader.results(logits)

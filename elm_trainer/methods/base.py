@@ -1,7 +1,7 @@
 """`ErasureTrainer`: what the erasure methods share over TRL's `SFTTrainer`."""
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property, partial
@@ -20,7 +20,7 @@ from ..data.collator import ElmDataCollator
 from ..data.packing import Packing, PackingPlan
 from ..distributed import align_checkpointing, check_saving, on_first, trained_weights
 from ..files import RUN_FILE, write_json
-from ..head import STATES, FinalLogits, Reading
+from ..head import STATES, FinalLogits, Plan, Reading
 from ..modeling import adapter_disabled, evaluating, keep_differentiable, no_graph_below, reentrant
 from ..run_lock import only_run_in
 from .checkpointing import begin_run, last_good, replacing_files, saving_checkpoint
@@ -144,13 +144,10 @@ class ErasureTrainer(SFTTrainer):
         self,
         model: nn.Module,
         batches: Mapping[str, Mapping[str, torch.Tensor]],
-        readings: Mapping[str, Reading] | None = None,
-        further: Mapping[str, Sequence[torch.Tensor]] | None = None,
-        beside: Mapping[str, Sequence[torch.Tensor]] | None = None,
-        states: Collection[str] = (),
+        readings: Mapping[str, Reading | Plan] | None = None,
     ) -> dict[str, Any]:
         """Logits of supervised positions, read in one forward over sub-batches: see [`PackedForward.read`]."""
-        return self._forward.read(model, batches, readings or {}, further or {}, beside or {}, states)
+        return self._forward.read(model, batches, readings or {})
 
     def reference_positions(
         self, model: nn.Module, batches: Mapping[str, Any], readings: Any = None
@@ -173,12 +170,11 @@ class ErasureTrainer(SFTTrainer):
 
         With `retain_loss="kl"` the term `retain` gets `KL(reference ‖ adapted)` (both as in TOFU, arXiv 2401.06121, §3.3).
         """
-        readings = {name: nll_reading(batch) for name, batch in batches.items()}
-        further = {}
+        readings: dict[str, Reading | Plan] = {name: nll_reading(batch) for name, batch in batches.items()}
         if retain_loss == "kl" and "retain" in batches:
             states = self.reference_positions(model, {"retain": batches["retain"]}, {"retain": STATES})
-            further["retain"], readings["retain"] = [states["retain"]], kl_reading
-        return self.forward_positions(model, batches, readings, further)
+            readings["retain"] = Plan(kl_reading, [states["retain"]])
+        return self.forward_positions(model, batches, readings)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """`λe·erase_term + λr·R`, with `R` the mean over retain texts of what `position_losses` gives for them."""

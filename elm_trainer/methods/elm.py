@@ -9,7 +9,7 @@ from torch import nn
 from transformers.utils import logging
 
 from ..data.collator import ElmDataCollator
-from ..head import STATES, Reading
+from ..head import STATES, Plan, Reading
 from ..modeling import decoder_layers, reentrant
 from ..objectives import (
     LogTarget,
@@ -111,10 +111,9 @@ class ElmTrainer(ErasureTrainer):
         if live := {term: batch for term, batch in aimed.items() if term not in targets}:
             targets |= self.targets(model, live)
         readings = {term: self._position_loss(term, batch, targets.get(term)) for term, batch in batches.items()}
-        further = {term: [target["states"]] for term, target in targets.items() if "states" in target}
         spared = self._frozen.spared(model, batches, readings)
         with spared, LayerStates(self, model, batches, self._state_layers) as states:
-            losses = self.forward_positions(model, batches, readings, further)  # [positions] each
+            losses = self.forward_positions(model, batches, readings)  # [positions] each
         if self._state_layers:
             losses["state"] = self._state_loss(states.of("erase"), targets["erase"]["novice_states"])
         if "retain" in batches and args.retain_loss == "states":
@@ -147,15 +146,15 @@ class ElmTrainer(ErasureTrainer):
 
     def _position_loss(
         self, term: str, batch: Mapping[str, Any], target: Mapping[str, torch.Tensor] | None
-    ) -> Reading:
-        """The loss of each position of a term, as a function of its logits."""
+    ) -> Reading | Plan:
+        """The loss of each position of a term, as a function of its logits, and in log space of the reference's."""
         if target is None:
             return nll_reading(batch)
         of_states = {"erase": not self.args.erase_weight, "retain": self.args.retain_loss == "states"}
         if of_states.get(term):
             return STATES  # no logits are read where states alone are compared
         if term == "retain" and self.args.retain_loss == "log":
-            return lambda logits, where, reference: log_space_divergence(logits, reference)
+            return Plan(lambda logits, where, reference: log_space_divergence(logits, reference), [target["states"]])
         if term == "erase" and self.args.log_tokens:
             chosen = LogTarget(target["indices"], target["log_probs"])
 
@@ -165,7 +164,7 @@ class ElmTrainer(ErasureTrainer):
                     whole = part.over(reference)
                 return log_space_divergence(logits, whole) + self.args.log_strength * log_space_loss(logits, part)
 
-            return in_log_space
+            return Plan(in_log_space, [target["states"]])
         aim = SparseDistribution(target["indices"], target["probs"])
         if term == "erase":
             return lambda logits, where: soft_cross_entropy(logits, aim.part(where))
@@ -194,14 +193,14 @@ class ElmTrainer(ErasureTrainer):
         erase, retain = batches.get("erase"), batches.get("retain")
         counterfactual = erase.get("counterfactual") if erase else None
         parts: dict[str, Mapping[str, Any]] = {}
-        readings: dict[str, Reading] = {}
+        readings: dict[str, Reading | Plan] = {}
         # What experts and then novices say at the positions of forget text: states of teachers, places in this forward.
         taught: list[torch.Tensor] = []
         places: list[torch.Tensor] = []
         # Where positions weigh the same and no term reads logits, nobody asks for that.
         silent = not (args.erase_weight or args.fact_share)
         if erase:
-            parts["erase"], readings["erase"] = erase, STATES if silent else self.erase_reading(erase)
+            parts["erase"], readings["erase"] = erase, STATES
             if counterfactual:
                 places += [] if silent else counterfactual["index"]
                 if "extra" in counterfactual:
@@ -211,6 +210,9 @@ class ElmTrainer(ErasureTrainer):
                     offset = sum(part["input_ids"].numel() for part in parts.values())
                     places += context_places(erase, side, args.contexts_per_sample) + offset
                     parts[side], readings[side] = erase[side], STATES
+            if not silent:
+                with_states = bool(args.log_tokens and args.erase_weight)
+                readings["erase"] = Plan(self.erase_reading(erase), taught, places, with_states)
         if retain:
             states_alone = args.retain_loss in ("log", "states")
             parts["retain"] = retain
@@ -218,15 +220,13 @@ class ElmTrainer(ErasureTrainer):
                 STATES if states_alone else lambda logits, where: top_k_distribution(logits, args.top_k)
             )
         watched = self._state_layers if counterfactual or args.retain_loss == "states" else []
-        further, beside = {"erase": taught}, {"erase": places}
-        with_states = ("erase",) if erase and args.log_tokens and args.erase_weight else ()
         with self.reference(model), self._target_precision(model):
             for side, teacher in self._teachers.items() if erase and not counterfactual else ():
                 with teacher.in_place():
                     taught.append(self.forward_positions(model, {side: batches["erase"]}, {side: STATES})[side])
             spared = self._frozen.spared(model, parts, readings, leaving=batches)
             with spared, LayerStates(self, model, parts, watched) as states:
-                found = self.forward_positions(model, parts, readings, further, beside, with_states)
+                found = self.forward_positions(model, parts, readings)
         made: dict[str, dict[str, torch.Tensor]] = {}
         if erase:
             even = {"weights": torch.ones_like(erase["rows"], dtype=torch.float32)}

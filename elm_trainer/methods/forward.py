@@ -1,7 +1,8 @@
 """One forward over several sub-batches, packed without padding, and what the loss terms read from it."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -231,10 +232,7 @@ class PackedForward:
         self,
         model: nn.Module,
         batches: Mapping[str, Mapping[str, torch.Tensor]],
-        readings: Mapping[str, Reading],
-        further: Mapping[str, Sequence[torch.Tensor]],
-        beside: Mapping[str, Sequence[torch.Tensor]],
-        states: Collection[str],
+        readings: Mapping[str, Reading | Plan],
     ) -> dict[str, Any]:
         """Run several sub-batches in one forward, packed without padding, and read the logits of their supervised positions.
 
@@ -243,17 +241,12 @@ class PackedForward:
             batches: Sub-batches of [`ElmDataCollator`] by name. Without any, nothing is run.
             readings: By name of sub-batch, a function of the logits of a chunk of positions: `reading(logits, where)`
                 takes `[chunk, vocab]` and a `slice` of the positions, and gives one number per position, or without
-                gradients also a tuple of tensors `[chunk, ...]`. [`STATES`] asks for what enters the head.
-            further: By name of sub-batch, states `[positions, hidden]` of other forwards at the same positions, whose
-                logits the reading takes after `where`.
-            beside: By name of sub-batch, other positions of the same forward whose logits the reading takes after
-                those, `[positions]` each: indices into the flattened tokens of all sub-batches, one after the other.
-            states: Names of sub-batches whose reading gives a tuple, to which what enters the head is added,
-                `[positions, hidden]`.
+                gradients also a tuple of tensors `[chunk, ...]`. [`STATES`] asks for what enters the head, and a [`Plan`]
+                for a reading of more than these logits.
 
         Returns:
-            `dict[str, Any]`: for each sub-batch what its reading gives for all positions, such as `[positions]`. Without a
-            reading it is the logits `[positions, vocab]`, which a step cannot afford for large vocabularies.
+            `dict[str, Any]`: for each sub-batch what its reading gives for all positions, such as `[positions]`; without a
+            reading their logits, `[positions, vocab]`.
         """
         if not batches:
             return {}
@@ -263,16 +256,8 @@ class PackedForward:
         for batch in parts:
             supervised.append(supervised_places(batch) + offset)
             offset += batch["input_ids"].numel()
-        plans = [
-            Plan(
-                len(own),
-                readings.get(name),
-                further.get(name, ()),
-                [packing.slots[index] for index in beside.get(name, ())],
-                name in states,
-            )
-            for name, own in zip(batches, supervised, strict=True)
-        ]
+        wanted = [reading if isinstance(reading, Plan) else Plan(reading) for reading in map(readings.get, batches)]
+        plans = [replace(plan, beside=[packing.slots[index] for index in plan.beside]) for plan in wanted]
         if model not in self._compiled:
             self._compiled[model] = has_compiled_regions(model)
         unwrapped = self._unwrap(model)
@@ -280,6 +265,7 @@ class PackedForward:
             unwrapped.get_output_embeddings(),
             self.final_logits(model),
             packing.slots[torch.cat(supervised)],
+            [len(own) for own in supervised],
             plans,
             unwrapped.config.get_text_config().vocab_size,
             self._compiled[model],

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from ..data.collator import IGNORE_INDEX, ElmDataCollator
 from ..files import json_sha256
-from ..head import STATES
+from ..head import STATES, Plan
 from .anchors import Alignment, AnchorDictionary, align_texts, load_anchors
 from .base import ErasureTrainer
 from .config import ErasureConfig
@@ -286,8 +286,7 @@ class WhpTrainer(ErasureTrainer):
                 return self.forward_positions(self.model, translated, readings)["translated"]
             states = self.forward_positions(self.model, translated, {"translated": STATES})["translated"]
             with reinforced.in_place():
-                further = {"original": [states]}
-                return self.forward_positions(self.model, original, {"original": read}, further)["original"]
+                return self.forward_positions(self.model, original, {"original": Plan(read, [states])})["original"]
 
     def erase_term(self, model, nll, batch):
         return batch_mean(nll, batch)  # the labels of the forget batch are the generic ones
