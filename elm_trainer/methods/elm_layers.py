@@ -91,8 +91,8 @@ class LayerStates:
     def __enter__(self) -> "LayerStates":
         if self._layers:
             # Both are measured by forwards of their own, which must not be watched.
-            self._trainer.final_logits(self._model)
-            self._trainer.texts_interact(self._model)
+            self._trainer.packed.final_logits(self._model)
+            self._trainer.packed.texts_interact(self._model)
             stack = decoder_layers(self._trainer.accelerator.unwrap_model(self._model))
             for layer in self._layers:
                 self._hooks.enter_context(stack[layer].register_forward_hook(self._keep))
@@ -106,7 +106,7 @@ class LayerStates:
 
     @cached_property
     def _slots(self) -> torch.Tensor:
-        return self._trainer.pack(self._model, list(self._batches.values())).slots
+        return self._trainer.packed.pack(self._model, list(self._batches.values())).slots
 
     def at(self, places: torch.Tensor) -> torch.Tensor:
         """What they gave at places of the sub-batches' flattened tokens, `[places, layers, hidden]`."""
@@ -239,8 +239,8 @@ class FrozenLayers:
         if above is None and not names:
             yield
             return
-        self._trainer.final_logits(model)  # measured by a forward of its own
-        packing = self._trainer.pack(model, list(batches.values()))
+        self._trainer.packed.final_logits(model)  # measured by a forward of its own
+        packing = self._trainer.packed.pack(model, list(batches.values()))
         keeps = bool(names) and leaving is None
         if above is not None or keeps:
             if keeps not in self._usable:

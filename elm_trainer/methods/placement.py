@@ -315,7 +315,7 @@ def contrast_adapter(trainer: "ElmTrainer") -> None:
             f"`contrast_rows` is {trainer.args.contrast_rows}, but the adapter {name!r} has no LoRA layer with a matrix A: use "
             "a `LoraConfig` on linear layers, or set it to 0."
         )
-    trainer.final_logits(model)  # measured by a forward of its own, which must not be counted
+    trainer.packed.final_logits(model)  # measured by a forward of its own, which must not be counted
     moments = _Moments()
     with ExitStack() as hooks:
         for path, layer in layers.items():
@@ -326,7 +326,7 @@ def contrast_adapter(trainer: "ElmTrainer") -> None:
                 batch = batches[side]
                 with trainer.accelerator.autocast():
                     texts = batch["rows"]
-                    places = trainer.pack(model, [batch]).slots[supervised_places(batch)]
+                    places = trainer.packed.pack(model, [batch]).slots[supervised_places(batch)]
                     if side == "forget":
                         weights = (batch.get("target") or trainer.target(model, "erase", batch))["weights"]
                     else:

@@ -224,13 +224,13 @@ class RepNoiseTrainer(ErasureTrainer):
         alpha, beta = self.args.alpha, self.args.beta
         batches = {name: inputs[name] for name in self.packed_together()[0]}
         # Both are measured by forwards of their own, which must not be watched.
-        final, _ = self.final_logits(model), self.texts_interact(model)
+        final, _ = self.packed.final_logits(model), self.packed.texts_interact(model)
         with self._watch() as (states, outputs):
             losses = self.position_losses(model, batches)
         terms = {"retain": self._weights(inputs, "retain", losses["retain"].dtype).sum(losses["retain"])}
         if alpha or beta:
             # Where the forget text's tokens lie in the rows that `position_losses` packed, retain text first.
-            packing, forget = self.pack(model, list(batches.values())), inputs["forget"]["input_ids"]
+            packing, forget = self.packed.pack(model, list(batches.values())), inputs["forget"]["input_ids"]
             slots = packing.slots[-forget.numel() :].view_as(forget)  # [batch, seq]
         if alpha:
             total = self._layerwise_nll(losses["forget"], states, final, slots, inputs)

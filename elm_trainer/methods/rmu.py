@@ -285,7 +285,7 @@ class RmuTrainer(ErasureTrainer):
         if not batches:
             return {}
         parts = list(batches.values())
-        packing = self.pack(model, parts)
+        packing = self.packed.pack(model, parts)
         offsets = accumulate((batch["input_ids"].numel() for batch in parts), initial=0)
         places = [batch["tokens"] + offset for batch, offset in zip(parts, offsets, strict=False)]
         # The head is run on no position at all: nobody reads logits.
