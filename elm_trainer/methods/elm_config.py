@@ -21,10 +21,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 @dataclass
 class ElmConfig(ErasureConfig):
     r"""
-    Configuration class for the [`ElmTrainer`].
-
-    This class includes only the parameters that are specific to ELM. For a full list of training arguments, see
-    [`~trl.SFTConfig`] and [`~transformers.TrainingArguments`].
+    Configuration class for the [`ElmTrainer`]: its parameters beside those of [`~trl.SFTConfig`].
 
     Parameters:
         preset (`str`, *optional*, defaults to `"paper"`): `"paper"` or `"released"`: where the values of the five

@@ -26,10 +26,7 @@ BANDWIDTHS = 5
 @dataclass
 class RepNoiseConfig(ErasureConfig):
     r"""
-    Configuration class for the [`RepNoiseTrainer`].
-
-    This class includes only the parameters that are specific to RepNoise. For a full list of training arguments, see
-    [`~trl.SFTConfig`] and [`~transformers.TrainingArguments`].
+    Configuration class for the [`RepNoiseTrainer`]: its parameters beside those of [`~trl.SFTConfig`].
 
     Parameters:
         alpha (`float`, *optional*, defaults to `1.0`): Weight α of the ascent term. `0` skips it: no layer is read
@@ -188,15 +185,6 @@ class RepNoiseTrainer(ErasureTrainer):
     Raises:
         ValueError: if the model's layers have no `mlp`, its final norm cannot be found, or gradient checkpointing is
             of the kind (`use_reentrant`) that hides what happens inside a layer.
-
-    Example:
-
-    ```python
-    trainer = RepNoiseTrainer(
-        model, RepNoiseConfig("outputs"), train_dataset=dataset, processing_class=tokenizer, peft_config=LoraConfig(r=32)
-    )
-    trainer.train()
-    ```
     """
 
     _name = "RepNoise"

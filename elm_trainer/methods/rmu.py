@@ -32,10 +32,8 @@ CONTROL_VECTORS_FILE = "control_vectors.safetensors"
 @dataclass
 class RmuConfig(ErasureConfig):
     r"""
-    Configuration class for the [`RmuTrainer`].
-
-    This class includes only the parameters that are specific to RMU. For a full list of training arguments, see
-    [`~trl.SFTConfig`] and [`~transformers.TrainingArguments`]. The defaults are the published ones for zephyr-7b.
+    Configuration class for the [`RmuTrainer`]: its parameters beside those of [`~trl.SFTConfig`].
+    The defaults are the published ones for zephyr-7b.
 
     Parameters:
         layer (`int`, *optional*, defaults to `7`): Layer ℓ whose output is steered; no layer above it is run. The
@@ -211,13 +209,6 @@ class RmuTrainer(ErasureTrainer):
     Raises:
         ValueError: if the model lacks the layer or the module, the adapter lies outside the layers that are run, or
             full weights are to be trained where they lie in shards (FSDP, DeepSpeed ZeRO-3).
-
-    Example:
-
-    ```python
-    trainer = RmuTrainer(model, RmuConfig("outputs"), train_dataset=dataset, processing_class=tokenizer)
-    trainer.train()
-    ```
     """
 
     _name = "RMU"

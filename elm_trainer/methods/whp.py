@@ -27,10 +27,7 @@ TextKey: TypeAlias = tuple[str, tuple[int, ...]]
 @dataclass
 class WhpConfig(ErasureConfig):
     r"""
-    Configuration class for the [`WhpTrainer`].
-
-    This class includes only the parameters that are specific to WHP. For a full list of training arguments, see
-    [`~trl.SFTConfig`] and [`~transformers.TrainingArguments`].
+    Configuration class for the [`WhpTrainer`]: its parameters beside those of [`~trl.SFTConfig`].
 
     Parameters:
         anchors (`list[str]`, *optional*): Presets or YAML files of the anchor dictionaries, matched with the column
