@@ -242,7 +242,7 @@ class ReadHead:
     head: nn.Module
     final: FinalLogits
     positions: torch.Tensor  # flat indices `row * seq + column`, `[positions]`, plan after plan
-    counts: Sequence[int]  # how many of them are a plan's
+    counts: list[int]  # how many of them are a plan's
     plans: Sequence[Plan]  # with such indices in `beside`
     vocabulary: int
     compiled: bool = False  # whether `torch.compile` has the head, which then casts as it will
@@ -269,7 +269,7 @@ class ReadHead:
         everything = args[0].flatten(0, 1)
         states = everything.index_select(0, self.positions)
         whole = [states[:0]]
-        for plan, own in zip(self.plans, states.split(list(self.counts)), strict=True):
+        for plan, own in zip(self.plans, states.split(self.counts), strict=True):
             if plan.reading is None:
                 whole.append(own)
             elif plan.reading is STATES:

@@ -19,7 +19,7 @@ from ..data.collator import ElmDataCollator
 from ..data.packing import Packing
 from ..head import STATES, standing_in, without_gradients
 from ..modeling import decoder_layers, evaluating
-from .forward import check_whole, some_rows, supervised_places, visits
+from .forward import check_unsplit, some_rows, supervised_places, visits
 
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class LayerStates:
     """What some layers give in a forward over sub-batches, which is watched while this holds.
 
     Args:
-        trainer: Trainer, whose `pack` says where the sub-batches' tokens lie in the rows of the forward.
+        trainer: Trainer, whose `packed` says where the sub-batches' tokens lie in the rows of the forward.
         model: Model, as the Trainer wrapped it.
         batches: Sub-batches of the forward by name, in order.
         layers: Numbers of the layers, rising; without any, nothing is watched.
@@ -125,7 +125,7 @@ def measure_scale(trainer: "ElmTrainer", layers: Sequence[int]) -> torch.Tensor:
 
     It is measured on at most 64 rows, at each position as the erase term weighs it.
     """
-    check_whole(trainer, "state_weight")
+    check_unsplit(trainer, "state_weight")
     collator = trainer.data_collator
     if isinstance(collator, ElmDataCollator):
         collator = replace(collator, targets=None)  # novices are run here, since experts are too

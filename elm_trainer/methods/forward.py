@@ -67,7 +67,7 @@ def some_rows(trainer: Any, collator: Callable[..., Any], rows: int, size: int) 
         yield trainer.on_device(collator([dataset[row] for row in chosen[start : start + size]]))
 
 
-def check_whole(trainer: Any, option: str) -> None:
+def check_unsplit(trainer: Any, option: str) -> None:
     """Raise `ValueError` if ZeRO-3 has split the weights, which an option needs whole."""
     if is_partitioned(trainer.model):
         raise ValueError(

@@ -18,7 +18,7 @@ from ..data.tokens import text_ids
 from ..distributed import multiplies_in_bfloat16
 from ..head import STATES
 from ..modeling import decoder_layers, evaluating, is_partitioned
-from .forward import check_whole, some_rows, supervised_places
+from .forward import check_unsplit, some_rows, supervised_places
 
 
 if TYPE_CHECKING:
@@ -302,7 +302,7 @@ def contrast_adapter(trainer: "ElmTrainer") -> None:
     them; those of retain text that are learned half alike, and half by how much they look like forget text. The model is not
     wrapped yet. Raises `ValueError` if the adapter has no LoRA layer with a matrix A.
     """
-    check_whole(trainer, "contrast_rows")
+    check_unsplit(trainer, "contrast_rows")
     model, rows = trainer.model, min(trainer.args.contrast_rows, len(trainer.train_dataset))
     name = model.active_adapter
     layers = {
