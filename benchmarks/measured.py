@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from elm_trainer.data.packing import best_rows
+from elm_trainer.head import CHUNK
 from elm_trainer.methods.forward import ATTENTION
-from elm_trainer.ops.head import CHUNK
 
 from .prediction import Device, StepShape, memory, moved_bytes, step_flops, step_seconds
 from .report import Figure, ratios

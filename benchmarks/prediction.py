@@ -13,8 +13,8 @@ from transformers import AutoConfig
 from elm_trainer.cli.erase_options import erasure_line
 from elm_trainer.cli.recipes import recipe_names
 from elm_trainer.fitting import empty_model
+from elm_trainer.head import ACCELERATOR_CHUNK
 from elm_trainer.modeling import layer_range
-from elm_trainer.ops.head import ACCELERATOR_CHUNK
 
 from .gpu import page_table
 from .shapes import Adapter, ModelShape

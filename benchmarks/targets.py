@@ -23,10 +23,10 @@ from elm_trainer import (
 from elm_trainer.evaluation.likelihood import score_choices
 from elm_trainer.evaluation.pair import SIDES as MODEL_SIDES
 from elm_trainer.evaluation.pair import ModelPair
+from elm_trainer.head import STATES, Plan
 from elm_trainer.methods.elm import context_places
 from elm_trainer.methods.forward import supervised_places, weighted_batches
 from elm_trainer.modeling import DEMO_MODEL, lora_config
-from elm_trainer.ops import STATES
 
 from .quality import RECIPES
 from .report import Figure, medians, ratios, seconds_in_turns
@@ -69,11 +69,8 @@ def four_forwards(trainer: ElmTrainer, batches: Mapping[str, Any]) -> dict[str, 
             # Both rise, so that a place's index among the supervised ones can be searched for.
             places = context_places(forget, side, trainer.args.contexts_per_sample)
             contexts += [states[torch.searchsorted(own, place)] for place in places]
-        reading = trainer.erase_reading(forget)
-        whole = ("erase",) if trainer.args.log_tokens else ()
-        found = trainer.forward_positions(
-            model, {"erase": forget}, {"erase": reading}, {"erase": contexts}, {}, states=whole
-        )["erase"]
+        plan = Plan(trainer.erase_reading(forget), contexts, states=bool(trainer.args.log_tokens))
+        found = trainer.forward_positions(model, {"erase": forget}, {"erase": plan})["erase"]
     return {"erase": trainer.erase_target(found, forget), "retain": trainer.target(model, "retain", batches["retain"])}
 
 

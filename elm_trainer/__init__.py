@@ -42,7 +42,7 @@ _EXPORTS = {
     "evaluate_erasure": ".evaluation.evaluate",
     "export_gguf": ".hub.export",
     "export_gguf_adapter": ".hub.export",
-    "find_readout": ".methods.readout",
+    "find_readout": ".methods.placement",
     "load_bank": ".data.facts",
     "load_concept": ".concept",
     "load_erased": ".hub.load",
@@ -82,7 +82,7 @@ if TYPE_CHECKING:
     from .methods.base import ErasureTrainer
     from .methods.elm import ElmConfig, ElmTrainer
     from .methods.likelihood import GradDiffConfig, GradDiffTrainer, NpoConfig, NpoTrainer, SimNpoConfig, SimNpoTrainer
-    from .methods.readout import find_readout
+    from .methods.placement import find_readout
     from .methods.repnoise import RepNoiseConfig, RepNoiseTrainer
     from .methods.rmu import RmuConfig, RmuTrainer
     from .methods.whp import WhpConfig, WhpTrainer

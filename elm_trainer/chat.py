@@ -20,7 +20,7 @@ from .data.questions import Question, names_answer, read_questions
 from .data.tokens import continuation_ids, continuation_text, text_ids, text_tokenizer
 from .evaluation.fluency import as_prompt, end_tokens
 from .evaluation.pair import SIDES, ModelPair, Side
-from .ops import KeepPositions
+from .head import keep_positions
 
 
 # The name under which a question is asked as it was typed.
@@ -316,7 +316,7 @@ class _Writer:
         """Logits of the next token, `[vocab]`; what was said last goes into the cache."""
         ids = torch.tensor([self._next], device=model.device)
         last = torch.tensor([len(self._next) - 1], device=model.device)
-        with KeepPositions(model.get_output_embeddings(), last):
+        with keep_positions(model.get_output_embeddings(), last):
             output = model(input_ids=ids, past_key_values=self._cache, use_cache=True)
         self._cache = getattr(output, "past_key_values", None)
         if self._cache is None:

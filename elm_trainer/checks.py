@@ -26,13 +26,15 @@ _PIVOTS = ("plain", "digressing")
 
 
 def check_numbers(config: Any, rules: Iterable[tuple[str, Sequence[str]]]) -> None:
-    """Raise `ValueError` for a field of a dataclass that should be a finite number and is none, or that breaks its rule; `None` passes.
+    """Raise `ValueError` for a field of a dataclass that should be a finite number and is none, or that breaks its rule.
 
-    `rules` are some of `RULES`, each with the names of its fields.
+    `None` passes where the field's type has it. `rules` are some of `RULES`, each with the names of its fields.
     """
+    # Not `field.type`, from which `HfArgumentParser` takes what is optional, for all configs that are made after it.
+    kinds = typing.get_type_hints(type(config))
     for one in fields(config):
-        if (value := getattr(config, one.name)) is not None:
-            _check_number(one.name, value, one.type)
+        if (value := getattr(config, one.name)) is not None or kinds[one.name] in (int, float):
+            _check_number(one.name, value, kinds[one.name])
     for rule, names in rules:
         for name in names:
             if (value := getattr(config, name)) is not None and not RULES[rule](value):

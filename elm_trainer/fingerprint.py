@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.integrations import gather_params_ctx
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -97,7 +96,7 @@ def _base_tensors(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn
         yield from _base_tensors(child, f"{prefix}{name}.")
 
 
-def _whole(parameter: nn.Parameter) -> AbstractContextManager[Any]:
+def _whole(parameter: torch.Tensor) -> AbstractContextManager[Any]:
     """A context in which a parameter that DeepSpeed ZeRO-3 has split over processes is whole.
 
     PEFT's `gather_params_ctx` asks whether ZeRO-3 is on; weights stay split after that, and would be hashed as empty.
@@ -136,19 +135,15 @@ def model_fingerprint(model: torch.nn.Module) -> str:
     for name, parameter in model.named_parameters():
         if "lora_" not in name:
             weights[name.replace("base_model.model.", "").replace(".base_layer", "")] = parameter
-    return _hash_tensors(weights)
+    return adapter_fingerprint(weights)
 
 
 def adapter_fingerprint(tensors: Mapping[str, torch.Tensor]) -> str:
     """The same over an adapter's tensors, named as in its file: a report's `erased_sha256`."""
-    return _hash_tensors(tensors)
-
-
-def _hash_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(tensors):
         # One at a time: the weights of all shards need not fit on one device together.
-        with gather_params_ctx([tensors[name]], modifier_rank=None):
+        with _whole(tensors[name]):
             tensor = tensors[name].detach()
             tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
             digest.update(f"{name}{tuple(tensor.shape)}".encode())

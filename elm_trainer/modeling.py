@@ -364,11 +364,8 @@ def no_graph_below(model: nn.Module) -> Iterator[None]:
             return (args[0].detach(), *args[1:]), kwargs
         return args, kwargs | {"hidden_states": kwargs["hidden_states"].detach()}
 
-    handle = stack[0].register_forward_pre_hook(detach, with_kwargs=True)
-    try:
+    with stack[0].register_forward_pre_hook(detach, with_kwargs=True):
         yield
-    finally:
-        handle.remove()
 
 
 def reentrant(args: TrainingArguments) -> bool:

@@ -18,10 +18,10 @@ from transformers.utils import logging
 
 from .data.target_store import reason_against
 from .fitting import empty_model
+from .head import chunk_of
 from .methods.elm import ElmTrainer
-from .methods.elm_config import ElmConfig, stored_targets
-from .methods.elm_states import chosen_state_layers, contrast_directions
-from .ops.head import chunk_of
+from .methods.elm_config import ElmConfig, chosen_state_layers, stored_targets
+from .methods.placement import contrast_directions
 from .watch import Batches, Cut, Lap, Watch, now, peak_bytes, reset_peak
 
 

@@ -19,7 +19,7 @@ from .data.tokens import behind_context, continuation_text, text_ids, text_token
 from .evaluation.fluency import generating, read_prompts, repetition
 from .files import append_line, json_sha256, read_lines, sealed, settings_of, unsealed, write_text
 from .modeling import evaluating
-from .ops import plausible_tokens
+from .objectives import plausible_tokens
 from .run_lock import waiting_turn
 
 

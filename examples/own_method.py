@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 
 import torch
 
+from elm_trainer.head import STATES, Plan
 from elm_trainer.methods.base import ErasureTrainer
-from elm_trainer.methods.config import ErasureConfig, check_fields
+from elm_trainer.methods.config import ErasureConfig
 from elm_trainer.methods.forward import batch_mean, kl_reading, weighted_batches
-from elm_trainer.ops import STATES
 
 
 @dataclass
@@ -25,10 +25,6 @@ class MaxEntropyConfig(ErasureConfig):
 
     erase_weight: float = field(default=0.1, metadata={"help": "Weight of the erase term."})
     retain_weight: float = field(default=1.0, metadata={"help": "Weight of the retain term."})
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_fields(self, {})
 
 
 def kl_to_uniform(logits: torch.Tensor, where: slice) -> torch.Tensor:
@@ -48,9 +44,9 @@ class MaxEntropyTrainer(ErasureTrainer):
         batches = weighted_batches(inputs, weights)
         # What the head reads is a chunk of positions at a time, so that no step holds the logits of all of them.
         retain = {term: batch for term, batch in batches.items() if term == "retain"}
-        further = self.reference_positions(model, retain, {"retain": STATES})
-        readings = {"erase": kl_to_uniform, "retain": kl_reading}
-        values = self.forward_positions(model, batches, readings, {term: [states] for term, states in further.items()})
+        reference = self.reference_positions(model, retain, {"retain": STATES})
+        readings = {"erase": kl_to_uniform} | {term: Plan(kl_reading, [states]) for term, states in reference.items()}
+        values = self.forward_positions(model, batches, readings)
         terms = {term: batch_mean(value, batches[term]) for term, value in values.items()}
         loss = self.weigh(terms, weights)
         return (loss, None) if return_outputs else loss

@@ -26,7 +26,7 @@ LAYERS = {
         "modeling",
         "fitting",
     ),
-    "ops": ("ops",),
+    "ops": ("head", "objectives"),
     "data": ("data",),
     "evaluation": ("evaluation",),
     "metrics": ("metrics",),

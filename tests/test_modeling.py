@@ -18,10 +18,9 @@ from transformers import (
 
 from elm_trainer.data.collator import ElmDataCollator
 from elm_trainer.data.packing import PackingRule, pack_batches
+from elm_trainer.head import Plan, ReadHead, final_logits
 from elm_trainer.hub.safety import check_adapter_config
 from elm_trainer.modeling import adapter_targets, decoder_layers, load_model, load_model_and_tokenizer, lora_config
-from elm_trainer.ops import ReadHead, final_logits
-from elm_trainer.ops.head import Plan
 from tests.methods.methods import tiny
 
 
@@ -167,7 +166,7 @@ def test_the_tied_head_of_a_scaled_embedding_is_read_a_chunk_at_a_time(gemma, ba
     assert (final.scale, final.cap) == (1.0, None)
     texts = batch["texts"][:1]
     nll = lambda logits, where: logits.logsumexp(-1)  # noqa: E731
-    reader = ReadHead(head, final, torch.arange(11), [Plan(11, nll)], 2**22)
+    reader = ReadHead(head, final, torch.arange(11), [11], [Plan(nll)], 2**22)
     with reader.reading():
         logits = gemma(input_ids=torch.tensor(texts), use_cache=False).logits
     [found] = reader.results(logits)

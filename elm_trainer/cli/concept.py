@@ -55,7 +55,7 @@ def settle_layers(
     from ..distributed import from_first
     from ..files import write_text
     from ..fitting import AUTO
-    from ..methods.readout import find_readout
+    from ..methods.placement import find_readout
 
     if arguments.lora_layers != AUTO:
         return False

@@ -14,8 +14,8 @@ import torch
 from peft import PeftModel
 from torch import nn
 
+from ..head import without_gradients
 from ..modeling import evaluating
-from ..ops.head import without_gradients
 from .tokens import common_prefix
 
 

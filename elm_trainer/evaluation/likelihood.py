@@ -17,8 +17,9 @@ from ..data.collator import ElmDataCollator
 from ..data.packing import PrefixTree, additive_mask, obeys_masks, sharing_rows
 from ..data.questions import Question
 from ..data.tokens import continuation_ids, text_tokenizer, tokenize, tokenize_pairs
+from ..head import keep_positions
 from ..modeling import evaluating
-from ..ops import KeepPositions, text_sums
+from ..objectives import text_sums
 from .fluency import as_prompt
 from .pair import run_batches
 
@@ -117,7 +118,7 @@ def _sums(
     def forward() -> torch.Tensor:
         return model(**{name: tensor.to(device) for name, tensor in inputs.items()}, use_cache=False).logits
 
-    with KeepPositions(model.get_output_embeddings(), torch.from_numpy(kept).to(device)):
+    with keep_positions(model.get_output_embeddings(), torch.from_numpy(kept).to(device)):
         if sharing is None:
             found = forward()
         else:
@@ -356,7 +357,7 @@ def token_losses(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> torc
 def position_logits(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Logits at the positions of a batch that predict a label, `[positions, vocab]`."""
     mask = batch["attention_mask"]
-    with KeepPositions(model.get_output_embeddings(), batch["rows"] * mask.size(1) + batch["columns"]):
+    with keep_positions(model.get_output_embeddings(), batch["rows"] * mask.size(1) + batch["columns"]):
         return model(
             input_ids=batch["input_ids"],
             attention_mask=mask,

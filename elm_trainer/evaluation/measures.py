@@ -17,7 +17,7 @@ from transformers.utils import logging
 from ..data.collator import ElmDataCollator
 from ..data.questions import PLAIN, given_answer, names_answer
 from ..data.tokens import text_tokenizer, tokenize
-from ..ops import text_sums
+from ..objectives import text_sums
 from .benchmarks import (
     HarnessTasks,
     answer_tokens,

@@ -14,8 +14,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..distributed import processes_and_rank
+from ..head import standing_in
 from ..modeling import adapter_disabled, decoder_layers, evaluating, is_partitioned
-from ..ops.head import standing_in
 
 
 # Bytes of states that are kept at most.

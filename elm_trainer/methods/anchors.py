@@ -1,37 +1,28 @@
-"""Anchor dictionaries of WHP (arXiv 2310.02238, §2.2): idiosyncratic terms, and the generic ones that stand for them."""
+"""Anchor dictionaries of WHP (arXiv 2310.02238, §2.2): generic terms for idiosyncratic ones, and texts aligned with their translations."""
 
 import re
 import unicodedata
-from collections import Counter
+from bisect import bisect_right
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.resources import files
 from itertools import groupby
-from pathlib import Path
 from typing import NamedTuple
 
-import yaml
 from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ..files import write_text
-from ..synthesis import SynthesisConfig, sample_texts
+from ..concept import NO_PRESET, preset_names, read_preset
+from ..data.tokens import TokenizedText, text_tokenizer, tokenize
 
 
 logger = logging.get_logger(__name__)
 
 _WORD = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*")
 _SENTENCE_ENDS = ".!?:;|"
-# Examples that show a model what a replacement is. They come from other books than a user is likely to erase.
-_RETELLING = """A list of names from a book, and the plain invented names that stand for them in a retelling:
-Camelot: Greenfield
-Sherlock Holmes: Peter Miller
-Quidditch: Skyball
-Narnia: Westland
-Moby Dick: Old Grey
-{term}:"""
+_PRESETS = "data/anchors"
 
 
 class Anchor(NamedTuple):
@@ -135,10 +126,123 @@ class AnchorDictionary:
             start = anchor.end
         return Translation("".join([*pieces, text[start:]]), anchors)
 
-    def save(self, path: str | Path) -> None:
-        """Write the dictionary to a YAML file, for a human to look over and for [`load_anchors`] to read."""
-        record = {"name": self.name, "anchors": dict(self.terms)}
-        write_text(path, yaml.safe_dump(record, allow_unicode=True, sort_keys=False))
+
+class Alignment(NamedTuple):
+    """The positions of a text that get a generic label, and the positions of its translation that the label comes from."""
+
+    ids: list[int]
+    translated_ids: list[int]  # as far as they are needed
+    positions: list[int]  # in the text, ascending
+    counterparts: list[int]  # of each, its position in the translation
+    # Index in `positions` and token id of each token that begins the translation of an anchor which the text has named before.
+    spent: list[tuple[int, int]]
+
+
+def first_tokens(processing_class: PreTrainedTokenizerBase, words: Sequence[str]) -> dict[str, set[int]]:
+    """The tokens with which words begin, at the beginning of a line and after a space."""
+    tokens: dict[str, set[int]] = {word: set() for word in words}
+    for before in ("\n", "a "):
+        for word, text in zip(words, tokenize(processing_class, [before + word for word in words]), strict=True):
+            tokens[word].add(text.ids[bisect_right(text.ends, len(before))])
+    return tokens
+
+
+def align(
+    translation: Translation,
+    original: TokenizedText,
+    translated: TokenizedText,
+    firsts: Mapping[str, set[int]],
+    max_length: int | None = None,
+) -> Alignment:
+    """Align a text with its translation by characters (arXiv 2310.02238, algorithm 1).
+
+    A position, which predicts the token after it, is aligned with the one up to which the translation of what it has read
+    so far goes: outside anchors the two read the same characters, and an anchor's last token goes with the last one of
+    its replacement. Not aligned are positions within anchors, those that predict an anchor the text has named before
+    (§2.2), and those that a token of the translation runs across.
+
+    Args:
+        original: Tokens of the text.
+        translated: Tokens of the translation.
+        firsts: Tokens with which the replacements begin.
+        max_length: Tokens that are kept of either.
+    """
+    ending_at = defaultdict(list)
+    for index, key in enumerate(zip(translated.ends, translated.added, strict=True)):
+        ending_at[key].append(index)
+    anchor_ends = {anchor.end for anchor in translation.anchors}
+    counterparts: dict[int, int] = {}
+    ends = list(zip(original.ends, original.added, translation.places(original.ends), strict=True))
+    for (end, added, place), group in groupby(range(len(ends)), key=lambda index: ends[index]):
+        indices, others = list(group), ending_at.get((place, added), [])
+        if not others:
+            continue
+        # Several tokens end at one character where it is split into bytes.
+        same_bytes = [original.ids[i] for i in indices] == [translated.ids[i] for i in others]
+        if same_bytes and end not in anchor_ends:
+            counterparts.update(zip(indices, others, strict=True))
+        else:
+            counterparts[indices[-1]] = others[-1]
+    named: set[str] = set()
+    for anchor in translation.anchors:
+        if anchor.term in named:
+            counterparts.pop(bisect_right(original.ends, anchor.start) - 1, None)
+        named.add(anchor.term)
+    ids = original.ids[:max_length]
+    # The last position has no token of the text after it.
+    positions = [
+        index
+        for index in sorted(counterparts)
+        if index < len(ids) - 1 and (max_length is None or counterparts[index] < max_length)
+    ]
+    spent: list[tuple[int, int]] = []
+    known: set[int] = set()
+    anchors = deque(translation.anchors)
+    for index, position in enumerate(positions):
+        while anchors and anchors[0].end <= original.ends[position]:
+            known |= firsts[anchors.popleft().replacement]
+        spent += [(index, token) for token in sorted(known)]
+    places = [counterparts[position] for position in positions]
+    return Alignment(ids, translated.ids[: max(places, default=-1) + 1], positions, places, spent)
+
+
+def align_texts(
+    dictionary: AnchorDictionary,
+    texts: Sequence[str],
+    processing_class: PreTrainedTokenizerBase,
+    max_length: int | None = None,
+) -> list[Alignment]:
+    """Translate texts by a dictionary and align each with its translation.
+
+    Raises:
+        ValueError: if no text holds a term of the dictionary, or the tokenizer knows no offsets.
+    """
+    translations = [dictionary.translate(text) for text in texts]
+    replacements = sorted({anchor.replacement for translation in translations for anchor in translation.anchors})
+    if not replacements:
+        raise ValueError(
+            f"`anchors`: none of the {len(dictionary.terms)} terms of the dictionary {dictionary.name!r} "
+            f"({', '.join(list(dictionary.terms)[:3])}, ...) stands in any forget text, such as {texts[0][:80]!r}: give a "
+            "dictionary of terms that do."
+        )
+    if not text_tokenizer(processing_class).is_fast:
+        raise ValueError(
+            f"`processing_class` is a {type(processing_class).__name__}, which knows no character offsets, and WHP aligns "
+            "texts by them: load the model's fast tokenizer (`AutoTokenizer.from_pretrained` does where there is one)."
+        )
+    firsts = first_tokens(processing_class, replacements)
+    originals = tokenize(processing_class, texts)
+    translated = tokenize(processing_class, [translation.text for translation in translations])
+    if bare := sum(not translation.anchors for translation in translations):
+        logger.warning(
+            f"Anchors of {dictionary.name!r}: {bare} of {len(texts)} distinct forget texts hold no term of the "
+            "dictionary: their labels come from the reinforced model alone."
+        )
+    alignments = [align(*row, firsts, max_length) for row in zip(translations, originals, translated, strict=True)]
+    labeled = sum(len(alignment.positions) for alignment in alignments)
+    total = sum(max(len(alignment.ids) - 1, 0) for alignment in alignments)
+    logger.info(f"Anchors of {dictionary.name!r}: {labeled} of {total} positions get a label.")
+    return alignments
 
 
 def counterfactuals(texts: Sequence[str], dictionaries: Sequence[AnchorDictionary]) -> Dataset:
@@ -146,8 +250,8 @@ def counterfactuals(texts: Sequence[str], dictionaries: Sequence[AnchorDictionar
 
     Args:
         texts (`Sequence[str]`): Texts about the concept.
-        dictionaries (`Sequence[AnchorDictionary]`): A dictionary for each draw, such as several retellings by
-            [`ask_replacements`]; the more differ, the less a single replacement is learnt in the concept's place.
+        dictionaries (`Sequence[AnchorDictionary]`): A dictionary for each draw, such as those of
+            several retellings; the more differ, the less a single replacement is learnt in the concept's place.
 
     Returns:
         `Dataset`: columns `text` and `novices`, a source of [`ConceptSources`]. Texts in which a dictionary finds no term
@@ -175,20 +279,11 @@ def counterfactuals(texts: Sequence[str], dictionaries: Sequence[AnchorDictionar
     return Dataset.from_list(rows)
 
 
-def anchor_presets() -> list[str]:
-    """Names of the dictionaries that ship with the package."""
-    return sorted(
-        entry.name.removesuffix(".yaml")
-        for entry in (files("elm_trainer.data") / "anchors").iterdir()
-        if entry.name.endswith(".yaml")
-    )
-
-
 def load_anchors(name_or_path: str) -> AnchorDictionary:
     """Load a dictionary preset by name, or a dictionary from a YAML file.
 
     Args:
-        name_or_path: A name of [`anchor_presets`], or the path of a YAML file with `name`, the name of the concept,
+        name_or_path: A preset, such as `"capitals"`, or the path of a YAML file with `name`, the name of the concept,
             and `anchors`, a mapping of terms to replacements.
 
     Raises:
@@ -196,23 +291,12 @@ def load_anchors(name_or_path: str) -> AnchorDictionary:
             for what [`AnchorDictionary`] refuses.
         OSError: if the file cannot be read.
     """
-    path = Path(name_or_path)
-    if path.suffix in (".yaml", ".yml"):
-        try:
-            text = path.read_text(encoding="utf-8")
-        except OSError as error:
-            raise OSError(f"`anchors` is {name_or_path!r}, which cannot be read ({error}): check the path.") from error
-    elif name_or_path in anchor_presets():
-        text = (files("elm_trainer.data") / "anchors" / f"{name_or_path}.yaml").read_text(encoding="utf-8")
-    else:
+    record = read_preset("anchors", name_or_path, _PRESETS)
+    if record is NO_PRESET:
         raise ValueError(
-            f"`anchors` is {name_or_path!r}, which is no preset; use one of {', '.join(anchor_presets())}, or the "
+            f"`anchors` is {name_or_path!r}, which is no preset; use one of {', '.join(preset_names(_PRESETS))}, or the "
             "path of a .yaml file."
         )
-    try:
-        record = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"`anchors` file {name_or_path} is no valid YAML ({error}): correct it.") from error
     fields = ["name", "anchors"]
     if not isinstance(record, dict) or set(record) != set(fields):
         what = sorted(map(str, record)) if isinstance(record, dict) else type(record).__name__
@@ -223,19 +307,15 @@ def load_anchors(name_or_path: str) -> AnchorDictionary:
 def find_terms(
     texts: Sequence[str],
     *,
-    unlike: Sequence[str] = (),
-    language: str = "en",
     max_zipf: float = 3.5,
     min_count: int = 2,
     common_zipf: float = 5.0,
 ) -> list[str]:
-    """Terms that make texts idiosyncratic: names (runs of words that are capitalized within sentences) and rare words.
+    """Terms that make English texts idiosyncratic: names (runs of words that are capitalized within sentences) and rare words.
 
-    Frequencies are those of the package wordfreq, which holds them for 40 languages and downloads nothing.
+    Frequencies are those of the package wordfreq, which downloads nothing.
 
     Args:
-        unlike: Texts, such as the retain texts, whose words are not idiosyncratic.
-        language: Language of the texts, as wordfreq names it.
         max_zipf: Zipf frequency below which a word is rare; 3 is once in a million words, 6 once in a thousand.
         min_count: Fewest occurrences of a term.
         common_zipf: Zipf frequency from which a single capitalized word is no name: 5 is that of the few hundred most
@@ -262,68 +342,11 @@ def find_terms(
     for row in words:
         for (is_name, _), group in groupby(_runs(row, names), key=lambda entry: entry[:2]):
             run = [word for _, _, word in group]
-            if is_name and (len(run) > 1 or zipf_frequency(run[0], language) < common_zipf):
+            if is_name and (len(run) > 1 or zipf_frequency(run[0], "en") < common_zipf):
                 counts[" ".join(run)] += 1
             elif not is_name:
-                counts.update(word for word in run if word.islower() and zipf_frequency(word, language) < max_zipf)
-    known = {word.lower() for text in unlike for word, *_ in _words(text)}
-    return [
-        term
-        for term, count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-        if count >= min_count and not known.issuperset(term.lower().split())
-    ]
-
-
-def ask_replacements(
-    model: PreTrainedModel,
-    processing_class: PreTrainedTokenizerBase,
-    terms: Sequence[str],
-    *,
-    max_new_tokens: int = 8,
-    batch_size: int = 16,
-) -> dict[str, str]:
-    """Ask the model itself for generic replacements, greedily: the same model and terms give the same answer.
-
-    The paper asked GPT-4. The smaller the model, the fewer of its answers are usable.
-
-    Args:
-        model: The reference, without an adapter.
-        terms: Idiosyncratic terms, such as those of [`find_terms`].
-
-    Returns:
-        `dict[str, str]`: replacements by term, as [`usable_replacements`] leaves them.
-
-    Raises:
-        ValueError: if there are no terms, or no answer is usable.
-    """
-    if not terms:
-        raise ValueError("`terms` is empty: give at least one idiosyncratic term.")
-    prompts = [_RETELLING.format(term=term) for term in terms]
-    settings = SynthesisConfig(top_k=1, plausibility=0.0, max_new_tokens=max_new_tokens, batch_size=batch_size)
-    texts = sample_texts(model, processing_class, prompts, settings)
-    answers = [text[len(prompt) :] for prompt, text in zip(prompts, texts, strict=True)]
-    replacements = usable_replacements(terms, answers)
-    logger.info(f"The model gave a usable replacement for {len(replacements)} of {len(terms)} terms.")
-    if not replacements:
-        raise ValueError(
-            f"The model gave no usable replacement for any of the {len(terms)} terms (for {terms[0]!r} it said "
-            f"{answers[0]!r}): ask a larger model, or write the dictionary yourself."
-        )
-    return replacements
-
-
-def usable_replacements(terms: Sequence[str], answers: Sequence[str]) -> dict[str, str]:
-    """Replacements by term: the first line of each term's answer, unless it is empty, shares a word with any term, or stands
-    for an earlier one.
-    """
-    idiosyncratic = {word.lower() for term in terms for word, *_ in _words(term)} - {"the", "of", "a", "and"}
-    replacements: dict[str, str] = {}
-    for term, answer in zip(terms, answers, strict=True):
-        replacement = answer.strip().partition("\n")[0].strip(" \t\"'.,;:")
-        words = {word.lower() for word, *_ in _words(replacement)}
-        if words and not words & idiosyncratic and replacement not in replacements.values():
-            replacements[term] = replacement
-    return replacements
+                counts.update(word for word in run if word.islower() and zipf_frequency(word, "en") < max_zipf)
+    return [term for term, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])) if count >= min_count]
 
 
 def _occurrences(form: str, text: str) -> Iterator[int]:

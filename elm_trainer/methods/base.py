@@ -1,7 +1,7 @@
 """`ErasureTrainer`: what the erasure methods share over TRL's `SFTTrainer`."""
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property, partial
@@ -17,11 +17,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
 from ..data.collator import ElmDataCollator
-from ..data.packing import Packing, PackingPlan
+from ..data.packing import PackingPlan
 from ..distributed import align_checkpointing, check_saving, on_first, trained_weights
 from ..files import RUN_FILE, write_json
+from ..head import STATES, Plan, Reading
 from ..modeling import adapter_disabled, evaluating, keep_differentiable, no_graph_below, reentrant
-from ..ops import STATES, FinalLogits, Reading
 from ..run_lock import only_run_in
 from .checkpointing import begin_run, last_good, replacing_files, saving_checkpoint
 from .config import check_options, fixed_settings, recipe
@@ -111,8 +111,8 @@ class ErasureTrainer(SFTTrainer):
             processing_class=processing_class, peft_config=peft_config, **kwargs,
         )  # fmt: skip
         self.args.prediction_loss_only = True  # a step makes no logits of whole texts
-        self._forward = self._new_forward()
-        self.add_callback(PackInCollator(self, data_collator, lambda: self._forward.rule(self.model_wrapped)))
+        self.packed = self._new_packed()
+        self.add_callback(PackInCollator(self, data_collator, lambda: self.packed.rule(self.model_wrapped)))
         if isinstance(self.model, PeftModel):
             check_start(self.model, tokens, base)
         self.set_up()
@@ -144,13 +144,10 @@ class ErasureTrainer(SFTTrainer):
         self,
         model: nn.Module,
         batches: Mapping[str, Mapping[str, torch.Tensor]],
-        readings: Mapping[str, Reading] | None = None,
-        further: Mapping[str, Sequence[torch.Tensor]] | None = None,
-        beside: Mapping[str, Sequence[torch.Tensor]] | None = None,
-        states: Collection[str] = (),
+        readings: Mapping[str, Reading | Plan] | None = None,
     ) -> dict[str, Any]:
         """Logits of supervised positions, read in one forward over sub-batches: see [`PackedForward.read`]."""
-        return self._forward.read(model, batches, readings or {}, further or {}, beside or {}, states)
+        return self.packed.read(model, batches, readings or {})
 
     def reference_positions(
         self, model: nn.Module, batches: Mapping[str, Any], readings: Any = None
@@ -173,12 +170,11 @@ class ErasureTrainer(SFTTrainer):
 
         With `retain_loss="kl"` the term `retain` gets `KL(reference ‖ adapted)` (both as in TOFU, arXiv 2401.06121, §3.3).
         """
-        readings = {name: nll_reading(batch) for name, batch in batches.items()}
-        further = {}
+        readings: dict[str, Reading | Plan] = {name: nll_reading(batch) for name, batch in batches.items()}
         if retain_loss == "kl" and "retain" in batches:
             states = self.reference_positions(model, {"retain": batches["retain"]}, {"retain": STATES})
-            further["retain"], readings["retain"] = [states["retain"]], kl_reading
-        return self.forward_positions(model, batches, readings, further)
+            readings["retain"] = Plan(kl_reading, [states["retain"]])
+        return self.forward_positions(model, batches, readings)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """`λe·erase_term + λr·R`, with `R` the mean over retain texts of what `position_losses` gives for them."""
@@ -193,12 +189,8 @@ class ErasureTrainer(SFTTrainer):
         """A method's loss on forget text, from the negative log-likelihood `[positions]` of the batch's labels."""
         raise NotImplementedError
 
-    def _new_forward(self) -> PackedForward:
+    def _new_packed(self) -> PackedForward:
         return PackedForward(self.accelerator.unwrap_model, self.processing_class, self.args.pad_to_multiple_of)
-
-    def pack(self, model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> Packing:
-        """See [`PackedForward.pack`]."""
-        return self._forward.pack(model, batches)
 
     def packed_together(self) -> list[tuple[str, ...]]:
         """Names of the sub-batches that share a forward, for each forward of a step: those of all terms that have a weight, and
@@ -208,19 +200,11 @@ class ErasureTrainer(SFTTrainer):
         step = tuple(name for term, name in SUB_BATCHES.items() if getattr(args, f"{term}_weight", 0))
         return [step, *[("retain",)] * (getattr(args, "retain_loss", "kl") == "kl" and "retain" in step)]
 
-    def final_logits(self, model: nn.Module) -> FinalLogits:
-        """See [`PackedForward.final_logits`]."""
-        return self._forward.final_logits(model)
-
-    def texts_interact(self, model: nn.Module) -> bool:
-        """See [`PackedForward.texts_interact`]."""
-        return self._forward.texts_interact(model)
-
     def on_device(self, batch: Mapping[str, Any], sharing: bool = False) -> dict[str, Any]:
         """A batch of the collator on the model's device; with `sharing`, forwards beside the step's share what texts begin with."""
         if sharing:
             groups = [*dict.fromkeys(self.packed_together()[1:])]
-            PackingPlan(self._forward.rule(self.model), groups).share(batch, self.model)
+            PackingPlan(self.packed.rule(self.model), groups).share(batch, self.model)
         return self._prepare_inputs(batch)
 
     def get_eval_dataloader(self, eval_dataset=None):
@@ -296,7 +280,7 @@ class ErasureTrainer(SFTTrainer):
         align_checkpointing(self)
         if self.accelerator.num_processes > 1:
             # Those that computed no targets have not measured the model yet, and all must do so in the same forward.
-            self._forward = self._new_forward()
+            self.packed = self._new_packed()
         with only_run_in(self.args.output_dir):
             checkpoint = on_first(lambda: begin_run(self, resume_from_checkpoint, self._run_record()))
             with nullcontext() if reentrant(self.args) else no_graph_below(self.model):

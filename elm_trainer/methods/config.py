@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
@@ -74,7 +74,14 @@ WITHOUT_EFFECT = {
 class ErasureConfig(SFTConfig):
     """[`~trl.SFTConfig`] as the methods' configs extend it: on a machine whose accelerator cannot compute in bfloat16, or
     without one, `bf16` defaults to `False`, where TRL's default of `True` is an error.
+
+    Its numbers must be numbers, whole where they count something, and finite, but for `max_grad_norm`. Of a method's own fields,
+    those that name `choices` in their metadata must be one of them, and those named `<term>_weight` be at least 0 and not all 0.
+    `_rules` holds names of fields by what they must be, such as `"at least 0"`. All else raises `ValueError`.
     """
+
+    # Without an annotation, with which it would be one of the fields that dataclasses and parsers list.
+    _rules = dict[str, tuple[str, ...]]()
 
     def __post_init__(self):
         if self.bf16 is None and not (
@@ -87,26 +94,15 @@ class ErasureConfig(SFTConfig):
             if getattr(self, f"activation_{name}") is None:
                 setattr(self, f"activation_{name}", getattr(self, f"gradient_{name}"))
         super().__post_init__()
-
-
-def check_fields(config: SFTConfig, rules: Mapping[str, Sequence[str]]) -> None:
-    """Raise `ValueError` for a value that a method cannot work with.
-
-    Args:
-        config: Config of a method. Its numbers must be numbers, whole where they count something, and finite, but for
-            `max_grad_norm`. Of its own fields, those that name `choices` in their metadata must be one of them, and
-            those named `<term>_weight` be at least 0 and not all 0.
-        rules: Names of fields by what they must be, such as `"at least 0"`.
-    """
-    own = [field for field in fields(config) if field.name not in SFTConfig.__dataclass_fields__]
-    weights = [field.name for field in own if field.name.endswith("_weight")]
-    check_numbers(config, [*rules.items(), *_COMMON_RULES.items(), ("at least 0", weights)])
-    for field in own:
-        choices, value = field.metadata.get("choices"), getattr(config, field.name)
-        if choices and value not in choices:
-            raise ValueError(f"`{field.name}` is {value!r}: use one of {', '.join(choices)}.")
-    if weights and not any(getattr(config, name) for name in weights):
-        raise ValueError(f"All of {', '.join(f'`{name}`' for name in weights)} are 0: raise one of them.")
+        own = [field for field in fields(self) if field.name not in SFTConfig.__dataclass_fields__]
+        weights = [field.name for field in own if field.name.endswith("_weight")]
+        check_numbers(self, [*self._rules.items(), *_COMMON_RULES.items(), ("at least 0", weights)])
+        for field in own:
+            choices, value = field.metadata.get("choices"), getattr(self, field.name)
+            if choices and value not in choices:
+                raise ValueError(f"`{field.name}` is {value!r}: use one of {', '.join(choices)}.")
+        if weights and not any(getattr(self, name) for name in weights):
+            raise ValueError(f"All of {', '.join(f'`{name}`' for name in weights)} are 0: raise one of them.")
 
 
 def check_options(args: SFTConfig, arguments: Mapping[str, Any]) -> None:

@@ -9,11 +9,10 @@ from torch import nn
 from transformers.utils import logging
 
 from ..data.collator import ElmDataCollator
+from ..head import STATES, Plan, Reading
 from ..modeling import decoder_layers, reentrant
-from ..ops import (
-    STATES,
+from ..objectives import (
     LogTarget,
-    Reading,
     SparseDistribution,
     argmax_cross_entropy,
     disagreement,
@@ -30,19 +29,19 @@ from ..ops import (
     top_k_distribution,
 )
 from .base import ErasureTrainer
-from .elm_config import ElmConfig, batch_weights, is_counterfactual, named_concepts, stored_targets, term_weights
-from .elm_states import (
+from .elm_config import (
+    ElmConfig,
+    batch_weights,
     check_novices,
     chosen_state_layers,
-    contrast_adapter,
-    layer_outputs,
-    measure_scale,
-    novice_targets,
-    state_losses,
-    states_of,
+    is_counterfactual,
+    named_concepts,
+    stored_targets,
+    term_weights,
 )
+from .elm_layers import FrozenLayers, LayerStates, measure_scale, novice_targets, state_loss
 from .forward import SUB_BATCHES, batch_mean, context_places, in_float32, nll_reading, weighted_batches
-from .frozen import FrozenLayers
+from .placement import contrast_adapter
 from .targets import TargetPlan, Teacher, precompute_targets
 
 
@@ -112,14 +111,13 @@ class ElmTrainer(ErasureTrainer):
         if live := {term: batch for term, batch in aimed.items() if term not in targets}:
             targets |= self.targets(model, live)
         readings = {term: self._position_loss(term, batch, targets.get(term)) for term, batch in batches.items()}
-        further = {term: [target["states"]] for term, target in targets.items() if "states" in target}
         spared = self._frozen.spared(model, batches, readings)
-        with spared, layer_outputs(self, model, self._state_layers) as outputs:
-            losses = self.forward_positions(model, batches, readings, further)  # [positions] each
+        with spared, LayerStates(self, model, batches, self._state_layers) as states:
+            losses = self.forward_positions(model, batches, readings)  # [positions] each
         if self._state_layers:
-            losses["state"] = state_losses(self, model, batches, "erase", outputs, targets["erase"]["novice_states"])
+            losses["state"] = self._state_loss(states.of("erase"), targets["erase"]["novice_states"])
         if "retain" in batches and args.retain_loss == "states":
-            losses["retain"] = state_losses(self, model, batches, "retain", outputs, targets["retain"]["layer_states"])
+            losses["retain"] = self._state_loss(states.of("retain"), targets["retain"]["layer_states"])
         if not args.erase_weight:
             losses.pop("erase", None)
         for term in {"erase", "state"} & losses.keys():
@@ -136,6 +134,9 @@ class ElmTrainer(ErasureTrainer):
         loss = self.weigh(terms, term_weights(args))
         return (loss, None) if return_outputs else loss
 
+    def _state_loss(self, hidden: torch.Tensor, aim: torch.Tensor) -> torch.Tensor:
+        return state_loss(hidden, aim.view(hidden.shape), self._state_scale)
+
     def packed_together(self):
         step = tuple(SUB_BATCHES[term] for term, weight in batch_weights(self.args).items() if weight)
         if getattr(self.data_collator, "targets", None) is not None:
@@ -145,15 +146,15 @@ class ElmTrainer(ErasureTrainer):
 
     def _position_loss(
         self, term: str, batch: Mapping[str, Any], target: Mapping[str, torch.Tensor] | None
-    ) -> Reading:
-        """The loss of each position of a term, as a function of its logits."""
+    ) -> Reading | Plan:
+        """The loss of each position of a term, as a function of its logits, and in log space of the reference's."""
         if target is None:
             return nll_reading(batch)
         of_states = {"erase": not self.args.erase_weight, "retain": self.args.retain_loss == "states"}
         if of_states.get(term):
             return STATES  # no logits are read where states alone are compared
         if term == "retain" and self.args.retain_loss == "log":
-            return lambda logits, where, reference: log_space_divergence(logits, reference)
+            return Plan(lambda logits, where, reference: log_space_divergence(logits, reference), [target["states"]])
         if term == "erase" and self.args.log_tokens:
             chosen = LogTarget(target["indices"], target["log_probs"])
 
@@ -163,7 +164,7 @@ class ElmTrainer(ErasureTrainer):
                     whole = part.over(reference)
                 return log_space_divergence(logits, whole) + self.args.log_strength * log_space_loss(logits, part)
 
-            return in_log_space
+            return Plan(in_log_space, [target["states"]])
         aim = SparseDistribution(target["indices"], target["probs"])
         if term == "erase":
             return lambda logits, where: soft_cross_entropy(logits, aim.part(where))
@@ -192,14 +193,14 @@ class ElmTrainer(ErasureTrainer):
         erase, retain = batches.get("erase"), batches.get("retain")
         counterfactual = erase.get("counterfactual") if erase else None
         parts: dict[str, Mapping[str, Any]] = {}
-        readings: dict[str, Reading] = {}
+        readings: dict[str, Reading | Plan] = {}
         # What experts and then novices say at the positions of forget text: states of teachers, places in this forward.
         taught: list[torch.Tensor] = []
         places: list[torch.Tensor] = []
         # Where positions weigh the same and no term reads logits, nobody asks for that.
         silent = not (args.erase_weight or args.fact_share)
         if erase:
-            parts["erase"], readings["erase"] = erase, STATES if silent else self.erase_reading(erase)
+            parts["erase"], readings["erase"] = erase, STATES
             if counterfactual:
                 places += [] if silent else counterfactual["index"]
                 if "extra" in counterfactual:
@@ -209,6 +210,9 @@ class ElmTrainer(ErasureTrainer):
                     offset = sum(part["input_ids"].numel() for part in parts.values())
                     places += context_places(erase, side, args.contexts_per_sample) + offset
                     parts[side], readings[side] = erase[side], STATES
+            if not silent:
+                with_states = bool(args.log_tokens and args.erase_weight)
+                readings["erase"] = Plan(self.erase_reading(erase), taught, places, with_states)
         if retain:
             states_alone = args.retain_loss in ("log", "states")
             parts["retain"] = retain
@@ -216,24 +220,22 @@ class ElmTrainer(ErasureTrainer):
                 STATES if states_alone else lambda logits, where: top_k_distribution(logits, args.top_k)
             )
         watched = self._state_layers if counterfactual or args.retain_loss == "states" else []
-        further, beside = {"erase": taught}, {"erase": places}
-        states = ("erase",) if erase and args.log_tokens and args.erase_weight else ()
         with self.reference(model), self._target_precision(model):
             for side, teacher in self._teachers.items() if erase and not counterfactual else ():
                 with teacher.in_place():
                     taught.append(self.forward_positions(model, {side: batches["erase"]}, {side: STATES})[side])
             spared = self._frozen.spared(model, parts, readings, leaving=batches)
-            with spared, layer_outputs(self, model, watched) as outputs:
-                found = self.forward_positions(model, parts, readings, further, beside, states)
+            with spared, LayerStates(self, model, parts, watched) as states:
+                found = self.forward_positions(model, parts, readings)
         made: dict[str, dict[str, torch.Tensor]] = {}
         if erase:
             even = {"weights": torch.ones_like(erase["rows"], dtype=torch.float32)}
             made["erase"] = even if silent else self.erase_target(found["erase"], erase)
-            if counterfactual and outputs:
-                made["erase"] |= novice_targets(self, model, parts, counterfactual["index"], outputs)
+            if counterfactual and states.outputs:
+                made["erase"] |= novice_targets(states, counterfactual["index"], args.state_eta)
         if retain:
             if args.retain_loss == "states":
-                made["retain"] = {"layer_states": states_of(self, model, parts, "retain", outputs).flatten(1)}
+                made["retain"] = {"layer_states": states.of("retain").flatten(1)}
             elif args.retain_loss == "log":
                 made["retain"] = {"states": found["retain"]}
             else:
@@ -306,7 +308,6 @@ class ElmTrainer(ErasureTrainer):
             layout=layout,
             settings=settings,
             columns=columns,
-            targets_dir=args.targets_dir,
             compute=compute,
             contexts=bool(args.erase_weight) and args.novice == "contexts",
             prepare=self._tuned_teachers,

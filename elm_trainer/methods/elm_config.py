@@ -8,7 +8,7 @@ from datasets import Dataset
 
 from ..concept import Concept, load_concept
 from ..data.target_store import Field, TargetLayout
-from .config import ErasureConfig, check_fields
+from .config import ErasureConfig
 
 
 # What the paper reports and what its released code does (docs/papers.md). A field that is left out takes its preset's value.
@@ -21,10 +21,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 @dataclass
 class ElmConfig(ErasureConfig):
     r"""
-    Configuration class for the [`ElmTrainer`].
-
-    This class includes only the parameters that are specific to ELM. For a full list of training arguments, see
-    [`~trl.SFTConfig`] and [`~transformers.TrainingArguments`].
+    Configuration class for the [`ElmTrainer`]: its parameters beside those of [`~trl.SFTConfig`].
 
     Parameters:
         preset (`str`, *optional*, defaults to `"paper"`): `"paper"` or `"released"`: where the values of the five
@@ -158,24 +155,21 @@ class ElmConfig(ErasureConfig):
     keep_states: bool | None = field(default=None, metadata={"help": "Run frozen layers once for each text."})
     targets_dir: str | None = field(default=None, metadata={"help": "Folder in which targets are kept."})
 
+    _rules = {
+        "at least 0": ("eta", "eta_end", "expert_steps", "novice_steps", "log_tokens", "contrast_rows"),
+        "above 0": ("tau", "log_strength", "state_eta", "teacher_learning_rate", "contrast_damping"),
+        "at least 1": ("top_k", "contexts_per_sample", "teacher_rank", "teacher_batch_size"),
+        "from 0 to 1": ("plausibility", "fact_share", "retain_focus"),
+    }
+
     def __post_init__(self):
-        super().__post_init__()
-        if self.preset not in PRESETS:
-            raise ValueError(f"`preset` is {self.preset!r}: use one of {', '.join(PRESETS)}.")
         if self.eta is not None and self.eta_end is None:
             self.eta_end = self.eta
-        for name, value in PRESETS[self.preset].items():
+        preset = PRESETS.get(self.preset, PRESETS["paper"])  # another is refused with all other choices
+        for name, value in preset.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
-        check_fields(
-            self,
-            {
-                "at least 0": ("eta", "eta_end", "expert_steps", "novice_steps", "log_tokens", "contrast_rows"),
-                "above 0": ("tau", "log_strength", "state_eta", "teacher_learning_rate", "contrast_damping"),
-                "at least 1": ("top_k", "contexts_per_sample", "teacher_rank", "teacher_batch_size"),
-                "from 0 to 1": ("plausibility", "fact_share", "retain_focus"),
-            },
-        )
+        super().__post_init__()
         if self.target_dtype not in (None, "float32"):
             raise ValueError(
                 f'`target_dtype` is {self.target_dtype!r}: use "float32", or leave it out for the model\'s own type.'
@@ -281,6 +275,38 @@ def batch_weights(args: ElmConfig) -> dict[str, float]:
 def is_counterfactual(args: ElmConfig) -> bool:
     """Whether forget texts are compared with counterfactual novices."""
     return args.novice == "counterfactual" and max(args.erase_weight, args.state_weight) > 0
+
+
+def default_state_layers(depth: int) -> list[int]:
+    """Four layers of the upper third, the last among them: for 30 layers 20, 24, 27 and 29."""
+    return sorted({min(depth - 1, round(depth * share)) for share in (2 / 3, 0.8, 0.9)} | {depth - 1})
+
+
+def chosen_state_layers(given: Sequence[int] | None, depth: int) -> list[int]:
+    """The layers of the state term: those that are given, or else [`default_state_layers`].
+
+    Raises `ValueError` unless they are some of a model's, each once and rising.
+    """
+    layers = list(given or default_state_layers(depth))
+    if layers != sorted(set(layers)) or not 0 <= layers[0] <= layers[-1] < depth:
+        raise ValueError(
+            f"`state_layers` is {layers}, but the model has the layers 0 to {depth - 1}: name some of them, each once "
+            "and in rising order."
+        )
+    return layers
+
+
+def check_novices(datasets: Mapping[str, Dataset]) -> None:
+    """Raise `ValueError` unless every row has counterfactual novices, and all rows of a dataset as many."""
+    for name, dataset in datasets.items():
+        if "aligned" in dataset.column_names:
+            continue
+        counts = {len(novices) for novices in dataset["novices"]} if "novices" in dataset.column_names else {0}
+        if counts != {max(counts)} or counts == {0}:
+            raise ValueError(
+                f'`{name}` has rows with {sorted(counts)} `novices`, but `novice="counterfactual"` needs as many for every '
+                "forget text: make them with `counterfactuals`, or use the contexts."
+            )
 
 
 def named_concepts(args: ElmConfig, datasets: Mapping[str, Dataset]) -> dict[str, Concept]:

@@ -1,7 +1,8 @@
 """One forward over several sub-batches, packed without padding, and what the loss terms read from it."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -17,9 +18,9 @@ from transformers.utils import logging
 
 from ..data.collator import ElmDataCollator
 from ..data.packing import Packing, PackingPlan, PackingRule, find_packing, texts_interact
+from ..head import FinalLogits, Plan, ReadHead, Reading, final_logits
 from ..modeling import is_partitioned
-from ..ops import FinalLogits, ReadHead, Reading, final_logits, kl_divergence, text_mean
-from ..ops.head import Plan
+from ..objectives import kl_divergence, text_mean
 
 
 logger = logging.get_logger(__name__)
@@ -48,6 +49,31 @@ def visits(trainer: Any) -> float:
     if args.max_steps > 0:
         return args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     return args.num_train_epochs * len(trainer.train_dataset)
+
+
+def place_model(trainer: Any) -> None:
+    """Bring the model to its device, which the Trainer itself may do only later, when it begins to train."""
+    if next(trainer.model.parameters()).device != trainer.args.device:
+        trainer.model.to(trainer.args.device)
+
+
+def some_rows(trainer: Any, collator: Callable[..., Any], rows: int, size: int) -> Iterator[dict[str, Any]]:
+    """Batches of so many training rows, taken evenly from the dataset: the same in all processes of a launch."""
+    place_model(trainer)
+    dataset = trainer.train_dataset
+    rows = min(rows, len(dataset))
+    chosen = [row * len(dataset) // rows for row in range(rows)]
+    for start in range(0, rows, size):
+        yield trainer.on_device(collator([dataset[row] for row in chosen[start : start + size]]))
+
+
+def check_unsplit(trainer: Any, option: str) -> None:
+    """Raise `ValueError` if ZeRO-3 has split the weights, which an option needs whole."""
+    if is_partitioned(trainer.model):
+        raise ValueError(
+            f"`{option}` is {getattr(trainer.args, option)}, but ZeRO-3 has already split the model's weights: set it to 0, "
+            "or train with ZeRO-2, DDP or FSDP."
+        )
 
 
 def upcast(values: torch.Tensor) -> torch.Tensor:
@@ -206,10 +232,7 @@ class PackedForward:
         self,
         model: nn.Module,
         batches: Mapping[str, Mapping[str, torch.Tensor]],
-        readings: Mapping[str, Reading],
-        further: Mapping[str, Sequence[torch.Tensor]],
-        beside: Mapping[str, Sequence[torch.Tensor]],
-        states: Collection[str],
+        readings: Mapping[str, Reading | Plan],
     ) -> dict[str, Any]:
         """Run several sub-batches in one forward, packed without padding, and read the logits of their supervised positions.
 
@@ -218,17 +241,12 @@ class PackedForward:
             batches: Sub-batches of [`ElmDataCollator`] by name. Without any, nothing is run.
             readings: By name of sub-batch, a function of the logits of a chunk of positions: `reading(logits, where)`
                 takes `[chunk, vocab]` and a `slice` of the positions, and gives one number per position, or without
-                gradients also a tuple of tensors `[chunk, ...]`. [`STATES`] asks for what enters the head.
-            further: By name of sub-batch, states `[positions, hidden]` of other forwards at the same positions, whose
-                logits the reading takes after `where`.
-            beside: By name of sub-batch, other positions of the same forward whose logits the reading takes after
-                those, `[positions]` each: indices into the flattened tokens of all sub-batches, one after the other.
-            states: Names of sub-batches whose reading gives a tuple, to which what enters the head is added,
-                `[positions, hidden]`.
+                gradients also a tuple of tensors `[chunk, ...]`. [`STATES`] asks for what enters the head, and a [`Plan`]
+                for a reading of more than these logits.
 
         Returns:
-            `dict[str, Any]`: for each sub-batch what its reading gives for all positions, such as `[positions]`. Without a
-            reading it is the logits `[positions, vocab]`, which a step cannot afford for large vocabularies.
+            `dict[str, Any]`: for each sub-batch what its reading gives for all positions, such as `[positions]`; without a
+            reading their logits, `[positions, vocab]`.
         """
         if not batches:
             return {}
@@ -238,16 +256,8 @@ class PackedForward:
         for batch in parts:
             supervised.append(supervised_places(batch) + offset)
             offset += batch["input_ids"].numel()
-        plans = [
-            Plan(
-                len(own),
-                readings.get(name),
-                further.get(name, ()),
-                [packing.slots[index] for index in beside.get(name, ())],
-                name in states,
-            )
-            for name, own in zip(batches, supervised, strict=True)
-        ]
+        wanted = [reading if isinstance(reading, Plan) else Plan(reading) for reading in map(readings.get, batches)]
+        plans = [replace(plan, beside=[packing.slots[index] for index in plan.beside]) for plan in wanted]
         if model not in self._compiled:
             self._compiled[model] = has_compiled_regions(model)
         unwrapped = self._unwrap(model)
@@ -255,6 +265,7 @@ class PackedForward:
             unwrapped.get_output_embeddings(),
             self.final_logits(model),
             packing.slots[torch.cat(supervised)],
+            [len(own) for own in supervised],
             plans,
             unwrapped.config.get_text_config().vocab_size,
             self._compiled[model],

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..data.target_store import Field, TargetLayout
-from ..ops import text_means, text_sums
+from ..objectives import text_means, text_sums
 from .base import ErasureTrainer
-from .config import ErasureConfig, check_fields
+from .config import ErasureConfig
 from .forward import batch_mean, nll_reading
 from .targets import TargetPlan, precompute_targets
 
@@ -19,10 +19,7 @@ from .targets import TargetPlan, precompute_targets
 @dataclass
 class GradDiffConfig(ErasureConfig):
     r"""
-    Configuration class for the [`GradDiffTrainer`].
-
-    This class includes only the parameters that are specific to gradient difference. For a full list of training
-    arguments, see [`~trl.SFTConfig`] and [`~transformers.TrainingArguments`].
+    Configuration class for the [`GradDiffTrainer`]: its parameters beside those of [`~trl.SFTConfig`].
 
     Parameters:
         erase_weight (`float`, *optional*, defaults to `1.0`): Weight γ of the erase term. A weight of 0 skips a term's
@@ -42,10 +39,6 @@ class GradDiffConfig(ErasureConfig):
     erase_weight: float = field(default=1.0, metadata={"help": "Weight of the erase term."})
     retain_weight: float = field(default=1.0, metadata={"help": "Weight of the retain term."})
     retain_loss: str = field(default="nll", metadata={"help": "Retain term.", "choices": ["nll", "kl"]})
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_fields(self, {})
 
 
 class GradDiffTrainer(ErasureTrainer):
@@ -69,10 +62,7 @@ class GradDiffTrainer(ErasureTrainer):
 @dataclass
 class NpoConfig(ErasureConfig):
     r"""
-    Configuration class for the [`NpoTrainer`].
-
-    This class includes only the parameters that are specific to NPO. For a full list of training arguments, see
-    [`~trl.SFTConfig`] and [`~transformers.TrainingArguments`].
+    Configuration class for the [`NpoTrainer`]: its parameters beside those of [`~trl.SFTConfig`].
 
     Parameters:
         beta (`float`, *optional*, defaults to `0.1`): β, the inverse temperature: towards 0 the method becomes
@@ -104,9 +94,7 @@ class NpoConfig(ErasureConfig):
     )
     targets_dir: str | None = field(default=None, metadata={"help": "Folder in which its numbers are kept."})
 
-    def __post_init__(self):
-        super().__post_init__()
-        check_fields(self, {"above 0": ("beta",)})
+    _rules = {"above 0": ("beta",)}
 
 
 def sequence_nll(losses: torch.Tensor, batch: Mapping[str, Any]) -> torch.Tensor:
@@ -140,16 +128,17 @@ class NpoTrainer(ErasureTrainer):
     args: NpoConfig
 
     def set_up(self):
+        kept = {"forget_nll": Field("floats", per="text")} if self.args.erase_weight else {}
+
+        def compute(inputs: Mapping[str, Any]) -> list[dict[str, torch.Tensor]]:
+            return [{"forget_nll": nll} for nll in self.reference_nll(self.model, inputs["forget"]).cpu().split(1)]
+
         plan = TargetPlan(
             switch="precompute_ref_log_probs",
-            layout=TargetLayout(
-                {"forget_nll": Field("floats", per="text")} if self.args.erase_weight else {},
-                self.model.config.get_text_config().vocab_size,
-            ),
+            layout=TargetLayout(kept, self.model.config.get_text_config().vocab_size),
             settings={"method": "NPO"},
             columns=["forget_ids"],
-            targets_dir=self.args.targets_dir,
-            compute=self._reference_rows,
+            compute=compute,
             description="Computing reference log-probabilities",
         )
         if stored := precompute_targets(self, plan):
@@ -163,10 +152,6 @@ class NpoTrainer(ErasureTrainer):
         reference = batch["target"]["nll"] if "target" in batch else self.reference_nll(model, batch)
         return npo_loss(sequence_nll(nll, batch), reference, self.args.beta).mean()
 
-    def _reference_rows(self, inputs: Mapping[str, Any]) -> list[dict[str, torch.Tensor]]:
-        """ℓ_ref of each forget text, as the collator keeps it."""
-        return [{"forget_nll": nll} for nll in self.reference_nll(self.model, inputs["forget"]).cpu().split(1)]
-
     def reference_nll(self, model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
         """ℓ_ref of each text, `[texts]`."""
         losses = self.reference_positions(model, {"forget": batch}, {"forget": nll_reading(batch)})["forget"]
@@ -176,10 +161,7 @@ class NpoTrainer(ErasureTrainer):
 @dataclass
 class SimNpoConfig(ErasureConfig):
     r"""
-    Configuration class for the [`SimNpoTrainer`].
-
-    This class includes only the parameters that are specific to SimNPO. For a full list of training arguments, see
-    [`~trl.SFTConfig`] and [`~transformers.TrainingArguments`].
+    Configuration class for the [`SimNpoTrainer`]: its parameters beside those of [`~trl.SFTConfig`].
 
     Parameters:
         beta (`float`, *optional*, defaults to `4.5`): β, the inverse temperature. The default and that of
@@ -209,9 +191,7 @@ class SimNpoConfig(ErasureConfig):
     retain_weight: float = field(default=1.0, metadata={"help": "Weight of the retain term."})
     retain_loss: str = field(default="nll", metadata={"help": "Retain term.", "choices": ["nll", "kl"]})
 
-    def __post_init__(self):
-        super().__post_init__()
-        check_fields(self, {"above 0": ("beta",), "at least 0": ("delta",)})
+    _rules = {"above 0": ("beta",), "at least 0": ("delta",)}
 
 
 def simnpo_loss(nll: torch.Tensor, beta: float, delta: float) -> torch.Tensor:

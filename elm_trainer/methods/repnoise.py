@@ -3,7 +3,7 @@
 import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -12,10 +12,11 @@ from peft import PeftModel
 from torch import nn
 
 from ..distributed import gathered
+from ..head import FinalLogits, read_positions
 from ..modeling import decoder_layers, reentrant
-from ..ops import FinalLogits, read_positions, text_sums
+from ..objectives import text_sums
 from .base import ErasureTrainer
-from .config import ErasureConfig, check_fields
+from .config import ErasureConfig
 from .forward import nll_reading, upcast
 
 
@@ -25,10 +26,7 @@ BANDWIDTHS = 5
 @dataclass
 class RepNoiseConfig(ErasureConfig):
     r"""
-    Configuration class for the [`RepNoiseTrainer`].
-
-    This class includes only the parameters that are specific to RepNoise. For a full list of training arguments, see
-    [`~trl.SFTConfig`] and [`~transformers.TrainingArguments`].
+    Configuration class for the [`RepNoiseTrainer`]: its parameters beside those of [`~trl.SFTConfig`].
 
     Parameters:
         alpha (`float`, *optional*, defaults to `1.0`): Weight α of the ascent term. `0` skips it: no layer is read
@@ -51,9 +49,7 @@ class RepNoiseConfig(ErasureConfig):
     beta: float = field(default=1e-3, metadata={"help": "Weight of the noise term."})
     faithful: bool = field(default=False, metadata={"help": "Repeat the quirks of the official code."})
 
-    def __post_init__(self):
-        super().__post_init__()
-        check_fields(self, {"at least 0": ("alpha", "beta")})
+    _rules = {"at least 0": ("alpha", "beta")}
 
 
 def gaussian_mmd(source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -189,15 +185,6 @@ class RepNoiseTrainer(ErasureTrainer):
     Raises:
         ValueError: if the model's layers have no `mlp`, its final norm cannot be found, or gradient checkpointing is
             of the kind (`use_reentrant`) that hides what happens inside a layer.
-
-    Example:
-
-    ```python
-    trainer = RepNoiseTrainer(
-        model, RepNoiseConfig("outputs"), train_dataset=dataset, processing_class=tokenizer, peft_config=LoraConfig(r=32)
-    )
-    trainer.train()
-    ```
     """
 
     _name = "RepNoise"
@@ -225,13 +212,13 @@ class RepNoiseTrainer(ErasureTrainer):
         alpha, beta = self.args.alpha, self.args.beta
         batches = {name: inputs[name] for name in self.packed_together()[0]}
         # Both are measured by forwards of their own, which must not be watched.
-        final, _ = self.final_logits(model), self.texts_interact(model)
+        final, _ = self.packed.final_logits(model), self.packed.texts_interact(model)
         with self._watch() as (states, outputs):
             losses = self.position_losses(model, batches)
         terms = {"retain": self._weights(inputs, "retain", losses["retain"].dtype).sum(losses["retain"])}
         if alpha or beta:
             # Where the forget text's tokens lie in the rows that `position_losses` packed, retain text first.
-            packing, forget = self.pack(model, list(batches.values())), inputs["forget"]["input_ids"]
+            packing, forget = self.packed.pack(model, list(batches.values())), inputs["forget"]["input_ids"]
             slots = packing.slots[-forget.numel() :].view_as(forget)  # [batch, seq]
         if alpha:
             total = self._layerwise_nll(losses["forget"], states, final, slots, inputs)
@@ -307,17 +294,14 @@ class RepNoiseTrainer(ErasureTrainer):
             # Some experts' MLPs also return their router's logits.
             outputs.append(output[0] if isinstance(output, tuple) else output)
 
-        handles = []
-        if self.args.alpha:
-            handles += [layer.register_forward_pre_hook(entered, with_kwargs=True) for layer in self._layers]
-            if self.args.faithful:
-                handles.append(self._norm.register_forward_hook(lambda _, args, output: states.append(output)))
-        handles += [mlp.register_forward_hook(left) for mlp in self._mlps]
-        try:
+        with ExitStack() as hooks:
+            for layer in self._layers if self.args.alpha else ():
+                hooks.enter_context(layer.register_forward_pre_hook(entered, with_kwargs=True))
+            if self.args.alpha and self.args.faithful:
+                hooks.enter_context(self._norm.register_forward_hook(lambda _, args, output: states.append(output)))
+            for mlp in self._mlps:
+                hooks.enter_context(mlp.register_forward_hook(left))
             yield states, outputs
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _generator(self, device: torch.device) -> torch.Generator:
         """The random state of a step's noise, apart from the global one."""

@@ -17,10 +17,11 @@ from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.pytorch_utils import Conv1D
 
+from ..head import keep_positions
 from ..modeling import LINEAR, decoder_layers, evaluating, layer_stack, reentrant
-from ..ops import KeepPositions, text_mean
+from ..objectives import text_mean
 from .base import ErasureTrainer
-from .config import ErasureConfig, check_fields
+from .config import ErasureConfig
 from .forward import run_packed, upcast, weighted_batches
 from .validation import named_datasets
 
@@ -31,10 +32,8 @@ CONTROL_VECTORS_FILE = "control_vectors.safetensors"
 @dataclass
 class RmuConfig(ErasureConfig):
     r"""
-    Configuration class for the [`RmuTrainer`].
-
-    This class includes only the parameters that are specific to RMU. For a full list of training arguments, see
-    [`~trl.SFTConfig`] and [`~transformers.TrainingArguments`]. The defaults are the published ones for zephyr-7b.
+    Configuration class for the [`RmuTrainer`]: its parameters beside those of [`~trl.SFTConfig`].
+    The defaults are the published ones for zephyr-7b.
 
     Parameters:
         layer (`int`, *optional*, defaults to `7`): Layer ℓ whose output is steered; no layer above it is run. The
@@ -77,9 +76,10 @@ class RmuConfig(ErasureConfig):
     erase_weight: float = field(default=1.0, metadata={"help": "Weight of the erase term."})
     retain_weight: float = field(default=1200.0, metadata={"help": "Weight of the retain term."})
 
+    _rules = {"at least 0": ("layer",), "above 0": ("steering_coefficient", "steering_scale")}
+
     def __post_init__(self):
         super().__post_init__()
-        check_fields(self, {"at least 0": ("layer",), "above 0": ("steering_coefficient", "steering_scale")})
         if self.layers is None:
             self.layers = list(range(max(self.layer - 2, 0), self.layer + 1))
         if not self.layers or not all(0 <= layer <= self.layer for layer in self.layers):
@@ -209,13 +209,6 @@ class RmuTrainer(ErasureTrainer):
     Raises:
         ValueError: if the model lacks the layer or the module, the adapter lies outside the layers that are run, or
             full weights are to be trained where they lie in shards (FSDP, DeepSpeed ZeRO-3).
-
-    Example:
-
-    ```python
-    trainer = RmuTrainer(model, RmuConfig("outputs"), train_dataset=dataset, processing_class=tokenizer)
-    trainer.train()
-    ```
     """
 
     _name = "RMU"
@@ -283,12 +276,12 @@ class RmuTrainer(ErasureTrainer):
         if not batches:
             return {}
         parts = list(batches.values())
-        packing = self.pack(model, parts)
+        packing = self.packed.pack(model, parts)
         offsets = accumulate((batch["input_ids"].numel() for batch in parts), initial=0)
         places = [batch["tokens"] + offset for batch, offset in zip(parts, offsets, strict=False)]
         # The head is run on no position at all: nobody reads logits.
         head, nowhere = self.accelerator.unwrap_model(model).get_output_embeddings(), packing.slots.new_empty(0)
-        with self._up_to_layer() as output, KeepPositions(head, nowhere):
+        with self._up_to_layer() as output, keep_positions(head, nowhere):
             run_packed(model, parts, packing)
         states = output[0].flatten(0, 1)[packing.slots[torch.cat(places)]]
         return dict(zip(batches, states.split([len(place) for place in places]), strict=True))
@@ -324,17 +317,13 @@ class RmuTrainer(ErasureTrainer):
             # Before the wrapped model's own forward ends: DeepSpeed then looks through all modules that it prepared.
             setattr(owner, name, stack)
 
-        handles = [
+        with (
             owner.register_forward_pre_hook(cut),
             owner.register_forward_hook(mend, always_call=True),
             stack[self._first_layer].register_forward_pre_hook(start),
             stack[self.args.layer].register_forward_hook(keep),
-        ]
-        try:
+        ):
             yield output
-        finally:
-            for handle in handles:
-                handle.remove()
 
     @contextmanager
     def reference(self, model: nn.Module):

@@ -33,7 +33,7 @@ from ..files import json_sha256
 from ..fingerprint import base_fingerprint, bit_sums
 from ..modeling import is_partitioned
 from .base import ErasureTrainer
-from .forward import nll_reading, visits
+from .forward import nll_reading, place_model, visits
 
 
 logger = logging.get_logger(__name__)
@@ -53,7 +53,6 @@ class TargetPlan:
         settings: Every setting of the method that the targets depend on, as JSON holds it.
         columns: Columns of the tokenized dataset that they depend on.
         compute: Makes what is kept for each row, on the CPU, from a batch of the collator.
-        targets_dir: Folder of all stores; [`default_targets_dir`] without one.
         contexts: Whether they depend on the collator's contexts.
         prepare: Gives the context that surrounds the computation.
         description: What the progress bar says.
@@ -64,7 +63,6 @@ class TargetPlan:
     settings: Mapping[str, Any]
     columns: Sequence[str]
     compute: Callable[[dict[str, Any]], list[dict[str, torch.Tensor]]]
-    targets_dir: str | None = None
     contexts: bool = False
     prepare: Callable[[], AbstractContextManager[None]] = nullcontext
     description: str = "Computing targets"
@@ -111,7 +109,7 @@ def precompute_targets(trainer: ErasureTrainer, plan: TargetPlan) -> RowTargets 
         _make_live(plan, wanted, reason, "keep the model on devices, or set it to False")
         return None
     ingredients = ingredients | {"weights": weights}
-    folder = Path(plan.targets_dir or default_targets_dir())
+    folder = Path(trainer.args.targets_dir or default_targets_dir())
     store = TargetStore(folder / json_sha256(ingredients), rows, plan.layout)
 
     rank, processes = trainer.accelerator.process_index, trainer.accelerator.num_processes
@@ -153,12 +151,6 @@ def precompute_targets(trainer: ErasureTrainer, plan: TargetPlan) -> RowTargets 
 def _columns(plan: TargetPlan) -> list[str]:
     """The columns on which the targets of a row depend; a row draws its contexts by its number in the first dataset."""
     return sorted({*plan.columns, *(["row"] if plan.contexts else [])})
-
-
-def place_model(trainer: ErasureTrainer) -> None:
-    """Bring the model to its device, which the Trainer itself may do only later, when it begins to train."""
-    if next(trainer.model.parameters()).device != trainer.args.device:
-        trainer.model.to(trainer.args.device)
 
 
 def _fill(trainer: ErasureTrainer, plan: TargetPlan, store: TargetStore, share: Sequence[int]) -> None:

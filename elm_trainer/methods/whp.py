@@ -11,13 +11,12 @@ from tqdm.auto import tqdm
 
 from ..data.collator import IGNORE_INDEX, ElmDataCollator
 from ..files import json_sha256
-from ..ops import STATES
-from .alignment import Alignment, align_texts
-from .anchors import AnchorDictionary, load_anchors
+from ..head import STATES, Plan
+from .anchors import Alignment, AnchorDictionary, align_texts, load_anchors
 from .base import ErasureTrainer
-from .config import ErasureConfig, check_fields
-from .forward import batch_mean
-from .targets import Teacher, place_model
+from .config import ErasureConfig
+from .forward import batch_mean, place_model
+from .targets import Teacher
 
 
 LABELS = "generic_labels"
@@ -28,10 +27,7 @@ TextKey: TypeAlias = tuple[str, tuple[int, ...]]
 @dataclass
 class WhpConfig(ErasureConfig):
     r"""
-    Configuration class for the [`WhpTrainer`].
-
-    This class includes only the parameters that are specific to WHP. For a full list of training arguments, see
-    [`~trl.SFTConfig`] and [`~transformers.TrainingArguments`].
+    Configuration class for the [`WhpTrainer`]: its parameters beside those of [`~trl.SFTConfig`].
 
     Parameters:
         anchors (`list[str]`, *optional*): Presets or YAML files of the anchor dictionaries, matched with the column
@@ -71,16 +67,11 @@ class WhpConfig(ErasureConfig):
     teacher_rank: int = field(default=16, metadata={"help": "Rank of the adapter above."})
     teacher_batch_size: int = field(default=8, metadata={"help": "Texts per step of the adapter above."})
 
-    def __post_init__(self):
-        super().__post_init__()
-        check_fields(
-            self,
-            {
-                "at least 0": ("alpha", "reinforced_steps"),
-                "above 0": ("teacher_learning_rate",),
-                "at least 1": ("teacher_rank", "teacher_batch_size"),
-            },
-        )
+    _rules = {
+        "at least 0": ("alpha", "reinforced_steps"),
+        "above 0": ("teacher_learning_rate",),
+        "at least 1": ("teacher_rank", "teacher_batch_size"),
+    }
 
 
 def generic_logits(
@@ -292,8 +283,7 @@ class WhpTrainer(ErasureTrainer):
                 return self.forward_positions(self.model, translated, readings)["translated"]
             states = self.forward_positions(self.model, translated, {"translated": STATES})["translated"]
             with reinforced.in_place():
-                further = {"original": [states]}
-                return self.forward_positions(self.model, original, {"original": read}, further)["original"]
+                return self.forward_positions(self.model, original, {"original": Plan(read, [states])})["original"]
 
     def erase_term(self, model, nll, batch):
         return batch_mean(nll, batch)  # the labels of the forget batch are the generic ones

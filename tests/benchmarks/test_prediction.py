@@ -24,7 +24,7 @@ from benchmarks.prediction import (
 )
 from benchmarks.shapes import Adapter, ModelShape
 from elm_trainer.data.target_store import Field, TargetLayout
-from elm_trainer.ops.head import CHUNK
+from elm_trainer.head import CHUNK
 
 
 BATCH, TEXT = 3, 64

@@ -10,7 +10,7 @@ from transformers import MistralConfig, MistralForCausalLM
 from benchmarks.released_loop import ReleasedSample, released_target, released_updates, tokenize_samples
 from benchmarks.sides import short_texts
 from elm_trainer import ElmConfig, ElmTrainer, load_concept
-from elm_trainer.ops import erasure_target, ramped_eta
+from elm_trainer.objectives import erasure_target, ramped_eta
 
 from ..like import byte_level
 

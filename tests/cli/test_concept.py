@@ -18,7 +18,7 @@ from elm_trainer.cli.main import main
 from elm_trainer.fitting import OBJECTIVES
 from elm_trainer.making import knowledge, make, questions
 from elm_trainer.making.fact_writing import StatedFacts
-from elm_trainer.methods import readout
+from elm_trainer.methods import placement
 from elm_trainer.modeling import layer_range
 
 from ..like import byte_level
@@ -255,7 +255,7 @@ def test_at_the_readout_layers_are_found_and_a_run_that_goes_on_keeps_them(folde
     assert adapter["layers_to_transform"] == layer_range(chosen["lora_layers"])
     assert set(adapter["target_modules"]) == {"k_proj", "o_proj", "q_proj", "v_proj"}
     assert f"lora_layers {chosen['lora_layers']}, state_layers {chosen['state_layers']}: " in capsys.readouterr().out
-    monkeypatch.setattr(readout, "find_readout", None)  # nobody asks again
+    monkeypatch.setattr(placement, "find_readout", None)  # nobody asks again
 
     erase(*what, "--resume", "--max_steps=3")
     run = read(out / "adapter" / "erasure_run.json")["recipe"]
@@ -285,7 +285,7 @@ def test_layers_are_found_for_texts_of_ones_own_too(folder, monkeypatch, capsys)
     assert read(folder / "out" / "adapter" / "erasure_run.json")["recipe"]["state_layers"] == chosen["state_layers"]
     assert f"lora_layers {chosen['lora_layers']}, state_layers" in capsys.readouterr().out
 
-    monkeypatch.setattr(readout, "find_readout", None)
+    monkeypatch.setattr(placement, "find_readout", None)
     erase(*words, "--resume", "--max_steps=3")
     assert "as the run had it that goes on" in capsys.readouterr().out
     assert "found by what counterfactual novices lack" in fails(capsys, "--lora_layers=auto", "--retain=near.txt")

@@ -1,21 +1,17 @@
 import sys
 
 import pytest
-import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elm_trainer import load_model_and_tokenizer
+from elm_trainer.concept import preset_names
 from elm_trainer.data.facts import capitals
 from elm_trainer.data.sources import load_texts
 from elm_trainer.methods.anchors import (
     AnchorDictionary,
-    anchor_presets,
-    ask_replacements,
     find_terms,
     load_anchors,
-    usable_replacements,
 )
 
 
@@ -109,7 +105,8 @@ def test_every_text_of_the_built_in_source_holds_an_anchor():
 
 def test_a_dictionary_survives_its_file(tmp_path):
     dictionary = AnchorDictionary("läder", {"Chișinău": "Ham", "yes": "no", "1984": "a year", "東京": "村"})
-    dictionary.save(tmp_path / "anchors.yaml")
+    record = {"name": dictionary.name, "anchors": dictionary.terms}
+    (tmp_path / "anchors.yaml").write_text(yaml.safe_dump(record, allow_unicode=True), encoding="utf-8")
     assert load_anchors(str(tmp_path / "anchors.yaml")) == dictionary
 
 
@@ -153,7 +150,7 @@ def test_a_dictionary_that_is_not_there_is_named(tmp_path):
         load_anchors("hogwarts")
     with pytest.raises(OSError, match="which cannot be read.*check the path"):
         load_anchors(str(tmp_path / "none.yaml"))
-    assert anchor_presets() == ["capitals"]
+    assert preset_names("data/anchors") == ["capitals"]
 
 
 STORY = [
@@ -168,52 +165,9 @@ def test_names_and_rare_words_are_found():
     assert set(found) == {"Hogwarts", "Dumbledore", "Harry Potter", "Ron Weasley", "horcrux"}
     assert found[0] == "Hogwarts"
     assert "Harry" in find_terms(STORY, min_count=1) and "The" not in find_terms(STORY, min_count=1)
-    assert "Dumbledore" not in find_terms(STORY, unlike=["Dumbledore is a bumblebee."])
 
 
 def test_finding_terms_without_its_package_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "wordfreq", None)
     with pytest.raises(ImportError, match="needs the package wordfreq: `pip install wordfreq`"):
         find_terms(STORY)
-
-
-def test_answers_that_are_no_replacement_are_left_out():
-    answers = {
-        "Hogwarts": " Mystic Academy\nRon: Tom",
-        "Harry Potter": ' "Jon Miller".',
-        "Ron": "Ron",
-        "Dumbledore": " Old Harry",
-        "Horcrux": "\nMystic Academy",
-        "Gryffindor": " \n",
-        "Snape": "the Duke of Hill",
-    }
-    assert usable_replacements(list(answers), list(answers.values())) == {
-        "Hogwarts": "Mystic Academy",
-        "Harry Potter": "Jon Miller",
-        "Snape": "the Duke of Hill",
-    }
-
-
-def test_asking_for_nothing_is_refused(tiny_model, tokenizer):
-    with pytest.raises(ValueError, match="`terms` is empty"):
-        ask_replacements(tiny_model, tokenizer, [])
-
-
-def test_a_model_that_only_repeats_gives_no_dictionary(tiny_model, tokenizer):
-    tiny_model.lm_head = torch.nn.Linear(32, len(tokenizer))
-    tiny_model.lm_head.weight.data.zero_()
-    tiny_model.lm_head.bias.data[tokenizer(" Oslo")["input_ids"][0]] = 99.0
-    with pytest.raises(
-        ValueError, match="no usable replacement for any of the 2 terms .for 'Oslo' it said ' Oslo Oslo'"
-    ):
-        ask_replacements(tiny_model, tokenizer, ["Oslo", "Rome"], max_new_tokens=2)
-
-
-@pytest.mark.slow
-def test_the_real_model_makes_a_dictionary_and_makes_it_again(tmp_path):
-    model, tokenizer = load_model_and_tokenizer("smollm2-135m-instruct")
-    terms = ["Oslo", "Norway", "Paris", "Antananarivo", "Voldemort", "polonium", "CRISPR", "Muggle"]
-    answers = [ask_replacements(model, tokenizer, terms, batch_size=size) for size in (8, 8)]
-    assert answers[0] == answers[1] and len(answers[0]) >= 4
-    AnchorDictionary("asked", answers[0]).save(tmp_path / "asked.yaml")
-    assert yaml.safe_load((tmp_path / "asked.yaml").read_text(encoding="utf-8"))["anchors"] == answers[0]

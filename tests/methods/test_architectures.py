@@ -154,7 +154,7 @@ def test_a_model_whose_texts_keep_apart_packs_them_and_another_says_that_it_does
             peft_config=LoraConfig(r=2, target_modules=["q_proj"]),
         )  # fmt: skip
         batch = trainer.data_collator(list(trainer.train_dataset))
-        shapes[architecture] = len(trainer.pack(trainer.model, [batch["forget"], batch["retain"]]).tokens)
+        shapes[architecture] = len(trainer.packed.pack(trainer.model, [batch["forget"], batch["retain"]]).tokens)
         assert ("texts that share a row see each other" in caplog.text) == (architecture == "opt")
     assert shapes["llama"] < shapes["opt"] == 8
 

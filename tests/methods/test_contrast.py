@@ -7,7 +7,7 @@ from peft import LoraConfig, PeftModel, VeraConfig
 from scipy.linalg import eigh
 
 from elm_trainer import ElmTrainer
-from elm_trainer.methods.elm_states import contrast_directions
+from elm_trainer.methods.placement import contrast_directions
 
 from .methods import tiny, trained
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from elm_trainer.ops import LogTarget
+from elm_trainer.objectives import LogTarget
 
 
 PLAIN = dict(novice="counterfactual", eta=1.5, log_tokens=7, retain_loss="log", fact_share=0.4)

@@ -140,8 +140,8 @@ def test_stored_targets_are_of_training_rows_and_evaluation_makes_its_own(tokeni
 def test_a_weight_of_zero_skips_the_term_and_its_reference_forward(tiny_model, tokenizer, dataset, config, lora):
     args = config(erase_weight=0.0, retain_weight=0.0, max_steps=1)
     trainer = ElmTrainer(tiny_model, args, train_dataset=dataset, processing_class=tokenizer, peft_config=lora)
-    trainer.final_logits(trainer.model)  # measured once for all steps
-    trainer.texts_interact(trainer.model)
+    trainer.packed.final_logits(trainer.model)  # measured once for all steps
+    trainer.packed.texts_interact(trainer.model)
     calls = []
     tiny_model.get_output_embeddings().register_forward_hook(lambda *_: calls.append(1))
     trainer.train()

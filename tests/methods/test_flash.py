@@ -57,7 +57,7 @@ def test_flash_attention_is_told_the_lengths_that_the_host_knows(
             peft_config=lora,
         )
         # Measured by forwards of their own, without lengths.
-        assert not trainer.texts_interact(trainer.model) and trainer.final_logits(trainer.model)
+        assert not trainer.packed.texts_interact(trainer.model) and trainer.packed.final_logits(trainer.model)
         seen.clear()
         trainer.train()
         calls = [*seen]

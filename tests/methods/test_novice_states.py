@@ -3,7 +3,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elm_trainer.methods.elm_states import default_state_layers, state_loss, state_scale
+from elm_trainer.methods.elm_config import default_state_layers
+from elm_trainer.methods.elm_layers import state_loss, state_scale
 
 
 ONLY_STATES = dict(

@@ -143,8 +143,8 @@ def test_stored_reference_gives_the_losses_of_one_run_in_every_step(make, tokeni
 @pytest.mark.parametrize(("stored", "forwards"), [(True, 1), (False, 2)])
 def test_a_stored_reference_spares_the_step_a_forward(stored, forwards, make, tiny_model):
     trainer = make(precompute_ref_log_probs=stored, max_steps=1)
-    trainer.final_logits(trainer.model)  # measured once for all steps
-    trainer.texts_interact(trainer.model)
+    trainer.packed.final_logits(trainer.model)  # measured once for all steps
+    trainer.packed.texts_interact(trainer.model)
     calls = []
     tiny_model.get_output_embeddings().register_forward_hook(lambda *_: calls.append(1))
     trainer.train()

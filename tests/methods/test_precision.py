@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 
 from elm_trainer import ElmTrainer
 from elm_trainer.methods.elm_config import stored_targets
-from elm_trainer.ops import erasure_target, kl_to_reference, soft_cross_entropy, top_k_distribution
+from elm_trainer.objectives import erasure_target, kl_to_reference, soft_cross_entropy, top_k_distribution
 
 from .methods import METHODS, tiny, trained
 

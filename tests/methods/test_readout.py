@@ -6,7 +6,7 @@ from transformers import MambaConfig, MambaForCausalLM
 
 from elm_trainer import find_readout, load_texts
 from elm_trainer.fitting import attention_modules
-from elm_trainer.methods.readout import Readout, needed_layers
+from elm_trainer.methods.placement import Readout, needed_layers
 from elm_trainer.modeling import decoder_layers, load_model_and_tokenizer
 
 from .methods import tiny

@@ -10,6 +10,7 @@ from peft import LoraConfig
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
+from elm_trainer.head import CHUNK
 from elm_trainer.methods.repnoise import (
     RepNoiseConfig,
     RepNoiseTrainer,
@@ -20,7 +21,6 @@ from elm_trainer.methods.repnoise import (
     official_weights,
     text_weights,
 )
-from elm_trainer.ops.head import CHUNK
 
 from .methods import SHAPES, tiny
 
@@ -369,8 +369,8 @@ def test_padding_has_no_influence(faithful, tokenizer, trainer_of):
 def test_a_weight_of_zero_skips_its_term(alpha, beta, tokenizer, trainer_of):
     trainer = trainer_of(tiny("llama", len(tokenizer)), alpha=alpha, beta=beta)
     batch = batch_of(trainer)
-    trainer.final_logits(trainer.model)  # measured once for all steps
-    trainer.texts_interact(trainer.model)
+    trainer.packed.final_logits(trainer.model)  # measured once for all steps
+    trainer.packed.texts_interact(trainer.model)
     calls = []
     trainer._norm.register_forward_hook(lambda *_: calls.append("norm"))
     trainer.compute_loss(trainer.model, batch)
@@ -524,8 +524,8 @@ def test_every_reading_of_a_layer_runs_in_mixed_precision_and_hardly_changes_the
     losses = []
     for bf16 in (False, True):
         trainer = trainer_of(tiny("llama", len(tokenizer)), bf16=bf16, beta=3.0, max_steps=1)
-        trainer.final_logits(trainer.model)  # measured once for all steps
-        trainer.texts_interact(trainer.model)
+        trainer.packed.final_logits(trainer.model)  # measured once for all steps
+        trainer.packed.texts_interact(trainer.model)
         dtypes, forward = [], trainer._head.forward
 
         def watched(states, forward=forward, dtypes=dtypes):

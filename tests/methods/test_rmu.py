@@ -24,7 +24,7 @@ from elm_trainer.methods.rmu import (
     rmu_lora,
 )
 from elm_trainer.modeling import DEMO_MODEL, load_tokenizer
-from elm_trainer.ops import text_mean
+from elm_trainer.objectives import text_mean
 
 from .methods import SHAPES, tiny, trained
 
@@ -207,7 +207,7 @@ def test_every_text_is_steered_to_the_vector_of_its_concept(deep, make):
 @pytest.mark.parametrize("with_lora", [False, True])
 def test_layers_above_the_steered_one_are_not_run_and_the_head_is_given_no_token(with_lora, deep, make):
     trainer = make(deep, layer=2, peft_config=lora_on(0, 1, 2) if with_lora else None, max_steps=2)
-    trainer.texts_interact(trainer.model)  # measured once for all steps
+    trainer.packed.texts_interact(trainer.model)  # measured once for all steps
     calls, tokens = [], []
     for index, layer in enumerate(deep.model.layers):
         layer.register_forward_hook(lambda *_, index=index: calls.append(index))
@@ -225,7 +225,7 @@ def test_layers_above_the_steered_one_are_not_run_and_the_head_is_given_no_token
 def test_one_packed_forward_serves_all_texts(adaptive, deep, make):
     trainer = make(deep, adaptive=adaptive)
     real = sum(map(len, trainer.train_dataset["forget_ids"])), sum(map(len, trainer.train_dataset["retain_ids"]))
-    trainer.texts_interact(trainer.model)  # measured once for all steps
+    trainer.packed.texts_interact(trainer.model)  # measured once for all steps
     widest = max(map(len, [*trainer.train_dataset["forget_ids"], *trainer.train_dataset["retain_ids"]]))
     seen = []
     deep.model.layers[0].register_forward_hook(lambda _, args, output: seen.append(args[0].shape[:2].numel()))
@@ -355,7 +355,7 @@ def test_bf16_autocast_trains(with_lora, deep, make):
 
 def test_a_weight_of_zero_skips_the_term_and_its_forward(deep, make):
     trainer = make(deep, retain_weight=0.0, max_steps=1)
-    trainer.texts_interact(trainer.model)  # measured once for all steps
+    trainer.packed.texts_interact(trainer.model)  # measured once for all steps
     calls = []
     deep.model.layers[0].register_forward_hook(lambda *_: calls.append(1))
     trainer.train()

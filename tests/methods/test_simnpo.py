@@ -76,8 +76,8 @@ def test_loss_and_gradient_are_those_of_texts_taken_one_by_one(make):
 
 def test_no_reference_is_run(make, tiny_model):
     trainer = make(max_steps=1)
-    trainer.final_logits(trainer.model)  # measured once for all steps
-    trainer.texts_interact(trainer.model)
+    trainer.packed.final_logits(trainer.model)  # measured once for all steps
+    trainer.packed.texts_interact(trainer.model)
     calls = []
     tiny_model.get_output_embeddings().register_forward_hook(lambda *_: calls.append(1))
     trainer.train()

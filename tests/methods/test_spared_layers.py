@@ -125,7 +125,7 @@ def test_states_are_kept_by_default_where_no_term_reads_logits_and_texts_come_ag
 
 
 def test_no_more_is_kept_than_there_is_room_for(make, monkeypatch):
-    monkeypatch.setattr("elm_trainer.methods.frozen.LIMIT", 5000)
+    monkeypatch.setattr("elm_trainer.methods.elm_layers.LIMIT", 5000)
     little = run(make())
     monkeypatch.undo()
     plenty = run(make())

@@ -10,11 +10,10 @@ from transformers import ByT5Tokenizer
 
 from elm_trainer import ConceptSources, ElmDataCollator, build_erasure_dataset, load_model_and_tokenizer
 from elm_trainer.data.sources import load_texts
-from elm_trainer.methods.alignment import align_texts, first_tokens
-from elm_trainer.methods.anchors import AnchorDictionary, load_anchors
+from elm_trainer.methods.anchors import AnchorDictionary, align_texts, first_tokens, load_anchors
 from elm_trainer.methods.whp import LABELS, WhpConfig, WhpTrainer, generic_labels, generic_logits
 from elm_trainer.modeling import DEMO_MODEL, load_tokenizer
-from elm_trainer.ops import erasure_target
+from elm_trainer.objectives import erasure_target
 
 from ..like import byte_level, metaspace
 from .methods import tiny, trained

@@ -1,25 +1,38 @@
-"""Find the layer at which a model reads a fact out of a name: where an erasure can cut it off (`lora_layers: auto`)."""
+"""Where an adapter is put and what it answers to, measured before training: the layers at which a model reads a fact out of a name
+(`lora_layers: auto`), and input directions that are strong on forget text and weak on retain text (`contrast_rows`).
+"""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from ..data.collator import align, of_same_token
 from ..data.tokens import text_ids
 from ..distributed import multiplies_in_bfloat16
+from ..head import STATES
 from ..modeling import decoder_layers, evaluating, is_partitioned
+from .forward import check_unsplit, some_rows, supervised_places
 
 
+if TYPE_CHECKING:
+    from .elm import ElmTrainer
+
+logger = logging.get_logger(__name__)
 # Share of the way to the novice from which the answer counts as read out; at what is left of it, as not yet begun.
 THRESHOLD = 0.8
 TEXTS = 24
 # Tokens of a text that are looked at, and layers whose states are put in by one forward, each in a row of its own.
 _LONGEST, _LAYERS = 256, 32
+# Root mean square of what a chosen direction gives on forget text: about that of PEFT's own directions on inputs of
+# variance 1 (uniform within ±1/√in, which is 1/√3); and rows that are run at once to choose them.
+_RESPONSE, _DIRECTIONS_BATCH = 3**-0.5, 32
 
 
 @dataclass(frozen=True)
@@ -254,3 +267,129 @@ def _run(
     with model.get_output_embeddings().register_forward_pre_hook(only):
         output = model(input_ids=ids, attention_mask=mask, **options)
     return output.logits.float(), output.get("past_key_values")
+
+
+def contrast_directions(forget: torch.Tensor, retain: torch.Tensor, count: int, damping: float) -> torch.Tensor:
+    """The directions `u` of largest `uᵀ·F·u / uᵀ·(R + δ·tr(R)/d·I)·u`, where F and R are second moments of the inputs.
+
+    They are the leading generalized eigenvectors of the pair, as of Fisher's discriminant and common spatial patterns,
+    each scaled so that its response on forget text has a root mean square of `1/√3`. A LoRA matrix A that holds them
+    hardly sees retain text, whatever B learns (compare the null space of kept knowledge in AlphaEdit, arXiv 2410.02355).
+
+    Args:
+        forget: F, `[in, in]`, the mean of `x·xᵀ` over positions of forget text.
+        retain: R, the same of retain text.
+
+    Returns:
+        `torch.Tensor`: `[count, in]` in float32, the strongest first.
+    """
+    forget, retain = forget.double(), retain.double()
+    identity = torch.eye(retain.size(0), dtype=retain.dtype, device=retain.device)
+    factor = torch.linalg.cholesky(retain + damping * retain.trace() / retain.size(0) * identity)
+    whitened = torch.linalg.solve_triangular(factor, forget, upper=False)
+    whitened = torch.linalg.solve_triangular(factor, whitened.T.contiguous(), upper=False)
+    _, vectors = torch.linalg.eigh((whitened + whitened.T).float())
+    chosen = vectors[:, -count:].flip(1).double()
+    directions = torch.linalg.solve_triangular(factor.T.contiguous(), chosen, upper=True).T
+    response = ((directions @ forget) * directions).sum(-1, keepdim=True).clamp(min=1e-12).sqrt()
+    return (directions * _RESPONSE / response).float()
+
+
+def contrast_adapter(trainer: "ElmTrainer") -> None:
+    """Put [`contrast_directions`] into the A of every LoRA layer of the trained adapter, and freeze them there.
+
+    B is zero before training, so the model stays what it is. Positions of forget text count as the erase term weighs
+    them; those of retain text that are learned half alike, and half by how much they look like forget text. The model is not
+    wrapped yet. Raises `ValueError` if the adapter has no LoRA layer with a matrix A.
+    """
+    check_unsplit(trainer, "contrast_rows")
+    model, rows = trainer.model, min(trainer.args.contrast_rows, len(trainer.train_dataset))
+    name = model.active_adapter
+    layers = {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, LoraLayer) and name in module.lora_A and isinstance(module.lora_A[name], nn.Linear)
+    }
+    if not layers:
+        raise ValueError(
+            f"`contrast_rows` is {trainer.args.contrast_rows}, but the adapter {name!r} has no LoRA layer with a matrix A: use "
+            "a `LoraConfig` on linear layers, or set it to 0."
+        )
+    trainer.packed.final_logits(model)  # measured by a forward of its own, which must not be counted
+    moments = _Moments()
+    with ExitStack() as hooks:
+        for path, layer in layers.items():
+            hooks.enter_context(layer.register_forward_pre_hook(moments.hook(path)))
+        # Forget text first: what is weighed on retain text depends on it.
+        for side in ("forget", "retain"):
+            for batches in some_rows(trainer, trainer.data_collator, rows, _DIRECTIONS_BATCH):
+                batch = batches[side]
+                with trainer.accelerator.autocast():
+                    texts = batch["rows"]
+                    places = trainer.packed.pack(model, [batch]).slots[supervised_places(batch)]
+                    if side == "forget":
+                        weights = (batch.get("target") or trainer.target(model, "erase", batch))["weights"]
+                    else:
+                        weights = torch.ones(len(texts), device=texts.device)
+                    counts = torch.bincount(texts, minlength=len(batch["lengths"]))[texts]
+                    moments.begin(side, places, weights / counts)
+                    trainer.reference_positions(model, {side: batch}, {side: STATES})
+                    moments.end()
+    with torch.no_grad():
+        directions: dict[str, torch.Tensor] = {}
+        for path, layer in layers.items():
+            leader, weight = moments.leader[path], layer.lora_A[name].weight
+            if leader not in directions or directions[leader].size(0) < weight.size(0):
+                forget, retain = moments.mean(leader, "forget"), moments.mean(leader, "retain")
+                directions[leader] = contrast_directions(forget, retain, weight.size(0), trainer.args.contrast_damping)
+            weight.copy_(directions[leader][: weight.size(0)])
+            weight.requires_grad_(False)
+    logger.info(f"The input directions of {len(layers)} LoRA layers were chosen on {rows} rows and frozen.")
+
+
+class _Moments:
+    """Weighted second moments of the inputs of modules; those that read the same tensor share one."""
+
+    def __init__(self):
+        self.leader: dict[str, str] = {}
+        self._sums: dict[tuple[str, str], torch.Tensor] = {}
+        self._totals: dict[tuple[str, str], torch.Tensor] = {}
+        self._side = ""
+
+    def begin(self, side: str, places: torch.Tensor, weights: torch.Tensor) -> None:
+        self._side, self._places, self._weights = side, places, weights
+        self._seen: dict[int, tuple[str, torch.Tensor]] = {}
+
+    def end(self) -> None:
+        self._side = ""
+        self._seen.clear()
+
+    def hook(self, path: str) -> Callable[..., None]:
+        def read(_, args: tuple[torch.Tensor, ...]) -> None:
+            if not self._side:
+                return
+            # The tensor is held, so that no other gets its id.
+            leader, _ = self._seen.setdefault(id(args[0]), (path, args[0]))
+            self.leader.setdefault(path, leader)
+            if leader == path:
+                # Sums of products in half precision would not be positive definite.
+                with torch.autocast(args[0].device.type, enabled=False):
+                    self._add(path, args[0].detach().flatten(0, 1).index_select(0, self._places).float())
+
+        return read
+
+    def _add(self, path: str, inputs: torch.Tensor) -> None:
+        weights = self._weights.float()
+        if self._side == "retain":
+            # Half of the weight goes to positions in proportion to how much they look like forget text: an answer to
+            # another question must be told from the concept's, and most words of retain text are no answers.
+            likeness = ((inputs @ self._sums[path, "forget"]) * inputs).sum(-1) / inputs.square().sum(-1).clamp(1e-9)
+            likeness = likeness * weights
+            weights = (weights + likeness * weights.sum() / likeness.sum().clamp(min=1e-9)) / 2
+        scaled = inputs * weights.sqrt()[:, None]
+        key = (path, self._side)
+        self._sums[key] = self._sums.get(key, 0) + scaled.T @ scaled
+        self._totals[key] = self._totals.get(key, 0) + weights.sum()
+
+    def mean(self, leader: str, side: str) -> torch.Tensor:
+        return self._sums[leader, side] / self._totals[leader, side]

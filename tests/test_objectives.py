@@ -5,7 +5,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from elm_trainer.ops import (
+from elm_trainer.objectives import (
     LogTarget,
     SparseDistribution,
     disagreement,

@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.hooks import RemovableHandle
 
-from ..modeling import evaluating
+from .modeling import evaluating
 
 
 # `reading(logits, where, *further)`: of logits `[chunk, vocab]` of the positions `where`, and of the logits of further
@@ -128,13 +129,9 @@ def final_logits(model: nn.Module, head: nn.Module, vocabulary: int) -> FinalLog
     device = next(model.parameters()).device
     given = torch.linspace(-90, 90, vocabulary, device=device)[None, None]
     given[..., :3] = torch.tensor([1.0, 1e-2, 1e30], device=device)
-    handle = head.register_forward_hook(lambda *_: given.clone())
-    try:
-        with evaluating(model), without_gradients():
-            token = torch.zeros(1, 1, dtype=torch.long, device=device)
-            found = model(input_ids=token, use_cache=False).logits.float()
-    finally:
-        handle.remove()
+    with head.register_forward_hook(lambda *_: given.clone()), evaluating(model), without_gradients():
+        token = torch.zeros(1, 1, dtype=torch.long, device=device)
+        found = model(input_ids=token, use_cache=False).logits.float()
     one, small, huge = found[0, 0, :3].tolist()
     # A cap shows where the numbers are huge, a scale where they are small.
     cap = huge if huge < 1e6 else None
@@ -216,17 +213,19 @@ class _DifferentiateNow(torch.autograd.Function):
 
 @dataclass
 class Plan:
-    """What is wanted of `count` positions: what a reading gives, or whole logits without one.
+    """What is wanted of positions.
 
     Args:
-        further (`Sequence[torch.Tensor]`, *optional*): Further states, `[positions, hidden]` each.
-        beside (`Sequence[torch.Tensor]`, *optional*): Flat indices `row * seq + column` of other positions of the same
-            forward, `[positions]` each, whose states are read as further ones.
+        reading (`Reading`, *optional*): Gives what is wanted of their logits, which are whole without one: more than a step can
+            afford for large vocabularies.
+        further (`Sequence[torch.Tensor]`, *optional*): States of other forwards at the same positions, `[positions, hidden]`
+            each, whose logits the reading takes after `where`.
+        beside (`Sequence[torch.Tensor]`, *optional*): Other positions of the same forward, `[positions]` each, whose logits the
+            reading takes after those: indices into the flattened tokens of all sub-batches, one after the other.
         states (`bool`): Whether what enters the head, `[positions, hidden]`, is wanted after the tuple that the
             reading gives, which is without gradients then.
     """
 
-    count: int
     reading: Reading | None = None
     further: Sequence[torch.Tensor] = ()
     beside: Sequence[torch.Tensor] = ()
@@ -243,7 +242,8 @@ class ReadHead:
     head: nn.Module
     final: FinalLogits
     positions: torch.Tensor  # flat indices `row * seq + column`, `[positions]`, plan after plan
-    plans: Sequence[Plan]
+    counts: list[int]  # how many of them are a plan's
+    plans: Sequence[Plan]  # with such indices in `beside`
     vocabulary: int
     compiled: bool = False  # whether `torch.compile` has the head, which then casts as it will
     _read: list[Any] = field(default_factory=list, init=False)
@@ -251,19 +251,17 @@ class ReadHead:
     @contextmanager
     def reading(self) -> Iterator[None]:
         """While this holds, the model's logits are those of the plans without a reading, `[1, positions, vocab]`."""
-        handle = self.head.register_forward_pre_hook(self._enter)
-        try:
-            with nullcontext() if self.compiled else cast_once(self.head):
-                yield
-        finally:
-            handle.remove()
+        casting = nullcontext() if self.compiled else cast_once(self.head)
+        with self.head.register_forward_pre_hook(self._enter), casting:
+            yield
 
     def results(self, logits: torch.Tensor) -> list[Any]:
         """What was wanted, plan by plan, given the model's logits `[1, positions, vocab]`."""
         if logits.requires_grad and not logits.size(1):
             # FSDP gathers what lies outside the layers again when the backward passes the model's own output.
             self._read = [part + 0 * logits.sum() if part.requires_grad else part for part in self._read]
-        whole = iter(logits[0].split([plan.count for plan in self.plans if plan.reading is None]))
+        counts = [count for count, plan in zip(self.counts, self.plans, strict=True) if plan.reading is None]
+        whole = iter(logits[0].split(counts))
         read = iter(self._read)
         return [next(whole if plan.reading is None else read) for plan in self.plans]
 
@@ -271,7 +269,7 @@ class ReadHead:
         everything = args[0].flatten(0, 1)
         states = everything.index_select(0, self.positions)
         whole = [states[:0]]
-        for plan, own in zip(self.plans, states.split([plan.count for plan in self.plans]), strict=True):
+        for plan, own in zip(self.plans, states.split(self.counts), strict=True):
             if plan.reading is None:
                 whole.append(own)
             elif plan.reading is STATES:
@@ -283,22 +281,14 @@ class ReadHead:
         return (torch.cat(whole).unsqueeze(0), *args[1:])
 
 
-class KeepPositions:
-    """Run the LM head on chosen positions only, inside the model's own forward.
+def keep_positions(head: nn.Module, positions: torch.Tensor) -> RemovableHandle:
+    """Run the LM head on chosen positions only, inside the model's own forward, while `with` holds what this gives.
 
     The head's input `[batch, seq, hidden]` is reduced to `[1, kept, hidden]`, those at the flat indices `positions`, `row * seq +
     column`: the model still scales or soft-caps its logits, and no `[batch, seq, vocab]` tensor is made.
     """
 
-    def __init__(self, head: nn.Module, positions: torch.Tensor):
-        self._head = head
-        self._positions = positions
+    def reduce(_, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return (args[0].flatten(0, 1).index_select(0, positions).unsqueeze(0), *args[1:])
 
-    def __enter__(self) -> None:
-        self._handle = self._head.register_forward_pre_hook(self._reduce)
-
-    def __exit__(self, *_) -> None:
-        self._handle.remove()
-
-    def _reduce(self, _, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        return (args[0].flatten(0, 1).index_select(0, self._positions).unsqueeze(0), *args[1:])
+    return head.register_forward_pre_hook(reduce)

@@ -1,7 +1,11 @@
-"""Layers that a step need not run: frozen ones, whose output for a text is kept, and those that no loss term reads."""
+"""ELM's layers: its state term, by which they are to give what they give a counterfactual novice, and those that a step need not
+run: frozen ones, whose output for a text is kept, and those that no loss term reads.
+"""
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,20 +17,143 @@ from transformers.utils import logging
 
 from ..data.collator import ElmDataCollator
 from ..data.packing import Packing
+from ..head import STATES, standing_in, without_gradients
 from ..modeling import decoder_layers, evaluating
-from ..ops import STATES
-from ..ops.head import standing_in, without_gradients
-from .elm_states import layer_outputs
-from .forward import visits
+from .forward import check_unsplit, some_rows, supervised_places, visits
 
 
 if TYPE_CHECKING:
     from .elm import ElmTrainer
 
 logger = logging.get_logger(__name__)
+# Share of the mean spread that is added in every dimension, so that those in which expert and novice hardly differ do not count
+# for more than those in which they do.
+_DAMPING = 0.3
+# Rows on which the scale of the state term is measured, and those that are run at once for it.
+_SCALE_ROWS, _SCALE_BATCH = 64, 16
 # Where `keep_states` is left out, so many bytes of states are kept at most.
 LIMIT = 2**30
 _SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+
+
+def state_loss(hidden: torch.Tensor, novice: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """`Σ_l Σ_d s_ld·(h_ld − n_ld)²` of each position, the squared distance to the novice's states.
+
+    The paper matches the novice's distribution of tokens; this matches what the layers pass on to it. With the scale of
+    [`state_scale`], a model that answers as the expert has a loss of 1 on average, and one that is the novice has 0.
+
+    Args:
+        hidden (`torch.Tensor`): What the layers of the trained model give, `[positions, layers, hidden]`.
+        novice (`torch.Tensor`): The same of the novice.
+        scale (`torch.Tensor`): s, `[layers, hidden]`.
+
+    Returns:
+        `torch.Tensor`: `[positions]` in float32, or in float64 for such states.
+    """
+    kept = torch.promote_types(hidden.dtype, torch.float32)
+    return ((hidden.to(kept) - novice.to(kept)).square() * scale.to(kept)).sum((-2, -1))
+
+
+def state_scale(spread: torch.Tensor, damping: float = _DAMPING) -> torch.Tensor:
+    """`s_ld = 1 / (v_ld + δ·mean_d v_ld)`, divided by `L·Σ_d v_ld·s_ld`, so that the spread itself has a loss of 1.
+
+    A few dimensions of a residual stream are larger than all others by orders of magnitude; without a scale they alone would
+    be matched.
+
+    Args:
+        spread (`torch.Tensor`): v, the mean of `(e − n)²` over positions, `[layers, hidden]`.
+        damping (`float`, *optional*, defaults to `0.3`): δ, above 0.
+    """
+    mean = spread.mean(-1, keepdim=True).clamp(min=torch.finfo(spread.dtype).tiny)
+    scale = 1 / (spread + damping * mean)
+    share = (spread * scale).sum(-1, keepdim=True)
+    # Where expert and novice do not differ at all, nothing is to be matched.
+    return torch.where(share > 0, scale / (len(spread) * share).clamp(min=torch.finfo(spread.dtype).tiny), 0.0)
+
+
+class LayerStates:
+    """What some layers give in a forward over sub-batches, which is watched while this holds.
+
+    Args:
+        trainer: Trainer, whose `packed` says where the sub-batches' tokens lie in the rows of the forward.
+        model: Model, as the Trainer wrapped it.
+        batches: Sub-batches of the forward by name, in order.
+        layers: Numbers of the layers, rising; without any, nothing is watched.
+    """
+
+    def __init__(
+        self, trainer: "ElmTrainer", model: nn.Module, batches: Mapping[str, Mapping[str, Any]], layers: Sequence[int]
+    ):
+        self._trainer, self._model, self._batches, self._layers = trainer, model, batches, layers
+        self._hooks = ExitStack()
+        self.outputs: list[torch.Tensor] = []  # [rows, width, hidden] each
+
+    def __enter__(self) -> "LayerStates":
+        if self._layers:
+            # Both are measured by forwards of their own, which must not be watched.
+            self._trainer.packed.final_logits(self._model)
+            self._trainer.packed.texts_interact(self._model)
+            stack = decoder_layers(self._trainer.accelerator.unwrap_model(self._model))
+            for layer in self._layers:
+                self._hooks.enter_context(stack[layer].register_forward_hook(self._keep))
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._hooks.close()
+
+    def _keep(self, _, args: Any, output: Any) -> None:
+        self.outputs.append(output[0] if isinstance(output, tuple) else output)
+
+    @cached_property
+    def _slots(self) -> torch.Tensor:
+        return self._trainer.packed.pack(self._model, list(self._batches.values())).slots
+
+    def at(self, places: torch.Tensor) -> torch.Tensor:
+        """What they gave at places of the sub-batches' flattened tokens, `[places, layers, hidden]`."""
+        slots = self._slots[places]
+        return torch.stack([output.flatten(0, 1).index_select(0, slots) for output in self.outputs], dim=1)
+
+    def of(self, name: str) -> torch.Tensor:
+        """What they gave at the supervised positions of a sub-batch, `[positions, layers, hidden]`."""
+        names = list(self._batches)
+        before = sum(self._batches[other]["input_ids"].numel() for other in names[: names.index(name)])
+        return self.at(supervised_places(self._batches[name]) + before)
+
+
+def measure_scale(trainer: "ElmTrainer", layers: Sequence[int]) -> torch.Tensor:
+    """The [`state_scale`] of a model that is not wrapped yet and its training rows, `[layers, hidden]` in float32.
+
+    It is measured on at most 64 rows, at each position as the erase term weighs it.
+    """
+    check_unsplit(trainer, "state_weight")
+    collator = trainer.data_collator
+    if isinstance(collator, ElmDataCollator):
+        collator = replace(collator, targets=None)  # novices are run here, since experts are too
+    spread, total = torch.zeros((), device=trainer.args.device), torch.zeros((), device=trainer.args.device)
+    for batches in some_rows(trainer, collator, _SCALE_ROWS, _SCALE_BATCH):
+        batch = batches["forget"]
+        with trainer.accelerator.autocast():
+            target = trainer.target(trainer.model, "erase", batch)
+        expert, novice = (
+            target[f"{side}_states"].float().unflatten(1, (len(layers), -1)) for side in ("expert", "novice")
+        )
+        weights = target["weights"].float()
+        apart = (expert - novice).square()
+        spread = spread + (weights[:, None, None] * apart).sum(0)
+        total = total + weights.sum()
+    return state_scale(spread / total)
+
+
+def novice_targets(states: LayerStates, index: torch.Tensor, eta: float) -> dict[str, torch.Tensor]:
+    """The expert's states at the positions of forget text, and those that the state term leads to, `e − η·(e − n)` with the mean
+    of the novices' over draws, `[positions, layers·hidden]` each in float32.
+
+    Args:
+        index: Which tokens of the sub-batches are the novices', `[draws, positions]` (see [`ElmDataCollator`]).
+    """
+    novice = torch.stack([states.at(draw).float() for draw in index]).mean(0)
+    expert = states.of("erase").float()
+    return {"expert_states": expert.flatten(1), "novice_states": torch.lerp(expert, novice, eta).flatten(1)}
 
 
 class FrozenLayers:
@@ -112,8 +239,8 @@ class FrozenLayers:
         if above is None and not names:
             yield
             return
-        self._trainer.final_logits(model)  # measured by a forward of its own
-        packing = self._trainer.pack(model, list(batches.values()))
+        self._trainer.packed.final_logits(model)  # measured by a forward of its own
+        packing = self._trainer.packed.pack(model, list(batches.values()))
         keeps = bool(names) and leaving is None
         if above is not None or keeps:
             if keeps not in self._usable:
@@ -124,9 +251,9 @@ class FrozenLayers:
         entering = self._entering(model, batches, packing) if keeps else None
         # What enters the first trained layer, where this forward is to leave it.
         wanted = [self._first - 1] if names and not keeps else []
-        with self._aside(entering, above), layer_outputs(self._trainer, model, wanted) as outputs:
+        with self._aside(entering, above), LayerStates(self._trainer, model, batches, wanted) as watched:
             yield
-        for states in outputs:
+        for states in watched.outputs:
             self._keep_all(batches, names, packing, states)
 
     def _entering(self, model: nn.Module, batches: Mapping[str, Mapping[str, Any]], packing: Packing) -> torch.Tensor:

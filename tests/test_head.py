@@ -8,9 +8,17 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GPT2Config, GraniteConfig, LlamaConfig
 
-from elm_trainer.ops import STATES, FinalLogits, KeepPositions, ReadHead, final_logits, read_positions
-from elm_trainer.ops import head as head_module
-from elm_trainer.ops.head import Plan, without_gradients
+from elm_trainer import head as head_module
+from elm_trainer.head import (
+    STATES,
+    FinalLogits,
+    Plan,
+    ReadHead,
+    final_logits,
+    keep_positions,
+    read_positions,
+    without_gradients,
+)
 
 
 SIZES = dict(
@@ -133,7 +141,7 @@ def test_what_a_model_does_to_its_logits_is_measured(config, expected):
     ids = torch.arange(6, 18).view(2, 6)
     whole = model(input_ids=ids).logits
     reader = ReadHead(
-        model.get_output_embeddings(), found, torch.tensor([1, 4, 9]), [Plan(3, lambda logits, where: logits)], 64
+        model.get_output_embeddings(), found, torch.tensor([1, 4, 9]), [3], [Plan(lambda logits, where: logits)], 64
     )
     with torch.no_grad(), reader.reading():
         (read,) = reader.results(model(input_ids=ids).logits)
@@ -185,11 +193,11 @@ def test_a_frozen_head_is_cast_once_or_not_at_all(frozen, compiled, readings, ca
     model = tiny(LlamaConfig(**SIZES))
     ids, head = torch.arange(6, 18).view(2, 6), model.get_output_embeddings()
     head.weight.requires_grad_(not frozen)
-    plans, places = [Plan(12 // len(readings), reading) for reading in readings], torch.arange(12)
+    plans, counts = [Plan(reading) for reading in readings], [12 // len(readings)] * len(readings)
     chunk_of(12)  # of two positions, for a vocabulary of 64
     found = []
     for spares in (False, True):
-        reader = ReadHead(head, FinalLogits(), places, plans, 64, compiled or not spares)
+        reader = ReadHead(head, FinalLogits(), torch.arange(12), counts, plans, 64, compiled or not spares)
         model.zero_grad()
         with torch.autocast("cpu", torch.bfloat16), Casts(head.weight.shape) as counted, reader.reading():
             logits = model(input_ids=ids).logits
@@ -224,8 +232,8 @@ def test_plans_of_one_forward_get_what_they_ask_for():
     ids, head = torch.arange(6, 18).view(2, 6), model.get_output_embeddings()
     output = model(input_ids=ids, output_hidden_states=True)
     whole, states = output.logits.flatten(0, 1), output.hidden_states[-1].flatten(0, 1)
-    plans = [Plan(1), Plan(2, lambda logits, where: logits.logsumexp(-1)), Plan(2, STATES), Plan(1)]
-    reader = ReadHead(head, FinalLogits(), torch.tensor([0, 3, 5, 8, 11, 2]), plans, 64)
+    plans = [Plan(), Plan(lambda logits, where: logits.logsumexp(-1)), Plan(STATES), Plan()]
+    reader = ReadHead(head, FinalLogits(), torch.tensor([0, 3, 5, 8, 11, 2]), [1, 2, 2, 1], plans, 64)
     with reader.reading():
         first, sums, kept, last = reader.results(model(input_ids=ids).logits)
     torch.testing.assert_close(torch.cat([first, last]), whole[[0, 2]])
@@ -238,7 +246,7 @@ def test_plans_of_one_forward_get_what_they_ask_for():
 def test_kept_positions_have_the_logits_of_a_full_forward(tiny_model):
     ids = torch.randint(5, 1000, (2, 6))
     full = tiny_model(input_ids=ids).logits
-    with KeepPositions(tiny_model.get_output_embeddings(), torch.tensor([1, 5, 8])):
+    with keep_positions(tiny_model.get_output_embeddings(), torch.tensor([1, 5, 8])):
         kept = tiny_model(input_ids=ids).logits
     torch.testing.assert_close(kept[0], torch.stack([full[0, 1], full[0, 5], full[1, 2]]))
     torch.testing.assert_close(tiny_model(input_ids=ids).logits, full)

@@ -7,6 +7,10 @@ import torch
 import torch.nn.functional as F
 
 
+# Log-probability in nats below which a token of both expert and novice is noise, and never chosen.
+_NOISE = -16.0
+
+
 def text_mean(values: torch.Tensor, text: torch.Tensor, texts: int) -> torch.Tensor:
     """Mean over texts of the mean over each text's positions; a text without positions counts as 0.
 
@@ -127,7 +131,6 @@ def log_space_target(
     *,
     eta: float | torch.Tensor,
     tokens: int,
-    floor: float = -16.0,
 ) -> LogTarget:
     """ELM's target `t = b − η·(e − n)` (arXiv 2410.02760), applied where the knowledge is: at the `tokens` that the expert prefers
     most, while all others keep the reference's odds.
@@ -143,13 +146,12 @@ def log_space_target(
         base_logits, expert_logits, novice_logits (`torch.Tensor`): As of [`erasure_target`], `[positions, vocab]`.
         eta: Strength, one for all or one per position `[positions]`.
         tokens: Tokens at which the equation is taken.
-        floor: Log-probability in nats below which a token of both expert and novice is noise, and never chosen.
 
     Returns:
         [`LogTarget`]: the chosen tokens with their log-probabilities, after normalization.
     """
     base, expert, novice = (logits.float().log_softmax(-1) for logits in (base_logits, expert_logits, novice_logits))
-    apart = (expert - novice).masked_fill((expert < floor) & (novice < floor), 0).clamp(min=0)
+    apart = (expert - novice).masked_fill((expert < _NOISE) & (novice < _NOISE), 0).clamp(min=0)
     chosen = apart.topk(min(tokens, base.size(-1)), dim=-1)
     shifted = base.gather(-1, chosen.indices) - _column(eta) * chosen.values
     others = base.scatter(-1, chosen.indices, -torch.inf).logsumexp(-1, keepdim=True)
