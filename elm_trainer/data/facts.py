@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
 from itertools import combinations
+from string import Formatter
 from typing import Any
 
 import yaml
@@ -194,6 +195,11 @@ def bank_record(name: str) -> dict[str, Any]:
     return own_yaml(f"banks/{name}.yaml")
 
 
+def placeholders(template: str) -> list[str]:
+    """The names in braces, in their order."""
+    return [name for _, name, _, _ in Formatter().parse(template) if name]
+
+
 def _questions_of_family(name: str, record: Mapping[str, Any], family: str, seed: int) -> list[Question]:
     spec, facts = record["families"][family], facts_of(name)
     kind = spec.get("options")
@@ -201,7 +207,7 @@ def _questions_of_family(name: str, record: Mapping[str, Any], family: str, seed
     for number, fact in enumerate(facts):
         answer, distractors = _options(fact, facts, kind, seed)
         for index, wording in enumerate(spec.get(split_by(fact.subject), ()) if distractors else ()):
-            asked = {part.split("}")[0] for part in wording.split("{")[1:]}
+            asked = placeholders(wording)
             exonyms = record.get("exonyms", {})
             local: dict[str, str] = next((exonyms[language] for language in exonyms if language in asked), {})
             right, *wrong = [local.get(option, option) for option in (answer, *distractors)]
@@ -214,7 +220,7 @@ def _questions_of_family(name: str, record: Mapping[str, Any], family: str, seed
                 true = (number + index) % 2 == 0
                 fields["claim"] = right if true else wrong[0]
                 right, wrong = JUDGMENTS[not true], [JUDGMENTS[true]]
-            if not asked <= fields.keys():
+            if not {*asked} <= fields.keys():
                 continue
             text = wording.format(**fields)
             # The lines before a table's last one may hold the very fact; and some names hold their capital's.

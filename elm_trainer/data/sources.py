@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .benchmarks import benchmark_hub_id, is_benchmark, read_benchmark_texts
-from .facts import Fact, facts_of, held_out_subjects, own_yaml
+from .facts import Fact, facts_of, held_out_subjects, own_yaml, placeholders
 from .tokens import text_tokenizer
 from .user_sources import (
     Messages,
@@ -197,7 +197,7 @@ def state_facts(
         permuted = [fact.answer for fact in facts]
         rng.shuffle(permuted)
         for fact, other in zip(facts, permuted, strict=True):
-            named = [part.split("}")[0] for part in "".join(template).split("{")[1:]]
+            named = placeholders("".join(template))
             if not {*named} <= {"subject", "answer", *fact.near}:
                 continue
             row: dict[str, Any] = {"text": _render(template, fact, processing_class)}
