@@ -12,10 +12,9 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ..data.facts import Fact, own_yaml
+from ..data.facts import STAND_INS, Fact, own_yaml, stand_ins, state_facts
 from ..data.invented import invented_name
 from ..data.questions import names_answer
-from ..data.sources import STAND_INS, stand_ins, state_facts
 from ..data.user_sources import read_named, rows_of, shown
 from ..evaluation.hidden_states import hidden_states
 from ..modeling import evaluating

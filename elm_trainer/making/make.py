@@ -12,10 +12,9 @@ from transformers.utils import logging
 
 from ..checks import check_numbers
 from ..concept import Concept, described_concept
-from ..data.dataset import ConceptSources
 from ..data.facts import Fact
 from ..data.questions import names_answer
-from ..data.sources import builtin_texts, load_texts
+from ..data.sources import ConceptSources, builtin_texts, load_texts
 from ..data.user_sources import Source
 from ..evaluation.fluency import as_prompt
 from ..files import json_sha256, made_before, store_made
