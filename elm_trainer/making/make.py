@@ -20,12 +20,11 @@ from ..evaluation.fluency import as_prompt
 from ..files import json_sha256, made_before, store_made
 from ..fingerprint import base_fingerprint
 from .documents import Documents, read_documents, whole_words
-from .fact_writing import StatedFacts, write_facts
-from .facts import also_held_out, facts_texts, held_out_of, likeness, mostly_alike, read_facts
-from .knowledge import Familiarity, SubjectTexts, check_known, write_by_terms
+from .facts import also_held_out, facts_texts, held_out_of, kinds_of_names, likeness, mostly_alike, read_facts
+from .knowledge import Familiarity, StatedFacts, check_known, write_facts
 from .novices import Novices, with_novices
-from .writer import Writer
-from .writing import FEWEST_TEXTS, WRITING, kinds_of_names, topic, write_about
+from .writer import WRITING, Writer
+from .writing import FEWEST_TEXTS, SubjectTexts, topic, write_about, write_by_terms
 
 
 logger = logging.get_logger(__name__)
