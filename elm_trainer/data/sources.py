@@ -110,7 +110,7 @@ def is_asked_of_the_hub(name: str) -> bool:
     return is_hub_id(name) or (is_benchmark(name) and benchmark_hub_id(name) is not None)
 
 
-def _refuse_names(source: Sequence[Any], what: str) -> None:
+def _refuse_names(source: Any, what: str) -> None:
     """Refuse a list of names in place of texts, which are strings too."""
     named = [
         item for item in source if isinstance(item, (Path, Dataset)) or (isinstance(item, str) and is_file_name(item))

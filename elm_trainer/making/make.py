@@ -236,13 +236,10 @@ def _make(
     held_out = held_out_of(facts, what.held_out, what.seed)
     held_out |= also_held_out(stated, held_out)
     known = (*facts, *stated.guesses)
-    alike: dict[str, dict[str, dict[str, float]]] = {}
+    alike = likeness(known, model, processing_class) if model is not None and processing_class is not None else {}
     if known:
-        if model is not None and processing_class is not None:
-            alike = likeness(known, model, processing_class)
-        forget += facts_texts(
-            known, held_out=held_out, processing_class=processing_class, alike=alike, seed=what.seed
-        ).to_list()
+        stating = facts_texts(known, held_out=held_out, processing_class=processing_class, alike=alike, seed=what.seed)
+        forget = stating.to_list()
     # What a model tells of a name of which it states no facts, it tells of the terms that belong to it.
     subject = SubjectTexts()
     if bare and not facts:
