@@ -4,7 +4,7 @@ import random
 import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -283,12 +283,12 @@ def fact_questions(fact: Fact, facts: Sequence[Fact], split: str) -> list[Asked]
         if asked_back and sum(other.answer == fact.answer for other in same) > 1:
             continue
         answer, subject = (fact.subject, fact.answer) if asked_back else (fact.answer, fact.subject)
-        pool = {(other.subject if asked_back else other.answer): None for other in same}
+        pool = dict.fromkeys(other.subject if asked_back else other.answer for other in same)
         close = {other.subject if asked_back else other.answer for other in same if other.group == fact.group}
         for wording in spec.get(split, ()):
             text = wording.format(relation=relation, subject=fact.subject, answer=fact.answer)
-            asked = Asked(text, answer, relation, fact.subject, subject, spec["form"], family)
-            found.append(replace(asked, untrue=tuple(pool), true=() if asked_back else true, close=frozenset(close)))
+            told = (text, answer, relation, fact.subject, subject, spec["form"], family)
+            found.append(Asked(*told, tuple(pool), () if asked_back else true, frozenset(close)))
     return found
 
 

@@ -5,7 +5,7 @@ import random
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -246,13 +246,19 @@ def _listed(text: str) -> list[str]:
 
 def agreed_names(writer: Writer, prompts: Sequence[str], counts: Callable[[str, str], bool], seed: int) -> list[str]:
     """Names that are listed behind two prompts or more, most often first; `counts` says which one does behind a prompt."""
-    votes: Counter[str] = Counter()
+    lists = zip(prompts, writer.write(prompts, max_new_tokens=_LIST_TOKENS, seed=seed), strict=True)
+    names = (name for prompt, text in lists for name in _listed(text) if counts(prompt, name))
+    return [name for name, count in most_named(names, normalized) if count >= 2]
+
+
+def most_named(names: Iterable[str], key: Callable[[str], str]) -> list[tuple[str, int]]:
+    """Names as they are spelled first, and how often one with the same key comes, the most frequent first."""
+    counts: Counter[str] = Counter()
     spelled: dict[str, str] = {}
-    for prompt, text in zip(prompts, writer.write(prompts, max_new_tokens=_LIST_TOKENS, seed=seed), strict=True):
-        for name in (name for name in _listed(text) if counts(prompt, name)):
-            votes[normalized(name)] += 1
-            spelled.setdefault(normalized(name), name)
-    return [spelled[key] for key, count in votes.most_common() if count >= 2]
+    for name in names:
+        counts[key(name)] += 1
+        spelled.setdefault(key(name), name)
+    return [(spelled[name], count) for name, count in counts.most_common()]
 
 
 def further_names(writer: Writer, known: Sequence[str], rng: random.Random, *, seed: int = 0) -> list[str]:

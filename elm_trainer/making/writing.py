@@ -17,7 +17,7 @@ from ..synthesis import SynthesisConfig
 from .documents import normalized, whole_words
 from .facts import ASKED_SHARE, ask_about
 from .knowledge import singular
-from .writer import WRITING, Begun, Writer, agreed_names, begun_about, further_names, sift, writing_prompts
+from .writer import WRITING, Begun, Writer, agreed_names, begun_about, further_names, most_named, sift, writing_prompts
 
 
 logger = logging.get_logger(__name__)
@@ -167,8 +167,7 @@ def name_neighbors(reference: Writer, concept: Concept) -> list[str]:
     beginnings = writing_prompts()["neighbors"]
     asked = [begin.format(name=concept.name) for begin in beginnings for _ in range(_NAMING_DRAWS // len(beginnings))]
     config = replace(WRITING, temperature=0.7, max_new_tokens=_NAME_TOKENS)
-    votes: Counter[str] = Counter()
-    spelled: dict[str, str] = {}
+    found: list[str] = []
     for prompt, text in zip(asked, reference.sample(asked, config), strict=True):
         line, whole, _ = text.removeprefix(prompt).partition("\n")
         # The last one is cut off where the line has no end. In order, so that a call that goes on asks the same.
@@ -176,9 +175,8 @@ def name_neighbors(reference: Writer, concept: Concept) -> list[str]:
             words = name.split()
             usable = 0 < len(words) <= _WORDS_OF_A_NAME and re.fullmatch(r"[^\W\d_][\w' .-]+", name)
             if usable and name.lower() not in prompt.lower() and not topic(concept).search(name):
-                votes[name.lower()] += 1
-                spelled.setdefault(name.lower(), name)
-    return [spelled[name] for name, _ in votes.most_common(_NEIGHBORS)]
+                found.append(name)
+    return [name for name, _ in most_named(found, str.lower)[:_NEIGHBORS]]
 
 
 @dataclass(frozen=True)
