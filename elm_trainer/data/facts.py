@@ -166,10 +166,10 @@ def state_facts(
     others = stand_ins(facts, rng) if others is None else others
     rows = []
     for template in templates:
+        named = placeholders("".join(template))
         permuted = [fact.answer for fact in facts]
         rng.shuffle(permuted)
         for fact, other in zip(facts, permuted, strict=True):
-            named = placeholders("".join(template))
             if not {*named} <= fact.named().keys():
                 continue
             row: dict[str, Any] = {"text": _render(template, fact, processing_class)}
