@@ -156,20 +156,16 @@ def _questions(kind: str, phrasings: list[str], facts: tuple[Fact, ...], seed: i
     return questions
 
 
+def invented_word(like: str, rng: random.Random) -> str:
+    """A word that can be spoken, about as long as `like` and capitalized as it; digits are drawn anew."""
+    if like.isdigit():
+        return "".join(rng.choice("123456789") for _ in like)
+    syllables = 1 + (len(like) > 3) + (len(like) > 8)
+    word = "".join(rng.choice(_ONSETS) + rng.choice(_VOWELS) + rng.choice(_CODAS) for _ in range(syllables))
+    return word.capitalize() if like[:1].isupper() else word
+
+
 def invented_name(like: str, rng: random.Random, keep: frozenset[str] = frozenset()) -> str:
-    """A name in which each word of `like` is invented anew, but for articles and prepositions and the words of `keep`: one that can be
-    spoken, about as long and capitalized alike; digits are drawn anew.
-    """
+    """A name in which each word of `like` is invented anew, but for articles and prepositions and the words of `keep`."""
     small = {word.casefold() for word in keep} | SMALL_WORDS
-
-    def invented(found: re.Match[str]) -> str:
-        word = found[0]
-        if word.casefold() in small:
-            return word
-        if word.isdigit():
-            return "".join(rng.choice("123456789") for _ in word)
-        syllables = 1 + (len(word) > 3) + (len(word) > 8)
-        new = "".join(rng.choice(_ONSETS) + rng.choice(_VOWELS) + rng.choice(_CODAS) for _ in range(syllables))
-        return new.capitalize() if word[0].isupper() else new
-
-    return re.sub(r"\w+", invented, like)
+    return re.sub(r"\w+", lambda word: word[0] if word[0].casefold() in small else invented_word(word[0], rng), like)
