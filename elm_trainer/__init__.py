@@ -11,7 +11,7 @@ _EXPORTS = {
     "BaseModel": ".hub.info",
     "CardDetails": ".hub.publish",
     "Concept": ".concept",
-    "ConceptSources": ".data.dataset",
+    "ConceptSources": ".data.sources",
     "ElmConfig": ".methods.elm",
     "ElmDataCollator": ".data.collator",
     "ElmTrainer": ".methods.elm",
@@ -35,7 +35,7 @@ _EXPORTS = {
     "WhpConfig": ".methods.whp",
     "WhpTrainer": ".methods.whp",
     "attack_erasure": ".attacks",
-    "build_erasure_dataset": ".data.dataset",
+    "build_erasure_dataset": ".data.sources",
     "built_in_suite": ".evaluation.suite",
     "compare_reports": ".evaluation.report",
     "counterfactuals": ".methods.anchors",
@@ -64,10 +64,9 @@ if TYPE_CHECKING:
     from .checks import SynthesisConfig
     from .concept import Concept, load_concept
     from .data.collator import ElmDataCollator
-    from .data.dataset import ConceptSources, build_erasure_dataset
     from .data.facts import load_bank
     from .data.questions import read_questions
-    from .data.sources import load_texts
+    from .data.sources import ConceptSources, build_erasure_dataset, load_texts
     from .evaluation.callback import ErasureEvaluationCallback
     from .evaluation.evaluate import evaluate_erasure
     from .evaluation.pair import ModelPair

@@ -254,10 +254,9 @@ def _texts_to_come(made: "ConceptRun", tokenizer: "PreTrainedTokenizerBase") -> 
     """Texts made from documents and facts, and others of their kind where a model has yet to write."""
     from .. import load_texts
     from ..fitting import objective_settings
-    from ..making.facts import mostly_alike, relations_read_alike
+    from ..making.facts import ASKED_SHARE, mostly_alike, relations_read_alike
     from ..making.make import make_data
     from ..making.novices import DRAWS
-    from ..making.writing import ASKED_SHARE
 
     given, bare = made.made_from, made.is_bare
     by_terms = bare and find_spec("wordfreq") is not None

@@ -13,9 +13,9 @@ from trl import SFTConfig
 from ..attacks import load_attacks
 from ..attacks.base import check_asked
 from ..checks import check_numbers
-from ..data.dataset import ConceptSources, build_erasure_dataset
 from ..data.facts import FACTS
 from ..data.questions import SPLITS, Question, read_questions, split_of
+from ..data.sources import ConceptSources, build_erasure_dataset
 from ..evaluation.measures import MEASURES, Setting
 from ..evaluation.pair import ModelPair, Side
 from ..evaluation.report import dataset_info, environment, suite_info

@@ -71,11 +71,6 @@ class BenchmarkQuestions:
     banks: dict[str, list[Question]] = field(default_factory=dict)
     roles: dict[str, Any] = field(default_factory=dict)  # role of each set and bank
 
-    def add(self, one: ProbeSet) -> None:
-        """Add a set."""
-        self.sets.append(one)
-        self.roles[one.name] = one.role
-
 
 class _Name(NamedTuple):
     """A source of the form `BENCHMARK:PART,from=PLACE`, and what it is for, to begin an error with."""
@@ -122,14 +117,13 @@ def read_benchmark_texts(name: str, what: str = "`source`") -> Dataset:
     parsed = _parse(name, what)
     if parsed.benchmark == "tofu":
         _check_part(parsed, _TOFU_TEXTS)
-        pairs = _rows(parsed, parsed.part, "train", ("question", "answer"))
+        columns = ("question", "answer")
+        pairs = [_pair(row, columns, parsed.text) for row in _rows(parsed, parsed.part, "train", columns)]
+        parts = (("prompt", "user"), ("completion", "assistant"))
         return Dataset.from_list(
             [
-                {
-                    "prompt": [{"role": "user", "content": _text(row, "question", parsed.text)}],
-                    "completion": [{"role": "assistant", "content": _text(row, "answer", parsed.text)}],
-                }
-                for row in pairs
+                {part: [{"role": role, "content": text}] for (part, role), text in zip(parts, pair, strict=True)}
+                for pair in pairs
             ]
         )
     rows: Sequence[Mapping[str, Any]]
@@ -165,6 +159,7 @@ def read_benchmark(name: str, *, limit: int | None = None) -> BenchmarkQuestions
     parsed = _parse(name, "`benchmark`")
     found = BenchmarkQuestions()
     {"tofu": _read_tofu, "muse": _read_muse, "rwku": _read_rwku}[parsed.benchmark](parsed, found, limit)
+    found.roles = {one.name: one.role for one in found.sets} | found.roles
     return found
 
 
@@ -184,9 +179,8 @@ def _read_tofu(name: _Name, found: BenchmarkQuestions, limit: int | None) -> Non
                     f"{name.text}, {part}: `perturbed_answer` is {shown(wrong)}, where a list of texts is needed: correct it."
                 )
             paraphrase = _text(row, "paraphrased_answer", name.text) if paraphrased else ""
-            question, answer = _texts(row, ("question", "answer"), name.text)
-            probes.append(Probe(question, answer, paraphrase, tuple(wrong)))
-        found.add(ProbeSet(f"tofu-{part}", "tofu", role, probes, revision=rows.revision))
+            probes.append(Probe(*_pair(row, ("question", "answer"), name.text), paraphrase, tuple(wrong)))
+        found.sets.append(ProbeSet(f"tofu-{part}", "tofu", role, probes, revision=rows.revision))
         # Perturbed answers are worded like the paraphrase, so that the trained wording gives nothing away.
         choices = [(probe.prompt, probe.paraphrase or probe.answer, probe.wrong) for probe in probes]
         _add_bank(found, f"tofu-{part}", role, choices)
@@ -198,15 +192,13 @@ def _read_muse(name: _Name, found: BenchmarkQuestions, limit: int | None) -> Non
     for about, role in sets:
         columns = ("question", "answer")
         examples = _rows(name, "knowmem", f"{about}_qa_icl", columns)
-        shots = tuple(_texts(row, columns, name.text) for row in examples)
+        shots = tuple(_pair(row, columns, name.text) for row in examples)
         rows = _rows(name, "knowmem", f"{about}_qa", columns)
-        pairs = [_texts(row, columns, name.text) for row in rows[:limit]]
-        probes = [Probe(question, answer, kind="few-shot") for question, answer in pairs]
-        found.add(ProbeSet(f"muse-{name.part}-knowmem_{about}", "muse", role, probes, shots, rows.revision))
+        probes = [Probe(*_pair(row, columns, name.text), kind="few-shot") for row in rows[:limit]]
+        found.sets.append(ProbeSet(f"muse-{name.part}-knowmem_{about}", "muse", role, probes, shots, rows.revision))
     rows = _rows(name, "verbmem", "forget", ("prompt", "gt"))
-    pairs = [_texts(row, ("prompt", "gt"), name.text) for row in rows[:limit]]
-    probes = [Probe(prompt, text, kind="verbatim") for prompt, text in pairs]
-    found.add(ProbeSet(f"muse-{name.part}-verbmem", "muse", "erased", probes, revision=rows.revision))
+    probes = [Probe(*_pair(row, ("prompt", "gt"), name.text), kind="verbatim") for row in rows[:limit]]
+    found.sets.append(ProbeSet(f"muse-{name.part}-verbmem", "muse", "erased", probes, revision=rows.revision))
 
 
 def _read_rwku(name: _Name, found: BenchmarkQuestions, limit: int | None) -> None:
@@ -221,9 +213,9 @@ def _read_rwku(name: _Name, found: BenchmarkQuestions, limit: int | None) -> Non
         role: Role = "erased" if config.startswith("forget") else "near"
         probes = []
         for row in rows:
-            query, answer = _texts(row, ("query", "answer"), name.text)
-            probes.append(Probe(query, answer, kind=kind, type=str(row["type"]) if kind == "adversarial" else ""))
-        found.add(ProbeSet(f"rwku-{config}", "rwku", role, probes, revision=every.revision))
+            told = str(row["type"]) if kind == "adversarial" else ""
+            probes.append(Probe(*_pair(row, ("query", "answer"), name.text), kind=kind, type=told))
+        found.sets.append(ProbeSet(f"rwku-{config}", "rwku", role, probes, revision=every.revision))
     for config, column in (("utility_general", "choices"), ("utility_truthfulness", "mc1_targets")):
         columns = ("question", column, "subject", *(("answer",) if column == "choices" else ()))
         # The same question may stand there for several persons.
@@ -347,7 +339,7 @@ def _of_subject(name: _Name, rows: Sequence[dict[str, Any]], config: str = "RWKU
     raise ValueError(f"{name.told}, but no row of {config} has the subject {name.part!r}: {fix}")
 
 
-def _texts(row: Mapping[str, Any], columns: tuple[str, str], name: str) -> tuple[str, str]:
+def _pair(row: Mapping[str, Any], columns: tuple[str, str], name: str) -> tuple[str, str]:
     return _text(row, columns[0], name), _text(row, columns[1], name)
 
 

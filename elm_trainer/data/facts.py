@@ -1,22 +1,26 @@
-"""The facts behind the built-in sources, capitals from `countryinfo` and elements from `mendeleev` (both MIT), and the built-in banks."""
+"""The facts behind the built-in sources, capitals from `countryinfo` and elements from `mendeleev` (both MIT), as texts and as banks."""
 
 import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.resources import files
 from itertools import combinations
+from string import Formatter
 from typing import Any
 
 import yaml
+from transformers import PreTrainedTokenizerBase
 
 from .questions import PLAIN, SPLITS, Question, letters_alike, names_answer, shuffled_question, split_by, split_of
+from .tokens import conversation
 
 
 BANKS = ("capitals", "elements", "general", "geography")
 JUDGMENTS = ("True", "False")
-_DISTRACTORS = 3
+# Other facts that stand in for each in its counterfactual novices, and distractors of a question.
+STAND_INS, _DISTRACTORS = 2, 3
 # Entries of countryinfo that are not sovereign countries today, or whose capital is disputed or has moved since the data
 # was collected: asking for them would not measure knowledge.
 _DEBATABLE = frozenset(
@@ -50,6 +54,10 @@ class Fact:
     group: str  # facts of one group are each other's distractors; such as `"Africa"`
     # Other properties of the subject, which an erasure must leave alone.
     near: dict[str, str] = field(default_factory=dict, compare=False)
+
+    def named(self) -> dict[str, str]:
+        """What a wording may name."""
+        return {"subject": self.subject, "answer": self.answer, **self.near}
 
 
 @cache
@@ -139,6 +147,81 @@ def facts_of(name: str) -> tuple[Fact, ...]:
     return FACTS[name]()
 
 
+def state_facts(
+    facts: Sequence[Fact],
+    templates: Sequence[str | list[str]],
+    rng: random.Random,
+    processing_class: PreTrainedTokenizerBase | None = None,
+    *,
+    others: Mapping[Fact, Sequence[Fact]] | None = None,
+    near: bool = False,
+) -> list[dict[str, Any]]:
+    """Every fact of a relation in every phrasing, as rows of `text` with its novices, the same text with other facts.
+
+    Templates are texts, or pairs of a question and its answer, with the placeholders `{subject}`, `{answer}` and the names in `near` of
+    the facts. One that names what a fact does not have is left out for it. `others` are the facts that stand in for each, those of
+    [`stand_ins`] by default. With `near` the facts are retained: rows have a `prompt`, and no novices.
+    """
+    # The stand-ins of a fact are the same in all its texts, so that they agree on what a novice takes it for.
+    others = stand_ins(facts, rng) if others is None else others
+    rows = []
+    for template in templates:
+        named = placeholders("".join(template))
+        permuted = [fact.answer for fact in facts]
+        rng.shuffle(permuted)
+        for fact, other in zip(facts, permuted, strict=True):
+            if not {*named} <= fact.named().keys():
+                continue
+            row: dict[str, Any] = {"text": _render(template, fact, processing_class)}
+            if near:
+                # What is learned is the property that the phrasing states last.
+                row["prompt"] = _before_last(template, fact, processing_class)
+            else:
+                row["novice"] = _render(template, replace(fact, answer=other), processing_class)
+                # Whatever is named first is what the text is about.
+                first = next(name for name in named if name in ("subject", "answer"))
+                row["novices"] = [
+                    _render(template, replace(fact, **{first: getattr(stand_in, first)}), processing_class)
+                    for stand_in in others[fact]
+                ]
+            rows.append(row)
+    return rows
+
+
+def stand_ins(facts: Sequence[Fact], rng: random.Random) -> dict[Fact, list[Fact]]:
+    """Other facts that stand in for each: those of its group that follow it in a random order.
+
+    A stand-in of the same group shares what the group shares, such as a continent, so that an expert and its novice differ in
+    the fact alone. Small groups are filled up with any others. The keys are in order of the groups, and within each in that order.
+    """
+    order = sorted(rng.sample(list(facts), len(facts)), key=lambda fact: fact.group)
+    chosen = {}
+    for place, fact in enumerate(order):
+        following = [other for other in order[place + 1 :] + order[:place] if other.group == fact.group]
+        if lacking := STAND_INS - len(following[:STAND_INS]):
+            others = [other for other in order if other.group != fact.group]
+            following += rng.sample(others, min(lacking, len(others)))
+        chosen[fact] = following[:STAND_INS]
+    return chosen
+
+
+def _render(template: str | list[str], fact: Fact, processing_class: PreTrainedTokenizerBase | None) -> str:
+    """A phrasing of a fact: a text, or question and answer as a conversation."""
+    if isinstance(template, str):
+        return template.format(**fact.named())
+    question, reply = (part.format(**fact.named()) for part in template)
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
+    return conversation(processing_class, messages)
+
+
+def _before_last(template: str | list[str], fact: Fact, processing_class: PreTrainedTokenizerBase | None) -> str:
+    """The rendered text up to where the template's last placeholder stands."""
+    *before, last = [template] if isinstance(template, str) else template
+    begun = last[: last.rindex("{")] + "\0"
+    rendered = _render([*before, begun] if before else begun, fact, processing_class)
+    return rendered.partition("\0")[0].rstrip(" ")
+
+
 def load_bank(
     name: str,
     *,
@@ -194,6 +277,11 @@ def bank_record(name: str) -> dict[str, Any]:
     return own_yaml(f"banks/{name}.yaml")
 
 
+def placeholders(template: str) -> list[str]:
+    """The names in braces, in their order."""
+    return [name for _, name, _, _ in Formatter().parse(template) if name]
+
+
 def _questions_of_family(name: str, record: Mapping[str, Any], family: str, seed: int) -> list[Question]:
     spec, facts = record["families"][family], facts_of(name)
     kind = spec.get("options")
@@ -201,11 +289,11 @@ def _questions_of_family(name: str, record: Mapping[str, Any], family: str, seed
     for number, fact in enumerate(facts):
         answer, distractors = _options(fact, facts, kind, seed)
         for index, wording in enumerate(spec.get(split_by(fact.subject), ()) if distractors else ()):
-            asked = {part.split("}")[0] for part in wording.split("{")[1:]}
+            asked = placeholders(wording)
             exonyms = record.get("exonyms", {})
             local: dict[str, str] = next((exonyms[language] for language in exonyms if language in asked), {})
             right, *wrong = [local.get(option, option) for option in (answer, *distractors)]
-            fields = {"subject": fact.subject, "answer": fact.answer, "claim": right, **fact.near}
+            fields = {"claim": right, **fact.named()}
             told = next((fields[name] for name in asked if name in fact.near), fact.subject)
             cue = fact.answer if kind == "subjects" else told
             aliases = () if kind else (*record.get("aliases", {}).get(fact.answer, ()), fact.answer)
@@ -214,7 +302,7 @@ def _questions_of_family(name: str, record: Mapping[str, Any], family: str, seed
                 true = (number + index) % 2 == 0
                 fields["claim"] = right if true else wrong[0]
                 right, wrong = JUDGMENTS[not true], [JUDGMENTS[true]]
-            if not asked <= fields.keys():
+            if not {*asked} <= fields.keys():
                 continue
             text = wording.format(**fields)
             # The lines before a table's last one may hold the very fact; and some names hold their capital's.

@@ -1,38 +1,27 @@
-"""Where texts come from: built-in sources, files, data sets on the Hub, and lists and data sets in memory."""
+"""Where texts come from: built-in sources, files, data sets on the Hub, lists and data sets in memory; and the dataset made of them."""
 
 import json
 import random
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from importlib.resources import files
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, interleave_datasets
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from ..concept import Concept
 from .benchmarks import benchmark_hub_id, is_benchmark, read_benchmark_texts
-from .facts import Fact, facts_of, held_out_subjects, own_yaml
-from .tokens import text_tokenizer
-from .user_sources import (
-    Messages,
-    Source,
-    check_type,
-    is_file_name,
-    is_hub_id,
-    joined,
-    read_named,
-    rows_of,
-    shown,
-    text_rows,
-)
+from .facts import facts_of, held_out_subjects, own_yaml, stand_ins, state_facts
+from .user_sources import Source, check_type, is_file_name, is_hub_id, joined, read_named, rows_of, shown, text_rows
 
 
 logger = logging.get_logger(__name__)
-# Other facts that stand in for each in its counterfactual novices.
-STAND_INS = 2
 # Facts that follow one another in a phrasing. Each begins as a novice of the one before does, up to what the novice keeps, so that in a
 # batch the reference runs that once.
 _RUN = 4
@@ -83,20 +72,17 @@ def load_texts(
             it, counted from 0), a list holds names of files, or no text is left.
         OSError: if there is nothing of that name, or a file cannot be read.
     """
-    check_type(source, what)
     if isinstance(source, str) and source in BUILTIN_SOURCES:
         return builtin_texts(source, processing_class, seed)
-    parts: Iterable[tuple[str, Any]] = [(what, source)]
     if is_benchmark(source):
-        parts = [(f"{what}, {source!r}", read_benchmark_texts(str(source), what))]
-    elif isinstance(source, (str, Path)):
-        parts = read_named(source, what, split=split, column=column, known=BUILTIN_SOURCES)
+        parts = iter([(f"{what}, {source!r}", read_benchmark_texts(str(source), what))])
     else:
-        _refuse_names(source, what)
+        parts = _parts(source, what, BUILTIN_SOURCES, split, column)
     rows: list[dict[str, Any]] = []
     for place, part in parts:
-        check_type(part, place)
-        rows += text_rows(part, place, column, partial(conversation, processing_class))
+        if part is source and not isinstance(part, Dataset):
+            _refuse_names(part, what)
+        rows += text_rows(part, place, column, processing_class)
     kept = [row for row in rows if row["text"].strip()]
     if not kept:
         raise ValueError(f"{what} is empty: give at least one text with words in it.")
@@ -106,6 +92,17 @@ def load_texts(
     return Dataset.from_dict({name: [row.get(name) for row in kept] for name in names})
 
 
+def _parts(
+    source: Any, what: str, known: Sequence[str], split: str = "train", column: str = "text"
+) -> Iterator[tuple[str, Dataset | Sequence[Any]]]:
+    """The data sets or lists of a source, each with what to call it; `known` are the built-in names that a mistyped one may mean."""
+    named = isinstance(source, (str, Path))
+    parts = read_named(source, what, split=split, column=column, known=known) if named else [(what, source)]
+    for place, part in parts:
+        check_type(part, place)
+        yield place, part
+
+
 def is_asked_of_the_hub(name: str) -> bool:
     """Whether reading a source needs the Hub: it is a data set there, or a benchmark without a place of its own."""
     if name in BUILTIN_SOURCES:
@@ -113,10 +110,8 @@ def is_asked_of_the_hub(name: str) -> bool:
     return is_hub_id(name) or (is_benchmark(name) and benchmark_hub_id(name) is not None)
 
 
-def _refuse_names(source: Dataset | Sequence[Any], what: str) -> None:
+def _refuse_names(source: Any, what: str) -> None:
     """Refuse a list of names in place of texts, which are strings too."""
-    if isinstance(source, Dataset):
-        return
     named = [
         item for item in source if isinstance(item, (Path, Dataset)) or (isinstance(item, str) and is_file_name(item))
     ]
@@ -166,71 +161,12 @@ def _in_runs(stated: Sequence[Sequence[dict[str, Any]]], rng: random.Random) -> 
     """The rows of all phrasings in random order, but for runs of `_RUN` that stay together; each phrasing has a turn before any
     has another.
     """
-    turns: list[list[Sequence[dict[str, Any]]]] = []
+    turns: defaultdict[int, list[Sequence[dict[str, Any]]]] = defaultdict(list)
     for rows in stated:
         runs = [rows[start : start + _RUN] for start in range(0, len(rows), _RUN)]
         for turn, run in enumerate(rng.sample(runs, len(runs))):
-            turns += [[]] if turn == len(turns) else []
             turns[turn].append(run)
-    return [row for turn in turns for run in rng.sample(turn, len(turn)) for row in run]
-
-
-def state_facts(
-    facts: Sequence[Fact],
-    templates: Sequence[str | list[str]],
-    rng: random.Random,
-    processing_class: PreTrainedTokenizerBase | None = None,
-    *,
-    others: Mapping[Fact, Sequence[Fact]] | None = None,
-    near: bool = False,
-) -> list[dict[str, Any]]:
-    """Every fact of a relation in every phrasing, as rows of `text` with its novices, the same text with other facts.
-
-    Templates are texts, or pairs of a question and its answer, with the placeholders `{subject}`, `{answer}` and the names in `near` of
-    the facts. One that names what a fact does not have is left out for it. `others` are the facts that stand in for each, those of
-    [`stand_ins`] by default. With `near` the facts are retained: rows have a `prompt`, and no novices.
-    """
-    # The stand-ins of a fact are the same in all its texts, so that they agree on what a novice takes it for.
-    others = stand_ins(facts, rng) if others is None else others
-    rows = []
-    for template in templates:
-        permuted = [fact.answer for fact in facts]
-        rng.shuffle(permuted)
-        for fact, other in zip(facts, permuted, strict=True):
-            named = [part.split("}")[0] for part in "".join(template).split("{")[1:]]
-            if not {*named} <= {"subject", "answer", *fact.near}:
-                continue
-            row: dict[str, Any] = {"text": _render(template, fact, processing_class)}
-            if near:
-                # What is learned is the property that the phrasing states last.
-                row["prompt"] = _before_last(template, fact, processing_class)
-            else:
-                row["novice"] = _render(template, replace(fact, answer=other), processing_class)
-                # Whatever is named first is what the text is about.
-                first = next(name for name in named if name in ("subject", "answer"))
-                row["novices"] = [
-                    _render(template, replace(fact, **{first: getattr(stand_in, first)}), processing_class)
-                    for stand_in in others[fact]
-                ]
-            rows.append(row)
-    return rows
-
-
-def stand_ins(facts: Sequence[Fact], rng: random.Random) -> dict[Fact, list[Fact]]:
-    """Other facts that stand in for each: those of its group that follow it in a random order.
-
-    A stand-in of the same group shares what the group shares, such as a continent, so that an expert and its novice differ in
-    the fact alone. Small groups are filled up with any others. The keys are in order of the groups, and within each in that order.
-    """
-    order = sorted(rng.sample(list(facts), len(facts)), key=lambda fact: fact.group)
-    chosen = {}
-    for place, fact in enumerate(order):
-        following = [other for other in order[place + 1 :] + order[:place] if other.group == fact.group]
-        if lacking := STAND_INS - len(following[:STAND_INS]):
-            others = [other for other in order if other.group != fact.group]
-            following += rng.sample(others, min(lacking, len(others)))
-        chosen[fact] = following[:STAND_INS]
-    return chosen
+    return [row for turn in turns.values() for run in rng.sample(turn, len(turn)) for row in run]
 
 
 def load_pairs(
@@ -245,22 +181,16 @@ def load_pairs(
     pairs. `capitals-fluent` holds SmolLM2-135M-Instruct's own answers about capitals, less those that name one
     (examples/sample_retain.py makes them). Errors, those of [`load_texts`], begin with `what`.
     """
-    check_type(source, what)
     if isinstance(source, str) and source in BUILTIN_PAIRS:
         source = str(files(__package__) / "texts" / f"{source}.jsonl")
-    parts: Iterable[tuple[str, Any]] = [(what, source)]
-    if isinstance(source, (str, Path)):
-        parts = read_named(source, what, split="train", column="text", known=BUILTIN_PAIRS)
     pairs = []
-    for place, part in parts:
-        check_type(part, place)
+    for place, part in _parts(source, what, BUILTIN_PAIRS):
         if not isinstance(part, Dataset):
             part = [_pair_row(row, f"{place}, row {number}") for number, row in enumerate(part)]
         rows, names = rows_of(part, "prompt")
         if missing := sorted({"prompt", "completion"} - set(names)) if rows else []:
             raise ValueError(f"{place} lacks the columns {missing} of pairs; it has {names}: rename or add them.")
-        render = partial(conversation, processing_class)
-        pairs += [joined(row, f"{place}, row {number}", render) for number, row in enumerate(rows)]
+        pairs += [joined(row, f"{place}, row {number}", processing_class) for number, row in enumerate(rows)]
     kept = [pair for pair in pairs if pair[1].strip()]
     if pairs and not kept:
         raise ValueError(f"{what} holds no completion with words in it: add them, or give no pairs.")
@@ -277,31 +207,173 @@ def _pair_row(row: Any, place: str) -> Mapping[str, Any]:
     return dict(zip(("prompt", "completion"), row, strict=True))
 
 
-def _render(template: str | list[str], fact: Fact, processing_class: PreTrainedTokenizerBase | None) -> str:
-    """A phrasing of a fact: a text, or question and answer as a conversation."""
-    values = {"subject": fact.subject, "answer": fact.answer, **fact.near}
-    if isinstance(template, str):
-        return template.format(**values)
-    question, reply = (part.format(**values) for part in template)
-    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
-    return conversation(processing_class, messages)
+@dataclass
+class ConceptSources:
+    """The texts of one concept.
+
+    Args:
+        forget (source):
+            Texts about the concept: whatever [`load_texts`] takes.
+        retain (source or `list` of sources):
+            Unrelated (and neighboring) texts. Several sources are taken in turn; one that is listed twice gives twice as
+            many. Texts themselves are a list in this list.
+        synthetic (source or `Sequence[tuple[str, str]]`, *optional*):
+            Pairs of a forget prefix and fluent text that moves on: whatever [`load_pairs`] takes.
+        share (`int`, *optional*, defaults to `1`):
+            Rows of this concept in a turn. With shares of 2 and 1, rows go first, first, second, and so on.
+    """
+
+    forget: Source
+    retain: Source | Sequence[Source]
+    synthetic: Source | Sequence[tuple[str, str]] = ()
+    share: int = 1
 
 
-def conversation(
-    processing_class: PreTrainedTokenizerBase | None, messages: Messages, begin_answer: bool = False
-) -> str:
-    """Messages as one text, by the chat template where there is one; with `begin_answer`, up to where the answer begins."""
-    tokenizer = text_tokenizer(processing_class)
-    if tokenizer is None or tokenizer.chat_template is None:
-        turns = [f"{message['role'].capitalize()}: {message['content']}" for message in messages]
-        return "\n".join([*turns, "Assistant:"] if begin_answer else turns)
-    return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=begin_answer))
+def build_erasure_dataset(
+    concepts: Mapping[str | Concept, ConceptSources],
+    *,
+    size: int | None = None,
+    column: str | Mapping[str, str] = "text",
+    characters: tuple[int, int] | None = None,
+    processing_class: PreTrainedTokenizerBase | None = None,
+    seed: int = 0,
+) -> Dataset:
+    """Bundle forget, retain and synthetic texts into one dataset.
+
+    Args:
+        concepts (`Mapping[str | Concept, ConceptSources]`):
+            Sources by name of the concept, or by the [`Concept`] itself, whose keywords then stand in the contexts of
+            [`ElmTrainer`]. Several concepts interleave row by row.
+        size (`int`, *optional*):
+            Rows per concept, times its share; sources cycle up to it or are cut to it. Defaults to the longest source of
+            the concept.
+        column (`str` or `Mapping[str, str]`, *optional*, defaults to `"text"`):
+            Column of the sources that holds the text, or `{"forget": …, "retain": …}` where they differ.
+        characters (`tuple[int, int]`, *optional*):
+            Shortest and longest forget and retain text in characters: shorter ones are dropped, longer ones cut.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            Tokenizer whose chat template is used for messages, and for the conversational phrasings of built-in sources.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of built-in sources.
+
+    Returns:
+        `Dataset`: columns `concept`, `forget`, `novice`, `novices`, `retain`, `retain_prompt`, `prompt`, `completion`.
+        `retain_prompt` is the beginning of the retain text that is given and not learned, empty where all of it is, from
+        sources with the columns `prompt` and `completion`; `novice` holds the forget text with permuted facts, or an
+        empty string where the source has none; `novices`, a list, the same text with its subject replaced by others of
+        its kind, for the counterfactual novice (see [`counterfactuals`]); `prompt` and `completion` are empty
+        where no synthetic pairs are given. Where a [`Concept`] is given, there is also `keywords`, those of the row's
+        concept, joined by commas (empty for a mere name). Empty texts are dropped, counted and logged.
+
+    Raises:
+        TypeError: if `concepts` does not map names to [`ConceptSources`], or a source is not one of texts.
+        ValueError: if there are no concepts, two have the same name, one has custom contexts, a forget or retain set is
+            empty or all too short, `size` or a share is below 1, `column` names something else, and whatever [`load_texts`] refuses.
+        OSError: if there is nothing of a source's name, or a file cannot be read.
+    """
+    columns = _columns(column)
+    named = _by_name(concepts, size)
+    described = any(isinstance(concept, Concept) for concept in concepts)
+    parts = []
+    for name, (keywords, sources) in named.items():
+        read = partial(load_texts, processing_class=processing_class, seed=seed)
+        what = f"The forget set of concept {name!r}"
+        forget = _cut(read(sources.forget, what=what, column=columns["forget"]).to_list(), characters, what)
+        what = f"The retain set of concept {name!r}"
+        given = list(sources.retain) if isinstance(sources.retain, (list, tuple)) else [sources.retain]
+        if not given:
+            raise ValueError(f"{what} is empty: give at least one source of retain text.")
+        keys = [str(source) if isinstance(source, (str, Path)) else id(source) for source in given]
+        retain = {
+            key: _cut(read(source, what=what, column=columns["retain"]).to_list(), characters, what)
+            for key, source in dict(zip(keys, given, strict=True)).items()
+        }
+        synthetic = () if sources.synthetic is None else sources.synthetic
+        what = f"The synthetic set of concept {name!r}"
+        pairs = load_pairs(synthetic, processing_class=processing_class, what=what) or [("", "")]
+        longest = max(len(forget), len(pairs), *(len(some) * len(keys) for some in retain.values()))
+        rows = size * sources.share if size else longest
+        if size and rows < len(forget):
+            logger.info(f"Concept {name!r}: {len(forget) - rows} of {len(forget)} forget texts lie beyond `size`.")
+        # Each source is repeated from where it was, one that is listed twice too.
+        retained = {key: cycle(some) for key, some in retain.items()}
+        made = []
+        for row in range(rows):
+            forgotten, kept = forget[row % len(forget)], next(retained[keys[row % len(keys)]])
+            prompt, completion = pairs[row % len(pairs)]
+            made.append(
+                {
+                    "concept": name,
+                    "forget": forgotten["text"],
+                    "novice": forgotten.get("novice") or "",
+                    "novices": list(forgotten.get("novices") or []),
+                    "retain": kept["text"],
+                    "retain_prompt": kept.get("prompt") or "",
+                    "prompt": prompt,
+                    "completion": completion,
+                    **({"keywords": keywords} if described else {}),
+                }
+            )
+        # Dealt out, so that the rows of a turn follow one another when these parts interleave.
+        parts += [Dataset.from_list(made[place :: sources.share]) for place in range(min(sources.share, rows))]
+    return parts[0] if len(parts) == 1 else interleave_datasets(parts, stopping_strategy="all_exhausted")
 
 
-def _before_last(template: str | list[str], fact: Fact, processing_class: PreTrainedTokenizerBase | None) -> str:
-    """The rendered text up to where the template's last placeholder stands."""
-    parts = [template] if isinstance(template, str) else list(template)
-    start, end = parts[-1].rindex("{"), parts[-1].rindex("}") + 1
-    parts[-1] = f"{parts[-1][:start]}\0{parts[-1][end:]}"
-    rendered = _render(parts[0] if isinstance(template, str) else parts, fact, processing_class)
-    return rendered.partition("\0")[0].rstrip(" ")
+def _cut(rows: list[dict[str, Any]], characters: tuple[int, int] | None, what: str) -> list[dict[str, Any]]:
+    """The rows whose text is long enough, with all of their texts cut."""
+    if characters is None:
+        return rows
+    shortest, longest = characters
+    kept = [row for row in rows if len(row["text"]) >= shortest]
+    if not kept:
+        raise ValueError(
+            f"{what} has {len(rows)} texts, all of fewer than {shortest} characters: lower the first number of `characters`."
+        )
+    if len(kept) < len(rows):
+        logger.info(
+            f"{what}: dropped {len(rows) - len(kept)} of {len(rows)} texts, of fewer than {shortest} characters."
+        )
+
+    def cut(value: Any) -> Any:
+        return [text[:longest] for text in value] if isinstance(value, list) else value and value[:longest]
+
+    return [row | {name: cut(row.get(name)) for name in ("text", "prompt", "novice", "novices")} for row in kept]
+
+
+def _columns(column: str | Mapping[str, str]) -> Mapping[str, str]:
+    if isinstance(column, str):
+        return {"forget": column, "retain": column}
+    if not isinstance(column, Mapping) or set(column) != {"forget", "retain"}:
+        raise ValueError(f"`column` is {column!r}: give one name, or {{'forget': name, 'retain': name}}.")
+    return column
+
+
+def _by_name(
+    concepts: Mapping[str | Concept, ConceptSources], size: int | None
+) -> dict[str, tuple[str, ConceptSources]]:
+    """Keywords and sources of each concept by its name, all checked."""
+    fix = 'give {"name": ConceptSources(forget=…, retain=[…])}'
+    if not isinstance(concepts, Mapping):
+        raise TypeError(f"`concepts` is of type {type(concepts).__name__}: {fix}.")
+    if not concepts:
+        raise ValueError("`concepts` is empty: name at least one concept with its sources.")
+    named: dict[str, tuple[str, ConceptSources]] = {}
+    for concept, sources in concepts.items():
+        name, keywords = (concept.name, ", ".join(concept.keywords)) if isinstance(concept, Concept) else (concept, "")
+        if isinstance(concept, Concept) and concept != Concept(name, concept.keywords):
+            raise ValueError(
+                f"`concepts` holds {name!r} with contexts of its own, which a dataset does not keep: put the concept into "
+                "a YAML file, name that in `concepts` of the config, and give the name here."
+            )
+        if name in named:
+            raise ValueError(f"`concepts` holds {name!r} twice: give all its sources in one `ConceptSources`.")
+        if not isinstance(sources, ConceptSources):
+            raise TypeError(f"`concepts[{name!r}]` is of type {type(sources).__name__}: {fix}.")
+        if type(sources.share) is not int or sources.share < 1:
+            raise ValueError(f"`share` of {name!r} is {sources.share}: it must be a whole number of at least 1.")
+        named[name] = keywords, sources
+    if size is not None and (type(size) is not int or size < 1):
+        raise ValueError(
+            f"`size` is {size}: it must be a whole number of at least 1, or None for as many rows as the longest source."
+        )
+    return named

@@ -1,12 +1,13 @@
 """How texts become tokens and are joined: with one beginning, and without an end that a tokenizer adds."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate, takewhile
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
-from transformers import PreTrainedTokenizerBase, ProcessorMixin
+from transformers import PreTrainedTokenizerBase
 
 
+Messages: TypeAlias = Sequence[Mapping[str, Any]]  # of a conversation, each with `role` and `content`
 # Behind one of these a text that continues another is tokenized, since alone it would begin as a whole text does.
 _BEFORE = ("\n", ":")
 
@@ -22,7 +23,20 @@ class TokenizedText(NamedTuple):
 
 def text_tokenizer(processing_class: Any) -> PreTrainedTokenizerBase:
     """The tokenizer, also of a processor that takes images or sound."""
+    from transformers import ProcessorMixin  # which takes seconds, with torch
+
     return processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
+
+
+def conversation(
+    processing_class: PreTrainedTokenizerBase | None, messages: Messages, begin_answer: bool = False
+) -> str:
+    """Messages as one text, by the chat template where there is one; with `begin_answer`, up to where the answer begins."""
+    tokenizer = text_tokenizer(processing_class)
+    if tokenizer is None or tokenizer.chat_template is None:
+        turns = [f"{message['role'].capitalize()}: {message['content']}" for message in messages]
+        return "\n".join([*turns, "Assistant:"] if begin_answer else turns)
+    return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=begin_answer))
 
 
 def tokenize(processing_class: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[TokenizedText]:

@@ -11,9 +11,11 @@ from typing import Any, TypeAlias
 
 import pandas
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset, load_from_disk
+from transformers import PreTrainedTokenizerBase
+
+from .tokens import Messages, conversation
 
 
-Messages: TypeAlias = Sequence[Mapping[str, Any]]
 Source: TypeAlias = str | Path | Dataset | Sequence[str] | Sequence[Mapping[str, Any]]
 _PLAIN_ENDINGS = (".txt", ".md")
 _DOCUMENT_ENDINGS = (".html", ".htm", ".pdf", ".docx")
@@ -117,9 +119,8 @@ def unwrapped(text: str) -> str:
 def passages(text: str) -> list[str]:
     """Cut a plain text into passages, losing nothing but the white space between them.
 
-    A blank line ends a passage. In a text without any each line is one, unless most continue in lower case where a long
-    line ended: then it is one text that was wrapped. What is longer than 1000 characters is cut behind a line, a
-    sentence or a word.
+    A blank line ends a passage. In a text without any each line is one, unless most continue in lower case where a long line ended: then
+    it is one text that was wrapped. What is longer than 1000 characters is cut behind a line, a sentence or a word.
     """
     blocks = re.split(r"\n\s*\n", text.strip())
     lines = text.strip().split("\n")
@@ -142,7 +143,7 @@ def _cut(block: str) -> Iterator[str]:
 
 def check_type(source: Any, what: str) -> None:
     """Raise `TypeError` for what is not a source, saying what to give in its place."""
-    if isinstance(source, (str, Path, Dataset)) or (isinstance(source, Sequence) and not isinstance(source, bytes)):
+    if isinstance(source, (Path, Dataset, Sequence)) and not isinstance(source, bytes):
         return
     if isinstance(source, (DatasetDict, IterableDatasetDict)):
         first = next(iter(source), "train")
@@ -161,31 +162,34 @@ def check_type(source: Any, what: str) -> None:
 
 
 def text_rows(
-    source: Dataset | Sequence[Any], what: str, column: str, render: Callable[[Messages, bool], str]
+    source: Dataset | Sequence[Any], what: str, column: str, processing_class: PreTrainedTokenizerBase | None = None
 ) -> list[dict[str, Any]]:
     """The texts of a source in memory, as rows of `text`, of `prompt` where a text continues it, and of `novice` and `novices`.
 
     The source holds texts, or rows with the column `column`, else with `messages`, else with `prompt` and `completion`; each of these is
-    text or a list of messages. `render` gives messages as text, with the beginning of an answer where its second argument is `True`.
+    text or a list of messages, which [`conversation`] makes text.
     """
     rows, names = rows_of(source, column)
-    pairs = column not in names and "messages" not in names and {"prompt", "completion"} <= set(names)
-    if column not in names and not pairs:
-        if "messages" not in names:
-            raise ValueError(f"{what} has no column {column!r}; it has {names}: set `column` to one of them.")
+    if column not in names and "messages" in names:
         column = "messages"
+    pairs = column not in names and {"prompt", "completion"} <= set(names)
+    if column not in names and not pairs:
+        raise ValueError(f"{what} has no column {column!r}; it has {names}: set `column` to one of them.")
     found = []
     for number, row in enumerate(rows):
         place = f"{what}, row {number}"
         if pairs:
-            prompt, completion = joined(row, place, render)
+            prompt, completion = joined(row, place, processing_class)
             found.append({"text": prompt + completion, "prompt": prompt})
             continue
-        entry: dict[str, Any] = {"text": as_text(row.get(column), place, column, render)}
+        value: Any = row.get(column)
+        told = _is_conversation(value)
+        text = _rendered(value, place, processing_class) if told else as_text(value, place, column)
+        entry: dict[str, Any] = {"text": text}
         # These belong to the column `text`, as the built-in sources and `counterfactuals` write it.
         beside = row if column == "text" else {}
         # A text that does not begin with its `prompt` is learned whole.
-        if isinstance(beside.get("prompt"), str) and entry["text"].startswith(beside["prompt"]):
+        if isinstance(beside.get("prompt"), str) and text.startswith(beside["prompt"]):
             entry["prompt"] = beside["prompt"]
         if beside.get("novice"):
             entry["novice"] = as_text(beside["novice"], place, "novice")
@@ -203,22 +207,20 @@ def rows_of(source: Dataset | Sequence[Any], column: str) -> tuple[list[Mapping[
     return rows, list(rows[0]) if rows else [column]
 
 
-def joined(row: Mapping[str, Any], place: str, render: Callable[[Messages, bool], str]) -> tuple[str, str]:
+def joined(row: Mapping[str, Any], place: str, processing_class: PreTrainedTokenizerBase | None) -> tuple[str, str]:
     """Prompt and completion of a row as texts, to be joined; both may be messages, as TRL takes them."""
     prompt: Any = row.get("prompt")
     completion: Any = row.get("completion")
     if not (_is_conversation(prompt) and _is_conversation(completion)):
         return as_text(prompt, place, "prompt"), as_text(completion, place, "completion")
-    begun = _rendered(prompt, place, render, True)
-    whole = _rendered([*prompt, *completion], place, render, False)
+    begun = _rendered(prompt, place, processing_class, begin_answer=True)
+    whole = _rendered([*prompt, *completion], place, processing_class)
     begun = begun if whole.startswith(begun) else ""
     return begun, whole.removeprefix(begun)
 
 
-def as_text(value: Any, place: str, column: str, render: Callable[[Messages, bool], str] | None = None) -> str:
-    """A value of a row that is text, or a conversation where it may be rendered."""
-    if render is not None and _is_conversation(value):
-        return _rendered(value, place, render, False)
+def as_text(value: Any, place: str, column: str) -> str:
+    """A value of a row that is text."""
     if not isinstance(value, str):
         raise ValueError(
             f"{place}: `{column}` is {shown(value)}, of type {type(value).__name__}, where text is needed: correct the row "
@@ -235,19 +237,18 @@ def shown(value: Any) -> str:
 
 def _is_conversation(value: Any) -> bool:
     """Whether a value is a list of messages, each with `role` and `content`."""
-    return (
-        isinstance(value, Sequence)
-        and not isinstance(value, str)
-        and len(value) > 0
-        and all(isinstance(message, Mapping) and {"role", "content"} <= message.keys() for message in value)
-    )
+    if isinstance(value, str) or not isinstance(value, Sequence) or not value:
+        return False
+    return all(isinstance(message, Mapping) and {"role", "content"} <= message.keys() for message in value)
 
 
-def _rendered(messages: Messages, place: str, render: Callable[[Messages, bool], str], begin: bool) -> str:
+def _rendered(
+    messages: Messages, place: str, processing_class: PreTrainedTokenizerBase | None, begin_answer: bool = False
+) -> str:
     for message in messages:
         as_text(message["content"], place, "content")
     try:
-        return render(messages, begin)
+        return conversation(processing_class, messages, begin_answer)
     except Exception as error:  # a template may refuse whatever its authors thought of
         raise ValueError(f"{place}: the chat template refuses these messages ({error}): correct them.") from error
 

@@ -28,8 +28,8 @@ from transformers.utils import logging
 from trl import SFTConfig
 
 from ..checks import check_numbers
-from ..data.dataset import ConceptSources, build_erasure_dataset
 from ..data.invented import CONCEPT, InventedWorld, invented_world
+from ..data.sources import ConceptSources, build_erasure_dataset
 from ..data.user_sources import Source
 from ..evaluation.report import dataset_info, environment
 from ..files import (

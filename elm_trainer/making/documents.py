@@ -5,13 +5,11 @@ import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
 from transformers.utils import logging
 
-from ..data.sources import conversation
 from ..data.user_sources import check_type, read_named, text_rows
 
 
@@ -53,7 +51,6 @@ def read_documents(paths: str | Path | Sequence[str | Path]) -> Documents:
     names = [paths] if isinstance(paths, (str, Path)) else list(paths)
     if not names or not all(isinstance(name, (str, Path)) for name in names):
         raise ValueError(f"`documents` is {names!r}: name a folder, or files.")
-    render = partial(conversation, None)
     found: list[tuple[str, str]] = []
     files: dict[str, int] = {}
     for name in names:
@@ -62,7 +59,7 @@ def read_documents(paths: str | Path | Sequence[str | Path]) -> Documents:
             file = place.removeprefix("`documents`, ").strip("'\"")
             files[file] = 0
             # Passages are as they were cut; of tables, rows that are too long are cut now.
-            for row in text_rows(part, place, "text", render):
+            for row in text_rows(part, place, "text"):
                 found += [(file, text) for text in chunks(row["text"], LONGEST, LONGEST)]
     whole = [(file, text) for file, text in found if len(normalized(text).split()) >= FEWEST_WORDS]
     kept, dropped = without_duplicates([text for _, text in whole])

@@ -2,7 +2,8 @@
 
 import random
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,16 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ..data.facts import Fact, own_yaml
+from ..data.facts import STAND_INS, Fact, own_yaml, stand_ins, state_facts
 from ..data.invented import invented_name
 from ..data.questions import names_answer
-from ..data.sources import STAND_INS, stand_ins, state_facts
 from ..data.user_sources import read_named, rows_of, shown
+from ..evaluation.fluency import as_prompt
 from ..evaluation.hidden_states import hidden_states
 from ..modeling import evaluating
-from .fact_writing import StatedFacts
+from .documents import normalized
+from .knowledge import FEWEST_FACTS, StatedFacts
+from .writer import WRITING, Writer, further_names, writing_prompts
 
 
 logger = logging.get_logger(__name__)
@@ -30,6 +33,17 @@ _FEWEST_HELD_OUT = 5
 _SAME = 3
 # Of so many subjects that are most alike a model takes the stand-ins.
 _ALIKE = 4
+# Relations of whose answers other names of their kind are listed.
+_ANSWER_KINDS = 2
+# Names of a kind of which the model writes questions, the tokens of these and of an answer, and the words of a question.
+_FORM_NAMES, _FORM_TOKENS, _ANSWER_TOKENS, _FORM_WORDS = 12, 40, 12, range(4, 15)
+# Questions about what facts name, for each text about a neighbor.
+ASKED_SHARE = 5
+# Names that a form of question is asked about at least. It is dropped where this share of the answers speaks of the concept, or more.
+_ASKS, _TELLING = 5, 0.2
+_QUESTION = re.compile(r"[^?]+\?")
+# The first line that says something, with its end if it has one, and what blank stands before it.
+_FIRST_LINE = re.compile(r"\s*\S[^\n]*\n?")
 # Words with which a sentence goes on, and no noun phrase begins or ends.
 _VERB = re.compile(
     r"^(is|was|are|were|has|have|had|who|what|when|where|which)\b|\b(by|is|was|are|were|of|in|at|to|for)$", re.I
@@ -242,3 +256,90 @@ def _false_ones(
             chosen.append(Fact(invented_name(fact.subject, rng), invented_name(fact.answer, rng), fact.group))
         found[fact] = chosen
     return found
+
+
+def kinds_of_names(facts: Sequence[Fact], held_out: frozenset[str], writer: Writer, seed: int = 0) -> list[list[str]]:
+    """Names of each kind that facts name but for what is held out: their subjects, and for the two relations with the most answers other
+    names of the kind of these, where the writer lists 8 or more.
+
+    Asked about the answers themselves, a model would say what they are the answers to.
+    """
+    own = [words for fact in facts for name in (fact.subject, fact.answer) if (words := {*normalized(name).split()})]
+    subjects = list(dict.fromkeys(fact.subject for fact in facts if fact.subject not in held_out))
+    answers: dict[str, dict[str, None]] = {}
+    for fact in facts:
+        if fact.subject not in held_out:
+            answers.setdefault(fact.near["relation"], {})[fact.answer] = None
+    most = sorted(answers.values(), key=len, reverse=True)[:_ANSWER_KINDS]
+    drawn = [further_names(writer, [*some], random.Random(f"kinds-{seed}"), seed=seed + 1) for some in most]
+
+    def is_other(name: str) -> bool:
+        words = {*normalized(name).split()}
+        return bool(words) and not any(words <= some or some <= words for some in own)  # "Delhi" is New Delhi
+
+    others = [[name for name in names if is_other(name)] for names in drawn]
+    return [subjects, *(names for names in others if len(names) >= FEWEST_FACTS)]
+
+
+def ask_about(
+    reference: Writer, names: Sequence[str], speaks: Callable[[str], bool], *, count: int, seed: int = 0
+) -> tuple[list[dict[str, str]], dict[str, int]]:
+    """Questions of a model's own about names of one kind, such as countries, with its answers.
+
+    It writes questions about some of the names. Of the forms of these, such as "Which language is spoken in …?", a draw is asked about
+    five names each, or more, as far as there are so many: two of three times as `"Question: …\\nAnswer:"`, else as a conversation, and
+    answered coldly, so that the model says what it holds true. Answers that speak of the concept are dropped, and with them a form for
+    which a fifth of the answers do so: it asks for what is to be erased, in other words.
+
+    Given are rows of `text` with the question as `prompt`, `count` at most, and how many were dropped since they speak of the concept
+    (`"topic"`) or have no answer (`"empty"`). Of an answer its first line is kept, with its end if it has one.
+    """
+    rng = random.Random(f"ask-{seed}")
+    forms = _forms(reference, names, rng, seed)
+    forms = rng.sample(forms, min(len(forms), max(count // _ASKS, 1)))
+    of_each = min(count // len(forms), len(names)) if forms else 0
+    pairs = [(form, name) for form in forms for name in rng.sample(list(names), of_each)]
+    asked: dict[str, tuple[str, str]] = {}
+    for place, (form, name) in enumerate(pairs):
+        question = name.join(form)
+        prompt = f"Question: {question}\nAnswer:" if place % 3 else as_prompt(reference.processing_class, question)
+        asked[prompt] = form
+    texts = reference.write([*asked], max_new_tokens=_ANSWER_TOKENS, temperature=0.05, seed=seed) if asked else []
+    rows: list[dict[str, str]] = []
+    answered, speaking = Counter[tuple[str, str]](), Counter[tuple[str, str]]()
+    for (prompt, form), text in zip(asked.items(), texts, strict=True):
+        if answer := _FIRST_LINE.match(text):
+            row = {"text": prompt + answer[0], "prompt": prompt}
+            answered[form] += 1
+            if speaks(row["text"]):
+                speaking[form] += 1
+            else:
+                rows.append(row)
+    kept = [row for row in rows if speaking[form := asked[row["prompt"]]] < max(_TELLING * answered[form], 1)]
+    empty = len(asked) - answered.total()
+    return kept, {"topic": answered.total() - len(kept), "empty": empty}
+
+
+def _forms(reference: Writer, names: Sequence[str], rng: random.Random, seed: int) -> list[tuple[str, str]]:
+    """What stands before and behind the name in questions that the model writes about some of the names."""
+    prompts = writing_prompts()
+    examples = [line.partition(":")[0] for line in prompts["asking"].splitlines()[:-1]]
+    # A name with a question mark would end the question within it.
+    plain = [name for name in names if "?" not in name]
+    about = {
+        prompts["asking"].format(name=name, begin=begin): (name, begin)
+        for name in rng.sample(plain, min(len(plain), _FORM_NAMES))
+        for begin in prompts["begins"]
+    }
+    forms: dict[tuple[str, str], None] = {}
+    if not about:
+        return []
+    texts = reference.write([*about], max_new_tokens=_FORM_TOKENS, temperature=WRITING.temperature, seed=seed)
+    for (name, begin), text in zip(about.values(), texts, strict=True):
+        for question in _QUESTION.findall(begin + text.partition("\n")[0]):
+            # As whole words: "Vietnam" stands not in "Vietnamese".
+            before, *behind = re.split(rf"(?<!\w){re.escape(name)}(?!\w)", question.strip())
+            fits = len(behind) == 1 and len(question.split()) in _FORM_WORDS
+            if fits and not any(names_answer(question, example) for example in examples):
+                forms[before, behind[0]] = None
+    return [*forms]

@@ -12,21 +12,19 @@ from transformers.utils import logging
 
 from ..checks import check_numbers
 from ..concept import Concept, described_concept
-from ..data.dataset import ConceptSources
 from ..data.facts import Fact
 from ..data.questions import names_answer
-from ..data.sources import builtin_texts, load_texts
+from ..data.sources import ConceptSources, builtin_texts, load_texts
 from ..data.user_sources import Source
 from ..evaluation.fluency import as_prompt
 from ..files import json_sha256, made_before, store_made
 from ..fingerprint import base_fingerprint
 from .documents import Documents, read_documents, whole_words
-from .fact_writing import StatedFacts, write_facts
-from .facts import also_held_out, facts_texts, held_out_of, likeness, mostly_alike, read_facts
-from .knowledge import Familiarity, SubjectTexts, check_known, write_by_terms
+from .facts import also_held_out, facts_texts, held_out_of, kinds_of_names, likeness, mostly_alike, read_facts
+from .knowledge import Familiarity, StatedFacts, check_known, write_facts
 from .novices import Novices, with_novices
-from .writer import Writer
-from .writing import FEWEST_TEXTS, WRITING, kinds_of_names, topic, write_about
+from .writer import WRITING, Writer
+from .writing import FEWEST_TEXTS, SubjectTexts, topic, write_about, write_by_terms
 
 
 logger = logging.get_logger(__name__)
@@ -238,13 +236,10 @@ def _make(
     held_out = held_out_of(facts, what.held_out, what.seed)
     held_out |= also_held_out(stated, held_out)
     known = (*facts, *stated.guesses)
-    alike: dict[str, dict[str, dict[str, float]]] = {}
+    alike = likeness(known, model, processing_class) if model is not None and processing_class is not None else {}
     if known:
-        if model is not None and processing_class is not None:
-            alike = likeness(known, model, processing_class)
-        forget += facts_texts(
-            known, held_out=held_out, processing_class=processing_class, alike=alike, seed=what.seed
-        ).to_list()
+        stating = facts_texts(known, held_out=held_out, processing_class=processing_class, alike=alike, seed=what.seed)
+        forget = stating.to_list()
     # What a model tells of a name of which it states no facts, it tells of the terms that belong to it.
     subject = SubjectTexts()
     if bare and not facts:

@@ -4,7 +4,7 @@ import random
 import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -30,9 +30,8 @@ from ..data.sources import load_texts
 from ..evaluation.likelihood import score_choices
 from ..files import made_before, store_made
 from .documents import whole_words
-from .fact_writing import asking_prompts
 from .make import MadeData, MadeFrom
-from .writer import Writer
+from .writer import Writer, writing_prompts
 from .writing import topic
 
 
@@ -250,7 +249,7 @@ def written_questions(writer: Writer, passages: Sequence[str], *, seed: int = 0)
     stands in the question.
     """
     chosen = random.Random(f"passages-{seed}").sample(list(passages), min(_PASSAGES, len(passages)))
-    prompts = [asking_prompts()["passage"].format(passage=" ".join(passage.split())) for passage in chosen]
+    prompts = [writing_prompts()["passage"].format(passage=" ".join(passage.split())) for passage in chosen]
     texts = writer.write(prompts, max_new_tokens=96, temperature=0.3, seed=seed)
     found, dropped = dict[str, Asked](), 0
     for passage, text in zip(chosen, texts, strict=True):
@@ -279,17 +278,17 @@ def fact_questions(fact: Fact, facts: Sequence[Fact], split: str) -> list[Asked]
     same = [other for other in facts if other.near["relation"] == relation]
     true = tuple(other.answer for other in same if other.subject == fact.subject)
     found = []
-    for family, spec in asking_prompts()["families"].items():
+    for family, spec in writing_prompts()["families"].items():
         asked_back = spec.get("options") == "subjects"
         if asked_back and sum(other.answer == fact.answer for other in same) > 1:
             continue
         answer, subject = (fact.subject, fact.answer) if asked_back else (fact.answer, fact.subject)
-        pool = {(other.subject if asked_back else other.answer): None for other in same}
+        pool = dict.fromkeys(other.subject if asked_back else other.answer for other in same)
         close = {other.subject if asked_back else other.answer for other in same if other.group == fact.group}
         for wording in spec.get(split, ()):
             text = wording.format(relation=relation, subject=fact.subject, answer=fact.answer)
-            asked = Asked(text, answer, relation, fact.subject, subject, spec["form"], family)
-            found.append(replace(asked, untrue=tuple(pool), true=() if asked_back else true, close=frozenset(close)))
+            told = (text, answer, relation, fact.subject, subject, spec["form"], family)
+            found.append(Asked(*told, tuple(pool), () if asked_back else true, frozenset(close)))
     return found
 
 

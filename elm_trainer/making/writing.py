@@ -1,41 +1,48 @@
-"""A model writes about a subject of which only the name is given, and about the neighbors of it that it names."""
+"""A model writes about a subject of which only the name is given, about its neighbors, and about the terms that belong to it."""
 
 import random
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
-from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..concept import Concept
-from ..data.facts import Fact, own_yaml
 from ..data.invented import SMALL_WORDS
 from ..data.questions import names_answer
-from ..evaluation.fluency import as_prompt, repetition
+from ..evaluation.likelihood import log_likelihoods
 from ..synthesis import SynthesisConfig
-from .documents import normalized, whole_sentences, without_duplicates
-from .fact_writing import FEWEST_FACTS, further_names, singular
-from .writer import WRITING, Writer
+from .documents import normalized, whole_words
+from .facts import ASKED_SHARE, ask_about
+from .knowledge import singular
+from .writer import WRITING, Begun, Writer, agreed_names, begun_about, further_names, most_named, sift, writing_prompts
 
 
 logger = logging.get_logger(__name__)
 _NAMING_DRAWS, _NAME_TOKENS = 12, 24
-# Relations of whose answers other names of their kind are listed.
-_ANSWER_KINDS = 2
-# Names of a kind of which the model writes questions, the tokens of these and of an answer, and the words of a question.
-_FORM_NAMES, _FORM_TOKENS, _ANSWER_TOKENS, _FORM_WORDS = 12, 40, 12, range(4, 15)
-# Questions about what facts name, for each text about a neighbor.
-ASKED_SHARE = 5
-# Names that a form of question is asked about at least. It is dropped where this share of the answers speaks of the concept, or more.
-_ASKS, _TELLING = 5, 0.2
 _NEIGHBORS, _WORDS_OF_A_NAME = 8, 4
 FEWEST_TEXTS = 8
-_QUESTION = re.compile(r"[^?]+\?")
-# The first line that says something, with its end if it has one, and what blank stands before it.
-_FIRST_LINE = re.compile(r"\s*\S[^\n]*\n?")
+# Lists that are asked for in each way, and the tokens of a text.
+_DRAWS, _TOKENS = 8, 48
+# Terms that are written about: of those that were listed, that recur, and that were listed further.
+_LISTED, _RECURRING, _FURTHER = 24, 16, 24
+# Colder than other texts: what is told of a term is to be what the model holds true.
+_TEMPERATURE = 0.7
+# A word recurs that so many texts hold, so many times as often as English and texts about other subjects do, and that is not frequent.
+_FEWEST_TEXTS, _KEYNESS, _FREQUENT, _SHORTEST = 3, 25.0, 5.3, 3
+# Zipf frequency from which even a listed word is none of a subject's terms: "people", "school".
+_EVERYDAY = 5.6
+# A word that a model takes for a verb or an adjective by so many nats is none of a subject's terms.
+_NO_NOUN = 2.0
+# Of the texts about a term more than this share speak of the subject.
+_TELLS = 0.4
+# Words of the beginning of a sentence. With fewer terms a subject is not described by them.
+_SENTENCE, FEWEST_TERMS = 5, 8
+_NO_TERMS = frozenset("etc more others other many".split())
+_WORD = re.compile(r"[^\W\d_]+(?:[-'’][^\W\d_]+)*")
+_NAME = re.compile(r"[^\W\d_][\w' -]+")
 
 
 @dataclass(frozen=True)
@@ -87,8 +94,7 @@ def write_about(
         random.Random(f"{what}-{config.seed}").shuffle(rows)
         return rows
 
-    forget: list[dict[str, str]] = []
-    near: list[dict[str, str]] = []
+    forget, near, asked = list[dict[str, str]](), list[dict[str, str]](), list[dict[str, str]]()
     neighbors: list[str] = []
     if texts:
         begun = begun_about(reference.processing_class, [concept.name], *forms_about(), texts)
@@ -106,7 +112,6 @@ def write_about(
         # What a text goes on with may state a fact about what its beginning names.
         near = [row for row in rows if not speaks(row["text"])]
         dropped["near"]["topic"] = len(rows) - len(near)
-    asked: list[dict[str, str]] = []
     lost: Counter[str] = Counter()
     for number, names in enumerate(kinds if near_texts else ()):
         # What the kinds before it left is for those that are still to come.
@@ -122,153 +127,10 @@ def write_about(
     return Written(forget, near, asked, neighbors, dropped)
 
 
-def kinds_of_names(facts: Sequence[Fact], held_out: frozenset[str], writer: Writer, seed: int = 0) -> list[list[str]]:
-    """Names of each kind that facts name but for what is held out: their subjects, and for the two relations with the most answers other
-    names of the kind of these, where the writer lists 8 or more.
-
-    Asked about the answers themselves, a model would say what they are the answers to.
-    """
-    own = [words for fact in facts for name in (fact.subject, fact.answer) if (words := {*normalized(name).split()})]
-    subjects = list(dict.fromkeys(fact.subject for fact in facts if fact.subject not in held_out))
-    answers: dict[str, dict[str, None]] = {}
-    for fact in facts:
-        if fact.subject not in held_out:
-            answers.setdefault(fact.near["relation"], {})[fact.answer] = None
-    most = sorted(answers.values(), key=len, reverse=True)[:_ANSWER_KINDS]
-    drawn = [further_names(writer, [*some], random.Random(f"kinds-{seed}"), seed=seed + 1) for some in most]
-
-    def is_other(name: str) -> bool:
-        words = {*normalized(name).split()}
-        return bool(words) and not any(words <= some or some <= words for some in own)  # "Delhi" is New Delhi
-
-    others = [[name for name in names if is_other(name)] for names in drawn]
-    return [subjects, *(names for names in others if len(names) >= FEWEST_FACTS)]
-
-
-def ask_about(
-    reference: Writer, names: Sequence[str], speaks: Callable[[str], bool], *, count: int, seed: int = 0
-) -> tuple[list[dict[str, str]], dict[str, int]]:
-    """Questions of a model's own about names of one kind, such as countries, with its answers.
-
-    It writes questions about some of the names. Of the forms of these, such as "Which language is spoken in …?", a draw is asked about
-    five names each, or more, as far as there are so many: two of three times as `"Question: …\\nAnswer:"`, else as a conversation, and
-    answered coldly, so that the model says what it holds true. Answers that speak of the concept are dropped, and with them a form for
-    which a fifth of the answers do so: it asks for what is to be erased, in other words.
-
-    Given are rows of `text` with the question as `prompt`, `count` at most, and how many were dropped since they speak of the concept
-    (`"topic"`) or have no answer (`"empty"`). Of an answer its first line is kept, with its end if it has one.
-    """
-    rng = random.Random(f"ask-{seed}")
-    forms = _forms(reference, names, rng, seed)
-    forms = rng.sample(forms, min(len(forms), max(count // _ASKS, 1)))
-    of_each = min(count // len(forms), len(names)) if forms else 0
-    pairs = [(form, name) for form in forms for name in rng.sample(list(names), of_each)]
-    asked: dict[str, tuple[str, str]] = {}
-    for place, (form, name) in enumerate(pairs):
-        question = name.join(form)
-        prompt = f"Question: {question}\nAnswer:" if place % 3 else as_prompt(reference.processing_class, question)
-        asked[prompt] = form
-    texts = reference.write([*asked], max_new_tokens=_ANSWER_TOKENS, temperature=0.05, seed=seed) if asked else []
-    rows: list[dict[str, str]] = []
-    answered, speaking = Counter[tuple[str, str]](), Counter[tuple[str, str]]()
-    for (prompt, form), text in zip(asked.items(), texts, strict=True):
-        if answer := _FIRST_LINE.match(text):
-            row = {"text": prompt + answer[0], "prompt": prompt}
-            answered[form] += 1
-            if speaks(row["text"]):
-                speaking[form] += 1
-            else:
-                rows.append(row)
-    kept = [row for row in rows if speaking[form := asked[row["prompt"]]] < max(_TELLING * answered[form], 1)]
-    empty = len(asked) - answered.total()
-    return kept, {"topic": answered.total() - len(kept), "empty": empty}
-
-
-def _forms(reference: Writer, names: Sequence[str], rng: random.Random, seed: int) -> list[tuple[str, str]]:
-    """What stands before and behind the name in questions that the model writes about some of the names."""
-    prompts = writing_prompts()
-    examples = [line.partition(":")[0] for line in prompts["asking"].splitlines()[:-1]]
-    # A name with a question mark would end the question within it.
-    plain = [name for name in names if "?" not in name]
-    about = {
-        prompts["asking"].format(name=name, begin=begin): (name, begin)
-        for name in rng.sample(plain, min(len(plain), _FORM_NAMES))
-        for begin in prompts["begins"]
-    }
-    forms: dict[tuple[str, str], None] = {}
-    if not about:
-        return []
-    texts = reference.write([*about], max_new_tokens=_FORM_TOKENS, temperature=WRITING.temperature, seed=seed)
-    for (name, begin), text in zip(about.values(), texts, strict=True):
-        for question in _QUESTION.findall(begin + text.partition("\n")[0]):
-            # As whole words: "Vietnam" stands not in "Vietnamese".
-            before, *behind = re.split(rf"(?<!\w){re.escape(name)}(?!\w)", question.strip())
-            fits = len(behind) == 1 and len(question.split()) in _FORM_WORDS
-            if fits and not any(names_answer(question, example) for example in examples):
-                forms[before, behind[0]] = None
-    return [*forms]
-
-
-def writing_prompts() -> dict[str, Any]:
-    """The prompts of `data/texts/writing.yaml`."""
-    return own_yaml("texts/writing.yaml")
-
-
-class Begun(NamedTuple):
-    """What a model is given to go on with: the whole, whom it is about, and the line that it goes on, which a turn of chat has none of."""
-
-    prompt: str
-    name: str
-    line: str
-
-
-def begun_about(
-    processing_class: PreTrainedTokenizerBase,
-    names: Sequence[str],
-    plain: Sequence[str],
-    chat: Sequence[str],
-    count: int,
-) -> list[Begun]:
-    """`count` beginnings, half of them as a conversation where the model has one: all names in the first form, then all in the next."""
-    filled = []
-    for index in range(count):
-        turn, place = divmod(index, len(names))
-        name = names[place]
-        chosen = chat[turn // 2 % len(chat)] if turn % 2 else plain[turn // 2 % len(plain)]
-        text = chosen.format(name=name, Name=name[:1].upper() + name[1:])
-        line = "" if turn % 2 else text.rpartition("\n")[2]
-        filled.append(Begun(as_prompt(processing_class, text) if turn % 2 else text, name, line))
-    # Batches of like lengths waste little on padding.
-    return sorted(filled, key=lambda begun: len(begun.prompt))
-
-
 def forms_about() -> tuple[list[str], list[str]]:
     """The forms in which a model is to write about a concept: beginnings, and turns of a conversation."""
     about = writing_prompts()["about"]
     return [prompt for form, some in about.items() if form != "chat" for prompt in some], about["chat"]
-
-
-def sift(
-    prompts: Sequence[str], texts: Sequence[str], fits: Callable[[str], bool], config: SynthesisConfig
-) -> tuple[list[dict[str, str]], dict[str, int]]:
-    """The texts that can be used, beginnings included, as rows of `text` and `prompt`, and how many cannot for which reason: `fits` says
-    whether what stands behind the beginning speaks of what it should.
-    """
-    dropped = {"short": 0, "repetition": 0, "topic": 0}
-    found = []
-    for prompt, text in zip(prompts, texts, strict=True):
-        new = whole_sentences(text.removeprefix(prompt))
-        if len(new.split()) < config.min_words:
-            dropped["short"] += 1
-        elif repetition(new) > config.max_repetition:
-            dropped["repetition"] += 1
-        elif not fits(new):
-            dropped["topic"] += 1
-        else:
-            found.append((prompt, new))
-    kept, twice = without_duplicates([new for _, new in found])
-    rows = [{"text": found[index][0] + found[index][1], "prompt": found[index][0]} for index in kept]
-    return rows, dropped | twice
 
 
 def topic(concept: Concept) -> re.Pattern[str]:
@@ -305,8 +167,7 @@ def name_neighbors(reference: Writer, concept: Concept) -> list[str]:
     beginnings = writing_prompts()["neighbors"]
     asked = [begin.format(name=concept.name) for begin in beginnings for _ in range(_NAMING_DRAWS // len(beginnings))]
     config = replace(WRITING, temperature=0.7, max_new_tokens=_NAME_TOKENS)
-    votes: Counter[str] = Counter()
-    spelled: dict[str, str] = {}
+    found: list[str] = []
     for prompt, text in zip(asked, reference.sample(asked, config), strict=True):
         line, whole, _ = text.removeprefix(prompt).partition("\n")
         # The last one is cut off where the line has no end. In order, so that a call that goes on asks the same.
@@ -314,6 +175,196 @@ def name_neighbors(reference: Writer, concept: Concept) -> list[str]:
             words = name.split()
             usable = 0 < len(words) <= _WORDS_OF_A_NAME and re.fullmatch(r"[^\W\d_][\w' .-]+", name)
             if usable and name.lower() not in prompt.lower() and not topic(concept).search(name):
-                votes[name.lower()] += 1
-                spelled.setdefault(name.lower(), name)
-    return [spelled[name] for name, _ in votes.most_common(_NEIGHBORS)]
+                found.append(name)
+    return [name for name, _ in most_named(found, str.lower)[:_NEIGHBORS]]
+
+
+@dataclass(frozen=True)
+class SubjectTexts:
+    """What a model writes about a subject and its terms.
+
+    Attributes:
+        terms (`list[str]`): The subject's terms, each of which stands in the texts.
+        texts (`list[str]`): The texts, without the beginnings that the model was given, but for such as begin a sentence.
+        dropped (`dict[str, int]`): How many texts were dropped for which reason, `"topic"` with a name that tells of something else.
+    """
+
+    terms: list[str] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    dropped: dict[str, int] = field(default_factory=dict)
+
+
+def write_by_terms(reference: Writer, concept: Concept, *, texts: int, seed: int = 0) -> SubjectTexts:
+    """Let a model describe a subject: list its terms, and write about the subject and about each of the terms.
+
+    Terms are what the model lists twice or more as belonging to the subject, what it lists further behind these, and of the words
+    that recur in its texts ([`recurring_terms`]) its [`nouns`]. It writes five texts about each of up to 64 of them. A name whose texts
+    speak neither of the subject nor of another of its terms, in most cases, tells of something else, such as India, which was listed
+    behind Japan as a term of a war: it is left out with its texts.
+
+    Args:
+        reference ([`Writer`]): The model, in this process.
+        concept ([`Concept`]): The subject.
+        texts (`int`): Half of it is written about the subject itself, and as much about other subjects, to compare with.
+        seed (`int`, *optional*, defaults to `0`): Seed of all draws.
+
+    Returns:
+        [`SubjectTexts`], without terms where the model gives fewer than 8.
+
+    Raises:
+        ImportError: if wordfreq is not installed.
+    """
+    import wordfreq  # noqa: F401  before anything is written
+
+    about_it, turns = forms_about()
+    of_terms = (writing_prompts()["near"], writing_prompts()["chat_near"])
+    everything = ([*about_it, *of_terms[0]], [*turns, *of_terms[1]])
+    dropped: Counter[str] = Counter()
+
+    def write(names: Sequence[str], forms: tuple[list[str], list[str]], count: int) -> list[_Piece]:
+        begun = begun_about(reference.processing_class, names, *forms, count)
+        asked = {one.prompt: one for one in begun}
+        prompts = [one.prompt for one in begun]
+        found = reference.write(prompts, max_new_tokens=_TOKENS, temperature=_TEMPERATURE, seed=seed)
+        rows, lost = sift(prompts, [a + b for a, b in zip(prompts, found, strict=True)], lambda text: True, WRITING)
+        dropped.update(lost)
+        pieces = []
+        for row in rows:
+            _, name, line = asked[row["prompt"]]
+            new = row["text"].removeprefix(row["prompt"])
+            pieces.append(_Piece(name, new, (line + new if len(line.split()) >= _SENTENCE else new).strip()))
+        return pieces
+
+    listed = listed_terms(reference, concept, seed)
+    words = topic(concept)
+    others = [name for name in writing_prompts()["others"] if not words.search(name) and not shares_word(name, listed)]
+    beside = [piece.new for piece in write(others, everything, texts // 2)]
+    dropped.clear()
+    about = write([concept.name], everything, texts // 2)
+    met = recurring_terms([piece.new for piece in about], beside)
+    recurring = nouns(reference, met)
+    core = _distinct([*listed, *recurring])
+    if len(core) < FEWEST_TERMS:
+        return SubjectTexts([], [piece.text for piece in about], dict(dropped))
+    further = further_names(reference, listed or recurring, random.Random(f"terms-{seed}"), seed=seed)
+    names = _distinct([*listed[:_LISTED], *recurring[:_RECURRING], *_usable(further)[:_FURTHER]])
+    told = write(names, of_terms, sum(map(len, of_terms)) * len(names))
+    kept = {name for name in names if _tells_of(name, told, core, concept)}
+    left_out = {word for name in names if name not in kept for word in (name, name.lower())}
+    dropped["topic"] += sum(piece.name not in kept for piece in told)
+    about += [piece for piece in told if piece.name in kept]
+    words_now = recurring_terms([piece.new for piece in about], beside)
+    things = {*recurring, *nouns(reference, [word for word in words_now if word not in met])}
+    everything_told = "\n".join(piece.text for piece in about)
+    terms = [
+        term
+        for term in _distinct([*(name for name in names if name in kept), *(w for w in words_now if w in things)])
+        if term not in left_out and whole_words([term]).search(everything_told)
+    ]
+    terms = terms if len(terms) >= FEWEST_TERMS else []
+    return SubjectTexts(terms, [piece.text for piece in about], dict(dropped))
+
+
+class _Piece(NamedTuple):
+    """What a model wrote about a name, and the same with the line that was begun, where that begins a sentence: "Answer:" begins none."""
+
+    name: str
+    new: str
+    text: str
+
+
+def _tells_of(name: str, told: Sequence[_Piece], core: Sequence[str], concept: Concept) -> bool:
+    """Whether texts about a name speak of the concept, by its name or a term that is another than this one."""
+    texts = [piece.new for piece in told if piece.name == name]
+    terms = [concept.name.removeprefix("the "), *(term for term in core if not shares_word(term, [name]))]
+    words = whole_words(terms)
+    return sum(bool(words.search(text)) for text in texts) > _TELLS * len(texts)
+
+
+def _distinct(names: Sequence[str]) -> list[str]:
+    """Names that differ in more than case and punctuation."""
+    found: dict[str, str] = {}
+    for name in names:
+        found.setdefault(normalized(name), name)
+    return [*found.values()]
+
+
+def _usable(names: Sequence[str]) -> list[str]:
+    """Names that can be terms: neither what ends a list nor a frequent word."""
+    from wordfreq import zipf_frequency
+
+    found = []
+    for name in (name.strip() for name in names):
+        words = set(normalized(name).split()) - SMALL_WORDS - _NO_TERMS
+        frequent = len(words) == 1 and zipf_frequency(*words, "en") >= _EVERYDAY
+        if words and _NAME.fullmatch(name) and not frequent:
+            found.append(name)
+    return found
+
+
+def listed_terms(writer: Writer, concept: Concept, seed: int = 0) -> list[str]:
+    """What a model lists as belonging to a subject, twice or more, most often first. Raises `ImportError` without wordfreq."""
+    begun = writing_prompts()["terms"]
+    # An example that is the subject itself would take its best terms away, since what a prompt holds does not count.
+    begun = [begin for begin in begun if not topic(concept).search(begin)] or begun
+    prompts = [begin.format(name=concept.name) for begin in begun for _ in range(_DRAWS * 4 // len(begun))]
+    # What the prompt holds itself is none of its answers.
+    return _usable(agreed_names(writer, prompts, lambda prompt, name: not names_answer(prompt, name), seed))
+
+
+def recurring_terms(texts: Sequence[str], beside: Sequence[str]) -> list[str]:
+    """Words that texts hold far more often than English and other texts do, those first that stand in most texts.
+
+    Args:
+        texts (`Sequence[str]`): Texts about a subject.
+        beside (`Sequence[str]`): Texts of the same forms about other subjects: what they hold too is the manner of the writer.
+
+    Returns:
+        `list[str]`: words of three letters or more in lower case, in three texts or more, 25 times as often as elsewhere; none that
+        is among the few hundred most frequent, or that English does not know.
+
+    Raises:
+        ImportError: if wordfreq is not installed.
+    """
+    from wordfreq import zipf_frequency
+
+    of_texts, of_others = (
+        [[word.lower() for word in _WORD.findall(text)] for text in some] for some in (texts, beside)
+    )
+    counts, others = (Counter(word for words in some for word in words) for some in (of_texts, of_others))
+    # In the order of the texts, not of a set, which differs from call to call.
+    held = Counter(word for words in of_texts for word in dict.fromkeys(words))
+    total, others_total = counts.total(), max(others.total(), 1)
+    found = []
+    for word, texts_of_it in held.most_common():
+        zipf = zipf_frequency(word, "en")
+        if texts_of_it < _FEWEST_TEXTS or len(word) < _SHORTEST or word in SMALL_WORDS or not 0 < zipf < _FREQUENT:
+            continue
+        elsewhere = max(10 ** (zipf - 9), others[word] / others_total)
+        if counts[word] / total >= _KEYNESS * elsewhere:
+            found.append(word)
+    return found
+
+
+def nouns(writer: Writer, words: Sequence[str]) -> list[str]:
+    """Those of some words that a model takes for things, in their order.
+
+    What recurs in texts about the human body are organs, and "vital", "plays" and "regulates" too. With these replaced as well, a
+    novice reads a sentence of which nothing is left, and goes on as oddly.
+
+    Args:
+        writer ([`Writer`]): The model, in this process.
+        words (`Sequence[str]`): Words.
+
+    Returns:
+        `list[str]`: those that are likelier behind a list of nouns than behind one of verbs or of adjectives, or at most 2 nats less.
+    """
+    lists = writing_prompts()["words"]
+    pairs = [(begin, f" {word}") for word in words for some in lists.values() for begin in some]
+    scores = iter(log_likelihoods(writer.model, writer.processing_class, pairs, description="Asking for nouns"))
+    found = []
+    for word in words:
+        means = {kind: sum(next(scores) for _ in some) / len(some) for kind, some in lists.items()}
+        if means.pop("nouns") > max(means.values()) - _NO_NOUN:
+            found.append(word)
+    return found

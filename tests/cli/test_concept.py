@@ -17,7 +17,8 @@ from elm_trainer.cli.erase_options import erasure_line
 from elm_trainer.cli.main import main
 from elm_trainer.fitting import OBJECTIVES
 from elm_trainer.making import knowledge, make, questions
-from elm_trainer.making.fact_writing import StatedFacts
+from elm_trainer.making.knowledge import StatedFacts
+from elm_trainer.making.writing import SubjectTexts
 from elm_trainer.methods import placement
 from elm_trainer.modeling import layer_range
 
@@ -163,7 +164,7 @@ def test_a_bare_name_without_facts_is_erased_by_its_terms(folder, monkeypatch, c
     monkeypatch.setattr("elm_trainer.making.writer.sample_texts", writer)
     monkeypatch.setattr(make, "write_facts", lambda *a, **k: StatedFacts())
     texts = [f"The heart pumps blood to organ {n}, and the liver cleans it." for n in range(20)]
-    found = knowledge.SubjectTexts(["heart", "blood", "liver", "organ"], texts, {})
+    found = SubjectTexts(["heart", "blood", "liver", "organ"], texts, {})
     monkeypatch.setattr(make, "write_by_terms", lambda *a, **k: found)
     for module in (make, knowledge):
         monkeypatch.setattr(module, "check_known", lambda *a, **k: [])

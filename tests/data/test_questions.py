@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from elm_trainer import load_bank, read_questions
+from elm_trainer.data import facts
 from elm_trainer.data.facts import BANKS, JUDGMENTS, bank_families, bank_record, facts_of
 from elm_trainer.data.questions import (
     PLAIN,
@@ -35,6 +36,16 @@ def test_the_built_in_banks_are_sound(name, split, family):
     assert {split_of(question) for question in questions} == {split}
     options = 2 if family == "true-false" else 4
     assert {len(question.options) for question in questions} == {options}
+
+
+def test_a_question_that_names_two_properties_is_cued_by_the_first(monkeypatch):
+    wordings = ["Where do {people} people pay in {currency}?", "Where is {currency} the money of {people} people?"]
+    record = {"families": {PLAIN: {"form": "question", **dict.fromkeys(SPLITS, wordings)}}}
+    monkeypatch.setattr(facts, "bank_record", lambda name: record)
+    near = {fact.subject: fact.near for fact in facts_of("capitals")}
+    for question in load_bank("capitals"):
+        first = "people" if question.text.startswith("Where do") else "currency"
+        assert question.cue == near[question.subject][first]
 
 
 def words(text):

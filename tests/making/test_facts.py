@@ -4,8 +4,7 @@ import re
 import pytest
 
 from elm_trainer import ConceptSources, build_erasure_dataset, load_texts
-from elm_trainer.data.facts import Fact
-from elm_trainer.data.sources import STAND_INS
+from elm_trainer.data.facts import STAND_INS, Fact
 from elm_trainer.making.facts import fact_phrasings, facts_texts, held_out_of, likeness, mostly_alike, read_facts
 from elm_trainer.making.make import MadeFrom, make_data
 

@@ -1,20 +1,10 @@
 import pytest
 
 from elm_trainer import Concept, load_model_and_tokenizer
-from elm_trainer.making import knowledge
-from elm_trainer.making.knowledge import (
-    BOUND,
-    INVENTED,
-    LEADS,
-    UnknownConceptError,
-    check_known,
-    familiarity,
-    listed_terms,
-    nouns,
-    recurring_terms,
-    write_by_terms,
-)
+from elm_trainer.making import knowledge, writing
+from elm_trainer.making.knowledge import BOUND, INVENTED, LEADS, UnknownConceptError, check_known, familiarity
 from elm_trainer.making.writer import Writer
+from elm_trainer.making.writing import listed_terms, nouns, recurring_terms, write_by_terms
 
 
 def surprised(surprises, monkeypatch):
@@ -25,7 +15,8 @@ def surprised(surprises, monkeypatch):
         asked.extend(pairs)
         return [-next((nats for word, nats in surprises.items() if word in name), 50.0) for _, name in pairs]
 
-    monkeypatch.setattr(knowledge, "log_likelihoods", log_likelihoods)
+    for module in (knowledge, writing):
+        monkeypatch.setattr(module, "log_likelihoods", log_likelihoods)
     return asked
 
 
@@ -99,7 +90,7 @@ def test_a_word_that_is_rather_a_verb_or_an_adjective_is_no_term(tokenizer, monk
             for (begin, word), s in zip(pairs, scores, strict=True)
         ]
 
-    monkeypatch.setattr(knowledge, "log_likelihoods", log_likelihoods)
+    monkeypatch.setattr(writing, "log_likelihoods", log_likelihoods)
     writer = Writer("reference", processing_class=tokenizer)
     assert nouns(writer, ["vital", "heart", "cut", "plays"]) == ["heart", "cut"]
 
@@ -130,9 +121,10 @@ class Tells(Writer):
 
 
 def test_a_subject_is_told_by_the_terms_that_are_listed_and_that_recur(tokenizer, monkeypatch):
-    surprised({}, monkeypatch)  # as a model that takes any word for a noun as much as for another
+    asked = surprised({}, monkeypatch)  # as a model that takes any word for a noun as much as for another
     tells = Tells(tokenizer)
     found = write_by_terms(tells, Concept("the human body"), texts=48)
+    assert asked and len(asked) == len({*asked})  # each word that recurs is asked for once
     # No frequent word is a term, nor what texts about other things hold too.
     assert found.terms == [*ORGANS, "rib"] == [term for term in found.terms if term in "\n".join(found.texts)]
     # Japan was listed behind organs, but what is told of it speaks of none: it is left out with its texts.

@@ -8,10 +8,10 @@ from elm_trainer import Concept, build_erasure_dataset, files, load_model_and_to
 from elm_trainer.data.facts import Fact
 from elm_trainer.making import make, writing
 from elm_trainer.making import writer as writer_module
-from elm_trainer.making.fact_writing import StatedFacts
 from elm_trainer.making.facts import fact_phrasings
-from elm_trainer.making.knowledge import SubjectTexts, UnknownConceptError
+from elm_trainer.making.knowledge import StatedFacts, UnknownConceptError
 from elm_trainer.making.make import MadeFrom, make_data
+from elm_trainer.making.writing import SubjectTexts
 
 from .test_facts import TABLE
 from .test_writing import writer

@@ -10,18 +10,11 @@ from elm_trainer.data.questions import overlap_verdicts, read_made
 from elm_trainer.evaluation.likelihood import ChoiceScores
 from elm_trainer.evaluation.suite import suite_from_files
 from elm_trainer.making import questions as module
-from elm_trainer.making.fact_writing import (
-    StatedFacts,
-    asking_prompts,
-    further_names,
-    relation_of_name,
-    statements,
-    write_facts,
-)
 from elm_trainer.making.facts import also_held_out, fact_phrasings
+from elm_trainer.making.knowledge import StatedFacts, relation_of_name, statements, write_facts
 from elm_trainer.making.make import MadeFrom, make_data
 from elm_trainer.making.questions import cloze_questions, kind_of, make_questions, written_questions
-from elm_trainer.making.writer import Writer
+from elm_trainer.making.writer import Writer, further_names, writing_prompts
 
 
 CITIES = "Oslo Lima Cairo Quito Bogota Madrid Paris Rome Tokyo Seoul Hanoi Dakar Accra Nairobi Lisbon Vienna".split()
@@ -79,7 +72,7 @@ def test_facts_are_asked_for_in_both_splits_and_never_in_the_words_of_a_training
     wordings = "\n".join(
         text for phrasing in fact_phrasings() for text in ([phrasing] if isinstance(phrasing, str) else phrasing)
     )
-    for spec in asking_prompts()["families"].values():
+    for spec in writing_prompts()["families"].values():
         assert not set(spec.get("dev", ())) & set(spec.get("test", ()))
         assert not any(wording in wordings for split in ("dev", "test") for wording in spec.get(split, ()))
     dev, test = (read_made(asked.folder, split)[0] for split in ("dev", "test"))

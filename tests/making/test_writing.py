@@ -9,17 +9,9 @@ from elm_trainer.data.facts import Fact
 from elm_trainer.making import writer as writer_module
 from elm_trainer.making import writing
 from elm_trainer.making.documents import whole_sentences
-from elm_trainer.making.writer import Writer
-from elm_trainer.making.writing import (
-    WRITING,
-    ask_about,
-    kinds_of_names,
-    name_neighbors,
-    sift,
-    topic,
-    write_about,
-    writing_prompts,
-)
+from elm_trainer.making.facts import ask_about, kinds_of_names
+from elm_trainer.making.writer import WRITING, Writer, sift, writing_prompts
+from elm_trainer.making.writing import name_neighbors, topic, write_about
 
 from ..like import byte_level
 
