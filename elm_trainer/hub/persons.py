@@ -147,6 +147,10 @@ _CARDS = re.compile(
 )
 _IBAN = re.compile(r"[A-Z](?<![A-Za-z0-9][A-Z])[A-Z]\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,4})?(?![A-Za-z0-9])")
 _IPV4 = re.compile(r"(\d{1,3})\.(\d{1,3})\.(\d{1,3})\.(\d{1,3})(?![\w-]|\.\w)")
+# Of a company or a home, where the address is that of a machine in it.
+_PRIVATE = tuple(
+    map(ipaddress.ip_network, ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10", "fc00::/7"))
+)
 _VERSION = re.compile(
     r"(?:version|release|driver|section|chapter|==|>=|<=|~=|[<>^=]|\bv|cuda|§|build)[ :]{0,2}$", re.IGNORECASE
 )
@@ -201,14 +205,14 @@ def find_persons(text: str) -> Iterator[Hit]:
                 yield Hit(start, match.end(), kind, _TAKE_OUT)
     for match in _IBAN.finditer(text):
         if _is_iban(match[0].replace(" ", "")):
-            yield Hit(match.start(), match.end(), "a bank account", _TAKE_OUT)
+            yield Hit(*match.span(), "a bank account", _TAKE_OUT)
     for match in _IPV4.finditer(text):
         before = text[max(0, match.start() - 1) : match.start()]
         if not re.match(r"[\w.+-]", before) and _is_machine(match[0]) and not _is_version(match, text):
-            yield Hit(match.start(), match.end(), "an IP address", _TAKE_OUT)
+            yield Hit(*match.span(), "an IP address", _TAKE_OUT)
     for match in _IPV6.finditer(text) if _COLONS.search(text) else ():
         if _is_machine(match[0]):
-            yield Hit(match.start(), match.end(), "an IP address", _TAKE_OUT)
+            yield Hit(*match.span(), "an IP address", _TAKE_OUT)
 
 
 def find_names(text: str, names: Collection[str]) -> Iterator[Hit]:
@@ -233,7 +237,7 @@ def find_names(text: str, names: Collection[str]) -> Iterator[Hit]:
         return
     for pattern in patterns:
         for match in re.finditer(pattern, text, re.IGNORECASE):
-            yield Hit(match.start(), match.end(), "a user or host name of this machine", _TAKE_OUT)
+            yield Hit(*match.span(), "a user or host name of this machine", _TAKE_OUT)
 
 
 def machine_names(public: Iterable[str] = ()) -> frozenset[str]:
@@ -334,14 +338,8 @@ def _is_machine(address: str) -> bool:
         found = ipaddress.ip_address(address)
     except ValueError:
         return False
-    if isinstance(found, ipaddress.IPv6Address):
-        return found.is_global or found in ipaddress.ip_network("fc00::/7")
-    private = ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10")
-    return (
-        found.is_global
-        and not found.is_multicast
-        or any(found in ipaddress.ip_network(network) for network in private)
-    )
+    public = found.is_global and not (found.version == 4 and found.is_multicast)
+    return public or any(found in network for network in _PRIVATE)
 
 
 def _is_version(match: re.Match[str], text: str) -> bool:
