@@ -50,7 +50,7 @@ _EXPORTS = {
     "load_texts": ".data.sources",
     "merge_erased": ".hub.export",
     "publish_adapter": ".hub.publish",
-    "publish_dataset": ".hub.publish_dataset",
+    "publish_dataset": ".hub.publish",
     "read_questions": ".data.questions",
     "read_report": ".evaluation.report",
     "shrink_adapter": ".hub.combine",
@@ -76,8 +76,7 @@ if TYPE_CHECKING:
     from .hub.export import export_gguf, export_gguf_adapter, merge_erased
     from .hub.info import BaseModel
     from .hub.load import load_erased
-    from .hub.publish import CardDetails, PublishOptions, publish_adapter
-    from .hub.publish_dataset import publish_dataset
+    from .hub.publish import CardDetails, PublishOptions, publish_adapter, publish_dataset
     from .methods.anchors import counterfactuals
     from .methods.base import ErasureTrainer
     from .methods.elm import ElmConfig, ElmTrainer

@@ -18,7 +18,7 @@ from transformers.utils import CONFIG_NAME, cached_file, find_adapter_config_fil
 
 from ..files import file_sha256
 from ..modeling import PACKAGED_MODELS
-from .errors import HubError, UnsafeAdapterError, UploadError, bounded_waits, first_line, named_errors, retried
+from .errors import HubError, UnsafeAdapterError, UploadError, first_line, named_errors, retried
 from .info import ADAPTER_CONFIG, ADAPTER_WEIGHTS, INFO_FILE, ErasureInfo, Probe
 from .safety import LOADED_FILES, PLAIN_DATA, check_folder, check_names
 from .untrusted import (
@@ -58,7 +58,7 @@ def _fetch(repo_id: str, revision: str | None, access: Access) -> Path:
     """Snapshot of a repository. What it lists is checked before any of it is downloaded."""
     offline = access.local_files_only or constants.HF_HUB_OFFLINE
     try:
-        with bounded_waits(), named_errors(repo_id, f"Loading {repo_id}"):
+        with named_errors(repo_id, f"Loading {repo_id}"):
             if not offline:
                 return _download(repo_id, revision, access)
             folder = snapshot_download(
