@@ -73,13 +73,13 @@ def send_folder(
     """Write the card of a staged folder, and send the folder unless this is a dry run.
 
     `write_card` takes a card, keeps what a person wrote into it, and raises for what the scan of the folder finds. The
-    repository is named with its namespace, unless this is a dry run.
+    repository is named with its namespace, unless this is a dry run. Durations are added to `seconds`.
     """
     card = folder / CARD
     with lap(seconds, "scan"):
         write_card(card.read_text(encoding="utf-8") if card.exists() else None)
     if options.dry_run:
-        return Publication(repo_id, None, _url_of(api, repo_id, repo_type), changed=False, seconds=seconds)
+        return Publication(repo_id, None, Target(api, repo_id, repo_type).url, changed=False, seconds=seconds)
     with lap(seconds, "transfer"):
         target = open_repository(api, repo_id, repo_type=repo_type, private=options.private, revision=options.revision)
         if repo_type == "model":
@@ -101,10 +101,15 @@ class Target:
     api: HfApi
     repo_id: str
     repo_type: str  # "model" or "dataset"
-    revision: str  # the branch
+    revision: str = "main"  # the branch
     head: str = ""  # its newest commit
     files: Mapping[str, RepoFile] = field(default_factory=dict)
     tags: Mapping[str, str] = field(default_factory=dict)  # the commit of each
+
+    @property
+    def url(self) -> str:
+        """Its page."""
+        return f"{self.api.endpoint}/{'' if self.repo_type == 'model' else f'{self.repo_type}s/'}{self.repo_id}"
 
     def ask(self, call: Callable[..., Any], **options: Any) -> Any:
         """What a method of `api` says of this repository, see [`retried`]."""
@@ -121,10 +126,6 @@ class Target:
             return self.ask(read, revision=commit)
         except RemoteEntryNotFoundError:  # what the Hub says of a commit without files
             return {}
-
-
-def _url_of(api: HfApi, repo_id: str, repo_type: str) -> str:
-    return f"{api.endpoint}/{'' if repo_type == 'model' else f'{repo_type}s/'}{repo_id}"
 
 
 def with_namespace(api: HfApi, repo_id: str) -> str:
@@ -245,9 +246,8 @@ class _Change:
     create_pr: bool
 
     def made(self, commit: str, pull: str | None = None, url: str | None = None) -> Publication:
-        target = self.target
-        url = url or _url_of(target.api, target.repo_id, target.repo_type)
-        return Publication(target.repo_id, commit, url, True, pull if self.create_pr else None)
+        pull = pull if self.create_pr else None
+        return Publication(self.target.repo_id, commit, url or self.target.url, changed=True, pull_request=pull)
 
     def others(self, files: Mapping[str, RepoFile]) -> list[str]:
         """Names that are to be written and have other content, or none, among the files of a commit."""
