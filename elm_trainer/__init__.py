@@ -50,7 +50,7 @@ _EXPORTS = {
     "load_texts": ".data.sources",
     "merge_erased": ".hub.load",
     "publish_adapter": ".hub.publish",
-    "publish_dataset": ".hub.publish_dataset",
+    "publish_dataset": ".hub.publish",
     "read_questions": ".data.questions",
     "read_report": ".evaluation.report",
     "shrink_adapter": ".hub.export",
@@ -75,8 +75,7 @@ if TYPE_CHECKING:
     from .hub.export import export_gguf, export_gguf_adapter, shrink_adapter
     from .hub.info import BaseModel
     from .hub.load import load_erased, merge_erased, stack_erasures
-    from .hub.publish import CardDetails, PublishOptions, publish_adapter
-    from .hub.publish_dataset import publish_dataset
+    from .hub.publish import CardDetails, PublishOptions, publish_adapter, publish_dataset
     from .methods.anchors import counterfactuals
     from .methods.base import ErasureTrainer
     from .methods.elm import ElmConfig, ElmTrainer

@@ -20,7 +20,7 @@ from transformers.utils import CONFIG_NAME, cached_file, find_adapter_config_fil
 
 from ..files import file_sha256
 from ..modeling import PACKAGED_MODELS
-from .errors import HubError, UnsafeAdapterError, UploadError, bounded_waits, first_line, named_errors, retried
+from .errors import HubError, UnsafeAdapterError, UploadError, first_line, named_errors, retried
 from .info import ADAPTER_CONFIG, ADAPTER_WEIGHTS, INFO_FILE, ErasureInfo
 from .safety import LOADED_FILES, PLAIN_DATA, check_folder, check_names
 from .untrusted import (
@@ -58,7 +58,7 @@ def _fetch(repo_id: str, revision: str | None, access: Access) -> Path:
     offline = access.local_files_only or constants.HF_HUB_OFFLINE
     options = vars(access) | {"revision": revision, "local_files_only": offline}
     try:
-        with bounded_waits(), named_errors(repo_id, f"Loading {repo_id}"):
+        with named_errors(repo_id, f"Loading {repo_id}"):
             if offline:
                 return Path(snapshot_download(repo_id, allow_patterns=[*LOADED_FILES], **options))
             info = _describe(repo_id, revision, access)

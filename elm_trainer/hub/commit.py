@@ -1,12 +1,12 @@
-"""One folder, one commit: what a repository holds afterwards is the old or the new, never half."""
+"""A staged folder goes up with its card in one commit: what a repository holds afterwards is the old or the new, never half."""
 
 import itertools
-from collections.abc import Collection, Iterator, Mapping
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx2
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
@@ -14,17 +14,13 @@ from huggingface_hub.errors import HfHubHTTPError, RemoteEntryNotFoundError, Rep
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import sha
 
-from .errors import (
-    UNREADABLE,
-    ConflictError,
-    HubError,
-    UploadError,
-    bounded_waits,
-    first_line,
-    is_transient,
-    named_errors,
-    retried,
-)
+from .errors import UNREADABLE, ConflictError, HubError, UploadError, first_line, is_transient, named_errors, retried
+from .info import CARD
+from .safety import check_names
+
+
+if TYPE_CHECKING:
+    from .publish import PublishOptions
 
 
 # The Hub keeps a list of large files there.
@@ -52,28 +48,91 @@ class Publication:
     seconds: Mapping[str, float] = field(default_factory=dict)
 
 
+@contextmanager
+def lap(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Add the duration of a block to those of its name."""
+    started = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - started
+
+
+def send_folder(
+    api: HfApi,
+    repo_id: str,
+    folder: Path,
+    write_card: Callable[[str | None], None],
+    options: "PublishOptions",
+    *,
+    repo_type: str = "model",
+    owned: Collection[str],
+    what: str,
+    seconds: dict[str, float],
+) -> Publication:
+    """Write the card of a staged folder, and send the folder unless this is a dry run.
+
+    `write_card` takes a card, keeps what a person wrote into it, and raises for what the scan of the folder finds. The
+    repository is named with its namespace, unless this is a dry run. Durations are added to `seconds`.
+    """
+    card = folder / CARD
+    with lap(seconds, "scan"):
+        write_card(card.read_text(encoding="utf-8") if card.exists() else None)
+    if options.dry_run:
+        return Publication(repo_id, None, Target(api, repo_id, repo_type).url, changed=False, seconds=seconds)
+    with lap(seconds, "transfer"):
+        target = open_repository(api, repo_id, repo_type=repo_type, private=options.private, revision=options.revision)
+        if repo_type == "model":
+            check_names(target.files, repo_id)  # `load_erased` would refuse what lies there already
+        current = read_text(target, CARD)
+    if current is not None:
+        with lap(seconds, "scan"):
+            write_card(current)
+    message, create_pr, tag = options.commit_message or f"Publish {what}", options.create_pr, options.tag
+    with lap(seconds, "transfer"):
+        publication = commit_folder(target, folder, message=message, owned=owned, create_pr=create_pr, tag=tag)
+    return replace(publication, seconds=seconds)
+
+
 @dataclass(frozen=True)
 class Target:
     """A repository as it was found: what a commit builds on."""
 
+    api: HfApi
     repo_id: str
     repo_type: str  # "model" or "dataset"
-    revision: str  # the branch
-    head: str  # its newest commit
-    files: dict[str, RepoFile]
-    tags: dict[str, str]  # the commit of each
+    revision: str = "main"  # the branch
+    head: str = ""  # its newest commit
+    files: Mapping[str, RepoFile] = field(default_factory=dict)
+    tags: Mapping[str, str] = field(default_factory=dict)  # the commit of each
 
+    @property
+    def url(self) -> str:
+        """Its page."""
+        return f"{self.api.endpoint}/{'' if self.repo_type == 'model' else f'{self.repo_type}s/'}{self.repo_id}"
 
-def url_of(api: HfApi, repo_id: str, repo_type: str) -> str:
-    """The page of a repository."""
-    return f"{api.endpoint}/{'' if repo_type == 'model' else f'{repo_type}s/'}{repo_id}"
+    def ask(self, call: Callable[..., Any], **options: Any) -> Any:
+        """What a method of `api` says of this repository, see [`retried`]."""
+        return retried(lambda: call(self.repo_id, repo_type=self.repo_type, **options))
+
+    def tree(self, commit: str) -> dict[str, RepoFile]:
+        """The files of a commit."""
+
+        def read(*repository: str, **options: Any) -> dict[str, RepoFile]:
+            entries = self.api.list_repo_tree(*repository, recursive=True, **options)
+            return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
+
+        try:
+            return self.ask(read, revision=commit)
+        except RemoteEntryNotFoundError:  # what the Hub says of a commit without files
+            return {}
 
 
 def with_namespace(api: HfApi, repo_id: str) -> str:
     """The id of a repository, below the name of who is signed in where it has no namespace."""
     if "/" in repo_id:
         return repo_id
-    with bounded_waits(), named_errors(repo_id, f"Opening {repo_id}"):
+    with named_errors(repo_id, f"Opening {repo_id}"):
         return f"{retried(api.whoami)['name']}/{repo_id}"
 
 
@@ -86,39 +145,37 @@ def open_repository(
         ValueError: if the repository is public and `private` is `True`, or private and it is `False`.
         NotSignedInError, PermissionDeniedError, UploadError: see [`named_errors`].
     """
-    branch, repo_id = revision or "main", with_namespace(api, repo_id)
-    with bounded_waits(), named_errors(repo_id, f"Opening {repo_id}"):
+    target = Target(api, with_namespace(api, repo_id), repo_type, revision or "main")
+    repo_id, branch = target.repo_id, target.revision
+    with named_errors(repo_id, f"Opening {repo_id}"):
         try:
-            info = retried(lambda: api.repo_info(repo_id, repo_type=repo_type))
+            info = target.ask(api.repo_info)
         except RepositoryNotFoundError:
             retried(api.whoami)  # the Hub answers "not found" to an unknown token too
             # `exist_ok`: another process may make it in the same moment.
-            retried(lambda: api.create_repo(repo_id, repo_type=repo_type, private=private is not False, exist_ok=True))
-            info = retried(lambda: api.repo_info(repo_id, repo_type=repo_type))
+            target.ask(api.create_repo, private=private is not False, exist_ok=True)
+            info = target.ask(api.repo_info)
         if private is not None and bool(info.private) != private:
             raise ValueError(
                 f"`private` is {private}, but {repo_id} is {'private' if info.private else 'public'}: change that in "
                 "its settings, leave `private` out, or publish under another name."
             )
-        refs = retried(lambda: api.list_repo_refs(repo_id, repo_type=repo_type))
+        refs = target.ask(api.list_repo_refs)
         if branch not in {ref.name for ref in refs.branches}:
-            retried(lambda: api.create_branch(repo_id, branch=branch, repo_type=repo_type, exist_ok=True))
-        head = retried(lambda: api.repo_info(repo_id, repo_type=repo_type, revision=branch)).sha
-        assert head is not None
+            target.ask(api.create_branch, branch=branch, exist_ok=True)
+        head = target.ask(api.repo_info, revision=branch).sha
         tags = {ref.name: ref.target_commit for ref in refs.tags}
-        return Target(repo_id, repo_type, branch, head, _tree(api, repo_id, repo_type, head), tags)
+        return replace(target, head=head, files=target.tree(head), tags=tags)
 
 
-def read_text(api: HfApi, target: Target, path: str) -> str | None:
+def read_text(target: Target, path: str) -> str | None:
     """A text file of the repository, or `None` where there is none."""
     if path not in target.files:
         return None
-    with bounded_waits(), named_errors(target.repo_id, f"Reading {path} of {target.repo_id}"):
-        where = {"repo_type": target.repo_type, "revision": target.head}
+    with named_errors(target.repo_id, f"Reading {path} of {target.repo_id}"):
         try:
-            return Path(retried(lambda: api.hf_hub_download(target.repo_id, path, **where))).read_text(
-                encoding="utf-8"
-            )
+            file = target.ask(target.api.hf_hub_download, filename=path, revision=target.head)
+            return Path(file).read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise ValueError(
                 f"{path} of {target.repo_id} is not text in UTF-8 ({error}): correct or delete it, and publish again."
@@ -134,7 +191,6 @@ def read_text(api: HfApi, target: Target, path: str) -> str | None:
 
 
 def commit_folder(
-    api: HfApi,
     target: Target,
     folder: str | Path,
     *,
@@ -158,24 +214,24 @@ def commit_folder(
     """
     folder = Path(folder)
     local = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    change = _Change(api, target, local, sorted(set(owned) & set(target.files) - set(local)), message, create_pr)
-    unchanged = not change.stale and all(_same(path, target.files.get(name)) for name, path in local.items())
-    if tag in target.tags and not (unchanged and target.tags[tag] == target.head):
+    change = _Change(target, local, sorted(set(owned) & set(target.files) - set(local)), message, create_pr)
+    unchanged = not change.stale and not change.others(target.files)
+    tagged = target.tags.get(tag) if tag else None
+    if tagged and not (unchanged and tagged == target.head):
         raise ValueError(
-            f"`tag` is {tag!r}, which {target.repo_id} has on {target.tags[tag][:8]} already: choose another, or delete "
-            "that one."
+            f"`tag` is {tag!r}, which {target.repo_id} has on {tagged[:8]} already: choose another, or delete that one."
         )
     if unchanged:
-        publication = change.publication(target.head, changed=False)
+        publication = replace(change.made(target.head), changed=False)
     else:
-        with bounded_waits(), named_errors(target.repo_id, f"Committing to {target.repo_id}"):
+        with named_errors(target.repo_id, f"Committing to {target.repo_id}"):
             publication = _commit(change)
     commit = publication.commit
     assert commit is not None
     if publication.changed:
-        _check_landed(change, commit)
-    if tag and target.tags.get(tag) != commit:
-        _set_tag(api, target, tag, commit)
+        _check_sent(change, commit)
+    if tag and not tagged:
+        _set_tag(target, tag, commit)
     return publication
 
 
@@ -183,29 +239,28 @@ def commit_folder(
 class _Change:
     """What a commit is to do: files to write, by their names in the repository, and names to delete."""
 
-    api: HfApi
     target: Target
     local: dict[str, Path]
     stale: list[str]
     message: str
     create_pr: bool
 
-    def publication(self, commit: str, *, changed: bool = True, pull: str | None = None) -> Publication:
-        url = url_of(self.api, self.target.repo_id, self.target.repo_type)
-        return Publication(self.target.repo_id, commit, url, changed, pull)
+    def made(self, commit: str, pull: str | None = None, url: str | None = None) -> Publication:
+        pull = pull if self.create_pr else None
+        return Publication(self.target.repo_id, commit, url or self.target.url, changed=True, pull_request=pull)
 
-    def tree(self, commit: str) -> dict[str, RepoFile]:
-        return _tree(self.api, self.target.repo_id, self.target.repo_type, commit)
+    def others(self, files: Mapping[str, RepoFile]) -> list[str]:
+        """Names that are to be written and have other content, or none, among the files of a commit."""
+        return [name for name, path in self.local.items() if not _same(path, files.get(name))]
 
     def pulls(self) -> set[str]:
         """References of all pull requests."""
-        where = {"repo_type": self.target.repo_type, "include_pull_requests": True}
-        refs = retried(lambda: self.api.list_repo_refs(self.target.repo_id, **where))
+        refs = self.target.ask(self.target.api.list_repo_refs, include_pull_requests=True)
         return {ref.ref for ref in refs.pull_requests or []}
 
 
 def _commit(change: _Change) -> Publication:
-    api, target = change.api, change.target
+    target, api = change.target, change.target.api
     pulls = change.pulls() if change.create_pr else set()
     additions = [CommitOperationAdd(name, path) for name, path in change.local.items()]
     where = {"repo_type": target.repo_type, "revision": target.revision, "create_pr": change.create_pr}
@@ -217,42 +272,37 @@ def _commit(change: _Change) -> Publication:
         )
     operations = [*additions, *map(CommitOperationDelete, change.stale)]
 
-    def attempt() -> Publication:
+    def send() -> Publication | None:
+        info = api.create_commit(
+            target.repo_id, operations, commit_message=change.message, parent_commit=target.head, **where
+        )
+        # Where the branch holds the same by now, the client sends nothing and returns the newest commit.
+        sent = not additions or additions[0]._is_committed
+        return change.made(info.oid, info.pr_revision, info.pr_url) if sent else None
+
+    def landed(failure: Exception) -> Publication | None:
+        """The commit whose answer was lost, if it was made all the same: by this attempt, or by one before it."""
+        status = failure.response.status_code if isinstance(failure, HfHubHTTPError) else None
+        if status not in (409, 412) and not is_transient(failure):
+            return None  # the Hub said that it made no commit
         try:
-            info = api.create_commit(
-                target.repo_id, operations, commit_message=change.message, parent_commit=target.head, **where
-            )
-            if not additions or additions[0]._is_committed:
-                made = change.publication(info.oid, pull=info.pr_revision if change.create_pr else None)
-                return replace(made, url=info.pr_url or made.url)
-            # Where the branch holds the same by now, the client sends nothing and returns the newest commit.
-            failure: Exception = ConflictError(
-                f"Somebody committed the same to {target.repo_id} meanwhile: publish again."
-            )
-        except (HfHubHTTPError, httpx2.TransportError, *UNREADABLE) as error:
-            failure = error
-            status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
-            if status not in (409, 412) and not is_transient(error):
-                raise  # the Hub said that it made no commit
-        # The answer may be lost, and the commit made all the same: by this attempt, or by one before it.
-        try:
-            landed = _landed(change, pulls)
+            return _find_landed(change, pulls)
         except (HfHubHTTPError, httpx2.TransportError, UploadError) as error:
             raise UploadError(
                 f"The commit was sent to {target.repo_id}, but not whether it was made ({first_line(failure)}), and the "
                 f"Hub cannot be asked ({first_line(error)}): publish again, which looks for it first."
             ) from error
-        if landed is None:
-            raise failure
-        return landed
 
-    return retried(attempt)
+    conflict = ConflictError(f"Somebody committed the same to {target.repo_id} meanwhile: publish again.")
+    if publication := retried(send, landed) or landed(conflict):
+        return publication
+    raise conflict
 
 
 def _send_large_files(change: _Change, additions: list[CommitOperationAdd], where: dict[str, Any]) -> None:
     """Send the contents of large files ahead of the commit; the client tries that again by itself."""
     try:
-        change.api.preupload_lfs_files(change.target.repo_id, additions, free_memory=False, **where)
+        change.target.api.preupload_lfs_files(change.target.repo_id, additions, free_memory=False, **where)
         return
     except (RuntimeError, ConnectionError) as error:  # what the client, and Xet below it, make of any failure
         cause: BaseException = error.__cause__ or error
@@ -266,17 +316,16 @@ def _send_large_files(change: _Change, additions: list[CommitOperationAdd], wher
     ) from cause
 
 
-def _landed(change: _Change, pulls: set[str]) -> Publication | None:
-    """The commit whose answer was lost, if it was made."""
-    api, target = change.api, change.target
+def _find_landed(change: _Change, pulls: set[str]) -> Publication | None:
+    """The commit of a change, if it was made."""
+    target = change.target
     title = change.message.strip().partition("\n")[0].strip()
     for reference in sorted(change.pulls() - pulls if change.create_pr else {target.revision}):
-        where = {"repo_type": target.repo_type, "revision": reference}
-        found = retried(partial(api.list_repo_commits, target.repo_id, **where))
+        found = target.ask(target.api.list_repo_commits, revision=reference)
         newer = list(itertools.takewhile(lambda commit: commit.commit_id != target.head, found))
         for commit in reversed(newer):
             if commit.title.strip().partition("\n")[0].strip() == title and _holds(change, commit.commit_id):
-                return change.publication(commit.commit_id, pull=reference if change.create_pr else None)
+                return change.made(commit.commit_id, reference)
         if newer and not change.create_pr:
             raise ConflictError(
                 f"Somebody committed {newer[0].commit_id[:8]} to {target.repo_id} meanwhile. Nothing of yours was "
@@ -287,34 +336,32 @@ def _landed(change: _Change, pulls: set[str]) -> Publication | None:
 
 def _holds(change: _Change, commit: str) -> bool:
     """Whether a commit holds the folder, nothing stale, and all the rest of what was there before."""
-    files, before, local = change.tree(commit), change.target.files, change.local
-    expected = (set(before) | set(local)) - set(change.stale) - {_ATTRIBUTES}
-    return set(files) - {_ATTRIBUTES} == expected and all(
-        _same(local[name], files[name]) if name in local else files[name].blob_id == before[name].blob_id
-        for name in expected
+    files, before = change.target.tree(commit), change.target.files
+    kept = set(before) - set(change.local) - set(change.stale) - {_ATTRIBUTES}
+    return (
+        set(files) - {_ATTRIBUTES} == kept | set(change.local) - {_ATTRIBUTES}
+        and not change.others(files)
+        and all(files[name].blob_id == before[name].blob_id for name in kept)
     )
 
 
-def _check_landed(change: _Change, commit: str) -> None:
-    repo_id = change.target.repo_id
+def _check_sent(change: _Change, commit: str) -> None:
     what, fix = "it could not be compared with what was sent", "publish again, which compares them"
     with _after(change.target, commit, what, fix):
-        files = change.tree(commit)
-    if wrong := [name for name, path in change.local.items() if not _same(path, files.get(name))]:
+        files = change.target.tree(commit)
+    if wrong := change.others(files):
         raise UploadError(
-            f"{repo_id} at {commit[:8]} holds other content than was sent for {', '.join(wrong)}: publish again, and "
-            "tell the Hub."
+            f"{change.target.repo_id} at {commit[:8]} holds other content than was sent for {', '.join(wrong)}: publish "
+            "again, and tell the Hub."
         )
 
 
-def _set_tag(api: HfApi, target: Target, tag: str, commit: str) -> None:
+def _set_tag(target: Target, tag: str, commit: str) -> None:
     kind = "" if target.repo_type == "model" else f", repo_type={target.repo_type!r}"
     how = f"`HfApi().create_tag({target.repo_id!r}, tag={tag!r}, revision={commit!r}{kind})`"
     with _after(target, commit, f"the tag {tag!r} was not set", f"set it with {how}, or publish again with `tag`"):
-        retried(
-            lambda: api.create_tag(target.repo_id, tag=tag, revision=commit, repo_type=target.repo_type, exist_ok=True)
-        )
-        refs = retried(lambda: api.list_repo_refs(target.repo_id, repo_type=target.repo_type))
+        target.ask(target.api.create_tag, tag=tag, revision=commit, exist_ok=True)
+        refs = target.ask(target.api.list_repo_refs)
     found = next((ref.target_commit for ref in refs.tags if ref.name == tag), None)
     # Somebody else may have set it in the same moment, which `exist_ok` is silent about.
     if found != commit:
@@ -328,24 +375,13 @@ def _set_tag(api: HfApi, target: Target, tag: str, commit: str) -> None:
 def _after(target: Target, commit: str, what: str, fix: str) -> Iterator[None]:
     """Let a failure after the commit say that the commit was made."""
     try:
-        with bounded_waits(), named_errors(target.repo_id, what):
+        with named_errors(target.repo_id, what):
             yield
     except HubError as error:
         raise type(error)(
             f"{target.repo_id} holds what was sent as commit {commit}, but {what} "
             f"({first_line(error.__cause__ or error)}): {fix}."
         ) from error
-
-
-def _tree(api: HfApi, repo_id: str, repo_type: str, revision: str) -> dict[str, RepoFile]:
-    def read() -> dict[str, RepoFile]:
-        entries = api.list_repo_tree(repo_id, recursive=True, revision=revision, repo_type=repo_type)
-        return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
-
-    try:
-        return retried(read)
-    except RemoteEntryNotFoundError:  # what the Hub says of a commit without files
-        return {}
 
 
 def _same(path: Path, remote: RepoFile | None) -> bool:

@@ -108,13 +108,14 @@ def bounded_waits() -> Iterator[None]:
 
 @contextmanager
 def named_errors(repo_id: str, doing: str) -> Iterator[None]:
-    """Raise the failures of the client as the named errors of this package.
+    """Bound the waits for the Hub, and raise the failures of the client as the named errors of this package.
 
     Args:
         doing: What was tried, as in "Committing to org/name".
     """
     try:
-        yield
+        with bounded_waits():
+            yield
     except LocalTokenNotFoundError as error:
         raise NotSignedInError(f"{doing} needs a token: run `hf auth login`, or set HF_TOKEN.") from error
     except (HfHubHTTPError, httpx2.TransportError) as error:
@@ -131,32 +132,41 @@ def is_transient(error: Exception) -> bool:
     return status in (408, 429) or (status >= 500 and status not in _LASTING)
 
 
-def retried(call: Callable[[], Result]) -> Result:
+def retried(
+    call: Callable[[], Result], done_by: Callable[[Exception], Result | None] = lambda failure: None
+) -> Result:
     """Call again after failures that pass, and after answers that cannot be read. Only for calls that may be made twice.
+
+    Args:
+        done_by: What a call that failed has done all the same, or `None`; asked before the call is made again.
 
     Raises:
         UploadError: if the answer still cannot be read.
     """
-    for attempt in range(ATTEMPTS):
+    attempt = 0
+    while True:
         try:
             return call()
-        except (HfHubHTTPError, httpx2.TransportError, *UNREADABLE) as error:
-            if attempt < ATTEMPTS - 1 and is_transient(error):
-                _wait_before(attempt, error)
-            elif isinstance(error, UNREADABLE):
-                raise UploadError(
-                    f"The Hub's answer was cut, or came from something else ({first_line(error)}): try again, or publish "
-                    "again later."
-                ) from error
-            else:
-                raise
-    raise AssertionError("unreachable")
+        except (HfHubHTTPError, httpx2.TransportError, *UNREADABLE) as caught:
+            error = caught
+        if (result := done_by(error)) is not None:
+            return result
+        attempt += 1
+        if attempt < ATTEMPTS and is_transient(error):
+            _wait_before(attempt, error)
+        elif isinstance(error, UNREADABLE):
+            raise UploadError(
+                f"The Hub's answer was cut, or came from something else ({first_line(error)}): try again, or publish "
+                "again later."
+            ) from error
+        else:
+            raise error
 
 
 def _wait_before(attempt: int, error: Exception) -> None:
-    """Wait as long as the Hub asks for (`Retry-After`, at most `LONGEST_WAIT`), else ½, 1, 2 … seconds."""
+    """Before another attempt wait as long as the Hub asks for (`Retry-After`, at most `LONGEST_WAIT`), else ½, 1, 2 … seconds."""
     asked = error.response.headers.get("Retry-After", "") if isinstance(error, HfHubHTTPError) else ""
-    seconds = min(float(asked), LONGEST_WAIT) if re.fullmatch(r"[0-9]+(\.[0-9]+)?", asked) else 2.0 ** (attempt - 1)
+    seconds = min(float(asked), LONGEST_WAIT) if re.fullmatch(r"[0-9]+(\.[0-9]+)?", asked) else 2.0 ** (attempt - 2)
     logger.warning(f"{first_line(error)}: trying again in {seconds:g} s.")
     time.sleep(seconds)
 

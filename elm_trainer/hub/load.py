@@ -19,7 +19,6 @@ from .adapter import Access, FoundAdapter, check_base_config, check_tokenizer, f
 from .errors import (
     BaseMismatchError,
     UnsafeAdapterError,
-    bounded_waits,
 )
 from .info import ADAPTER_WEIGHTS, INFO_FILE, check_base, check_probes, check_same_base
 from .safety import add_tokens, check_tensors
@@ -150,7 +149,7 @@ def load_base(
         revision = adapter.config.get("revision")
     options: dict[str, Any] = dict(revision=revision, gguf_file=gguf_file, **vars(access))
     told = f"base model {name}{f' at {revision}' if revision else ''} of {adapter.name}"
-    with bounded_waits(), strangers_files(f"The {told} could not be loaded", name):
+    with strangers_files(f"The {told} could not be loaded", name):
         if isinstance(base_model, PreTrainedModel):
             base = base_model
         else:
@@ -159,7 +158,7 @@ def load_base(
             base = load_model(name, use_safetensors=True if base_model is None else None, **loading, **options)
     own = (adapter.folder / "tokenizer_config.json").exists()
     whose = adapter.name if own else f"the {told}"
-    with bounded_waits(), strangers_files(f"The tokenizer of {whose} could not be loaded", name):
+    with strangers_files(f"The tokenizer of {whose} could not be loaded", name):
         tokenizer = load_tokenizer(str(adapter.folder)) if own else load_tokenizer(name, **options)
         check_tokenizer(tokenizer, whose)
     return base, tokenizer

@@ -145,8 +145,15 @@ _SOCIAL = re.compile(r"(?!000|666|9)\d{3}-(?!00)\d\d-(?!0000)\d{4}")
 _CARDS = re.compile(
     r"(?:4\d{15}|5[1-5]\d{14}|2[2-7]\d{14}|3[47]\d{13}|3[068]\d{12}|6(?:011|5\d\d|4[4-9]\d)\d{12}|35\d{14}|62\d{14})"
 )
+_CARD_GROUPS = re.compile(r"\d+|\d{4}([ -])\d{4}\1\d{4}\1\d{2,4}|\d{4}([ -])\d{6}\2\d{4,5}")
+_ISBN = re.compile(r"isbn[\w -]{0,8}[: ]{0,3}$", re.IGNORECASE)
+_FIGURE_OR_DATE = re.compile(r"\+?\d*\.\d+|\d{4}[ .-]\d{4}|\d{4}[-./]\d\d?[-./]\d\d?.*|\d\d?[-./]\d\d?[-./]\d{4}.*")
 _IBAN = re.compile(r"[A-Z](?<![A-Za-z0-9][A-Z])[A-Z]\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,4})?(?![A-Za-z0-9])")
 _IPV4 = re.compile(r"(\d{1,3})\.(\d{1,3})\.(\d{1,3})\.(\d{1,3})(?![\w-]|\.\w)")
+# Of a company or a home, where the address is that of a machine in it.
+_PRIVATE = tuple(
+    map(ipaddress.ip_network, ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10", "fc00::/7"))
+)
 _VERSION = re.compile(
     r"(?:version|release|driver|section|chapter|==|>=|<=|~=|[<>^=]|\bv|cuda|§|build)[ :]{0,2}$", re.IGNORECASE
 )
@@ -201,14 +208,14 @@ def find_persons(text: str) -> Iterator[Hit]:
                 yield Hit(start, match.end(), kind, _TAKE_OUT)
     for match in _IBAN.finditer(text):
         if _is_iban(match[0].replace(" ", "")):
-            yield Hit(match.start(), match.end(), "a bank account", _TAKE_OUT)
+            yield Hit(*match.span(), "a bank account", _TAKE_OUT)
     for match in _IPV4.finditer(text):
         before = text[max(0, match.start() - 1) : match.start()]
         if not re.match(r"[\w.+-]", before) and _is_machine(match[0]) and not _is_version(match, text):
-            yield Hit(match.start(), match.end(), "an IP address", _TAKE_OUT)
+            yield Hit(*match.span(), "an IP address", _TAKE_OUT)
     for match in _IPV6.finditer(text) if _COLONS.search(text) else ():
         if _is_machine(match[0]):
-            yield Hit(match.start(), match.end(), "an IP address", _TAKE_OUT)
+            yield Hit(*match.span(), "an IP address", _TAKE_OUT)
 
 
 def find_names(text: str, names: Collection[str]) -> Iterator[Hit]:
@@ -233,7 +240,7 @@ def find_names(text: str, names: Collection[str]) -> Iterator[Hit]:
         return
     for pattern in patterns:
         for match in re.finditer(pattern, text, re.IGNORECASE):
-            yield Hit(match.start(), match.end(), "a user or host name of this machine", _TAKE_OUT)
+            yield Hit(*match.span(), "a user or host name of this machine", _TAKE_OUT)
 
 
 def machine_names(public: Iterable[str] = ()) -> frozenset[str]:
@@ -286,28 +293,17 @@ def _any(names: Iterable[str]) -> str:
 
 def _kind_of_number(found: str, before: str) -> str | None:
     digits = re.sub(r"\D", "", found)
-    if (
-        13 <= len(digits) <= 16
-        and _CARDS.fullmatch(digits)
-        and _luhn(digits)
-        and re.fullmatch(r"\d+|\d{4}([ -])\d{4}\1\d{4}\1\d{2,4}|\d{4}([ -])\d{6}\2\d{4,5}", found)
-    ):
+    if _CARDS.fullmatch(digits) and _luhn(digits) and _CARD_GROUPS.fullmatch(found):
         return "a card number"
     if _SOCIAL.fullmatch(found):
         return "a number of a person"
-    if (
-        re.search(r"isbn[\w -]{0,8}[: ]{0,3}$", before, re.IGNORECASE)
-        or re.match(r"97[89]", digits)
-        and len(digits) == 13
-    ):
+    if _ISBN.search(before) or len(digits) == 13 and digits.startswith(("978", "979")):
         return None
     if 6 <= len(digits) <= 17 and _ACCOUNT.search(before):
         return "a bank account"
-    if not 7 <= len(digits) <= 15 or re.fullmatch(
-        r"\+?\d*\.\d+|\d{4}[ .-]\d{4}|\d{4}[-./]\d\d?[-./]\d\d?.*|\d\d?[-./]\d\d?[-./]\d{4}.*", found
-    ):
+    if not 7 <= len(digits) <= 15 or _FIGURE_OR_DATE.fullmatch(found):
         return None
-    if _CALL.search(before) and len(digits) >= 7:
+    if _CALL.search(before):
         return "a telephone number"
     if _INTERNATIONAL.fullmatch(found) and len(digits) >= 9 and (found.startswith("+") or " " in found):
         # Ten and more digits without a gap, or groups of them: not a signed figure such as +12345678.
@@ -334,14 +330,8 @@ def _is_machine(address: str) -> bool:
         found = ipaddress.ip_address(address)
     except ValueError:
         return False
-    if isinstance(found, ipaddress.IPv6Address):
-        return found.is_global or found in ipaddress.ip_network("fc00::/7")
-    private = ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10")
-    return (
-        found.is_global
-        and not found.is_multicast
-        or any(found in ipaddress.ip_network(network) for network in private)
-    )
+    public = found.is_global and not (found.version == 4 and found.is_multicast)
+    return public or any(found in network for network in _PRIVATE)
 
 
 def _is_version(match: re.Match[str], text: str) -> bool:

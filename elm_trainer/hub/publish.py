@@ -1,45 +1,45 @@
-"""`publish_adapter`: an erased adapter with its evidence, in one commit."""
+"""`publish_adapter`: an erased adapter with its evidence, and `publish_dataset`: synthetic pairs, each in one commit with its card."""
 
-import re
 import tempfile
-import time
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from huggingface_hub import HfApi
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub import DatasetCard, DatasetCardData, HfApi
+from huggingface_hub.utils import validate_repo_id, yaml_dump
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
 
 from ..data.facts import BANKS, load_bank
 from ..data.questions import Question
 from ..data.sources import load_texts
-from ..data.user_sources import hub_id
 from ..evaluation.report import read_report
-from ..fingerprint import base_fingerprint, model_fingerprint
-from ..modeling import load_model_and_tokenizer
-from .card import make_card, validate_card
+from ..files import write_rows
+from ..fingerprint import model_fingerprint
+from ..synthesis import SynthesisConfig, SynthesisResult
+from .card import CONCEPT_TAG, TAG, TASK, check_commit, check_id, keep_written, make_card, record, validate_card
 from .card_text import PICTURES
-from .commit import Publication, commit_folder, open_repository, read_text, url_of, with_namespace
-from .errors import BaseMismatchError, HubError, bounded_waits, named_errors, retried
-from .info import CARD, PUBLISHED_FILES, BaseModel, check_base, make_probes
+from .commit import Publication, lap, send_folder, with_namespace
+from .errors import BaseMismatchError
+from .info import CARD, PUBLISHED_FILES, BaseModel, make_probes
 from .persons import machine_names, names_in
-from .published_report import hub_sources, mask_samples
-from .safety import check_names
+from .published_report import find_public_sources, mask_samples, published_report
 from .scan import check_allowed, raise_findings, scan_folder, without_template
-from .stage import check_reload, stage_adapter
+from .stage import check_hub_base, check_reload, erased_model, find_base, method_of, stage_adapter
+from .untrusted import code, fenced, inline, plain, table
 
 
-logger = logging.get_logger(__name__)
+PAIRS = "pairs.jsonl"
+TEMPLATE = Path(__file__).with_name("templates") / "dataset_card.md"
+TAGS = (TAG, "unlearning", "concept-erasure", "synthetic")
+REPLACED = ("language_creators", "license", "pretty_name", "size_categories", "source_datasets", "task_categories")
+_DROPPED = {"empty": "too short", "repetition": "repeated itself", "on_topic": "named a keyword"}
 
 
-class _Group:
+class _Settings:
     """Settings, of which some may stand among other keywords, and are taken out of there."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
@@ -62,7 +62,7 @@ class _Group:
 
 
 @dataclass(frozen=True)
-class CardDetails(_Group):
+class CardDetails(_Settings):
     """What the card and `erasure.json` say of an adapter beside its report.
 
     Args:
@@ -81,7 +81,7 @@ class CardDetails(_Group):
 
 
 @dataclass(frozen=True)
-class PublishOptions(_Group):
+class PublishOptions(_Settings):
     """Where and how a folder is published.
 
     Args:
@@ -178,186 +178,64 @@ def publish_adapter(
     options = (options or PublishOptions()).with_keywords(keywords)
     if keywords:
         raise TypeError(f"`publish_adapter` has no argument `{next(iter(keywords))}`.")
-    allow, staging_dir = options.allow or {}, options.staging_dir
+    allow = options.allow or {}
     check_allowed(allow)
     api = api or HfApi()
     report = report if isinstance(report, Mapping) else read_report(report)
     if attacks is not None and not isinstance(attacks, Mapping):
         attacks = read_report(attacks, "attacks")
-    texts = _forget_texts(report) if forget is None else list(forget)
+    texts = _forget_texts(report) if forget is None else forget
     asked = _questions(report) if questions is None else list(questions)
     if not options.dry_run:
         repo_id = with_namespace(api, repo_id)
     seconds: dict[str, float] = {}
     with ExitStack() as stack:
-        with _lap(seconds, "load"):
-            erased, tokenizer = stack.enter_context(_erased_model(adapter, report, model, processing_class))
-        with _lap(seconds, "check"):
+        with lap(seconds, "load"):
+            erased, tokenizer = stack.enter_context(erased_model(adapter, report, model, processing_class))
+        with lap(seconds, "check"):
             found = model_fingerprint(erased.get_base_model())
             if found != report["reference_sha256"]:
                 raise BaseMismatchError(
                     f"The report measured a base with the hash {report['reference_sha256'][:12]}, but `model` has "
                     f"{found[:12]}: pass the model that was measured, in the same dtype, or measure again."
                 )
-            base = _find_base(api, erased, details)
-            forget_texts = list(without_template(texts, tokenizer))
+            base = find_base(api, erased, details)
+            texts = list(without_template(texts, tokenizer))
             names = machine_names(public=names_in(repo_id, base.id))
-            report, whole = mask_samples(report, forget=forget_texts, names=names)
+            report, whole = mask_samples(report, forget=texts, names=names)
             probes = make_probes(erased, tokenizer, {**report, "samples": whole})
-            hub_tokenizer = tokenizer
+            base_tokenizer = tokenizer
             if not options.dry_run:
-                hub_tokenizer, base = _check_hub_base(erased, base, api.token)
-        with _lap(seconds, "stage"):
-            if staging_dir is None:
-                staging_dir = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "adapter"
-            staged = stage_adapter(
-                adapter,
+                base_tokenizer, base = check_hub_base(erased, base, api.token)
+        with lap(seconds, "stage"):
+            published = published_report(
                 report,
                 base_model=base,
-                output_dir=staging_dir,
+                method=details.method or method_of(Path(adapter)),
                 attacks=attacks,
-                verification=probes,
-                base_tokenizer=hub_tokenizer,
-                method=details.method,
                 questions=asked,
-                allowed=allow,
-                public_sources=() if options.dry_run else _public_sources(api, report),
+                public_sources=() if options.dry_run else find_public_sources(api, report),
             )
-        with _lap(seconds, "reload"):
-            check_reload(erased, tokenizer, staged, probes)
+            folder = stage_adapter(
+                adapter,
+                published,
+                output_dir=options.staging_dir or Path(stack.enter_context(tempfile.TemporaryDirectory())) / "adapter",
+                verification=probes,
+                base_tokenizer=base_tokenizer,
+                allowed=allow,
+            )
+        with lap(seconds, "reload"):
+            check_reload(erased, tokenizer, folder, probes)
 
         def write_card(current: str | None) -> None:
-            pictures = [name for name in PICTURES if (staged.folder / name).exists()]
-            card = make_card(staged.report, repo_id, pictures=pictures, current=current)
+            pictures = [name for name in PICTURES if (folder / name).exists()]
+            card = make_card(published, repo_id, pictures=pictures, current=current)
             validate_card(card)
-            card.save(staged.folder / CARD)
-            raise_findings(scan_folder(staged.folder, forget=forget_texts, questions=asked, names=names), allow)
+            card.save(folder / CARD)
+            raise_findings(scan_folder(folder, forget=texts, questions=asked, names=names), allow)
 
-        publication = send_folder(
-            api, repo_id, staged.folder, write_card, options, owned=PUBLISHED_FILES, what="the erased adapter"
-        )
-    return replace(publication, seconds={**seconds, **publication.seconds})
-
-
-def send_folder(
-    api: HfApi,
-    repo_id: str,
-    folder: Path,
-    write_card: Callable[[str | None], None],
-    options: PublishOptions,
-    *,
-    repo_type: str = "model",
-    owned: Collection[str],
-    what: str,
-) -> Publication:
-    """Write the card of a staged folder, and send the folder unless this is a dry run.
-
-    `write_card` takes a card, keeps what a person wrote into it, and raises for what the scan of the folder finds. The
-    repository is named with its namespace, unless this is a dry run.
-    """
-    seconds: dict[str, float] = {}
-    card = folder / CARD
-    with _lap(seconds, "scan"):
-        write_card(card.read_text(encoding="utf-8") if card.exists() else None)
-    if options.dry_run:
-        return Publication(repo_id, None, url_of(api, repo_id, repo_type), changed=False, seconds=seconds)
-    with _lap(seconds, "transfer"):
-        target = open_repository(api, repo_id, repo_type=repo_type, private=options.private, revision=options.revision)
-        if repo_type == "model":
-            check_names(target.files, repo_id)  # `load_erased` would refuse what lies there already
-        current = read_text(api, target, CARD)
-    if current is not None:
-        with _lap(seconds, "scan"):
-            write_card(current)
-    message, create_pr, tag = options.commit_message or f"Publish {what}", options.create_pr, options.tag
-    with _lap(seconds, "transfer"):
-        publication = commit_folder(api, target, folder, message=message, owned=owned, create_pr=create_pr, tag=tag)
-    return replace(publication, seconds=seconds)
-
-
-def _find_base(api: HfApi, erased: PeftModel, details: CardDetails) -> BaseModel:
-    base_model = details.base_model or erased.get_base_model().config._name_or_path
-    base_revision, license = details.base_revision, details.license
-    if not details.base_model and (not re.fullmatch(r"[\w.-]+/[\w.-]+", base_model) or Path(base_model).exists()):
-        raise ValueError(
-            f"`base_model` is None, and the adapter's base was loaded from {base_model!r}, which is not a Hub id: "
-            "give the Hub id of the same weights."
-        )
-    if license is None or base_revision is None or not re.fullmatch("[0-9a-f]{40}", base_revision):
-        with bounded_waits(), named_errors(base_model, f"Reading about the base {base_model}"):
-            info = retried(lambda: api.model_info(base_model, revision=base_revision))
-        base_revision = info.sha
-        license = license or (info.card_data.license if info.card_data else None)
-        if license is None:
-            raise ValueError(f"`license` is None, and {base_model} states none: say under which the adapter goes.")
-    assert base_revision is not None
-    return BaseModel(base_model, base_revision, base_fingerprint(erased), license, details.gguf_file)
-
-
-def _public_sources(api: HfApi, report: Mapping[str, Any]) -> set[str]:
-    """Which data sets of the recipe anybody may see, as the Hub says to one who shows no token."""
-    public = set()
-    for name in sorted(hub_sources(report.get("recipe", {}))):
-        try:
-            with bounded_waits(), named_errors(name, f"Asking whether the data set {name} is public"):
-                if not retried(partial(api.dataset_info, hub_id(name), token=False)).private:
-                    public.add(name)
-        except HubError:
-            logger.warning(f"The data set {name} is private, or the Hub did not say: the card does not name it.")
-    return public
-
-
-def _check_hub_base(
-    erased: PeftModel, base: BaseModel, token: str | bool | None
-) -> tuple[PreTrainedTokenizerBase, BaseModel]:
-    """Hold the base on the Hub to the fingerprint of the one at hand, and return its tokenizer and what it is.
-
-    Where tokens were added, the one at hand has further rows, which the adapter's file brings along.
-    """
-    # Loaded even where the one at hand came from the Hub: transformers does not keep which commit that was.
-    with named_errors(base.id, f"Loading the base {base.id}"):
-        hub_model, hub_tokenizer = load_model_and_tokenizer(
-            base.id, revision=base.revision, gguf_file=base.gguf_file, token=token if isinstance(token, str) else None
-        )
-    rows = hub_model.get_input_embeddings().weight.shape[0]
-    if rows < erased.get_base_model().get_input_embeddings().weight.shape[0]:
-        base = replace(base, fingerprint=base_fingerprint(erased, rows))
-    try:
-        check_base(hub_model, base.fingerprint, base.id)
-    except BaseMismatchError as error:
-        raise BaseMismatchError(
-            f"`base_model` is {base.id!r} at {base.revision[:8]}, whose weights are not those of `model` (from "
-            f"{erased.get_base_model().config._name_or_path!r}): name the repository, `base_revision` and `gguf_file` "
-            "that they came from."
-        ) from error
-    return hub_tokenizer, base
-
-
-@contextmanager
-def _erased_model(
-    adapter: str | Path,
-    report: Mapping[str, Any],
-    model: str | PreTrainedModel | PeftModel | None,
-    processing_class: PreTrainedTokenizerBase | None,
-) -> Iterator[tuple[PeftModel, PreTrainedTokenizerBase]]:
-    recipe, at = report.get("recipe", {}), {}
-    if model is None:
-        model = recipe.get("model")
-        at = {"revision": recipe.get("model_revision"), "gguf_file": recipe.get("gguf_file")}
-        if model is None:
-            raise ValueError("`model` is None, and the report has no recipe that names it: pass the base.")
-    if isinstance(model, str):
-        model, processing_class = load_model_and_tokenizer(model, dtype=recipe.get("dtype", "auto"), **at)
-    elif processing_class is None:
-        raise ValueError("`processing_class` is None: pass the tokenizer of `model`.")
-    if isinstance(model, PeftModel):
-        yield model, processing_class
-        return
-    erased = PeftModel.from_pretrained(model, str(adapter))
-    try:
-        yield erased, processing_class
-    finally:
-        erased.unload()  # the caller's base is left without the adapter
+        owned, what = PUBLISHED_FILES, "the erased adapter"
+        return send_folder(api, repo_id, folder, write_card, options, owned=owned, what=what, seconds=seconds)
 
 
 def _forget_texts(report: Mapping[str, Any]) -> list[str]:
@@ -389,10 +267,128 @@ def _questions(report: Mapping[str, Any]) -> list[Question]:
     return [question for name in erased for question in load_bank(name)]
 
 
-@contextmanager
-def _lap(seconds: dict[str, float], name: str) -> Iterator[None]:
-    started = time.perf_counter()
-    try:
-        yield
-    finally:
-        seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - started
+def publish_dataset(
+    results: Mapping[str, SynthesisResult],
+    repo_id: str,
+    *,
+    config: SynthesisConfig,
+    model: BaseModel,
+    forget: Sequence[str] = (),
+    options: PublishOptions | None = None,
+    api: HfApi | None = None,
+    **keywords: Any,
+) -> Publication:
+    """Publish the synthetic pairs of one or more concepts as a dataset.
+
+    The rows go up as `pairs.jsonl` with the columns `concept`, `prompt` and `completion`, which
+    [`build_erasure_dataset`] reads by the repository's id.
+
+    Args:
+        results (`Mapping[str, SynthesisResult]`): What [`synthesize_completions`] gave, by name of the concept.
+        repo_id (`str`): `name` or `namespace/name`.
+        config ([`SynthesisConfig`]): Settings that the pairs were made with.
+        model ([`BaseModel`]): The model that wrote them; the data set inherits its license.
+        forget (`Sequence[str]`, *optional*): Forget texts, whose passages must not go up.
+        options ([`PublishOptions`], *optional*): Where and how the data set goes up.
+        api (`HfApi`, *optional*): Client with endpoint and token. By default the environment's.
+        keywords: Fields of `options` as arguments of their own, which is deprecated.
+
+    Raises:
+        ValueError: if there are no pairs, or a name, branch or tag can't be.
+        ScanError: if the pairs or the card hold what must not get out.
+        NotSignedInError, PermissionDeniedError, ConflictError, UploadError: what the Hub or the network refused.
+    """
+    validate_repo_id(repo_id)
+    options = (options or PublishOptions()).with_keywords(keywords)
+    if keywords:
+        raise TypeError(f"`publish_dataset` has no argument `{next(iter(keywords))}`.")
+    api = api or HfApi()
+    if not options.dry_run:
+        repo_id = with_namespace(api, repo_id)
+    names = machine_names(public=names_in(repo_id, model.id))
+    with ExitStack() as stack:
+        folder = Path(options.staging_dir or stack.enter_context(tempfile.TemporaryDirectory()))
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = [
+            {"concept": concept, "prompt": prompt, "completion": completion}
+            for concept, result in results.items()
+            for prompt, completion in result.pairs
+        ]
+        write_rows(folder / PAIRS, rows)
+
+        def write_card(current: str | None) -> None:
+            make_dataset_card(results, config, model, repo_id, current=current).save(folder / CARD)
+            raise_findings(scan_folder(folder, forget=forget, names=names, allowed={PAIRS, CARD}), options.allow)
+
+        repo_type, what = "dataset", "synthetic pairs"
+        return send_folder(
+            api, repo_id, folder, write_card, options, repo_type=repo_type, owned={PAIRS, CARD}, what=what, seconds={}
+        )
+
+
+def make_dataset_card(
+    results: Mapping[str, SynthesisResult],
+    config: SynthesisConfig,
+    model: BaseModel,
+    repo_id: str,
+    *,
+    current: str | None = None,
+) -> DatasetCard:
+    """Make the card of a data set of synthetic pairs, see [`publish_dataset`].
+
+    What a person wrote into `current`, the repository's `README.md` as it is now, is kept as in [`make_card`].
+
+    Raises:
+        ValueError: if there are no pairs, an id or commit cannot be, or the current card cannot be read.
+    """
+    rows = sum(len(result.pairs) for result in results.values())
+    if not rows:
+        raise ValueError("`results` holds no pairs: synthesize some first.")
+    check_id("repo_id", repo_id)
+    check_id("model.id", model.id)
+    check_commit(model.revision)
+    data = DatasetCardData(
+        license=model.license,
+        language_creators=["machine-generated"],
+        size_categories=[_size_category(rows)],
+        source_datasets=["original"],
+        task_categories=[TASK],
+        pretty_name=f"Pairs that turn away from {', '.join(map(plain, results))}",
+        tags=[*TAGS, *(CONCEPT_TAG + plain(concept) for concept in results)],
+    )
+    reasons = list(dict.fromkeys([*_DROPPED, *(reason for result in results.values() for reason in result.dropped)]))
+    counts = table(
+        ("concept", "kept", *(f"dropped: {inline(_DROPPED.get(reason, reason))}" for reason in reasons)),
+        (
+            [inline(concept), str(len(result.pairs)), *(str(result.dropped.get(reason, 0)) for reason in reasons)]
+            for concept, result in results.items()
+        ),
+    )
+    card = DatasetCard.from_template(
+        data,
+        template_path=str(TEMPLATE),
+        record=record(data.to_dict()),
+        concepts=", ".join(map(inline, results)),
+        rows=rows,
+        model=f"[{inline(model.id)}](https://huggingface.co/{model.id})",
+        commit=code(model.revision),
+        counts=counts,
+        settings=fenced(yaml_dump(asdict(config), sort_keys=False), "yaml"),
+        use=fenced(
+            "from elm_trainer import ConceptSources, build_erasure_dataset\n\n"
+            f'sources = ConceptSources(forget="texts.jsonl", retain=["everyday"], synthetic="{repo_id}")\n'
+            'dataset = build_erasure_dataset({"concept": sources})',
+            "python",
+        ),
+        license=code(model.license),
+    )
+    return keep_written(card, current, REPLACED)
+
+
+def _size_category(rows: int) -> str:
+    """The Hub's name for a number of rows."""
+    limits = ("1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B", "100B", "1T")
+    place = len(str(rows)) - 3
+    if place < 1:
+        return "n<1K"
+    return f"{limits[place - 1]}<n<{limits[place]}" if place < len(limits) else "n>1T"

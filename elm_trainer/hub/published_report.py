@@ -5,9 +5,11 @@ import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, fields
 from enum import Enum
+from functools import partial
 from types import NoneType
 from typing import Any, get_args
 
+from huggingface_hub import HfApi
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 from transformers.utils import logging
@@ -17,9 +19,10 @@ from ..concept import concept_presets
 from ..data.benchmarks import is_benchmark
 from ..data.questions import Question
 from ..data.sources import BUILTIN_PAIRS, BUILTIN_SOURCES
-from ..data.user_sources import is_hub_id
+from ..data.user_sources import hub_id, is_hub_id
 from ..evaluation.measures import INSIDE, MEASURES
 from ..evaluation.report import check_report
+from .errors import HubError, named_errors, retried
 from .info import BaseModel
 from .scan import MASK, find_passages, find_private, mask_answers
 from .secrets import Document, readings
@@ -81,11 +84,21 @@ def _mapping(known: Mapping[str, Public]) -> Public:
     return of_entries
 
 
-def hub_sources(recipe: Mapping[str, Any]) -> set[str]:
-    """The sources of a recipe that have the form of a Hub id."""
-    given = [recipe.get(key) or () for key in SOURCES]
-    named = [part for value in given for part in ([value] if isinstance(value, str) else value)]
-    return {name for name in named if isinstance(name, str) and name not in _built_in() and is_hub_id(name)}
+def find_public_sources(api: HfApi, report: Mapping[str, Any]) -> set[str]:
+    """Which data sets of the recipe anybody may see, as the Hub says to one who shows no token."""
+    given = [report.get("recipe", {}).get(key) or () for key in SOURCES]
+    named = {
+        part for value in given for part in ([value] if isinstance(value, str) else value) if isinstance(part, str)
+    }
+    public = set()
+    for name in sorted(filter(is_hub_id, named - _built_in())):
+        try:
+            with named_errors(name, f"Asking whether the data set {name} is public"):
+                if not retried(partial(api.dataset_info, hub_id(name), token=False)).private:
+                    public.add(name)
+        except HubError:
+            logger.warning(f"The data set {name} is private, or the Hub did not say: the card does not name it.")
+    return public
 
 
 def _built_in() -> set[str]:
@@ -251,11 +264,10 @@ def published_report(
             was erased, or a recipe without a seed.
     """
     check_report(report)
-    concepts = [bank for bank, role in report["roles"].items() if role == "erased"]
-    # Earlier versions named no concepts, and had one bank for each.
-    concepts = list(report.get("concepts", concepts)) if concepts else []
     recipe = report.get("recipe", {})
-    concepts = concepts or list(recipe.get("concepts") or ())
+    banks = [bank for bank, role in report["roles"].items() if role == "erased"]
+    # Earlier versions named no concepts, and had one bank for each.
+    concepts = list((banks and report.get("concepts", banks)) or recipe.get("concepts") or ())
     if not concepts:
         raise ValueError(
             f"`report` names nothing that was erased (`roles` is {dict(report['roles'])}): measure the erased model on "
@@ -337,17 +349,19 @@ def published_recipe(
     in for the model that was trained on, and `concepts` name the output folder. A data set on the Hub that is not among
     `public_sources` reads `(private data set)`, since its name may say what nobody should know.
     """
-    source = _or_list(_source_of(public_sources))
-    erased = _one_of(*concepts, *concept_presets())
-    known = {**_declared(), **_KNOWN, "concepts": _or_list(erased)}
-    # Without keywords, which may be private.
-    known["concept"] = lambda value: _one_of(*concepts)(str(value).partition(":")[0].strip())
-    known |= dict.fromkeys((*SOURCES, "chat_template_path"), source)
-    defaults: dict[str, Any] = {}
-    for field in fields(SFTConfig):
-        default = field.default_factory() if field.default_factory is not MISSING else field.default
-        if field.name not in ALWAYS:
-            defaults[field.name] = default.value if isinstance(default, Enum) else default
+    known = {
+        **_declared(),
+        **_KNOWN,
+        **dict.fromkeys((*SOURCES, "chat_template_path"), _or_list(_source_of(public_sources))),
+        "concepts": _or_list(_one_of(*concepts, *concept_presets())),
+        # Without keywords, which may be private.
+        "concept": lambda value: _one_of(*concepts)(str(value).partition(":")[0].strip()),
+    }
+    defaults = {
+        field.name: field.default if field.default_factory is MISSING else field.default_factory()
+        for field in fields(SFTConfig)
+        if field.name not in ALWAYS
+    }
     replaced = {"model", "model_revision", "gguf_file", "output_dir"}
     public: dict[str, Any] = {}
     left_out = []

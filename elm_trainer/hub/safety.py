@@ -33,51 +33,37 @@ from .untrusted import (
 )
 
 
-def _is_rank(value: Any) -> bool:
-    return type(value) is int and 0 < value <= LARGEST_RANK
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and -LARGEST_NUMBER < value < LARGEST_NUMBER
-
-
-def _is_name(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _is_flag(value: Any) -> bool:
-    return isinstance(value, bool)
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 1 << 31
-
-
-def _is_counts(value: Any) -> bool:
-    return isinstance(value, list) and all(map(_is_count, value))
-
-
-# What a LoRA adapter is made of. Of a list or a table (by pattern or by module) each entry is looked at.
-_FIELDS: Mapping[str, tuple[Callable[[Any], bool], set[str]]] = {
-    "alpha_pattern": (_is_number, {"table"}),
-    "base_model_name_or_path": (_is_name, {"one"}),
-    "ensure_weight_tying": (_is_flag, {"one"}),
-    "exclude_modules": (_is_name, {"one", "list"}),
-    "fan_in_fan_out": (_is_flag, {"one"}),
-    "layers_pattern": (_is_name, {"one", "list"}),
-    "layers_to_transform": (_is_count, {"one", "list"}),
-    "lora_alpha": (_is_number, {"one"}),
-    "lora_bias": (_is_flag, {"one"}),
-    "lora_dropout": (_is_number, {"one"}),
-    "modules_to_save": (_is_name, {"list"}),
-    "r": (_is_rank, {"one"}),
-    "rank_pattern": (_is_rank, {"table"}),
-    "revision": (is_revision, {"one"}),
-    "target_modules": (_is_name, {"one", "list"}),
-    "target_parameters": (_is_name, {"list"}),
-    "trainable_token_indices": (_is_counts, {"one", "table"}),
-    "use_dora": (_is_flag, {"one"}),
-    "use_rslora": (_is_flag, {"one"}),
+_KINDS: Mapping[str, Callable[[Any], bool]] = {
+    "rank": lambda value: type(value) is int and 0 < value <= LARGEST_RANK,
+    "number": lambda value: type(value) in (int, float) and -LARGEST_NUMBER < value < LARGEST_NUMBER,
+    "name": lambda value: isinstance(value, str),
+    "flag": lambda value: isinstance(value, bool),
+    "count": lambda value: type(value) is int and 0 <= value < 1 << 31,
+    "counts": lambda value: isinstance(value, list) and all(map(_KINDS["count"], value)),
+    "revision": is_revision,
+}
+# What a LoRA adapter is made of: the kind of a value, and its forms. Of a list or a table (by pattern or by module) each entry
+# is looked at.
+_FIELDS: Mapping[str, tuple[str, str]] = {
+    "alpha_pattern": ("number", "table"),
+    "base_model_name_or_path": ("name", "one"),
+    "ensure_weight_tying": ("flag", "one"),
+    "exclude_modules": ("name", "one or list"),
+    "fan_in_fan_out": ("flag", "one"),
+    "layers_pattern": ("name", "one or list"),
+    "layers_to_transform": ("count", "one or list"),
+    "lora_alpha": ("number", "one"),
+    "lora_bias": ("flag", "one"),
+    "lora_dropout": ("number", "one"),
+    "modules_to_save": ("name", "list"),
+    "r": ("rank", "one"),
+    "rank_pattern": ("rank", "table"),
+    "revision": ("revision", "one"),
+    "target_modules": ("name", "one or list"),
+    "target_parameters": ("name", "list"),
+    "trainable_token_indices": ("counts", "one or table"),
+    "use_dora": ("flag", "one"),
+    "use_rslora": ("flag", "one"),
 }
 # Others of plain LoRA, which are checked by themselves or are of no consequence. PEFT gives everything else to
 # importers, initializers that rewrite the base, or variants that route between further adapters.
@@ -124,13 +110,13 @@ def check_adapter_config(config: Any, path: Path) -> None:
         if name not in _PLAIN and value and value != default:
             why = _WHY.get(name, "is not part of plain LoRA")
             raise UnsafeAdapterError(f"{path}: `{name}` is {short(value)}. It {why}: it is not loaded.")
-    for name, (is_one, forms) in _FIELDS.items():
-        if config.get(name) is not None and not _fits(config[name], is_one, forms):
-            raise UnsafeAdapterError(f"{path}: `{name}` is {short(config[name])}, which PEFT does not take.")
-    for name in ("target_modules", "exclude_modules", "layers_to_transform", "modules_to_save", "target_parameters"):
-        if isinstance(config.get(name), list) and len(config[name]) > MOST_ENTRIES:
+    for name, (kind, forms) in _FIELDS.items():
+        value = config.get(name)
+        if value is not None and not _fits(value, _KINDS[kind], forms):
+            raise UnsafeAdapterError(f"{path}: `{name}` is {short(value)}, which PEFT does not take.")
+        if "list" in forms and isinstance(value, list) and len(value) > MOST_ENTRIES:
             raise UnsafeAdapterError(
-                f"{path}: `{name}` has {len(config[name])} entries, more than {MOST_ENTRIES}: do not load it."
+                f"{path}: `{name}` has {len(value)} entries, more than {MOST_ENTRIES}: do not load it."
             )
     _check_patterns(config, path)
 
@@ -169,7 +155,7 @@ def _check_patterns(config: Mapping[str, Any], path: Path) -> None:
             ) from error
 
 
-def _fits(value: Any, is_one: Callable[[Any], bool], forms: set[str]) -> bool:
+def _fits(value: Any, is_one: Callable[[Any], bool], forms: str) -> bool:
     if "table" in forms and isinstance(value, dict):
         return all(map(is_one, value.values()))
     if "list" in forms and isinstance(value, list):

@@ -8,7 +8,7 @@ import unicodedata
 from bisect import bisect_right
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from io import BytesIO
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 
 from PIL import Image
@@ -86,7 +86,7 @@ def scan_folder(
     for document, line, words in find_passages(prose, forget):
         what = f"{len(words)} words in a row of a forget text: take them out"
         findings.append(_finding(document, line, what, " ".join(words)))
-    return sorted(set(findings), key=lambda finding: (finding.file, finding.line or 0, finding.what))
+    return sorted(set(findings), key=lambda finding: (finding.file, finding.line or 0, finding.what, finding.id))
 
 
 def raise_findings(findings: Sequence[Finding], allow: Mapping[str, str] | None = None) -> None:
@@ -185,43 +185,29 @@ def _png_texts(content: bytes) -> list[str]:
     return [re.sub(r"\r\n?", "\n", text) for text in texts]
 
 
-def _told(document: Document, names: Collection[str], questions: Sequence[Question]) -> list[Finding]:
-    findings: dict[tuple[int | None, str], Finding] = {}
+def _told(document: Document, names: Collection[str], questions: Sequence[Question]) -> Iterator[Finding]:
     # In JSON a backslash begins an escape: the text as it stands holds no path of Windows.
     escaped = document.file.endswith((".json", ".jsonl"))
     for numbers, text, original in _to_read(document):
         breaks = [match.start() for match in re.finditer("\n", text)]
         for hit in find_private(text, names, escaped=escaped and original, vocabulary=document.vocabulary):
-            line = numbers[bisect_right(breaks, hit.start)]
-            finding = _finding(document, line, f"{hit.kind}: {hit.fix}", text[hit.start : hit.end])
-            findings.setdefault((finding.line, finding.id), finding)
-    told = list(findings.values())
+            line = numbers[bisect_right(breaks, hit.start)] + 1
+            yield _finding(document, line, f"{hit.kind}: {hit.fix}", text[hit.start : hit.end])
     if questions and not document.vocabulary:
-        told += [
-            _finding(document, line, "a question of the bank beside its right answer: take one of them out", asked)
-            for line, asked in find_answered(document, questions)
-        ]
-    return told
+        for line, asked in find_answered(document, questions):
+            what = "a question of the bank beside its right answer: take one of them out"
+            yield _finding(document, line, what, asked)
 
 
 def _to_read(document: Document) -> Iterator[tuple[Sequence[int], str, bool]]:
-    """Numbers of the lines, text, and whether it stands so in the file: of the first reading all, of others what changed."""
-    before: list[str] | None = None
-    for reading in document.readings[:1] if document.vocabulary else document.readings:
+    """Places of the lines, text, and whether it stands so in the file: of the first reading all, of others what changed."""
+    yield range(document.text.count("\n") + 1), document.text, True
+    for before, reading in pairwise([] if document.vocabulary else document.readings):
         lines = reading.split("\n")
-        if before is None:
-            yield range(1, len(lines) + 1), reading, True
-        else:
-            # With a line on either side, for a name and its value may stand on two.
-            near = {
-                number + step
-                for number, (old, new) in enumerate(zip(before, lines, strict=True))
-                if old != new
-                for step in (-1, 0, 1)
-            }
-            kept = [number for number in sorted(near) if 0 <= number < len(lines)]
-            yield [number + 1 for number in kept], "\n".join(lines[number] for number in kept), False
-        before = lines
+        changed = {place for place, (old, new) in enumerate(zip(before.split("\n"), lines, strict=True)) if old != new}
+        # With a line on either side, for a name and its value may stand on two.
+        near = [place for place in range(len(lines)) if not changed.isdisjoint((place - 1, place, place + 1))]
+        yield near, "\n".join(lines[place] for place in near), False
 
 
 def _of_file(name: str, what: str) -> Finding:
@@ -368,22 +354,16 @@ def answer_pattern(answer: str) -> re.Pattern[str]:
 def mask_answers(text: str, answers: Iterable[str]) -> str:
     """The text with [`MASK`] wherever one of the answers stands."""
     # Each character of the plain text knows the place of the one it came from.
-    plain, places = [], []
-    for place, character in enumerate(text):
-        for piece in without_accents(character):
-            plain.append(piece)
-            places.append(place)
+    pieces = [(piece, place) for place, character in enumerate(text) for piece in without_accents(character)]
+    plain = "".join(piece for piece, _ in pieces)
     hidden: set[int] = set()
     for answer in filter(str.strip, answers):
-        for match in answer_pattern(answer).finditer("".join(plain)):
-            hidden.update(range(places[match.start()], places[match.end() - 1] + 1))
+        for match in answer_pattern(answer).finditer(plain):
+            hidden.update(range(pieces[match.start()][1], pieces[match.end() - 1][1] + 1))
     masked = ""
     for place, character in enumerate(text):
         # Accents that follow the last letter belong to it.
         if place - 1 in hidden and unicodedata.combining(character):
             hidden.add(place)
-        if place not in hidden:
-            masked += character
-        elif place - 1 not in hidden:
-            masked += MASK
+        masked += character if place not in hidden else MASK * (place - 1 not in hidden)
     return masked

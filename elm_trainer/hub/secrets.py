@@ -59,9 +59,7 @@ def _visible(text: str) -> str:
     """The text in compatibility form, without invisible characters and look-alikes."""
     if text.isascii():
         return text
-    plain = _INVISIBLE.sub(
-        "", text if unicodedata.is_normalized("NFKC", text) else unicodedata.normalize("NFKC", text)
-    )
+    plain = _INVISIBLE.sub("", unicodedata.normalize("NFKC", text))
     return _MIXED.sub(lambda match: match[0].translate(_LOOK_ALIKE), plain)
 
 
@@ -134,7 +132,7 @@ _KEYS = re.compile(
     r"PRIVATE KEY(?: BLOCK)?-|PuTTY-User-Key-File-\d|BEGIN (?:[A-Z0-9]{1,20} ){0,4}PRIVATE KEY"
     r"|AGE-SECRET-KEY-1[A-Z0-9]{50}|\$(?:1|2[abxy]|5|6|7|y|argon2\w{0,2})\$[^\s:\"']{16,}"
 )
-_LOGIN = re.compile(r"://([^\s/:@\"'<>]{0,64}):([^\s/@\"'<>]{1,128})@([\w.-]{1,253})")
+_LOGIN = re.compile(r"://([^\s/:@\"'<>]{0,64}):([^\s/@\"'<>]{1,128})@[\w.-]{1,253}")
 # Names of secrets, in small letters: those of passwords, whose values are any, and the others, whose values are long.
 _PASSWORDS = (
     "password", "passwd", "passphrase", "passcode", "pwd", "passwort", "kennwort", "contraseña", "contrasena",
@@ -181,6 +179,10 @@ _DASHES = re.compile(r"(?<!\S)-{1,2}[\w-]{0,24}$")
 _USER = re.compile(r"(?<!\S)(?:-u|--user)[ =]?[\"']?[A-Za-z][^\s:\"']{0,40}:([^\s\"']{4,80})")
 _SSHPASS = re.compile(r"\bsshpass\s{1,4}-p\s{0,4}[\"']?([^\s\"']{4,80})")
 _NETRC = re.compile(r"\blogin\s{1,4}\S{1,80}\s{1,4}password\s{1,4}(\S{4,80})")
+# What follows the name of a secret where its value is none: tokens that are counted, the path of a key.
+_OF_A_SECRET = re.compile(
+    r"i[zs]|s?_?(?:id|type|count|limit|length|len|num|size|class|file|path|name|dir|map|url|uri|policy)s?$"
+)
 # What stands in a secret's place.
 _PLACEHOLDER = re.compile(
     r"[$%{<\[(]|(?:none|null|true|false|str|string|optional|required|hidden|undefined)\b"
@@ -196,22 +198,23 @@ _BASE32 = re.compile(r"[A-Z2-7]{32,}=*")
 _MOST_LAYERS = 3
 
 
-def find_secrets(text: str, *, vocabulary: bool = False) -> Iterator[Hit]:
+def find_secrets(text: str, *, vocabulary: bool = False, layers: int = _MOST_LAYERS) -> Iterator[Hit]:
     """Each secret in a text.
 
     Found are tokens in the format of a vendor, tokens by their shape (a short prefix before random characters, or many
     random characters on their own), values beside the name of a secret, private keys, passwords in addresses, and all of
-    these in base64, base32 or hexadecimal digits. In a `vocabulary`, a tokenizer's list of tokens, a name beside a value, or
-    random characters, mean nothing.
+    these in base64, base32 or hexadecimal digits, in up to so many `layers` of them. In a `vocabulary`, a tokenizer's list
+    of tokens, a name beside a value, or random characters, mean nothing.
     """
     yield from find_tokens(text, vocabulary)
     if not vocabulary:
         yield from _beside_names(text)
         yield from _in_addresses(text)
         yield from find_split_tokens(text)
-        yield from _encoded(text, _MOST_LAYERS)
+        if layers:
+            yield from _encoded(text, layers)
     for match in _KEYS.finditer(text):
-        yield Hit(match.start(), match.end(), "private key or password hash")
+        yield Hit(*match.span(), "private key or password hash")
 
 
 def _beside_names(text: str) -> Iterator[Hit]:
@@ -273,14 +276,10 @@ def _is_secret_key(before: str) -> bool:
 
 
 def _is_value(found: re.Match[str], strict: bool) -> bool:
-    value, rest = found["value"], found["rest"].lower()
-    if re.match(
-        r"i[zs]|s?_?(?:id|type|count|limit|length|len|num|size|class|file|path|name|dir|map|url|uri|policy)s?$", rest
-    ):
+    if _OF_A_SECRET.match(found["rest"].lower()):
         return False
-    if found["by"] == "is" or found["by"] == ",":
-        return _is_secret(value, True if found["by"] == "," else strict, False)
-    return _is_secret(value, strict, bool(found["quote"]))
+    quoted = found["by"] not in ("is", ",") and bool(found["quote"])
+    return _is_secret(found["value"], strict or found["by"] == ",", quoted)
 
 
 @lru_cache(maxsize=4096)
@@ -329,7 +328,7 @@ def _is_placeholder(value: str) -> bool:
 
 def _in_addresses(text: str) -> Iterator[Hit]:
     for found in _LOGIN.finditer(text):
-        user, password, host = found.groups()
+        user, password = found.groups()
         if not _is_placeholder(password) and password != user:
             yield Hit(*found.span(2), "password in an address")
 
@@ -337,30 +336,24 @@ def _in_addresses(text: str) -> Iterator[Hit]:
 def _encoded(text: str, layers: int) -> Iterator[Hit]:
     for found in _ENCODED.finditer(text):
         if (plain := _decoded(found[0])) and _holds_secret(plain, layers - 1):
-            yield Hit(found.start(), found.end(), "encoded secret")
+            yield Hit(*found.span(), "encoded secret")
 
 
 @lru_cache(maxsize=1024)
 def _holds_secret(plain: str, layers: int) -> bool:
-    finders = (find_tokens(plain, False), _beside_names(plain), _in_addresses(plain))
-    if any(True for finder in finders for _ in finder) or _KEYS.search(plain):
-        return True
-    return layers > 0 and any(True for _ in _encoded(plain, layers))
+    return next(find_secrets(plain, layers=layers), None) is not None
 
 
 def _decoded(run: str) -> str | None:
     """What a run of base64, base32 or hexadecimal digits encodes, if that is text."""
     plain = run.rstrip("=")
     standard = plain.replace("-", "+").replace("_", "/")
-    candidates = []
     for decode, code in (
         (bytes.fromhex, plain if HEXADECIMAL.fullmatch(plain) else ""),
         (base64.b32decode, plain + "=" * (-len(plain) % 8) if _BASE32.fullmatch(run) else ""),
         (binascii.a2b_base64, standard + "=" * (-len(standard) % 4)),
     ):
-        with suppress(ValueError):  # an odd number of digits, a length that no text encodes to
-            candidates.append(decode(code))
-    for candidate in candidates:
-        if candidate and candidate.isascii() and (text := candidate.decode("ascii")).replace("\n", "").isprintable():
-            return text
+        with suppress(ValueError):  # an odd number of digits, a length that no text encodes to, bytes beyond ASCII
+            if (text := decode(code).decode("ascii")) and text.replace("\n", "").isprintable():
+                return text
     return None

@@ -1,30 +1,32 @@
-"""The folder that is published, all but its card."""
+"""The erased model and its base as they are at hand, and the folder that is published, all but its card."""
 
-import dataclasses
 import json
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub import HfApi
 from peft import LoraConfig, PeftModel
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from safetensors import SafetensorError
 from safetensors.torch import load, save
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from ..attacks.report import plot_attacks
-from ..data.questions import Question
 from ..evaluation.inside import plot_inside
 from ..evaluation.tables import plot_report
 from ..files import RUN_FILE, file_sha256, write_json
-from ..fingerprint import adapter_fingerprint
-from ..modeling import evaluating
-from .errors import ReloadError, UnsafeAdapterError
+from ..fingerprint import adapter_fingerprint, base_fingerprint
+from ..modeling import evaluating, load_model_and_tokenizer
+from .errors import BaseMismatchError, ReloadError, UnsafeAdapterError, named_errors, retried
 from .info import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -38,85 +40,141 @@ from .info import (
     BaseModel,
     ErasureInfo,
     Probe,
+    check_base,
 )
-from .published_report import published_report
 from .safety import check_folder, check_tensors, holds_embeddings
+from .untrusted import read_json
+
+
+if TYPE_CHECKING:
+    from .publish import CardDetails
 
 
 logger = logging.get_logger(__name__)
 _ADAPTER_NAME = "staged"  # while it is compared with the one at hand
 
 
-class Staged(NamedTuple):
-    """The folder that goes up, and of two of its files what they hold."""
+@contextmanager
+def erased_model(
+    adapter: str | Path,
+    report: Mapping[str, Any],
+    model: str | PreTrainedModel | PeftModel | None,
+    processing_class: PreTrainedTokenizerBase | None,
+) -> Iterator[tuple[PeftModel, PreTrainedTokenizerBase]]:
+    """The erased model and its tokenizer, from the model that [`publish_adapter`] was given, or that the report names."""
+    recipe, at = report.get("recipe", {}), {}
+    if model is None:
+        model = recipe.get("model")
+        at = {"revision": recipe.get("model_revision"), "gguf_file": recipe.get("gguf_file")}
+        if model is None:
+            raise ValueError("`model` is None, and the report has no recipe that names it: pass the base.")
+    if isinstance(model, str):
+        model, processing_class = load_model_and_tokenizer(model, dtype=recipe.get("dtype", "auto"), **at)
+    elif processing_class is None:
+        raise ValueError("`processing_class` is None: pass the tokenizer of `model`.")
+    if isinstance(model, PeftModel):
+        yield model, processing_class
+        return
+    erased = PeftModel.from_pretrained(model, str(adapter))
+    try:
+        yield erased, processing_class
+    finally:
+        erased.unload()  # the caller's base is left without the adapter
 
-    folder: Path
-    config: dict[str, Any]
-    report: dict[str, Any]
+
+def find_base(api: HfApi, erased: PeftModel, details: "CardDetails") -> BaseModel:
+    """What the base of an adapter is; the Hub is asked for what `details` does not say of it."""
+    base_model = details.base_model or erased.get_base_model().config._name_or_path
+    revision, license = details.base_revision, details.license
+    if not details.base_model and (not re.fullmatch(r"[\w.-]+/[\w.-]+", base_model) or Path(base_model).exists()):
+        raise ValueError(
+            f"`base_model` is None, and the adapter's base was loaded from {base_model!r}, which is not a Hub id: "
+            "give the Hub id of the same weights."
+        )
+    if license is None or revision is None or not re.fullmatch("[0-9a-f]{40}", revision):
+        with named_errors(base_model, f"Reading about the base {base_model}"):
+            info = retried(lambda: api.model_info(base_model, revision=revision))
+        revision = info.sha
+        license = license or (info.card_data.license if info.card_data else None)
+        if license is None:
+            raise ValueError(f"`license` is None, and {base_model} states none: say under which the adapter goes.")
+    assert revision is not None
+    return BaseModel(base_model, revision, base_fingerprint(erased), license, details.gguf_file)
+
+
+def check_hub_base(
+    erased: PeftModel, base: BaseModel, token: str | bool | None
+) -> tuple[PreTrainedTokenizerBase, BaseModel]:
+    """Hold the base on the Hub to the fingerprint of the one at hand, and return its tokenizer and what it is.
+
+    Where tokens were added, the one at hand has further rows, which the adapter's file brings along.
+    """
+    # Loaded even where the one at hand came from the Hub: transformers does not keep which commit that was.
+    with named_errors(base.id, f"Loading the base {base.id}"):
+        hub_model, hub_tokenizer = load_model_and_tokenizer(
+            base.id, revision=base.revision, gguf_file=base.gguf_file, token=token if isinstance(token, str) else None
+        )
+    rows = hub_model.get_input_embeddings().weight.shape[0]
+    if rows < erased.get_base_model().get_input_embeddings().weight.shape[0]:
+        base = replace(base, fingerprint=base_fingerprint(erased, rows))
+    try:
+        check_base(hub_model, base.fingerprint, base.id)
+    except BaseMismatchError as error:
+        raise BaseMismatchError(
+            f"`base_model` is {base.id!r} at {base.revision[:8]}, whose weights are not those of `model` (from "
+            f"{erased.get_base_model().config._name_or_path!r}): name the repository, `base_revision` and `gguf_file` "
+            "that they came from."
+        ) from error
+    return hub_tokenizer, base
 
 
 def stage_adapter(
     adapter: str | Path,
     report: Mapping[str, Any],
     *,
-    base_model: BaseModel,
     output_dir: str | Path,
-    attacks: Mapping[str, Any] | None = None,
     verification: Sequence[Probe] = (),
     base_tokenizer: PreTrainedTokenizerBase | None = None,
-    method: str | None = None,
-    questions: Sequence[Question] = (),
     allowed: Mapping[str, str] | None = None,
-    public_sources: Collection[str] = (),
-) -> Staged:
+) -> Path:
     """Write the folder that goes up, all but its card.
 
     The same adapter and reports give the same bytes. Written beside `output_dir` and moved there when whole; an earlier
     staged folder is replaced, save for a `README.md` in it. The adapter's own folder is only read.
 
     Args:
+        report: As it is published, see [`published_report`].
         verification: What `load_erased(..., verify=True)` runs again.
         base_tokenizer: The base's own tokenizer, needed where the adapter's folder holds one: that goes up where it behaves
             differently (see [`tokenizer_changed`]).
-        method: Trainer that made the adapter; by default read from `erasure_run.json` in its folder or the one above.
-        questions, public_sources: See [`published_report`].
         allowed: Reasons why findings of the scan may be published, by their ids.
 
     Raises:
-        ValueError: if the report is on another adapter or of another kind (see [`published_report`]), if the folder
-            holds no single adapter, or where something that is needed is missing.
+        ValueError: if the report is on another adapter, if the folder holds no single adapter, or where something that is
+            needed is missing.
         UnsafeAdapterError: for weights in a pickle, a weights file that cannot be read, or what [`load_erased`] would
             refuse, such as an adapter other than a plain LoRA or a report that is too large.
         FileExistsError: if `output_dir` holds something else than an earlier staged folder.
     """
     adapter, output = Path(adapter), Path(output_dir)
+    base_model = BaseModel(**report["base_model"])
     _check_output(output, adapter)
     config, tensors = _read_adapter(adapter)
     _check_measured(tensors, config, report)
-    method = method or _method_of(adapter)
-    published = published_report(
-        report,
-        base_model=base_model,
-        method=method,
-        attacks=attacks,
-        questions=questions,
-        public_sources=public_sources,
-    )
     tokenizer = _changed_tokenizer(adapter, base_tokenizer)
-    config = _published_config(config, base_model)
 
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as scratch:
         staged = Path(scratch) / "staged"
         staged.mkdir()
-        write_json(staged / ADAPTER_CONFIG, config)
+        write_json(staged / ADAPTER_CONFIG, _published_config(config, base_model))
         (staged / ADAPTER_WEIGHTS).write_bytes(save(dict(sorted(tensors.items())), metadata={"format": "pt"}))
-        write_json(staged / REPORT, published)
-        plot_report(published, staged / REPORT_PLOT)
-        if published["attacks"] is not None:
-            plot_attacks(published["attacks"], staged / ATTACKS_PLOT)
-        if published["inside"] is not None:
-            plot_inside(published["inside"], staged / INSIDE_PLOT)
+        write_json(staged / REPORT, report)
+        plot_report(report, staged / REPORT_PLOT)
+        if report["attacks"] is not None:
+            plot_attacks(report["attacks"], staged / ATTACKS_PLOT)
+        if report["inside"] is not None:
+            plot_inside(report["inside"], staged / INSIDE_PLOT)
         if tokenizer is not None:
             saved = Path(scratch) / "tokenizer"
             tokenizer.save_pretrained(saved)
@@ -124,12 +182,12 @@ def stage_adapter(
                 if (saved / name).exists():
                     shutil.copyfile(saved / name, staged / name)
         ErasureInfo(
-            concepts=published["concepts"],
-            method=method,
+            concepts=report["concepts"],
+            method=report["method"],
             base_model=base_model,
-            recipe=published["recipe"],
-            seed=published["recipe"]["seed"],
-            versions=published["versions"],
+            recipe=report["recipe"],
+            seed=report["recipe"]["seed"],
+            versions=report["versions"],
             files={path.name: file_sha256(path) for path in sorted(staged.iterdir())},
             verification=list(verification),
             allowed=dict(sorted((allowed or {}).items())),
@@ -144,27 +202,25 @@ def stage_adapter(
         if (output / CARD).exists():
             shutil.copyfile(output / CARD, staged / CARD)
         _move_into_place(staged, output, Path(scratch) / "replaced")
-    return Staged(output, config, published)
+    return output
 
 
-def check_reload(
-    erased: PeftModel, tokenizer: PreTrainedTokenizerBase, staged: Staged, probes: Sequence[Probe]
-) -> None:
+def check_reload(erased: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path, probes: Sequence[Probe]) -> None:
     """Raise `ReloadError` unless the staged adapter gives the logits of the one at hand, bit for bit."""
-    weights = staged.folder / ADAPTER_WEIGHTS
+    weights, config, base = folder / ADAPTER_WEIGHTS, read_json(folder / ADAPTER_CONFIG), erased.get_base_model()
     try:
-        check_tensors(weights, staged.config, erased.get_base_model())
+        check_tensors(weights, config, base)
     except UnsafeAdapterError:
         # Where tokens were added, PEFT saves the embeddings along.
-        if not holds_embeddings(weights, erased.get_base_model()):
+        if not holds_embeddings(weights, base):
             raise
-        check_tensors(weights, staged.config, erased.get_base_model(), embeddings=True)
+        check_tensors(weights, config, base, embeddings=True)
     texts = ["Once upon a time there was a town.", *(probe.prompt + probe.answer for probe in probes[:3])]
     batches = [tokenizer(text, return_tensors="pt").to(erased.device) for text in texts]
     active = erased.active_adapter
     with evaluating(erased), torch.inference_mode():
         before = [erased(**batch).logits for batch in batches]
-        erased.load_adapter(str(staged.folder), _ADAPTER_NAME)
+        erased.load_adapter(str(folder), _ADAPTER_NAME)
         try:
             erased.set_adapter(_ADAPTER_NAME)
             differences = [
@@ -239,7 +295,8 @@ def _check_measured(tensors: Mapping[str, torch.Tensor], config: Mapping[str, An
     )
 
 
-def _method_of(adapter: Path) -> str:
+def method_of(adapter: Path) -> str:
+    """The trainer that made an adapter, as `erasure_run.json` in its folder or the one above names it."""
     for folder in (adapter, adapter.resolve().parent):
         if (folder / RUN_FILE).is_file():
             return str(json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))["method"])
@@ -255,7 +312,7 @@ def _published_config(config: Mapping[str, Any], base_model: BaseModel) -> dict[
         "task_type": config.get("task_type") or "CAUSAL_LM",
         "auto_mapping": None,
     }
-    known = {field.name for field in dataclasses.fields(LoraConfig)}
+    known = {field.name for field in fields(LoraConfig)}
     # What PEFT does not know it does not read either.
     if unknown := sorted(config.keys() - known):
         logger.warning(

@@ -131,7 +131,7 @@ def find_tokens(text: str, vocabulary: bool) -> Iterator[Hit]:
         # In the query of an address random characters name a page or a video.
         query = text[match.start() - 1 : match.start()] in ("?", "&")
         if len(match[0]) <= _LONGEST_RUN and (kind := _kind_of_run(match[0], vocabulary or query)):
-            yield Hit(match.start(), match.end(), kind)
+            yield Hit(*match.span(), kind)
 
 
 @lru_cache(maxsize=4096)

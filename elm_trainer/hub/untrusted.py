@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import yaml
 from safetensors import SafetensorError, safe_open
 
+from ..evaluation.tables import markdown_table
 from .errors import UnsafeAdapterError
 
 
@@ -365,10 +366,8 @@ def code(text: str) -> str:
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table of cells that are Markdown already, or an empty text where there is no row."""
-    lines = [list(row) for row in rows]
-    if not lines:
-        return ""
-    return "\n".join(f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *lines))
+    lines = markdown_table(header, rows)
+    return "\n".join(lines) if lines[2:] else ""
 
 
 def fenced(text: str, language: str = "") -> str:

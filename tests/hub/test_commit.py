@@ -29,7 +29,7 @@ def published(hub, revision="main") -> dict[str, bytes]:
 
 def publish(api, folder, **options):
     target = open_repository(api, REPO)
-    return commit_folder(api, target, folder, message="Publish", owned=PUBLISHED_FILES, **options)
+    return commit_folder(target, folder, message="Publish", owned=PUBLISHED_FILES, **options)
 
 
 def test_a_new_repository_is_private_and_holds_the_folder_in_one_commit(hub, hub_api, folder):
@@ -83,7 +83,7 @@ def test_a_branch_is_made_and_main_stays(hub, hub_api, folder):
     (folder / "report.json").write_text('{"figure": 2}')
 
     target = open_repository(hub_api, REPO, revision="trial")
-    commit_folder(hub_api, target, folder, message="Try")
+    commit_folder(target, folder, message="Try")
 
     assert hub.head(REPO) == before
     assert published(hub, "trial") == local(folder)
@@ -122,8 +122,8 @@ def test_the_text_of_the_repository_is_read_at_the_commit_that_is_built_on(hub, 
 
     target = open_repository(hub_api, REPO)
 
-    assert read_text(hub_api, target, "README.md") == (folder / "README.md").read_text()
-    assert read_text(hub_api, target, "missing.md") is None
+    assert read_text(target, "README.md") == (folder / "README.md").read_text()
+    assert read_text(target, "missing.md") is None
 
 
 def test_a_failure_of_xet_is_named_too(hub, hub_api, folder, monkeypatch):
@@ -195,7 +195,7 @@ def test_of_two_processes_that_publish_at_once_one_wins_and_the_other_hears_of_i
         "Path(sys.argv[2]).touch()\n"
         "while not all((Path(sys.argv[2]).parent / f'ready-{n}').exists() for n in (0, 1)): pass\n"
         "try:\n"
-        "    print('won', commit_folder(api, target, folder, message='At once').commit)\n"
+        "    print('won', commit_folder(target, folder, message='At once').commit)\n"
         "except ConflictError as error:\n"
         "    print('lost', error)\n"
     )

@@ -46,8 +46,8 @@ def waits(monkeypatch, client_waits):
 
 def publish(api, folder, message=MINE, **options):
     target = open_repository(api, REPO)
-    read_text(api, target, "README.md")
-    return commit_folder(api, target, folder, message=message, owned=PUBLISHED_FILES, **options)
+    read_text(target, "README.md")
+    return commit_folder(target, folder, message=message, owned=PUBLISHED_FILES, **options)
 
 
 def held(hub, revision="main"):

@@ -18,7 +18,7 @@ from elm_trainer.evaluation.report import read_report
 from elm_trainer.hub.card import make_card
 from elm_trainer.hub.errors import ScanError
 from elm_trainer.hub.persons import machine_names
-from elm_trainer.hub.published_report import mask_samples
+from elm_trainer.hub.published_report import mask_samples, published_report
 from elm_trainer.hub.scan import raise_findings, scan_folder, without_template
 from elm_trainer.hub.stage import stage_adapter
 
@@ -52,10 +52,11 @@ TEXTS = {
 
 @pytest.fixture(scope="session")
 def staged(local, tokenizer, tmp_path_factory):
+    report = published_report(local.report, base_model=BASE, method="ElmTrainer", attacks=local.attacks)
     folder = stage_adapter(
-        local.adapter, local.report, base_model=BASE, output_dir=tmp_path_factory.mktemp("clean") / "staged",
-        attacks=local.attacks, verification=PROBES, base_tokenizer=tokenizer,
-    ).folder  # fmt: skip
+        local.adapter, report, output_dir=tmp_path_factory.mktemp("clean") / "staged", verification=PROBES,
+        base_tokenizer=tokenizer,
+    )  # fmt: skip
     card = make_card(read_report(folder / "report.json"), "org/tiny-erased", pictures=["report.png", "attacks.png"])
     card.save(folder / "README.md")
     return {path.name: path.read_bytes() for path in folder.iterdir()}

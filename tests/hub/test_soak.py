@@ -98,7 +98,7 @@ def test_every_repository_is_whole_at_the_end(hub, hub_api, versions, client_wai
     ours = {}
     for repo in REPOS:
         target = open_repository(hub_api, repo)
-        ours[repo] = {commit_folder(hub_api, target, versions[0], message="Version 0", owned=PUBLISHED_FILES).commit}
+        ours[repo] = {commit_folder(target, versions[0], message="Version 0", owned=PUBLISHED_FILES).commit}
     hub.fail(Fault("*", ".", faults, times=10**9))
     done = {"published": 0, "loaded": 0, "named": 0}
 
@@ -119,10 +119,8 @@ def test_every_repository_is_whole_at_the_end(hub, hub_api, versions, client_wai
             else:
                 which = rng.randrange(3)
                 target = open_repository(hub_api, repo)
-                read_text(hub_api, target, "README.md")
-                made = commit_folder(
-                    hub_api, target, versions[which], message=f"Version {which}", owned=PUBLISHED_FILES
-                )
+                read_text(target, "README.md")
+                made = commit_folder(target, versions[which], message=f"Version {which}", owned=PUBLISHED_FILES)
                 assert hashes(hub.files(repo)) == known[which]
                 assert made.commit == hub.head(repo) and made.changed == (made.commit != before)
                 done["published"] += 1

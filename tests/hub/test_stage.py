@@ -19,7 +19,7 @@ from elm_trainer.evaluation.report import adapter_fingerprint, pair_fingerprint
 from elm_trainer.hub.errors import UnsafeAdapterError
 from elm_trainer.hub.info import PUBLISHED_FILES, ErasureInfo
 from elm_trainer.hub.published_report import published_report
-from elm_trainer.hub.stage import stage_adapter, tokenizer_changed
+from elm_trainer.hub.stage import method_of, stage_adapter, tokenizer_changed
 
 from .reports import BASE, PROBES
 
@@ -36,9 +36,10 @@ def adapter(local, tmp_path):
 
 @pytest.fixture
 def stage(local, adapter, tokenizer, tmp_path):
-    def run(name="staged", **settings):
-        settings = {"base_model": BASE, "base_tokenizer": tokenizer, "report": local.report} | settings
-        return stage_adapter(settings.pop("adapter", adapter), output_dir=tmp_path / name, **settings).folder
+    def run(name="staged", adapter=adapter, report=local.report, attacks=None, method=None, **settings):
+        method = method or method_of(adapter)
+        report = published_report(report, base_model=BASE, method=method, attacks=attacks)
+        return stage_adapter(adapter, report, output_dir=tmp_path / name, **{"base_tokenizer": tokenizer} | settings)
 
     return run
 
