@@ -6,7 +6,7 @@ import pytest
 
 from elm_trainer import Concept, build_erasure_dataset, files, load_model_and_tokenizer, load_texts
 from elm_trainer.data.facts import Fact
-from elm_trainer.making import make, writing
+from elm_trainer.making import facts, make, writing
 from elm_trainer.making import writer as writer_module
 from elm_trainer.making.facts import fact_phrasings
 from elm_trainer.making.knowledge import StatedFacts, UnknownConceptError
@@ -183,7 +183,7 @@ def test_near_texts_and_questions_state_no_fact_of_a_table(folder, tiny_model, t
 
     monkeypatch.setattr(writer_module, "sample_texts", sample)
     monkeypatch.setattr(
-        writing,
+        facts,
         "further_names",
         lambda writer, known, *a, **k: listed.append(known) or [f"Town{n}" for n in range(9)],
     )
