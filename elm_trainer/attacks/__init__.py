@@ -4,6 +4,7 @@ import json
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import asdict, fields
 from functools import partial
 from importlib.metadata import version
@@ -111,6 +112,8 @@ def built_in_target(
     *,
     bank: Sequence[Question] | None = None,
     forget: Sequence[str] = (),
+    batch_size: int = 16,
+    seed: int = 0,
 ) -> AttackTarget:
     """What attacks need to know about a concept with built-in facts, `"capitals"` or `"elements"`, or your own.
 
@@ -121,6 +124,8 @@ def built_in_target(
         bank: Your own questions, in place of built-in ones; each must name its subject. Attacks that ask in prepared
             wordings are left out then.
         forget: With `bank`, texts about the concept, to relearn it from.
+        batch_size: Questions per batch.
+        seed: Seed of the draw of questions.
 
     Raises:
         ValueError: if the concept has no built-in facts and there is no `bank`, or no question is asked for.
@@ -141,13 +146,13 @@ def built_in_target(
         names = {"forget": concept, "near": f"{concept}-near"} | names
         revision = f"elm-trainer {version('elm-trainer')} test"
     texts |= {kind: load_texts(name, processing_class=processing_class)["text"][:] for kind, name in names.items()}
-    asked = draw_questions(bank, questions, random.Random(0))
-    return AttackTarget(pair, processing_class, asked, wordings, texts, revision)
+    asked = draw_questions(bank, questions, random.Random(seed))
+    return AttackTarget(pair, processing_class, asked, wordings, texts, batch_size, revision)
 
 
 def built_in_wordings(concept: str) -> dict[str, dict[str, str]]:
     """The `wordings` of an [`AttackTarget`] for a concept with built-in facts, `"capitals"` or `"elements"`; none for others."""
-    return own_yaml(f"attacks/{concept}.yaml") if concept in FACTS else {}
+    return deepcopy(own_yaml(f"attacks/{concept}.yaml")) if concept in FACTS else {}
 
 
 def attack_erasure(

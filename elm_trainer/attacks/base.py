@@ -61,6 +61,7 @@ class AttackTarget:
         wordings (`dict[str, dict[str, str]]`): `prefills`, `paraphrases` and `translations` of a question by name,
             each with the placeholder `{subject}`.
         texts (`dict[str, list[str]]`): What the model may be fine-tuned on: `forget`, `near` and `unrelated` text.
+        batch_size (`int`, *optional*, defaults to `16`): Questions per batch.
         revision (`str`, *optional*): Where questions and texts come from, such as a dataset's commit, for the report.
 
     Raises:
@@ -74,6 +75,7 @@ class AttackTarget:
     questions: list[Question]
     wordings: Wordings = field(default_factory=dict)
     texts: Mapping[str, list[str]] = field(default_factory=dict)
+    batch_size: int = 16
     revision: str | None = None
 
     def __post_init__(self):
@@ -101,7 +103,7 @@ class AttackTarget:
         """
         asked = self.questions if questions is None else questions
         with self._use(side) as model:
-            return score_choices(model, self.processing_class, asked, prompt=prompt).pmi
+            return score_choices(model, self.processing_class, asked, batch_size=self.batch_size, prompt=prompt).pmi
 
     def answer(
         self,

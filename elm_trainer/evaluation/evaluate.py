@@ -18,7 +18,7 @@ from ..data.questions import PLAIN, Question, overlap_verdicts
 from ..distributed import processes_and_rank
 from ..files import Journal, write_json
 from ..run_lock import only_run_in
-from .fluency import VllmGenerator
+from .fluency import Generator
 from .inside import look_inside, plot_inside
 from .measures import INSIDE, MEASURES, Setting, measurable
 from .pair import SIDES, ModelPair, Side, in_shards
@@ -44,7 +44,7 @@ def evaluate_erasure(
     output_dir: str | Path | None = None,
     reference_dir: str | Path | None = None,
     details: Mapping[str, Any] | None = None,
-    generator: VllmGenerator | None = None,
+    generator: Generator | None = None,
 ) -> dict[str, Any]:
     """Measure innocence, seamlessness and specificity of an erasure.
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from peft import PeftModel
@@ -209,12 +209,30 @@ def generate_answers(
     return Generations([text for text, _ in answers], [truncated for _, truncated in answers])
 
 
+class Generator(Protocol):
+    """Writes free answers in place of [`generate_answers`]; a report calls it by its `name`."""
+
+    name: str
+
+    def __call__(
+        self,
+        side: Side,
+        processing_class: PreTrainedTokenizerBase,
+        prompts: Sequence[str],
+        *,
+        max_new_tokens: int,
+        temperature: float,
+        seed: int | None,
+        ends: Sequence[int],
+    ) -> Generations:
+        """The answers of a side's model to prompts in their final form; an answer ends with one of the tokens `ends`."""
+
+
 class VllmGenerator:
     """Free answers by vLLM: the reference is its model, and the erased one the same with the adapter as a `LoRARequest`.
 
     It holds weights of its own beside those that are measured. Answers are those of the same weights, but not of the same
-    arithmetic: where two tokens are nearly as likely, they may differ from those of transformers. A report calls who wrote them by
-    its `name`.
+    arithmetic: where two tokens are nearly as likely, they may differ from those of transformers.
 
     Args:
         model (`str`): Base of the adapter, as vLLM takes it: a folder, or an id on the Hub.

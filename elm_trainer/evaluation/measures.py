@@ -29,7 +29,7 @@ from .benchmarks import (
 )
 from .fluency import (
     Generations,
-    VllmGenerator,
+    Generator,
     as_prompt,
     distinct_n,
     end_tokens,
@@ -106,7 +106,7 @@ class Setting:
         temperature (`float`), seed (`int`): Of sampled answers.
         batch_size (`int`): Questions per batch.
         over_ranks (`bool`): See [`run_batches`].
-        generator ([`VllmGenerator`], *optional*): Who writes free answers; transformers by default.
+        generator ([`Generator`], *optional*): Who writes free answers; transformers by default.
     """
 
     pair: ModelPair
@@ -117,7 +117,7 @@ class Setting:
     batch_size: int
     seed: int
     over_ranks: bool = False
-    generator: VllmGenerator | None = None
+    generator: Generator | None = None
 
     def answers(
         self,

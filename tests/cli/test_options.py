@@ -129,7 +129,6 @@ def test_variables_of_a_file_are_set_as_trl_sets_them(tmp_path, monkeypatch):
     ("shown", "config"),
     [
         (CommonSettings, "elm_trainer.ElmConfig"),
-        (ComparisonSettings, "elm_trainer.comparison.config.ComparisonConfig"),
     ],
 )
 def test_what_help_says_of_a_config_is_so(shown, config):

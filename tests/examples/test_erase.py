@@ -10,7 +10,7 @@ from tests.processes import run
 def test_a_real_model_forgets_capitals_and_keeps_the_rest(tmp_path):
     command = [sys.executable, "examples/erase.py", "--config", "recipes/smollm2-135m-capitals.yaml"]
     shorter = {"output_dir": tmp_path / "out", "targets_dir": tmp_path / "targets"}
-    shorter |= {"dataset_size": 96, "max_steps": 60, "questions": 16, "dev_every": 60, "bf16_full_eval": False}
+    shorter |= {"dataset_size": 96, "max_steps": 60, "questions": 24, "dev_every": 60, "bf16_full_eval": False}
     measured = ["--measures", "multiple-choice", "open-answers", "greedy-fluency", "specificity"]
     options = [f"--{key}={value}" for key, value in shorter.items()]
     run([*command, *options, *measured], check=True, timeout=900)
@@ -36,7 +36,7 @@ def test_a_real_model_forgets_capitals_and_keeps_the_rest(tmp_path):
     assert (made["autocast"], made["attention"]) == ("bf16", "eager")
 
     # The saved adapter, measured again by itself, gives the same figures.
-    again = [sys.executable, "examples/evaluate.py", f"--adapter={tmp_path / 'out' / 'adapter'}", "--questions=16"]
+    again = [sys.executable, "examples/evaluate.py", f"--adapter={tmp_path / 'out' / 'adapter'}", "--questions=24"]
     again += [f"--output_dir={tmp_path / 'again'}", "--measures", "open-answers", "specificity"]
     run(again, check=True)
     for name, figure in json.loads((tmp_path / "again" / "report.json").read_text())["figures"].items():
