@@ -8,7 +8,7 @@ import math
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from enum import Enum
 from numbers import Integral, Real
@@ -31,10 +31,12 @@ def check_numbers(config: Any, rules: Iterable[tuple[str, Sequence[str]]]) -> No
     `None` passes where the field's type has it. `rules` are some of `RULES`, each with the names of its fields.
     """
     # Not `field.type`, from which `HfArgumentParser` takes what is optional, for all configs that are made after it.
-    kinds = typing.get_type_hints(type(config))
+    kinds: dict[str, Any] = {}
+    with suppress(NameError):  # a type that is imported for type checkers alone
+        kinds = typing.get_type_hints(type(config))
     for one in fields(config):
-        if (value := getattr(config, one.name)) is not None or kinds[one.name] in (int, float):
-            _check_number(one.name, value, kinds[one.name])
+        if (value := getattr(config, one.name)) is not None or kinds.get(one.name) in (int, float):
+            _check_number(one.name, value, kinds.get(one.name, one.type))
     for rule, names in rules:
         for name in names:
             if (value := getattr(config, name)) is not None and not RULES[rule](value):

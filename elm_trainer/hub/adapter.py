@@ -172,11 +172,10 @@ def _check_info(folder: Path, info: ErasureInfo) -> None:
     """Check the fields of `erasure.json`, of which the table of files by the files themselves."""
     path, gguf_file = folder / INFO_FILE, info.base_model.gguf_file
     # A name that leads out is an attack, which is told before what may be a mistake.
-    if isinstance(info.files, dict):
-        check_names(info.files, str(path))
+    names = list(info.files) if isinstance(info.files, dict) else []
+    check_names([*names, *([gguf_file] if isinstance(gguf_file, str) and gguf_file else [])], str(path))
     if fault := info.fault():
         raise UnsafeAdapterError(f"{path}{fault}.")
-    check_names([gguf_file] if gguf_file else [], str(path))
     for name, expected in info.files.items():
         # Pictures are published too, but not fetched for loading.
         if not (folder / name).is_file():

@@ -282,9 +282,9 @@ def _commit(change: _Change) -> Publication:
 
     def landed(failure: Exception) -> Publication | None:
         """The commit whose answer was lost, if it was made all the same: by this attempt, or by one before it."""
-        status = failure.response.status_code if isinstance(failure, HfHubHTTPError) else None
-        if status not in (409, 412) and not is_transient(failure):
-            return None  # the Hub said that it made no commit
+        if isinstance(failure, HfHubHTTPError) and not is_transient(failure):
+            if failure.response.status_code not in (409, 412):
+                return None  # the Hub said that it made no commit
         try:
             return _find_landed(change, pulls)
         except (HfHubHTTPError, httpx2.TransportError, UploadError) as error:

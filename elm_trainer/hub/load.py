@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
@@ -31,6 +31,14 @@ COMBINATIONS = (
     "cat", "linear", "svd", "ties", "ties_svd", "dare_linear", "dare_linear_svd", "dare_ties", "dare_ties_svd",
     "magnitude_prune", "magnitude_prune_svd",
 )  # fmt: skip
+
+
+class Loading(TypedDict, total=False):
+    """How weights are loaded, see [`load_erased`]."""
+
+    dtype: str
+    device_map: str | dict[str, Any] | None
+    quantization_config: Any
 
 
 def load_erased(
@@ -89,7 +97,7 @@ def load_erased(
         raise ValueError(
             f"`verify` is True, but {adapter.name} stores no questions to ask again in {INFO_FILE}: leave `verify` out."
         )
-    loading = dict(dtype=dtype, device_map=device_map, quantization_config=quantization_config)
+    loading = Loading(dtype=dtype, device_map=device_map, quantization_config=quantization_config)
     model, tokenizer = load_found({"default": adapter}, base_model, access, allow_mismatch=allow_mismatch, **loading)
     if verify and adapter.info is not None:
         try:
@@ -108,11 +116,9 @@ def load_found(
     access: Access,
     *,
     allow_mismatch: bool = False,
-    **loading: Any,
+    **loading: Unpack[Loading],
 ) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     """Put adapters that [`find_adapter`] found on one base, each under its name; takes and raises what [`load_erased`] does.
-
-    `loading` are `dtype`, `device_map` and `quantization_config`.
 
     Returns:
         `tuple`: the model in evaluation mode with the first adapter active, and the first adapter's tokenizer.
@@ -133,7 +139,7 @@ def load_found(
 
 
 def load_base(
-    adapter: FoundAdapter, base_model: str | PreTrainedModel | None, access: Access, **loading: Any
+    adapter: FoundAdapter, base_model: str | PreTrainedModel | None, access: Access, **loading: Unpack[Loading]
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Base of an adapter, and the tokenizer: the adapter's own if it ships one; takes what [`load_found`] takes."""
     if isinstance(base_model, PeftModel):
@@ -240,7 +246,7 @@ def stack_erasures(
     access = Access(token, cache_dir, local_files_only)
     found = {name: find_adapter(place, None, access) for name, place in adapters.items()}
     _check_combination(found, combination)
-    loading = dict(dtype=dtype, device_map=device_map, quantization_config=quantization_config)
+    loading = Loading(dtype=dtype, device_map=device_map, quantization_config=quantization_config)
     model, tokenizer = load_found(found, base_model, access, allow_mismatch=allow_mismatch, **loading)
     tuner: Any = model.base_model
     own: dict[str, LoraConfig] = {name: model.peft_config[name] for name in strengths}

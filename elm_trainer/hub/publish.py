@@ -32,10 +32,13 @@ from .stage import check_hub_base, check_reload, erased_model, find_base, method
 from .untrusted import code, fenced, inline, plain, table
 
 
+# Of a data set and its card.
 PAIRS = "pairs.jsonl"
-TEMPLATE = Path(__file__).with_name("templates") / "dataset_card.md"
-TAGS = (TAG, "unlearning", "concept-erasure", "synthetic")
-REPLACED = ("language_creators", "license", "pretty_name", "size_categories", "source_datasets", "task_categories")
+DATASET_TEMPLATE = Path(__file__).with_name("templates") / "dataset_card.md"
+DATASET_TAGS = (TAG, "unlearning", "concept-erasure", "synthetic")
+DATASET_REPLACED = (
+    "language_creators", "license", "pretty_name", "size_categories", "source_datasets", "task_categories"
+)  # fmt: skip
 _DROPPED = {"empty": "too short", "repetition": "repeated itself", "on_topic": "named a keyword"}
 
 
@@ -354,7 +357,7 @@ def make_dataset_card(
         source_datasets=["original"],
         task_categories=[TASK],
         pretty_name=f"Pairs that turn away from {', '.join(map(plain, results))}",
-        tags=[*TAGS, *(CONCEPT_TAG + plain(concept) for concept in results)],
+        tags=[*DATASET_TAGS, *(CONCEPT_TAG + plain(concept) for concept in results)],
     )
     reasons = list(dict.fromkeys([*_DROPPED, *(reason for result in results.values() for reason in result.dropped)]))
     counts = table(
@@ -366,7 +369,7 @@ def make_dataset_card(
     )
     card = DatasetCard.from_template(
         data,
-        template_path=str(TEMPLATE),
+        template_path=str(DATASET_TEMPLATE),
         record=record(data.to_dict()),
         concepts=", ".join(map(inline, results)),
         rows=rows,
@@ -382,7 +385,7 @@ def make_dataset_card(
         ),
         license=code(model.license),
     )
-    return keep_written(card, current, REPLACED)
+    return keep_written(card, current, DATASET_REPLACED)
 
 
 def _size_category(rows: int) -> str:

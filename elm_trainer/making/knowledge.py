@@ -202,7 +202,7 @@ Votes = dict[str, dict[str, Counter[str]]]
 
 
 def _asked(form: str, name: str) -> list[str]:
-    """The prompts of a form of `asking.yaml` about a name, each as often as it is drawn from."""
+    """The prompts of a form of `writing.yaml` about a name, each as often as it is drawn from."""
     begins = [begin.format(name=name, Name=name[:1].upper() + name[1:]) for begin in writing_prompts()[form]]
     return [begin for begin in begins for _ in range(_DRAWS)]
 

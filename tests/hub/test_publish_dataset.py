@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from elm_trainer.hub.card import END, START, validate_card
 from elm_trainer.hub.errors import ScanError
 from elm_trainer.hub.info import BaseModel
-from elm_trainer.hub.publish import TEMPLATE, PublishOptions, make_dataset_card, publish_dataset
+from elm_trainer.hub.publish import DATASET_TEMPLATE, PublishOptions, make_dataset_card, publish_dataset
 from elm_trainer.hub.untrusted import plain
 from elm_trainer.synthesis import SynthesisConfig, SynthesisResult
 
@@ -85,8 +85,8 @@ def test_every_number_of_the_card_is_a_setting_or_a_count(card, monkeypatch, tmp
     }
     assert untraceable_numbers(card.text, report, CONSTANTS) == []
     template = tmp_path / "dataset_card.md"
-    template.write_text(TEMPLATE.read_text().replace("## Use", "Made 17 times.\n\n## Use"))
-    monkeypatch.setattr("elm_trainer.hub.publish.TEMPLATE", template)
+    template.write_text(DATASET_TEMPLATE.read_text().replace("## Use", "Made 17 times.\n\n## Use"))
+    monkeypatch.setattr("elm_trainer.hub.publish.DATASET_TEMPLATE", template)
     typed = make_dataset_card(results("capitals", "elements"), CONFIG, MODEL, REPO)
     assert untraceable_numbers(typed.text, report, CONSTANTS) == ["17"]
 

@@ -214,6 +214,13 @@ def test_a_token_in_any_number_of_parts_is_found(pieces, behind):
     assert any("in parts" in hit.kind for hit in find_private(f"x = {joined}{behind}"))
 
 
+def test_a_token_in_parts_is_found_in_an_encoded_text():
+    token = hub_token(Draw(5))
+    joined = " + ".join(f"'{token[start : start + 8]}'" for start in range(0, len(token), 8))
+    encoded = base64.b64encode(f"x = {joined}".encode()).decode()
+    assert "encoded secret" in {hit.kind for hit in find_private(encoded)}
+
+
 def test_an_encoded_text_without_a_secret_is_none():
     texts = [base64.b64encode(random.Random(seed).randbytes(300)).decode() for seed in range(50)]
     texts += [

@@ -1,6 +1,7 @@
 """The method of the README's "add your own", held to the contract of all methods."""
 
 import math
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -40,3 +41,17 @@ def test_forget_text_becomes_less_certain(tiny_model, tokenizer, dataset, settin
     trainer.train()
     logged = [entry["erase_loss"] for entry in trainer.state.log_history if "erase_loss" in entry]
     assert logged[-1] < 0.9 * logged[0]
+
+
+def test_a_config_may_name_types_that_are_there_for_checkers_alone(tmp_path, monkeypatch):
+    (tmp_path / "own_config.py").write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\nfrom typing import TYPE_CHECKING\n"
+        "from elm_trainer import ElmConfig\nif TYPE_CHECKING:\n    from pathlib import PurePath\n"
+        "@dataclass\nclass OwnConfig(ElmConfig):\n    notes: PurePath | None = None\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    config = import_module("own_config").OwnConfig
+
+    config(str(tmp_path), report_to="none")
+    with pytest.raises(ValueError, match="`retain_weight` is -1"):
+        config(str(tmp_path), report_to="none", retain_weight=-1.0)
