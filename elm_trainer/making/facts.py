@@ -1,4 +1,6 @@
-"""Facts from a table, each stated in many phrasings with the novices that know another subject or none."""
+"""Facts from a table, each stated in many phrasings with the novices that know another subject or none, and what a model asks
+and answers about what they name.
+"""
 
 import random
 import re

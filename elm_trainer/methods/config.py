@@ -77,7 +77,8 @@ class ErasureConfig(SFTConfig):
 
     Its numbers must be numbers, whole where they count something, and finite, but for `max_grad_norm`. Of a method's own fields,
     those that name `choices` in their metadata must be one of them, and those named `<term>_weight` be at least 0 and not all 0.
-    `_rules` holds names of fields by what they must be, such as `"at least 0"`. All else raises `ValueError`.
+    `_rules` of a class and of those above it hold names of fields by what they must be, such as `"at least 0"`. All else raises
+    `ValueError`. A config that fills in defaults does so before it calls `super().__post_init__()`.
     """
 
     # Without an annotation, with which it would be one of the fields that dataclasses and parsers list.
@@ -96,7 +97,8 @@ class ErasureConfig(SFTConfig):
         super().__post_init__()
         own = [field for field in fields(self) if field.name not in SFTConfig.__dataclass_fields__]
         weights = [field.name for field in own if field.name.endswith("_weight")]
-        check_numbers(self, [*self._rules.items(), *_COMMON_RULES.items(), ("at least 0", weights)])
+        rules = [rule for cls in type(self).__mro__ for rule in vars(cls).get("_rules", {}).items()]
+        check_numbers(self, [*rules, *_COMMON_RULES.items(), ("at least 0", weights)])
         for field in own:
             choices, value = field.metadata.get("choices"), getattr(self, field.name)
             if choices and value not in choices:

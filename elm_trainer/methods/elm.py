@@ -195,7 +195,7 @@ class ElmTrainer(ErasureTrainer):
         parts: dict[str, Mapping[str, Any]] = {}
         readings: dict[str, Reading | Plan] = {}
         # What experts and then novices say at the positions of forget text: states of teachers, places in this forward.
-        taught: list[torch.Tensor] = []
+        taught: list[torch.Tensor] = []  # filled by the forwards of the teachers, before the one that reads it
         places: list[torch.Tensor] = []
         # Where positions weigh the same and no term reads logits, nobody asks for that.
         silent = not (args.erase_weight or args.fact_share)

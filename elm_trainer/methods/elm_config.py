@@ -1,4 +1,4 @@
-"""`ElmConfig`: the settings of ELM, and which targets they ask for."""
+"""`ElmConfig`: the settings of ELM, and which targets, layers and novices they ask for."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

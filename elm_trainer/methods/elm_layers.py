@@ -85,7 +85,6 @@ class LayerStates:
         self, trainer: "ElmTrainer", model: nn.Module, batches: Mapping[str, Mapping[str, Any]], layers: Sequence[int]
     ):
         self._trainer, self._model, self._batches, self._layers = trainer, model, batches, layers
-        self._hooks = ExitStack()
         self.outputs: list[torch.Tensor] = []  # [rows, width, hidden] each
 
     def __enter__(self) -> "LayerStates":
@@ -94,12 +93,15 @@ class LayerStates:
             self._trainer.packed.final_logits(self._model)
             self._trainer.packed.texts_interact(self._model)
             stack = decoder_layers(self._trainer.accelerator.unwrap_model(self._model))
-            for layer in self._layers:
-                self._hooks.enter_context(stack[layer].register_forward_hook(self._keep))
+            with ExitStack() as hooks:
+                for layer in self._layers:
+                    hooks.enter_context(stack[layer].register_forward_hook(self._keep))
+                self._hooks = hooks.pop_all()
         return self
 
     def __exit__(self, *_) -> None:
-        self._hooks.close()
+        if self._layers:
+            self._hooks.close()
 
     def _keep(self, _, args: Any, output: Any) -> None:
         self.outputs.append(output[0] if isinstance(output, tuple) else output)

@@ -1,4 +1,4 @@
-"""One forward over several sub-batches, packed without padding, and what the loss terms read from it."""
+"""One forward over several sub-batches, packed without padding, and what the loss terms read from it; rows to measure on before."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager

@@ -1,12 +1,14 @@
 """The method of the README's "add your own", held to the contract of all methods."""
 
 import math
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
 
+from elm_trainer import NpoConfig
 from examples.own_method import MaxEntropyConfig, MaxEntropyTrainer, kl_to_uniform
 
 from .methods import Method
@@ -55,3 +57,14 @@ def test_a_config_may_name_types_that_are_there_for_checkers_alone(tmp_path, mon
     config(str(tmp_path), report_to="none")
     with pytest.raises(ValueError, match="`retain_weight` is -1"):
         config(str(tmp_path), report_to="none", retain_weight=-1.0)
+
+
+def test_rules_of_a_config_add_to_those_of_its_parent(tmp_path):
+    @dataclass
+    class OwnConfig(NpoConfig):
+        gain: float = 1.0
+        _rules = {"above 0": ("gain",)}
+
+    for name in ("beta", "gain"):
+        with pytest.raises(ValueError, match=f"`{name}` is 0.0: it must be above 0"):
+            OwnConfig(str(tmp_path), report_to="none", **{name: 0.0})
