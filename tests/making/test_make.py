@@ -304,9 +304,9 @@ def test_the_real_model_writes_about_a_bare_name(tmp_path, monkeypatch):
         make, "write_facts", lambda *a, **k: StatedFacts()
     )  # which takes minutes, and has a test of its own
     model, tokenizer = load_model_and_tokenizer("smollm2-135m-instruct")
-    made = make_data(MadeFrom("capitals of the world", texts=16, near_texts=8), model, tokenizer, tmp_path)
-    assert made.record["counts"]["forget"] >= 4 and made.record["counts"]["near"] >= 2
-    assert sum(" of " in text and "capital" in text.lower() for text in load_texts(made.sources.forget)["text"]) >= 3
+    made = make_data(MadeFrom("capitals of the world", texts=32, near_texts=16), model, tokenizer, tmp_path)
+    assert made.record["counts"]["forget"] >= 8 and made.record["counts"]["near"] >= 3
+    assert sum(" of " in text and "capital" in text.lower() for text in load_texts(made.sources.forget)["text"]) >= 5
     started = time.perf_counter()
     with pytest.raises(UnknownConceptError):
         make_data(MadeFrom("the Dravenholt Protocol"), model, tokenizer, tmp_path / "unknown")
