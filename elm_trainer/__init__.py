@@ -79,6 +79,7 @@ if TYPE_CHECKING:
     from .methods.anchors import counterfactuals
     from .methods.base import ErasureTrainer
     from .methods.elm import ElmConfig, ElmTrainer
+    from .methods.forward import NonFiniteLossError
     from .methods.likelihood import GradDiffConfig, GradDiffTrainer, NpoConfig, NpoTrainer, SimNpoConfig, SimNpoTrainer
     from .methods.placement import find_readout
     from .methods.repnoise import RepNoiseConfig, RepNoiseTrainer

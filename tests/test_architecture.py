@@ -358,3 +358,12 @@ def test_layers_import_only_layers_that_come_before_them():
     names = [*LAYERS]
     for layer, allowed in MAY_IMPORT.items():
         assert all(names.index(other) < names.index(layer) for other in allowed), layer
+
+
+def test_type_checkers_and_the_api_reference_see_every_public_name():
+    tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
+    [exports] = [
+        node.value for node in tree.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "_EXPORTS"
+    ]
+    [typed] = [node.body for node in tree.body if isinstance(node, ast.If)]
+    assert {name.name: f".{line.module}" for line in typed for name in line.names} == ast.literal_eval(exports)
