@@ -137,10 +137,11 @@ def scaled(pair: ModelPair, factor: float, layers: Sequence[int] | None = None) 
 
 def changed_layers(pair: ModelPair) -> list[int]:
     """Indices of the decoder layers that carry an adapter, or whose weights are not the reference's."""
-    layers = enumerate(decoder_layers(pair.erased))
+    layers = list(decoder_layers(pair.erased))
     if pair.adapter is not None:
-        return [i for i, layer in layers if any(isinstance(module, LoraLayer) for module in layer.modules())]
-    return [i for i, layer in layers if _changed_weights(pair, [layer])]
+        return [i for i, layer in enumerate(layers) if any(isinstance(part, LoraLayer) for part in layer.modules())]
+    changed = {id(parameter) for parameter, _ in _changed_weights(pair, layers)}
+    return [i for i, layer in enumerate(layers) if any(id(parameter) in changed for parameter in layer.parameters())]
 
 
 def _changed_weights(pair: ModelPair, parts: Sequence[nn.Module]) -> list[tuple[nn.Parameter, torch.Tensor]]:

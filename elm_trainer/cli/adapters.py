@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import hush_libraries
 from .measure import AskedArguments
-from .options import CommandLine, check_adapter, check_dtype, named
+from .options import CommandLine, check_adapter, check_dtype, load_named, put_adapter
 
 
 if TYPE_CHECKING:
@@ -135,20 +135,16 @@ def _evaluate(
 ) -> list[dict[str, Any]]:
     """Measure both adapters beside the base, whose answers are asked for once, and write their reports."""
     import torch
-    from peft import PeftModel
 
-    from .. import evaluate_erasure, load_model_and_tokenizer
+    from .. import evaluate_erasure
     from ..evaluation.evaluate import write_evaluation
 
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    with named("model", arguments.model):
-        base, tokenizer = load_model_and_tokenizer(arguments.model, dtype=arguments.dtype)
-    base = base.to(device)
+    base, tokenizer = load_named("model", arguments.model, arguments.dtype, device)
     reports = []
     for name, adapter in (("before", arguments.adapter), ("after", str(output))):
         folder = output.parent / f"{output.name}-evaluation" / name
-        with named("adapter", adapter):
-            model = PeftModel.from_pretrained(base, adapter)
+        model = put_adapter(base, adapter)
         report = evaluate_erasure(
             model,
             None,

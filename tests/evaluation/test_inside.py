@@ -2,7 +2,6 @@ import copy
 import json
 
 import pytest
-import torch
 
 from elm_trainer.data.facts import load_bank
 from elm_trainer.evaluation.inside import look_inside, plot_inside
@@ -20,13 +19,8 @@ def questions():
 
 
 @pytest.fixture
-def pair(tiny_peft_model):
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in tiny_peft_model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.5)
-    return ModelPair(tiny_peft_model)
+def pair(adapted_model):
+    return ModelPair(adapted_model)
 
 
 def test_everything_is_measured_on_both_sides_and_json_holds_it(pair, tokenizer, questions):
