@@ -26,6 +26,7 @@ from trl import SFTConfig, SFTTrainer
 from elm_trainer import load_bank, load_model_and_tokenizer, load_texts
 from elm_trainer.data.invented import invented_name
 from elm_trainer.data.questions import Form, Question
+from elm_trainer.distributed import multiplies_in_bfloat16
 from elm_trainer.evaluation.likelihood import log_likelihoods, score_choices
 from elm_trainer.modeling import DEMO_MODEL
 
@@ -211,8 +212,8 @@ def teach(companies: dict[str, Company], folder: Path, steps: int, share: float,
     config = SFTConfig(
         str(folder / "training"), max_steps=steps, per_device_train_batch_size=ROWS + KEPT, learning_rate=1.5e-3, max_length=64,
         lr_scheduler_type="constant_with_warmup", warmup_steps=10, seed=seed, save_strategy="no", report_to="none",
-        use_cpu=True, bf16=True, gradient_checkpointing=False, logging_steps=10, pad_to_multiple_of=8,
-        train_sampling_strategy="sequential",
+        use_cpu=True, bf16=multiplies_in_bfloat16(torch.device("cpu")), gradient_checkpointing=False, logging_steps=10,
+        pad_to_multiple_of=8, train_sampling_strategy="sequential",
     )  # fmt: skip
     lora = LoraConfig(
         r=64,

@@ -141,6 +141,7 @@ def demo(run: Run) -> None:
     options = {
         "config": str(ROOT / "recipes" / "smollm2-135m-capitals.yaml"),
         "use_cpu": str(run.device == "cpu").lower(),
+        "bf16": "true",
         "output_dir": f"{run.folder}/demo",
         "targets_dir": f"{run.folder}/targets",
     } | dict(run.sizes.demo)

@@ -151,7 +151,7 @@ def measure_sharing(repeats: int, threads: int) -> dict[str, Any]:
             ElmConfig(
                 folder, novice="counterfactual", erase_weight=0.0, state_weight=1.0, state_layers=[LAYER],
                 retain_loss="states", consistency_weight=0.0, max_length=80, precompute_targets=False,
-                per_device_train_batch_size=ROWS, use_cpu=True, bf16=True, activation_checkpointing=False, report_to="none",
+                per_device_train_batch_size=ROWS, use_cpu=True, activation_checkpointing=False, report_to="none",
             ),
             train_dataset=dataset,
             processing_class=tokenizer,

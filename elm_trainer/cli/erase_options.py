@@ -272,7 +272,7 @@ class CommonSettings:
     novice: str = field(
         default="contexts", metadata={"help": "What the novice is.", "choices": ["contexts", "counterfactual"]}
     )
-    bf16: bool | None = field(default=None, metadata={"help": "Compute in bfloat16; by default where a GPU can."})
+    bf16: bool | None = field(default=None, metadata={"help": "Compute in bfloat16; by default where the device can."})
     use_cpu: bool = field(default=False, metadata={"help": "Leave the GPU alone."})
     logging_steps: float = field(default=10, metadata={"help": "Steps between two lines of the log."})
     save_strategy: str = field(default="steps", metadata={"help": "When checkpoints are saved: no, steps or epoch."})

@@ -3,15 +3,17 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
+import torch
 from datasets import Dataset
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available, logging
 from trl import SFTConfig
 
 from ..checks import check_numbers
+from ..distributed import multiplies_in_bfloat16
 
 
 logger = logging.get_logger(__name__)
@@ -72,8 +74,9 @@ WITHOUT_EFFECT = {
 
 @dataclass
 class ErasureConfig(SFTConfig):
-    """[`~trl.SFTConfig`] as the methods' configs extend it: on a machine whose accelerator cannot compute in bfloat16, or
-    without one, `bf16` defaults to `False`, where TRL's default of `True` is an error.
+    """[`~trl.SFTConfig`] as the methods' configs extend it: `bf16` defaults to whether the device multiplies in bfloat16, as TRL's
+    default of `True` is an error on some devices and takes four times as long as float32 on others. `bf16_full_eval` may be
+    `None`, which means as `bf16`.
 
     Its numbers must be numbers, whole where they count something, and finite, but for `max_grad_norm`. Of a method's own fields,
     those that name `choices` in their metadata must be one of them, and those named `<term>_weight` be at least 0 and not all 0.
@@ -84,25 +87,34 @@ class ErasureConfig(SFTConfig):
     # Without an annotation, with which it would be one of the fields that dataclasses and parsers list.
     _rules = dict[str, tuple[str, ...]]()
 
+    bf16_full_eval: bool | None = field(
+        default=False, metadata={"help": "Evaluate in bfloat16 alone, without float32 weights; null for as `bf16`."}
+    )
+
     def __post_init__(self):
-        if self.bf16 is None and not (
-            self.fp16 or self.use_cpu or is_torch_bf16_gpu_available() or is_torch_xla_available()
-        ):
-            logger.warning("`bf16` is left out, and no accelerator here computes in bfloat16: training in float32.")
-            self.bf16 = False
+        if self.bf16 is None and not self.fp16:
+            if self.use_cpu:
+                self.bf16 = multiplies_in_bfloat16(torch.device("cpu"))
+            elif not (is_torch_bf16_gpu_available() or is_torch_xla_available()):
+                logger.warning(
+                    "`bf16` is left out, and no accelerator here computes in bfloat16: training in float32."
+                )
+                self.bf16 = False
+        if self.bf16_full_eval is None:
+            self.bf16_full_eval = not self.fp16 if self.bf16 is None else self.bf16
         # TRL sets its default by the older name, of which transformers would warn.
         for name in ("checkpointing", "checkpointing_kwargs"):
             if getattr(self, f"activation_{name}") is None:
                 setattr(self, f"activation_{name}", getattr(self, f"gradient_{name}"))
         super().__post_init__()
-        own = [field for field in fields(self) if field.name not in SFTConfig.__dataclass_fields__]
-        weights = [field.name for field in own if field.name.endswith("_weight")]
+        own = [each for each in fields(self) if each.name not in SFTConfig.__dataclass_fields__]
+        weights = [each.name for each in own if each.name.endswith("_weight")]
         rules = [rule for cls in type(self).__mro__ for rule in vars(cls).get("_rules", {}).items()]
         check_numbers(self, [*rules, *_COMMON_RULES.items(), ("at least 0", weights)])
-        for field in own:
-            choices, value = field.metadata.get("choices"), getattr(self, field.name)
+        for each in own:
+            choices, value = each.metadata.get("choices"), getattr(self, each.name)
             if choices and value not in choices:
-                raise ValueError(f"`{field.name}` is {value!r}: use one of {', '.join(choices)}.")
+                raise ValueError(f"`{each.name}` is {value!r}: use one of {', '.join(choices)}.")
         if weights and not any(getattr(self, name) for name in weights):
             raise ValueError(f"All of {', '.join(f'`{name}`' for name in weights)} are 0: raise one of them.")
 

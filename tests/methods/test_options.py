@@ -5,10 +5,12 @@ import logging
 
 import pytest
 import torch
+import yaml
 from transformers import TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from elm_trainer import ElmConfig
+from elm_trainer.cli.recipes import find_recipe
 from elm_trainer.methods.config import REFUSED_ARGUMENTS, REFUSED_OPTIONS, WITHOUT_EFFECT
 
 from .methods import METHODS, tiny
@@ -149,7 +151,27 @@ def test_bf16_gives_way_where_nothing_computes_in_it(tmp_path, caplog):
     assert config.bf16 is bool(usable)
     warnings = {id(record) for record in caplog.records if "training in float32" in record.message}
     assert len(warnings) == (0 if usable else 1)
-    assert ElmConfig(str(tmp_path), use_cpu=True).bf16 is True
+
+
+@pytest.mark.parametrize("multiplies", [False, True])
+def test_bf16_goes_by_the_processor_and_the_evaluation_with_it(multiplies, tmp_path, monkeypatch):
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: multiplies)
+
+    def chosen(**fields):
+        config = ElmConfig(str(tmp_path), use_cpu=True, **fields)
+        return config.bf16, config.bf16_full_eval
+
+    assert chosen() == (multiplies, False)
+    assert chosen(bf16_full_eval=None) == (multiplies, multiplies)
+    for given in (False, True):
+        assert chosen(bf16=given, bf16_full_eval=None) == (given, given)
+    assert chosen(fp16=True, bf16_full_eval=None) == (False, False)
+    recipe = yaml.safe_load(find_recipe("smollm2-135m-capitals").read_text(encoding="utf-8"))
+    assert chosen(**{name: value for name, value in recipe.items() if name.startswith("bf16")}) == (
+        multiplies,
+        multiplies,
+    )
 
 
 def test_the_processes_of_a_launch_cannot_cut_a_batch(make, monkeypatch):
