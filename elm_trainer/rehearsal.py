@@ -104,7 +104,8 @@ def rehearse(
     adapted one, those with an adapter, those above. Memory is the peak of the rehearsal, and for all that the run has
     beyond the cut its weights, its adapter and what its layers keep for the backward pass, which is counted. Time is
     that of the rehearsal, and for every further layer that of the last one of its kind. Batches of a shape that was not
-    seen before take longer on a CPU; how many there will be is drawn from the lengths of the texts.
+    seen before take longer on a CPU; how many there will be is drawn from the lengths of the texts. With `erase_after`, steps without
+    the erase term are rehearsed by themselves.
 
     Args:
         lora: Adapter of the whole model.
@@ -171,6 +172,14 @@ def rehearse(
     peak = max(targets_peak + growth + moments, steps_peak + growth + kept - in_cut + (larger - 1) * outside)
 
     step = _step_seconds(probe, cut, args, draws, seen.sizes[1], steps, adapter / max(own_adapter, 1))
+    if args.erase_after:
+        early = copy.copy(args)
+        early.erase_weight = early.erase_after = 0.0
+        before = rehearse(
+            config, early, dataset, tokenizer, lora, dtype=dtype, attn_implementation=attn_implementation,
+            free_disk=free_disk, each=each,
+        )  # fmt: skip
+        step += args.erase_after * (before.step_seconds - step)
     return Prediction(
         measured="the model's own size, with random weights"
         if not any(cut.more.values())
@@ -248,6 +257,9 @@ class _Probe(ElmTrainer):
             return made
 
         return replace(plan, compute=compute)
+
+    def erases(self):
+        return bool(self.args.erase_weight)  # in each step, however few there are
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         counted = torch.autograd.graph.saved_tensors_hooks(self.watch.keep, lambda kept: kept)

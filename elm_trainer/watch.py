@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase, TrainerCallb
 
 from .data.packing import best_rows
 from .data.tokens import tokenize
-from .methods.elm_config import ElmConfig
+from .methods.elm_config import ElmConfig, batch_weights
 from .methods.forward import ATTENTION
 from .modeling import decoder_layers
 
@@ -202,7 +202,8 @@ class Batches:
     def __init__(self, args: ElmConfig, tokenizer: PreTrainedTokenizerBase, config: Any, dataset: Dataset):
         positions = getattr(config, "max_position_embeddings", None) or 2**30
         limit = min(args.max_length or positions, positions)
-        columns = ["forget"] * bool(args.erase_weight) + ["retain"] * bool(args.retain_weight)
+        weights = batch_weights(args)
+        columns = ["forget"] * bool(weights["erase"]) + ["retain"] * bool(weights["retain"])
         self._sides = {c: [min(len(t.ids), limit) for t in tokenize(tokenizer, dataset[c][:])] for c in columns}
         self._lengths = [[*row] for row in zip(*self._sides.values(), strict=True)]
         if args.consistency_weight:

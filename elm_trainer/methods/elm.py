@@ -94,7 +94,8 @@ class ElmTrainer(ErasureTrainer):
         if args.state_weight:
             depth = len(decoder_layers(self.accelerator.unwrap_model(self.model)))
             self._state_layers = chosen_state_layers(args.state_layers, depth)
-        logits = args.erase_weight or self._consistent or (args.retain_weight and args.retain_loss != "states")
+        erased = args.erase_weight and not args.erase_after
+        logits = erased or self._consistent or (args.retain_weight and args.retain_loss != "states")
         self._frozen = FrozenLayers(self, None if logits or not self._state_layers else self._state_layers[-1])
         if self._state_layers and self.train_dataset is not None:
             self._state_scale = measure_scale(self, self._state_layers)
@@ -108,8 +109,9 @@ class ElmTrainer(ErasureTrainer):
         batches = weighted_batches(inputs, batch_weights(args))
         aimed = {term: batches[term] for term in ("erase", "retain") if term in batches}
         targets = {term: batch["target"] for term, batch in aimed.items() if "target" in batch}
+        erases = self.erases()
         if live := {term: batch for term, batch in aimed.items() if term not in targets}:
-            targets |= self.targets(model, live)
+            targets |= self.targets(model, live, erases=erases)
         readings = {term: self._position_loss(term, batch, targets.get(term)) for term, batch in batches.items()}
         spared = self._frozen.spared(model, batches, readings)
         with spared, LayerStates(self, model, batches, self._state_layers) as states:
@@ -118,7 +120,7 @@ class ElmTrainer(ErasureTrainer):
             losses["state"] = self._state_loss(states.of("erase"), targets["erase"]["novice_states"])
         if "retain" in batches and args.retain_loss == "states":
             losses["retain"] = self._state_loss(states.of("retain"), targets["retain"]["layer_states"])
-        if not args.erase_weight:
+        if not erases:
             losses.pop("erase", None)
         for term in {"erase", "state"} & losses.keys():
             losses[term] = losses[term] * targets["erase"]["weights"]
@@ -133,6 +135,11 @@ class ElmTrainer(ErasureTrainer):
             terms["consistency"] = torch.zeros((), device=args.device)
         loss = self.weigh(terms, term_weights(args))
         return (loss, None) if return_outputs else loss
+
+    def erases(self) -> bool:
+        """Whether the step has an erase term, as of `erase_after`."""
+        state, args = self.state, self.args
+        return bool(args.erase_weight) and state.global_step >= args.erase_after * state.max_steps
 
     def _state_loss(self, hidden: torch.Tensor, aim: torch.Tensor) -> torch.Tensor:
         return state_loss(hidden, aim.view(hidden.shape), self._state_scale)
@@ -150,7 +157,7 @@ class ElmTrainer(ErasureTrainer):
         """The loss of each position of a term, as a function of its logits, and in log space of the reference's."""
         if target is None:
             return nll_reading(batch)
-        of_states = {"erase": not self.args.erase_weight, "retain": self.args.retain_loss == "states"}
+        of_states = {"erase": not self.erases(), "retain": self.args.retain_loss == "states"}
         if of_states.get(term):
             return STATES  # no logits are read where states alone are compared
         if term == "retain" and self.args.retain_loss == "log":
@@ -184,10 +191,11 @@ class ElmTrainer(ErasureTrainer):
         return self.targets(model, {term: batch})[term]
 
     def targets(
-        self, model: nn.Module, batches: Mapping[str, Mapping[str, Any]]
+        self, model: nn.Module, batches: Mapping[str, Mapping[str, Any]], *, erases: bool = True
     ) -> dict[str, dict[str, torch.Tensor]]:
         """[`target`] of several terms, from one forward of the reference over all of their texts, those behind contexts and
-        counterfactual novices too; throw-away adapters each run one of their own.
+        counterfactual novices too; throw-away adapters each run one of their own. Without `erases` only what the state term needs of
+        that of the erase term.
         """
         args = self.args
         erase, retain = batches.get("erase"), batches.get("retain")
@@ -198,7 +206,8 @@ class ElmTrainer(ErasureTrainer):
         taught: list[torch.Tensor] = []  # filled by the forwards of the teachers, before the one that reads it
         places: list[torch.Tensor] = []
         # Where positions weigh the same and no term reads logits, nobody asks for that.
-        silent = not (args.erase_weight or args.fact_share)
+        erases = erases and bool(args.erase_weight)
+        silent = not (erases or args.fact_share)
         if erase:
             parts["erase"], readings["erase"] = erase, STATES
             if counterfactual:
@@ -211,8 +220,8 @@ class ElmTrainer(ErasureTrainer):
                     places += context_places(erase, side, args.contexts_per_sample) + offset
                     parts[side], readings[side] = erase[side], STATES
             if not silent:
-                with_states = bool(args.log_tokens and args.erase_weight)
-                readings["erase"] = Plan(self.erase_reading(erase), taught, places, with_states)
+                with_states = bool(args.log_tokens and erases)
+                readings["erase"] = Plan(self.erase_reading(erase, erases), taught, places, with_states)
         if retain:
             states_alone = args.retain_loss in ("log", "states")
             parts["retain"] = retain
@@ -248,8 +257,10 @@ class ElmTrainer(ErasureTrainer):
         names = ("indices", "log_probs" if self.args.log_tokens else "probs", "states")
         return dict(zip(names, rest, strict=False)) | {"weights": _weights(apart, batch, self.args.fact_share)}
 
-    def erase_reading(self, batch: Mapping[str, Any]) -> Reading:
-        """`t = b − η·(e − n)` of the reference (and the teachers), see [`erasure_target`] and [`log_space_target`]."""
+    def erase_reading(self, batch: Mapping[str, Any], erases: bool) -> Reading:
+        """`t = b − η·(e − n)` of the reference (and the teachers), see [`erasure_target`] and [`log_space_target`], with how far
+        expert and novice are apart, or, without `erases`, that alone.
+        """
         args, eta = self.args, self._eta(batch)
         experts = 1 if args.expert_steps else args.contexts_per_sample
 
@@ -260,7 +271,7 @@ class ElmTrainer(ErasureTrainer):
                 # Without a novice of its own, the reference is the novice.
                 expert, novice = mean_log_probs(others[:experts]), mean_log_probs(others[experts:] or [base])
             apart = disagreement(expert, novice)
-            if not args.erase_weight:
+            if not erases:
                 return (apart,)
             if args.log_tokens:
                 return (apart, *log_space_target(base, expert, novice, eta=eta[where], tokens=args.log_tokens))
@@ -342,7 +353,8 @@ class ElmTrainer(ErasureTrainer):
             past_end=not counterfactual,
             faithful=args.faithful,
             contexts_per_sample=args.contexts_per_sample,
-            behind_names=counterfactual and not (args.erase_weight or args.state_names),  # a name's states are to stay
+            # A name's states are to stay.
+            behind_names=counterfactual and not (args.state_names or (args.erase_weight and not args.erase_after)),
             whole_retain=args.retain_loss == "states",
             pad_to_multiple_of=args.pad_to_multiple_of,
             seed=args.seed,

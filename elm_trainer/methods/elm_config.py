@@ -73,6 +73,9 @@ class ElmConfig(ErasureConfig):
             added in every direction there, so that directions that are rare in both do not win.
         erase_weight (`float`, *optional*, defaults to `1.0`): Weight of the erase term. A weight of 0 skips a term's
             work altogether.
+        erase_after (`float`, *optional*, defaults to `0.0`): Share of the steps after which the erase term joins the state term. Up
+            to there no step reads logits, so that most of what is forgotten costs little; from there on the erase term takes
+            back what states say too faintly for the state term, but loud enough to rank answers by.
         retain_weight (`float`, *optional*, defaults to `1.0`): Weight of the retain term.
         retain_focus (`float`, *optional*, defaults to `0.0`): Share of the retain term's weight that goes to the
             positions of a text in proportion to how far they have moved from the reference, so that answers are not
@@ -140,6 +143,7 @@ class ElmConfig(ErasureConfig):
     contrast_rows: int = field(default=0, metadata={"help": "Rows that choose the adapter's directions; 0 for none."})
     contrast_damping: float = field(default=0.1, metadata={"help": "Damping of the choice of directions."})
     erase_weight: float = field(default=1.0, metadata={"help": "Weight of the erase term."})
+    erase_after: float = field(default=0.0, metadata={"help": "Share of the steps without the erase term."})
     retain_weight: float = field(default=1.0, metadata={"help": "Weight of the retain term."})
     retain_focus: float = field(default=0.0, metadata={"help": "Share of weight by how far a position has moved."})
     consistency_weight: float = field(default=1.0, metadata={"help": "Weight of the consistency term."})
@@ -159,7 +163,7 @@ class ElmConfig(ErasureConfig):
         "at least 0": ("eta", "eta_end", "expert_steps", "novice_steps", "log_tokens", "contrast_rows"),
         "above 0": ("tau", "log_strength", "state_eta", "teacher_learning_rate", "contrast_damping"),
         "at least 1": ("top_k", "contexts_per_sample", "teacher_rank", "teacher_batch_size"),
-        "from 0 to 1": ("plausibility", "fact_share", "retain_focus"),
+        "from 0 to 1": ("plausibility", "fact_share", "retain_focus", "erase_after"),
     }
 
     def __post_init__(self):
@@ -183,6 +187,12 @@ class ElmConfig(ErasureConfig):
             raise ValueError(
                 '`retain_loss` is "states" with `state_weight=0.0`: states are compared by the scale of the state term, so '
                 "give that a weight, or choose another loss."
+            )
+        if self.erase_after and not (self.state_weight and self.erase_weight):
+            raise ValueError(
+                f"`erase_after` is {self.erase_after} with `state_weight={self.state_weight}` and "
+                f"`erase_weight={self.erase_weight}`: it says when the erase term joins the state term, so give both a weight, "
+                "or leave it out."
             )
         if self.state_names and not self.state_weight:
             raise ValueError(

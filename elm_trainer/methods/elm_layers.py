@@ -135,7 +135,7 @@ def measure_scale(trainer: "ElmTrainer", layers: Sequence[int]) -> torch.Tensor:
     for batches in some_rows(trainer, collator, _SCALE_ROWS, _SCALE_BATCH):
         batch = batches["forget"]
         with trainer.accelerator.autocast():
-            target = trainer.target(trainer.model, "erase", batch)
+            target = trainer.targets(trainer.model, {"erase": batch}, erases=False)["erase"]
         expert, novice = (
             target[f"{side}_states"].float().unflatten(1, (len(layers), -1)) for side in ("expert", "novice")
         )

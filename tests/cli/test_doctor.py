@@ -215,3 +215,30 @@ def test_a_few_layers_predict_what_all_layers_take(tmp_path, checkpointing):
     assert cut.activations == pytest.approx(whole.activations, rel=0.05, abs=late)
     assert cut.peak == pytest.approx(whole.peak, rel=0.15)
     assert cut.targets_disk == whole.targets_disk > 0 and cut.targets_seconds > 0 and cut.step_seconds > 0
+
+
+def test_forget_text_counts_and_the_erase_term_is_rehearsed_though_it_joins_late(tmp_path):
+    config = LlamaConfig(**TINY | {"num_hidden_layers": 8, "hidden_size": 64}, intermediate_size=128)
+    rows = [
+        {
+            "concept": "m", "forget": f"Millbrook lies in the hills, {'and ' * n}Oslo does not.",
+            "novices": [f"Stillwater lies in the hills, {'and ' * n}Oslo does not."],
+            "retain": "New York is a town", "prompt": "", "completion": "",
+        }
+        for n in range(8)
+    ]  # fmt: skip
+    lora = LoraConfig(r=4, target_modules=["up_proj"], layers_to_transform=[3, 4], task_type="CAUSAL_LM")
+
+    def predicted(**fields):
+        args = ElmConfig(
+            str(tmp_path), max_steps=8, per_device_train_batch_size=4, use_cpu=True, bf16=False, consistency_weight=0.0,
+            activation_checkpointing=False, targets_dir=str(tmp_path), report_to="none", novice="counterfactual",
+            eta=1.0, log_tokens=4, state_weight=1.0, state_layers=[4], retain_loss="states", **fields,
+        )  # fmt: skip
+        return rehearse(config, args, Dataset.from_list(rows), byte_level(), lora, dtype=torch.float32)
+
+    states, both, late = predicted(erase_weight=0.0), predicted(), predicted(erase_after=0.9)
+    assert states.tokens == both.tokens == late.tokens > 60  # as many as a forget text has, not a retain text
+    assert late.activations > states.activations
+    assert late.targets_disk > states.targets_disk
+    assert late.step_seconds > 0

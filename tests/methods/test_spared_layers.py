@@ -152,3 +152,61 @@ def test_layers_whose_output_changes_otherwise_run_in_each_step(make, caplog):
         "LlamaDecoderLayer gives something else where layers stand aside, so each step runs all of them" in caplog.text
     )
     assert calls[0] >= calls[2] >= 12
+
+
+LATE = dict(erase_weight=0.5, erase_after=0.6, eta=1.0, log_tokens=4, max_steps=10)
+
+
+@pytest.mark.parametrize("stored", [True, False])
+@pytest.mark.parametrize("kept", [True, False])
+def test_the_erase_term_joins_after_its_share_of_the_steps(kept, stored, make):
+    fields = LATE | dict(precompute_targets=stored, keep_states=kept, learning_rate=1e-2)
+    trainer = make(**fields)
+    losses, trained, calls = run(trainer)
+    joined = ["erase_loss" in entry for entry in trainer.state.log_history if "loss" in entry]
+    assert joined == [False] * 6 + [True] * 4
+    assert all(
+        entry["loss"] == pytest.approx(
+            entry["state_loss"] + entry["retain_loss"] + 0.5 * entry.get("erase_loss", 0), rel=1e-3
+        )
+        for entry in trainer.state.log_history if "loss" in entry
+    )  # fmt: skip
+    # Up to there it is the run without an erase term.
+    before, _, _ = run(make(precompute_targets=stored, keep_states=kept, learning_rate=1e-2, max_steps=10))
+    for one, other in zip(losses[:7], before[:7], strict=True):
+        assert one == pytest.approx(other, rel=1e-4, abs=1e-6)
+    assert losses[-1] != pytest.approx(before[-1], rel=1e-4)
+    # Targets that are made in the step run all layers where they have to read logits; else the first six steps run none above.
+    assert calls[4] < calls[2] - 4
+    assert any(weight.abs().max() > 0 for weight in trained)
+
+
+def test_states_are_kept_or_not_the_same_where_the_erase_term_joins(make):
+    (kept, trained, calls), (full, expected, all_calls) = (
+        run(make(keep_states=keep, learning_rate=1e-2, **LATE)) for keep in (True, False)
+    )
+    for one, other in zip(kept, full, strict=True):
+        assert one == pytest.approx(other, rel=1e-4, abs=1e-6)
+    for one, other in zip(trained, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+    assert calls[0] < all_calls[0]
+
+
+def test_a_resumed_run_has_the_erase_term_where_the_whole_run_has_it(make, tmp_path):
+    fields = LATE | dict(learning_rate=1e-2, save_strategy="steps", save_steps=7, output_dir=str(tmp_path))
+    whole = make(**fields)
+    whole.train()
+    again = make(**fields)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-7"))
+    ends = [trainer.state.log_history[-2] for trainer in (whole, again)]
+    assert ends[0]["step"] == ends[1]["step"] == 10
+    for name in ("loss", "erase_loss", "state_loss", "retain_loss"):
+        assert ends[0][name] == pytest.approx(ends[1][name], rel=1e-4)
+
+
+@pytest.mark.parametrize("fields", [{"erase_weight": 0.0}, {"state_weight": 0.0, "retain_loss": "log"}])
+def test_a_share_without_both_terms_is_refused(fields, make):
+    with pytest.raises(ValueError, match="`erase_after` is 0.6 with `state_weight=.*give both a weight"):
+        make(**(LATE | fields))
+    with pytest.raises(ValueError, match="`erase_after` is 1.5: it must be from 0 to 1"):
+        make(**(LATE | {"erase_after": 1.5}))
