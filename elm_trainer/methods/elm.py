@@ -116,7 +116,7 @@ class ElmTrainer(ErasureTrainer):
         spared = self._frozen.spared(model, batches, readings)
         with spared, LayerStates(self, model, batches, self._state_layers) as states:
             losses = self.forward_positions(model, batches, readings)  # [positions] each
-        if self._state_layers:
+        if self._state_layers and not (erases and args.erase_after):
             losses["state"] = self._state_loss(states.of("erase"), targets["erase"]["novice_states"])
         if "retain" in batches and args.retain_loss == "states":
             losses["retain"] = self._state_loss(states.of("retain"), targets["retain"]["layer_states"])

@@ -73,9 +73,9 @@ class ElmConfig(ErasureConfig):
             added in every direction there, so that directions that are rare in both do not win.
         erase_weight (`float`, *optional*, defaults to `1.0`): Weight of the erase term. A weight of 0 skips a term's
             work altogether.
-        erase_after (`float`, *optional*, defaults to `0.0`): Share of the steps after which the erase term joins the state term. Up
-            to there no step reads logits, so that most of what is forgotten costs little; from there on the erase term takes
-            back what states say too faintly for the state term, but loud enough to rank answers by.
+        erase_after (`float`, *optional*, defaults to `0.0`): Share of the steps after which the erase term takes the place of the state
+            term. Up to there no step reads logits, so that most of what is forgotten costs little; from there on the erase term
+            takes back what is left too faint for the state term, but ranks answers.
         retain_weight (`float`, *optional*, defaults to `1.0`): Weight of the retain term.
         retain_focus (`float`, *optional*, defaults to `0.0`): Share of the retain term's weight that goes to the
             positions of a text in proportion to how far they have moved from the reference, so that answers are not
@@ -191,8 +191,8 @@ class ElmConfig(ErasureConfig):
         if self.erase_after and not (self.state_weight and self.erase_weight):
             raise ValueError(
                 f"`erase_after` is {self.erase_after} with `state_weight={self.state_weight}` and "
-                f"`erase_weight={self.erase_weight}`: it says when the erase term joins the state term, so give both a weight, "
-                "or leave it out."
+                f"`erase_weight={self.erase_weight}`: it says when the erase term takes the place of the state term, so give "
+                "both a weight, or leave it out."
             )
         if self.state_names and not self.state_weight:
             raise ValueError(

@@ -56,7 +56,7 @@ def run(trainer):
         next(layer.children()).register_forward_hook(lambda *_, number=number: count(number))
     trainer.train()
     losses = [
-        [entry[f"{term}_loss"] for term in ("state", "retain")]
+        [entry[f"{term}_loss"] for term in ("state", "erase", "retain") if f"{term}_loss" in entry]
         for entry in trainer.state.log_history
         if "loss" in entry
     ]
@@ -159,29 +159,24 @@ LATE = dict(erase_weight=0.5, erase_after=0.6, eta=1.0, log_tokens=4, max_steps=
 
 @pytest.mark.parametrize("stored", [True, False])
 @pytest.mark.parametrize("kept", [True, False])
-def test_the_erase_term_joins_after_its_share_of_the_steps(kept, stored, make):
+def test_the_erase_term_takes_the_place_of_the_state_term(kept, stored, make):
     fields = LATE | dict(precompute_targets=stored, keep_states=kept, learning_rate=1e-2)
     trainer = make(**fields)
     losses, trained, calls = run(trainer)
-    joined = ["erase_loss" in entry for entry in trainer.state.log_history if "loss" in entry]
-    assert joined == [False] * 6 + [True] * 4
-    assert all(
-        entry["loss"] == pytest.approx(
-            entry["state_loss"] + entry["retain_loss"] + 0.5 * entry.get("erase_loss", 0), rel=1e-3
-        )
-        for entry in trainer.state.log_history if "loss" in entry
-    )  # fmt: skip
+    for step, entry in enumerate(entry for entry in trainer.state.log_history if "loss" in entry):
+        assert ("state_loss" in entry, "erase_loss" in entry) == (step < 6, step >= 6)
+        erased = entry["state_loss"] if step < 6 else 0.5 * entry["erase_loss"]
+        assert entry["loss"] == pytest.approx(erased + entry["retain_loss"], rel=1e-3)
     # Up to there it is the run without an erase term.
     before, _, _ = run(make(precompute_targets=stored, keep_states=kept, learning_rate=1e-2, max_steps=10))
-    for one, other in zip(losses[:7], before[:7], strict=True):
+    for one, other in zip(losses[:6], before[:6], strict=True):
         assert one == pytest.approx(other, rel=1e-4, abs=1e-6)
-    assert losses[-1] != pytest.approx(before[-1], rel=1e-4)
     # Targets that are made in the step run all layers where they have to read logits; else the first six steps run none above.
     assert calls[4] < calls[2] - 4
     assert any(weight.abs().max() > 0 for weight in trained)
 
 
-def test_states_are_kept_or_not_the_same_where_the_erase_term_joins(make):
+def test_training_with_both_terms_is_the_same_whether_states_are_kept_or_not(make):
     (kept, trained, calls), (full, expected, all_calls) = (
         run(make(keep_states=keep, learning_rate=1e-2, **LATE)) for keep in (True, False)
     )
@@ -200,7 +195,7 @@ def test_a_resumed_run_has_the_erase_term_where_the_whole_run_has_it(make, tmp_p
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-7"))
     ends = [trainer.state.log_history[-2] for trainer in (whole, again)]
     assert ends[0]["step"] == ends[1]["step"] == 10
-    for name in ("loss", "erase_loss", "state_loss", "retain_loss"):
+    for name in ("loss", "erase_loss", "retain_loss"):
         assert ends[0][name] == pytest.approx(ends[1][name], rel=1e-4)
 
 
