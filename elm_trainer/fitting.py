@@ -218,7 +218,7 @@ def objective_settings(
 
     - **objective and schedule**: of `OBJECTIVES` that at the readout where every text has `novices`, or that of terms where these
       replace a subject's terms, else that of contexts. A given `objective` decides instead, or a given `novice` or `preset`, or `eta`, `eta_end`, `log_tokens` or `log_strength`, by which log space
-      is meant. Where stand-ins are alike `state_eta` is 2. For terms the layers are those from `round(.1·depth)` to `round(.3·depth)`.
+      is meant unless `erase_after` is given too. Where stand-ins are alike `state_eta` is 2. For terms the layers are those from `round(.1·depth)` to `round(.3·depth)`.
     - **rows**: in log space 512, as in the recipe: of fewer texts some are repeated, and of more the first are
       taken, which tell of all facts alike ([`facts_texts`]). At the readout as many as there are texts, from 256 to 1024, for terms
       to 1536, with contexts from 128 to 1024.
@@ -280,7 +280,7 @@ def _objective(given: Mapping[str, Any], counterfactual: bool, by_terms: bool) -
     novice = given.get("novice") or ("contexts" if "preset" in given else None)
     counterfactual = novice == "counterfactual" if novice else counterfactual
     unread = [name for name in ("eta", "eta_end", "log_tokens", "log_strength") if given.get(name)]
-    readout = any(name.startswith("state_") for name in given) or given.get("retain_loss") == "states"
+    readout = any(name.startswith(("state_", "erase_after")) for name in given) or given.get("retain_loss") == "states"
     if counterfactual and unread and not readout:
         return "log-space", f"`{unread[0]}` is given, which the readout does not read"
     objective = ("terms" if by_terms else "readout") if counterfactual else "contexts"

@@ -124,7 +124,7 @@ class ConceptRun:
         values: dict[str, Any] = {"bf16": False}
         arguments, common = self._line.early()
         states = arguments.objective in (None, "readout", "terms") and common.retain_loss == "states"
-        if {"state_weight", "state_names"} & self._line.given or states:
+        if {"state_weight", "state_names", "erase_after"} & self._line.given or states:
             values |= {"novice": "counterfactual", "state_weight": 1.0}
         values |= {name: choice.value for name, choice in self.chosen.items()}
         self.arguments, self.config = self._line.complete(values)

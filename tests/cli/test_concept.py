@@ -350,8 +350,9 @@ def test_the_doctor_plans_what_would_be_made_and_writes_nothing(folder, capsys):
     facts = ["doctor", *SMALL, "--concept=capitals of lands", "--facts=facts.csv", "--near=near.txt"]
     main([*facts, "--retain_loss=log", "--log_strength=2"])
     assert "objective log-space" in " ".join(capsys.readouterr().out.split())
-    main([*facts, "--retain_loss=states", "--eta=1.2"])
-    assert "objective readout" in " ".join(capsys.readouterr().out.split())
+    for last in (["--retain_loss=states"], ["--erase_after=0.9", "--erase_weight=0.04", "--log_tokens=8"]):
+        main([*facts, *last, "--eta=1.2"])
+        assert "objective readout" in " ".join(capsys.readouterr().out.split())
     assert set(folder.rglob("*")) == before
 
 
