@@ -12,7 +12,7 @@ from tests.processes import run
 def test_a_real_model_forgets_capitals_and_keeps_the_rest(tmp_path):
     command = [sys.executable, "examples/erase.py", "--config", "recipes/smollm2-135m-capitals.yaml"]
     shorter = {"output_dir": tmp_path / "out", "targets_dir": tmp_path / "targets"}
-    shorter |= {"dataset_size": 160, "max_steps": 60, "questions": 24, "dev_every": 60, "bf16_full_eval": False}
+    shorter |= {"dataset_size": 240, "max_steps": 100, "questions": 24, "dev_every": 100, "bf16_full_eval": False}
     measured = ["--measures", "multiple-choice", "open-answers", "greedy-fluency", "specificity"]
     options = [f"--{key}={value}" for key, value in shorter.items()]
     run([*command, *options, *measured], check=True, timeout=900)
