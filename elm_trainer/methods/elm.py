@@ -257,7 +257,7 @@ class ElmTrainer(ErasureTrainer):
         names = ("indices", "log_probs" if self.args.log_tokens else "probs", "states")
         return dict(zip(names, rest, strict=False)) | {"weights": _weights(apart, batch, self.args.fact_share)}
 
-    def erase_reading(self, batch: Mapping[str, Any], erases: bool) -> Reading:
+    def erase_reading(self, batch: Mapping[str, Any], erases: bool = True) -> Reading:
         """`t = b − η·(e − n)` of the reference (and the teachers), see [`erasure_target`] and [`log_space_target`], with how far
         expert and novice are apart, or, without `erases`, that alone.
         """
