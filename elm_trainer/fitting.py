@@ -280,7 +280,8 @@ def _objective(given: Mapping[str, Any], counterfactual: bool, by_terms: bool) -
     novice = given.get("novice") or ("contexts" if "preset" in given else None)
     counterfactual = novice == "counterfactual" if novice else counterfactual
     unread = [name for name in ("eta", "eta_end", "log_tokens", "log_strength") if given.get(name)]
-    readout = any(name.startswith(("state_", "erase_after")) for name in given) or given.get("retain_loss") == "states"
+    readout = given.get("erase_after") or given.get("retain_loss") == "states"
+    readout = readout or any(name.startswith("state_") for name in given)
     if counterfactual and unread and not readout:
         return "log-space", f"`{unread[0]}` is given, which the readout does not read"
     objective = ("terms" if by_terms else "readout") if counterfactual else "contexts"

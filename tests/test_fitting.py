@@ -252,7 +252,8 @@ def test_a_setting_that_the_readout_does_not_read_is_not_given_for_nothing(name)
     assert chosen(**{name: 0})["objective"] == "readout"
     for setting in ({"state_eta": 2.0}, {"retain_loss": "states"}, {"erase_after": 0.9}):
         assert chosen(**{name: 2}, **setting)["objective"] == "readout"
-    assert chosen(**{name: 2}, retain_loss="log")["objective"] == "log-space"
+    for setting in ({"retain_loss": "log"}, {"erase_after": 0.0}):
+        assert chosen(**{name: 2}, **setting)["objective"] == "log-space"
 
 
 @pytest.mark.parametrize("name", ["fact_share", "retain_focus", "contrast_rows", "contrast_damping"])

@@ -31,6 +31,7 @@ from ..objectives import (
 from .base import ErasureTrainer
 from .elm_config import (
     ElmConfig,
+    always_erases,
     batch_weights,
     check_novices,
     chosen_state_layers,
@@ -94,8 +95,7 @@ class ElmTrainer(ErasureTrainer):
         if args.state_weight:
             depth = len(decoder_layers(self.accelerator.unwrap_model(self.model)))
             self._state_layers = chosen_state_layers(args.state_layers, depth)
-        erased = args.erase_weight and not args.erase_after
-        logits = erased or self._consistent or (args.retain_weight and args.retain_loss != "states")
+        logits = always_erases(args) or self._consistent or (args.retain_weight and args.retain_loss != "states")
         self._frozen = FrozenLayers(self, None if logits or not self._state_layers else self._state_layers[-1])
         if self._state_layers and self.train_dataset is not None:
             self._state_scale = measure_scale(self, self._state_layers)
@@ -353,8 +353,8 @@ class ElmTrainer(ErasureTrainer):
             past_end=not counterfactual,
             faithful=args.faithful,
             contexts_per_sample=args.contexts_per_sample,
-            # A name's states are to stay.
-            behind_names=counterfactual and not (args.state_names or (args.erase_weight and not args.erase_after)),
+            behind_names=counterfactual
+            and not (always_erases(args) or args.state_names),  # a name's states are to stay
             whole_retain=args.retain_loss == "states",
             pad_to_multiple_of=args.pad_to_multiple_of,
             seed=args.seed,

@@ -282,6 +282,11 @@ def batch_weights(args: ElmConfig) -> dict[str, float]:
     return {"erase": erase, "retain": args.retain_weight, "consistency": args.consistency_weight}
 
 
+def always_erases(args: ElmConfig) -> bool:
+    """Whether every step has an erase term, not only the last ones or none."""
+    return args.erase_weight > 0 and not args.erase_after
+
+
 def is_counterfactual(args: ElmConfig) -> bool:
     """Whether forget texts are compared with counterfactual novices."""
     return args.novice == "counterfactual" and max(args.erase_weight, args.state_weight) > 0
