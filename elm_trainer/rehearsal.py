@@ -25,7 +25,8 @@ from .methods.placement import contrast_directions
 from .watch import Batches, Cut, Lap, Watch, now, peak_bytes, reset_peak
 
 
-# Batches of the rehearsal, each seen twice: the first time costs more where its shape is new.
+# Batches of the rehearsal, each seen twice: the first time costs more where its shape is new. With `erase_after` they are seen
+# once more, without the erase term.
 _BATCHES = 2
 _LENGTHS = 256
 # A forward for choosing directions sees more rows than this rarely; larger matrices are timed at this size and scaled.
@@ -172,14 +173,6 @@ def rehearse(
     peak = max(targets_peak + growth + moments, steps_peak + growth + kept - in_cut + (larger - 1) * outside)
 
     step = _step_seconds(probe, cut, args, draws, seen.sizes[1], steps, adapter / max(own_adapter, 1))
-    if args.erase_after:
-        early = copy.copy(args)
-        early.erase_weight = early.erase_after = 0.0
-        before = rehearse(
-            config, early, dataset, tokenizer, lora, dtype=dtype, attn_implementation=attn_implementation,
-            free_disk=free_disk, each=each,
-        )  # fmt: skip
-        step += args.erase_after * (before.step_seconds - step)
     return Prediction(
         measured="the model's own size, with random weights"
         if not any(cut.more.values())
@@ -194,7 +187,7 @@ def rehearse(
         rows=batch,
         steps=steps,
         step_seconds=step,
-        targets_seconds=probe.targets_seconds(cut) / len(rows) * len(dataset) / processes if stored else 0.0,
+        targets_seconds=probe.targets_seconds(cut, len(dataset)) / processes if stored else 0.0,
         contrast_seconds=contrast,
     )
 
@@ -204,11 +197,14 @@ def _step_seconds(
 ) -> float:
     """Mean seconds of an update of the whole model, whose adapter is so many times that of the cut.
 
-    The second batch, of `size` tokens, tells what its new shape costs: it is the second and the fourth step.
+    The second batch, of `size` tokens, tells what its new shape costs: it is the second and the fourth step, and the sixth, without the
+    erase term, where there is one.
     """
-    first, fresh, warm, again = probe.watch.laps
+    first, fresh, warm, again, *early = probe.watch.laps
     usual = again.scaled(cut)
     more = max(fresh.scaled(cut) - usual, 0)
+    if early:
+        usual += args.erase_after * (early[-1].scaled(cut) - usual)
     once = max(first.seconds - warm.seconds - (fresh.seconds - again.seconds), 0)
     passed = usual * draws.mean / size + draws.fresh(steps) * more
     return args.gradient_accumulation_steps * passed + again.optimizer * adapters + once / steps
@@ -219,7 +215,7 @@ def _rehearsal_args(args: ElmConfig, folder: str, stored: bool, state_layers: li
     args = copy.copy(args)
     for name, value in {
         "output_dir": folder, "targets_dir": folder, "precompute_targets": stored, "contrast_rows": 0,
-        "max_steps": 2 * _BATCHES, "num_train_epochs": 2, "gradient_accumulation_steps": 1, "logging_steps": 1000,
+        "max_steps": (3 if args.erase_after else 2) * _BATCHES, "num_train_epochs": 3, "gradient_accumulation_steps": 1, "logging_steps": 1000,
         "logging_strategy": "no", "save_strategy": "no", "eval_strategy": "no", "load_best_model_at_end": False,
         "report_to": [], "push_to_hub": False, "disable_tqdm": True, "train_sampling_strategy": "sequential",
         "shuffle_dataset": False, "resume_from_checkpoint": None, "expert_steps": min(args.expert_steps, 1),
@@ -234,7 +230,8 @@ class _Probe(ElmTrainer):
 
     def __init__(self, *args: Any, frozen_directions: bool, **kwargs: Any):
         self._frozen_directions = frozen_directions
-        self._target_laps: list[Lap] = []
+        # Of each batch of targets its rows, and what it takes the first time and the second.
+        self._target_laps: list[tuple[int, Lap, Lap]] = []
         super().__init__(*args, **kwargs)
 
     def set_up(self):
@@ -249,17 +246,22 @@ class _Probe(ElmTrainer):
     def target_plan(self):
         plan = super().target_plan()
 
-        def compute(inputs):
+        def timed(inputs):
             lap, began = self.watch.new_lap(), now()
             made = plan.compute(inputs)
             lap.seconds = now() - began
-            self._target_laps.append(lap)
+            return made, lap
+
+        def compute(inputs):
+            (_, fresh), (made, warm) = timed(inputs), timed(inputs)
+            self._target_laps.append((len(made), fresh, warm))
             return made
 
         return replace(plan, compute=compute)
 
     def erases(self):
-        return bool(self.args.erase_weight)  # in each step, however few there are
+        # However few of the run's steps have the term: first, since the first step tells what is kept for the backward pass.
+        return bool(self.args.erase_weight) and self.state.global_step < 2 * _BATCHES
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         counted = torch.autograd.graph.saved_tensors_hooks(self.watch.keep, lambda kept: kept)
@@ -268,13 +270,17 @@ class _Probe(ElmTrainer):
         self.watch.begin_backward()
         return loss
 
-    def targets_seconds(self, cut: Cut) -> float:
-        """Seconds of the targets of all rows of the rehearsal, of the whole model."""
-        return sum(lap.scaled(cut) for lap in self._target_laps)
+    def targets_seconds(self, cut: Cut, rows: int) -> float:
+        """Seconds of the targets of so many rows, of the whole model. Each batch of them has a shape of its own."""
+        seen = sum(count for count, _, _ in self._target_laps)
+        usual = sum(warm.scaled(cut) for _, _, warm in self._target_laps)
+        more = statistics.mean(max(fresh.scaled(cut) - warm.scaled(cut), 0) for _, fresh, warm in self._target_laps)
+        batch = max(self.args.per_device_train_batch_size, self.args.per_device_eval_batch_size)
+        return usual / seen * rows + more * rows / batch
 
     def reference_seconds(self) -> float:
         """Seconds of one layer for the reference of one batch."""
-        laps = [*self._target_laps, *self.watch.laps[-1:]]
+        laps = [*(warm for _, _, warm in self._target_laps), *self.watch.laps[-1:]]
         return statistics.median([t for lap in laps for t in (lap.reference or lap.forward).values()])
 
 
