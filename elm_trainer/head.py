@@ -222,14 +222,14 @@ class Plan:
             each, whose logits the reading takes after `where`.
         beside (`Sequence[torch.Tensor]`, *optional*): Other positions of the same forward, `[positions]` each, whose logits the
             reading takes after those: indices into the flattened tokens of all sub-batches, one after the other.
-        states (`bool`): Whether what enters the head, `[positions, hidden]`, is wanted after the tuple that the
-            reading gives, which is without gradients then.
+        states (`int`, *optional*): Which states, `[positions, hidden]`, are wanted after the tuple that the reading gives, which is
+            without gradients then: 0 for what enters the head at the positions themselves, 1 for the first of `further` and `beside`.
     """
 
     reading: Reading | None = None
     further: Sequence[torch.Tensor] = ()
     beside: Sequence[torch.Tensor] = ()
-    states: bool = False
+    states: int | None = None
 
 
 @dataclass
@@ -277,7 +277,7 @@ class ReadHead:
             else:
                 further = [*plan.further, *(everything.index_select(0, place).detach() for place in plan.beside)]
                 found = read_positions(self.head, self.final, plan.reading, own, further, vocabulary=self.vocabulary)
-                self._read.append((*found, own.detach()) if plan.states else found)
+                self._read.append(found if plan.states is None else (*found, [own.detach(), *further][plan.states]))
         return (torch.cat(whole).unsqueeze(0), *args[1:])
 
 

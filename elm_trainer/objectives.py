@@ -112,14 +112,14 @@ class LogTarget(NamedTuple):
         """The same for some of the positions."""
         return LogTarget(self.indices[where], self.log_probs[where])
 
-    def over(self, reference: torch.Tensor) -> torch.Tensor:
-        """All log-probabilities, `[positions, vocab]`: what these tokens leave is shared as the logits of the reference,
-        `[positions, vocab]`, share it.
+    def over(self, logits: torch.Tensor) -> torch.Tensor:
+        """All log-probabilities, `[positions, vocab]`: what these tokens leave is shared as the logits of the reference, or of its
+        novice, `[positions, vocab]`, share it.
 
         What they leave is 1 less the sum of their float32 probabilities, and at least 1e-6. So the probabilities of the
         other tokens are off by up to 2e-6 in all, and their logarithms by as much divided by what is left.
         """
-        others = reference.float().scatter(-1, self.indices, -torch.inf).log_softmax(-1)
+        others = logits.float().scatter(-1, self.indices, -torch.inf).log_softmax(-1)
         left = torch.log1p(-self.log_probs.exp().sum(-1, keepdim=True).clamp(max=1 - 1e-6))
         return (others + left).scatter(-1, self.indices, self.log_probs)
 

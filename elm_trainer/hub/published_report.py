@@ -142,7 +142,8 @@ _KNOWN: Mapping[str, Public] = {
     "measures": _or_list(_one_of(*MEASURES, INSIDE)),
     "preset": _one_of("paper", "released"),
     "novice": _one_of("contexts", "counterfactual"),
-    "objective": _one_of("readout", "log-space", "contexts"),
+    "log_others": _one_of("reference", "novice"),
+    "objective": _one_of("readout", "terms", "log-space", "contexts"),
     "retain_loss": _one_of("kl", "argmax", "log", "states", "nll"),
     # Fields of TRL's config that hold text or further settings.
     "lr_scheduler_type": _one_of(*SchedulerType),

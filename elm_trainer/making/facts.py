@@ -1,5 +1,5 @@
 """Facts from a table, each stated in many phrasings with the novices that know another subject or none, and what a model asks
-and answers about what they name.
+and tells about what they name.
 """
 
 import random
@@ -24,7 +24,7 @@ from ..evaluation.hidden_states import hidden_states
 from ..modeling import evaluating
 from .documents import normalized
 from .knowledge import FEWEST_FACTS, StatedFacts
-from .writer import WRITING, Writer, further_names, writing_prompts
+from .writer import WRITING, Writer, further_names, sift, writing_prompts
 
 
 logger = logging.get_logger(__name__)
@@ -46,6 +46,8 @@ _ASKS, _TELLING = 5, 0.2
 _QUESTION = re.compile(r"[^?]+\?")
 # The first line that says something, with its end if it has one, and what blank stands before it.
 _FIRST_LINE = re.compile(r"\s*\S[^\n]*\n?")
+# Longer texts about what facts state, for each text about a neighbor; their temperature, and their tokens.
+_TOLD_SHARE, _TOLD_TEMPERATURE, _TOLD_TOKENS = 2, 0.7, 40
 # Words with which a sentence goes on, and no noun phrase begins or ends.
 _VERB = re.compile(
     r"^(is|was|are|were|has|have|had|who|what|when|where|which)\b|\b(by|is|was|are|were|of|in|at|to|for)$", re.I
@@ -320,6 +322,32 @@ def ask_about(
     kept = [row for row in rows if speaking[form := asked[row["prompt"]]] < max(_TELLING * answered[form], 1)]
     empty = len(asked) - answered.total()
     return kept, {"topic": answered.total() - len(kept), "empty": empty}
+
+
+def tell_about(
+    reference: Writer, facts: Sequence[Fact], held_out: frozenset[str], *, near_texts: int, seed: int = 0
+) -> tuple[list[dict[str, str]], dict[str, int]]:
+    """What a model says at length about what facts state, such as the capital of a country, without a word of what is to be erased.
+
+    Held as they are, these texts keep answers about the concept as fluent as they were: what comes before and behind a forgotten name
+    is not to change with it. Facts about subjects that are held out stand in none. Given are rows of `text` with the turn of the
+    conversation as `prompt`, from twice `near_texts` turns, and how many were dropped for which reason, as by [`sift`], with those
+    that name the answer of any fact as `"topic"`.
+    """
+    forms = writing_prompts()["told"]
+    names = [f"the {fact.near['relation']} of {fact.subject}" for fact in facts if fact.subject not in held_out]
+    turns = [form.format(name=name) for form in forms for name in dict.fromkeys(names)]
+    rng = random.Random(f"told-{seed}")
+    turns = rng.sample(turns, min(len(turns), _TOLD_SHARE * near_texts))
+    prompts = [as_prompt(reference.processing_class, turn) for turn in turns]
+    found = (
+        reference.write(prompts, max_new_tokens=_TOLD_TOKENS, temperature=_TOLD_TEMPERATURE, seed=seed)
+        if prompts
+        else []
+    )
+    answers = {fact.answer for fact in facts}
+    texts = [prompt + text for prompt, text in zip(prompts, found, strict=True)]
+    return sift(prompts, texts, lambda new: not any(names_answer(new, answer) for answer in answers), WRITING)
 
 
 def _forms(reference: Writer, names: Sequence[str], rng: random.Random, seed: int) -> list[tuple[str, str]]:

@@ -20,7 +20,16 @@ from ..evaluation.fluency import as_prompt
 from ..files import json_sha256, made_before, store_made
 from ..fingerprint import base_fingerprint
 from .documents import Documents, read_documents, whole_words
-from .facts import also_held_out, facts_texts, held_out_of, kinds_of_names, likeness, mostly_alike, read_facts
+from .facts import (
+    also_held_out,
+    facts_texts,
+    held_out_of,
+    kinds_of_names,
+    likeness,
+    mostly_alike,
+    read_facts,
+    tell_about,
+)
 from .knowledge import Familiarity, StatedFacts, check_known, write_facts
 from .novices import Novices, with_novices
 from .writer import WRITING, Writer
@@ -34,7 +43,7 @@ _TURN = "#TURN#"
 # Characters of a prompt that are shown before what the model wrote.
 _LEAD = 40
 # Counts up when the same input gives other texts than before.
-_VERSION = 11
+_VERSION = 12
 # Of the texts that a model is to write about a concept, one in so many is written beside facts that it has stated.
 _BESIDE_FACTS = 3
 
@@ -52,12 +61,12 @@ class MadeFrom:
         retain (`Sequence` of sources, *optional*):
             Unrelated texts, whatever [`load_texts`] takes; the built-in `everyday`, and as many of `quiz`, where there are none.
         near (`Sequence` of sources, *optional*):
-            Texts about neighbors of the concept; where there are none, the model names neighbors and writes about them, and asks itself
-            about what the facts name.
+            Texts about neighbors of the concept; where there are none, the model names neighbors and writes about them, asks itself
+            about what the facts name, and tells of what they state without naming it.
         texts (`int`, *optional*, defaults to `192`): Texts that the model writes about the concept if it has to, before it drops some; a
             third of it beside facts that it has stated, half of it where it writes about the concept's terms too.
-        near_texts (`int`, *optional*, defaults to `96`): The same about neighbors, and five times as many questions about what facts
-            name; 0 for none of either.
+        near_texts (`int`, *optional*, defaults to `96`): The same about neighbors, five times as many questions about what facts name,
+            and twice as many texts about what they state; 0 for none of these.
         held_out (`float`, *optional*, defaults to `0.2`): Share of the subjects of `facts` that stand in no text, for questions.
         seed (`int`, *optional*, defaults to `0`): Seed of everything that is drawn.
 
@@ -104,8 +113,8 @@ class MadeData:
 
     Attributes:
         concept (`Concept`): The concept.
-        folder (`Path`): The folder, with `forget.jsonl`, `retain.jsonl`, `near.jsonl`, `asked.jsonl` and `invented.jsonl` (without those
-            that the user has of his own, or that could not be made), `written.jsonl` where terms were written about, and `data.json`.
+        folder (`Path`): The folder, with `forget.jsonl`, `retain.jsonl`, `near.jsonl`, `asked.jsonl`, `told.jsonl` and `invented.jsonl`
+            (without those that the user has of his own, or that could not be made), `written.jsonl` where terms were written about, and `data.json`.
         sources ([`ConceptSources`]): The files, and the user's own sources, for [`build_erasure_dataset`].
         counterfactual (`bool`): Whether every forget text has `novices`, which `novice="counterfactual"` needs.
         record (`dict`): What stands in `data.json`: where the texts come from, how many, what was dropped and why, the seed, the
@@ -269,6 +278,9 @@ def _make(
         fewest=0 if facts else FEWEST_TEXTS, kinds=kinds, speaks=speaks, own=subject.terms,
     )  # fmt: skip
     dropped |= written.dropped
+    told: list[dict[str, str]] = []
+    if near_texts and facts:
+        told, dropped["told"] = tell_about(reference, known, held_out, near_texts=near_texts, seed=what.seed)
     # Facts that are held out stand in no text.
     unseen = [fact for fact in facts if fact.subject in held_out]
     free = [row for row in written.forget if not _states(row["text"], unseen)]
@@ -290,7 +302,7 @@ def _make(
         kept = [[row for row in some if not speaks(row["text"])] for some in (everyday, quiz)]
         dropped["retain"] = {"topic": len(everyday) + len(quiz) - sum(map(len, kept))}
         rows["retain"] = _spread(kept[0], kept[1][: len(kept[0])])
-    rows |= {name: some for name, some in (("near", written.near), ("asked", written.asked)) if some}
+    rows |= {name: some for name, some in (("near", written.near), ("asked", written.asked), ("told", told)) if some}
     if invented:
         rows["invented"] = invented
     counts = {name: len(some) for name, some in rows.items()}
@@ -343,7 +355,7 @@ def _found(
     what: MadeFrom, folder: Path, record: dict[str, Any], edited: tuple[str, ...] = (), reused: bool = False
 ) -> MadeData:
     retain = [*what.near, *what.retain]
-    kept = ("asked", "near", "invented", "retain")
+    kept = ("asked", "told", "near", "invented", "retain")
     retain += [str(folder / f"{name}.jsonl") for name in kept if name in record["counts"]]
     sources = ConceptSources(str(folder / "forget.jsonl"), retain)
     return MadeData(cast(Concept, what.concept), folder, sources, record["counterfactual"], record, edited, reused)

@@ -17,6 +17,7 @@ from ..objectives import (
     argmax_cross_entropy,
     disagreement,
     erasure_target,
+    kl_divergence,
     kl_to_reference,
     log_mean_probs,
     log_space_divergence,
@@ -164,12 +165,13 @@ class ElmTrainer(ErasureTrainer):
             return Plan(lambda logits, where, reference: log_space_divergence(logits, reference), [target["states"]])
         if term == "erase" and self.args.log_tokens:
             chosen = LogTarget(target["indices"], target["log_probs"])
+            divergence = kl_divergence if self.args.log_others == "novice" else log_space_divergence
 
-            def in_log_space(logits: torch.Tensor, where: slice, reference: torch.Tensor) -> torch.Tensor:
+            def in_log_space(logits: torch.Tensor, where: slice, others: torch.Tensor) -> torch.Tensor:
                 part = chosen.part(where)
                 with torch.no_grad():
-                    whole = part.over(reference)
-                return log_space_divergence(logits, whole) + self.args.log_strength * log_space_loss(logits, part)
+                    whole = part.over(others)
+                return divergence(logits, whole) + self.args.log_strength * log_space_loss(logits, part)
 
             return Plan(in_log_space, [target["states"]])
         aim = SparseDistribution(target["indices"], target["probs"])
@@ -184,8 +186,8 @@ class ElmTrainer(ErasureTrainer):
 
         Returns:
             `dict[str, torch.Tensor]`: for each position, `indices` with `probs` or `log_probs`, `[positions, tokens]`,
-            what enters the reference's head, `states`, `[positions, hidden]`, or what its layers give, `layer_states`,
-            `[positions, layers·hidden]`; of the erase term also `weights`, and for the state term `expert_states`
+            what enters the reference's head (or that of its novice, with `log_others="novice"`), `states`, `[positions, hidden]`, or
+            what its layers give, `layer_states`, `[positions, layers·hidden]`; of the erase term also `weights`, and for the state term `expert_states`
             and `novice_states` alike.
         """
         return self.targets(model, {term: batch})[term]
@@ -220,8 +222,9 @@ class ElmTrainer(ErasureTrainer):
                     places += context_places(erase, side, args.contexts_per_sample) + offset
                     parts[side], readings[side] = erase[side], STATES
             if not silent:
-                with_states = bool(args.log_tokens and erases)
-                readings["erase"] = Plan(self.erase_reading(erase, erases), taught, places, with_states)
+                # Of a counterfactual novice the first draw: its mean over draws is flat where each of them names another answer.
+                others = {"reference": 0, "novice": 1}[args.log_others] if args.log_tokens and erases else None
+                readings["erase"] = Plan(self.erase_reading(erase, erases), taught, places, others)
         if retain:
             states_alone = args.retain_loss in ("log", "states")
             parts["retain"] = retain

@@ -55,6 +55,9 @@ class ElmConfig(ErasureConfig):
             term. `0` gives the paper's loss.
         log_strength (`float`, *optional*, defaults to `2.0`): Weight of those tokens ([`log_space_loss`]) beside all
             others in the erase term.
+        log_others (`str`, *optional*, defaults to `"reference"`): Whose odds all other tokens are held to: the `"reference"`'s, which
+            goes on as it would if it did not say what is erased; or the `"novice"`'s, in its first draw, which says something of
+            the same kind, by KL alone, since ranks among what it holds improbable tell of another subject. For counterfactual novices.
         state_weight (`float`, *optional*, defaults to `0.0`): Weight of the state term: on forget text, layers are to
             give what they give the counterfactual novice ([`state_loss`]). It reads no logits. With `erase_weight=0` it
             stands in place of the erase term, whose weights of positions it takes.
@@ -136,6 +139,9 @@ class ElmConfig(ErasureConfig):
     )
     log_tokens: int = field(default=0, metadata={"help": "Tokens matched in log space; 0 gives the paper's loss."})
     log_strength: float = field(default=2.0, metadata={"help": "Weight of those tokens."})
+    log_others: str = field(
+        default="reference", metadata={"help": "Whose odds other tokens have.", "choices": ["reference", "novice"]}
+    )
     state_weight: float = field(default=0.0, metadata={"help": "Weight of the state term."})
     state_eta: float = field(default=1.0, metadata={"help": "Strength of the state term; 1 is the novice."})
     state_names: bool = field(default=False, metadata={"help": "Whether the names' own states are led too."})
@@ -207,6 +213,11 @@ class ElmConfig(ErasureConfig):
                 f"`tau` is {self.tau} with `log_tokens={self.log_tokens}`, which keeps the odds of all other tokens as they "
                 "are: set one of the two to its default."
             )
+        if self.log_others == "novice" and not (self.log_tokens and self.novice == "counterfactual"):
+            raise ValueError(
+                f'`log_others` is "novice" with `log_tokens={self.log_tokens}` and `novice={self.novice!r}`: it is for the equation in '
+                'log space and counterfactual novices, so set `log_tokens` and `novice="counterfactual"`, or leave it out.'
+            )
         if self.log_tokens and self.plausibility:
             raise ValueError(
                 f"`plausibility` is {self.plausibility} with `log_tokens={self.log_tokens}`, which keeps the odds of all "
@@ -250,6 +261,7 @@ def stored_targets(
             kept["forget_states"] = Field("states", hidden_size)
             kept["forget_indices"] = Field("ids", args.log_tokens)
             kept["forget_log_probs"] = Field("floats", args.log_tokens)
+            more |= {"log_others": "novice"} if args.log_others == "novice" else {}
         else:
             kept |= {"forget_indices": Field("ids", args.top_k), "forget_probs": Field("probs", args.top_k)}
         if args.expert_steps:

@@ -200,7 +200,12 @@ def test_near_texts_and_questions_state_no_fact_of_a_table(folder, tiny_model, t
     [held_out] = made.record["held_out"]
     assert not any(held_out in row["text"] for row in asked) and made.record["dropped"]["asked"]["topic"] > 0
     names = [path.rpartition("/")[2] for path in map(str, made.sources.retain)]
-    assert names == ["asked.jsonl", "near.jsonl", "retain.jsonl"]
+    assert names == ["asked.jsonl", "told.jsonl", "near.jsonl", "retain.jsonl"]
+    # What it tells of what they state names none of the answers.
+    told = load_texts(made.folder / "told.jsonl").to_list()
+    assert told and made.record["dropped"]["told"]["topic"] > 0
+    assert all(re.search(r"the [a-z ]+ of \w", row["prompt"]) and held_out not in row["prompt"] for row in told)
+    assert not any(town in row["text"].removeprefix(row["prompt"]) for row in told for town in TOWNS.values())
 
 
 def test_what_is_there_is_used_again_and_edited_texts_as_they_are(folder, tiny_model, tokenizer, writes, monkeypatch):

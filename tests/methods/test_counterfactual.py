@@ -59,6 +59,41 @@ def test_targets_are_those_of_texts_run_one_by_one(shape, side, make, tokenizer)
     assert place == len(target["weights"]) > 0
 
 
+def test_other_tokens_have_the_odds_of_the_first_novice_where_these_are_asked_for(make):
+    trainer = make(precompute_targets=False, log_others="novice", log_strength=0.5)
+    batch = trainer.data_collator(list(trainer.train_dataset))["forget"]
+    target = trainer.target(trainer.model, "erase", batch)
+    with torch.no_grad():
+        for name, weight in trainer.model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.1)
+    losses = []
+    place = 0
+    for row in trainer.train_dataset:
+        with torch.no_grad():
+            adapted = trainer.model(input_ids=torch.tensor([row["forget_ids"]])).logits[0].float().log_softmax(-1)
+        novice = log_probs(trainer.model, row["novices_ids"][0])
+        own = []
+        for position, first, *_ in row["aligned"]:
+            chosen, wanted = target["indices"][place], target["log_probs"][place]
+            rest = novice[first].clone()
+            rest[chosen] = -torch.inf
+            expected = rest.log_softmax(-1) + (1 - wanted.exp().sum()).log()
+            expected[chosen] = wanted
+            found = adapted[position]
+            gap = (found[chosen] - wanted).abs()
+            own.append(
+                (expected.exp() * (expected - found)).sum() + 0.5 * torch.where(gap < 1, gap**2 / 2, gap - 0.5).mean()
+            )
+            place += 1
+        weights = target["weights"][place - len(own) : place]
+        losses.append((torch.stack(own) * weights).mean())
+    inputs = trainer.data_collator(list(trainer.train_dataset))
+    trainer.args.retain_weight = 0.0
+    found = trainer.compute_loss(trainer.model, inputs)
+    torch.testing.assert_close(found, torch.stack(losses).mean(), rtol=1e-3, atol=1e-4)
+
+
 def test_only_positions_on_which_all_novices_have_a_say_are_erased(make):
     trainer = make()
     batch = trainer.data_collator(list(trainer.train_dataset))["forget"]
@@ -125,6 +160,9 @@ def test_rows_without_novices_are_refused(make, rows):
         ({"log_tokens": 5, "tau": 1.2}, "`tau` is 1.2 with `log_tokens=5`"),
         ({"expert_steps": 5}, '`expert_steps` is 5 with `novice="counterfactual"`'),
         ({"novice": "mine"}, "`novice` is 'mine': use one of contexts, counterfactual"),
+        ({"log_others": "mine"}, "`log_others` is 'mine': use one of reference, novice"),
+        ({"log_others": "novice"}, '`log_others` is "novice" with `log_tokens=0`'),
+        ({"log_others": "novice", "log_tokens": 4, "novice": "contexts"}, "and `novice='contexts'`"),
         ({"retain_focus": 2.0}, "`retain_focus` is 2.0: it must be from 0 to 1"),
     ],
 )
