@@ -217,7 +217,7 @@ def objective_settings(
     The rules:
 
     - **objective and schedule**: of `OBJECTIVES` that at the readout where every text has `novices`, or that of terms where these
-      replace a subject's terms, else that of contexts. A given `objective` decides instead, or a given `novice` or `preset`, or `eta`, `eta_end`, `log_tokens` or `log_strength`, by which log space
+      replace a subject's terms, else that of contexts. A given `objective` decides instead, or a given `novice` or `preset`, or `eta`, `eta_end`, `log_tokens`, `log_strength` or `log_others`, by which log space
       is meant unless `erase_after` is given too. Where stand-ins are alike `state_eta` is 2. For terms the layers are those from `round(.1·depth)` to `round(.3·depth)`.
     - **rows**: in log space 512, as in the recipe: of fewer texts some are repeated, and of more the first are
       taken, which tell of all facts alike ([`facts_texts`]). At the readout as many as there are texts, from 256 to 1024, for terms
@@ -280,6 +280,7 @@ def _objective(given: Mapping[str, Any], counterfactual: bool, by_terms: bool) -
     novice = given.get("novice") or ("contexts" if "preset" in given else None)
     counterfactual = novice == "counterfactual" if novice else counterfactual
     unread = [name for name in ("eta", "eta_end", "log_tokens", "log_strength") if given.get(name)]
+    unread += ["log_others"] if given.get("log_others") == "novice" else []
     readout = given.get("erase_after") or given.get("retain_loss") == "states"
     readout = readout or any(name.startswith("state_") for name in given)
     if counterfactual and unread and not readout:

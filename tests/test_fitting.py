@@ -256,6 +256,11 @@ def test_a_setting_that_the_readout_does_not_read_is_not_given_for_nothing(name)
         assert chosen(**{name: 2}, **setting)["objective"] == "log-space"
 
 
+def test_whose_odds_other_tokens_have_matters_in_log_space_alone():
+    assert chosen(log_others="novice")["objective"] == "log-space"
+    assert chosen(log_others="reference")["objective"] == "readout"
+
+
 @pytest.mark.parametrize("name", ["fact_share", "retain_focus", "contrast_rows", "contrast_damping"])
 def test_what_the_readout_reads_too_leaves_it_there(name):
     assert chosen(**{name: 0.5})["objective"] == "readout"

@@ -254,7 +254,7 @@ def _texts_to_come(made: "ConceptRun", tokenizer: "PreTrainedTokenizerBase") -> 
     """Texts made from documents and facts, and others of their kind where a model has yet to write."""
     from .. import load_texts
     from ..fitting import objective_settings
-    from ..making.facts import ASKED_SHARE, mostly_alike, relations_read_alike
+    from ..making.facts import ASKED_SHARE, TOLD_SHARE, mostly_alike, relations_read_alike
     from ..making.make import make_data
     from ..making.novices import DRAWS
 
@@ -262,9 +262,14 @@ def _texts_to_come(made: "ConceptRun", tokenizer: "PreTrainedTokenizerBase") -> 
     by_terms = bare and find_spec("wordfreq") is not None
     near = 0 if given.near else given.near_texts
     # Whether there will be facts of a mere name is not known yet.
-    asked = ASKED_SHARE * near if bare or given.facts else 0
-    written = {"forget": (bare + by_terms) * given.texts, "near": near, "asked": asked}
-    about = ("about it" + " and its terms" * by_terms, "about neighbors", "questions about what facts name")
+    asked, tells = (share * near if bare or given.facts else 0 for share in (ASKED_SHARE, TOLD_SHARE))
+    written = {"forget": (bare + by_terms) * given.texts, "near": near, "asked": asked, "told": tells}
+    about = (
+        "about it" + " and its terms" * by_terms,
+        "about neighbors",
+        "questions about what facts name",
+        "about what they state",
+    )
     told = ", ".join(f"{count} {of}" for count, of in zip(written.values(), about, strict=True) if count)
     note = f"the model is to write {told}, of which two thirds are kept in this plan" if told else ""
     everyday, texts = load_texts("everyday"), dict[str, Any]()

@@ -47,7 +47,7 @@ _QUESTION = re.compile(r"[^?]+\?")
 # The first line that says something, with its end if it has one, and what blank stands before it.
 _FIRST_LINE = re.compile(r"\s*\S[^\n]*\n?")
 # Longer texts about what facts state, for each text about a neighbor; their temperature, and their tokens.
-_TOLD_SHARE, _TOLD_TEMPERATURE, _TOLD_TOKENS = 2, 0.7, 40
+TOLD_SHARE, _TOLD_TEMPERATURE, _TOLD_TOKENS = 2, 0.7, 40
 # Words with which a sentence goes on, and no noun phrase begins or ends.
 _VERB = re.compile(
     r"^(is|was|are|were|has|have|had|who|what|when|where|which)\b|\b(by|is|was|are|were|of|in|at|to|for)$", re.I
@@ -338,7 +338,7 @@ def tell_about(
     names = [f"the {fact.near['relation']} of {fact.subject}" for fact in facts if fact.subject not in held_out]
     turns = [form.format(name=name) for form in forms for name in dict.fromkeys(names)]
     rng = random.Random(f"told-{seed}")
-    turns = rng.sample(turns, min(len(turns), _TOLD_SHARE * near_texts))
+    turns = rng.sample(turns, min(len(turns), TOLD_SHARE * near_texts))
     prompts = [as_prompt(reference.processing_class, turn) for turn in turns]
     found = (
         reference.write(prompts, max_new_tokens=_TOLD_TOKENS, temperature=_TOLD_TEMPERATURE, seed=seed)

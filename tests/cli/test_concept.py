@@ -335,10 +335,8 @@ def test_the_doctor_plans_what_would_be_made_and_writes_nothing(folder, capsys):
     assert "Nothing is in the way" in page and set(folder.rglob("*")) == before
     main(["doctor", *SMALL, "--concept=capitals of the world"])
     page = " ".join(capsys.readouterr().out.split())
-    assert (
-        "the model is to write 384 about it and its terms, 96 about neighbors, 480 questions about what facts name"
-        in page
-    )
+    assert "the model is to write 384 about it and its terms, 96 about neighbors" in page
+    assert "480 questions about what facts name, 192 about what they state, of which two thirds" in page
     told = "if it states facts, the objective is readout, not as here"
     assert "state_names True" in page and told in page and "lora_layers 0-1" in page
     main(["doctor", *SMALL, "--concept=capitals of the world", "--log_strength=2"])

@@ -14,6 +14,7 @@ from elm_trainer.attacks.report import plot_attacks
 from elm_trainer.data.questions import Question
 from elm_trainer.evaluation.tables import plot_report, write_markdown
 from elm_trainer.files import write_json
+from elm_trainer.fitting import OBJECTIVES
 from elm_trainer.hub.card import make_card
 from elm_trainer.hub.published_report import ALWAYS, LOCAL_FILE, PRIVATE_DATASET, published_report
 
@@ -115,6 +116,12 @@ def test_the_settings_of_the_example_script_are_all_published(report):
     }  # fmt: skip
     recipe = publish(report, recipe=settings)["recipe"]
     assert {name: recipe.get(name) for name in settings} == settings
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_every_objective_is_published(report, objective):
+    recipe = publish(report, recipe={"seed": 0, "forget": ["capitals"], "objective": objective})["recipe"]
+    assert recipe["objective"] == objective
 
 
 def test_of_what_texts_were_made_from_goes_up_what_anybody_may_see(report, caplog):
