@@ -186,7 +186,8 @@ def built_in_suite(
         plain = load_bank(concept, subjects=frozenset(seen), split=split)
         for index, question in enumerate(_first_wording(plain, questions // 3, rng)):
             suite.concept_prompts.append(prompts[index % len(prompts)].format(subject=question.subject))
-        suite.forget_texts += _draw(load_texts(concept)["text"][:], len(suite.retain_texts), rng)
+        # Drawn apart, so that no question changes with the texts.
+        suite.forget_texts += _draw(load_texts(concept)["text"][:], len(suite.retain_texts), random.Random(seed))
     for name in BANKS:
         if name not in concepts and not all(isinstance(banks.get(concept), Path) for concept in concepts):
             bank = load_bank(name, split=split)

@@ -6,6 +6,7 @@ from elm_trainer import EvaluationSuite, built_in_suite, load_bank
 from elm_trainer.data.facts import held_out_subjects
 from elm_trainer.data.questions import Question, split_of
 from elm_trainer.data.sources import BUILTIN_SOURCES, load_texts
+from elm_trainer.evaluation import suite as suite_module
 from elm_trainer.evaluation.measures import measurable
 from elm_trainer.evaluation.suite import draw_questions, suite_from_files
 
@@ -67,6 +68,15 @@ def test_no_open_question_or_cloze_stands_in_a_training_text():
     assert len(asked) > 300
     for prompt in [*asked, *suite.concept_prompts]:
         assert prompt not in texts
+
+
+def test_what_is_asked_does_not_change_with_the_training_texts(monkeypatch):
+    before = built_in_suite("capitals")
+    monkeypatch.setattr(suite_module, "load_texts", lambda name: load_texts(name).select(range(30)))
+    after = built_in_suite("capitals")
+    assert after.forget_texts != before.forget_texts
+    assert (after.banks, after.open_questions, after.cloze) == (before.banks, before.open_questions, before.cloze)
+    assert after.concept_prompts == before.concept_prompts
 
 
 def test_a_concept_without_questions_says_what_to_do():
