@@ -60,7 +60,7 @@ _TESTED = {
     "contexts": "not every text has novices: the paper's, at a rate that breaks nothing; facts or documents erase more",
 }
 # At the readout, where stand-ins are read alike ([`likeness`]): the step to the novice is a short one.
-_ETA_IF_ALIKE = 2.0
+_IF_ALIKE = {"state_eta": 2.5, "retain_weight": 1.5}
 # Where terms become unknown words: the share of the layers below the first adapted one, and below the last.
 _TERMS_FIRST, _TERMS_LAST = 0.1, 0.3
 # Short rows are fastest attended to by plain products, of few shapes; in bfloat16 they need `use_cpu`.
@@ -218,7 +218,7 @@ def objective_settings(
 
     - **objective and schedule**: of `OBJECTIVES` that at the readout where every text has `novices`, or that of terms where these
       replace a subject's terms, else that of contexts. A given `objective` decides instead, or a given `novice` or `preset`, or `eta`, `eta_end`, `log_tokens`, `log_strength` or `log_others`, by which log space
-      is meant unless `erase_after` is given too. Where stand-ins are alike `state_eta` is 2. For terms the layers are those from `round(.1·depth)` to `round(.3·depth)`.
+      is meant unless `erase_after` is given too. Where stand-ins are alike `state_eta` is 2.5 and `retain_weight` 1.5. For terms the layers are those from `round(.1·depth)` to `round(.3·depth)`.
     - **rows**: in log space 512, as in the recipe: of fewer texts some are repeated, and of more the first are
       taken, which tell of all facts alike ([`facts_texts`]). At the readout as many as there are texts, from 256 to 1024, for terms
       to 1536, with contexts from 128 to 1024.
@@ -242,7 +242,8 @@ def objective_settings(
     objective, why = _objective(given, counterfactual, by_terms)
     found = {name: Choice(value, why) for name, value in {"objective": objective, **OBJECTIVES[objective]}.items()}
     if objective == "readout" and alike:
-        found["state_eta"] = Choice(_ETA_IF_ALIKE, "stand-ins are read alike; the best found on dev questions")
+        why_alike = "stand-ins are read alike; the best found on dev questions"
+        found |= {name: Choice(value, why_alike) for name, value in _IF_ALIKE.items()}
     if objective == "readout" and attention:
         found["lora_targets"] = Choice(",".join(attention), "attention is what reads the answer out")
     if objective == "terms" and depth:

@@ -212,7 +212,8 @@ def test_what_the_texts_have_decides_about_the_objective_unless_it_is_given():
     assert chosen(counterfactual=False, novice="counterfactual")["state_weight"] == 1
     assert chosen(objective="log-space")["log_tokens"] == 8 and "log_tokens" not in chosen()
     alike = objective_settings(9, 9, counterfactual=True, alike=True)
-    assert alike["state_eta"].value == 2 > chosen()["state_eta"]
+    assert alike["state_eta"].value == 2.5 > chosen()["state_eta"]
+    assert alike["retain_weight"].value == 1.5 < chosen()["retain_weight"]
     assert "state_eta" not in objective_settings(9, 9, counterfactual=False, alike=True)
     # A preset says itself what the table says of these.
     assert not chosen(preset="released").keys() & {"eta", "state_weight", "retain_loss"}

@@ -80,7 +80,7 @@ def test_facts_become_an_adapter_by_the_tested_objective(folder, capsys):
     out, printed = folder / "out", capsys.readouterr().out
     run = read(out / "adapter" / "erasure_run.json")["recipe"]
     tested = {name: value for name, value in OBJECTIVES["readout"].items() if name != "lora_layers"}
-    tested |= {"state_eta": 2.0}
+    tested |= {"state_eta": 2.5, "retain_weight": 1.5}
     assert {name: run[name] for name in tested} == tested
     assert (run["max_steps"], run["per_device_train_batch_size"], run["gradient_accumulation_steps"]) == (2, 2, 5)
     assert read(out / "adapter" / "adapter_config.json")["r"] == 8  # a quarter of the hidden size
@@ -331,7 +331,7 @@ def test_the_doctor_plans_what_would_be_made_and_writes_nothing(folder, capsys):
     main(["doctor", *SMALL, "--concept=capitals of lands", "--facts=facts.csv", "--near=near.txt"])
     page = " ".join(capsys.readouterr().out.split())
     assert "8 rows of forget 768, retain" in page and "near.txt 1" in page and "objective readout," in page
-    assert "state_eta 2.0" in page
+    assert "state_eta 2.5" in page
     assert "Nothing is in the way" in page and set(folder.rglob("*")) == before
     main(["doctor", *SMALL, "--concept=capitals of the world"])
     page = " ".join(capsys.readouterr().out.split())
