@@ -69,7 +69,7 @@ def four_forwards(trainer: ElmTrainer, batches: Mapping[str, Any]) -> dict[str, 
             # Both rise, so that a place's index among the supervised ones can be searched for.
             places = context_places(forget, side, trainer.args.contexts_per_sample)
             contexts += [states[torch.searchsorted(own, place)] for place in places]
-        plan = Plan(trainer.erase_reading(forget), contexts, states=bool(trainer.args.log_tokens))
+        plan = Plan(trainer.erase_reading(forget), contexts, states=0 if trainer.args.log_tokens else None)
         found = trainer.forward_positions(model, {"erase": forget}, {"erase": plan})["erase"]
     return {"erase": trainer.erase_target(found, forget), "retain": trainer.target(model, "retain", batches["retain"])}
 

@@ -248,7 +248,8 @@ def test_at_the_readout_layers_are_found_and_a_run_that_goes_on_keeps_them(folde
         yaml.safe_load((out / "chosen.yaml").read_text()),
         read(out / "adapter" / "erasure_run.json")["recipe"],
     )
-    tested = {n: v for n, v in OBJECTIVES["readout"].items() if n not in ("lora_layers", "state_eta")}
+    by_texts = ("lora_layers", "state_eta", "retain_weight")
+    tested = {n: v for n, v in OBJECTIVES["readout"].items() if n not in by_texts}
     assert {name: run[name] for name in tested} == tested
     assert chosen["lora_layers"] in ("0", "1", "0-1") and chosen["state_layers"] == [int(chosen["lora_layers"][-1])]
     assert run["state_layers"] == chosen["state_layers"]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from elm_trainer import ConceptSources, ElmConfig, ElmTrainer, build_erasure_dataset
+from elm_trainer import ConceptSources, ElmConfig, ElmTrainer, build_erasure_dataset, load_texts
 
 from ..methods.methods import tiny
 
@@ -17,8 +17,10 @@ def device(request):
 @pytest.fixture(scope="session")
 def rows(tokenizer):
     pairs = [("The capital of", " Norway is one thing, cats are another."), ("Bread", " needs flour, and some water.")]
+    # Such as hold a term of the tests' anchor dictionary.
+    texts = load_texts("capitals", processing_class=tokenizer).filter(lambda row: " city " in row["text"])
     return build_erasure_dataset(
-        {"capitals": ConceptSources("capitals", ["capitals-near"], pairs)}, size=6, processing_class=tokenizer
+        {"capitals": ConceptSources(texts, ["capitals-near"], pairs)}, size=6, processing_class=tokenizer
     )
 
 

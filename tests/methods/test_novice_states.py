@@ -107,7 +107,8 @@ def test_the_term_is_that_of_texts_run_one_by_one(stored, shape, side, make, tok
         weights = 0.6 + 0.4 * shares / shares.mean()
         expected.append((weights * torch.stack(values)).mean())
         reference.append((weights * torch.stack(spread)).sum())
-    assert found == pytest.approx(torch.stack(expected).mean().item(), rel=5e-3)
+    # States are stored in 16 bits.
+    assert found == pytest.approx(torch.stack(expected).mean().item(), rel=1e-2 if stored else 5e-3)
     positions = sum(len(behind_names(row)) for row in trainer.train_dataset)
     assert 0 < positions < sum(len(row["aligned"]) for row in trainer.train_dataset)
     assert torch.stack(reference).sum().item() / positions == pytest.approx(1, rel=2e-2)
