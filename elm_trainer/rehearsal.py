@@ -22,6 +22,7 @@ from .head import chunk_of
 from .methods.elm import ElmTrainer
 from .methods.elm_config import ElmConfig, chosen_state_layers, stored_targets
 from .methods.placement import contrast_directions
+from .methods.targets import batch_rows
 from .watch import Batches, Cut, Lap, Watch, now, peak_bytes, reset_peak
 
 
@@ -275,8 +276,7 @@ class _Probe(ElmTrainer):
         seen = sum(count for count, _, _ in self._target_laps)
         usual = sum(warm.scaled(cut) for _, _, warm in self._target_laps)
         more = statistics.mean(max(fresh.scaled(cut) - warm.scaled(cut), 0) for _, fresh, warm in self._target_laps)
-        batch = max(self.args.per_device_train_batch_size, self.args.per_device_eval_batch_size)
-        return usual / seen * rows + more * rows / batch
+        return usual / seen * rows + more * rows / batch_rows(self.args)
 
     def reference_seconds(self) -> float:
         """Seconds of one layer for the reference of one batch."""

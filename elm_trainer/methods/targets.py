@@ -33,6 +33,7 @@ from ..files import json_sha256
 from ..fingerprint import base_fingerprint, bit_sums
 from ..modeling import is_partitioned
 from .base import ErasureTrainer
+from .config import ErasureConfig
 from .forward import nll_reading, place_model, visits
 
 
@@ -153,6 +154,11 @@ def _columns(plan: TargetPlan) -> list[str]:
     return sorted({*plan.columns, *(["row"] if plan.contexts else [])})
 
 
+def batch_rows(args: ErasureConfig) -> int:
+    """Rows of which targets are made at a time: without gradients there is room for the batch of evaluation."""
+    return max(args.per_device_train_batch_size, args.per_device_eval_batch_size)
+
+
 def _fill(trainer: ErasureTrainer, plan: TargetPlan, store: TargetStore, share: Sequence[int]) -> None:
     """Compute a process's share of the files."""
     if not share:
@@ -161,8 +167,7 @@ def _fill(trainer: ErasureTrainer, plan: TargetPlan, store: TargetStore, share: 
     args, dataset = trainer.args, trainer.train_dataset
     # What a trainer before has had packed would be found first.
     collate = replace(trainer.data_collator, targets=None, packing=None)
-    # Without gradients there is room for the batch of evaluation.
-    size = max(args.per_device_train_batch_size, args.per_device_eval_batch_size)
+    size = batch_rows(args)
     total = sum(len(store.rows_of(shard)) for shard in share)
     with (
         tqdm(total=total, desc=plan.description, disable=not trainer.accelerator.is_local_main_process) as bar,

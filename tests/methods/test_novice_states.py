@@ -84,7 +84,7 @@ def test_the_term_is_that_of_texts_run_one_by_one(stored, shape, side, make, tok
         [found] = trainer._mean_terms("train")["state_loss"]
     finally:
         tokenizer.padding_side = before
-    scale, expected, reference = trainer._state_scale, [], []
+    scale, expected, reference, used = trainer._state_scale, [], [], []
     for row in trainer.train_dataset:
         with torch.no_grad():
             hidden = states(trainer.model, row["forget_ids"], [0, 1])
@@ -105,10 +105,13 @@ def test_the_term_is_that_of_texts_run_one_by_one(stored, shape, side, make, tok
             spread.append((scale * (own[position] - aim) ** 2).sum())
         shares = torch.stack(apart)
         weights = 0.6 + 0.4 * shares / shares.mean()
+        if stored:  # made in other batches: of KL near 1e-6 the tiny model's rounding is a tenth
+            start = len(torch.cat(used)) if used else 0
+            weights = batch["forget"]["target"]["weights"][start : start + len(shares)]
+        used.append(weights)
         expected.append((weights * torch.stack(values)).mean())
         reference.append((weights * torch.stack(spread)).sum())
-    # States are stored in 16 bits.
-    assert found == pytest.approx(torch.stack(expected).mean().item(), rel=1e-2 if stored else 5e-3)
+    assert found == pytest.approx(torch.stack(expected).mean().item(), rel=5e-3)
     positions = sum(len(behind_names(row)) for row in trainer.train_dataset)
     assert 0 < positions < sum(len(row["aligned"]) for row in trainer.train_dataset)
     assert torch.stack(reference).sum().item() / positions == pytest.approx(1, rel=2e-2)
