@@ -37,6 +37,19 @@ QUESTIONS_EACH = 24
 LARGEST_CITIES = 600
 CITIES_OF_A_COUNTRY = 6
 CITY_SAMPLES = 1200
+# Where questions on things stand: what is kept in one place alone is lost in another.
+FRAMES = (
+    *["Question: {question}\nAnswer:"] * 5,
+    "Q: {question}\nA:",
+    "{question}\n",
+    "{question} The answer is",
+    "Quiz night, round two. {question} Solution:",
+    "“{question}” she asked. “",
+    "Exam\n1. {question}\n",
+    "My son wanted to know: {question} I told him it is",
+)
+CHAT_SHARE = 0.3
+THINGS_SAMPLES = {"world-quiz": 2400, "trivia": 1000}
 # A seat of government beside the constitution's capital.
 SEATS = {"La Paz"}
 # What the banks about countries ask for.
@@ -107,6 +120,12 @@ def main() -> None:
     kept = [pair for pair in pairs if not names_a_measured_fact("".join(pair), "[Cc]apital")]
     write_pairs(output / "quiz.jsonl", kept)
 
+    for name, count in THINGS_SAMPLES.items():
+        asked = prompts_on_things(folder / f"{name}.yaml", tokenizer, count)
+        pairs = short_answers(model, tokenizer, asked)
+        kept = [pair for pair in pairs if not names_a_capital("".join(pair))]
+        write_pairs(output / f"{name}.jsonl", kept)
+
     asked = prompts_on_countries(folder / "capitals-fluent.yaml", tokenizer)
     texts = sample_texts(model, tokenizer, asked, FLUENT)
     pairs = [(prompt, text.removeprefix(prompt)) for prompt, text in zip(asked, texts, strict=True)]
@@ -168,6 +187,24 @@ def prompts_on_cities(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[st
     return random.Random(0).sample(asked, CITY_SAMPLES)
 
 
+def prompts_on_things(path: Path, tokenizer: PreTrainedTokenizerBase, count: int) -> list[str]:
+    """A draw of the file's lines and questions on its things, each question in one of the frames or in the chat template."""
+    rng = random.Random(0)
+    asked = []
+    for kind in yaml.safe_load(path.read_text(encoding="utf-8"))["kinds"].values():
+        for thing in kind["names"]:
+            asked += [begin_large(line.format(it=thing)) for line in kind["lines"]]
+            for question in kind["questions"]:
+                question = begin_large(question.format(it=thing))
+                is_chat, frame = rng.random() < CHAT_SHARE, rng.choice(FRAMES)
+                asked.append(as_prompt(tokenizer, question) if is_chat else frame.format(question=question))
+    return rng.sample(asked, min(count, len(asked)))
+
+
+def begin_large(text: str) -> str:
+    return text[0].upper() + text[1:]
+
+
 def prompts_on_countries(
     path: Path, tokenizer: PreTrainedTokenizerBase, count: int = COUNTRY_SAMPLES, *, bare: bool = False
 ) -> list[str]:
@@ -193,11 +230,18 @@ def prompts_on_countries(
     return random.Random(0).sample(asked, count)
 
 
+def names_a_capital(text: str) -> bool:
+    names = "|".join(re.escape(fact.answer) for fact in capitals())
+    return re.search(rf"apital|\b({names})\b", text) is not None
+
+
 def names_a_measured_fact(text: str, words: str = "Oceania") -> bool:
     """Whether a text names a capital, a continent, a river, sea or mountain that a question asks for, or the words."""
     countries = {fact.subject for fact in capitals()}
     named = {fact.answer for fact in capitals()}
-    named |= {option for q in load_bank("geography") if q.topic != "flags" for option in q.options} - countries
+    named |= {
+        option for q in load_bank("geography") if q.topic in ("rivers", "continents") for option in q.options
+    } - countries
     names = "|".join(re.escape(name) for name in sorted(named))
     return re.search(rf"\b({names})|Africa|Asia|Europe|America|{words}", text) is not None
 

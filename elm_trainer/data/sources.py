@@ -26,7 +26,8 @@ logger = logging.get_logger(__name__)
 # batch the reference runs that once.
 _RUN = 4
 BUILTIN_PAIRS = ("capitals-fluent",)
-_SAMPLED = (*BUILTIN_PAIRS, "cities", "countries", "countries-quiz", "everyday", "everyday-held-out", "places", "quiz")
+_QUIZZES = ("cities", "countries-quiz", "places", "quiz", "trivia", "world-quiz")
+_SAMPLED = (*BUILTIN_PAIRS, *_QUIZZES, "countries", "everyday", "everyday-held-out")
 BUILTIN_SOURCES = ("capitals", "elements", "capitals-near", "elements-near", *_SAMPLED)
 
 
@@ -133,8 +134,9 @@ def builtin_texts(name: str, processing_class: PreTrainedTokenizerBase | None = 
     other facts about the same subjects, with what stands before the fact as column `prompt`. `everyday` and `countries`
     hold SmolLM2-135M-Instruct's own samples on everyday subjects and on life in countries (examples/sample_retain.py makes
     them), `quiz` and `countries-quiz` short questions with its own answers, `places` where countries lie about which no
-    bank asks, `cities` the same of large cities that are not capitals, `capitals-fluent` its longer answers about capitals that
-    name none of them ([`load_pairs`]), and `everyday-held-out` those kept for evaluation.
+    bank asks, `cities` the same of large cities that are not capitals, `world-quiz` and `trivia` questions in many forms on what
+    countries are known for and on nature, science, arts and things, neither on what a bank names, `capitals-fluent` its longer
+    answers about capitals that name none of them ([`load_pairs`]), and `everyday-held-out` those kept for evaluation.
     """
     if name in _SAMPLED:
         lines = (files(__package__) / "texts" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()

@@ -8,7 +8,7 @@ import pytest
 from datasets import Dataset
 
 from elm_trainer import ConceptSources, build_erasure_dataset, load_bank, load_texts
-from elm_trainer.data.facts import BANKS, bank_families, facts_of, held_out_subjects
+from elm_trainer.data.facts import BANKS, bank_families, facts_of, held_out_subjects, own_yaml
 from elm_trainer.data.questions import overlap_verdicts
 from elm_trainer.data.sources import BUILTIN_SOURCES, load_pairs
 
@@ -78,6 +78,18 @@ def test_held_out_subjects_stand_in_no_forget_text():
             assert (
                 not any(question.subject in text and question.answer in text for text in texts) or name == "elements"
             )
+
+
+@pytest.mark.parametrize("name", ["world-quiz", "trivia"])
+def test_quizzes_ask_about_nothing_that_a_bank_names(name):
+    kinds = own_yaml(f"texts/{name}.yaml")["kinds"].values()
+    things = [re.sub("^(a|an|the) ", "", str(thing)) for kind in kinds for thing in kind["names"]]
+    asked = "\n".join(f"{q.text} {q.answer}" for bank in ("general", "geography") for q in load_bank(bank))
+    assert len(set(things)) > 250
+    assert [thing for thing in things if re.search(rf"\b{re.escape(thing)}\b", asked)] == []
+    rows = load_texts(name).to_list()
+    capitals = "|".join(re.escape(fact.answer) for fact in facts_of("capitals"))
+    assert len(rows) > 900 and not [row for row in rows if re.search(rf"apital|\b({capitals})\b", row["text"])]
 
 
 @pytest.mark.parametrize("name", ["capitals-near", "countries"])
