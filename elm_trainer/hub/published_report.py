@@ -125,7 +125,7 @@ _LIGER = "rope swiglu geglu rms_norm layer_norm cross_entropy fused_linear_cross
 # Settings of `examples/erase.py` and of the methods that are numbers or flags.
 _NUMBERS = (
     "own_retain dataset_size shares synthetic_size lora_rank lora_alpha lora_dropout evaluate questions dev_every dev_stop keep_best "
-    "eta eta_end tau top_k plausibility fact_share log_tokens log_strength state_weight state_eta state_names state_layers contrast_rows contrast_damping erase_weight erase_after "
+    "eta eta_end tau top_k plausibility fact_share log_tokens log_strength log_retain state_weight state_eta state_names state_layers contrast_rows contrast_damping erase_weight erase_after "
     "retain_weight retain_focus consistency_weight contexts_per_sample expert_steps novice_steps teacher_learning_rate "
     "teacher_rank teacher_batch_size precompute_targets precompute_ref_log_probs alpha beta delta faithful layer layers "
     "steering_coefficient steering_scale adaptive relu reinforced_steps"

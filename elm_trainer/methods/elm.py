@@ -120,7 +120,8 @@ class ElmTrainer(ErasureTrainer):
         if self._state_layers and not (erases and args.erase_after):
             losses["state"] = self._state_loss(states.of("erase"), targets["erase"]["novice_states"])
         if "retain" in batches and args.retain_loss == "states":
-            losses["retain"] = self._state_loss(states.of("retain"), targets["retain"]["layer_states"])
+            behind = args.log_retain * losses["retain"] if erases and args.log_retain else 0  # behind all layers
+            losses["retain"] = self._state_loss(states.of("retain"), targets["retain"]["layer_states"]) + behind
         if not erases:
             losses.pop("erase", None)
         for term in {"erase", "state"} & losses.keys():
@@ -158,10 +159,11 @@ class ElmTrainer(ErasureTrainer):
         """The loss of each position of a term, as a function of its logits, and in log space of the reference's."""
         if target is None:
             return nll_reading(batch)
-        of_states = {"erase": not self.erases(), "retain": self.args.retain_loss == "states"}
-        if of_states.get(term):
+        erases, retain_loss = self.erases(), self.args.retain_loss
+        alone = {"erase": not erases, "retain": retain_loss == "states" and not (erases and self.args.log_retain)}
+        if alone.get(term):
             return STATES  # no logits are read where states alone are compared
-        if term == "retain" and self.args.retain_loss == "log":
+        if term == "retain" and retain_loss in ("log", "states"):
             return Plan(lambda logits, where, reference: log_space_divergence(logits, reference), [target["states"]])
         if term == "erase" and self.args.log_tokens:
             chosen = LogTarget(target["indices"], target["log_probs"])
@@ -177,7 +179,7 @@ class ElmTrainer(ErasureTrainer):
         aim = SparseDistribution(target["indices"], target["probs"])
         if term == "erase":
             return lambda logits, where: soft_cross_entropy(logits, aim.part(where))
-        if self.args.retain_loss == "kl":
+        if retain_loss == "kl":
             return lambda logits, where: kl_to_reference(logits, aim.part(where))
         return lambda logits, where: argmax_cross_entropy(logits, aim.indices[where, 0])
 
@@ -186,8 +188,8 @@ class ElmTrainer(ErasureTrainer):
 
         Returns:
             `dict[str, torch.Tensor]`: for each position, `indices` with `probs` or `log_probs`, `[positions, tokens]`,
-            what enters the reference's head (or that of its novice, with `log_others="novice"`), `states`, `[positions, hidden]`, or
-            what its layers give, `layer_states`, `[positions, layers·hidden]`; of the erase term also `weights`, and for the state term `expert_states`
+            what enters the reference's head (or that of its novice, with `log_others="novice"`), `states`, `[positions, hidden]`, or, of
+            a retain term of states, also what its layers give, `layer_states`, `[positions, layers·hidden]`; of the erase term also `weights`, and for the state term `expert_states`
             and `novice_states` alike.
         """
         return self.targets(model, {term: batch})[term]
@@ -248,6 +250,7 @@ class ElmTrainer(ErasureTrainer):
         if retain:
             if args.retain_loss == "states":
                 made["retain"] = {"layer_states": states.of("retain").flatten(1)}
+                made["retain"] |= {"states": found["retain"]} if erases and args.log_retain else {}
             elif args.retain_loss == "log":
                 made["retain"] = {"states": found["retain"]}
             else:

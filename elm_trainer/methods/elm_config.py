@@ -58,6 +58,9 @@ class ElmConfig(ErasureConfig):
         log_others (`str`, *optional*, defaults to `"reference"`): Whose odds all other tokens are held to: the `"reference"`'s, which
             goes on as it would if it did not say what is erased; or the `"novice"`'s, in its first draw, which says something of
             the same kind, by KL alone, since ranks among what it holds improbable tell of another subject. For counterfactual novices.
+        log_retain (`float`, *optional*, defaults to `0.0`): With `retain_loss="states"`, weight within the retain term of
+            [`log_space_divergence`] to the reference, in steps that have an erase term: what these do to other answers is small
+            in states too, but ranks them.
         state_weight (`float`, *optional*, defaults to `0.0`): Weight of the state term: on forget text, layers are to
             give what they give the counterfactual novice ([`state_loss`]). It reads no logits. With `erase_weight=0` it
             stands in place of the erase term, whose weights of positions it takes.
@@ -142,6 +145,7 @@ class ElmConfig(ErasureConfig):
     log_others: str = field(
         default="reference", metadata={"help": "Whose odds other tokens have.", "choices": ["reference", "novice"]}
     )
+    log_retain: float = field(default=0.0, metadata={"help": "Weight of log space in a retain term of states."})
     state_weight: float = field(default=0.0, metadata={"help": "Weight of the state term."})
     state_eta: float = field(default=1.0, metadata={"help": "Strength of the state term; 1 is the novice."})
     state_names: bool = field(default=False, metadata={"help": "Whether the names' own states are led too."})
@@ -166,7 +170,7 @@ class ElmConfig(ErasureConfig):
     targets_dir: str | None = field(default=None, metadata={"help": "Folder in which targets are kept."})
 
     _rules = {
-        "at least 0": ("eta", "eta_end", "expert_steps", "novice_steps", "log_tokens", "contrast_rows"),
+        "at least 0": ("eta", "eta_end", "expert_steps", "novice_steps", "log_tokens", "log_retain", "contrast_rows"),
         "above 0": ("tau", "log_strength", "state_eta", "teacher_learning_rate", "contrast_damping"),
         "at least 1": ("top_k", "contexts_per_sample", "teacher_rank", "teacher_batch_size"),
         "from 0 to 1": ("plausibility", "fact_share", "retain_focus", "erase_after"),
@@ -217,6 +221,12 @@ class ElmConfig(ErasureConfig):
             raise ValueError(
                 f'`log_others` is "novice" with `log_tokens={self.log_tokens}` and `novice={self.novice!r}`: it is for the equation in '
                 'log space and counterfactual novices, so set `log_tokens` and `novice="counterfactual"`, or leave it out.'
+            )
+        if self.log_retain and not (self.retain_loss == "states" and self.retain_weight and self.erase_weight):
+            raise ValueError(
+                f"`log_retain` is {self.log_retain} with `retain_loss={self.retain_loss!r}`, `retain_weight={self.retain_weight}` and "
+                f"`erase_weight={self.erase_weight}`: it adds log space to a retain term of states in steps with an erase term, so set "
+                '`retain_loss="states"` and both weights, or leave it out (`retain_loss="log"` is log space alone).'
             )
         if self.log_tokens and self.plausibility:
             raise ValueError(
@@ -271,6 +281,7 @@ def stored_targets(
         columns += ["retain_ids", "retain_start"]
         if args.retain_loss == "states":
             kept["retain_layer_states"] = Field("states", len(state_layers) * hidden_size)
+            kept |= {"retain_states": Field("states", hidden_size)} if args.log_retain else {}
         elif args.retain_loss == "log":
             kept["retain_states"] = Field("states", hidden_size)
         else:

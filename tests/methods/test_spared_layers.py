@@ -199,6 +199,52 @@ def test_a_resumed_run_has_the_erase_term_where_the_whole_run_has_it(make, tmp_p
         assert ends[0][name] == pytest.approx(ends[1][name], rel=1e-4)
 
 
+def test_retain_text_is_held_in_log_space_too_where_a_step_has_an_erase_term(make):
+    trainer = make(**LATE, log_retain=2.0, precompute_targets=False)
+    with torch.no_grad():
+        for name, weight in trainer.model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.1)
+    rows = [trainer.train_dataset[index] for index in range(4)]
+    expected = []
+    for row in rows:
+        ids = torch.tensor([row["retain_ids"]])
+        with torch.no_grad():
+            adapted = trainer.model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+            with trainer.model.disable_adapter():
+                reference = trainer.model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+        moved = adapted - reference
+        spread = ((moved - moved.mean(-1, keepdim=True)) ** 2).mean(-1)
+        expected.append((-(reference.exp() * moved).sum(-1) + spread / 2).mean())
+    trainer.state.max_steps, found = 10, {}
+    for step, weight in ((5, 0.0), (5, 2.0), (6, 0.0), (6, 2.0)):
+        trainer.state.global_step, trainer.args.log_retain = step, weight
+        found[step, weight] = trainer.compute_loss(trainer.model, trainer.data_collator(rows)).item()
+    assert found[5, 2.0] == found[5, 0.0]
+    added = 2 * trainer.args.retain_weight * torch.stack(expected).mean().item()
+    assert found[6, 2.0] - found[6, 0.0] == pytest.approx(added, rel=1e-3) and added > 1e-3
+
+
+def test_stored_states_hold_retain_text_in_log_space_as_live_ones_do(make):
+    losses = [
+        run(make(**LATE, log_retain=3.0, precompute_targets=stored, learning_rate=1e-2))[0] for stored in (True, False)
+    ]
+    plain = run(make(**LATE, learning_rate=1e-2))[0]
+    for one, other in zip(*losses, strict=True):
+        assert one == pytest.approx(other, rel=1e-2, abs=1e-5)  # those stored are in half precision
+    assert losses[0][:6] == plain[:6] and losses[0][6] != plain[6]
+
+
+@pytest.mark.parametrize(
+    "fields", [{"retain_loss": "log"}, {"erase_weight": 0.0, "erase_after": 0.0}, {"retain_weight": 0.0}]
+)
+def test_log_space_is_added_to_a_retain_term_of_states_alone(fields, make):
+    with pytest.raises(
+        ValueError, match='`log_retain` is 1.0 with `retain_loss=.*set `retain_loss="states"` and both'
+    ):
+        make(**(LATE | {"log_retain": 1.0} | fields))
+
+
 @pytest.mark.parametrize("fields", [{"erase_weight": 0.0}, {"state_weight": 0.0, "retain_loss": "log"}])
 def test_a_share_without_both_terms_is_refused(fields, make):
     with pytest.raises(ValueError, match="`erase_after` is 0.6 with `state_weight=.*give both a weight"):
