@@ -26,8 +26,9 @@ logger = logging.get_logger(__name__)
 # batch the reference runs that once.
 _RUN = 4
 BUILTIN_PAIRS = ("capitals-fluent",)
-_QUIZZES = ("cities", "countries-quiz", "places", "quiz", "trivia", "world-quiz")
-_SAMPLED = (*BUILTIN_PAIRS, *_QUIZZES, "countries", "everyday", "everyday-held-out")
+_SAMPLED = (
+    *BUILTIN_PAIRS, "cities", "countries", "countries-quiz", "everyday", "everyday-held-out", "places", "quiz", "trivia", "world-quiz",
+)  # fmt: skip
 BUILTIN_SOURCES = ("capitals", "elements", "capitals-near", "elements-near", *_SAMPLED)
 
 
