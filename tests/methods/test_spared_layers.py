@@ -225,13 +225,16 @@ def test_retain_text_is_held_in_log_space_too_where_a_step_has_an_erase_term(mak
     assert found[6, 2.0] - found[6, 0.0] == pytest.approx(added, rel=1e-3) and added > 1e-3
 
 
-def test_stored_states_hold_retain_text_in_log_space_as_live_ones_do(make):
+def test_stored_states_hold_retain_text_in_log_space_as_live_ones_do(make, monkeypatch):
+    # Stored in float16, states give losses that are up to a hundredth off: without rounding they are to be the same.
+    unrounded = "elm_trainer.data.target_store.encode_states", lambda states: torch.nn.functional.pad(states, (0, 1))
+    monkeypatch.setattr(*unrounded)
     losses = [
         run(make(**LATE, log_retain=3.0, precompute_targets=stored, learning_rate=1e-2))[0] for stored in (True, False)
     ]
     plain = run(make(**LATE, learning_rate=1e-2))[0]
     for one, other in zip(*losses, strict=True):
-        assert one == pytest.approx(other, rel=3e-2, abs=1e-5)  # without `log_retain` as far apart
+        assert one == pytest.approx(other, rel=1e-3, abs=1e-5)
     assert losses[0][:6] == plain[:6] and losses[0][6] != plain[6]
 
 
