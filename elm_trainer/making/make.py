@@ -139,8 +139,8 @@ class MadeData:
         for name, dropped in self.record["dropped"].items():
             told = {reason: f"{count} {reason.replace('_', ' ')}" for reason, count in dropped.items() if count}
             if "topic" in told:
-                speak = "do not speak" if name == "forget" else "speak"
-                told["topic"] = f"{dropped['topic']} that {speak} of the concept"
+                topics = {"forget": "do not speak of the concept", "told": "name the answer of a fact"}
+                told["topic"] = f"{dropped['topic']} that {topics.get(name, 'speak of the concept')}"
             lines += [f"Dropped of {name}: {', '.join(told.values())}."] if told else []
         if self.record["neighbors"]:
             lines.append(f"Neighbors: {', '.join(self.record['neighbors'])}.")

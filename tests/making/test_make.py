@@ -203,7 +203,9 @@ def test_near_texts_and_questions_state_no_fact_of_a_table(folder, tiny_model, t
     assert names == ["asked.jsonl", "told.jsonl", "near.jsonl", "retain.jsonl"]
     # What it tells of what they state names none of the answers.
     told = load_texts(made.folder / "told.jsonl").to_list()
-    assert told and made.record["dropped"]["told"]["topic"] > 0
+    assert told and (named := made.record["dropped"]["told"]["topic"]) > 0
+    [line] = [line for line in made.summary().splitlines() if line.startswith("Dropped of told: ")]
+    assert f"{named} that name the answer of a fact" in line
     assert all(re.search(r"the [a-z ]+ of \w", row["prompt"]) and held_out not in row["prompt"] for row in told)
     assert not any(town in row["text"].removeprefix(row["prompt"]) for row in told for town in TOWNS.values())
 
