@@ -16,11 +16,11 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ..data.questions import Question
+from ..data.questions import Question, without_accents
 from .errors import Finding, ScanError
 from .info import PUBLISHED_FILES
 from .persons import find_names, find_paths, find_persons, machine_names
-from .secrets import Document, find_secrets, without_accents, words_of
+from .secrets import Document, find_secrets, words_of
 from .tokens import Hit
 
 

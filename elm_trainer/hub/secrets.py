@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import NamedTuple
 
+from ..data.questions import without_accents
 from .tokens import HEXADECIMAL, PIECE, UUID, Hit, find_split_tokens, find_tokens, in_words, is_random
 
 
@@ -74,13 +75,6 @@ def _resolve(match: re.Match[str]) -> str:
         code = int(escape[2:].strip("{}"), 16)
         return _LINE_BREAK.sub(ESCAPED_BREAK, chr(code)) if code < 0x110000 else " "
     return _SHORT_ESCAPES.get(escape[1], escape[1])
-
-
-def without_accents(text: str) -> str:
-    """The text in compatibility form, less accents."""
-    if text.isascii():
-        return text
-    return "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
 
 
 # Scripts that put no space between words count by the letter: Thai to Burmese, Khmer, kana, Chinese characters.
