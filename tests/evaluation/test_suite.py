@@ -35,7 +35,7 @@ def test_every_bank_has_a_role():
 
 def test_the_dev_split_asks_in_fewer_ways():
     suite = built_in_suite(["capitals"], split="dev")
-    assert suite.named("erased") == ["capitals", "capitals-cloze", "capitals-reversed"]
+    assert suite.named("erased") == ["capitals", "capitals-chat", "capitals-cloze", "capitals-reversed"]
 
 
 def test_each_subject_is_asked_about_once_before_any_is_asked_about_again():
