@@ -191,9 +191,10 @@ def test_the_objective_is_that_of_the_recipe(objective, name):
         assert (recipe["lora_layers"], recipe["state_layers"]) == ("23", [23])
         model = empty_model(LlamaConfig(**TINY, intermediate_size=64))
         assert set(recipe["lora_targets"].split(",")) == set(attention_modules(decoder_layers(model)))
-        # Its last steps in log space were measured with the capitals alone.
+        # Its last steps in log space were measured with the capitals alone, as was the larger step that its texts allow for.
         assert recipe["erase_after"] > 0 == tested.pop("erase_weight")
         assert tested.pop("retain_weight") < recipe["retain_weight"]
+        assert tested.pop("state_eta") < recipe["state_eta"]
     assert {name: recipe[name] for name in tested} == tested
     assert set(OBJECTIVES) == set(ErasureArguments.__dataclass_fields__["objective"].metadata["choices"])
     known = {**ElmConfig.__dataclass_fields__, **ErasureArguments.__dataclass_fields__}
