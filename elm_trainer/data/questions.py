@@ -237,14 +237,6 @@ def names_answer(text: str, answer: str, aliases: Sequence[str] = ()) -> bool:
     return any(pattern.search(fold(text)) for fold, pattern in map(_whole_words, (answer, *aliases)))
 
 
-# Many names are looked for in one text: each is compiled once, more than `re` itself would keep, and the text read once.
-@lru_cache(maxsize=4096)
-def _whole_words(name: str) -> tuple[Callable[[str], str], re.Pattern[str]]:
-    fold = _folded if len(name) > 3 else without_accents
-    return fold, re.compile(rf"(?<!\w){re.escape(fold(name))}(?!\w)")
-
-
-@lru_cache(maxsize=16)
 def without_accents(text: str) -> str:
     """The text in compatibility form, less accents."""
     if text.isascii():
@@ -252,9 +244,19 @@ def without_accents(text: str) -> str:
     return "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
 
 
+# Many names are looked for in one text: each is compiled once, more than `re` itself would keep, and the text read once.
+_plain = lru_cache(maxsize=16)(without_accents)
+
+
+@lru_cache(maxsize=4096)
+def _whole_words(name: str) -> tuple[Callable[[str], str], re.Pattern[str]]:
+    fold = _folded if len(name) > 3 else _plain
+    return fold, re.compile(rf"(?<!\w){re.escape(fold(name))}(?!\w)")
+
+
 @lru_cache(maxsize=16)
 def _folded(text: str) -> str:
-    return without_accents(text).casefold()
+    return _plain(text).casefold()
 
 
 _WORD = r"[^\W\d_a-zà-öø-ÿ][\w'’.]*(?:-\w+)*"
