@@ -227,8 +227,8 @@ def test_retain_text_is_held_in_log_space_too_where_a_step_has_an_erase_term(mak
 
 def test_stored_states_hold_retain_text_in_log_space_as_live_ones_do(make, monkeypatch):
     # Stored in float16, states give losses that are up to a hundredth off: without rounding they are to be the same.
-    unrounded = "elm_trainer.data.target_store.encode_states", lambda states: torch.nn.functional.pad(states, (0, 1))
-    monkeypatch.setattr(*unrounded)
+    encode = "elm_trainer.data.target_store.encode_states"
+    monkeypatch.setattr(encode, lambda states: torch.nn.functional.pad(states, (0, 1)))
     losses = [
         run(make(**LATE, log_retain=3.0, precompute_targets=stored, learning_rate=1e-2))[0] for stored in (True, False)
     ]
