@@ -3,7 +3,7 @@
 import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
 from itertools import combinations
@@ -164,26 +164,25 @@ def state_facts(
     """
     # The stand-ins of a fact are the same in all its texts, so that they agree on what a novice takes it for.
     others = stand_ins(facts, rng) if others is None else others
+    said = [fact.named() for fact in facts]
     rows = []
     for template in templates:
-        named = placeholders("".join(template))
+        names = placeholders("".join(template))
+        render = _renderer(template, processing_class)
+        # Whatever is named first is what the text is about, and what is named last what a near fact states.
+        first = next((name for name in names if name in ("subject", "answer")), "")
+        begun = _up_to_last(template)
         permuted = [fact.answer for fact in facts]
         rng.shuffle(permuted)
-        for fact, other in zip(facts, permuted, strict=True):
-            if not {*named} <= fact.named().keys():
+        for fact, named, other in zip(facts, said, permuted, strict=True):
+            if not {*names} <= named.keys():
                 continue
-            row: dict[str, Any] = {"text": _render(template, fact, processing_class)}
+            row: dict[str, Any] = {"text": render(template, named)}
             if near:
-                # What is learned is the property that the phrasing states last.
-                row["prompt"] = _before_last(template, fact, processing_class)
+                row["prompt"] = render(begun, named).partition("\0")[0].rstrip(" ")
             else:
-                row["novice"] = _render(template, replace(fact, answer=other), processing_class)
-                # Whatever is named first is what the text is about.
-                first = next(name for name in named if name in ("subject", "answer"))
-                row["novices"] = [
-                    _render(template, replace(fact, **{first: getattr(stand_in, first)}), processing_class)
-                    for stand_in in others[fact]
-                ]
+                row["novice"] = render(template, named | {"answer": other})
+                row["novices"] = [render(template, named | {first: getattr(one, first)}) for one in others[fact]]
             rows.append(row)
     return rows
 
@@ -205,21 +204,32 @@ def stand_ins(facts: Sequence[Fact], rng: random.Random) -> dict[Fact, list[Fact
     return chosen
 
 
-def _render(template: str | list[str], fact: Fact, processing_class: PreTrainedTokenizerBase | None) -> str:
-    """A phrasing of a fact: a text, or question and answer as a conversation."""
+def _renderer(
+    template: str | list[str], processing_class: PreTrainedTokenizerBase | None
+) -> Callable[[str | list[str], Mapping[str, str]], str]:
+    """Renders a phrasing for what it is to name: a text, or question and answer as a conversation."""
     if isinstance(template, str):
-        return template.format(**fact.named())
-    question, reply = (part.format(**fact.named()) for part in template)
-    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
-    return conversation(processing_class, messages)
+        return lambda text, named: str(text).format(**named)
+
+    def converse(question: str, reply: str) -> str:
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
+        return conversation(processing_class, messages)
+
+    # A chat template takes a hundred times as long as all else, and puts the same around whatever is said, unless it looks at that.
+    frame = converse("\1", "\2")
+
+    def framed(question: str, reply: str) -> str:
+        return frame.replace("\1", question).replace("\2", reply)
+
+    say = framed if framed(*template) == converse(*template) else converse
+    return lambda parts, named: say(*(part.format(**named) for part in parts))
 
 
-def _before_last(template: str | list[str], fact: Fact, processing_class: PreTrainedTokenizerBase | None) -> str:
-    """The rendered text up to where the template's last placeholder stands."""
+def _up_to_last(template: str | list[str]) -> str | list[str]:
+    """A template up to its last placeholder, where `"\0"` stands."""
     *before, last = [template] if isinstance(template, str) else template
     begun = last[: last.rindex("{")] + "\0"
-    rendered = _render([*before, begun] if before else begun, fact, processing_class)
-    return rendered.partition("\0")[0].rstrip(" ")
+    return [*before, begun] if before else begun
 
 
 def load_bank(

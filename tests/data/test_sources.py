@@ -1,14 +1,17 @@
+import copy
 import itertools
 import json
 import os
+import random
 import re
+from dataclasses import replace
 from statistics import fmean
 
 import pytest
 from datasets import Dataset
 
 from elm_trainer import ConceptSources, build_erasure_dataset, load_bank, load_texts
-from elm_trainer.data.facts import BANKS, bank_families, facts_of, held_out_subjects, own_yaml
+from elm_trainer.data.facts import BANKS, bank_families, facts_of, held_out_subjects, own_yaml, state_facts
 from elm_trainer.data.questions import overlap_verdicts
 from elm_trainer.data.sources import BUILTIN_SOURCES, load_pairs
 
@@ -71,13 +74,40 @@ def test_no_question_stands_in_a_training_text():
 
 def test_held_out_subjects_stand_in_no_forget_text():
     for name in ("capitals", "elements"):
-        texts = load_texts(name)["text"]
-        pairs = list(load_bank(name, subjects=held_out_subjects(name)))
-        assert pairs
-        for question in pairs:
-            assert (
-                not any(question.subject in text and question.answer in text for text in texts) or name == "elements"
-            )
+        texts = load_texts(name)["text"][:]
+        held_out = held_out_subjects(name)
+        assert held_out and load_bank(name, subjects=held_out)
+        for fact in (fact for fact in facts_of(name) if fact.subject in held_out):
+            # A country may be named as another's neighbor, but not with its capital.
+            named = [text for text in texts if re.search(rf"\b{re.escape(fact.subject)}\b", text)]
+            assert not [text for text in named if re.search(rf"\b{re.escape(fact.answer)}\b", text)]
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["m['content']", "m['content'] | trim", "m['content'] | upper", "m['content'] ~ (m['content'] | length)"],
+)
+def test_conversations_about_facts_are_what_the_chat_template_makes_of_each(content, tokenizer):
+    other = copy.copy(tokenizer)
+    other.chat_template = f"{{% for m in messages %}}<{{{{ m['role'] }}}}>{{{{ {content} }}}}{{% endfor %}}"
+    facts = facts_of("capitals")[:5]
+    templates = [["What is the capital of {subject}?", "It is {answer}."], ["Where is {answer}?", "In {subject}."]]
+    near = state_facts(facts, templates, random.Random(0), other, near=True)
+    rows = state_facts(facts, templates, random.Random(0), other, others=dict.fromkeys(facts, facts[-1:]))
+
+    def said(fact, template, reply=None):
+        asked, told = (part.format(**fact.named()) for part in template)
+        turns = zip(("user", "assistant"), (asked, told if reply is None else reply), strict=True)
+        return other.apply_chat_template([{"role": role, "content": text} for role, text in turns], tokenize=False)
+
+    stated = [(fact, template) for template in templates for fact in facts]
+    assert [row["text"] for row in rows] == [said(*one) for one in stated] == [row["text"] for row in near]
+    # What a template names first is what the novice has another of.
+    for (fact, template), row in zip(stated, rows, strict=True):
+        first = "subject" if template is templates[0] else "answer"
+        assert row["novices"] == [said(replace(fact, **{first: getattr(facts[-1], first)}), template)]
+    if content == "m['content']":
+        assert [row["prompt"] for row in near[:5]] == [said(*one, reply="It is") for one in stated[:5]]
 
 
 @pytest.mark.parametrize("name", ["world-quiz", "trivia"])
