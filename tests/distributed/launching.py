@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -33,13 +32,12 @@ def _program(runs: Sequence[Run], output: Path) -> list[str]:
 
 def start(kind: str, runs: Sequence[Run], output: Path, processes: int = 2, **options: Any) -> subprocess.Popen:
     """Start the runs under a kind of launch, a file of recipes/accelerate by name."""
-    if kind.startswith("zero") and (find_spec("deepspeed") is None or shutil.which("g++") is None):
-        pytest.skip("DeepSpeed is not installed, or there is no g++ for the operator that it compiles for CPUs")
+    if kind.startswith("zero") and find_spec("deepspeed") is None:
+        pytest.skip("DeepSpeed is not installed")
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
     command += ["--config_file", str(RECIPES / f"{kind}.yaml")]
     command += ["--num_processes", str(processes), "--main_process_port", "0", *_program(runs, output)]
-    tools = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # ninja, for DeepSpeed
-    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PATH": tools}
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **options)
 
 

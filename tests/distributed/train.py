@@ -23,7 +23,7 @@ from elm_trainer.methods.base import ErasureTrainer
 from elm_trainer.modeling import DEMO_MODEL, load_tokenizer
 from tests.methods.methods import METHODS, leave_launch, tiny, trained
 
-from . import fsdp_on_cpu
+from . import on_cpu
 
 
 @dataclass
@@ -132,7 +132,7 @@ def train(run: Run, output: Path, tokenizer: PreTrainedTokenizerBase, dataset: A
 
 
 def main() -> None:
-    fsdp_on_cpu.allow()
+    on_cpu.allow()
     plan, output = Path(sys.argv[1]), Path(sys.argv[2])
     tokenizer = load_tokenizer(DEMO_MODEL)
     # The texts of a step differ in length, and some have no pair.

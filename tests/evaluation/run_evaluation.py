@@ -25,12 +25,12 @@ from elm_trainer.evaluation import benchmarks
 from elm_trainer.evaluation.measures import MEASURES
 from elm_trainer.evaluation.suite import OpenQuestion
 from elm_trainer.modeling import DEMO_MODEL, load_tokenizer
-from tests.distributed import fsdp_on_cpu
+from tests.distributed import on_cpu
 from tests.methods.methods import tiny
 
 
 def main() -> None:
-    fsdp_on_cpu.allow()
+    on_cpu.allow()
     output = Path(sys.argv[1])
     tokenizer = load_tokenizer(DEMO_MODEL)
     sources = ConceptSources([f"Oslo is the capital of Norway {n}." for n in range(8)], [["The cat sat on the mat."]])

@@ -1,6 +1,5 @@
 import json
 import os
-import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -45,8 +44,8 @@ def evaluated(tmp_path_factory):
 
 
 def launch(kind, output):
-    if kind == "zero3" and (find_spec("deepspeed") is None or shutil.which("g++") is None):
-        pytest.skip("DeepSpeed is not installed, or there is no g++ for the operator that it compiles for CPUs")
+    if kind == "zero3" and find_spec("deepspeed") is None:
+        pytest.skip("DeepSpeed is not installed")
     program = ["-m", "tests.evaluation.run_evaluation", str(output)]
     if kind == "single":
         result = run([sys.executable, *program])
@@ -54,8 +53,7 @@ def launch(kind, output):
         recipe = ROOT / "recipes" / "accelerate" / f"{kind}.yaml"
         command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", str(recipe)]
         command += ["--num_processes", "2", "--main_process_port", "0", *program]
-        tools = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PATH": tools}
+        environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
         result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
     assert result.returncode == 0, (result.stdout + result.stderr)[-6000:]
     assert sorted(path.name for path in (output / "report").iterdir()) == ["report.json"]

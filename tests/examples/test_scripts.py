@@ -1,5 +1,6 @@
 """What every script in `examples/` does alike."""
 
+import json
 import os
 import re
 import socket
@@ -52,6 +53,8 @@ def test_a_run_prints_nothing_that_nobody_can_act_on(tiny_folder, tmp_path):
     names = {bar["name"].strip() for bar in bars}
     assert names >= {"Computing targets", "Training", "reference: multiple choice"} and "" not in names
     assert "WARNING" not in run.stdout and "Warning" not in run.stdout
+    logged = json.loads((tmp_path / "out" / "report.json").read_text())["training_log"]
+    assert sum("dev_multiple_choice.capitals.pmi" in entry for entry in logged) == 2
 
 
 @pytest.mark.distributed

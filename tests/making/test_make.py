@@ -307,9 +307,11 @@ def test_keywords_stand_behind_a_colon():
 
 @pytest.mark.slow
 def test_the_real_model_writes_about_a_bare_name(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        make, "write_facts", lambda *a, **k: StatedFacts()
-    )  # which takes minutes, and has a test of its own
+    # Facts take minutes, and have a test of their own. Of the lists and of the terms that are written about, a few are enough.
+    monkeypatch.setattr(make, "write_facts", lambda *a, **k: StatedFacts())
+    monkeypatch.setattr(writer_module, "_ROUNDS", 1)
+    for kind in ("_LISTED", "_RECURRING", "_FURTHER"):
+        monkeypatch.setattr(writing, kind, 4)
     model, tokenizer = load_model_and_tokenizer("smollm2-135m-instruct")
     made = make_data(MadeFrom("capitals of the world", texts=32, near_texts=16), model, tokenizer, tmp_path)
     assert made.record["counts"]["forget"] >= 8 and made.record["counts"]["near"] >= 3

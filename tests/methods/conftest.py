@@ -73,7 +73,7 @@ def lora():
     return LoraConfig(r=4, target_modules="all-linear")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def rows(tokenizer):
     """Built-in rows, whose forget texts have counterfactual novices."""
     return build_erasure_dataset(

@@ -17,7 +17,7 @@ from transformers import LlamaForCausalLM
 from elm_trainer import ConceptSources, build_erasure_dataset
 from elm_trainer.modeling import DEMO_MODEL, load_tokenizer
 
-from ..distributed import fsdp_on_cpu
+from ..distributed import on_cpu
 from .methods import METHODS, leave_launch, tiny
 
 
@@ -103,6 +103,6 @@ def build(options: argparse.Namespace, fields: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    fsdp_on_cpu.allow()
+    on_cpu.allow()
     main()
     leave_launch()

@@ -2,7 +2,6 @@ import copy
 import json
 import logging as python_logging
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -399,12 +398,11 @@ def test_a_process_that_was_given_no_weights_reads_what_the_other_computes(last,
 
 @pytest.mark.distributed
 def test_weights_that_zero_3_has_split_are_enough_for_a_store_that_is_complete(saved, tmp_path):
-    if find_spec("deepspeed") is None or shutil.which("g++") is None:
-        pytest.skip("DeepSpeed is not installed, or there is no g++ for the operator that it compiles for CPUs")
+    if find_spec("deepspeed") is None:
+        pytest.skip("DeepSpeed is not installed")
     config = str(ROOT / "recipes" / "accelerate" / "zero3.yaml")
     launcher = ("-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", config, "--zero3_init_flag")
     launcher += ("true", "--num_processes", "2", "--main_process_port", "0")
-    tools = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # ninja, for DeepSpeed
 
     complete = {"precompute_targets": True, "targets_dir": str(tmp_path / "targets")}
     alone = launch(tmp_path / "alone", "--model", saved, **complete)
@@ -415,7 +413,7 @@ def test_weights_that_zero_3_has_split_are_enough_for_a_store_that_is_complete(s
         saved,
         others=[{"precompute_targets": True}, complete],
         launcher=launcher,
-        environment={"DS_ACCELERATOR": "cpu", "PATH": tools},
+        environment={"DS_ACCELERATOR": "cpu"},
     )
     assert split.status == 0, split.errors
     assert split.what("loaded") == ["not all weights"] * 6 and split.what("live") == ["-"] * 2
