@@ -23,7 +23,9 @@ def test_a_real_model_forgets_capitals_and_keeps_the_rest(tmp_path):
     )
     name = "multiple_choice.capitals.pmi"
     assert before[name] > 0.6 and after[name] < before[name] - 0.15
-    assert after["open_answers.capitals"] <= before["open_answers.capitals"] / 2 > 0.2
+    assert (
+        before["open_answers.capitals"] > 0.4 and after["open_answers.capitals"] <= before["open_answers.capitals"] / 2
+    )
     assert after["fluency.greedy.empty"] == 0
     assert after["fluency.greedy.r_ppl"] < 2 * before["fluency.greedy.r_ppl"]
     assert after["retention.perplexity"] < 1.05 * before["retention.perplexity"]
