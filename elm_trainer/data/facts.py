@@ -167,22 +167,24 @@ def state_facts(
     said = [fact.named() for fact in facts]
     rows = []
     for template in templates:
-        names = placeholders("".join(template))
-        render = _renderer(template, processing_class)
-        # Whatever is named first is what the text is about, and what is named last what a near fact states.
-        first = next((name for name in names if name in ("subject", "answer")), "")
-        begun = _up_to_last(template)
+        parts = [template] if isinstance(template, str) else template
+        names = placeholders("".join(parts))
+        say = _speaker(parts, processing_class)
         permuted = [fact.answer for fact in facts]
         rng.shuffle(permuted)
         for fact, named, other in zip(facts, said, permuted, strict=True):
             if not {*names} <= named.keys():
                 continue
-            row: dict[str, Any] = {"text": render(template, named)}
+            row: dict[str, Any] = {"text": say(parts, named)}
             if near:
-                row["prompt"] = render(begun, named).partition("\0")[0].rstrip(" ")
+                # What is learned is the property that the phrasing states last.
+                begun = parts[-1][: parts[-1].rindex("{")] + "\0"
+                row["prompt"] = say([*parts[:-1], begun], named).partition("\0")[0].rstrip(" ")
             else:
-                row["novice"] = render(template, named | {"answer": other})
-                row["novices"] = [render(template, named | {first: getattr(one, first)}) for one in others[fact]]
+                row["novice"] = say(parts, named | {"answer": other})
+                # Whatever is named first is what the text is about.
+                first = next(name for name in names if name in ("subject", "answer"))
+                row["novices"] = [say(parts, named | {first: getattr(one, first)}) for one in others[fact]]
             rows.append(row)
     return rows
 
@@ -204,32 +206,24 @@ def stand_ins(facts: Sequence[Fact], rng: random.Random) -> dict[Fact, list[Fact
     return chosen
 
 
-def _renderer(
-    template: str | list[str], processing_class: PreTrainedTokenizerBase | None
-) -> Callable[[str | list[str], Mapping[str, str]], str]:
-    """Renders a phrasing for what it is to name: a text, or question and answer as a conversation."""
-    if isinstance(template, str):
-        return lambda text, named: str(text).format(**named)
+def _speaker(
+    template: Sequence[str], processing_class: PreTrainedTokenizerBase | None
+) -> Callable[[Sequence[str], Mapping[str, str]], str]:
+    """Renders a phrasing like this one, with what it is to name: a text, or question and answer as a conversation."""
 
-    def converse(question: str, reply: str) -> str:
-        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
-        return conversation(processing_class, messages)
-
-    # A chat template takes a hundred times as long as all else, and puts the same around whatever is said, unless it looks at that.
-    frame = converse("\1", "\2")
+    def converse(*said: str) -> str:
+        turns = zip(("user", "assistant"), said, strict=True)
+        return conversation(processing_class, [{"role": role, "content": content} for role, content in turns])
 
     def framed(question: str, reply: str) -> str:
         return frame.replace("\1", question).replace("\2", reply)
 
-    say = framed if framed(*template) == converse(*template) else converse
-    return lambda parts, named: say(*(part.format(**named) for part in parts))
-
-
-def _up_to_last(template: str | list[str]) -> str | list[str]:
-    """A template up to its last placeholder, where `"\0"` stands."""
-    *before, last = [template] if isinstance(template, str) else template
-    begun = last[: last.rindex("{")] + "\0"
-    return [*before, begun] if before else begun
+    join: Callable[..., str] = "".join
+    if len(template) > 1:
+        # A chat template takes a hundred times as long as all else, and puts the same around whatever is said, unless it looks at that.
+        frame = converse("\1", "\2")
+        join = framed if framed(*template) == converse(*template) else converse
+    return lambda parts, named: join(*(part.format(**named) for part in parts))
 
 
 def load_bank(

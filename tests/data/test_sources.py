@@ -110,6 +110,13 @@ def test_conversations_about_facts_are_what_the_chat_template_makes_of_each(cont
         assert [row["prompt"] for row in near[:5]] == [said(*one, reply="It is") for one in stated[:5]]
 
 
+def test_the_reply_of_a_forgotten_conversation_may_name_nothing():
+    fact = facts_of("capitals")[0]
+    templates = [["Is {answer} the capital of {subject}?", "Yes."]]
+    [row] = state_facts([fact], templates, random.Random(0), others={fact: []})
+    assert row["text"] == f"User: Is {fact.answer} the capital of {fact.subject}?\nAssistant: Yes."
+
+
 @pytest.mark.parametrize("name", ["world-quiz", "trivia"])
 def test_quizzes_ask_about_nothing_that_a_bank_names(name):
     kinds = own_yaml(f"texts/{name}.yaml")["kinds"].values()
