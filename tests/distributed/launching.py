@@ -21,6 +21,8 @@ from .train import Run
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "recipes" / "accelerate"
 KINDS = ("ddp", "fsdp2", "zero2", "zero3")
+# The environment of such a launch, beside one's own.
+ON_CPU = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
 
 
 def _program(runs: Sequence[Run], output: Path) -> list[str]:
@@ -30,15 +32,19 @@ def _program(runs: Sequence[Run], output: Path) -> list[str]:
     return ["-m", "tests.distributed.train", str(plan), str(output)]
 
 
-def start(kind: str, runs: Sequence[Run], output: Path, processes: int = 2, **options: Any) -> subprocess.Popen:
-    """Start the runs under a kind of launch, a file of recipes/accelerate by name."""
+def accelerate(kind: str, processes: int = 2) -> list[str]:
+    """The command of a kind of launch, a file of recipes/accelerate by name, up to what it is to run."""
     if kind.startswith("zero") and find_spec("deepspeed") is None:
         pytest.skip("DeepSpeed is not installed")
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
     command += ["--config_file", str(RECIPES / f"{kind}.yaml")]
-    command += ["--num_processes", str(processes), "--main_process_port", "0", *_program(runs, output)]
-    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **options)
+    return [*command, "--num_processes", str(processes), "--main_process_port", "0"]
+
+
+def start(kind: str, runs: Sequence[Run], output: Path, processes: int = 2, **options: Any) -> subprocess.Popen:
+    """Start the runs under a kind of launch."""
+    command = [*accelerate(kind, processes), *_program(runs, output)]
+    return subprocess.Popen(command, cwd=ROOT, env=os.environ | ON_CPU, text=True, **options)
 
 
 def launch(kind: str, runs: Sequence[Run], output: Path, processes: int = 2) -> dict[str, dict[str, Any]]:

@@ -2,7 +2,6 @@ import json
 import os
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -10,6 +9,7 @@ import pytest
 from elm_trainer.distributed import from_first, processes_and_rank
 from elm_trainer.evaluation.fluency import generate_answers
 from elm_trainer.evaluation.pair import in_shards, run_batches
+from tests.distributed.launching import ON_CPU, accelerate
 from tests.processes import run
 
 
@@ -44,17 +44,14 @@ def evaluated(tmp_path_factory):
 
 
 def launch(kind, output):
-    if kind == "zero3" and find_spec("deepspeed") is None:
-        pytest.skip("DeepSpeed is not installed")
     program = ["-m", "tests.evaluation.run_evaluation", str(output)]
     if kind == "single":
         result = run([sys.executable, *program])
     else:
-        recipe = ROOT / "recipes" / "accelerate" / f"{kind}.yaml"
-        command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", str(recipe)]
-        command += ["--num_processes", "2", "--main_process_port", "0", *program]
-        environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-        result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
+        command = [*accelerate(kind), *program]
+        result = subprocess.run(
+            command, cwd=ROOT, env=os.environ | ON_CPU, capture_output=True, text=True, timeout=500
+        )
     assert result.returncode == 0, (result.stdout + result.stderr)[-6000:]
     assert sorted(path.name for path in (output / "report").iterdir()) == ["report.json"]
     return [json.loads((output / f"{rank}.json").read_text()) for rank in range(1 if kind == "single" else 2)]

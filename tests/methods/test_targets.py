@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +17,7 @@ from elm_trainer import ConceptSources, build_erasure_dataset
 from elm_trainer.files import json_sha256
 from elm_trainer.methods.targets import default_targets_dir, precompute_targets
 
+from ..distributed.launching import ON_CPU, accelerate
 from ..processes import run
 from .methods import METHODS, tiny, trained
 
@@ -398,11 +398,7 @@ def test_a_process_that_was_given_no_weights_reads_what_the_other_computes(last,
 
 @pytest.mark.distributed
 def test_weights_that_zero_3_has_split_are_enough_for_a_store_that_is_complete(saved, tmp_path):
-    if find_spec("deepspeed") is None:
-        pytest.skip("DeepSpeed is not installed")
-    config = str(ROOT / "recipes" / "accelerate" / "zero3.yaml")
-    launcher = ("-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", config, "--zero3_init_flag")
-    launcher += ("true", "--num_processes", "2", "--main_process_port", "0")
+    launcher = (*accelerate("zero3")[1:], "--zero3_init_flag", "true")
 
     complete = {"precompute_targets": True, "targets_dir": str(tmp_path / "targets")}
     alone = launch(tmp_path / "alone", "--model", saved, **complete)
@@ -413,7 +409,7 @@ def test_weights_that_zero_3_has_split_are_enough_for_a_store_that_is_complete(s
         saved,
         others=[{"precompute_targets": True}, complete],
         launcher=launcher,
-        environment={"DS_ACCELERATOR": "cpu"},
+        environment=ON_CPU,
     )
     assert split.status == 0, split.errors
     assert split.what("loaded") == ["not all weights"] * 6 and split.what("live") == ["-"] * 2
